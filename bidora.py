@@ -1,0 +1,267 @@
+"""
+Weight decomposition: a frozen weight W0 (out × in), a low-rank direction B·A, and a magnitude m (one per output row).
+
+    W' = m ⊙ (W0 + s·B·A) / ‖W0 + s·B·A‖,    s = alpha / rank            DoRA, arXiv 2402.09353, eq. 5
+
+The training forward never builds W0 + s·B·A. With ratio = m / ‖·‖ it is  y = ratio ⊙ (W0·x + s·B·(A·x)) + bias,
+and the norm comes from the factors, with ‖W0‖² computed once:
+
+    ‖W0 + sBA‖² = ‖W0‖² + 2s Σ (W0·Aᵀ) ⊙ B + s² Σ (B·(A·Aᵀ)) ⊙ B          sums along each row
+
+LoRA (arXiv 2106.09685) is the same layer without m. DoRA trains A, B and m together; BiDoRA (arXiv 2410.09758)
+trains A, B at the lower level and m at the upper. Works on any nn.Module that has nn.Linear layers.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from files import read_json, replacing, write_json
+
+METHODS = ("lora", "dora", "bidora")
+
+
+class BiDoRALinear(nn.Linear):
+    """
+    A frozen linear layer with a trainable low-rank direction and, for 'dora' and 'bidora', a trainable magnitude.
+
+    rank, lora_alpha: the direction is (lora_alpha / rank)·B·A with A (rank × in), B (out × rank). lora_dropout: on the
+    direction's input. method: 'lora' (no magnitude), 'dora' (magnitude at the lower level), 'bidora' (at the upper).
+    norm_grad: 'exact', or 'detach' to treat the norm as a constant in the backward pass (DoRA, section 4.3).
+    linear: an nn.Linear whose weight and bias are adopted (shared, not copied); without it W0 is random, as nn.Linear's.
+
+    Adapter parameters are fp32 even over a bf16 weight, because in bf16 small updates round to nothing.
+    Raises ValueError for a rank outside 1 … min(in, out), an unknown method or norm_grad, or a weight that is not floating.
+    """
+
+    def __init__(self, in_features, out_features, rank=8, lora_alpha=16.0, lora_dropout=0.0, bias=True, method="bidora",
+                 norm_grad="exact", linear=None):
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(f"rank {rank} does not fit a layer of {in_features} inputs and {out_features} outputs: "
+                             f"choose 1 to {min(in_features, out_features)}")
+        if method not in METHODS or norm_grad not in ("exact", "detach"):
+            raise ValueError(f"unknown method {method!r} (of {', '.join(METHODS)}) or norm_grad {norm_grad!r} (exact, detach)")
+        super().__init__(in_features, out_features, bias, device="meta" if linear is not None else None)
+        if linear is not None:
+            self.weight, self.bias = linear.weight, linear.bias
+        if not self.weight.is_floating_point():
+            raise ValueError(f"the weight is {self.weight.dtype}: quantised layers can't be adapted")
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.rank, self.lora_alpha, self.scaling = rank, lora_alpha, lora_alpha / rank
+        self.method, self.norm_grad = method, norm_grad
+        self.dropout = nn.Dropout(lora_dropout)
+        new = dict(device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32))
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, **new))
+        self.lora_B = nn.Parameter(torch.empty(out_features, rank, **new))
+        self.reset_direction()
+        squares = torch.linalg.vector_norm(self.weight.to(new["dtype"]), dim=1) ** 2
+        self.register_buffer("weight_squares", squares, persistent=False)  # ‖W0‖² of each row, (out,)
+        # m starts at ‖W0‖ of the weight that is there, by the same arithmetic as the norm, so that ratio starts at exactly 1.
+        self.lora_magnitude_vector = None if method == "lora" else nn.Parameter(self.direction_norm().detach().clone())
+
+    def reset_direction(self):
+        """Start the direction afresh: A Kaiming-uniform, B zero, so that B·A = 0."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def direction_norm(self):
+        """‖W0 + s·B·A‖ of each row, (out,), without building the product."""
+        A, B, s = self.lora_A, self.lora_B, self.scaling
+        W0A = (self.weight @ A.T.to(self.weight.dtype)).to(A.dtype)  # (out, rank)
+        squares = self.weight_squares + s * ((2 * W0A + s * (B @ (A @ A.T))) * B).sum(dim=1)
+        return squares.clamp_min(1e-24).sqrt()  # never 0, for a row of zeros
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)  # (..., out)
+        B = self.scaling * self.lora_B
+        if self.lora_magnitude_vector is not None:
+            norm = self.direction_norm()
+            ratio = self.lora_magnitude_vector / (norm if self.norm_grad == "exact" else norm.detach())  # (out,)
+            # ratio stays within a percent of 1, where bf16 has steps of 0.4 to 0.8 %: so ratio - 1 is what meets y.
+            # The bias lies outside the scaling.
+            y = torch.addcmul(y, y if self.bias is None else y - self.bias, (ratio - 1).to(x.dtype))
+            B = ratio[:, None] * B
+        return y + F.linear(F.linear(self.dropout(x), self.lora_A.to(x.dtype)), B.to(x.dtype))
+
+    @torch.no_grad()
+    def merged_weight(self):
+        """W' as one matrix, (out × in), in the adapter's precision. For merging and analysis, not for training."""
+        W = self.weight.to(self.lora_A.dtype) + self.scaling * (self.lora_B @ self.lora_A)
+        if self.lora_magnitude_vector is None:
+            return W
+        return (self.lora_magnitude_vector / torch.linalg.vector_norm(W, dim=1).clamp_min(1e-12))[:, None] * W
+
+
+def replace_linear_with_bidora(module, rank=8, target_modules=("q_proj", "v_proj"), lora_alpha=16.0, lora_dropout=0.0,
+                               method="bidora", norm_grad="exact"):
+    """
+    Replace, in place, the nn.Linear layers named in target_modules by BiDoRALinear layers that share their weights.
+
+    target_modules: names as in module.named_modules(), or their ends: "q_proj" takes every "….q_proj". Returns module.
+    Raises ValueError when a target matches no linear layer, is adapted already, or shares its weight with another layer.
+    """
+    linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    chosen = {}
+    for target in target_modules:
+        found = {name: layer for name, layer in linears.items() if name and f".{name}".endswith(f".{target}")}
+        if not found:
+            raise ValueError(f"target module {target!r} matches no linear layer; there are: "
+                             f"{', '.join(sorted({name.rpartition('.')[2] for name in linears}))}")
+        chosen |= found
+    owners = list(module.named_parameters(remove_duplicate=False))
+    for name, layer in chosen.items():
+        if isinstance(layer, BiDoRALinear):
+            raise ValueError(f"{name} has an adapter already")
+        shared = [owner for owner, parameter in owners if parameter is layer.weight and owner != f"{name}.weight"]
+        if shared:
+            raise ValueError(f"{name} shares its weight with {shared[0]}, so it can't be adapted by itself")
+    for name, layer in chosen.items():
+        parent, _, child = name.rpartition(".")
+        adapted = BiDoRALinear(layer.in_features, layer.out_features, rank, lora_alpha, lora_dropout,
+                               layer.bias is not None, method, norm_grad, linear=layer)
+        setattr(module.get_submodule(parent), child, adapted.train(layer.training))
+    return module
+
+
+@dataclass
+class BiDoRAConfig:
+    """Settings in the names of the `bidora` package. use_bidora=False trains the magnitude with the direction (DoRA)."""
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    target_modules: tuple = ("q_proj", "v_proj")
+    use_bidora: bool = True
+    lower_lr_multiplier: float = 1.0  # these three are for create_bilevel_optimizer: lower_lr = base rate × multiplier
+    upper_lr_multiplier: float = 2.0
+    lower_steps: int = 1
+
+
+def prepare_bidora_model(model, config, quantized=False):
+    """
+    Freeze every parameter of model, then put in adapters by a BiDoRAConfig; returns model.
+
+    Raises ValueError for quantized=True (no quantised base can be adapted yet), and as replace_linear_with_bidora does.
+    """
+    if quantized:
+        raise ValueError("quantized=True: quantised bases can't be adapted; load the model in float32 or bfloat16")
+    model.requires_grad_(False)
+    return replace_linear_with_bidora(model, config.rank, config.target_modules, config.alpha, config.dropout,
+                                      "bidora" if config.use_bidora else "dora")
+
+
+def adapter_layers(model):
+    """The model's BiDoRALinear layers by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, BiDoRALinear)}
+
+
+def upper_parameters(model):
+    """The parameters of the upper level, which learn on validation data: BiDoRA's magnitudes, unless frozen."""
+    return [layer.lora_magnitude_vector for layer in adapter_layers(model).values()
+            if layer.method == "bidora" and layer.lora_magnitude_vector.requires_grad]
+
+
+def lower_parameters(model):
+    """The parameters of the lower level, which learn on training data: all trainable ones that are not upper."""
+    upper = {id(parameter) for parameter in upper_parameters(model)}
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in upper]
+
+
+def freeze_magnitude(model):
+    """Fix every magnitude where it is, for BiDoRA's last phase."""
+    for layer in adapter_layers(model).values():
+        if layer.lora_magnitude_vector is not None:
+            layer.lora_magnitude_vector.requires_grad_(False)
+
+
+def merge(model):
+    """
+    Fold every adapter into its weight, in place: plain nn.Linear layers again, for saving and serving. Returns model.
+
+    The merged weight has the base weight's dtype, so over a bf16 base it is rounded once.
+    """
+    for name, layer in adapter_layers(model).items():
+        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        linear.weight = nn.Parameter(layer.merged_weight().to(layer.weight.dtype), requires_grad=False)
+        linear.bias = layer.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear.train(layer.training))
+    return model
+
+
+# PEFT's names inside adapter_model.safetensors
+PEFT_PREFIX = "base_model.model."
+PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
+
+
+def adapter_tensors(model):
+    """Every adapter parameter under the name that PEFT saves it by."""
+    return {f"{PEFT_PREFIX}{name}.{PEFT_NAMES[part]}": getattr(layer, part).detach()
+            for name, layer in adapter_layers(model).items() for part in PEFT_NAMES if getattr(layer, part) is not None}
+
+
+def save_adapter(model, folder, base_model=""):
+    """
+    Write adapter_model.safetensors and adapter_config.json, as PEFT does; each file is replaced atomically.
+
+    base_model: the name or folder of the base, for the reader. To PEFT a BiDoRA adapter is a DoRA adapter.
+    Raises ValueError for a model without adapters, or with different ranks; OSError when the folder can't be written.
+    """
+    layers = adapter_layers(model)
+    if not layers:
+        raise ValueError("the model has no adapters to save")
+    kinds = {(layer.rank, layer.lora_alpha, layer.dropout.p, layer.method != "lora") for layer in layers.values()}
+    if len(kinds) > 1:
+        raise ValueError("the model's adapters differ in rank, alpha, dropout or method; one file holds one kind")
+    rank, alpha, dropout, use_dora = kinds.pop()
+    # Short names where they say enough: "q_proj" only if every q_proj is adapted.
+    ends = {name.rpartition(".")[2] for name in layers}
+    plain = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name not in layers]
+    targets = list(layers) if any(name.rpartition(".")[2] in ends for name in plain) else sorted(ends)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": rank,
+              "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets, "use_dora": use_dora,
+              "bias": "none", "inference_mode": True}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "adapter_model.safetensors") as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}, temporary)
+    write_json(folder / "adapter_config.json", config)
+
+
+def load_adapter(model, folder):
+    """
+    Load an adapter that save_adapter wrote; a model without adapters gets them first. Returns model.
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one or one that does not fit the model.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "adapter_config.json")
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder / 'adapter_model.safetensors'} is missing") from None
+    except SafetensorError as error:
+        raise ValueError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from None
+    if not adapter_layers(model):
+        model.requires_grad_(False)
+        try:
+            replace_linear_with_bidora(model, config["r"], config["target_modules"], config["lora_alpha"],
+                                       config["lora_dropout"], "dora" if config["use_dora"] else "lora")
+        except KeyError as error:
+            raise ValueError(f"{folder / 'adapter_config.json'}: {error} is missing") from None
+    own = adapter_tensors(model)
+    for name in sorted(own.keys() | tensors.keys()):
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
+            shapes = [tuple(side[name].shape) if name in side else "none" for side in (tensors, own)]
+            raise ValueError(f"{folder}: the adapter does not fit the model: {name} is {shapes[0]} in the file, {shapes[1]} in the model")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+    return model

@@ -1,0 +1,544 @@
+"""
+Fine-tune a language model with BiDoRA or one of its relatives.
+
+    python train.py --config=small.py                  the settings in configs/small.py
+    python train.py --config=small.py --method=dora    any field of Config can be given as --name=value
+    python train.py --help                             every setting, its default and what it does
+
+BiDoRA's three phases (arXiv 2410.09758, algorithm 1): *search* alternates (1) a step of the direction on the train split and
+(2) a step of the magnitude on the val split, along a hypergradient; (3) *retrain* fixes the magnitude and trains the direction
+on train and val together. The other methods train once on train and val together, for as many lower-level steps in total.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import platform
+import re
+import runpy
+import shutil
+import statistics
+import sys
+import time
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import bidora
+import data
+from files import replacing, write_json
+from hypergrad import HYPERGRADIENTS, assign, create_bilevel_optimizer
+from model import Transformer
+from pretrained import find_model
+
+
+@dataclass
+class Config:
+    # what is trained
+    model: str = "smollm2-135m"  # a folder in Hugging Face's layout, or a built-in: smollm2-135m, tiny-random
+    method: str = "bidora"  # bidora, dora, lora, or ft (full fine-tuning: every weight)
+    dtype: str = "auto"  # of the frozen base: float32, bfloat16, or auto, whichever a short measurement finds fast; adapters are fp32 always
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    seed: int = 0  # of the sample drawn from a built-in data set, the split, the adapter's start and the order of the batches
+    # data
+    data: str = ""  # a built-in data set: movie-sentiment, toy-sentiment
+    train_file: str = ""  # your own data instead, JSONL (the formats are in data.py)
+    val_file: str = ""  # JSONL; without it val_fraction of train_file is split off
+    test_file: str = ""  # JSONL, only ever evaluated on
+    train_size: int = 200  # examples taken from a built-in data set, train and val together
+    test_size: int = 400  # examples of a built-in data set kept for the test, the same for every seed
+    val_fraction: float = 0.2  # the upper level's share of the training data; the paper splits 8:2
+    block_size: int = 256  # most tokens an example may have; longer prompts are cut on the left
+    label_prompt: str = ""  # how a classification question is put, with {text} and {labels}; empty: the data set's own, or a general one
+    train_on_prompt: bool = False  # count the prompt in the loss too, not only the answer
+    # the adapter
+    rank: int = 8  # of the direction's update B·A; more rank, more to learn and to overfit
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    dropout: float = 0.0  # on the update's input; off while a hypergradient is computed
+    target_modules: tuple = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the layers that get an adapter
+    norm_grad: str = "exact"  # exact, or detach: treat the norm as a constant in the backward pass, as PEFT does
+    # the budget: every method takes search_steps + retrain_steps lower-level steps
+    search_steps: int = 30  # lower-level steps of BiDoRA's search phase
+    retrain_steps: int = 40  # steps of BiDoRA's last phase, direction only, on train and val
+    lower_steps: int = 1  # lower-level steps for each upper-level step
+    batch_size: int = 8  # examples a step, at either level
+    lower_lr: float = 5e-4  # AdamW's peak rate for the direction (and for all there is in ft, lora, dora)
+    upper_lr: float = 1e-3  # AdamW's peak rate for the magnitude
+    warmup: float = 0.1  # share of a phase in which the rates rise from 0; then they fall linearly to a tenth
+    weight_decay: float = 0.0  # AdamW's, lower level only
+    grad_clip: float = 1.0  # largest gradient norm of each level
+    final_init: str = "fresh"  # retrain from a fresh direction, as the paper does, or continue from the one that search found
+    # the hypergradient (hypergrad.py)
+    hypergradient: str = "unrolled"  # unrolled (the paper's), first_order, neumann, conjugate_gradient
+    unroll_steps: int = 1  # unrolled: gradient steps differentiated through
+    unroll_lr: float = 0.0  # unrolled: their rate; 0 takes lower_lr
+    mode: str = "exact"  # unrolled: exact (double backward) or finite_difference (noise in bfloat16)
+    terms: int = 3  # neumann: terms of the series
+    neumann_alpha: float = 0.01  # neumann: its step, below 2 / (largest eigenvalue of the lower Hessian)
+    cg_iterations: int = 3  # conjugate_gradient: most iterations
+    damping: float = 0.01  # conjugate_gradient: added to the Hessian's diagonal
+    # output
+    out_dir: str = ""  # where the run is written; empty: out/<config's name>, with -<method> behind for methods given as --method
+    overwrite: bool = False  # replace the files of an earlier run in out_dir
+    eval_batch_size: int = 32  # examples a forward pass in evaluation
+
+
+CHOICES = {
+    "method": ("bidora", "dora", "lora", "ft"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "data": ("", *data.BUILT_IN),
+    "norm_grad": ("exact", "detach"),
+    "final_init": ("fresh", "continue"),
+    "hypergradient": tuple(HYPERGRADIENTS),
+    "mode": ("exact", "finite_difference"),
+}
+MAY_BE_ZERO = {"seed", "dropout", "weight_decay", "warmup", "val_fraction", "unroll_lr", "damping", "search_steps", "retrain_steps"}
+BELOW_ONE = {"dropout", "val_fraction", "warmup"}
+
+
+# ------------------------------------------------------------------------------------------ configuration
+
+
+def suggest(name, known):
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(filter(None, known))}"
+
+
+def typed(field, value, where):
+    """A value from the command line (a string) or a config file, in the field's type. Raises ValueError."""
+    kind = field.type
+    try:
+        if kind is tuple:
+            value = value.split(",") if isinstance(value, str) else value
+            if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value):
+                return tuple(value)
+        elif kind is bool:
+            if str(value).lower() in ("true", "false"):
+                return str(value).lower() == "true"
+        elif kind is str:
+            if isinstance(value, (str, Path)):
+                return str(value)
+        elif not isinstance(value, bool) and kind(value) == float(value):  # 8.0 is an int, 8.5 is none
+            return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    what = {tuple: "a list of names", bool: "True or False", str: "text", int: "a whole number", float: "a number"}[kind]
+    raise ValueError(f"{where}: {field.name}={value!r} is not {what}")
+
+
+def read_config(arguments):
+    """
+    The Config of a command line: defaults, then the file named by --config, then --name=value.
+
+    Raises ValueError or FileNotFoundError with one line that names what is wrong and where.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    given = {}
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals:
+            raise ValueError(f"argument {argument!r}: write --name=value")
+        if name not in fields and name != "config":
+            raise ValueError(f"unknown setting --{name}" + suggest(name, fields))
+        given[name] = value
+    values = {}
+    if "config" in given:
+        path = Path(given["config"])
+        if not path.exists():
+            path = Path(__file__).parent / "configs" / path
+        if not path.is_file():
+            known = sorted(p.name for p in (Path(__file__).parent / "configs").glob("*.py"))
+            raise FileNotFoundError(f"no config file {given['config']!r}, here or in configs/" + suggest(given["config"], known))
+        try:
+            settings = runpy.run_path(str(path))
+        except Exception as error:
+            line = error.lineno if isinstance(error, SyntaxError) else error.__traceback__.tb_next.tb_next.tb_next.tb_lineno
+            raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+        for name, value in settings.items():
+            if name.startswith("_") or isinstance(value, types.ModuleType):
+                continue
+            if name not in fields:
+                raise ValueError(f"{path}: unknown setting {name!r}" + suggest(name, fields))
+            values[name] = typed(fields[name], value, path)
+        if not values.get("out_dir"):
+            other = given["method"] if given.get("method", values.get("method", "bidora")) != values.get("method", "bidora") else ""
+            values["out_dir"] = str(Path("out") / "-".join(filter(None, (path.stem, other))))
+    for name, value in given.items():
+        if name != "config":
+            values[name] = typed(fields[name], value, "command line")
+    return Config(**values)
+
+
+def check(config):
+    """Raise ValueError for a setting that makes no sense, before any work is done."""
+    for name, choices in CHOICES.items():
+        value = getattr(config, name)
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}" + suggest(value, choices))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type in (int, float):
+            low, low_word = (0, "at least 0") if field.name in MAY_BE_ZERO else (0 if field.type is float else 1, "positive")
+            if not low <= value or (value == 0 and field.name not in MAY_BE_ZERO) or (value >= 1 and field.name in BELOW_ONE) \
+                    or not math.isfinite(value):
+                raise ValueError(f"{field.name}={value} must be {low_word}{' and below 1' if field.name in BELOW_ONE else ''}")
+    if config.search_steps + config.retrain_steps == 0 or (config.method == "bidora" and config.search_steps == 0):
+        raise ValueError(f"search_steps={config.search_steps}, retrain_steps={config.retrain_steps}: there is nothing to train")
+    if not config.train_file and not config.data:
+        raise ValueError(f"no data: give --train_file=yours.jsonl, or a built-in set with --data={'|'.join(data.BUILT_IN)}")
+    if (config.val_file or config.test_file) and not config.train_file:
+        raise ValueError("val_file and test_file go with train_file; a built-in data set brings its own")
+    if config.label_prompt and "{text}" not in config.label_prompt:
+        raise ValueError("label_prompt must contain {text}, the place where the example's text goes")
+    if config.method == "bidora" and not config.val_file and config.val_fraction == 0:
+        raise ValueError("method=bidora needs validation data: its upper level learns the magnitude from examples that the lower "
+                         "level does not train on; give --val_file, or a val_fraction above 0 (the paper's is 0.2)")
+    if config.method == "ft" and config.dtype == "bfloat16":
+        raise ValueError("method=ft trains the weights themselves, and in bfloat16 small updates round to nothing: use dtype=float32")
+    if config.mode == "finite_difference" and config.dtype == "bfloat16" and (config.method, config.hypergradient) == ("bidora", "unrolled"):
+        raise ValueError("mode=finite_difference is rounding noise in bfloat16: use mode=exact, or dtype=float32")
+
+
+def help_text():
+    """Every field with its default and its comment, read from Config's own source."""
+    lines = [__doc__.strip(), "", "settings:"]
+    for line in inspect.getsource(Config).splitlines()[2:]:
+        if match := re.fullmatch(r"    (\w+): \w+ = (.*?)  # (.*)", line):
+            name, default, comment = match.groups()
+            lines.append(f"  --{name}={default.strip(chr(34)).replace(chr(34), '') if default[0] != '(' else ','.join(getattr(Config, name))}")
+            lines.append(f"        {comment}")
+        elif match := re.fullmatch(r"    # (.*)", line):
+            lines += ["", match.group(1)]
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------- data
+
+
+def load_data(config):
+    """The raw examples as {"train", "val", "test"}, and the classification question. Raises ValueError where they don't fit together."""
+    if config.train_file:
+        parts = {"train": data.load_examples(config.train_file),
+                 "val": data.load_examples(config.val_file) if config.val_file else [],
+                 "test": data.load_examples(config.test_file) if config.test_file else []}
+        question = config.label_prompt or data.LABEL_PROMPT
+    else:
+        examples = data.load_examples(config.data)
+        if config.train_size + config.test_size > len(examples):
+            raise ValueError(f"train_size={config.train_size} and test_size={config.test_size} are more than the {len(examples)} examples of {config.data}")
+        rest, test = data.split(examples, config.test_size / len(examples), seed=0)  # the same test for every seed
+        train, _ = data.split(rest, 1 - config.train_size / len(rest), seed=config.seed)
+        parts = {"train": train, "val": [], "test": test}
+        question = config.label_prompt or data.BUILT_IN[config.data]
+    if not config.val_file and config.val_fraction > 0:
+        parts["train"], parts["val"] = data.split(parts["train"], config.val_fraction, config.seed)
+    formats = {data.format_of(part[0]) for part in parts.values() if part}
+    if len(formats) > 1:
+        raise ValueError(f"the files differ in format: {', '.join(sorted(formats))}")
+    labels = {name: {example.get("label") for example in part} for name, part in parts.items() if part}
+    if formats == {"classification"} and len(labels["train"]) < 2:
+        raise ValueError(f"all train examples have the label {labels['train'].pop()!r}: classification needs two labels or more")
+    for name, found in labels.items():
+        if unseen := found - labels["train"]:
+            raise ValueError(f"{name} has the label {sorted(unseen)[0]!r}, which train lacks")
+        if name == "val" and (lacking := labels["train"] - found):
+            raise ValueError(f"val lacks the label {sorted(lacking)[0]!r}: give it examples of every label")
+    return parts, question
+
+
+@torch.no_grad()
+def evaluate(model, encoded, label_ids, config, pad_id):
+    """
+    Mean loss (nats a token) and accuracy over examples; None for an empty list.
+
+    With labels: the loss of the right label's tokens, and how often it is the likeliest of all. Without: the loss of the
+    tokens that count, and how often the likeliest token is the right one.
+    """
+    if not encoded:
+        return None
+    model.eval()
+    total = right = tokens = 0
+    encoded = sorted(encoded, key=lambda e: len(e.input_ids))  # rows of similar length: little padding
+    for start in range(0, len(encoded), config.eval_batch_size):
+        batch = encoded[start:start + config.eval_batch_size]
+        if label_ids:
+            scores = model.score([e.prompt_ids for e in batch], list(label_ids.values()))  # (B, labels)
+            answers = torch.tensor([list(label_ids).index(e.label) for e in batch], device=scores.device)
+            total -= scores.gather(1, answers[:, None]).sum().item()
+            right += (scores.argmax(1) == answers).sum().item()
+            tokens += sum(len(label_ids[e.label]) for e in batch)
+        else:
+            logits, answers = model.answer_logits(*(t.to(model.lm_head.weight.device) for t in data.collate(batch, pad_id)))
+            total += torch.nn.functional.cross_entropy(logits, answers, reduction="sum").item()
+            right += (logits.argmax(1) == answers).sum().item()
+            tokens += len(answers)
+    return {"loss": total / tokens, "accuracy": right / (len(encoded) if label_ids else tokens)}
+
+
+# -------------------------------------------------------------------------------------------------- machine
+
+
+def choose_dtype(config, device):
+    """The base's dtype and, in words, why."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype), "as set"
+    if config.method == "ft":
+        return torch.float32, "full fine-tuning needs it"
+    if config.method == "bidora" and (config.hypergradient, config.mode) == ("unrolled", "finite_difference"):
+        return torch.float32, "finite differences need it"
+    if device == "cuda":
+        return (torch.bfloat16, "the GPU supports it") if torch.cuda.is_bf16_supported() else (torch.float32, "the GPU has no bfloat16")
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = statistics.median(times[1:])
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    return torch.bfloat16 if ratio > 1.5 else torch.float32, f"a bfloat16 product runs at {ratio:.1f} × float32's speed here"
+
+
+def memory():
+    """The process's peak memory so far, in GB: resident on a CPU (0 on Windows, which has no such count), allocated on a GPU."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e9
+    if platform.system() == "Windows":
+        return 0.0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024) / 1e9
+
+
+def learning_rate_scale(step, steps, warmup):
+    """The rates' factor at step 1 … steps: up in a line over the first `warmup` of them, then down in a line to a tenth."""
+    rising = max(1, round(warmup * steps))
+    if step <= rising:
+        return step / rising
+    return 1 - 0.9 * (step - rising) / max(1, steps - rising)
+
+
+# ---------------------------------------------------------------------------------------------- the main job
+
+
+def train(config):
+    """Run all phases as config says; returns the results that summary.json holds. Raises ValueError, OSError, FloatingPointError."""
+    check(config)
+    started, memory_at_start = time.time(), memory()
+    out = Path(config.out_dir or "out/run")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out_dir {out} is a file: choose another")
+    if (out / "run.json").exists() and not config.overwrite:
+        raise ValueError(f"{out} holds an earlier run: choose another --out_dir, or replace it with --overwrite=True")
+
+    # data, model and tokenizer; whatever is wrong with them shows before the first step
+    parts, label_prompt = load_data(config)
+    labels = sorted({example["label"] for example in parts["train"] if "label" in example})
+    folder = find_model(config.model)
+    tokenizer = data.Tokenizer.from_pretrained(folder)
+    label_ids = {label: tokenizer.encode(label) for label in labels}
+    encoded = {}
+    cut = 0
+    for name, examples in parts.items():
+        encoded[name], cut_here = data.encode(examples, tokenizer, config.block_size, label_prompt, labels, config.train_on_prompt)
+        cut += cut_here
+    if cut:
+        print(f"{cut} examples were longer than block_size={config.block_size} tokens: their prompts were cut on the left")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    dtype, why = choose_dtype(config, device)
+    torch.manual_seed(config.seed)
+    model = Transformer.from_pretrained(folder, dtype, device)
+    if config.block_size > model.config.max_position_embeddings:
+        raise ValueError(f"block_size={config.block_size} is more than the {model.config.max_position_embeddings} positions of {config.model}")
+    if config.method != "ft":
+        model.requires_grad_(False)
+        bidora.replace_linear_with_bidora(model, config.rank, config.target_modules, config.alpha, config.dropout,
+                                          config.method, config.norm_grad)
+    both = encoded["train"] + encoded["val"]
+    if config.method == "bidora":
+        phases = [("search", config.search_steps, encoded["train"]), ("retrain", config.retrain_steps, both)]
+    else:
+        phases = [("train", config.search_steps + config.retrain_steps, both)]
+    sizes = {"lower": sum(p.numel() for p in bidora.lower_parameters(model)),
+             "upper": sum(p.numel() for p in bidora.upper_parameters(model))}
+
+    print(f"{config.method} on {config.model}, {str(dtype).removeprefix('torch.')} on {device} ({why})")
+    print(f"data: {config.train_file or config.data}: {', '.join(f'{len(e)} {name}' for name, e in encoded.items())}"
+          + (f"; labels {', '.join(labels)}" if labels else ""))
+    print(f"trainable: {sizes['lower']:,} lower-level" + (f", {sizes['upper']:,} upper-level" if sizes["upper"] else "") + " parameters")
+    if config.method == "bidora":
+        print(f"search: {config.search_steps} steps, direction on train, magnitude on val by the {config.hypergradient} hypergradient")
+        print(f"retrain: {config.retrain_steps} steps, direction on train + val from a {config.final_init} start, magnitude fixed"
+              .replace("a continue start", "where search ended"))
+    else:
+        print(f"train: {phases[0][1]} steps on train + val")
+
+    def evaluate_all():
+        return {name: evaluate(model, examples, label_ids, config, tokenizer.pad_id) for name, examples in encoded.items()}
+
+    before = evaluate_all()
+    shown = "test" if encoded["test"] else "val" if encoded["val"] else "train"
+    print(f"before training: {shown} accuracy {before[shown]['accuracy']:.1%}, loss {before[shown]['loss']:.3f}", flush=True)
+
+    def save():
+        if config.method != "ft":
+            bidora.save_adapter(model, out, str(folder))
+            return
+        model.save_pretrained(out)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if (folder / name).exists():
+                with replacing(out / name) as temporary:
+                    shutil.copyfile(folder / name, temporary)
+
+    # The folder is tried with all that will go into it while nothing is lost yet: a full disk shows now.
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "summary.json", "loss.png"):
+        (out / name).unlink(missing_ok=True)
+    save()
+    write_json(out / "run.json", dataclasses.asdict(config) | {
+        "model_folder": str(folder), "labels": labels, "label_prompt": label_prompt, "dtype": str(dtype).removeprefix("torch.")})
+
+    options = {
+        "first_order": {},
+        "unrolled": {"lr": config.unroll_lr or config.lower_lr, "steps": config.unroll_steps, "mode": config.mode},
+        "neumann": {"terms": config.terms, "alpha": config.neumann_alpha},
+        "conjugate_gradient": {"iterations": config.cg_iterations, "damping": config.damping},
+    }[config.hypergradient]
+
+    def loss_fn(model, batch):
+        input_ids, labels = batch
+        return model(input_ids.to(device), labels.to(device))
+
+    metrics, seconds, n = [], {}, 0
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as log:
+        for phase, steps, examples in phases:
+            if phase == "retrain":
+                bidora.freeze_magnitude(model)
+                if config.final_init == "fresh":
+                    for layer in bidora.adapter_layers(model).values():
+                        layer.reset_direction()
+            optimizer = create_bilevel_optimizer(model, config.lower_lr, config.upper_lr, config.lower_steps, config.hypergradient,
+                                                 config.weight_decay, config.grad_clip, **options)
+            train_batches = data.batches(examples, config.batch_size, tokenizer.pad_id, config.seed)
+            val_batches = data.batches(encoded["val"], config.batch_size, tokenizer.pad_id, config.seed)
+            trained = optimizer.lower + optimizer.upper
+            good = [p.detach().clone() for p in trained]
+            phase_start = time.time()
+            model.train()
+            progress = tqdm(range(1, steps + 1), desc=phase, unit="step", mininterval=0.5 if sys.stderr.isatty() else 10)
+            for step in progress:
+                step_start, n = time.time(), n + 1
+                scale = learning_rate_scale(step, steps, config.warmup)
+                optimizer.scale_lr(scale)
+                here = [p.detach().clone() for p in trained]
+                try:
+                    train_batch = next(train_batches)
+                    line = {"step": n, "phase": phase, "train_loss": optimizer.lower_step(loss_fn, train_batch).item(),
+                            "lower_lr": scale * config.lower_lr}
+                    if optimizer.upper and step % config.lower_steps == 0:
+                        val_loss = optimizer.upper_step(loss_fn, train_batch, next(val_batches))
+                        line |= {"val_loss": val_loss.item(), "upper_lr": scale * config.upper_lr}
+                except FloatingPointError as error:
+                    progress.close()
+                    assign(trained, good)
+                    save()
+                    raise FloatingPointError(f"{phase} step {step} of {steps} is not finite ({error}): lower lower_lr or upper_lr; "
+                                             f"the weights of the last good step are in {out}") from None
+                good = here  # these weights gave a finite loss
+                line["seconds"] = round(time.time() - step_start, 4)
+                metrics.append(line)
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                progress.set_postfix(lower=f"{line['train_loss']:.3f}", **({"upper": f"{line['val_loss']:.3f}"} if "val_loss" in line else {}))
+            seconds[phase] = time.time() - phase_start
+            save()
+
+    after = evaluate_all()
+    results = {
+        "method": config.method, "model": config.model, "dtype": str(dtype).removeprefix("torch."), "seed": config.seed,
+        "examples": {name: len(examples) for name, examples in encoded.items()}, "before": before, "after": after,
+        "trainable_parameters": sizes, "seconds": seconds | {"total": time.time() - started},
+        "peak_memory_gb": memory(), "peak_memory_beyond_start_gb": memory() - memory_at_start, "out_dir": str(out),
+    }
+    plot_losses(out / "loss.png", metrics, results)
+    write_json(out / "summary.json", results)
+    print(report(results))
+    return results
+
+
+def plot_losses(path, metrics, results):
+    """Draw train and val loss over the steps, the phases marked, with the test loss before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # a file, no window
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, label, color in (("train_loss", "train batch", "tab:blue"), ("val_loss", "val batch", "tab:orange")):
+        points = [(line["step"], line[key]) for line in metrics if key in line]
+        if points:
+            axes.plot(*zip(*points), label=label, color=color, linewidth=1.2)
+    if results["after"]["test"]:
+        axes.plot([0, len(metrics)], [results[when]["test"]["loss"] for when in ("before", "after")], "k^", label="test, before and after")
+    for phase in dict.fromkeys(line["phase"] for line in metrics):
+        first = next(line["step"] for line in metrics if line["phase"] == phase)
+        axes.axvline(first - 0.5, color="gray", linewidth=0.8, linestyle=":")
+        axes.text(first, 1.01, phase, transform=axes.get_xaxis_transform(), color="gray")
+    axes.set(xlabel="lower-level step", ylabel="loss (nats per token)", ylim=(0, None))
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    plt.close(figure)
+
+
+def report(results):
+    """The final table, and what to try next."""
+    parts = [name for name in ("train", "val", "test") if results["after"][name]]
+    lines = ["", "".join(f"{head:>16}" for head in ("", *parts))]
+    lines.append("".join(f"{cell:>16}" for cell in ("examples", *(results["examples"][part] for part in parts))))
+    for what, form in (("accuracy", "{:.1%}"), ("loss", "{:.3f}")):
+        for when in ("before", "after"):
+            lines.append("".join(f"{cell:>16}" for cell in (f"{what} {when}", *(form.format(results[when][part][what]) for part in parts))))
+    sizes, seconds, out = results["trainable_parameters"], results["seconds"], results["out_dir"]
+    lines += [
+        "",
+        f"trainable parameters: {sizes['lower']:,} lower level, {sizes['upper']:,} upper level",
+        f"seconds: {', '.join(f'{phase} {value:.0f}' for phase, value in seconds.items())}",
+        f"peak memory: {results['peak_memory_gb']:.2f} GB, {results['peak_memory_beyond_start_gb']:.2f} GB of it beyond Python and torch",
+        "",
+        f"saved in {out}: {', '.join(sorted(p.name for p in Path(out).iterdir()))}",
+        "next:",
+        f"  python sample.py --adapter={out} --prompt=\"...\"",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments):
+    if not arguments:
+        print(__doc__.strip() + "\n\nStart with:  python train.py --config=small.py   (downloads 95 MB, takes about 4 minutes on two CPU cores)"
+                                "\n       or:  python train.py --config=tiny.py    (downloads nothing, takes seconds)")
+        return 0
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return 0
+    try:
+        config = read_config(arguments)
+        results = train(config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
