@@ -48,17 +48,20 @@ def val_gradients(val_loss, lower, upper):
 @contextlib.contextmanager
 def restored(parameters):
     """Put the parameters' values back at the end, also when the block raises."""
-    found = [p.detach().clone() for p in parameters]
+    found = [p.data for p in parameters]
     try:
         yield
     finally:
         assign(parameters, found)
 
 
-@torch.no_grad()
 def assign(parameters, values):
+    """
+    Give parameters other values, by exchanging tensors rather than by writing into them: a graph made at the old values
+    stays usable once they are back.
+    """
     for parameter, value in zip(parameters, values):
-        parameter.copy_(value)
+        parameter.data = value
 
 
 def first_order(train_loss, val_loss, lower, upper):
@@ -78,16 +81,20 @@ def unrolled(train_loss, val_loss, lower, upper, lr=1e-3, steps=1, mode="exact",
         raise ValueError(f"unknown mode {mode!r}: choose 'exact' or 'finite_difference'")
     with restored(lower):
         iterates = []
-        for _ in range(steps):
-            iterates.append([V.detach().clone() for V in lower])
-            g = gradient(train_loss(), lower)
-            assign(lower, [V - lr * gV for V, gV in zip(lower, g)])
+        for k in range(steps):
+            iterates.append([V.data for V in lower])
+            if mode == "exact" and k == steps - 1:
+                g = differentiable_gradient(train_loss, lower)  # serves the step here and its derivative below
+            else:
+                g = gradient(train_loss(), lower)
+            assign(lower, [V - lr * gV.detach() for V, gV in zip(iterates[k], g)])
         v, h = val_gradients(val_loss, lower, upper)
         for k in reversed(range(steps)):
             assign(lower, iterates[k])
             wanted = upper if k == 0 else lower + upper  # before the first step V does not depend on m
             if mode == "exact":
-                g = differentiable_gradient(train_loss, lower)
+                if k < steps - 1:
+                    g = differentiable_gradient(train_loss, lower)
                 products = gradient(g, wanted, grad_outputs=v)
             else:
                 epsilon = radius / dot(v, v).sqrt().clamp_min(1e-20)

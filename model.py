@@ -12,6 +12,7 @@ What is notable about it:
 LLaMA: arXiv 2302.13971; rotary positions: 2104.09864; grouped queries: 2305.13245; Qwen2: 2407.10671.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,9 +92,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotate(x, cos, sin):
@@ -199,15 +198,21 @@ class Transformer(nn.Module):
         """
         log p(answer | prompt) in nats, summed over the answer's tokens: (prompts, answers). Both are lists of token id lists.
 
-        Answers that differ in their last token only share a forward pass, so one-token labels cost one pass in all.
+        What all prompts begin with (a system message, the question) is computed once. Answers that differ in their last
+        token only share a forward pass, so one-token labels cost one pass in all.
         """
         device = self.lm_head.weight.device
         scores = torch.zeros(len(prompts), len(answers), device=device)
         rows = torch.arange(len(prompts), device=device)
+        shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # leave each prompt its last token
+        prefix = [{} for _ in self.model.layers]
+        if shared:
+            self.hidden_states(torch.tensor([prompts[0][:shared]], device=device), prefix)
         for head in {tuple(answer[:-1]) for answer in answers}:
-            ids = [torch.tensor([*prompt, *head], device=device) for prompt in prompts]
-            x = self.hidden_states(nn.utils.rnn.pad_sequence(ids, batch_first=True))  # (P, T, hidden_size)
-            first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)  # predicts the answer's first token
+            ids = [torch.tensor([*prompt[shared:], *head], device=device) for prompt in prompts]
+            caches = [{name: t.expand(len(prompts), -1, -1, -1) for name, t in layer.items()} for layer in prefix]
+            x = self.hidden_states(nn.utils.rnn.pad_sequence(ids, batch_first=True), caches)  # (P, T, hidden_size)
+            first = torch.tensor([len(prompt) - shared - 1 for prompt in prompts], device=device)  # predicts the answer's first token
             log_p = [self.lm_head(x[rows, first + i]).float().log_softmax(-1) for i in range(len(head) + 1)]  # each (P, vocab)
             for column, answer in enumerate(answers):
                 if tuple(answer[:-1]) == head:

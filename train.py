@@ -22,6 +22,7 @@ import shutil
 import statistics
 import sys
 import time
+import traceback
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +64,13 @@ class Config:
     target_modules: tuple = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the layers that get an adapter
     norm_grad: str = "exact"  # exact, or detach: treat the norm as a constant in the backward pass, as PEFT does
     # the budget: every method takes search_steps + retrain_steps lower-level steps
-    search_steps: int = 30  # lower-level steps of BiDoRA's search phase
-    retrain_steps: int = 40  # steps of BiDoRA's last phase, direction only, on train and val
+    search_steps: int = 16  # lower-level steps of BiDoRA's search phase
+    retrain_steps: int = 44  # steps of BiDoRA's last phase, direction only, on train and val
     lower_steps: int = 1  # lower-level steps for each upper-level step
-    batch_size: int = 8  # examples a step, at either level
+    batch_size: int = 4  # examples a step, at either level
+    hyper_batch_size: int = 2  # train examples that a hypergradient's second derivatives see; each costs several times a plain step's memory
     lower_lr: float = 5e-4  # AdamW's peak rate for the direction (and for all there is in ft, lora, dora)
-    upper_lr: float = 1e-3  # AdamW's peak rate for the magnitude
+    upper_lr: float = 3e-3  # AdamW's peak rate for the magnitude
     warmup: float = 0.1  # share of a phase in which the rates rise from 0; then they fall linearly to a tenth
     weight_decay: float = 0.0  # AdamW's, lower level only
     grad_clip: float = 1.0  # largest gradient norm of each level
@@ -157,7 +159,8 @@ def read_config(arguments):
         try:
             settings = runpy.run_path(str(path))
         except Exception as error:
-            line = error.lineno if isinstance(error, SyntaxError) else error.__traceback__.tb_next.tb_next.tb_next.tb_lineno
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+            line = lines[-1] if lines else getattr(error, "lineno", "?")
             raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
         for name, value in settings.items():
             if name.startswith("_") or isinstance(value, types.ModuleType):
@@ -427,6 +430,7 @@ def train(config):
             optimizer = create_bilevel_optimizer(model, config.lower_lr, config.upper_lr, config.lower_steps, config.hypergradient,
                                                  config.weight_decay, config.grad_clip, **options)
             train_batches = data.batches(examples, config.batch_size, tokenizer.pad_id, config.seed)
+            hyper_batches = data.batches(examples, config.hyper_batch_size, tokenizer.pad_id, config.seed + 1)
             val_batches = data.batches(encoded["val"], config.batch_size, tokenizer.pad_id, config.seed)
             trained = optimizer.lower + optimizer.upper
             good = [p.detach().clone() for p in trained]
@@ -439,11 +443,10 @@ def train(config):
                 optimizer.scale_lr(scale)
                 here = [p.detach().clone() for p in trained]
                 try:
-                    train_batch = next(train_batches)
-                    line = {"step": n, "phase": phase, "train_loss": optimizer.lower_step(loss_fn, train_batch).item(),
+                    line = {"step": n, "phase": phase, "train_loss": optimizer.lower_step(loss_fn, next(train_batches)).item(),
                             "lower_lr": scale * config.lower_lr}
                     if optimizer.upper and step % config.lower_steps == 0:
-                        val_loss = optimizer.upper_step(loss_fn, train_batch, next(val_batches))
+                        val_loss = optimizer.upper_step(loss_fn, next(hyper_batches), next(val_batches))
                         line |= {"val_loss": val_loss.item(), "upper_lr": scale * config.upper_lr}
                 except FloatingPointError as error:
                     progress.close()
@@ -456,7 +459,8 @@ def train(config):
                 metrics.append(line)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                progress.set_postfix(lower=f"{line['train_loss']:.3f}", **({"upper": f"{line['val_loss']:.3f}"} if "val_loss" in line else {}))
+                progress.set_postfix(lower=f"{line['train_loss']:.3f}", refresh=False,
+                                     **({"upper": f"{line['val_loss']:.3f}"} if "val_loss" in line else {}))
             seconds[phase] = time.time() - phase_start
             save()
 

@@ -1,0 +1,103 @@
+"""
+Use a trained model: answer a prompt, hold a conversation, or classify.
+
+    python sample.py --adapter=out/small --prompt="A film to fall asleep in."      each label's probability
+    python sample.py --adapter=out/mine --prompt="Explain rainbows."               generate an answer
+    python sample.py --adapter=out/mine --chat                                     talk, until an empty line
+    python sample.py --model=smollm2-135m --chat                                   the base model, for comparison
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from bidora import load_adapter
+from data import LABEL_PROMPT, Tokenizer, question
+from files import read_json
+from model import Transformer
+from pretrained import find_model
+
+
+def load(adapter, model_name, device):
+    """The model, its tokenizer, and the settings of the run that trained it ({} for a plain model)."""
+    if not adapter:
+        folder = find_model(model_name)
+        dtype = getattr(torch, read_json(folder / "config.json").get("dtype", "float32"), torch.float32)
+        return Transformer.from_pretrained(folder, dtype, device), Tokenizer.from_pretrained(folder), {}
+    adapter = Path(adapter)
+    if not adapter.is_dir():
+        raise FileNotFoundError(f"no folder {adapter}: give the out_dir of a finished run")
+    run = read_json(adapter / "run.json") if (adapter / "run.json").exists() else {}
+    dtype = getattr(torch, run.get("dtype", "float32"))
+    if not (adapter / "adapter_config.json").exists():  # full fine-tuning leaves a whole model
+        return Transformer.from_pretrained(adapter, dtype, device), Tokenizer.from_pretrained(adapter), run
+    folder = find_model(model_name or run.get("model") or read_json(adapter / "adapter_config.json").get("base_model_name_or_path", ""))
+    model = Transformer.from_pretrained(folder, dtype, device)
+    return load_adapter(model, adapter).eval(), Tokenizer.from_pretrained(folder), run
+
+
+def answer(model, tokenizer, messages, args):
+    """The assistant's next turn, as text. messages: the conversation, or a string to continue as it stands."""
+    text = messages if isinstance(messages, str) else tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    ids = torch.tensor([tokenizer.encode(text)], device=args.device)
+    out = model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p, stop_ids=[tokenizer.eos_id])
+    return tokenizer.decode(out[0, ids.size(1):].tolist())
+
+
+def classify(model, tokenizer, text, labels, label_prompt):
+    """(probability, label) of every label, likeliest first; the probabilities are among the labels, so they sum to 1."""
+    messages = [{"role": "user", "content": question({"text": text}, label_prompt, labels)}]
+    prompt = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    p = model.score([prompt], [tokenizer.encode(label) for label in labels])[0].softmax(-1)
+    return sorted(zip(p.tolist(), labels), reverse=True)
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--adapter", default="", help="out_dir of a run, or any adapter folder in PEFT's format")
+    parser.add_argument("--model", default="", help="the base model; by default the one that the adapter was trained on")
+    parser.add_argument("--prompt", help="the text to answer, continue or classify")
+    parser.add_argument("--chat", action="store_true", help="hold a conversation")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without the chat template")
+    parser.add_argument("--labels", default="", help="classify among these, separated by commas; by default the run's own")
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token")
+    parser.add_argument("--top_k", type=int, default=None, help="sample among the k likeliest tokens")
+    parser.add_argument("--top_p", type=float, default=0.95, help="sample among the likeliest tokens with this share of the probability")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    if not (args.adapter or args.model):
+        parser.error("give --adapter=out/..., or --model=... for a base model")
+    if args.chat == (args.prompt is not None):
+        parser.error("give either --prompt=\"...\" or --chat")
+    if args.max_new_tokens < 1 or args.temperature < 0 or (args.top_k or 1) < 1 or not 0 < args.top_p <= 1:
+        parser.error("max_new_tokens and top_k must be positive, temperature at least 0, top_p above 0 and at most 1")
+    try:
+        torch.manual_seed(args.seed)
+        model, tokenizer, run = load(args.adapter, args.model, args.device)
+        labels = args.labels.split(",") if args.labels else run.get("labels", [])
+        if args.chat:
+            messages = []
+            print("An empty line ends the conversation.")
+            while text := input("you: ").strip():
+                messages.append({"role": "user", "content": text})
+                messages.append({"role": "assistant", "content": answer(model, tokenizer, messages, args)})
+                print("model:", messages[-1]["content"])
+        elif labels:
+            for p, label in classify(model, tokenizer, args.prompt, labels, run.get("label_prompt", LABEL_PROMPT)):
+                print(f"{p:6.1%}  {label}")
+        else:
+            print(answer(model, tokenizer, args.prompt if args.raw else [{"role": "user", "content": args.prompt}], args))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (EOFError, KeyboardInterrupt):
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,231 @@
+"""The adapter layers against a float64 reference that builds the matrix, and against PEFT."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import bidora
+from bidora import BiDoRAConfig, BiDoRALinear, load_adapter, merge, prepare_bidora_model, replace_linear_with_bidora, save_adapter
+
+METHODS = ("lora", "dora", "bidora")
+
+
+def reference(layer, x):
+    """The adapted output in float64, from the formula with the matrix built."""
+    W0, A, B = layer.weight.double(), layer.lora_A.double(), layer.lora_B.double()
+    W = W0 + layer.lora_alpha / layer.rank * B @ A
+    if layer.lora_magnitude_vector is not None:
+        W = layer.lora_magnitude_vector.double()[:, None] * W / W.norm(dim=1, keepdim=True)
+    return x.double() @ W.T + (0 if layer.bias is None else layer.bias.double())
+
+
+def trained(layer, scale=0.1):
+    """Give the adapter values as if it had been trained."""
+    with torch.no_grad():
+        layer.lora_B.normal_(std=scale)
+        if layer.lora_magnitude_vector is not None:
+            layer.lora_magnitude_vector.mul_(1 + 0.1 * torch.randn_like(layer.lora_magnitude_vector))
+    return layer
+
+
+def mlp(bias=True):
+    return nn.Sequential(nn.Linear(12, 20, bias=bias), nn.Tanh(), nn.Linear(20, 5, bias=bias))
+
+
+def tiny_llama():
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, max_position_embeddings=64)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("rank, scale", [(1, 0.01), (4, 0.1), (12, 3.0)])
+def test_factored_norm_equals_the_norm_of_the_built_matrix(rank, scale):
+    """Relative 1e-5: fp32 sums over a row of 40 entries."""
+    layer = trained(BiDoRALinear(40, 24, rank=rank), scale)
+    W = layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    torch.testing.assert_close(layer.direction_norm().double(), W.norm(dim=1), rtol=1e-5, atol=0)
+
+
+def test_factored_norm_over_a_bf16_weight_keeps_fp32_accuracy():
+    """
+    Relative 1e-4. W0·Aᵀ is a bf16 product, off by 2⁻⁹ of itself; in the norm it counts by its share, a few percent. Rounding
+    the norm itself to bf16 would be off by up to 4e-3.
+    """
+    linear = nn.Linear(512, 64, bias=False).bfloat16()
+    layer = trained(BiDoRALinear(512, 64, rank=8, linear=linear), 0.01)
+    W = layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    moved = (W.norm(dim=1) / layer.weight.double().norm(dim=1) - 1).abs().mean()
+    assert moved > 1e-3  # the update is large enough to matter
+    torch.testing.assert_close(layer.direction_norm().double(), W.norm(dim=1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_forward_and_gradients_equal_the_built_matrix(method, bias):
+    layer = trained(BiDoRALinear(10, 7, rank=3, bias=bias, method=method, linear=nn.Linear(10, 7, bias=bias).double()))
+    x = torch.randn(4, 6, 10, dtype=torch.float64, requires_grad=True)
+    parameters = [x] + [p for p in layer.parameters() if p.requires_grad]
+    target = torch.randn(4, 6, 7, dtype=torch.float64)
+    ours = torch.autograd.grad((layer(x) * target).sum(), parameters)
+    theirs = torch.autograd.grad((reference(layer, x) * target).sum(), parameters)
+    torch.testing.assert_close(layer(x), reference(layer, x), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_detached_norm_gives_the_gradient_of_a_constant_norm():
+    layer = trained(BiDoRALinear(10, 7, rank=3, norm_grad="detach", linear=nn.Linear(10, 7).double()))
+    x = torch.randn(5, 10, dtype=torch.float64)
+    ratio = (layer.lora_magnitude_vector / layer.direction_norm()).detach()
+    plain = ratio * (x @ (layer.weight + layer.scaling * layer.lora_B @ layer.lora_A).T)
+    expected = torch.autograd.grad(plain.sin().sum(), [layer.lora_A, layer.lora_B])
+    got = torch.autograd.grad((layer(x) - layer.bias).sin().sum(), [layer.lora_A, layer.lora_B])
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_magnitude_change_of_half_a_percent_survives_bf16():
+    """
+    On average over the outputs, to 0.1 %. As a bf16 factor 1.005 would be 1.0078. (A change below 0.2 % is lost all the
+    same: it is less than half of bf16's step at the output.)
+    """
+    layer = BiDoRALinear(64, 2000, bias=False, linear=nn.Linear(64, 2000, bias=False).bfloat16())
+    x = torch.randn(50, 64).bfloat16()
+    before = layer(x).double()
+    with torch.no_grad():
+        layer.lora_magnitude_vector.mul_(1.005)
+    moved = (layer(x).double() * before).sum() / (before * before).sum()
+    assert abs(moved - 1.005) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_adapted_model_equals_base_before_training(method, dtype):
+    """Bit for bit, with biases, on an MLP and on a transformers model."""
+    model = mlp().to(dtype)
+    x = torch.randn(8, 12).to(dtype)
+    before = model(x)
+    assert torch.equal(replace_linear_with_bidora(model, 4, ["0", "2"], method=method)(x), before)
+    model, ids = tiny_llama().to(dtype), torch.randint(0, 97, (2, 9))
+    before = model(ids).logits
+    replace_linear_with_bidora(model, 4, ["q_proj", "v_proj", "down_proj"], method=method)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_magnitude_is_the_norm_of_the_weight_that_is_there():
+    linear = nn.Linear(6, 4)
+    with torch.no_grad():
+        linear.weight.copy_(torch.arange(24.0).view(4, 6))
+    layer = BiDoRALinear(6, 4, rank=2, linear=linear)
+    torch.testing.assert_close(layer.lora_magnitude_vector.data, linear.weight.norm(dim=1))
+
+
+def test_adapter_parameters_are_fp32_over_a_bf16_base():
+    layer = BiDoRALinear(6, 4, rank=2, linear=nn.Linear(6, 4).bfloat16())
+    assert {p.dtype for p in layer.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merge_reproduces_the_adapted_outputs(method):
+    """1e-5 in fp32: the same products in another order."""
+    model, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
+    replace_linear_with_bidora(model, 4, ["q_proj", "up_proj"], method=method)
+    for layer in bidora.adapter_layers(model).values():
+        trained(layer)
+    adapted = model(ids).logits
+    merge(model)
+    assert not bidora.adapter_layers(model)
+    torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_adapter_loads_bit_for_bit(tmp_path, method):
+    model = mlp()
+    plain = copy.deepcopy(model)
+    replace_linear_with_bidora(model, 4, ["0", "2"], method=method)
+    for layer in bidora.adapter_layers(model).values():
+        trained(layer)
+    save_adapter(model, tmp_path)
+    loaded = bidora.adapter_tensors(load_adapter(plain, tmp_path))
+    own = bidora.adapter_tensors(model)
+    assert own.keys() == loaded.keys() and all(torch.equal(own[key], loaded[key]) for key in own)
+    x = torch.randn(3, 12)
+    assert torch.equal(plain(x), model(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_loads_what_we_save(tmp_path, method):
+    """1e-4 in fp32: PEFT builds the matrix for its norm, we don't."""
+    model, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
+    base = copy.deepcopy(model)
+    replace_linear_with_bidora(model, 4, ["q_proj", "v_proj", "gate_proj"], method=method)
+    for layer in bidora.adapter_layers(model).values():
+        trained(layer)
+    save_adapter(model, tmp_path)
+    peer = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(peer(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_we_load_what_peft_saves(tmp_path, use_dora):
+    base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
+    model = copy.deepcopy(base)
+    peer = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"], use_dora=use_dora)).eval()
+    for name, parameter in peer.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    peer.save_pretrained(tmp_path)
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(model(ids).logits, peer(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_each_method_trains_the_right_parameters_at_each_level():
+    def names(parameters, model):
+        own = {id(p): name for name, p in model.named_parameters()}
+        return {own[id(p)] for p in parameters}
+
+    for use_bidora in (True, False):
+        model = prepare_bidora_model(mlp(), BiDoRAConfig(rank=2, target_modules=["0"], use_bidora=use_bidora))
+        direction, magnitude = {"0.lora_A", "0.lora_B"}, {"0.lora_magnitude_vector"}
+        assert names(bidora.upper_parameters(model), model) == (magnitude if use_bidora else set())
+        assert names(bidora.lower_parameters(model), model) == (direction if use_bidora else direction | magnitude)
+    bidora.freeze_magnitude(model)
+    assert names(bidora.lower_parameters(model), model) == direction and not bidora.upper_parameters(model)
+    assert len(bidora.lower_parameters(mlp())) == 4  # no adapters: full fine-tuning
+
+
+def test_what_cannot_be_adapted_is_refused():
+    with pytest.raises(ValueError, match="no_such.*there are: 0, 2"):
+        replace_linear_with_bidora(mlp(), 2, ["0", "no_such"])
+    with pytest.raises(ValueError, match="rank 6 does not fit"):
+        replace_linear_with_bidora(mlp(), 6, ["2"])
+    with pytest.raises(ValueError, match="rank 0 does not fit"):
+        replace_linear_with_bidora(mlp(), 0, ["2"])
+    with pytest.raises(ValueError, match="already"):
+        replace_linear_with_bidora(replace_linear_with_bidora(mlp(), 2, ["0"]), 2, ["0"])
+    with pytest.raises(ValueError, match="quantised"):
+        prepare_bidora_model(mlp(), BiDoRAConfig(target_modules=["0"]), quantized=True)
+    tied = tiny_llama()
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="shares its weight"):
+        replace_linear_with_bidora(tied, 2, ["lm_head"])
+
+
+def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path):
+    model = replace_linear_with_bidora(mlp(), 2, ["0"])
+    save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=r"0\.lora_A.*\(2, 12\).*\(2, 13\)"):
+        load_adapter(nn.Sequential(nn.Linear(13, 20)), tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        load_adapter(mlp(), tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
+        load_adapter(mlp(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(FileNotFoundError, match="adapter_model"):
+        load_adapter(mlp(), tmp_path)

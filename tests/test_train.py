@@ -1,0 +1,265 @@
+"""The main job end to end on configs/tiny.py, its command line, and what it says to wrong input."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sample
+import train
+from train import Config
+
+ROOT = Path(train.__file__).parent
+TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", search_steps=4, retrain_steps=3, test_size=40)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, request):
+    """Run in an empty folder, with one cache for the whole session."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+
+
+def command(*arguments, **options):
+    """Run train.py as a user does."""
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, timeout=300, **options)
+
+
+def refused(capsys, *arguments):
+    """The one line that a wrong command line is answered with."""
+    assert train.main(list(arguments)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ") and sum("error" in line.lower() or "Traceback" in line for line in lines) == 1
+    return lines[-1]
+
+
+# ------------------------------------------------------------------------------------------ the whole job
+
+
+def test_tiny_config_learns_and_leaves_all_its_files():
+    done = command("--config=tiny.py")
+    assert done.returncode == 0, done.stderr
+    out = Path("out/tiny")
+    assert {p.name for p in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.jsonl", "run.json", "summary.json"}
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["before"]["test"]["accuracy"] < 0.6 < 0.9 < summary["after"]["test"]["accuracy"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    config = json.loads((out / "run.json").read_text())
+    assert [line["step"] for line in lines] == list(range(1, config["search_steps"] + config["retrain_steps"] + 1))
+    assert [line["phase"] for line in lines] == ["search"] * config["search_steps"] + ["retrain"] * config["retrain_steps"]
+    assert all("val_loss" in line for line in lines if line["phase"] == "search") and "val_loss" not in lines[-1]
+    for said in ("bidora on tiny-random", "before training: test accuracy", "accuracy after", "trainable parameters:", "seconds: search", "peak memory:", "sample.py --adapter=out/tiny"):
+        assert said in done.stdout
+
+
+@pytest.mark.parametrize("method", ["ft", "lora", "dora", "bidora"])
+def test_every_method_takes_the_same_lower_steps_and_reports_alike(method):
+    results = train.train(Config(**TINY, method=method, out_dir="run"))
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 7
+    assert list(results["seconds"]) == (["search", "retrain"] if method == "bidora" else ["train"]) + ["total"]
+    assert (results["trainable_parameters"]["upper"] > 0) == (method == "bidora")
+    assert results["after"]["train"]["loss"] < results["before"]["train"]["loss"]
+    assert results["examples"] == {"train": 160, "val": 40, "test": 40}
+
+
+@pytest.mark.parametrize("options", [
+    dict(hypergradient="first_order"), dict(hypergradient="unrolled", unroll_steps=2), dict(hypergradient="unrolled", mode="finite_difference"),
+    dict(hypergradient="neumann"), dict(hypergradient="conjugate_gradient"), dict(lower_steps=2), dict(final_init="continue"), dict(norm_grad="detach")])
+def test_every_hypergradient_runs_through_all_phases(options):
+    results = train.train(Config(**TINY, **options, out_dir="run"))
+    assert results["after"]["train"]["loss"] < results["before"]["train"]["loss"]
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another():
+    adapters = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train.train(Config(**TINY, seed=seed, out_dir=name))
+        adapters[name] = load_file(f"{name}/adapter_model.safetensors")
+    assert all(torch.equal(adapters["a"][key], adapters["b"][key]) for key in adapters["a"])
+    assert not all(torch.equal(adapters["a"][key], adapters["c"][key]) for key in adapters["a"])
+
+
+def test_the_test_examples_never_change_and_are_never_trained_on():
+    texts = []
+    for seed in (0, 1):
+        parts, _ = train.load_data(Config(**TINY, seed=seed))
+        sets = {name: {example["text"] for example in part} for name, part in parts.items()}
+        assert not sets["test"] & (sets["train"] | sets["val"]) and not sets["train"] & sets["val"]
+        texts.append(sets)
+    assert texts[0]["test"] == texts[1]["test"] and texts[0]["train"] != texts[1]["train"]
+
+
+def test_magnitude_learns_in_search_and_rests_in_retrain(monkeypatch):
+    """The adapter saved after search and the one saved at the end have the same magnitudes, and these are not ‖W0‖."""
+    saved = []
+    save = train.bidora.save_adapter
+
+    def spy(model, folder, base):
+        save(model, folder, base)
+        saved.append(load_file(Path(folder) / "adapter_model.safetensors"))
+
+    monkeypatch.setattr(train.bidora, "save_adapter", spy)
+    train.train(Config(**TINY, out_dir="run"))
+    start, searched, final = saved
+    magnitudes = [key for key in start if "magnitude" in key]
+    assert all(torch.equal(searched[key], final[key]) and not torch.equal(start[key], final[key]) for key in magnitudes)
+    assert any(not torch.equal(searched[key], final[key]) for key in start if "lora_A" in key)
+
+
+@pytest.mark.parametrize("rows, measure", [
+    ([{"text": f"the film {i} was fine"} for i in range(20)], "token"), ([{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(20)], "token"),
+    ([{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]} for i in range(20)], "token"),
+    ([{"instruction": "Say", "input": str(i), "output": str(i)} for i in range(20)], "token"), ([{"code": f"x = {i}"} for i in range(20)], "token"),
+    ([{"text": f"{i}", "label": "even number" if i % 2 == 0 else "odd"} for i in range(20)], "label")])
+def test_own_data_in_every_format(rows, measure):
+    Path("own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = TINY | dict(data="", train_file="own.jsonl", out_dir="run")
+    results = train.train(Config(**config))
+    assert results["examples"] == {"train": 16, "val": 4, "test": 0} and results["after"]["test"] is None
+    assert 0 <= results["after"]["val"]["accuracy"] <= 1
+    capped = Path("own.jsonl")
+    results = train.train(Config(**config | dict(val_file=str(capped), test_file=str(capped), out_dir="files")))
+    assert results["examples"] == {"train": 20, "val": 20, "test": 20}
+
+
+# ---------------------------------------------------------------------------------------------- sample.py
+
+
+def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
+    train.train(Config(**TINY, out_dir="labels"))
+    train.train(Config(**TINY, method="ft", out_dir="whole"))
+    Path("own.jsonl").write_text("\n".join(json.dumps({"prompt": "ab" * i, "completion": "ab"}) for i in range(1, 11)))
+    train.train(Config(**TINY | dict(data="", train_file="own.jsonl", out_dir="free")))
+    capsys.readouterr()
+    for folder in ("labels", "whole"):
+        assert sample.main([f"--adapter={folder}", "--prompt=aeae tik lim"]) == 0
+        shown = dict(re.findall(r"([\d.]+)%  (\w+)", capsys.readouterr().out))
+        assert sorted(shown.values()) == ["no", "yes"] and abs(sum(map(float, shown)) - 100) < 0.2
+    assert sample.main(["--adapter=free", "--prompt=abab", "--max_new_tokens=5", "--raw"]) == 0
+    typed = iter(["hello", "and you?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert sample.main(["--adapter=free", "--chat", "--max_new_tokens=5"]) == 0
+    assert capsys.readouterr().out.count("model:") == 2
+    assert sample.main(["--adapter=nowhere", "--prompt=a"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- the command line
+
+
+def test_config_file_then_command_line_then_defaults():
+    Path("mine.py").write_text("import math\nlower_lr = 1e-2\nrank = 2\ntarget_modules = ['q_proj']\nmethod = 'lora'\n")
+    config = train.read_config(["--config=mine.py", "--rank=3", "--overwrite=true", "--val_fraction=0.5"])
+    assert (config.lower_lr, config.rank, config.target_modules, config.overwrite, config.val_fraction) == (1e-2, 3, ("q_proj",), True, 0.5)
+    assert config.out_dir == "out/mine" and config.seed == Config().seed
+    assert train.read_config(["--config=mine.py", "--method=dora"]).out_dir == "out/mine-dora"
+    assert train.read_config(["--config=small.py"]).model == "smollm2-135m"
+
+
+def test_help_shows_every_field_with_default_and_comment(capsys):
+    assert train.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in Config.__dataclass_fields__:
+        assert re.search(rf"^  --{name}=.*\n        \S", text, re.MULTILINE), name
+
+
+def test_no_arguments_says_how_to_start(capsys):
+    assert train.main([]) == 0
+    assert "python train.py --config=small.py" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argument, said", [
+    ("--rnak=4", "did you mean 'rank'"), ("--rank", "write --name=value"), ("rank=4", "write --name=value"), ("--rank=four", "rank='four' is not a whole number"),
+    ("--rank=2.5", "not a whole number"), ("--lower_lr=fast", "not a number"), ("--overwrite=maybe", "not True or False"), ("--target_modules=", "not a list"),
+    ("--method=bidoar", "did you mean 'bidora'"), ("--hypergradient=neuman", "did you mean 'neumann'"), ("--data=movie-sentimen", "did you mean 'movie-sentiment'"),
+    ("--rank=0", "rank=0 must be positive"), ("--lower_lr=-1", "lower_lr=-1.0 must be positive"), ("--lower_lr=nan", "lower_lr"), ("--dropout=1", "below 1"),
+    ("--rank=65", "rank 65 does not fit"), ("--target_modules=q_proj,qproj", "'qproj' matches no linear layer; there are: down_proj"),
+    ("--model=nowhere", "no model 'nowhere'"), ("--train_file=nowhere.jsonl", "nowhere.jsonl does not exist"), ("--train_file=.", "is a folder"),
+    ("--val_fraction=0", "needs validation data"), ("--val_file=a.jsonl", "go with train_file"), ("--block_size=1000", "512 positions"), ("--block_size=2", "raise block_size"),
+    ("--train_size=5000", "more than the 2000 examples"), ("--search_steps=0", "nothing to train"), ("--label_prompt=hm", "{text}"),
+    ("--config=nowhere.py", "no config file 'nowhere.py'"), ("--val_fraction=0.001", "leaves an empty part"), ("--out_dir=file/run", "file")])
+def test_a_wrong_setting_gets_one_line_and_exit_code_2(capsys, argument, said):
+    Path("file").write_text("")
+    arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--out_dir=run"]
+    assert said in refused(capsys, *arguments, argument)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("text, said", [
+    ("rank = = 2", "mine.py, line 1: SyntaxError"), ("rank = 2\nx = 1 / 0", "mine.py, line 2: ZeroDivisionError"), ("lerning_rate = 2", "unknown setting 'lerning_rate'"),
+    ("lower_lrr = 2", "did you mean 'lower_lr'"), ("rank = 'two'", "rank='two' is not a whole number")])
+def test_a_wrong_config_file_is_named(capsys, text, said):
+    Path("mine.py").write_text(text)
+    assert said in refused(capsys, "--config=mine.py")
+
+
+@pytest.mark.parametrize("train_rows, val_rows, said", [
+    ([("a", "x")] * 10, [], "two labels"), ([("a", "x"), ("b", "y")] * 5, [("c", "x")], "val lacks the label 'y'"),
+    ([("a", "x"), ("b", "y")] * 5, [("c", "x"), ("d", "z")], "label 'z', which train lacks"), ([("a", "x")] * 9 + [("b", "y")], [], "label 'y' leaves an empty part")])
+def test_labels_that_do_not_fit_are_refused(capsys, train_rows, val_rows, said):
+    for name, rows in (("train", train_rows), ("val", val_rows)):
+        Path(f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t, "label": label}) for t, label in rows))
+    files = ["--train_file=train.jsonl"] + (["--val_file=val.jsonl"] if val_rows else [])
+    assert said in refused(capsys, "--config=tiny.py", *files)
+
+
+def test_long_examples_are_reported_once(capsys):
+    Path("long.jsonl").write_text("\n".join(json.dumps({"prompt": "p" * 90, "completion": "c"}) for _ in range(10)))
+    train.train(Config(**TINY | dict(data="", train_file="long.jsonl", block_size=32, out_dir="run")))
+    assert capsys.readouterr().out.count("10 examples were longer than block_size=32") == 1
+
+
+def test_an_earlier_run_is_kept_unless_overwrite_says_otherwise(capsys):
+    train.train(Config(**TINY, out_dir="run"))
+    before = {p.name: p.read_bytes() for p in Path("run").iterdir()}
+    arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--out_dir=run", "--seed=1"]
+    assert "holds an earlier run" in refused(capsys, *arguments)
+    refused(capsys, *arguments, "--overwrite=True", "--target_modules=nothing")  # a wrong setting costs nothing, not even then
+    assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before
+    assert train.main([*arguments, "--overwrite=True"]) == 0
+    assert (Path("run") / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_adapter(capsys):
+    """With an absurd rate the loss soon is not finite; what is saved must be."""
+    error = refused(capsys, *(f"--{name}={value}" for name, value in TINY.items()), "--out_dir=run", "--lower_lr=1e30", "--warmup=0")
+    assert re.search(r"(search|retrain) step \d of \d is not finite.*lower lower_lr", error)
+    assert all(torch.isfinite(t).all() for t in load_file("run/adapter_model.safetensors").values())
+
+
+def test_a_full_disk_is_one_line_before_training():
+    """A limit on the size of a file stands in for a full disk."""
+    done = command("--config=tiny.py", preexec_fn=lambda: __import__("resource").setrlimit(__import__("resource").RLIMIT_FSIZE, (10_000, 10_000)))
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+    assert "search:" not in done.stderr and not list(Path(".").rglob("*.tmp"))
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(capsys):
+    assert "/proc" in refused(capsys, *(f"--{name}={value}" for name, value in TINY.items()), "--out_dir=/proc/run")
+
+
+# ----------------------------------------------------------------------------------------------- downloads
+
+
+def test_without_network_the_message_says_what_to_put_where(tmp_path):
+    environment = os.environ | {"BIDORA_CACHE": str(tmp_path / "cache"), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    done = command("--config=small.py", env=environment)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: could not download vaderSentiment==3.3.2")
+    assert "vaderSentiment-3.3.2.tar.gz" in last and str(tmp_path / "cache" / "downloads") in last
+    assert not list((tmp_path / "cache" / "downloads").iterdir())
+
+
+def test_an_altered_download_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("BIDORA_CACHE", str(tmp_path))
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "vaderSentiment-3.3.2.tar.gz").write_bytes(b"truncated")
+    assert "damaged or was altered" in refused(capsys, "--config=small.py")
