@@ -249,13 +249,18 @@ def load_adapter(model, folder):
         raise FileNotFoundError(f"{folder / 'adapter_model.safetensors'} is missing") from None
     except SafetensorError as error:
         raise ValueError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from None
+    unsupported = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    if unsupported or not isinstance(config.get("target_modules"), list):
+        raise ValueError(f"{folder / 'adapter_config.json'}: {', '.join(unsupported) or 'target_modules that is no list'} is not supported")
+    try:
+        rank, alpha, dropout, use_dora = (config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_dora"))
+    except KeyError as error:
+        raise ValueError(f"{folder / 'adapter_config.json'}: {error} is missing") from None
     if not adapter_layers(model):
         model.requires_grad_(False)
-        try:
-            replace_linear_with_bidora(model, config["r"], config["target_modules"], config["lora_alpha"],
-                                       config["lora_dropout"], "dora" if config["use_dora"] else "lora")
-        except KeyError as error:
-            raise ValueError(f"{folder / 'adapter_config.json'}: {error} is missing") from None
+        replace_linear_with_bidora(model, rank, config["target_modules"], alpha, dropout, "dora" if use_dora else "lora")
+    if any(layer.lora_alpha != alpha for layer in adapter_layers(model).values()):
+        raise ValueError(f"{folder}: the adapter does not fit the model: its lora_alpha is {alpha}, the model's another")
     own = adapter_tensors(model)
     for name in sorted(own.keys() | tensors.keys()):
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape:

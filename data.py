@@ -13,6 +13,7 @@ Text to tokens: the tokenizer, the chat template, the JSONL formats, the built-i
 
 import json
 import random
+import shutil
 import tarfile
 import unicodedata
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ import regex
 import tiktoken
 import torch
 
-from files import fetch, read_json
+from files import fetch, read_json, replacing
 
 # ---------------------------------------------------------------------------------------------- tokenizer
 
@@ -45,7 +46,8 @@ PLAIN_TEMPLATE = ("{% for m in messages %}{{ m['role'] | capitalize }}:\n{{ m['c
 class Tokenizer:
     """
     A byte-level BPE tokenizer read from Hugging Face's tokenizer.json and run by tiktoken; equal, token for token, to the
-    tokenizers library. eos_id ends a turn, pad_id fills batches (no loss falls on it).
+    tokenizers library, without what a post-processor adds (chat templates write such tokens themselves). eos_id ends a turn,
+    pad_id fills batches (no loss falls on it).
     """
 
     def __init__(self, folder):
@@ -60,10 +62,17 @@ class Tokenizer:
         if normalizer not in (None, "NFC"):
             raise ValueError(f"{path}: normalizer {normalizer!r} is not supported")
         self.nfc = normalizer == "NFC"
-        self.special = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
-        vocab = {token: i for token, i in model["vocab"].items() if token not in self.special}
+        self.folder = folder
+        added = spec.get("added_tokens", [])
+        for token in added:
+            if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+                raise ValueError(f"{path}: added token {token['content']!r} swallows spaces or asks for whole words, which is not supported")
+        self.special = {token["content"]: token["id"] for token in added}
+        vocab = {token: i for token, i in model.get("vocab", {}).items() if token not in self.special}
         # tiktoken merges the pair of lowest id, tokenizers the pair that stands first in the list: these must agree.
-        merged = [vocab["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model["merges"]]
+        merged = [vocab.get("".join(pair.split(" ") if isinstance(pair, str) else pair), -1) for pair in model.get("merges", [])]
+        if not vocab or -1 in merged:
+            raise ValueError(f"{path} is damaged: vocab is empty, or lacks a token that merges make")
         if merged != sorted(merged):
             raise ValueError(f"{path}: merges and ids stand in different orders, so tiktoken can't reproduce this tokenizer")
         ranks = {bytes(CHAR_TO_BYTE[c] for c in token): i for token, i in vocab.items()}
@@ -98,6 +107,13 @@ class Tokenizer:
     def from_pretrained(cls, folder):
         """Read tokenizer.json and tokenizer_config.json. Raises FileNotFoundError, or ValueError for an unsupported kind."""
         return cls(folder)
+
+    def save_pretrained(self, folder):
+        """Copy the tokenizer's files into a model's folder."""
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if (self.folder / name).exists():
+                with replacing(Path(folder) / name) as temporary:
+                    shutil.copyfile(self.folder / name, temporary)
 
     def encode(self, text):
         """Token ids of text, a list; special tokens written in the text count as themselves."""
@@ -219,6 +235,8 @@ def load_examples(path_or_name):
         if kind not in (None, format_of(example)):
             raise ValueError(f"{where}: format {format_of(example)!r}, but the lines before are {kind!r}: use one format a file")
         kind = format_of(example)
+        if kind != "classification":
+            example.pop("label", None)  # some other note of the file's author
         examples.append(example)
     if not examples:
         raise ValueError(f"{path} holds no examples")
@@ -316,21 +334,31 @@ def question(example, label_prompt, labels):
     return label_prompt.replace("{labels}", ", ".join(labels)).replace("{text}", example["text"])
 
 
-def segments(example, tokenizer, label_prompt, labels):
+def tokenize_labels(labels, tokenizer):
+    """
+    {label: its token ids}. One token a label is best: no end-of-turn token is put behind, unless one label begins another
+    ("1" and "10"), where the shorter would always be the likelier.
+    """
+    ids = {label: tokenizer.encode(label) for label in labels}
+    if any(a != b and ids[b][:len(ids[a])] == ids[a] for a in labels for b in labels):
+        ids = {label: tokens + [tokenizer.eos_id] for label, tokens in ids.items()}
+    return ids
+
+
+def segments(example, tokenizer, label_prompt, label_ids):
     """
     The example as a list of (token ids, counts in the loss). Each segment is tokenized by itself, as in generation,
     where the prompt is there before the answer.
     """
-    encode = tokenizer.encode
+    tokens = tokenizer.encode
     kind = format_of(example)
     if kind in ("text", "code"):
-        return [(encode(example[kind]) + [tokenizer.eos_id], True)]
+        return [(tokens(example[kind]) + [tokenizer.eos_id], True)]
     if kind == "prompt":
-        return [(encode(example["prompt"]), False), (encode(example["completion"]) + [tokenizer.eos_id], True)]
+        return [(tokens(example["prompt"]), False), (tokens(example["completion"]) + [tokenizer.eos_id], True)]
     if kind == "classification":
-        messages = [{"role": "user", "content": question(example, label_prompt, labels)}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        return [(encode(prompt), False), (encode(example["label"]), True)]
+        messages = [{"role": "user", "content": question(example, label_prompt, label_ids)}]
+        return [(tokens(tokenizer.apply_chat_template(messages, add_generation_prompt=True)), False), (label_ids[example["label"]], True)]
     if kind == "instruction":
         request = "\n\n".join(filter(None, (example["instruction"], example.get("input"))))
         messages = [{"role": "user", "content": request}, {"role": "assistant", "content": example["output"]}]
@@ -344,38 +372,40 @@ def segments(example, tokenizer, label_prompt, labels):
         after = tokenizer.apply_chat_template(messages[:i + 1])
         if not (before.startswith(done) and after.startswith(before)):
             raise ValueError("the chat template rewrites earlier turns, so the assistant's part can't be told from the rest")
-        answer = encode(after[len(before):])
+        answer = tokens(after[len(before):])
         # What the template writes behind the end-of-turn token (a newline, say) is no part of the answer.
         end = max((j + 1 for j, token in enumerate(answer) if token == tokenizer.eos_id), default=len(answer))
-        parts += [(encode(before[len(done):]), False), (answer[:end], True), (answer[end:], False)]
+        parts += [(tokens(before[len(done):]), False), (answer[:end], True), (answer[end:], False)]
         done = after
     return parts
 
 
-def encode(examples, tokenizer, block_size, label_prompt=LABEL_PROMPT, labels=(), train_on_prompt=False):
+def encode(examples, tokenizer, block_size, label_prompt=LABEL_PROMPT, label_ids=None, train_on_prompt=False):
     """
     Turn examples into (list of Encoded, how many were cut).
 
-    block_size: the most tokens a row may have. A longer example loses tokens from the left of its prompt, never from its last
-    answer; plain text is laid out in consecutive rows instead. labels: all labels of a classification task.
-    Raises ValueError when an answer alone is longer than block_size.
+    block_size: the most tokens a row may have. A longer example is cut on the left, its last answer kept whole; plain text is
+    laid out in several rows instead. label_ids: from tokenize_labels, for a classification task.
+    Raises ValueError, quoting the example, when its answer leaves no room for a prompt, or the chat template refuses it.
     """
     encoded, cut = [], 0
     for example in examples:
-        parts = segments(example, tokenizer, label_prompt, labels)
+        try:
+            parts = segments(example, tokenizer, label_prompt, label_ids)
+        except ValueError as error:
+            raise ValueError(f"{error}; the example is {json.dumps(example, ensure_ascii=False):.80}…") from None
+        if len(parts) > 1 and not parts[-1][1]:
+            parts.pop()  # what the template writes behind the last answer
         ids = [token for tokens, _ in parts for token in tokens]
         targets = [token if counts or train_on_prompt else -100 for tokens, counts in parts for token in tokens]
         if format_of(example) in ("text", "code"):
-            for start in range(0, len(ids) - 1, block_size):
+            for start in range(0, len(ids) - 1, block_size - 1):  # a row's first token is the last of the row before, so each is predicted once
                 encoded.append(Encoded(ids[start:start + block_size], targets[start:start + block_size]))
             continue
-        answer = next(len(tokens) for tokens, counts in reversed(parts) if counts)
+        answer = len(parts[-1][0])
         if answer >= block_size:
-            text = tokenizer.decode(next(tokens for tokens, counts in reversed(parts) if counts)[:20])
-            raise ValueError(f"the answer that begins with {text!r} has {answer} tokens, and block_size={block_size} must hold it "
-                             f"and some prompt: raise block_size")
-        tail = len(parts[-1][0]) if not parts[-1][1] else 0  # what the template writes behind the last answer is not needed
-        ids, targets = ids[:len(ids) - tail], targets[:len(targets) - tail]
+            raise ValueError(f"the answer that begins with {tokenizer.decode(parts[-1][0][:20])!r} has {answer} tokens, and "
+                             f"block_size={block_size} must hold it and some prompt: raise block_size")
         cut += len(ids) > block_size
         ids, targets = ids[-block_size:], targets[-block_size:]
         label = example["label"] if format_of(example) == "classification" else None

@@ -77,10 +77,11 @@ def replacing(path):
     try:
         yield temporary
         os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"could not write {path}: {error}") from None
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write {path} ({getattr(error, 'strerror', None) or error}): make room, or choose another folder") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that vanished, too
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path, content):

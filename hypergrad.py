@@ -35,6 +35,14 @@ def differentiable_gradient(loss, parameters):
         return gradient(loss(), parameters, create_graph=True)
 
 
+def product(g, vectors, parameters, **options):
+    """∂(g · vectors)/∂parameters as a list, for a differentiable gradient g: a Hessian-vector or a cross product."""
+    pairs = [(gV, x) for gV, x in zip(g, vectors) if gV.requires_grad]  # parts of g can be constant: a layer that is not used, say
+    if not pairs:
+        return [torch.zeros_like(p) for p in parameters]
+    return gradient([gV for gV, _ in pairs], parameters, grad_outputs=[x for _, x in pairs], **options)
+
+
 def dot(xs, ys):
     return sum((x * y).sum() for x, y in zip(xs, ys))
 
@@ -95,7 +103,7 @@ def unrolled(train_loss, val_loss, lower, upper, lr=1e-3, steps=1, mode="exact",
             if mode == "exact":
                 if k < steps - 1:
                     g = differentiable_gradient(train_loss, lower)
-                products = gradient(g, wanted, grad_outputs=v)
+                products = product(g, v, wanted)
             else:
                 epsilon = radius / dot(v, v).sqrt().clamp_min(1e-20)
                 assign(lower, [V + epsilon * vV for V, vV in zip(iterates[k], v)])
@@ -118,10 +126,10 @@ def neumann(train_loss, val_loss, lower, upper, terms=3, alpha=1e-2):
     g = differentiable_gradient(train_loss, lower)  # one graph serves all products
     power, total = v, v
     for _ in range(terms - 1):
-        Hp = gradient(g, lower, grad_outputs=power, retain_graph=True)
+        Hp = product(g, power, lower, retain_graph=True)
         power = [p - alpha * x for p, x in zip(power, Hp)]
         total = [t + p for t, p in zip(total, power)]
-    cross = gradient(g, upper, grad_outputs=[alpha * t for t in total])
+    cross = product(g, [alpha * t for t in total], upper)
     return [hm - c for hm, c in zip(h, cross)]
 
 
@@ -137,7 +145,7 @@ def conjugate_gradient(train_loss, val_loss, lower, upper, iterations=3, damping
     residual, direction = v, v
     rr = dot(residual, residual)
     for _ in range(iterations):
-        Hd = gradient(g, lower, grad_outputs=direction, retain_graph=True)
+        Hd = product(g, direction, lower, retain_graph=True)
         Hd = [x + damping * d for x, d in zip(Hd, direction)]
         curvature = dot(direction, Hd)
         if not curvature > 0:
@@ -147,7 +155,7 @@ def conjugate_gradient(train_loss, val_loss, lower, upper, iterations=3, damping
         residual = [r - step * x for r, x in zip(residual, Hd)]
         rr, rr_before = dot(residual, residual), rr
         direction = [r + rr / rr_before * d for r, d in zip(residual, direction)]
-    cross = gradient(g, upper, grad_outputs=q)
+    cross = product(g, q, upper)
     return [hm - c for hm, c in zip(h, cross)]
 
 
@@ -191,6 +199,8 @@ class BilevelOptimizer:
 
     def upper_step(self, loss_fn, train_batch, val_batch):
         """One step of the upper level along the hypergradient; returns the val loss that it saw, a scalar tensor."""
+        if not self.upper:
+            raise ValueError("the model has no upper-level parameters: adapt it with method='bidora', or take lower_step alone")
         seen = []
 
         def val_loss():

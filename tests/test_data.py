@@ -97,7 +97,8 @@ def test_chat_template_equals_transformers_and_runs_sandboxed(tmp_path):
 
 @pytest.mark.parametrize("change, named", [
     (lambda t: t["model"].update(type="Unigram"), "Unigram"), (lambda t: t.update(normalizer={"type": "Lowercase"}), "Lowercase"),
-    (lambda t: t.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"), (lambda t: t["model"]["merges"].reverse(), "orders")])
+    (lambda t: t.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"), (lambda t: t["model"]["merges"].reverse(), "orders"),
+    (lambda t: t["model"].pop("vocab"), "damaged"), (lambda t: t["added_tokens"][0].update(lstrip=True), "swallows spaces")])
 def test_a_tokenizer_that_cannot_be_exact_is_refused(tmp_path, change, named):
     trained_tokenizer(tmp_path, "smollm2")
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -134,7 +135,7 @@ def test_loss_masks_by_hand(tiny):
     assert masked(tiny, {"prompt": "1+1=", "completion": "2"}) == (f"1+1=2{end}", f"2{end}")
     assert masked(tiny, {"instruction": "Add.", "input": "1 1", "output": "2"}) == (f"{user}Add.\n\n1 1{end}\n{assistant}2{end}", f"2{end}")
     assert masked(tiny, {"instruction": "Hi", "output": "Ho"}) == (f"{user}Hi{end}\n{assistant}Ho{end}", f"Ho{end}")
-    assert masked(tiny, {"text": "Nice.", "label": "good"}, label_prompt="{labels}? {text}", labels=["bad", "good"]) == (
+    assert masked(tiny, {"text": "Nice.", "label": "good"}, label_prompt="{labels}? {text}", label_ids=data.tokenize_labels(["bad", "good"], tiny)) == (
         f"{user}bad, good? Nice.{end}\n{assistant}good", "good")
     talk = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
             {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
@@ -164,21 +165,30 @@ def test_long_examples_lose_the_left_of_the_prompt_never_the_answer(tiny):
 def test_long_plain_text_is_laid_out_in_rows(tiny):
     text = "".join(chr(97 + i % 26) for i in range(50))
     rows, cut = encode([{"text": text}], tiny, 20)
-    assert cut == 0 and [len(row.input_ids) for row in rows] == [20, 20, 11]
-    assert "".join(tiny.decode(row.input_ids) for row in rows) == text
+    assert cut == 0 and [len(row.input_ids) for row in rows] == [20, 20, 13]
+    predicted = rows[0].input_ids[:1] + [token for row in rows for token in row.labels[1:]]
+    assert tiny.decode(predicted, skip_special=False) == text + "<|im_end|>"  # each token once
+    rows, _ = encode([{"text": "a" * 39}], tiny, 20)  # 40 tokens with the end: none may fall off
+    assert sum(len(row.labels) - 1 for row in rows) == 39
+
+
+def test_a_label_that_begins_another_gets_an_end(tiny):
+    assert [tiny.decode(ids, skip_special=False) for ids in data.tokenize_labels(["bad", "good"], tiny).values()] == ["bad", "good"]
+    ended = data.tokenize_labels(["1", "10"], tiny)
+    assert [tiny.decode(ids, skip_special=False) for ids in ended.values()] == ["1<|im_end|>", "10<|im_end|>"]
 
 
 def test_batches_pad_on_the_right_and_show_every_row_each_epoch(tiny):
     rows, _ = encode([{"prompt": "p" * n, "completion": "c"} for n in range(1, 11)], tiny, 64)
     stream = batches(rows, 5, pad_id=0, seed=0)
     seen = []
-    for _ in range(2):
+    for _ in range(4):
         input_ids, labels = next(stream)
         lengths = (input_ids != 0).sum(1)
         seen += lengths.tolist()
         for row, target, length in zip(input_ids, labels, lengths):
             assert (row[length:] == 0).all() and (target[length:] == -100).all() and target[length - 1] == tiny.eos_id
-    assert sorted(seen) == [n + 2 for n in range(1, 11)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == [n + 2 for n in range(1, 11)] and seen[:10] != seen[10:]
     assert torch.equal(next(batches(rows, 5, 0, seed=3))[0], next(batches(rows, 5, 0, seed=3))[0])
     assert next(batches(rows, 100, 0, 0))[0].size(0) == 10
 
@@ -195,7 +205,7 @@ def test_jsonl_formats_are_read(tmp_path):
 @pytest.mark.parametrize("line, said", [
     (b'{"text": "a"', "not JSON"), (b'{"text": "\xff"}', "not UTF-8"), (b'{"question": "a"}', "has the keys question"), (b'["a"]', "no JSON object"),
     (b'{"prompt": "a", "completion": " "}', "answer is empty"), (b'{"instruction": "a", "output": ""}', "answer is empty"),
-    (b'{"text": "a", "label": ""}', "answer is empty"), (b'{"text": 5}', "'text' is int"), (b'{"messages": []}', "assistant"),
+    (b'{"text": "a", "label": ""}', "answer is empty"), (b'{"text": 5}', "'text' is int"), (b'{"text": "a", "label": ["b"]}', "'label' is list"), (b'{"messages": []}', "assistant"),
     (b'{"messages": [{"role": "user"}]}', "role and content"), (b'{"messages": [{"role": "assistant", "content": ""}]}', "answer is empty"),
     (b'{"prompt": "a", "completion": "b"}', "one format a file"), (b'[' * 100000, "not JSON")])
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, said):
@@ -204,6 +214,11 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, said):
     with pytest.raises(ValueError, match=said) as error:
         load_examples(path)
     assert str(error.value).startswith(f"{path}:3: ")
+
+
+def test_a_label_beside_another_format_is_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b", "label": ["x"]}')
+    assert load_examples(tmp_path / "a.jsonl") == [{"prompt": "a", "completion": "b"}]
 
 
 def test_missing_and_empty_files_are_named(tmp_path):

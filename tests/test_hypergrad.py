@@ -203,6 +203,15 @@ def test_bilevel_step_moves_each_level_along_its_own_gradient(name):
     assert isinstance(val_loss, float)
 
 
+@pytest.mark.parametrize("name", HYPERGRADIENTS)
+def test_a_parameter_that_no_loss_uses_gets_zeros_and_disturbs_nothing(name):
+    q = Quadratic()
+    idle = [nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)]
+    alone = HYPERGRADIENTS[name](*q.arguments)
+    h = HYPERGRADIENTS[name](q.lower_loss, q.upper_loss, [q.V, idle[0]], [q.m, idle[1]])
+    torch.testing.assert_close(h, [alone[0], torch.zeros(3, dtype=torch.float64)])
+
+
 def test_hypergradient_sees_no_dropout_and_training_goes_on_with_it():
     model = prepare_bidora_model(nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 1)), BiDoRAConfig(rank=1, dropout=0.5, target_modules=("0", "1")))
     model.train()
@@ -263,3 +272,6 @@ def test_unknown_names_are_refused():
         unrolled(*c.arguments(), mode="guess")
     with pytest.raises(ValueError, match="put in adapters"):
         create_bilevel_optimizer(nn.Linear(2, 2).requires_grad_(False), 1e-3, 1e-3)
+    dora = prepare_bidora_model(nn.Sequential(nn.Linear(5, 1)), BiDoRAConfig(rank=1, target_modules=("0",), use_bidora=False))
+    with pytest.raises(ValueError, match="no upper-level parameters"):
+        create_bilevel_optimizer(dora, 1e-3, 1e-3).bilevel_step(lambda model, x: model(x).sum(), torch.ones(2, 5), torch.ones(2, 5))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,8 +111,85 @@ def test_magnitude_learns_in_search_and_rests_in_retrain(monkeypatch):
     train.train(Config(**TINY, out_dir="run"))
     start, searched, final = saved
     magnitudes = [key for key in start if "magnitude" in key]
-    assert all(torch.equal(searched[key], final[key]) and not torch.equal(start[key], final[key]) for key in magnitudes)
-    assert any(not torch.equal(searched[key], final[key]) for key in start if "lora_A" in key)
+    assert magnitudes and all(torch.equal(searched[key], final[key]) and not torch.equal(start[key], final[key]) for key in magnitudes)
+
+
+def test_retrain_starts_afresh_or_continues():
+    """Adam's first step moves each entry by the rate at most: from a fresh start B, which is zero there, is no larger after it."""
+    largest = {}
+    for final_init in ("fresh", "continue"):
+        train.train(Config(**TINY | dict(retrain_steps=1, lower_lr=1e-3, final_init=final_init, out_dir=final_init)))
+        tensors = load_file(f"{final_init}/adapter_model.safetensors")
+        largest[final_init] = max(t.abs().max().item() for key, t in tensors.items() if "lora_B" in key)
+    assert largest["fresh"] <= 1.001e-3 < largest["continue"]
+
+
+@pytest.mark.parametrize("method", ["bidora", "dora"])
+def test_each_level_sees_its_own_examples_only(monkeypatch, method):
+    """Search: direction and second derivatives on train, magnitude on val. Retrain, and single-level methods: train + val."""
+    seen = []
+    batches = train.data.batches
+
+    def spy(rows, *arguments):
+        for batch in batches(rows, *arguments):
+            seen.append({tuple(row.input_ids) for row in rows})
+            yield batch
+
+    monkeypatch.setattr(train.data, "batches", spy)
+    config = Config(**TINY, method=method, out_dir="run")
+    train.train(config)
+    parts, question = train.load_data(config)
+    tokenizer = train.data.Tokenizer.from_pretrained(train.find_model("tiny-random"))
+    sets = {name: {tuple(row.input_ids) for row in train.data.encode(part, tokenizer, 256, question, train.data.tokenize_labels(["no", "yes"], tokenizer))[0]}
+            for name, part in parts.items()}
+    both = sets["train"] | sets["val"]
+    # lower, hyper and val batches of four search steps; three lower steps of retrain; one batch to check each phase's end
+    search = ([sets["train"], sets["train"], sets["val"]] * 4 + [sets["train"]])
+    assert seen == (search + [both] * 4 if method == "bidora" else [both] * 8)
+
+
+def test_evaluation_against_plain_forward_passes():
+    """Loss and accuracy of labels that differ in length, row by row from the logits."""
+    folder = train.find_model("tiny-random")
+    model, tokenizer = train.Transformer.from_pretrained(folder), train.data.Tokenizer.from_pretrained(folder)
+    label_ids = train.data.tokenize_labels(["good", "bad", "so-so"], tokenizer)
+    examples = [{"text": "film " * i, "label": label} for i in range(1, 5) for label in label_ids]
+    rows, _ = train.data.encode(examples, tokenizer, 256, "{text}", label_ids)
+    total = right = tokens = 0
+    for row in rows:
+        scores = {}
+        for label, ids in label_ids.items():
+            with torch.no_grad():
+                log_p = model(torch.tensor([row.prompt_ids + ids]))[0].log_softmax(-1)
+            scores[label] = sum(log_p[len(row.prompt_ids) - 1 + k, token].item() for k, token in enumerate(ids))
+        total -= scores[row.label]
+        tokens += len(label_ids[row.label])
+        right += max(scores, key=scores.get) == row.label
+    result = train.evaluate(model, rows, label_ids, Config(eval_batch_size=5), tokenizer.pad_id)
+    assert result["loss"] == pytest.approx(total / tokens, rel=1e-4) and result["accuracy"] == right / len(rows)
+    plain = train.evaluate(model, rows, {}, Config(eval_batch_size=5), tokenizer.pad_id)  # the same loss by the other branch
+    assert plain["loss"] == pytest.approx(result["loss"], rel=1e-4)
+
+
+def test_learning_rate_rises_then_falls_to_a_tenth():
+    scales = [train.learning_rate_scale(step, 50, 0.1) for step in range(1, 51)]
+    assert scales[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and scales[-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(scales[4:], scales[5:])) and train.learning_rate_scale(1, 1, 0.0) == 1
+
+
+def test_hypergradient_options_reach_the_function(monkeypatch):
+    given = {}
+    for name in ("unrolled", "neumann", "conjugate_gradient"):
+        def spy(train_loss, val_loss, lower, upper, name=name, **options):
+            given[name] = options
+            val_loss()
+            return [torch.zeros_like(m) for m in upper]
+
+        monkeypatch.setitem(train.HYPERGRADIENTS, name, spy)
+        train.train(Config(**TINY, hypergradient=name, unroll_steps=3, unroll_lr=0.5, mode="finite_difference", terms=7, neumann_alpha=0.2,
+                           cg_iterations=9, damping=0.3, out_dir=name))
+    assert given == {"unrolled": {"lr": 0.5, "steps": 3, "mode": "finite_difference"}, "neumann": {"terms": 7, "alpha": 0.2},
+                     "conjugate_gradient": {"iterations": 9, "damping": 0.3}}
 
 
 @pytest.mark.parametrize("rows, measure", [
@@ -144,6 +222,10 @@ def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
         shown = dict(re.findall(r"([\d.]+)%  (\w+)", capsys.readouterr().out))
         assert sorted(shown.values()) == ["no", "yes"] and abs(sum(map(float, shown)) - 100) < 0.2
     assert sample.main(["--adapter=free", "--prompt=abab", "--max_new_tokens=5", "--raw"]) == 0
+    assert sample.main(["--adapter=labels", "--prompt=abab", "--max_new_tokens=5", "--raw"]) == 0
+    assert "%" not in capsys.readouterr().out
+    assert sample.main(["--adapter=free", "--prompt=abab", "--labels=good, bad,"]) == 0
+    assert sorted(re.findall(r"%  (.*)", capsys.readouterr().out)) == ["bad", "good"]
     typed = iter(["hello", "and you?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert sample.main(["--adapter=free", "--chat", "--max_new_tokens=5"]) == 0
@@ -180,11 +262,11 @@ def test_no_arguments_says_how_to_start(capsys):
     ("--rnak=4", "did you mean 'rank'"), ("--rank", "write --name=value"), ("rank=4", "write --name=value"), ("--rank=four", "rank='four' is not a whole number"),
     ("--rank=2.5", "not a whole number"), ("--lower_lr=fast", "not a number"), ("--overwrite=maybe", "not True or False"), ("--target_modules=", "not a list"),
     ("--method=bidoar", "did you mean 'bidora'"), ("--hypergradient=neuman", "did you mean 'neumann'"), ("--data=movie-sentimen", "did you mean 'movie-sentiment'"),
-    ("--rank=0", "rank=0 must be positive"), ("--lower_lr=-1", "lower_lr=-1.0 must be positive"), ("--lower_lr=nan", "lower_lr"), ("--dropout=1", "below 1"),
+    ("--rank=0", "rank=0 must be positive"), ("--lower_lr=-1", "lower_lr=-1.0 must be at least 0"), ("--upper_lr=0", "upper_lr=0.0 must be positive"), ("--device=gpu", "unknown device"), ("--device=cuda:99", "is not there"), ("--device=meta", "unknown device"), ("--lower_lr=nan", "lower_lr"), ("--dropout=1", "below 1"),
     ("--rank=65", "rank 65 does not fit"), ("--target_modules=q_proj,qproj", "'qproj' matches no linear layer; there are: down_proj"),
     ("--model=nowhere", "no model 'nowhere'"), ("--train_file=nowhere.jsonl", "nowhere.jsonl does not exist"), ("--train_file=.", "is a folder"),
-    ("--val_fraction=0", "needs validation data"), ("--val_file=a.jsonl", "go with train_file"), ("--block_size=1000", "512 positions"), ("--block_size=2", "raise block_size"),
-    ("--train_size=5000", "more than the 2000 examples"), ("--search_steps=0", "nothing to train"), ("--label_prompt=hm", "{text}"),
+    ("--val_fraction=0", "needs validation data"), ("--val_file=a.jsonl", "go with train_file"), ("--block_size=1000", "512 positions"), ("--block_size=2", "raise block_size"), ("--block_size=1", "at least 2"), ("--lower_steps=5", "never take a step"),
+    ("--train_size=1960", "less than the 2000 examples"), ("--train_size=1", "at least 10"), ("--search_steps=0", "nothing to train"), ("--label_prompt=hm", "{text}"),
     ("--config=nowhere.py", "no config file 'nowhere.py'"), ("--val_fraction=0.001", "leaves an empty part"), ("--out_dir=file/run", "file")])
 def test_a_wrong_setting_gets_one_line_and_exit_code_2(capsys, argument, said):
     Path("file").write_text("")
@@ -217,29 +299,76 @@ def test_long_examples_are_reported_once(capsys):
     assert capsys.readouterr().out.count("10 examples were longer than block_size=32") == 1
 
 
+def contents(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+
+
 def test_an_earlier_run_is_kept_unless_overwrite_says_otherwise(capsys):
     train.train(Config(**TINY, out_dir="run"))
-    before = {p.name: p.read_bytes() for p in Path("run").iterdir()}
+    before = contents("run")
     arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--out_dir=run", "--seed=1"]
     assert "holds an earlier run" in refused(capsys, *arguments)
     refused(capsys, *arguments, "--overwrite=True", "--target_modules=nothing")  # a wrong setting costs nothing, not even then
-    assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before
-    assert train.main([*arguments, "--overwrite=True"]) == 0
-    assert (Path("run") / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
+    assert contents("run") == before
+    assert train.main([*arguments, "--overwrite=True", "--method=ft"]) == 0
+    assert "adapter_model.safetensors" not in contents("run") and not Path("run.previous").exists()
+
+
+def test_an_overwritten_run_stays_beside_until_the_new_one_has_finished(capsys, monkeypatch):
+    train.train(Config(**TINY, out_dir="run"))
+    before = contents("run")
+    arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--out_dir=run", "--overwrite=True"]
+    for _ in range(2):  # the second failure must not take the first one for finished work
+        refused(capsys, *arguments, "--lower_lr=1e30", "--warmup=0")
+        assert contents("run.previous") == before
+    with monkeypatch.context() as patch:
+        patch.setattr(train.bidora, "save_adapter", lambda *a: (_ for _ in ()).throw(OSError("No space left on device")))
+        assert "No space left" in refused(capsys, *arguments)
+    assert contents("run") == before and not Path("run.previous").exists()
+
+
+def test_a_folder_with_other_files_is_never_written_to(capsys):
+    """The model's own folder, above all."""
+    model = Path("model")
+    shutil.copytree(train.find_model("tiny-random"), model)
+    before = contents(model)
+    for extra in ([], ["--overwrite=True"], ["--method=ft"]):
+        assert "no run's" in refused(capsys, "--config=tiny.py", "--model=model", "--out_dir=model", *extra)
+    assert contents(model) == before
+
+
+def test_an_interrupted_run_keeps_its_weights_and_says_where(capsys, monkeypatch):
+    steps = []
+    step = train.create_bilevel_optimizer.__globals__["BilevelOptimizer"].lower_step
+
+    def interrupted(self, loss_fn, batch):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step(self, loss_fn, batch)
+
+    monkeypatch.setattr(train.create_bilevel_optimizer.__globals__["BilevelOptimizer"], "lower_step", interrupted)
+    assert train.main([f"--{name}={value}" for name, value in TINY.items()] + ["--out_dir=run"]) == 130
+    assert "interrupted at search step 3 of 4; the weights so far are in run" in capsys.readouterr().err
+    assert any(t.any() for key, t in load_file("run/adapter_model.safetensors").items() if "lora_B" in key)
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_adapter(capsys):
     """With an absurd rate the loss soon is not finite; what is saved must be."""
-    error = refused(capsys, *(f"--{name}={value}" for name, value in TINY.items()), "--out_dir=run", "--lower_lr=1e30", "--warmup=0")
-    assert re.search(r"(search|retrain) step \d of \d is not finite.*lower lower_lr", error)
-    assert all(torch.isfinite(t).all() for t in load_file("run/adapter_model.safetensors").values())
+    arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--lower_lr=1e30", "--warmup=0"]
+    error = refused(capsys, *arguments, "--method=lora", "--out_dir=run")
+    assert re.search(r"train step \d of 7 is not finite.*lower lower_lr", error)
+    error = refused(capsys, *arguments, "--method=lora", "--search_steps=1", "--retrain_steps=0", "--out_dir=last")  # seen after the last step
+    assert "train step 1 of 1 is not finite" in error
+    for folder in ("run", "last"):
+        assert all(torch.isfinite(t).all() and t.abs().max() < 1e3 for t in load_file(f"{folder}/adapter_model.safetensors").values())
 
 
 def test_a_full_disk_is_one_line_before_training():
     """A limit on the size of a file stands in for a full disk."""
     done = command("--config=tiny.py", preexec_fn=lambda: __import__("resource").setrlimit(__import__("resource").RLIMIT_FSIZE, (10_000, 10_000)))
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
-    assert "search:" not in done.stderr and not list(Path(".").rglob("*.tmp"))
+    assert "search:" not in done.stderr and not list(Path("out").iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(capsys):
