@@ -251,7 +251,8 @@ def load_adapter(model, folder):
         raise ValueError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from None
     unsupported = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
     if unsupported or not isinstance(config.get("target_modules"), list):
-        raise ValueError(f"{folder / 'adapter_config.json'}: {', '.join(unsupported) or 'target_modules that is no list'} is not supported")
+        raise ValueError(f"{folder / 'adapter_config.json'}: {', '.join(unsupported) or 'target_modules that is no list'} "
+                         f"is not supported")
     try:
         rank, alpha, dropout, use_dora = (config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_dora"))
     except KeyError as error:
@@ -265,7 +266,8 @@ def load_adapter(model, folder):
     for name in sorted(own.keys() | tensors.keys()):
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
             shapes = [tuple(side[name].shape) if name in side else "none" for side in (tensors, own)]
-            raise ValueError(f"{folder}: the adapter does not fit the model: {name} is {shapes[0]} in the file, {shapes[1]} in the model")
+            raise ValueError(f"{folder}: the adapter does not fit the model: {name} is {shapes[0]} in the file, "
+                             f"{shapes[1]} in the model")
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
     return model

@@ -66,7 +66,8 @@ class Tokenizer:
         added = spec.get("added_tokens", [])
         for token in added:
             if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-                raise ValueError(f"{path}: added token {token['content']!r} swallows spaces or asks for whole words, which is not supported")
+                raise ValueError(f"{path}: added token {token['content']!r} swallows spaces or asks for whole words, "
+                                 f"which is not supported")
         self.special = {token["content"]: token["id"] for token in added}
         vocab = {token: i for token, i in model.get("vocab", {}).items() if token not in self.special}
         # tiktoken merges the pair of lowest id, tokenizers the pair that stands first in the list: these must agree.
@@ -358,7 +359,8 @@ def segments(example, tokenizer, label_prompt, label_ids):
         return [(tokens(example["prompt"]), False), (tokens(example["completion"]) + [tokenizer.eos_id], True)]
     if kind == "classification":
         messages = [{"role": "user", "content": question(example, label_prompt, label_ids)}]
-        return [(tokens(tokenizer.apply_chat_template(messages, add_generation_prompt=True)), False), (label_ids[example["label"]], True)]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return [(tokens(prompt), False), (label_ids[example["label"]], True)]
     if kind == "instruction":
         request = "\n\n".join(filter(None, (example["instruction"], example.get("input"))))
         messages = [{"role": "user", "content": request}, {"role": "assistant", "content": example["output"]}]
@@ -399,7 +401,8 @@ def encode(examples, tokenizer, block_size, label_prompt=LABEL_PROMPT, label_ids
         ids = [token for tokens, _ in parts for token in tokens]
         targets = [token if counts or train_on_prompt else -100 for tokens, counts in parts for token in tokens]
         if format_of(example) in ("text", "code"):
-            for start in range(0, len(ids) - 1, block_size - 1):  # a row's first token is the last of the row before, so each is predicted once
+            # A row's first token is the last of the row before, so that each token is predicted once.
+            for start in range(0, len(ids) - 1, block_size - 1):
                 encoded.append(Encoded(ids[start:start + block_size], targets[start:start + block_size]))
             continue
         answer = len(parts[-1][0])

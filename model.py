@@ -283,7 +283,8 @@ class Transformer(nn.Module):
             if key not in tensors:
                 raise ValueError(f"{folder}: tensor {key} is missing")
             if tensors[key].shape != parameter.shape:
-                raise ValueError(f"{folder}: tensor {key} is {tuple(tensors[key].shape)}, but config.json asks for {tuple(parameter.shape)}")
+                raise ValueError(f"{folder}: tensor {key} is {tuple(tensors[key].shape)}, but config.json asks for "
+                                 f"{tuple(parameter.shape)}")
         unexpected = sorted(set(tensors) - set(model.state_dict()))
         if unexpected:
             raise ValueError(f"{folder}: unexpected tensor {unexpected[0]} (and {len(unexpected) - 1} more)")

@@ -33,7 +33,8 @@ def load(adapter, model_name, device):
     dtype = getattr(torch, run.get("dtype", "float32"))
     if not (adapter / "adapter_config.json").exists():  # full fine-tuning leaves a whole model
         return Transformer.from_pretrained(adapter, dtype, device), Tokenizer.from_pretrained(adapter), run
-    folder = find_model(model_name or run.get("model") or read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
+    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    folder = find_model(model_name or run.get("model") or base or "")
     model = Transformer.from_pretrained(folder, dtype, device)
     return load_adapter(model, adapter).eval(), Tokenizer.from_pretrained(folder), run
 
@@ -65,7 +66,7 @@ def main(arguments):
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token")
     parser.add_argument("--top_k", type=int, default=None, help="sample among the k likeliest tokens")
-    parser.add_argument("--top_p", type=float, default=0.95, help="sample among the likeliest tokens with this share of the probability")
+    parser.add_argument("--top_p", type=float, default=0.95, help="sample among the likeliest tokens of this total probability")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)

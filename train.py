@@ -10,23 +10,18 @@ BiDoRA's three phases (arXiv 2410.09758, algorithm 1): *search* alternates (1) a
 on train and val together. The other methods train once on train and val together, for as many lower-level steps in total.
 """
 
+import contextlib
 import dataclasses
-import difflib
-import inspect
 import json
 import math
 import os
 import platform
 import random
-import re
-import runpy
 import shlex
 import shutil
 import statistics
 import sys
 import time
-import traceback
-import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +30,7 @@ from tqdm import tqdm
 
 import bidora
 import data
+import settings
 from files import replacing, write_json
 from hypergrad import HYPERGRADIENTS, assign, create_bilevel_optimizer
 from model import Transformer
@@ -46,7 +42,7 @@ class Config:
     # what is trained
     model: str = "smollm2-135m"  # a folder in Hugging Face's layout, or a built-in: smollm2-135m, tiny-random
     method: str = "bidora"  # bidora, dora, lora, or ft (full fine-tuning: every weight)
-    dtype: str = "auto"  # of the frozen base: float32, bfloat16, or auto, whichever a short measurement finds fast; adapters are fp32 always
+    dtype: str = "auto"  # of the frozen base: float32, bfloat16, or auto: what a short measurement finds fast; adapters are fp32
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     seed: int = 0  # of the sample drawn from a built-in data set, the split, the adapter's start and the order of the batches
     # data
@@ -58,20 +54,20 @@ class Config:
     test_size: int = 400  # examples of a built-in data set kept for the test, the same for every seed
     val_fraction: float = 0.2  # the upper level's share of the training data; the paper splits 8:2
     block_size: int = 256  # most tokens an example may have; longer prompts are cut on the left
-    label_prompt: str = ""  # how a classification question is put, with {text} and {labels}; empty: the data set's own, or a general one
+    label_prompt: str = ""  # a classification question, with {text} and {labels}; empty: the data set's own, or a general one
     train_on_prompt: bool = False  # count the prompt in the loss too, not only the answer
     # the adapter
     rank: int = 8  # of the direction's update B·A; more rank, more to learn and to overfit
     alpha: float = 16.0  # the update is scaled by alpha / rank
     dropout: float = 0.0  # on the update's input; off while a hypergradient is computed
-    target_modules: tuple = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the layers that get an adapter
+    target_modules: tuple = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the adapted layers
     norm_grad: str = "exact"  # exact, or detach: treat the norm as a constant in the backward pass, as PEFT does
     # the budget: every method takes search_steps + retrain_steps lower-level steps
     search_steps: int = 12  # lower-level steps of BiDoRA's search phase
     retrain_steps: int = 54  # steps of BiDoRA's last phase, direction only, on train and val
     lower_steps: int = 1  # lower-level steps for each upper-level step
     batch_size: int = 4  # examples a step, at either level
-    hyper_batch_size: int = 2  # train examples that a hypergradient's second derivatives see; each costs several times a plain step's memory
+    hyper_batch_size: int = 2  # train examples whose loss is differentiated twice; each takes several times a plain step's memory
     lower_lr: float = 0.0  # AdamW's peak rate at the lower level; 0 takes 1e-3 for adapters, 2e-5 for ft, which moves every weight
     upper_lr: float = 1e-2  # AdamW's peak rate for the magnitude
     warmup: float = 0.1  # share of a phase in which the rates rise from 0; then they fall linearly to a tenth
@@ -88,7 +84,7 @@ class Config:
     cg_iterations: int = 3  # conjugate_gradient: most iterations
     damping: float = 0.01  # conjugate_gradient: added to the Hessian's diagonal
     # output
-    out_dir: str = ""  # where the run is written; empty: out/<config's name>, with -<method> behind for methods given as --method
+    out_dir: str = ""  # where the run is written; empty: out/<config's name>, and -<method> if --method is given
     overwrite: bool = False  # replace the files of an earlier run in out_dir
     eval_batch_size: int = 32  # examples a forward pass in evaluation
     eval_size: int = 400  # most examples of a part (train, val, test) that are evaluated, the same before and after
@@ -103,83 +99,23 @@ CHOICES = {
     "hypergradient": tuple(HYPERGRADIENTS),
     "mode": ("exact", "finite_difference"),
 }
-MAY_BE_ZERO = {"seed", "dropout", "weight_decay", "warmup", "val_fraction", "lower_lr", "unroll_lr", "damping", "search_steps", "retrain_steps"}
+MAY_BE_ZERO = {"seed", "dropout", "weight_decay", "warmup", "val_fraction", "lower_lr", "unroll_lr", "damping",
+               "search_steps", "retrain_steps"}
 BELOW_ONE = {"dropout", "val_fraction", "warmup"}
 
 
-# ------------------------------------------------------------------------------------------ configuration
-
-
-def suggest(name, known):
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(filter(None, known))}"
-
-
-def typed(field, value, where):
-    """A value from the command line (a string) or a config file, in the field's type. Raises ValueError."""
-    kind = field.type
-    try:
-        if kind is tuple:
-            value = value.split(",") if isinstance(value, str) else value
-            if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value):
-                return tuple(value)
-        elif kind is bool:
-            if str(value).lower() in ("true", "false"):
-                return str(value).lower() == "true"
-        elif kind is str:
-            if isinstance(value, (str, Path)):
-                return str(value)
-        elif not isinstance(value, bool) and kind(value) == float(value):  # 8.5 is no int
-            return kind(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    what = {tuple: "a list of names", bool: "True or False", str: "text", int: "a whole number", float: "a number"}[kind]
-    raise ValueError(f"{where}: {field.name}={value!r} is not {what}")
-
-
 def read_config(arguments):
-    """
-    The Config of a command line: defaults, then the file named by --config, then --name=value.
+    """The Config of a command line; see settings.read. Raises ValueError or FileNotFoundError."""
+    config, path = settings.read(Config, arguments, Path(__file__).parent / "configs")
+    if path and not config.out_dir:
+        method = f"-{config.method}" if any(argument.startswith("--method=") for argument in arguments) else ""
+        config.out_dir = str(Path("out") / f"{path.stem}{method}")
+    return config
 
-    Raises ValueError or FileNotFoundError with one line that names what is wrong and where.
-    """
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    given = {}
-    for argument in arguments:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
-            raise ValueError(f"argument {argument!r}: write --name=value")
-        if name not in fields and name != "config":
-            raise ValueError(f"unknown setting --{name}" + suggest(name, ["config", *fields]))
-        given[name] = value
-    values = {}
-    if "config" in given:
-        path = Path(given["config"])
-        if not path.exists():
-            path = Path(__file__).parent / "configs" / path
-        if not path.is_file():
-            known = sorted(p.name for p in (Path(__file__).parent / "configs").glob("*.py"))
-            raise FileNotFoundError(f"no config file {given['config']!r}, here or in configs/" + suggest(given["config"], known))
-        try:
-            settings = runpy.run_path(str(path))
-        except Exception as error:
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-            line = lines[-1] if lines else getattr(error, "lineno", "?")
-            raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
-        for name, value in settings.items():
-            if name.startswith("_") or isinstance(value, types.ModuleType):
-                continue
-            if name not in fields:
-                raise ValueError(f"{path}: unknown setting {name!r}" + suggest(name, fields))
-            values[name] = typed(fields[name], value, path)
-        if not values.get("out_dir"):
-            usual = values.get("method", Config.method)
-            other = given.get("method", usual)
-            values["out_dir"] = str(Path("out") / (path.stem if other == usual else f"{path.stem}-{other}"))
-    for name, value in given.items():
-        if name != "config":
-            values[name] = typed(fields[name], value, "command line")
-    return Config(**values)
+
+def differences(config):
+    """Whether the run takes finite differences of gradients."""
+    return (config.method, config.hypergradient, config.mode) == ("bidora", "unrolled", "finite_difference")
 
 
 def check(config):
@@ -187,7 +123,7 @@ def check(config):
     for name, choices in CHOICES.items():
         value = getattr(config, name)
         if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}" + suggest(value, choices))
+            raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, choices))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.type in (int, float):
@@ -205,7 +141,8 @@ def check(config):
     if config.search_steps + config.retrain_steps == 0 or (config.method == "bidora" and config.search_steps == 0):
         raise ValueError(f"search_steps={config.search_steps}, retrain_steps={config.retrain_steps}: there is nothing to train")
     if config.method == "bidora" and config.lower_steps > config.search_steps:
-        raise ValueError(f"lower_steps={config.lower_steps} is more than search_steps={config.search_steps}: the upper level would never take a step")
+        raise ValueError(f"lower_steps={config.lower_steps} is more than search_steps={config.search_steps}: "
+                         f"the upper level would never take a step")
     if config.block_size < 2:
         raise ValueError(f"block_size={config.block_size} must be at least 2: a token, and the one it predicts")
     if not config.train_file and not config.data:
@@ -218,29 +155,17 @@ def check(config):
         raise ValueError("method=bidora needs validation data: its upper level learns the magnitude from examples that the lower "
                          "level does not train on; give --val_file, or a val_fraction above 0 (the paper's is 0.2)")
     if config.method == "ft" and config.dtype == "bfloat16":
-        raise ValueError("method=ft trains the weights themselves, and in bfloat16 small updates round to nothing: use dtype=float32")
-    if config.mode == "finite_difference" and config.dtype == "bfloat16" and (config.method, config.hypergradient) == ("bidora", "unrolled"):
+        raise ValueError("method=ft trains the weights themselves, and in bfloat16 small updates round to nothing: "
+                         "use dtype=float32")
+    if differences(config) and config.dtype == "bfloat16":
         raise ValueError("mode=finite_difference is rounding noise in bfloat16: use mode=exact, or dtype=float32")
-
-
-def help_text():
-    """Every field with its default and its comment, read from Config's own source."""
-    lines = [__doc__.strip(), "", "settings:"]
-    for line in inspect.getsource(Config).splitlines()[2:]:
-        if match := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):
-            name, comment = match.groups()
-            default = getattr(Config, name)
-            lines += [f"  --{name}={','.join(default) if isinstance(default, tuple) else default}", f"        {comment}"]
-        elif match := re.fullmatch(r"    # (.*)", line):
-            lines += ["", match.group(1)]
-    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------- data
 
 
 def load_data(config):
-    """The raw examples as {"train", "val", "test"}, and the classification question. Raises ValueError where they don't fit together."""
+    """The raw examples as {"train", "val", "test"}, and the classification question. Raises ValueError where they don't fit."""
     if config.train_file:
         parts = {"train": data.load_examples(config.train_file),
                  "val": data.load_examples(config.val_file) if config.val_file else [],
@@ -309,10 +234,11 @@ def choose_dtype(config, device):
         return getattr(torch, config.dtype), "as set"
     if config.method == "ft":
         return torch.float32, "full fine-tuning needs it"
-    if config.method == "bidora" and (config.hypergradient, config.mode) == ("unrolled", "finite_difference"):
+    if differences(config):
         return torch.float32, "finite differences need it"
-    if device == "cuda":
-        return (torch.bfloat16, "the GPU supports it") if torch.cuda.is_bf16_supported() else (torch.float32, "the GPU has no bfloat16")
+    if device.startswith("cuda"):
+        supported = torch.cuda.is_bf16_supported()
+        return (torch.bfloat16, "the GPU supports it") if supported else (torch.float32, "the GPU has no bfloat16")
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, w = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
@@ -347,6 +273,9 @@ def learning_rate_scale(step, steps, warmup):
 
 # ---------------------------------------------------------------------------------------------- the main job
 
+RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "adapter_config.json", "adapter_model.safetensors",
+             "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
 
 def train(config):
     """
@@ -361,13 +290,16 @@ def train(config):
     out, previous = Path(config.out_dir or "out/run"), None
     existing = next(path for path in (out, *out.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"out_dir={out} can't be written, since {existing} is {'read-only' if existing.is_dir() else 'a file'}: choose another")
+        raise ValueError(f"out_dir={out} can't be written, since {existing} is {'read-only' if existing.is_dir() else 'a file'}: "
+                         f"choose another")
     if existing == out and any(out.iterdir()):
         if not (out / "run.json").exists():
             raise ValueError(f"{out} holds files that are no run's: choose another --out_dir")
         if not config.overwrite:
             raise ValueError(f"{out} holds an earlier run: choose another --out_dir, or replace it with --overwrite=True")
         previous = out.with_name(out.name + ".previous")
+        if previous.exists() and (out / "summary.json").exists():
+            raise ValueError(f"{previous} is in the way, where the earlier run would be kept: move it elsewhere")
 
     # data, model and tokenizer; whatever is wrong with them shows before the first step
     parts, label_prompt = load_data(config)
@@ -383,10 +315,12 @@ def train(config):
     torch.manual_seed(config.seed)
     model = Transformer.from_pretrained(folder, dtype, device)
     if config.block_size > model.config.max_position_embeddings:
-        raise ValueError(f"block_size={config.block_size} is more than the {model.config.max_position_embeddings} positions of {config.model}")
+        raise ValueError(f"block_size={config.block_size} is more than the {model.config.max_position_embeddings} positions "
+                         f"of {config.model}")
     largest = max(max(row.input_ids) for rows in encoded.values() for row in rows)
     if largest >= model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer writes token {largest}, but the model's vocabulary ends at {model.config.vocab_size}")
+        raise ValueError(f"{folder}: the tokenizer writes token {largest}, but the model's vocabulary ends at "
+                         f"{model.config.vocab_size}")
     if config.method != "ft":
         model.requires_grad_(False)
         bidora.replace_linear_with_bidora(model, config.rank, config.target_modules, config.alpha, config.dropout,
@@ -407,13 +341,13 @@ def train(config):
         else:
             bidora.save_adapter(model, out, str(folder))
 
-    # The folder is tried with all that will go into it while nothing is lost yet: a full disk shows now. An earlier run is kept
-    # beside until this one has finished; if it is there already, what stands in `out` is a run that never finished.
+    # An earlier run is kept beside until this one has finished; if it is there already, `out` holds a run that never finished.
+    if previous and previous.exists():
+        shutil.rmtree(out)
+    elif previous:
+        os.replace(out, previous)
+    # The folder is tried with all that will go into it while nothing is lost yet: a full disk shows now.
     try:
-        if previous and previous.exists():
-            shutil.rmtree(out)
-        elif previous:
-            os.replace(out, previous)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "run.json", dataclasses.asdict(config) | {
             "labels": labels, "label_prompt": label_prompt, "dtype": str(dtype).removeprefix("torch.")})
@@ -428,10 +362,10 @@ def train(config):
     print(f"data: {config.train_file or config.data}: {', '.join(f'{len(examples)} {name}' for name, examples in parts.items())}"
           + (f"; labels {', '.join(labels)}" if labels else ""))
     if cut:
-        print(f"{cut} examples were longer than block_size={config.block_size} tokens: they were cut on the left, their answers kept")
+        print(f"{cut} examples were longer than block_size={config.block_size} tokens: cut on the left, their answers kept")
     if not tokenizer.has_chat_template:
         print("the tokenizer has no chat template: a plain one (User: … Assistant: …) is used")
-    print(f"trainable: {sizes['lower']:,} lower-level" + (f", {sizes['upper']:,} upper-level" if sizes["upper"] else "") + " parameters")
+    print(f"trainable parameters: {sizes['lower']:,} lower level, {sizes['upper']:,} upper level")
     start = "a fresh start" if config.final_init == "fresh" else "where search ended"
     for phase, steps, _ in phases:
         print(f"{phase}: {steps} steps, " + {
@@ -466,8 +400,8 @@ def train(config):
                 if config.final_init == "fresh":
                     for layer in bidora.adapter_layers(model).values():
                         layer.reset_direction()
-            optimizer = create_bilevel_optimizer(model, config.lower_lr, config.upper_lr, config.lower_steps, config.hypergradient,
-                                                 config.weight_decay, config.grad_clip, **options)
+            optimizer = create_bilevel_optimizer(model, config.lower_lr, config.upper_lr, config.lower_steps,
+                                                 config.hypergradient, config.weight_decay, config.grad_clip, **options)
             train_batches = data.batches(rows, config.batch_size, tokenizer.pad_id, config.seed)
             hyper_batches = data.batches(rows, config.hyper_batch_size, tokenizer.pad_id, config.seed + 1)
             val_batches = data.batches(encoded["val"], config.batch_size, tokenizer.pad_id, config.seed)
@@ -514,14 +448,20 @@ def train(config):
     after = evaluate_all()
     results = {
         "method": config.method, "model": config.model, "dtype": str(dtype).removeprefix("torch."), "seed": config.seed,
-        "examples": {name: len(examples) for name, examples in parts.items()}, "evaluated": {name: len(rows) for name, rows in evaluated.items()},
-        "before": before, "after": after, "trainable_parameters": sizes, "seconds": seconds | {"total": time.time() - started},
-        "peak_memory_gb": memory(device), "peak_memory_beyond_start_gb": memory(device) - memory_at_start, "out_dir": str(out),
+        "examples": {name: len(examples) for name, examples in parts.items()},
+        "evaluated": {name: len(rows) for name, rows in evaluated.items()},
+        "before": before, "after": after, "trainable_parameters": sizes,
+        "seconds": seconds | {"total": time.time() - started},
+        "peak_memory_gb": memory(device), "peak_memory_beyond_start_gb": memory(device) - memory_at_start,
+        "out_dir": str(out),
     }
     write_json(out / "summary.json", results)
     plot_losses(out / "loss.png", metrics, results)
     if previous:
-        shutil.rmtree(previous)
+        for name in RUN_FILES:
+            (previous / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it stays if it holds anything of the user's own
+            previous.rmdir()
     print(report(results))
     return results
 
@@ -539,7 +479,8 @@ def plot_losses(path, metrics, results):
         if points:
             axes.plot(*zip(*points), label=label, color=color, linewidth=1.2)
     if results["after"]["test"]:
-        axes.plot([0, len(metrics)], [results[when]["test"]["loss"] for when in ("before", "after")], "k^", label="test, before and after")
+        losses = [results[when]["test"]["loss"] for when in ("before", "after")]
+        axes.plot([0, len(metrics)], losses, "k^", label="test, before and after")
     for phase in dict.fromkeys(line["phase"] for line in metrics):
         first = next(line["step"] for line in metrics if line["phase"] == phase)
         axes.axvline(first - 0.5, color="gray", linewidth=0.8, linestyle=":")
@@ -558,13 +499,15 @@ def report(results):
     lines.append("".join(f"{cell:>16}" for cell in ("examples", *(results["evaluated"][part] for part in parts))))
     for what, form in (("accuracy", "{:.1%}"), ("loss", "{:.3f}")):
         for when in ("before", "after"):
-            lines.append("".join(f"{cell:>16}" for cell in (f"{what} {when}", *(form.format(results[when][part][what]) for part in parts))))
+            values = [form.format(results[when][part][what]) for part in parts]
+            lines.append("".join(f"{cell:>16}" for cell in (f"{what} {when}", *values)))
     sizes, seconds, out = results["trainable_parameters"], results["seconds"], results["out_dir"]
     lines += [
         "",
         f"trainable parameters: {sizes['lower']:,} lower level, {sizes['upper']:,} upper level",
         f"seconds: {', '.join(f'{phase} {value:.0f}' for phase, value in seconds.items())}",
-        f"peak memory: {results['peak_memory_gb']:.2f} GB, {results['peak_memory_beyond_start_gb']:.2f} GB of it beyond Python and torch",
+        f"peak memory: {results['peak_memory_gb']:.2f} GB, "
+        f"{results['peak_memory_beyond_start_gb']:.2f} GB of it beyond Python and torch",
         "",
         f"saved in {out}: {', '.join(sorted(p.name for p in Path(out).iterdir()))}",
     ]
@@ -573,17 +516,19 @@ def report(results):
 
 def main(arguments):
     if not arguments:
-        print(__doc__.strip() + "\n\nStart with:  python train.py --config=small.py   (downloads 95 MB, takes about 4 minutes on two CPU cores)"
-                                "\n       or:  python train.py --config=tiny.py    (downloads nothing, takes seconds)")
+        print(__doc__.strip() + "\n\nStart with:\n"
+              "    python train.py --config=small.py    (downloads 95 MB, takes some 3 minutes on two CPU cores)\n"
+              "    python train.py --config=tiny.py     (downloads nothing, takes seconds)")
         return 0
     if "--help" in arguments or "-h" in arguments:
-        print(help_text())
+        print(__doc__.strip(), settings.help_text(Config), sep="\n\n")
         return 0
     try:
         config = read_config(arguments)
         results = train(config)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).splitlines()[0]}): lower batch_size, hyper_batch_size or block_size", file=sys.stderr)
+        print(f"error: out of memory ({str(error).splitlines()[0]}): lower batch_size, hyper_batch_size or block_size",
+              file=sys.stderr)
         return 2
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -593,7 +538,8 @@ def main(arguments):
         return 130
     out, other = results["out_dir"], "dora" if config.method == "bidora" else "bidora"
     again = shlex.join([argument for argument in arguments if not argument.startswith(("--method=", "--out_dir=", "--overwrite="))])
-    prompt = {"movie-sentiment": "A film to fall asleep in.", "toy-sentiment": "aeae lim aeae tik"}.get("" if config.train_file else config.data, "...")
+    prompts = {"movie-sentiment": "A film to fall asleep in.", "toy-sentiment": "aeae lim aeae tik"}
+    prompt = "..." if config.train_file else prompts[config.data]
     print(f"next:\n  python sample.py --adapter={out} --prompt=\"{prompt}\"\n"
           f"  python train.py {again} --method={other} --out_dir={out}-{other}    # the same data and budget")
     return 0

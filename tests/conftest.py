@@ -1,13 +1,15 @@
+import os
 import sys
 from pathlib import Path
 
-import pytest
-
+# The models here are tiny: one thread is as fast as many, and stays so on a busy machine, where many wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
-    import torch
-
     torch.manual_seed(0)

@@ -234,6 +234,17 @@ def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
     assert "nowhere" in capsys.readouterr().err
 
 
+def test_the_readmes_python_runs_as_it_stands(capsys):
+    """The merge of out/small is tried on a run of the tiny model, whose name is put in; nothing else is changed."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    merging, own = (next(block for block in blocks if word in block) for word in ("merge(", "bilevel_step"))
+    exec(own, {})
+    assert capsys.readouterr().out.count("train ") == 10
+    train.train(Config(**TINY, out_dir="out/small"))
+    exec(merging.replace("smollm2-135m", "tiny-random"), {})
+    assert sample.main(["--model=out/merged", "--prompt=ab", "--max_new_tokens=3"]) == 0
+
+
 # --------------------------------------------------------------------------------------- the command line
 
 
@@ -312,6 +323,10 @@ def test_an_earlier_run_is_kept_unless_overwrite_says_otherwise(capsys):
     assert contents("run") == before
     assert train.main([*arguments, "--overwrite=True", "--method=ft"]) == 0
     assert "adapter_model.safetensors" not in contents("run") and not Path("run.previous").exists()
+    Path("run/notes.txt").write_text("mine")
+    assert train.main([*arguments, "--overwrite=True"]) == 0
+    assert contents("run.previous") == {"notes.txt": b"mine"}
+    assert "run.previous is in the way" in refused(capsys, *arguments, "--overwrite=True")
 
 
 def test_an_overwritten_run_stays_beside_until_the_new_one_has_finished(capsys, monkeypatch):
