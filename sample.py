@@ -1,7 +1,7 @@
 """
 Use a trained model: answer a prompt, hold a conversation, or classify.
 
-    python sample.py --adapter=out/small --prompt="A film to fall asleep in."      each label's probability
+    python sample.py --adapter=out/small --prompt="Dull, clumsy and far too long."      each label's probability
     python sample.py --adapter=out/mine --prompt="Explain rainbows."               generate an answer
     python sample.py --adapter=out/mine --chat                                     talk, until an empty line
     python sample.py --model=smollm2-135m --chat                                   the base model, for comparison

@@ -538,7 +538,7 @@ def main(arguments):
         return 130
     out, other = results["out_dir"], "dora" if config.method == "bidora" else "bidora"
     again = shlex.join([argument for argument in arguments if not argument.startswith(("--method=", "--out_dir=", "--overwrite="))])
-    prompts = {"movie-sentiment": "A film to fall asleep in.", "toy-sentiment": "aeae lim aeae tik"}
+    prompts = {"movie-sentiment": "Dull, clumsy and far too long.", "toy-sentiment": "aeae lim aeae tik"}
     prompt = "..." if config.train_file else prompts[config.data]
     print(f"next:\n  python sample.py --adapter={out} --prompt=\"{prompt}\"\n"
           f"  python train.py {again} --method={other} --out_dir={out}-{other}    # the same data and budget")
