@@ -122,11 +122,16 @@ def replace_linear_with_bidora(module, rank=8, target_modules=("q_proj", "v_proj
         shared = [owner for owner, parameter in owners if parameter is layer.weight and owner != f"{name}.weight"]
         if shared:
             raise ValueError(f"{name} shares its weight with {shared[0]}, so it can't be adapted by itself")
+    adapted = {}  # all are made before the first is put in, so that an error leaves the module as it was
     for name, layer in chosen.items():
+        try:
+            adapted[name] = BiDoRALinear(layer.in_features, layer.out_features, rank, lora_alpha, lora_dropout,
+                                         layer.bias is not None, method, norm_grad, linear=layer).train(layer.training)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for name, layer in adapted.items():
         parent, _, child = name.rpartition(".")
-        adapted = BiDoRALinear(layer.in_features, layer.out_features, rank, lora_alpha, lora_dropout,
-                               layer.bias is not None, method, norm_grad, linear=layer)
-        setattr(module.get_submodule(parent), child, adapted.train(layer.training))
+        setattr(module.get_submodule(parent), child, layer)
     return module
 
 

@@ -218,8 +218,10 @@ def test_each_method_trains_the_right_parameters_at_each_level():
 def test_what_cannot_be_adapted_is_refused():
     with pytest.raises(ValueError, match="no_such.*there are: 0, 2"):
         replace_linear_with_bidora(mlp(), 2, ["0", "no_such"])
-    with pytest.raises(ValueError, match="rank 6 does not fit"):
-        replace_linear_with_bidora(mlp(), 6, ["2"])
+    model = mlp()
+    with pytest.raises(ValueError, match="2: rank 6 does not fit"):
+        replace_linear_with_bidora(model, 6, ["0", "2"])
+    assert not bidora.adapter_layers(model)  # not half adapted
     with pytest.raises(ValueError, match="rank 0 does not fit"):
         replace_linear_with_bidora(mlp(), 0, ["2"])
     with pytest.raises(ValueError, match="already"):
