@@ -99,6 +99,12 @@ class BiDoRALinear(nn.Linear):
         return (self.lora_magnitude_vector / torch.linalg.vector_norm(W, dim=1).clamp_min(1e-12))[:, None] * W
 
 
+def put(module, name, layer):
+    """Make layer the submodule of that dotted name."""
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, layer)
+
+
 def replace_linear_with_bidora(module, rank=8, target_modules=("q_proj", "v_proj"), lora_alpha=16.0, lora_dropout=0.0,
                                method="bidora", norm_grad="exact"):
     """
@@ -130,8 +136,7 @@ def replace_linear_with_bidora(module, rank=8, target_modules=("q_proj", "v_proj
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     for name, layer in adapted.items():
-        parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, layer)
+        put(module, name, layer)
     return module
 
 
@@ -196,8 +201,7 @@ def merge(model):
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(layer.merged_weight().to(layer.weight.dtype), requires_grad=False)
         linear.bias = layer.bias
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear.train(layer.training))
+        put(model, name, linear.train(layer.training))
     return model
 
 

@@ -85,17 +85,15 @@ class Tokenizer:
                                           special_tokens=self.special)
         self.vocab_size = first_missing
 
-        def token_id(name, default=None):
+        def named(name):  # a token is written as text, or as an object with its flags
             token = settings.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            return self.special.get(token, default)
+            return token.get("content") if isinstance(token, dict) else token
 
-        self.eos_token, self.bos_token = (
-            t.get("content") if isinstance(t, dict) else t for t in (settings.get("eos_token"), settings.get("bos_token")))
-        self.eos_id = token_id("eos_token")
+        self.eos_token, self.bos_token = named("eos_token"), named("bos_token")
+        self.eos_id = self.special.get(self.eos_token)
         if self.eos_id is None:
             raise ValueError(f"{folder / 'tokenizer_config.json'}: eos_token is missing or no added token")
-        self.pad_id = token_id("pad_token", self.eos_id)
+        self.pad_id = self.special.get(named("pad_token"), self.eos_id)
         template = settings.get("chat_template")
         if isinstance(template, list):  # several templates by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
@@ -330,9 +328,10 @@ class Encoded:
     prompt_ids: list = field(default_factory=list)  # classification: the prompt alone
 
 
-def question(example, label_prompt, labels):
-    """The user's message of a classification example."""
-    return label_prompt.replace("{labels}", ", ".join(labels)).replace("{text}", example["text"])
+def tokenize_question(text, tokenizer, label_prompt, labels):
+    """The prompt of a classification example, up to where the label goes, as token ids."""
+    message = label_prompt.replace("{labels}", ", ".join(labels)).replace("{text}", text)
+    return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True))
 
 
 def tokenize_labels(labels, tokenizer):
@@ -358,9 +357,7 @@ def segments(example, tokenizer, label_prompt, label_ids):
     if kind == "prompt":
         return [(tokens(example["prompt"]), False), (tokens(example["completion"]) + [tokenizer.eos_id], True)]
     if kind == "classification":
-        messages = [{"role": "user", "content": question(example, label_prompt, label_ids)}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        return [(tokens(prompt), False), (label_ids[example["label"]], True)]
+        return [(tokenize_question(example["text"], tokenizer, label_prompt, label_ids), False), (label_ids[example["label"]], True)]
     if kind == "instruction":
         request = "\n\n".join(filter(None, (example["instruction"], example.get("input"))))
         messages = [{"role": "user", "content": request}, {"role": "assistant", "content": example["output"]}]

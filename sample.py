@@ -2,9 +2,9 @@
 Use a trained model: answer a prompt, hold a conversation, or classify.
 
     python sample.py --adapter=out/small --prompt="Dull, clumsy and far too long."      each label's probability
-    python sample.py --adapter=out/mine --prompt="Explain rainbows."               generate an answer
-    python sample.py --adapter=out/mine --chat                                     talk, until an empty line
-    python sample.py --model=smollm2-135m --chat                                   the base model, for comparison
+    python sample.py --adapter=out/mine --prompt="Explain rainbows."                    generate an answer
+    python sample.py --adapter=out/mine --chat                                          talk, until an empty line
+    python sample.py --model=smollm2-135m --chat                                        the base model, for comparison
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bidora import load_adapter
-from data import LABEL_PROMPT, Tokenizer, question, tokenize_labels
+from data import LABEL_PROMPT, Tokenizer, tokenize_labels, tokenize_question
 from files import read_json
 from model import Transformer
 from pretrained import find_model
@@ -49,8 +49,7 @@ def answer(model, tokenizer, messages, args):
 
 def classify(model, tokenizer, text, labels, label_prompt):
     """(probability, label) of every label, likeliest first; the probabilities are among the labels, so they sum to 1."""
-    messages = [{"role": "user", "content": question({"text": text}, label_prompt, labels)}]
-    prompt = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    prompt = tokenize_question(text, tokenizer, label_prompt, labels)
     p = model.score([prompt], list(tokenize_labels(labels, tokenizer).values()))[0].softmax(-1)
     return sorted(zip(p.tolist(), labels), reverse=True)
 
