@@ -24,10 +24,11 @@ from tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer, for those w
 
 # ---------------------------------------------------------------------------------------------- data sets
 
-MOVIES = dict(requirement="vaderSentiment==3.3.2", filename="vaderSentiment-3.3.2.tar.gz", size="2.5 MB",
+SNIPPETS = dict(requirement="vaderSentiment==3.3.2", filename="vaderSentiment-3.3.2.tar.gz", size="2.5 MB",
               sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
 BUILT_IN = {  # name: how its classification question is put
     "movie-sentiment": "Is the sentiment of this movie review positive or negative? Answer with one word.\n\n{text}",
+    "product-sentiment": "Is the sentiment of this product review positive or negative? Answer with one word.\n\n{text}",
     "toy-sentiment": "{text}",
 }
 LABEL_PROMPT = "Which of these labels fits the text: {labels}? Answer with the label only.\n\n{text}"
@@ -44,12 +45,14 @@ def format_of(example):
 
 def load_examples(path_or_name):
     """
-    Read a JSONL file (UTF-8, one example a line, all of one format) or a built-in set: 'movie-sentiment', 'toy-sentiment'.
+    Read a JSONL file (UTF-8, one example a line, all of one format) or a built-in set: a key of BUILT_IN.
 
     Returns a list of dicts. Raises FileNotFoundError, or ValueError naming file and line, for what can't be trained on.
     """
     if path_or_name == "movie-sentiment":
-        return movie_sentiment()
+        return rated_snippets("movieReviewSnippets")
+    if path_or_name == "product-sentiment":
+        return rated_snippets("amazonReviewSnippets")
     if path_or_name == "toy-sentiment":
         return toy_sentiment()
     path = Path(path_or_name).expanduser()
@@ -106,16 +109,17 @@ def check_example(example, where):
         raise ValueError(f"{where}: the answer is empty")
 
 
-def movie_sentiment():
+def rated_snippets(name):
     """
-    10,070 movie-review snippets, 'positive' or 'negative' by the sign of their mean human rating (-4 … 4, |rating| ≥ 0.5).
+    Snippets, 'positive' or 'negative' by the sign of their mean human rating (-4 … 4, |rating| ≥ 0.5): 10,070 out of movie reviews, or
+    2,977 sentences of product reviews.
 
     Hutto & Gilbert, "VADER", ICWSM 2014; the ratings lie in an archive inside the package's source archive (MIT).
     """
-    with tarfile.open(fetch(**MOVIES)) as outer:
+    with tarfile.open(fetch(**SNIPPETS)) as outer:
         inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
         with tarfile.open(fileobj=inner) as archive:
-            lines = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read().decode("utf-8").splitlines()
+            lines = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt").read().decode("utf-8").splitlines()
     ratings = {}  # by text, so that no snippet stands twice
     for line in lines:
         _, rating, text = line.split("\t")

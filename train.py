@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import analysis
 import bidora
 import data
 import hardware
@@ -99,6 +100,7 @@ class Config:
     gradient_checkpointing: str = "auto"  # True: compute activations twice to keep fewer, for one more forward pass (auto: False)
     auto_hardware: bool = False  # let what is automatic or 0 in quantize, accumulate, gradient_checkpointing, block_size fit the memory
     # output
+    snapshots: int = 0  # times a phase, the last step included, at which the weights' ΔM and ΔD are recorded (analysis.py)
     out_dir: str = ""  # where the run is written; empty: out/<config's name>, and -<method> if --method is given
     overwrite: bool = False  # replace the files of an earlier run in out_dir
     eval_batch_size: int = 32  # examples a forward pass in evaluation
@@ -122,7 +124,7 @@ CHOICES = {
 }
 BILEVEL = ("bidora", "bilora")
 MAY_BE_ZERO = {"seed", "dropout", "weight_decay", "gram_weight", "warmup", "val_fraction", "lower_lr", "unroll_lr", "damping",
-               "block_size", "accumulate", "hvp_batch", "search_steps", "retrain_steps"}
+               "block_size", "accumulate", "hvp_batch", "search_steps", "retrain_steps", "snapshots"}
 BELOW_ONE = {"dropout", "val_fraction", "warmup"}
 
 
@@ -283,7 +285,7 @@ def learning_rate_scale(step, steps, warmup):
 
 
 RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "adapter_config.json", "adapter_model.safetensors",
-             "config.json", "model.safetensors", *TOKENIZER_FILES)
+             "trajectory.json", "trajectory.safetensors", "config.json", "model.safetensors", *TOKENIZER_FILES)
 
 
 def train(config):
@@ -361,6 +363,7 @@ def train(config):
     else:
         phases = [("train", config.search_steps + config.retrain_steps, both)]
     phases = [phase for phase in phases if phase[1] > 0]
+    trajectory = analysis.Trajectory.start(model, config.target_modules, config.magnitude_axis) if config.snapshots else None
     sizes = {"lower": sum(p.numel() for p in bidora.lower_parameters(model)),
              "upper": sum(p.numel() for p in bidora.upper_parameters(model))}
 
@@ -370,6 +373,8 @@ def train(config):
             tokenizer.save_pretrained(out)
         else:
             bidora.save_adapter(model, out, config.model if is_hub_name(config.model) else str(folder), config.revision)
+        if trajectory:
+            trajectory.save(out)
 
     # An earlier run is kept beside until this one has finished; if it is there already, `out` holds a run that never finished.
     if previous and previous.exists():
@@ -444,6 +449,7 @@ def train(config):
             train_batches = data.batches(rows, config.batch_size, tokenizer.pad_id, config.seed)
             val_batches = data.batches(encoded["val"], config.batch_size, tokenizer.pad_id, config.seed)
             trained = optimizer.lower + optimizer.upper
+            marks = {math.ceil(steps * i / config.snapshots) for i in range(1, config.snapshots + 1)}
             last_finite = None  # the weights that last gave a finite loss, for when the next do not
             phase_start = time.time()
             model.train()
@@ -464,6 +470,8 @@ def train(config):
                         val_loss = optimizer.upper_step(loss_fn, again, data.parts(next(val_batches), config.accumulate))
                         line |= {"val_loss": val_loss.item(), "upper_lr": scale * config.upper_lr}
                     last_finite = before_step
+                    if step in marks:
+                        trajectory.record(model, phase, n)
                     line["seconds"] = round(time.time() - step_start, 4)
                     metrics.append(line)
                     log.write(json.dumps(line) + "\n")  # one whole line at a time
@@ -534,7 +542,7 @@ def main(arguments):
         return 130
     out, other = results["out_dir"], "dora" if config.method in BILEVEL else "bidora"
     again = shlex.join([argument for argument in arguments if not argument.startswith(("--method=", "--out_dir=", "--overwrite="))])
-    prompts = {"movie-sentiment": "Dull, clumsy and far too long.", "toy-sentiment": "aeae lim aeae tik"}
+    prompts = {"movie-sentiment": "Dull, clumsy and far too long.", "product-sentiment": "It broke within a week.", "toy-sentiment": "aeae lim aeae tik"}
     prompt = "..." if config.train_file else prompts[config.data]
     print(f"next:\n  python sample.py --adapter={out} --prompt=\"{prompt}\"\n"
           f"  python train.py {again} --method={other} --out_dir={out}-{other}    # the same data and budget")

@@ -1,0 +1,192 @@
+"""
+The methods side by side, over seeds, training sizes and domains, each with the learning rates that did best on examples kept for that.
+
+    python compare.py                  every run that has no result yet: stop it and start it again as you like
+    python compare.py --report=True    the table of the results that are there
+    python compare.py --quick=True     a toy in two minutes, in a folder of its own
+
+Of each domain, 300 examples are the test and 200 the tuning set, always the same; training samples are drawn from the rest, by the seed. A sample of n
+examples gets 50·√(n/100) lower-level steps by every method, a fifth of them in search. Each point of a method's grid of rates is
+trained once, on 100 film-review snippets by a seed of its own; the one with the lowest loss on the tuning set serves all sizes and domains.
+A run is one call of train.py, and leaves one small JSON file: its command, its table, and ΔM and ΔD of the query and value matrices at four snapshots a phase.
+"""
+
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+from scipy.stats import wilcoxon
+from tqdm import tqdm
+
+import data
+import settings
+from analysis import Trajectory
+from files import read_json, write_json
+
+ADAPTER = {"lower_lr": (3e-4, 1e-3, 3e-3)}
+GRID = {"bidora": ADAPTER | {"upper_lr": (3e-3, 3e-2)}, "dora": ADAPTER, "lora": ADAPTER, "bilora": ADAPTER | {"upper_lr": (3e-3, 3e-2)},
+        "ft": {"lower_lr": (7e-6, 2e-5, 6e-5)}}
+TUNING = ("movie-sentiment", 100, 1000)  # domain, size, seed
+TARGETS = ("q_proj", "v_proj")
+
+
+@dataclass
+class Compare:
+    domains: tuple = ("movie-sentiment", "product-sentiment")  # built-in data sets
+    sizes: tuple = ("100", "400")  # training examples, train and val together
+    methods: tuple = tuple(GRID)  # what is compared
+    seeds: int = 5  # 0, 1, …: of the training sample, the split, the start and the order of the batches
+    model: str = "smollm2-135m"  # what is tuned
+    workers: int = 2  # runs at a time, which share the CPU's cores
+    results: str = "results"  # folder of the result files
+    out_dir: str = "out/compare"  # folder of the runs
+    report: bool = False  # only print the table
+    quick: bool = False  # two seeds of a toy on a tiny random model
+
+
+def write_examples(compare, domain, size, seed, tuning):
+    """The JSONL files of one run, train and test, made if they are not there. tuning: test on the tuning set."""
+    folder = Path(compare.out_dir) / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = folder / f"{domain}-{size}-{seed}.jsonl", folder / f"{domain}-{'tune' if tuning else 'test'}.jsonl"
+    examples = data.load_examples(domain)
+    rest, kept = data.split(examples, 300 / len(examples), seed=0)
+    rest, tune = data.split(rest, 200 / len(rest), seed=0)
+    _, sample = data.split(rest, size / len(rest), seed)
+    for path, part in ((train, sample), (test, tune if tuning else kept)):
+        path.write_text("".join(json.dumps(example) + "\n" for example in part), encoding="utf-8")
+    return train, test
+
+
+def result_file(compare, name):
+    return Path(compare.results) / f"{name}.json"
+
+
+def run(compare, domain, size, seed, method, rates, tuning=False):
+    """Train once, unless its result is there; returns the result."""
+    name = "-".join(["tune" if tuning else domain, method, *(f"{rate:g}" for rate in rates.values())] if tuning else [domain, str(size), method, str(seed)])
+    path = result_file(compare, name)
+    if path.exists():
+        return read_json(path)
+    train, test = write_examples(compare, domain, size, seed, tuning)
+    search, out = round(10 * (size / 100)**0.5), f"{compare.out_dir}/{name}"
+    options = {"model": compare.model, "method": method, "train_file": train, "test_file": test, "seed": seed, "search_steps": search,
+               "retrain_steps": 4 * search, **rates, "label_prompt": data.BUILT_IN[domain], "eval_size": 300, "snapshots": 4, "out_dir": out,
+               "overwrite": True}
+    command = [f"--{key}={value}" for key, value in options.items()]
+    threads = str(max(1, (os.cpu_count() or 1) // compare.workers))
+    done = subprocess.run([sys.executable, Path(__file__).parent / "train.py", *command], env=os.environ | {"OMP_NUM_THREADS": threads},
+                          capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{name}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    summary, trajectory = read_json(Path(out) / "summary.json"), Trajectory.load(out)
+    parts = [trajectory.select(target) for target in TARGETS]
+    result = {
+        "domain": domain, "size": size, "method": method, "seed": seed, **rates, "command": shlex.join(["python", "train.py", *command]), "threads": int(threads),
+        **{key: summary[key] for key in ("before", "after", "seconds", "dtype", "peak_memory_beyond_start_gb")},
+        "trajectory": {"axis": trajectory.axis, "snapshots": trajectory.snapshots, "layers": [name for part in parts for name in part.layers],
+                       "magnitude": [float(f"{x:.5g}") for part in parts for x in part.magnitude],
+                       **{key: [[float(f"{x:.4g}") for row in rows for x in row] for rows in zip(*(getattr(part, key) for part in parts))]
+                          for key in ("delta_m", "delta_d")}}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".tmp"), "w", encoding="utf-8") as file:
+        file.write(json.dumps(result))
+    os.replace(path.with_suffix(".tmp"), path)
+    return result
+
+
+def trajectory_of(result):
+    """The analysis.Trajectory that a result holds."""
+    return Trajectory(**result["trajectory"])
+
+
+def load_results(folder):
+    """The results in a folder, tuning runs left out, sorted."""
+    found = [read_json(path) for path in sorted(Path(folder).glob("*.json")) if not path.name.startswith("tune-")]
+    return sorted(found, key=lambda r: (r["domain"], r["size"], list(GRID).index(r["method"]), r["seed"]))
+
+
+def grid_points(method):
+    """A method's grid as a list of {name: rate}."""
+    return [dict(zip(GRID[method], rates)) for rates in itertools.product(*GRID[method].values())]
+
+
+def chosen_rates(results):
+    """The rates of the tuning run with the lowest loss on the tuning set; None where one has not run."""
+    best = min(results, key=lambda result: result["after"]["test"]["loss"])
+    return {name: best[name] for name in GRID[best["method"]]}
+
+
+def table(results):
+    """Lines of text: each method's means and standard deviations for every domain and size, then BiDoRA's pairs with the others."""
+    lines = [f"{'':30}{'seeds':>6}{'test accuracy, %':>20}{'test loss':>18}{'train accuracy, %':>20}{'train - test, points':>22}{'seconds':>9}"]
+    cells = {}
+    for result in results:
+        cells.setdefault((result["domain"], result["size"], result["method"]), []).append(result)
+    for (domain, size, method), group in cells.items():
+        test, train = ([r["after"][part] for r in group] for part in ("test", "train"))
+        columns = [(form, [scale * value for value in values]) for form, scale, values in (
+            ("{:.1f} ± {:.1f}", 100, [t["accuracy"] for t in test]), ("{:.3f} ± {:.3f}", 1, [t["loss"] for t in test]),
+            ("{:.1f} ± {:.1f}", 100, [t["accuracy"] for t in train]), ("{:.1f} ± {:.1f}", 100, [b["accuracy"] - a["accuracy"] for a, b in zip(test, train)]))]
+        texts = [form.format(numpy.mean(values), numpy.std(values, ddof=1) if len(values) > 1 else 0) for form, values in columns]
+        seconds = numpy.median([r["seconds"]["total"] for r in group])
+        lines.append(f"{f'{domain}, {size}, {method}':30}{len(group):6}{texts[0]:>20}{texts[1]:>18}{texts[2]:>20}{texts[3]:>22}{seconds:9.0f}")
+    lines += ["", "bidora against the others, paired by domain, size and seed (Wilcoxon's signed-rank test, two-sided):"]
+    by_key = {(r["domain"], r["size"], r["seed"], r["method"]): r["after"]["test"] for r in results}
+    for method in GRID:
+        pairs = [(test, by_key[*key, method]) for (*key, own), test in by_key.items() if own == "bidora" and method != own and (*key, method) in by_key]
+        if len(pairs) > 1:
+            texts = []
+            for what, scale in (("accuracy", 100), ("loss", 1)):
+                gaps = [scale * (a[what] - b[what]) for a, b in pairs]
+                p = wilcoxon(gaps).pvalue if any(gaps) else 1.0
+                texts.append(f"{what} {numpy.mean(gaps):+.3g}{' points' if what == 'accuracy' else ''} (p = {p:.2g})")
+            lines.append(f"    {method:8}{len(pairs):4} pairs: test {', '.join(texts)}")
+    return lines
+
+
+def main(arguments):
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__.strip(), settings.help_text(Compare), sep="\n\n")
+        return 0
+    try:
+        compare, _ = settings.read(Compare, arguments, Path(__file__).parent / "configs")
+        for name, known in (("methods", GRID), ("domains", data.BUILT_IN)):
+            for value in set(getattr(compare, name)) - set(known):
+                raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
+        if not all(size.isdigit() and int(size) >= 20 for size in compare.sizes) or min(compare.seeds, compare.workers) < 1:
+            raise ValueError("sizes must be whole numbers of at least 20, seeds and workers positive")
+        if compare.quick:
+            compare = Compare(("toy-sentiment",), ("40",), compare.methods, 2, "tiny-random", compare.workers, f"{compare.results}-quick",
+                              f"{compare.out_dir}-quick", compare.report)
+        if not compare.report:
+            domain, size, seed = TUNING if not compare.quick and compare.model != "tiny-random" else ("toy-sentiment", 40, 1000)
+            for name in compare.domains:
+                data.load_examples(name)  # a missing download shows now, and happens once
+            with ThreadPoolExecutor(compare.workers) as pool:
+                tuning = [(method, rates) for method in compare.methods for rates in grid_points(method)]
+                tuned = list(tqdm(pool.map(lambda job: run(compare, domain, size, seed, *job, tuning=True), tuning), total=len(tuning), desc="tuning"))
+                rates = {method: chosen_rates([r for r in tuned if r["method"] == method]) for method in compare.methods}
+                print("rates:", "; ".join(f"{method} {', '.join(f'{n}={r:g}' for n, r in found.items())}" for method, found in rates.items()), flush=True)
+                jobs = [(domain, int(size), seed, method) for size in compare.sizes for seed in range(compare.seeds) for domain in compare.domains
+                        for method in compare.methods]
+                list(tqdm(pool.map(lambda job: run(compare, *job, rates[job[3]]), jobs), total=len(jobs), desc="runs"))
+        results = load_results(compare.results)
+        if not results:
+            raise FileNotFoundError(f"no results in {compare.results}: run python compare.py first")
+        print(*table(results), sep="\n")
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

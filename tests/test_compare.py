@@ -1,0 +1,79 @@
+"""The comparison: its splits, its choice of rates, its statistics, and that it goes on where it stopped."""
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import scipy.stats
+
+import compare
+from compare import Compare
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+
+
+def result(method, seed, accuracy, loss=0.5, size=100):
+    test = {"accuracy": accuracy, "loss": loss}
+    return {"domain": "d", "size": size, "method": method, "seed": seed, "after": {"test": test, "train": {"accuracy": 1.0, "loss": 0.1}}, "seconds": {"total": 60.0}}
+
+
+def test_samples_tuning_set_and_test_share_no_example_and_the_test_is_the_same_for_all():
+    asked = Compare()
+
+    def texts(paths):
+        return [{json.loads(line)["text"] for line in path.read_text().splitlines()} for path in paths]
+
+    train, test = texts(compare.write_examples(asked, "product-sentiment", 100, 0, False))
+    other, same = texts(compare.write_examples(asked, "product-sentiment", 400, 1, False))
+    tuned_on, tune = texts(compare.write_examples(asked, "product-sentiment", 100, 1000, True))
+    assert (len(train), len(other), len(test), len(tune)) == (100, 400, 300, 200)
+    assert test == same and train != other and not test & (train | other | tuned_on | tune) and not tune & (train | other | tuned_on)
+
+
+def test_the_rates_with_the_lowest_loss_on_the_tuning_set_are_chosen():
+    tuned = [result("bidora", 1000, accuracy, loss) | {"lower_lr": lr, "upper_lr": 10 * lr} for lr, accuracy, loss in
+             ((3e-4, 0.9, 0.40), (1e-3, 0.8, 0.35), (3e-3, 0.95, 0.50))]
+    assert compare.chosen_rates(tuned) == {"lower_lr": 1e-3, "upper_lr": 1e-2}
+
+
+def test_table_has_means_deviations_and_the_paired_test():
+    ours, theirs = [0.90, 0.88, 0.91, 0.87, 0.93], [0.89, 0.89, 0.86, 0.85, 0.90]
+    lines = compare.table([result("bidora", s, a) for s, a in enumerate(ours)] + [result("dora", s, a) for s, a in enumerate(theirs)] + [result("dora", 9, 0.1)])
+    assert f"{100 * numpy.mean(ours):.1f} ± {100 * numpy.std(ours, ddof=1):.1f}" in lines[1]
+    gaps = numpy.array(ours) - theirs
+    assert "5 pairs" in lines[-1] and f"{100 * gaps.mean():+.3g} points (p = {scipy.stats.wilcoxon(100 * gaps).pvalue:.2g})" in lines[-1]
+    assert not any("lora" in line for line in lines)
+
+
+def test_a_comparison_goes_on_where_it_stopped(capsys):
+    arguments = ["--quick=True", "--methods=lora"]
+    assert compare.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "toy-sentiment, 40, lora            2" in out and "rates: lora lower_lr=" in out
+    files = {path.name: path.stat().st_mtime_ns for path in Path("results-quick").iterdir()}
+    assert len(files) == 5  # three rates, two seeds
+    Path("results-quick/toy-sentiment-40-lora-1.json").unlink()
+    assert compare.main(arguments) == 0
+    again = {path.name: path.stat().st_mtime_ns for path in Path("results-quick").iterdir()}
+    assert {name for name in files if files[name] != again[name]} == {"toy-sentiment-40-lora-1.json"}
+    found = compare.load_results("results-quick")
+    assert [r["seed"] for r in found] == [0, 1]
+    trajectory = compare.trajectory_of(found[0])
+    assert numpy.shape(trajectory.delta_m) == (4, 4) and len(trajectory.magnitude) == 4  # q and v of two blocks
+    assert compare.main(["--report=True", "--quick=True"]) == 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--methods=dorra"], "did you mean 'dora'"), (["--domains=films"], "unknown domains 'films'"), (["--sizes=ten"], "whole numbers"),
+    (["--seeds=0"], "positive"), (["--report=True"], "no results in results"), (["--quick=True", "--methods=lora", "--results=a-file"], "error"),
+])
+def test_wrong_input_gets_one_line(arguments, message, capsys):
+    Path("a-file-quick").write_text("")
+    assert compare.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("error: ") == 1 and "Traceback" not in error
