@@ -194,10 +194,10 @@ def plot(trajectories, targets=("q_proj", "v_proj"), samples=2000):
 
     Colour is the layer's depth, the marker the snapshot, the line the fit over its points. Returns the matplotlib figure.
     """
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, panels = plt.subplots(len(targets), len(trajectories), figsize=(1.2 + 3 * len(trajectories), 0.6 + 2.8 * len(targets)), squeeze=False,
-                                  layout="constrained")
+    figure = Figure(figsize=(1.2 + 3 * len(trajectories), 0.6 + 2.8 * len(targets)), layout="constrained")
+    panels = figure.subplots(len(targets), len(trajectories), squeeze=False)
     for row, target in zip(panels, targets):
         for axes, (title, trajectory) in zip(row, trajectories.items()):
             part = trajectory.select(target)
@@ -282,9 +282,6 @@ def main(arguments):
             trajectories[Path(folder).name] = found
             print(f"{folder}: {len(found.layers)} matrices, {len(found.snapshots)} snapshots, by {found.axis}s")
         print("", *table(trajectories, asked.targets), sep="\n")
-        import matplotlib
-
-        matplotlib.use("Agg")  # a file, no window
         with replacing(Path(asked.out)) as temporary:
             plot(trajectories, asked.targets).savefig(temporary, format="png", dpi=150)
     except (ValueError, OSError) as error:

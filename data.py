@@ -11,6 +11,7 @@ From files to batches: the JSONL formats, the built-in data sets, the split, wha
     batches(encoded, ...)  ->  (input_ids, labels), padded on the right
 """
 
+import itertools
 import json
 import random
 import tarfile
@@ -257,17 +258,21 @@ def collate(encoded, pad_id):
     return pad([e.input_ids for e in encoded], pad_id), pad([e.labels for e in encoded], -100)
 
 
-def batches(encoded, batch_size, pad_id, seed):
-    """Yield (input_ids, labels) without end: shuffled anew each epoch, in batches of batch_size (fewer if there are fewer rows)."""
+def batches(encoded, batch_size, pad_id, seed, skip=0):
+    """
+    Yield (input_ids, labels) without end: shuffled anew each epoch, in batches of batch_size (fewer if there are fewer rows), from
+    the one after the first `skip` on.
+    """
     rng = random.Random(seed)
     queue = []
-    while True:
+    for number in itertools.count():
         batch = []
         while len(batch) < min(batch_size, len(encoded)):
             if not queue:
                 queue = rng.sample(encoded, len(encoded))
             batch.append(queue.pop())
-        yield collate(batch, pad_id)
+        if number >= skip:
+            yield collate(batch, pad_id)
 
 
 def parts(batch, count):

@@ -7,12 +7,10 @@ from files import replacing
 
 def plot_losses(path, metrics, results):
     """Draw train and val loss over the steps, the phases marked, with the test loss before and after."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no window, and a notebook's own settings stay
 
-    matplotlib.use("Agg")  # a file, no window
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for key, label, color in (("train_loss", "train batch", "tab:blue"), ("val_loss", "val batch", "tab:orange")):
         points = [(line["step"], line[key]) for line in metrics if key in line]
         if points:
@@ -28,7 +26,6 @@ def plot_losses(path, metrics, results):
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)
 
 
 def table(results):

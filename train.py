@@ -3,6 +3,7 @@ Fine-tune a language model with BiDoRA or one of its relatives.
 
     python train.py --config=small.py                  the settings in configs/small.py
     python train.py --config=small.py --method=dora    any field of Config can be given as --name=value
+    python train.py --config=small.py --resume=True    go on with a run that was stopped or killed, as if it never had been
     python train.py --help                             every setting, its default and what it does
 
 BiDoRA's three phases (arXiv 2410.09758, algorithm 1): *search* alternates (1) a step of the direction on the train split and
@@ -12,6 +13,7 @@ on train and val together. The other methods train once on train and val togethe
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -28,12 +30,13 @@ from tqdm import tqdm
 
 import analysis
 import bidora
+import checkpoint
 import data
 import hardware
 import quantized
 import report
 import settings
-from files import read_json, write_json
+from files import read_json, replacing, write_json
 from hypergrad import HYPERGRADIENTS, assign, create_bilevel_optimizer
 from model import ModelConfig, Transformer
 from pretrained import find_model, is_hub_name
@@ -103,6 +106,8 @@ class Config:
     snapshots: int = 0  # times a phase, the last step included, at which the weights' ΔM and ΔD are recorded (analysis.py)
     out_dir: str = ""  # where the run is written; empty: out/<config's name>, and -<method> if --method is given
     overwrite: bool = False  # replace the files of an earlier run in out_dir
+    resume: str = ""  # True: go on with the run in out_dir from its last checkpoint; a folder: with that run, into a new out_dir
+    checkpoint_every: int = 100  # steps between checkpoints; there is one at each phase's end too
     eval_batch_size: int = 32  # examples a forward pass in evaluation
     eval_size: int = 400  # most examples of a part (train, val, test) that are evaluated, the same before and after
 
@@ -125,6 +130,7 @@ CHOICES = {
 BILEVEL = ("bidora", "bilora")
 MAY_BE_ZERO = {"seed", "dropout", "weight_decay", "gram_weight", "warmup", "val_fraction", "lower_lr", "unroll_lr", "damping",
                "block_size", "accumulate", "hvp_batch", "search_steps", "retrain_steps", "snapshots"}
+HARMLESS = {"out_dir", "overwrite", "resume", "checkpoint_every", "eval_batch_size"}  # may change when a run is resumed
 BELOW_ONE = {"dropout", "val_fraction", "warmup"}
 
 
@@ -288,30 +294,79 @@ RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "adapter_c
              "trajectory.json", "trajectory.safetensors", "config.json", "model.safetensors", *TOKENIZER_FILES)
 
 
+def find_run(config, out):
+    """
+    What is in the run's folder: (source, previous). source: the folder of the run to resume, or None; previous: where an earlier run is put.
+
+    Raises ValueError or FileNotFoundError where it is not what config.resume and config.overwrite say.
+    """
+    begun = out.exists() and any(not path.name.endswith(".tmp") for path in out.iterdir())  # the rest are writes that a kill cut off
+    if config.resume not in ("", "False"):
+        source = out if config.resume == "True" else Path(config.resume)
+        if begun and source != out:
+            raise ValueError(f"{out} holds an earlier run: to resume {source} elsewhere, choose a new --out_dir")
+        if source != out and not (source / "run.json").exists():
+            raise FileNotFoundError(f"resume={source} holds no run: there is no run.json")
+        if not begun and source == out:
+            print(f"{out} holds no run to resume: starting one")
+            return None, None
+    if begun and not (out / "run.json").exists():
+        raise ValueError(f"{out} holds files that are no run's: choose another --out_dir")
+    if config.resume not in ("", "False"):
+        if (source / "summary.json").exists():
+            raise ValueError(f"{source} holds a finished run: there is nothing to resume")
+        return source, None
+    if begun and not config.overwrite:
+        more = "" if (out / "summary.json").exists() else ", go on with it by --resume=True"
+        raise ValueError(f"{out} holds an earlier run: choose another --out_dir{more}, or replace it with --overwrite=True")
+    previous = out.with_name(out.name + ".previous") if begun else None
+    if begun and previous.exists() and (out / "summary.json").exists():
+        raise ValueError(f"{previous} is in the way, where the earlier run would be kept: move it elsewhere")
+    return None, previous
+
+
+def resumed(config, source):
+    """config as the run in source had it, with all that was automatic resolved. Raises ValueError for settings that changed since."""
+    stored, now = read_json(source / "run.json"), json.loads(json.dumps(dataclasses.asdict(config)))
+    asked = stored.get("asked", {})
+    changed = {name: f"{name}={value} (it was {asked.get(name)})" for name, value in now.items() if value != asked.get(name) and name != "resume"}
+    if refused := [text for name, text in changed.items() if name not in HARMLESS]:
+        raise ValueError(f"{source} can't be resumed with other settings: {', '.join(refused)}")
+    if changed:
+        print(f"changed since the run began: {', '.join(changed.values())}")
+    return dataclasses.replace(config, **{name: tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
+                                          for name in now if name not in HARMLESS})
+
+
 def train(config):
     """
     Run all phases as config says; returns the results that summary.json holds.
 
-    Raises ValueError or OSError for wrong input, before the first step; FloatingPointError for a loss that is not finite.
+    Raises ValueError or OSError for wrong input, before the first step; FloatingPointError for a loss that is not finite; checkpoint.Stopped, a
+    KeyboardInterrupt, at SIGINT or SIGTERM, with the work saved for config.resume.
     """
     check(config)
-    config = dataclasses.replace(config, lower_lr=config.lower_lr or (2e-5 if config.method == "ft" else 1e-3),
-                                 gradient_checkpointing=str(config.gradient_checkpointing))
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    started, memory_at_start = time.time(), hardware.peak_memory(device)
-    out, previous = Path(config.out_dir or "out/run"), None
+    out = Path(config.out_dir or "out/run")
     existing = next(path for path in (out, *out.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"out_dir={out} can't be written, since {existing} is {'read-only' if existing.is_dir() else 'a file'}: "
                          f"choose another")
-    if existing == out and any(out.iterdir()):
-        if not (out / "run.json").exists():
-            raise ValueError(f"{out} holds files that are no run's: choose another --out_dir")
-        if not config.overwrite:
-            raise ValueError(f"{out} holds an earlier run: choose another --out_dir, or replace it with --overwrite=True")
-        previous = out.with_name(out.name + ".previous")
-        if previous.exists() and (out / "summary.json").exists():
-            raise ValueError(f"{previous} is in the way, where the earlier run would be kept: move it elsewhere")
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(checkpoint.locked(out))
+        return run(config, out, locks)
+
+
+def run(config, out, locks):
+    """train's work, in a folder that is locked; locks: an ExitStack that holds it."""
+    source, previous = find_run(config, out)
+    asked, state = dataclasses.asdict(config), None
+    if source:
+        config, state = resumed(config, source), checkpoint.load(source)
+        print(f"resuming {source} after step {state[1]['n']}" if state else f"{source} has no checkpoint yet: starting from its first step")
+    config = dataclasses.replace(config, lower_lr=config.lower_lr or (2e-5 if config.method == "ft" else 1e-3),
+                                 gradient_checkpointing=str(config.gradient_checkpointing))
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    started, memory_at_start = time.time(), hardware.peak_memory(device)
 
     # data, model and tokenizer; whatever is wrong with them shows before the first step
     parts, label_prompt = load_data(config)
@@ -327,7 +382,7 @@ def train(config):
                 for name, examples in parts.items()}
         return {name: rows for name, (rows, _) in done.items()}, sum(cut for _, cut in done.values())
 
-    if config.auto_hardware:
+    if config.auto_hardware and not source:
         free = hardware.free_memory(device)
         if free is None:
             raise ValueError("auto_hardware=True: this system does not say how much memory is free; set quantize, accumulate, "
@@ -345,6 +400,9 @@ def train(config):
     if config.block_size > shape.max_position_embeddings:
         raise ValueError(f"block_size={config.block_size} is more than the {shape.max_position_embeddings} positions of {config.model}")
     encoded, cut = encode(config.block_size)
+    fingerprint = hashlib.sha256(repr(encoded).encode()).hexdigest()
+    if state and state[1]["data"] != fingerprint:
+        raise ValueError(f"{source} can't be resumed: its data or its tokenizer has changed since")
     torch.manual_seed(config.seed)
     model = Transformer.from_pretrained(folder, dtype, device, None if config.quantize == "none" else config.quantize)
     model.gradient_checkpointing = config.gradient_checkpointing == "True"
@@ -367,6 +425,14 @@ def train(config):
     sizes = {"lower": sum(p.numel() for p in bidora.lower_parameters(model)),
              "upper": sum(p.numel() for p in bidora.upper_parameters(model))}
 
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if state:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(state[0][f"parameter.{name}"])
+        if trajectory:
+            trajectory = dataclasses.replace(trajectory, **state[1]["trajectory"])
+
     def save():
         if config.method == "ft":
             model.save_pretrained(out)
@@ -381,14 +447,17 @@ def train(config):
         shutil.rmtree(out)
     elif previous:
         os.replace(out, previous)
+    if previous:
+        locks.enter_context(checkpoint.locked(out))  # a new folder
     # The folder is tried with all that will go into it while nothing is lost yet: a full disk shows now.
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "run.json", dataclasses.asdict(config) | {
-            "labels": labels, "label_prompt": label_prompt, "dtype": str(dtype).removeprefix("torch.")})
+            "labels": labels, "label_prompt": label_prompt, "dtype": str(dtype).removeprefix("torch."), "asked": asked})
         save()
     except OSError as error:
-        shutil.rmtree(out, ignore_errors=True)
+        if source != out:
+            shutil.rmtree(out, ignore_errors=True)
         if previous:
             os.replace(previous, out)
         raise OSError(f"{error}; out_dir={out} must be a folder with room for the run") from None
@@ -417,7 +486,7 @@ def train(config):
     def evaluate_all():
         return {name: evaluate(model, rows, label_ids, config, tokenizer.pad_id) for name, rows in evaluated.items()}
 
-    before = evaluate_all()
+    before = state[1]["before"] if state else evaluate_all()
     shown = "test" if encoded["test"] else "val" if encoded["val"] else "train"
     print(f"before training: {shown} accuracy {before[shown]['accuracy']:.1%}, loss {before[shown]['loss']:.3f}", flush=True)
 
@@ -435,65 +504,105 @@ def train(config):
     def lower_loss_fn(model, part):
         return loss_fn(model, part) + config.gram_weight * part[2] * bidora.regulariser(model)
 
-    metrics, seconds, n = [], {}, 0
-    with open(out / "metrics.jsonl", "w", encoding="utf-8") as log:
-        for phase, steps, rows in phases:
-            if phase == "retrain":
-                bidora.freeze_magnitude(model)
-                if config.final_init == "fresh":
-                    for layer in bidora.adapter_layers(model).values():
-                        layer.reset_direction()
-            optimizer = create_bilevel_optimizer(model, config.lower_lr, config.upper_lr, config.upper_every,
-                                                 config.hypergradient, config.weight_decay, config.grad_clip, config.optimizer,
-                                                 config.precondition, **options)
-            train_batches = data.batches(rows, config.batch_size, tokenizer.pad_id, config.seed)
-            val_batches = data.batches(encoded["val"], config.batch_size, tokenizer.pad_id, config.seed)
-            trained = optimizer.lower + optimizer.upper
-            marks = {math.ceil(steps * i / config.snapshots) for i in range(1, config.snapshots + 1)}
-            last_finite = None  # the weights that last gave a finite loss, for when the next do not
-            phase_start = time.time()
-            model.train()
-            progress = tqdm(range(1, steps + 1), desc=phase, unit="step", mininterval=0.5 if sys.stderr.isatty() else 10)
-            try:
-                for step in progress:
-                    step_start, n = time.time(), n + 1
-                    before_step = [p.detach().clone() for p in trained]
-                    scale = learning_rate_scale(step, steps, config.warmup)
-                    optimizer.scale_lr(scale)
-                    # The upper level's step differentiates through the last lower-level ones, so these are kept.
-                    keep = bool(optimizer.upper) and -step % config.upper_every < config.unroll_steps
-                    count = math.ceil(config.batch_size / config.hvp_batch) if keep and config.hvp_batch else config.accumulate
-                    loss = optimizer.lower_step(lower_loss_fn if config.gram_weight else loss_fn, *data.parts(next(train_batches), count), keep=keep)
-                    line = {"step": n, "phase": phase, "train_loss": loss.item(), "lower_lr": scale * config.lower_lr}
-                    for i in range(config.upper_steps if optimizer.upper and step % config.upper_every == 0 else 0):
-                        again = data.parts(next(train_batches), config.accumulate) if i else None  # the kept steps serve the first
-                        val_loss = optimizer.upper_step(loss_fn, again, data.parts(next(val_batches), config.accumulate))
-                        line |= {"val_loss": val_loss.item(), "upper_lr": scale * config.upper_lr}
-                    last_finite = before_step
-                    if step in marks:
-                        trajectory.record(model, phase, n)
-                    line["seconds"] = round(time.time() - step_start, 4)
-                    metrics.append(line)
-                    log.write(json.dumps(line) + "\n")  # one whole line at a time
-                    log.flush()
-                    progress.set_postfix(lower=f"{line['train_loss']:.3f}", refresh=False,
-                                         **({"upper": f"{line['val_loss']:.3f}"} if "val_loss" in line else {}))
-                with torch.no_grad():
-                    final_loss = sum(loss_fn(model, part) for part in data.parts(next(train_batches), config.accumulate))
-                if not torch.isfinite(final_loss):
-                    raise FloatingPointError(f"loss {final_loss:g} after the last step")
-            except (FloatingPointError, KeyboardInterrupt) as error:
-                progress.close()
-                if last_finite:  # else the folder holds what the phase before has left
-                    assign(trained, last_finite)
-                    save()
-                where = f"{phase} step {step} of {steps}"
-                if isinstance(error, KeyboardInterrupt):
-                    raise KeyboardInterrupt(f"interrupted at {where}; the weights so far are in {out}") from None
-                raise FloatingPointError(f"{where} is not finite ({error}): lower lower_lr or upper_lr; "
-                                         f"the weights of the last good step are in {out}") from None
-            seconds[phase] = time.time() - phase_start
-            save()
+    # Where the run is: the phase, its step, and n, the step of the whole run.
+    first, begin, n, seconds = (state[1][key] for key in ("phase", "step", "n", "seconds")) if state else (0, 0, 0, {})
+    lines = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:n] if state else []
+    metrics = [json.loads(line) for line in lines]
+    if [line["step"] for line in metrics] != list(range(1, n + 1)):
+        raise ValueError(f"{source / 'metrics.jsonl'} lacks lines of the first {n} steps: the run can't be resumed")
+    with replacing(out / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+    def keep_state(phase, step, optimizer=None):
+        tensors = {f"parameter.{name}": p for name, p in parameters.items()}
+        for level in ("lower", "upper") if optimizer else ():
+            if own := getattr(optimizer, f"{level}_optimizer"):
+                tensors |= {f"{level}.{key}": value for key, value in checkpoint.optimizer_state(own).items()}
+        points = {key: getattr(trajectory, key) for key in ("snapshots", "delta_m", "delta_d")} if trajectory else None
+        checkpoint.save(out, n, tensors, {"phase": phase, "step": step, "n": n, "seconds": seconds, "before": before, "data": fingerprint,
+                                          "trajectory": points, "random": checkpoint.random_states()})
+
+    if state:
+        checkpoint.set_random_states(state[1]["random"])
+    try:
+        with open(out / "metrics.jsonl", "a", encoding="utf-8") as log, checkpoint.asked_to_stop() as signals:
+            for index, (phase, steps, rows) in list(enumerate(phases))[first:]:
+                if index > first:
+                    begin = 0
+                if phase == "retrain":
+                    bidora.freeze_magnitude(model)
+                    if config.final_init == "fresh" and begin == 0:
+                        for layer in bidora.adapter_layers(model).values():
+                            layer.reset_direction()
+                optimizer = create_bilevel_optimizer(model, config.lower_lr, config.upper_lr, config.upper_every,
+                                                     config.hypergradient, config.weight_decay, config.grad_clip, config.optimizer,
+                                                     config.precondition, **options)
+                if begin:
+                    for level in ("lower", "upper"):
+                        if own := getattr(optimizer, f"{level}_optimizer"):
+                            checkpoint.load_optimizer_state(own, {key.removeprefix(f"{level}."): value for key, value in state[0].items()
+                                                                  if key.startswith(f"{level}.")})
+                turns = begin // config.upper_every if optimizer.upper else 0  # of the upper level, so far
+                train_batches = data.batches(rows, config.batch_size, tokenizer.pad_id, config.seed, skip=begin + turns * (config.upper_steps - 1))
+                val_batches = data.batches(encoded["val"], config.batch_size, tokenizer.pad_id, config.seed, skip=turns * config.upper_steps)
+                trained = optimizer.lower + optimizer.upper
+                marks = {math.ceil(steps * i / config.snapshots) for i in range(1, config.snapshots + 1)}
+                last_finite = None  # the weights that last gave a finite loss, for when the next do not
+                last_kept, phase_start, earlier = begin, time.time(), seconds.get(phase, 0)
+                model.train()
+                progress = tqdm(range(begin + 1, steps + 1), desc=phase, unit="step", initial=begin, total=steps,
+                                mininterval=0.5 if sys.stderr.isatty() else 10)
+                step = begin
+                try:
+                    for step in progress:
+                        step_start, n = time.time(), n + 1
+                        before_step = [p.detach().clone() for p in trained]
+                        scale = learning_rate_scale(step, steps, config.warmup)
+                        optimizer.scale_lr(scale)
+                        # The upper level's step differentiates through the last lower-level ones, so these are kept.
+                        keep = bool(optimizer.upper) and -step % config.upper_every < config.unroll_steps
+                        count = math.ceil(config.batch_size / config.hvp_batch) if keep and config.hvp_batch else config.accumulate
+                        loss = optimizer.lower_step(lower_loss_fn if config.gram_weight else loss_fn, *data.parts(next(train_batches), count), keep=keep)
+                        line = {"step": n, "phase": phase, "train_loss": loss.item(), "lower_lr": scale * config.lower_lr}
+                        for i in range(config.upper_steps if optimizer.upper and step % config.upper_every == 0 else 0):
+                            again = data.parts(next(train_batches), config.accumulate) if i else None  # the kept steps serve the first
+                            val_loss = optimizer.upper_step(loss_fn, again, data.parts(next(val_batches), config.accumulate))
+                            line |= {"val_loss": val_loss.item(), "upper_lr": scale * config.upper_lr}
+                        last_finite = before_step
+                        if step in marks:
+                            trajectory.record(model, phase, n)
+                        line["seconds"] = round(time.time() - step_start, 4)
+                        metrics.append(line)
+                        log.write(json.dumps(line) + "\n")  # one whole line at a time
+                        log.flush()
+                        progress.set_postfix(lower=f"{line['train_loss']:.3f}", refresh=False,
+                                             **({"upper": f"{line['val_loss']:.3f}"} if "val_loss" in line else {}))
+                        # Between two turns of the upper level, when no lower-level step waits to be differentiated.
+                        if not optimizer.past and step < steps and (signals or step - last_kept >= config.checkpoint_every):
+                            seconds[phase], last_kept = earlier + time.time() - phase_start, step
+                            keep_state(index, step, optimizer)
+                            if signals:
+                                save()
+                                raise checkpoint.Stopped(f"stopped at {phase} step {step} of {steps}", signals[0])
+                    with torch.no_grad():
+                        final_loss = sum(loss_fn(model, part) for part in data.parts(next(train_batches), config.accumulate))
+                    if not torch.isfinite(final_loss):
+                        raise FloatingPointError(f"loss {final_loss:g} after the last step")
+                except FloatingPointError as error:
+                    progress.close()
+                    if last_finite:  # else the folder holds what the phase before has left
+                        assign(trained, last_finite)
+                        save()
+                    raise FloatingPointError(f"{phase} step {step} of {steps} is not finite ({error}): lower lower_lr or upper_lr; "
+                                             f"the weights of the last good step are in {out}") from None
+                seconds[phase] = earlier + time.time() - phase_start
+                save()
+                keep_state(index + 1, 0)
+                if signals:
+                    raise checkpoint.Stopped(f"stopped at the end of {phase}", signals[0])
+    except OSError as error:
+        hint = f"; go on elsewhere with --resume={out} --out_dir=..." if checkpoint.names(out) else ""
+        raise OSError(f"{error}{hint}") from None
 
     after = evaluate_all()
     results = {
@@ -506,9 +615,11 @@ def train(config):
         "peak_memory_gb": hardware.peak_memory(device), "peak_memory_beyond_start_gb": hardware.peak_memory(device) - memory_at_start,
         "out_dir": str(out),
     }
-    write_json(out / "summary.json", results)
     report.plot_losses(out / "loss.png", metrics, results)
+    write_json(out / "summary.json", results)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     if previous:
+        shutil.rmtree(previous / "checkpoints", ignore_errors=True)
         for name in RUN_FILES:
             (previous / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it stays if it holds anything of the user's own
@@ -537,11 +648,15 @@ def main(arguments):
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as error:
-        print(error if str(error) else "interrupted", file=sys.stderr)
+    except checkpoint.Stopped as error:
+        again = shlex.join([argument for argument in arguments if not argument.startswith(("--resume=", "--overwrite="))])
+        print(f"{error}; go on with: python train.py {again} --resume=True", file=sys.stderr)
+        return 128 + error.signum
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
     out, other = results["out_dir"], "dora" if config.method in BILEVEL else "bidora"
-    again = shlex.join([argument for argument in arguments if not argument.startswith(("--method=", "--out_dir=", "--overwrite="))])
+    again = shlex.join([argument for argument in arguments if not argument.startswith(("--method=", "--out_dir=", "--overwrite=", "--resume="))])
     prompts = {"movie-sentiment": "Dull, clumsy and far too long.", "product-sentiment": "It broke within a week.", "toy-sentiment": "aeae lim aeae tik"}
     prompt = "..." if config.train_file else prompts[config.data]
     print(f"next:\n  python sample.py --adapter={out} --prompt=\"{prompt}\"\n"

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import matplotlib
 import numpy
 import pytest
 import scipy.stats
@@ -16,7 +15,6 @@ from analysis import Trajectory, changes, decompose, delta, fit, layer_delta
 from bidora import BiDoRALinear
 from train import Config
 
-matplotlib.use("Agg")
 TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", search_steps=4, retrain_steps=4, test_size=40, eval_size=20)
 
 

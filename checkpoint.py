@@ -1,0 +1,164 @@
+"""
+What a training run needs to go on after a kill, bit for bit: checkpoints, a lock on its folder, and signals that wait for the step's end.
+
+A checkpoint is a folder checkpoints/000120 inside the run's: state.safetensors with all tensors (parameters, both optimizers' states) and state.json
+with the rest (phase, step, random states, snapshots). It is written under another name and renamed, so one that has its name is whole.
+"""
+
+import contextlib
+import hashlib
+import os
+import random
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import numpy
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from files import read_json, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there, two runs in one folder are not noticed
+    fcntl = None
+
+
+def random_states():
+    """The states of torch's, numpy's and Python's random numbers, as JSON can hold them."""
+    numbers = numpy.random.get_state()
+    return {"torch": torch.get_rng_state().tolist(), "numpy": [numbers[0], numbers[1].tolist(), *numbers[2:]], "python": random.getstate(),
+            "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []}
+
+
+def set_random_states(states):
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    numpy.random.set_state(tuple(states["numpy"]))
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all([torch.tensor(state, dtype=torch.uint8) for state in states["cuda"]])
+
+
+def parameters_of(optimizer):
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def optimizer_state(optimizer):
+    """An optimizer's state as {"<parameter's number>.<name>": tensor}; plain numbers become tensors."""
+    return {f"{i}.{name}": torch.as_tensor(value).clone() for i, parameter in enumerate(parameters_of(optimizer))
+            for name, value in optimizer.state.get(parameter, {}).items()}
+
+
+def load_optimizer_state(optimizer, tensors):
+    """Put what optimizer_state gave into a fresh optimizer over the same parameters."""
+    parameters = parameters_of(optimizer)
+    for key, tensor in tensors.items():
+        i, name = key.split(".")
+        if tensor.dim() == 0:  # a count of steps: a tensor on the CPU in torch's optimizers, an int in bitsandbytes'
+            value = tensor if tensor.is_floating_point() else tensor.item()
+        else:
+            value = tensor.to(parameters[int(i)].device)
+        optimizer.state[parameters[int(i)]][name] = value
+
+
+def save(run, step, tensors, about):
+    """
+    Write the checkpoint of a step into the run's folder; then all but the last two are removed.
+
+    tensors: {name: tensor}; about: what JSON can hold. Raises OSError, naming the place, when it can't be written; the earlier checkpoints stay.
+    """
+    final = Path(run) / "checkpoints" / f"{step:06d}"
+    temporary = final.with_suffix(".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.parent.mkdir(exist_ok=True)  # not the run's folder: if that vanished, so did what a checkpoint needs
+        temporary.mkdir()
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
+        write_json(temporary / "state.json", about | {"sha256": digest(temporary / "state.safetensors")})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"could not write the checkpoint {final} ({getattr(error, 'strerror', None) or error})") from None
+    for old in names(run)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def names(run):
+    """The folders of a run's checkpoints, the oldest first."""
+    folder = Path(run) / "checkpoints"
+    return sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def load(run):
+    """The newest whole checkpoint of a run as (tensors, about), or None; a damaged one is named, and the one before it taken."""
+    for folder in reversed(names(run)):
+        try:
+            about = read_json(folder / "state.json")
+            if digest(folder / "state.safetensors") != about.get("sha256"):
+                raise ValueError("state.safetensors is not what was written")
+            return load_file(folder / "state.safetensors"), about
+        except (ValueError, OSError, SafetensorError) as error:
+            print(f"the checkpoint {folder} is damaged ({error}): taking the one before it", flush=True)
+    return None
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a folder, made if need be, for this run alone; the system lets go when the process ends, however that is. Raises ValueError."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder} is in use by another run: wait for its end, or choose another --out_dir") from None
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # nothing was written
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that ended at a signal, its work saved; signum says which."""
+
+    def __init__(self, message, signum=signal.SIGINT):
+        super().__init__(message)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def asked_to_stop():
+    """
+    A list that gets the number of a SIGINT or SIGTERM as soon as one comes, to be looked at between steps; a second SIGINT interrupts at once.
+
+    Outside of the main thread, where Python has no signals, the list stays empty.
+    """
+    signals = []
+
+    def note(signum, frame):
+        if signals and signum == signal.SIGINT:
+            raise KeyboardInterrupt("interrupted a second time: stopped at once")
+        signals.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

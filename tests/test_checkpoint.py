@@ -1,0 +1,231 @@
+"""A run that is killed, stopped, out of disk or damaged goes on as if nothing had been; or says in one line why not."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import train
+from train import Config
+
+ROOT = Path(train.__file__).parent
+TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", search_steps=8, retrain_steps=6, test_size=20, eval_size=20, checkpoint_every=2, snapshots=2)
+RUNS = {  # what is hardest to put back: random masks, kept lower steps, several upper steps, 8-bit moments, whole models
+    "bidora": dict(method="bidora", dropout=0.1, upper_every=2, unroll_steps=2, precondition="adam"),
+    "bilora": dict(method="bilora", upper_steps=2, hypergradient="neumann"),
+    "dora": dict(method="dora", dropout=0.1, accumulate=2),
+    "lora": dict(method="lora", optimizer="adamw8bit"),
+    "ft": dict(method="ft"),
+}
+KILLED = """
+import os, random, signal, sys, threading
+sys.path.insert(0, {root!r})
+import data, train
+events, target, delay = 0, int(sys.argv[1]), float(sys.argv[2])
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def counted(function):
+    def wrapper(*arguments, **options):
+        global events
+        events += 1
+        if events == target:
+            die() if delay == 0 else threading.Timer(delay, die).start()
+        return function(*arguments, **options)
+    return wrapper
+
+os.replace, data.parts = counted(os.replace), counted(data.parts)  # each write's last act, and each batch
+sys.exit(train.main(sys.argv[3:]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+
+
+def lines(folder):
+    """metrics.jsonl without the times."""
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(one, other):
+    weights = next(name for name in ("adapter_model.safetensors", "model.safetensors") if (Path(one) / name).exists())
+    assert (Path(one) / weights).read_bytes() == (Path(other) / weights).read_bytes()
+    assert (Path(one) / "trajectory.safetensors").read_bytes() == (Path(other) / "trajectory.safetensors").read_bytes()
+    assert lines(one) == lines(other)
+    after = [json.loads((Path(folder) / "summary.json").read_text()) for folder in (one, other)]
+    assert after[0]["after"] == after[1]["after"] and after[0]["before"] == after[1]["before"]
+    assert not (Path(other) / "checkpoints").exists() and not list(Path(other).glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(name):
+    settings = TINY | RUNS[name]
+    train.train(Config(out_dir="whole", **settings))
+    arguments = [f"--{key}={value}" for key, value in settings.items()] + ["--out_dir=killed", "--resume=True"]
+    rng, kills = random.Random(name), 0
+    while kills < 4:
+        target, delay = rng.randint(1, 14), rng.choice((0, 0, rng.random() * 0.05))  # at a write's last act, or anywhere
+        done = subprocess.run([sys.executable, "-c", KILLED.format(root=str(ROOT)), str(target), str(delay), *arguments], capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, (target, delay, done.stdout, done.stderr)
+        kills += 1
+    assert train.main(arguments) == 0
+    assert_same_run("whole", "killed")
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_finish_the_step_save_and_say_how_to_go_on(signum, code):
+    arguments = ["--config=tiny.py", "--snapshots=2", "--search_steps=200", "--retrain_steps=10", "--upper_every=4", "--eval_size=20"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = Path("out/tiny/metrics.jsonl")
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == code
+    message = error.strip().splitlines()[-1]
+    assert message.startswith("stopped at search step ") and message.endswith(f"go on with: python train.py {' '.join(arguments)} --resume=True")
+    done = len(lines("out/tiny"))
+    assert done < 200 and [path.name for path in checkpoint.names("out/tiny")][-1] == f"{done:06d}"
+    assert train.main([*arguments, "--resume=True"]) == 0
+    assert train.main([*arguments, "--out_dir=whole"]) == 0
+    assert_same_run("whole", "out/tiny")
+
+
+def test_a_second_interrupt_leaves_at_once():
+    with checkpoint.asked_to_stop() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert signals == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def stopped_run(folder, monkeypatch, after=3, **settings):
+    """A run in `folder` that ran out of disk at its checkpoint number `after`; returns its error."""
+    calls = 0
+
+    def save_file(tensors, path):
+        nonlocal calls
+        calls += 1
+        if calls >= after:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return write(tensors, path)
+
+    write = checkpoint.save_file
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", save_file)
+        with pytest.raises(OSError) as caught:
+            train.train(Config(out_dir=folder, **TINY, **settings))
+    return str(caught.value)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_elsewhere(monkeypatch):
+    message = stopped_run("full", monkeypatch)
+    assert "full/checkpoints/000006" in message and "No space left on device" in message and "--resume=full --out_dir=..." in message
+    assert sorted(path.name for path in Path("full/checkpoints").iterdir()) == ["000002", "000004"]
+    train.train(Config(out_dir="elsewhere", resume="full", **TINY))
+    train.train(Config(out_dir="whole", **TINY))
+    assert_same_run("whole", "elsewhere")
+    assert not (Path("full") / "summary.json").exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(monkeypatch, capsys):
+    stopped_run("run", monkeypatch)
+    newest = checkpoint.names("run")[-1] / "state.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-10] ^= 1  # one bit
+    newest.write_bytes(content)
+    train.train(Config(out_dir="run", resume="True", **TINY))
+    out = capsys.readouterr().out
+    assert "checkpoint run/checkpoints/000004 is damaged" in out and "after step 2" in out
+    train.train(Config(out_dir="whole", **TINY))
+    assert_same_run("whole", "run")
+
+
+def test_a_run_without_any_checkpoint_starts_again(monkeypatch, capsys):
+    stopped_run("run", monkeypatch, after=1)
+    train.train(Config(out_dir="run", resume="True", **TINY))
+    assert "run has no checkpoint yet" in capsys.readouterr().out
+    train.train(Config(out_dir="new", resume="True", **TINY))
+    assert "new holds no run to resume: starting one" in capsys.readouterr().out
+    assert_same_run("run", "new")
+
+
+def test_changed_settings_and_data_are_refused_and_harmless_ones_named(monkeypatch, capsys):
+    stopped_run("run", monkeypatch)
+    with pytest.raises(ValueError, match=r"rank=4 \(it was 8\), lower_lr=0.5 \(it was 0.0\)"):
+        train.train(Config(out_dir="run", resume="True", rank=4, lower_lr=0.5, **TINY))
+    with pytest.raises(ValueError, match="earlier run: choose another --out_dir, go on with it by --resume=True"):
+        train.train(Config(out_dir="run", **TINY))
+    state = checkpoint.names("run")[-1] / "state.json"
+    about = json.loads(state.read_text())
+    state.write_text(json.dumps(about | {"data": "other"}))
+    with pytest.raises(ValueError, match="its data or its tokenizer has changed"):
+        train.train(Config(out_dir="run", resume="True", **TINY))
+    state.write_text(json.dumps(about))
+    metrics = Path("run/metrics.jsonl").read_text()
+    Path("run/metrics.jsonl").write_text(metrics.split("\n", 1)[1])
+    with pytest.raises(ValueError, match="lacks lines"):
+        train.train(Config(out_dir="run", resume="True", **TINY))
+    Path("run/metrics.jsonl").write_text(metrics)
+    train.train(Config(out_dir="run", resume="True", eval_batch_size=7, **TINY))
+    assert "changed since the run began: eval_batch_size=7 (it was 32)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="run holds a finished run: there is nothing to resume"):
+        train.train(Config(out_dir="run", resume="True", **TINY))
+    with pytest.raises(FileNotFoundError, match="resume=nowhere holds no run"):
+        train.train(Config(out_dir="other", resume="nowhere", **TINY))
+    with pytest.raises(ValueError, match="to resume run elsewhere, choose a new --out_dir"):
+        shutil.copytree("run", "copy")
+        train.train(Config(out_dir="copy", resume="run", **TINY))
+
+
+def test_two_runs_in_one_folder_at_once_are_refused():
+    with checkpoint.locked("run"), pytest.raises(ValueError, match="run is in use by another run"):
+        train.train(Config(out_dir="run", **TINY))
+    assert not Path("run").exists()
+    train.train(Config(out_dir="run", **TINY))
+
+
+def test_a_folder_that_vanishes_gets_one_line(monkeypatch):
+    scale = train.learning_rate_scale
+
+    def remove(step, *arguments):
+        if step == 3:
+            shutil.rmtree("run")
+        return scale(step, *arguments)
+
+    monkeypatch.setattr(train, "learning_rate_scale", remove)
+    with pytest.raises(OSError, match="could not write the checkpoint run/checkpoints/000004"):
+        train.train(Config(out_dir="run", **TINY))
+    assert not Path("run").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_three_thousand_steps_take_no_more_memory_or_files_than_five_hundred(monkeypatch):
+    seen, scale = [], train.learning_rate_scale
+
+    def measure(*arguments):
+        seen.append((int(Path("/proc/self/statm").read_text().split()[1]), len(os.listdir("/proc/self/fd"))))
+        return scale(*arguments)
+
+    monkeypatch.setattr(train, "learning_rate_scale", measure)
+    train.train(Config(out_dir="run", **TINY | dict(search_steps=1500, retrain_steps=1500, checkpoint_every=250)))
+    assert len(seen) == 3000
+    pages = [memory for memory, _ in seen]
+    assert max(pages[2800:]) < 1.01 * max(pages[450:550]) and len({files for _, files in seen[500:1400] + seen[2000:]}) == 1
