@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import rankdata
 
 import settings
-from bidora import BiDoRALinear, adapter_layers
+from bidora import adapter_layers
 from files import read_json, replacing, write_json
 from quantized import dequantize, float_dtype, linear, transposed
 from sample import load

@@ -1,12 +1,15 @@
 """
-What a training run needs to go on after a kill, bit for bit: checkpoints, a lock on its folder, and signals that wait for the step's end.
+What a training run needs to go on after a kill, bit for bit: checkpoints, a lock on its folder, signals that wait for the step's end, and the rules of which
+run is gone on with.
 
 A checkpoint is a folder checkpoints/000120 inside the run's: state.safetensors with all tensors (parameters, both optimizers' states) and state.json
 with the rest (phase, step, random states, snapshots). It is written under another name and renamed, so one that has its name is whole.
 """
 
 import contextlib
+import dataclasses
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -19,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from config import HARMLESS
 from files import read_json, write_json
 
 try:
@@ -162,3 +166,47 @@ def asked_to_stop():
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def find_run(config, out):
+    """
+    What is in the run's folder: (source, previous). source: the folder of the run to resume, or None; previous: where an earlier run is put.
+
+    Raises ValueError or FileNotFoundError where it is not what config.resume and config.overwrite say.
+    """
+    begun = out.exists() and any(not path.name.endswith(".tmp") for path in out.iterdir())  # the rest are writes that a kill cut off
+    if config.resume not in ("", "False"):
+        source = out if config.resume == "True" else Path(config.resume)
+        if begun and source != out:
+            raise ValueError(f"{out} holds an earlier run: to resume {source} elsewhere, choose a new --out_dir")
+        if source != out and not (source / "run.json").exists():
+            raise FileNotFoundError(f"resume={source} holds no run: there is no run.json")
+        if not begun and source == out:
+            print(f"{out} holds no run to resume: starting one")
+            return None, None
+    if begun and not (out / "run.json").exists():
+        raise ValueError(f"{out} holds files that are no run's: choose another --out_dir")
+    if config.resume not in ("", "False"):
+        if (source / "summary.json").exists():
+            raise ValueError(f"{source} holds a finished run: there is nothing to resume")
+        return source, None
+    if begun and not config.overwrite:
+        more = "" if (out / "summary.json").exists() else ", go on with it by --resume=True"
+        raise ValueError(f"{out} holds an earlier run: choose another --out_dir{more}, or replace it with --overwrite=True")
+    previous = out.with_name(out.name + ".previous") if begun else None
+    if begun and previous.exists() and (out / "summary.json").exists():
+        raise ValueError(f"{previous} is in the way, where the earlier run would be kept: move it elsewhere")
+    return None, previous
+
+
+def resumed(config, source):
+    """config as the run in source had it, with all that was automatic resolved. Raises ValueError for settings that changed since."""
+    stored, now = read_json(source / "run.json"), json.loads(json.dumps(dataclasses.asdict(config)))
+    asked = stored.get("asked", {})
+    changed = {name: f"{name}={value} (it was {asked.get(name)})" for name, value in now.items() if value != asked.get(name) and name != "resume"}
+    if refused := [text for name, text in changed.items() if name not in HARMLESS]:
+        raise ValueError(f"{source} can't be resumed with other settings: {', '.join(refused)}")
+    if changed:
+        print(f"changed since the run began: {', '.join(changed.values())}")
+    return dataclasses.replace(config, **{name: tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
+                                          for name in now if name not in HARMLESS})

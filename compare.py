@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import settings
 from analysis import Trajectory
-from files import read_json, write_json
+from files import read_json
 
 ADAPTER = {"lower_lr": (3e-4, 1e-3, 3e-3)}
 GRID = {"bidora": ADAPTER | {"upper_lr": (3e-3, 3e-2)}, "dora": ADAPTER, "lora": ADAPTER, "bilora": ADAPTER | {"upper_lr": (3e-3, 3e-2)},

@@ -275,8 +275,17 @@ def batches(encoded, batch_size, pad_id, seed, skip=0):
             yield collate(batch, pad_id)
 
 
-def parts(batch, count):
-    """A batch in at most `count` parts, each with its share of the labels that count: (input_ids, labels, share)."""
+def parts(batch, count, rank=0, world_size=1):
+    """
+    A batch in at most `count` parts, each with its share of the labels that count: (input_ids, labels, share).
+
+    Of several processes, number `rank` gets its own rows; one without any gets a row whose share is 0, since it must compute along.
+    """
     total = (batch[1][:, 1:] != -100).sum().item()
+    if world_size > 1:
+        own = [tensor.tensor_split(world_size)[rank] for tensor in batch]
+        if not len(own[0]):
+            return [(batch[0][:1], batch[1][:1], 0.0)]
+        batch = own
     return [(ids, targets, (targets[:, 1:] != -100).sum().item() / total)
             for ids, targets in zip(*(tensor.tensor_split(min(count, len(tensor))) for tensor in batch))]

@@ -15,8 +15,9 @@ train_loss and val_loss are closures without arguments that return a scalar from
 such closures whose values add up: parts of a batch, one in memory at a time. They must be deterministic (no dropout). lower
 and upper are lists of parameters. Nothing is changed: values are put back as found, also when a closure raises.
 
-reduce: over several processes, a function that averages a list of tensors over them. The cross term is a product of a train and
-a val quantity, so it is not enough to average the result: v = ∂F/∂V and every product are averaged inside.
+reduce: over several processes, a function that adds up (or averages, if the losses are means over equal shares) a list of tensors over
+them. The cross term is a product of a train and a val quantity, so it is not enough to reduce the result: v = ∂F/∂V and every product are
+reduced inside.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ def dot(xs, ys):
 
 
 def total_gradient(loss, parameters, reduce=same):
-    """∂loss/∂parameters, part by part, averaged over the processes."""
+    """∂loss/∂parameters, part by part, reduced over the processes."""
     return reduce(add(*(gradient(part(), parameters) for part in parts_of(loss))))
 
 
@@ -290,7 +291,7 @@ class BilevelOptimizer:
 
     lower, upper: lists of parameters. hypergradient: a key of HYPERGRADIENTS, with its options. With keep=True, lower_step remembers
     what it did, gradient's graph included, and the next upper_step without train batch differentiates through that: one
-    gradient less. reduce: as in the functions; it also averages the lower gradients.
+    gradient less. reduce: as in the functions; it also reduces the lower gradients and the losses.
     """
 
     def __init__(self, model, lower, upper, lower_lr, upper_lr, lower_steps, hypergradient, options, weight_decay, grad_clip, optimizer,
@@ -354,7 +355,7 @@ class BilevelOptimizer:
             g = [x.clone() for x in g]  # clipping writes into it
         else:
             g = total_gradient(losses, self.lower, self.reduce)
-        total = sum(seen)
+        [total] = self.reduce([sum(seen)])
         with protect:
             self.step(self.lower_optimizer, self.lower, g, total)
         return total
@@ -397,7 +398,7 @@ class BilevelOptimizer:
             self.past = []
             for module in training:
                 module.training = True
-        total = sum(seen)
+        [total] = self.reduce([sum(seen)])
         self.step(self.upper_optimizer, self.upper, h, total)
         return total
 

@@ -22,7 +22,6 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,179 +31,18 @@ import analysis
 import bidora
 import checkpoint
 import data
+import distributed
 import hardware
 import quantized
 import report
 import settings
+from config import BILEVEL, Config, check, differences, read_config
 from files import read_json, replacing, write_json
-from hypergrad import HYPERGRADIENTS, assign, create_bilevel_optimizer
+from hypergrad import assign, create_bilevel_optimizer
 from model import ModelConfig, Transformer
 from pretrained import find_model, is_hub_name
 from tokenizer import FILES as TOKENIZER_FILES
 from tokenizer import Tokenizer
-
-
-@dataclass
-class Config:
-    # what is trained
-    model: str = "smollm2-135m"  # a folder in Hugging Face's layout, a name on its hub (owner/name), smollm2-135m or tiny-random
-    revision: str = ""  # a branch, tag or commit of a hub name
-    method: str = "bidora"  # bidora, dora, lora, bilora, or ft (full fine-tuning: every weight)
-    dtype: str = "auto"  # of the frozen base: float32, bfloat16, or auto: what a short measurement finds fast; adapters are fp32
-    quantize: str = "auto"  # pack the base's linear layers by bitsandbytes: nf4, fp4, int8, or none (auto: none)
-    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
-    seed: int = 0  # of the sample drawn from a built-in data set, the split, the adapter's start and the order of the batches
-    # data
-    data: str = ""  # a built-in data set: movie-sentiment, toy-sentiment
-    train_file: str = ""  # your own data instead, JSONL (the formats are in data.py)
-    val_file: str = ""  # JSONL; without it val_fraction of train_file is split off
-    test_file: str = ""  # JSONL, only ever evaluated on
-    train_size: int = 200  # examples taken from a built-in data set, train and val together
-    test_size: int = 400  # examples of a built-in data set kept for the test, the same for every seed
-    val_fraction: float = 0.2  # the upper level's share of the training data; the paper splits 8:2
-    block_size: int = 0  # most tokens an example may have; longer prompts are cut on the left; 0: 256
-    label_prompt: str = ""  # a classification question, with {text} and {labels}; empty: the data set's own, or a general one
-    train_on_prompt: bool = False  # count the prompt in the loss too, not only the answer
-    # the adapter
-    rank: int = 8  # of the direction's update B·A; more rank, more to learn and to overfit
-    alpha: float = 16.0  # the update is scaled by alpha / rank
-    dropout: float = 0.0  # on the update's input; off while a hypergradient is computed
-    target_modules: tuple = bidora.ALL_LINEAR  # the adapted layers
-    magnitude_axis: str = "row"  # bidora, dora: one magnitude for each output row, as in PEFT, or for each input column, as in the papers
-    lambda_kind: str = "real"  # bilora: its pseudo singular values: real, softmax, or (approximately) binary
-    gram_weight: float = 0.0  # times the regulariser that keeps directions apart (bilora: makes B, A orthogonal), in the lower loss
-    norm_grad: str = "exact"  # exact, or detach: treat the norm as a constant in the backward pass, as PEFT does
-    # the budget: every method takes search_steps + retrain_steps lower-level steps
-    search_steps: int = 12  # lower-level steps of BiDoRA's search phase
-    retrain_steps: int = 54  # steps of BiDoRA's last phase, direction only, on train and val
-    upper_every: int = 1  # lower-level steps (BiLoRA's T1) for each turn of the upper level
-    upper_steps: int = 1  # upper-level steps a turn (BiLoRA's T2)
-    batch_size: int = 4  # examples a step, at either level
-    accumulate: int = 0  # parts that a lower-level step's batch is computed in: less memory, the same result; 0: 1
-    lower_lr: float = 0.0  # AdamW's peak rate at the lower level; 0 takes 1e-3 for adapters, 2e-5 for ft, which moves every weight
-    upper_lr: float = 1e-2  # AdamW's peak rate for the magnitude
-    warmup: float = 0.1  # share of a phase in which the rates rise from 0; then they fall linearly to a tenth
-    optimizer: str = "adamw"  # of both levels: adamw, or adamw8bit (bitsandbytes; keeps its moments in 8 bits)
-    weight_decay: float = 0.0  # AdamW's, lower level only
-    grad_clip: float = 1.0  # largest gradient norm of each level
-    final_init: str = "fresh"  # retrain from a fresh direction, as the paper does, or continue from the one that search found
-    # the hypergradient (hypergrad.py)
-    hypergradient: str = "unrolled"  # unrolled (the paper's), first_order, neumann, conjugate_gradient
-    unroll_steps: int = 1  # unrolled: the last lower-level steps that are differentiated through, at most upper_every
-    unroll_lr: float = 0.0  # unrolled: their rate; 0 takes lower_lr
-    mode: str = "exact"  # unrolled: exact (double backward) or finite_difference (noise in bfloat16)
-    terms: int = 3  # neumann: terms of the series
-    neumann_alpha: float = 0.01  # neumann: its step, below 2 / (largest eigenvalue of the lower Hessian)
-    cg_iterations: int = 3  # conjugate_gradient: most iterations
-    damping: float = 0.01  # conjugate_gradient: added to the Hessian's diagonal
-    precondition: str = "none"  # adam: unrolled differentiates through AdamW's own update; the implicit ones use its second moments
-    hvp_batch: int = 0  # examples whose second derivatives are in memory at once; 0: all, and one graph serves all products
-    # memory
-    gradient_checkpointing: str = "auto"  # True: compute activations twice to keep fewer, for one more forward pass (auto: False)
-    auto_hardware: bool = False  # let what is automatic or 0 in quantize, accumulate, gradient_checkpointing, block_size fit the memory
-    # output
-    snapshots: int = 0  # times a phase, the last step included, at which the weights' ΔM and ΔD are recorded (analysis.py)
-    out_dir: str = ""  # where the run is written; empty: out/<config's name>, and -<method> if --method is given
-    overwrite: bool = False  # replace the files of an earlier run in out_dir
-    resume: str = ""  # True: go on with the run in out_dir from its last checkpoint; a folder: with that run, into a new out_dir
-    checkpoint_every: int = 100  # steps between checkpoints; there is one at each phase's end too
-    eval_batch_size: int = 32  # examples a forward pass in evaluation
-    eval_size: int = 400  # most examples of a part (train, val, test) that are evaluated, the same before and after
-
-
-CHOICES = {
-    "method": ("bidora", "dora", "lora", "bilora", "ft"),
-    "magnitude_axis": ("row", "column"),
-    "lambda_kind": tuple(bidora.LAMBDAS),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "quantize": ("auto", "none", *quantized.KINDS),
-    "optimizer": ("adamw", "adamw8bit"),
-    "gradient_checkpointing": ("auto", "True", "False"),
-    "data": ("", *data.BUILT_IN),
-    "norm_grad": ("exact", "detach"),
-    "final_init": ("fresh", "continue"),
-    "hypergradient": tuple(HYPERGRADIENTS),
-    "mode": ("exact", "finite_difference"),
-    "precondition": ("none", "adam"),
-}
-BILEVEL = ("bidora", "bilora")
-MAY_BE_ZERO = {"seed", "dropout", "weight_decay", "gram_weight", "warmup", "val_fraction", "lower_lr", "unroll_lr", "damping",
-               "block_size", "accumulate", "hvp_batch", "search_steps", "retrain_steps", "snapshots"}
-HARMLESS = {"out_dir", "overwrite", "resume", "checkpoint_every", "eval_batch_size"}  # may change when a run is resumed
-BELOW_ONE = {"dropout", "val_fraction", "warmup"}
-
-
-def read_config(arguments):
-    """The Config of a command line; see settings.read. Raises ValueError or FileNotFoundError."""
-    config, path = settings.read(Config, arguments, Path(__file__).parent / "configs")
-    if path and not config.out_dir:
-        method = f"-{config.method}" if any(argument.startswith("--method=") for argument in arguments) else ""
-        config.out_dir = str(Path("out") / f"{path.stem}{method}")
-    return config
-
-
-def differences(config):
-    """Whether the run takes finite differences of gradients."""
-    return config.method in BILEVEL and (config.hypergradient, config.mode) == ("unrolled", "finite_difference")
-
-
-def check(config):
-    """Raise ValueError for a setting that makes no sense, before any work is done."""
-    for name, choices in CHOICES.items():
-        value = str(getattr(config, name))
-        if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, choices))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type in (int, float):
-            zero = field.name in MAY_BE_ZERO
-            if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-                raise ValueError(f"{field.name}={value} must be {'at least 0' if zero else 'positive'}")
-            if field.name in BELOW_ONE and value >= 1:
-                raise ValueError(f"{field.name}={value} must be below 1")
-    if config.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"unknown device {config.device!r}: choose auto, cpu or cuda")
-    try:
-        torch.empty(1, device=None if config.device == "auto" else config.device)
-    except (RuntimeError, AssertionError):  # torch raises the latter when it is built without CUDA
-        raise ValueError(f"device={config.device} is not there: use device=cpu") from None
-    if config.search_steps + config.retrain_steps == 0 or (config.method in BILEVEL and config.search_steps == 0):
-        raise ValueError(f"search_steps={config.search_steps}, retrain_steps={config.retrain_steps}: there is nothing to train")
-    if config.method in BILEVEL and config.upper_every > config.search_steps:
-        raise ValueError(f"upper_every={config.upper_every} is more than search_steps={config.search_steps}: "
-                         f"the upper level would never take a step")
-    if config.hypergradient == "unrolled" and config.unroll_steps > config.upper_every:
-        raise ValueError(f"unroll_steps={config.unroll_steps} is more than upper_every={config.upper_every}: an upper-level step can only "
-                         f"look back on the lower-level steps since the one before it")
-    if config.precondition == "adam" and config.optimizer == "adamw8bit":
-        raise ValueError("precondition=adam reads AdamW's moments, which adamw8bit keeps in 8 bits: use optimizer=adamw")
-    if config.accumulate > config.batch_size:
-        raise ValueError(f"accumulate={config.accumulate} parts can't be made of batch_size={config.batch_size} examples")
-    if config.method in ("ft", "lora") and config.gram_weight:
-        raise ValueError(f"gram_weight={config.gram_weight} regularises directions with a magnitude, or BiLoRA's factors; method={config.method} "
-                         f"has neither")
-    if config.method == "ft" and config.quantize not in ("auto", "none"):
-        raise ValueError(f"method=ft trains the base's own weights, which quantize={config.quantize} packs into steps too coarse to "
-                         f"train: use an adapter (bidora, dora, lora), or quantize=none")
-    if config.block_size == 1:
-        raise ValueError(f"block_size={config.block_size} must be at least 2: a token, and the one it predicts")
-    if not config.train_file and not config.data:
-        raise ValueError(f"no data: give --train_file=yours.jsonl, or a built-in set with --data={'|'.join(data.BUILT_IN)}")
-    if (config.val_file or config.test_file) and not config.train_file:
-        raise ValueError("val_file and test_file go with train_file; a built-in data set brings its own")
-    if config.label_prompt and "{text}" not in config.label_prompt:
-        raise ValueError("label_prompt must contain {text}, the place where the example's text goes")
-    if config.method in BILEVEL and not config.val_file and config.val_fraction == 0:
-        raise ValueError("method=bidora needs validation data: its upper level learns the magnitude from examples that the lower "
-                         "level does not train on; give --val_file, or a val_fraction above 0 (the paper's is 0.2)")
-    if config.method == "ft" and config.dtype == "bfloat16":
-        raise ValueError("method=ft trains the weights themselves, and in bfloat16 small updates round to nothing: "
-                         "use dtype=float32")
-    if differences(config) and config.dtype == "bfloat16":
-        raise ValueError("mode=finite_difference is rounding noise in bfloat16: use mode=exact, or dtype=float32")
-
-
-# --------------------------------------------------------------------------------------------------- data
 
 
 def load_data(config):
@@ -251,9 +89,10 @@ def evaluate(model, encoded, label_ids, config, pad_id):
         return None
     model.eval()
     total = right = tokens = 0
-    encoded = sorted(encoded, key=lambda e: len(e.input_ids))  # rows of similar length: little padding
-    for start in range(0, len(encoded), config.eval_batch_size):
-        batch = encoded[start:start + config.eval_batch_size]
+    rows = sorted(encoded, key=lambda e: len(e.input_ids))  # rows of similar length: little padding
+    rows = rows[distributed.RANK::distributed.WORLD_SIZE]
+    for start in range(0, len(rows), config.eval_batch_size):
+        batch = rows[start:start + config.eval_batch_size]
         if label_ids:
             scores = model.score([e.prompt_ids for e in batch], list(label_ids.values()))  # (B, labels)
             answers = torch.tensor([list(label_ids).index(e.label) for e in batch], device=scores.device)
@@ -265,21 +104,21 @@ def evaluate(model, encoded, label_ids, config, pad_id):
             total += torch.nn.functional.cross_entropy(logits, answers, reduction="sum").item()
             right += (logits.argmax(1) == answers).sum().item()
             tokens += len(answers)
+    sums = torch.tensor([total, right, tokens], dtype=torch.float64, device=model.lm_head.weight.device)
+    total, right, tokens = distributed.add_up([sums])[0].tolist()
     return {"loss": total / tokens, "accuracy": right / (len(encoded) if label_ids else tokens)}
 
 
-# ---------------------------------------------------------------------------------------------- the main job
-
-
 def choose_dtype(config, device):
-    """The base's dtype and, in words, why."""
+    """The base's dtype, as a name, and, in words, why."""
     if config.dtype != "auto":
-        return getattr(torch, config.dtype), "as set"
+        return config.dtype, "as set"
     if config.method == "ft":
-        return torch.float32, "full fine-tuning needs it"
+        return "float32", "full fine-tuning needs it"
     if differences(config):
-        return torch.float32, "finite differences need it"
-    return hardware.fast_dtype(device)
+        return "float32", "finite differences need it"
+    dtype, why = hardware.fast_dtype(device)
+    return str(dtype).removeprefix("torch."), why
 
 
 def learning_rate_scale(step, steps, warmup):
@@ -294,50 +133,6 @@ RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "adapter_c
              "trajectory.json", "trajectory.safetensors", "config.json", "model.safetensors", *TOKENIZER_FILES)
 
 
-def find_run(config, out):
-    """
-    What is in the run's folder: (source, previous). source: the folder of the run to resume, or None; previous: where an earlier run is put.
-
-    Raises ValueError or FileNotFoundError where it is not what config.resume and config.overwrite say.
-    """
-    begun = out.exists() and any(not path.name.endswith(".tmp") for path in out.iterdir())  # the rest are writes that a kill cut off
-    if config.resume not in ("", "False"):
-        source = out if config.resume == "True" else Path(config.resume)
-        if begun and source != out:
-            raise ValueError(f"{out} holds an earlier run: to resume {source} elsewhere, choose a new --out_dir")
-        if source != out and not (source / "run.json").exists():
-            raise FileNotFoundError(f"resume={source} holds no run: there is no run.json")
-        if not begun and source == out:
-            print(f"{out} holds no run to resume: starting one")
-            return None, None
-    if begun and not (out / "run.json").exists():
-        raise ValueError(f"{out} holds files that are no run's: choose another --out_dir")
-    if config.resume not in ("", "False"):
-        if (source / "summary.json").exists():
-            raise ValueError(f"{source} holds a finished run: there is nothing to resume")
-        return source, None
-    if begun and not config.overwrite:
-        more = "" if (out / "summary.json").exists() else ", go on with it by --resume=True"
-        raise ValueError(f"{out} holds an earlier run: choose another --out_dir{more}, or replace it with --overwrite=True")
-    previous = out.with_name(out.name + ".previous") if begun else None
-    if begun and previous.exists() and (out / "summary.json").exists():
-        raise ValueError(f"{previous} is in the way, where the earlier run would be kept: move it elsewhere")
-    return None, previous
-
-
-def resumed(config, source):
-    """config as the run in source had it, with all that was automatic resolved. Raises ValueError for settings that changed since."""
-    stored, now = read_json(source / "run.json"), json.loads(json.dumps(dataclasses.asdict(config)))
-    asked = stored.get("asked", {})
-    changed = {name: f"{name}={value} (it was {asked.get(name)})" for name, value in now.items() if value != asked.get(name) and name != "resume"}
-    if refused := [text for name, text in changed.items() if name not in HARMLESS]:
-        raise ValueError(f"{source} can't be resumed with other settings: {', '.join(refused)}")
-    if changed:
-        print(f"changed since the run began: {', '.join(changed.values())}")
-    return dataclasses.replace(config, **{name: tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
-                                          for name in now if name not in HARMLESS})
-
-
 def train(config):
     """
     Run all phases as config says; returns the results that summary.json holds.
@@ -346,35 +141,44 @@ def train(config):
     KeyboardInterrupt, at SIGINT or SIGTERM, with the work saved for config.resume.
     """
     check(config)
-    out = Path(config.out_dir or "out/run")
-    existing = next(path for path in (out, *out.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"out_dir={out} can't be written, since {existing} is {'read-only' if existing.is_dir() else 'a file'}: "
-                         f"choose another")
     with contextlib.ExitStack() as locks:
-        locks.enter_context(checkpoint.locked(out))
-        return run(config, out, locks)
+        return run(config, Path(config.out_dir or "out/run"), locks)
 
 
 def run(config, out, locks):
-    """train's work, in a folder that is locked; locks: an ExitStack that holds it."""
-    source, previous = find_run(config, out)
+    """train's work; locks: an ExitStack that holds the folder `out` for this run. Of several processes, only the first writes or prints."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    started, memory_at_start = time.time(), hardware.peak_memory(device)
+    device, is_first = distributed.start(device), distributed.RANK == 0
+
+    def open_folder():
+        existing = next(path for path in (out, *out.parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ValueError(f"out_dir={out} can't be written, since {existing} is {'read-only' if existing.is_dir() else 'a file'}: "
+                             f"choose another")
+        locks.enter_context(checkpoint.locked(out))
+        return [str(path) if path else None for path in checkpoint.find_run(config, out)]
+
+    source, previous = (Path(path) if path else None for path in distributed.from_first(open_folder, device))
     asked, state = dataclasses.asdict(config), None
     if source:
-        config, state = resumed(config, source), checkpoint.load(source)
+        config, state = checkpoint.resumed(config, source), checkpoint.load(source)
         print(f"resuming {source} after step {state[1]['n']}" if state else f"{source} has no checkpoint yet: starting from its first step")
     config = dataclasses.replace(config, lower_lr=config.lower_lr or (2e-5 if config.method == "ft" else 1e-3),
                                  gradient_checkpointing=str(config.gradient_checkpointing))
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    started, memory_at_start = time.time(), hardware.peak_memory(device)
 
     # data, model and tokenizer; whatever is wrong with them shows before the first step
+    if distributed.LOCAL_RANK > 0:
+        distributed.wait()  # for the first process of this machine, which downloads
     parts, label_prompt = load_data(config)
     labels = sorted({example["label"] for example in parts["train"] if "label" in example})
     folder = find_model(config.model, config.revision)
     tokenizer = Tokenizer.from_pretrained(folder)
     label_ids = data.tokenize_labels(labels, tokenizer)
-    dtype, why = choose_dtype(config, device)
+    if distributed.LOCAL_RANK == 0:
+        distributed.wait()
+    dtype_name, why = distributed.from_first(lambda: choose_dtype(config, device), device)
+    dtype = getattr(torch, dtype_name)
     shape = ModelConfig.from_hf(read_json(folder / "config.json"))
 
     def encode(block_size):
@@ -383,14 +187,14 @@ def run(config, out, locks):
         return {name: rows for name, (rows, _) in done.items()}, sum(cut for _, cut in done.values())
 
     if config.auto_hardware and not source:
-        free = hardware.free_memory(device)
+        free = distributed.from_first(lambda: hardware.free_memory(device), device)
         if free is None:
             raise ValueError("auto_hardware=True: this system does not say how much memory is free; set quantize, accumulate, "
                              "gradient_checkpointing and block_size yourself")
         rows = [row for part in encode(config.block_size or shape.max_position_embeddings)[0].values() for row in part]
-        longest, asked = max(len(row.labels) for row in rows), max(sum(label != -100 for label in row.labels) for row in rows)
-        shortest = 2 if data.format_of(parts["train"][0]) in ("text", "code") else asked + 1  # an answer is never cut
-        picked, lines = hardware.choose(shape, config, dtype.itemsize, longest, asked, free, shortest)
+        longest, answer = max(len(row.labels) for row in rows), max(sum(label != -100 for label in row.labels) for row in rows)
+        shortest = 2 if data.format_of(parts["train"][0]) in ("text", "code") else answer + 1  # an answer is never cut
+        picked, lines = hardware.choose(shape, config, dtype.itemsize, longest, answer, free, shortest)
         config = dataclasses.replace(config, **picked)
         print(*lines, sep="\n")
     config = dataclasses.replace(
@@ -434,6 +238,8 @@ def run(config, out, locks):
             trajectory = dataclasses.replace(trajectory, **state[1]["trajectory"])
 
     def save():
+        if not is_first:
+            return
         if config.method == "ft":
             model.save_pretrained(out)
             tokenizer.save_pretrained(out)
@@ -442,29 +248,31 @@ def run(config, out, locks):
         if trajectory:
             trajectory.save(out)
 
-    # An earlier run is kept beside until this one has finished; if it is there already, `out` holds a run that never finished.
-    if previous and previous.exists():
-        shutil.rmtree(out)
-    elif previous:
-        os.replace(out, previous)
-    if previous:
-        locks.enter_context(checkpoint.locked(out))  # a new folder
-    # The folder is tried with all that will go into it while nothing is lost yet: a full disk shows now.
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "run.json", dataclasses.asdict(config) | {
-            "labels": labels, "label_prompt": label_prompt, "dtype": str(dtype).removeprefix("torch."), "asked": asked})
-        save()
-    except OSError as error:
-        if source != out:
-            shutil.rmtree(out, ignore_errors=True)
+    def begin_folder():
+        # An earlier run is kept beside until this one has finished; if it is there already, `out` holds a run that never finished.
+        if previous and previous.exists():
+            shutil.rmtree(out)
+        elif previous:
+            os.replace(out, previous)
         if previous:
-            os.replace(previous, out)
-        raise OSError(f"{error}; out_dir={out} must be a folder with room for the run") from None
+            locks.enter_context(checkpoint.locked(out))  # a new folder
+        # The folder is tried with all that will go into it while nothing is lost yet: a full disk shows now.
+        try:
+            write_json(out / "run.json", dataclasses.asdict(config) | {
+                "labels": labels, "label_prompt": label_prompt, "dtype": dtype_name, "asked": asked})
+            save()
+        except OSError as error:
+            if source != out:
+                shutil.rmtree(out, ignore_errors=True)
+            if previous:
+                os.replace(previous, out)
+            raise OSError(f"{error}; out_dir={out} must be a folder with room for the run") from None
 
+    distributed.from_first(begin_folder, device)
     packed = "" if config.quantize == "none" else f"{config.quantize} and "
-    print(f"{config.method} on {config.model}, {packed}{str(dtype).removeprefix('torch.')} on {device} ({why}): "
-          f"{weight_bytes / 1e6:.0f} MB of weights")
+    print(f"{config.method} on {config.model}, {packed}{dtype_name} on {device} ({why}): {weight_bytes / 1e6:.0f} MB of weights")
+    if distributed.WORLD_SIZE > 1:
+        print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch")
     print(f"data: {config.train_file or config.data}: {', '.join(f'{len(examples)} {name}' for name, examples in parts.items())}"
           + (f"; labels {', '.join(labels)}" if labels else ""))
     if cut:
@@ -501,6 +309,15 @@ def run(config, out, locks):
         input_ids, labels, share = batch  # a part of a batch, with its share of the labels
         return model(input_ids.to(device), labels.to(device)) * share
 
+    def shares(batch, count=config.accumulate):
+        return data.parts(batch, count, distributed.RANK, distributed.WORLD_SIZE)
+
+    def asked_everywhere(signals):
+        """The largest signal that any process has got, or 0: all must stop at the same step."""
+        own = torch.zeros(distributed.WORLD_SIZE, device=device)
+        own[distributed.RANK] = signals[0] if signals else 0
+        return int(distributed.add_up([own])[0].max())
+
     def lower_loss_fn(model, part):
         return loss_fn(model, part) + config.gram_weight * part[2] * bidora.regulariser(model)
 
@@ -510,10 +327,13 @@ def run(config, out, locks):
     metrics = [json.loads(line) for line in lines]
     if [line["step"] for line in metrics] != list(range(1, n + 1)):
         raise ValueError(f"{source / 'metrics.jsonl'} lacks lines of the first {n} steps: the run can't be resumed")
-    with replacing(out / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    if is_first:
+        with replacing(out / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
 
     def keep_state(phase, step, optimizer=None):
+        if not is_first:
+            return
         tensors = {f"parameter.{name}": p for name, p in parameters.items()}
         for level in ("lower", "upper") if optimizer else ():
             if own := getattr(optimizer, f"{level}_optimizer"):
@@ -525,7 +345,7 @@ def run(config, out, locks):
     if state:
         checkpoint.set_random_states(state[1]["random"])
     try:
-        with open(out / "metrics.jsonl", "a", encoding="utf-8") as log, checkpoint.asked_to_stop() as signals:
+        with open(out / "metrics.jsonl" if is_first else os.devnull, "a", encoding="utf-8") as log, checkpoint.asked_to_stop() as signals:
             for index, (phase, steps, rows) in list(enumerate(phases))[first:]:
                 if index > first:
                     begin = 0
@@ -536,7 +356,8 @@ def run(config, out, locks):
                             layer.reset_direction()
                 optimizer = create_bilevel_optimizer(model, config.lower_lr, config.upper_lr, config.upper_every,
                                                      config.hypergradient, config.weight_decay, config.grad_clip, config.optimizer,
-                                                     config.precondition, **options)
+                                                     config.precondition, distributed.add_up, **options)
+                distributed.same_everywhere(p.data for p in optimizer.lower + optimizer.upper)
                 if begin:
                     for level in ("lower", "upper"):
                         if own := getattr(optimizer, f"{level}_optimizer"):
@@ -550,7 +371,7 @@ def run(config, out, locks):
                 last_finite = None  # the weights that last gave a finite loss, for when the next do not
                 last_kept, phase_start, earlier = begin, time.time(), seconds.get(phase, 0)
                 model.train()
-                progress = tqdm(range(begin + 1, steps + 1), desc=phase, unit="step", initial=begin, total=steps,
+                progress = tqdm(range(begin + 1, steps + 1), desc=phase, unit="step", initial=begin, total=steps, disable=not is_first,
                                 mininterval=0.5 if sys.stderr.isatty() else 10)
                 step = begin
                 try:
@@ -562,14 +383,14 @@ def run(config, out, locks):
                         # The upper level's step differentiates through the last lower-level ones, so these are kept.
                         keep = bool(optimizer.upper) and -step % config.upper_every < config.unroll_steps
                         count = math.ceil(config.batch_size / config.hvp_batch) if keep and config.hvp_batch else config.accumulate
-                        loss = optimizer.lower_step(lower_loss_fn if config.gram_weight else loss_fn, *data.parts(next(train_batches), count), keep=keep)
+                        loss = optimizer.lower_step(lower_loss_fn if config.gram_weight else loss_fn, *shares(next(train_batches), count), keep=keep)
                         line = {"step": n, "phase": phase, "train_loss": loss.item(), "lower_lr": scale * config.lower_lr}
                         for i in range(config.upper_steps if optimizer.upper and step % config.upper_every == 0 else 0):
-                            again = data.parts(next(train_batches), config.accumulate) if i else None  # the kept steps serve the first
-                            val_loss = optimizer.upper_step(loss_fn, again, data.parts(next(val_batches), config.accumulate))
+                            again = shares(next(train_batches)) if i else None  # the kept steps serve the first
+                            val_loss = optimizer.upper_step(loss_fn, again, shares(next(val_batches)))
                             line |= {"val_loss": val_loss.item(), "upper_lr": scale * config.upper_lr}
                         last_finite = before_step
-                        if step in marks:
+                        if step in marks and is_first:
                             trajectory.record(model, phase, n)
                         line["seconds"] = round(time.time() - step_start, 4)
                         metrics.append(line)
@@ -577,15 +398,16 @@ def run(config, out, locks):
                         log.flush()
                         progress.set_postfix(lower=f"{line['train_loss']:.3f}", refresh=False,
                                              **({"upper": f"{line['val_loss']:.3f}"} if "val_loss" in line else {}))
+                        stop = asked_everywhere(signals)
                         # Between two turns of the upper level, when no lower-level step waits to be differentiated.
-                        if not optimizer.past and step < steps and (signals or step - last_kept >= config.checkpoint_every):
+                        if not optimizer.past and step < steps and (stop or step - last_kept >= config.checkpoint_every):
                             seconds[phase], last_kept = earlier + time.time() - phase_start, step
                             keep_state(index, step, optimizer)
-                            if signals:
+                            if stop:
                                 save()
-                                raise checkpoint.Stopped(f"stopped at {phase} step {step} of {steps}", signals[0])
+                                raise checkpoint.Stopped(f"stopped at {phase} step {step} of {steps}", stop)
                     with torch.no_grad():
-                        final_loss = sum(loss_fn(model, part) for part in data.parts(next(train_batches), config.accumulate))
+                        final_loss = distributed.add_up([sum(loss_fn(model, part) for part in shares(next(train_batches)))])[0]
                     if not torch.isfinite(final_loss):
                         raise FloatingPointError(f"loss {final_loss:g} after the last step")
                 except FloatingPointError as error:
@@ -598,23 +420,25 @@ def run(config, out, locks):
                 seconds[phase] = earlier + time.time() - phase_start
                 save()
                 keep_state(index + 1, 0)
-                if signals:
-                    raise checkpoint.Stopped(f"stopped at the end of {phase}", signals[0])
+                if stop := asked_everywhere(signals):
+                    raise checkpoint.Stopped(f"stopped at the end of {phase}", stop)
     except OSError as error:
         hint = f"; go on elsewhere with --resume={out} --out_dir=..." if checkpoint.names(out) else ""
         raise OSError(f"{error}{hint}") from None
 
     after = evaluate_all()
     results = {
-        "method": config.method, "model": config.model, "dtype": str(dtype).removeprefix("torch."), "seed": config.seed,
+        "method": config.method, "model": config.model, "dtype": dtype_name, "seed": config.seed,
         "quantize": config.quantize, "weight_bytes": weight_bytes,
         "examples": {name: len(examples) for name, examples in parts.items()},
         "evaluated": {name: len(rows) for name, rows in evaluated.items()},
         "before": before, "after": after, "trainable_parameters": sizes,
         "seconds": seconds | {"total": time.time() - started},
         "peak_memory_gb": hardware.peak_memory(device), "peak_memory_beyond_start_gb": hardware.peak_memory(device) - memory_at_start,
-        "out_dir": str(out),
+        "processes": distributed.WORLD_SIZE, "out_dir": str(out),
     }
+    if not is_first:
+        return results
     report.plot_losses(out / "loss.png", metrics, results)
     write_json(out / "summary.json", results)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -639,6 +463,8 @@ def main(arguments):
         return 0
     try:
         config = read_config(arguments)
+        if distributed.RANK > 0:
+            sys.stdout = open(os.devnull, "w")
         results = train(config)
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory ({str(error).splitlines()[0]}): lower batch_size, hvp_batch or block_size, "
@@ -646,7 +472,8 @@ def main(arguments):
               file=sys.stderr)
         return 2
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if distributed.LOCAL_RANK == 0:  # once for each machine, whose files and network may differ
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except checkpoint.Stopped as error:
         again = shlex.join([argument for argument in arguments if not argument.startswith(("--resume=", "--overwrite="))])

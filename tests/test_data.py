@@ -1,6 +1,5 @@
 """Loss masks by hand and against transformers, and the readers' messages."""
 
-import json
 
 import pytest
 import torch

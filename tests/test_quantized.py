@@ -1,7 +1,6 @@
 """Packed bases against their own dequantised weights: products, both derivatives, every method and hypergradient, merging."""
 
 import copy
-import re
 import subprocess
 import sys
 from pathlib import Path

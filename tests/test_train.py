@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import hypergrad
 import merge
 import quantized
 import sample
@@ -134,8 +135,8 @@ def test_each_level_sees_its_own_examples_only(monkeypatch, method):
     seen = []
     batches = train.data.batches
 
-    def spy(rows, *arguments):
-        for batch in batches(rows, *arguments):
+    def spy(rows, *arguments, skip):
+        for batch in batches(rows, *arguments, skip=skip):
             seen.append({tuple(row.input_ids) for row in rows})
             yield batch
 
@@ -308,7 +309,7 @@ def test_hypergradient_options_reach_the_function(monkeypatch):
             val_loss[0]()
             return [torch.zeros_like(m) for m in upper]
 
-        monkeypatch.setitem(train.HYPERGRADIENTS, name, spy)
+        monkeypatch.setitem(hypergrad.HYPERGRADIENTS, name, spy)
         train.train(Config(**TINY, hypergradient=name, upper_every=2, unroll_steps=2 if name == "unrolled" else 1, unroll_lr=0.5, mode="finite_difference", terms=7, neumann_alpha=0.2,
                            cg_iterations=9, damping=0.3, out_dir=name))
     assert given == {"unrolled": {"lr": 0.5, "steps": 2, "mode": "finite_difference"}, "neumann": {"terms": 7, "alpha": 0.2},

@@ -1,0 +1,74 @@
+"""
+Several processes, one run: each takes its share of every batch, and gradients, products and losses are added up over all of them.
+
+    torchrun --standalone --nproc_per_node=2 train.py --config=small.py
+
+torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without them there is one process, and nothing here does anything. A loss is weighted by its rows'
+share of the labels in the whole batch (data.parts), so that the sum over the processes is what one process would have computed.
+"""
+
+import json
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def start(device):
+    """Join the other processes, once; returns this one's device. NCCL between GPUs, gloo between CPUs."""
+    if WORLD_SIZE == 1:
+        return device
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=30))
+    return f"cuda:{LOCAL_RANK}" if device == "cuda" else device
+
+
+def add_up(tensors):
+    """Each tensor of a list, added up over the processes; in one message."""
+    if WORLD_SIZE == 1:
+        return tensors
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    return [part.view_as(tensor) for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors)]
+
+
+def same_everywhere(tensors):
+    """Overwrite tensors by those of the first process."""
+    if WORLD_SIZE > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def from_first(function, device="cpu"):
+    """
+    What a function returns, called by the first process alone, for all of them: anything that JSON can hold.
+
+    A ValueError or OSError of its is raised by all of them, so that none waits for one that has gone.
+    """
+    if WORLD_SIZE == 1:
+        return function()
+    message = torch.zeros(1, dtype=torch.int64, device=device)
+    if RANK == 0:
+        try:
+            content = {"value": function()}
+        except (ValueError, OSError) as error:
+            content = {"error": str(error), "kind": "ValueError" if isinstance(error, ValueError) else "OSError"}
+        content_bytes = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8, device=device)
+        message[0] = len(content_bytes)
+    dist.broadcast(message, 0)
+    if RANK != 0:
+        content_bytes = torch.zeros(message.item(), dtype=torch.uint8, device=device)
+    dist.broadcast(content_bytes, 0)
+    content = json.loads(bytes(content_bytes.tolist()))
+    if "error" in content:
+        raise {"ValueError": ValueError, "OSError": OSError}[content["kind"]](content["error"])
+    return content["value"]
+
+
+def wait():
+    """Until all processes are here."""
+    if WORLD_SIZE > 1:
+        dist.barrier()
