@@ -78,8 +78,10 @@ class BiDoRALinear(nn.Linear):
         squares = (rows.square().sum(1 if magnitude_axis == "row" else 0) for _, _, rows in blocks(self.weight, new["dtype"]))
         squares = torch.cat(list(squares)) if magnitude_axis == "row" else sum(squares)
         self.register_buffer("weight_squares", squares, persistent=False)  # ‖W0‖² of each row, (out,), or column, (in,)
-        # m starts at ‖W0‖ of the weight that is there, by the same arithmetic as the norm, so that ratio starts at exactly 1.
-        self.lora_magnitude_vector = None if method in ("lora", "bilora") else nn.Parameter(self.direction_norm().detach().clone())
+        # m starts at ‖W0‖ of the weight that is there, by the same arithmetic as the norm, so that ratio starts at exactly 1;
+        # but at exactly 0 for a row of zeros, which has no direction: there ratio and all gradients are 0, and it stays as it is.
+        self.lora_magnitude_vector = None if method in ("lora", "bilora") else nn.Parameter(
+            torch.where(squares > 0, self.direction_norm().detach(), 0.0))
 
     @property
     def upper(self):

@@ -1,7 +1,7 @@
 """
 A command line for a dataclass: its fields are the settings, their comments the help.
 
-Values come from the field's default, then from a config file (Python that sets names), then from --name=value, each
+Values come from the field's default, then from a config file (Python that sets names, or a JSON object), then from --name=value, each
 brought into the field's type. Wrong names get the closest right one suggested.
 """
 
@@ -13,6 +13,8 @@ import runpy
 import traceback
 import types
 from pathlib import Path
+
+from files import read_json
 
 
 def suggest(name, known):
@@ -64,9 +66,9 @@ def read(kind, arguments, configs):
         path = Path(given.pop("config"))
         path = path if path.exists() else configs / path
         if not path.is_file():
-            known = sorted(file.name for file in configs.glob("*.py"))
+            known = sorted(file.name for file in configs.iterdir() if file.suffix in (".py", ".json"))
             raise FileNotFoundError(f"no config file {path.name!r}, here or in {configs.name}/" + suggest(path.name, known))
-        for name, value in run(path).items():
+        for name, value in (read_json(path) if path.suffix == ".json" else run(path)).items():
             if name not in fields:
                 raise ValueError(f"{path}: unknown setting {name!r}" + suggest(name, fields))
             values[name] = typed(fields[name], value, path)

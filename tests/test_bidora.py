@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import bidora
 import quantized
 from bidora import BiDoRAConfig, BiDoRALinear, load_adapter, merge, prepare_bidora_model, replace_linear_with_bidora, save_adapter
+from hypergrad import create_bilevel_optimizer
 
 METHODS = ("lora", "dora", "bidora")
 
@@ -140,6 +142,29 @@ def test_magnitude_is_the_norm_of_the_weight_that_is_there():
         linear.weight.copy_(torch.arange(24.0).view(4, 6))
     layer = BiDoRALinear(6, 4, rank=2, linear=linear)
     torch.testing.assert_close(layer.lora_magnitude_vector.data, linear.weight.norm(dim=1))
+
+
+@pytest.mark.parametrize("axis", ["row", "column"])
+@pytest.mark.parametrize("hypergradient", ["first_order", "unrolled", "neumann"])
+@pytest.mark.parametrize("method", ["dora", "bidora"])
+def test_a_row_of_zeros_stays_zero_and_spoils_no_gradient(method, hypergradient, axis):
+    linear = nn.Linear(6, 5)
+    with torch.no_grad():
+        linear.weight[2] = 0
+        linear.weight[:, 3] = 0
+    model = nn.Sequential(BiDoRALinear(6, 5, rank=2, method=method, magnitude_axis=axis, linear=linear))
+    optimizer = create_bilevel_optimizer(model, 1e-2, 1e-2, hypergradient=hypergradient)
+    batches = [(torch.randn(8, 6), torch.randn(8, 5)) for _ in range(2)]
+
+    def loss_fn(model, batch):
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    for _ in range(5):
+        optimizer.bilevel_step(loss_fn, *batches) if method == "bidora" else optimizer.lower_step(loss_fn, batches[0])
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    merged = model[0].merged_weight()
+    assert axis == "column" or not merged[2].any()  # a column of zeros gets a direction from B·A, as soon as other columns have moved B
+    assert merged.count_nonzero() >= 20
 
 
 def test_adapter_parameters_are_fp32_over_a_bf16_base():

@@ -374,6 +374,8 @@ def test_config_file_then_command_line_then_defaults():
     assert config.out_dir == "out/mine" and config.seed == Config().seed
     assert train.read_config(["--config=mine.py", "--method=dora"]).out_dir == "out/mine-dora"
     assert train.read_config(["--config=small.py"]).model == "smollm2-135m"
+    Path("mine.json").write_text('{"lower_lr": 0.01, "target_modules": ["q_proj"]}')  # runs nothing
+    assert train.read_config(["--config=mine.json", "--rank=3"]) == Config(lower_lr=1e-2, target_modules=("q_proj",), rank=3, out_dir="out/mine")
 
 
 def test_help_shows_every_field_with_default_and_comment(capsys):
