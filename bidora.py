@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from files import read_json, replacing, write_json
+from files import malformed, read_json, replacing, write_json
 from quantized import blocks, dequantize, float_dtype, kind_of, linear, transposed
 
 METHODS = ("lora", "dora", "bidora", "bilora")
@@ -367,6 +367,9 @@ def load_adapter(model, folder):
                    and (value is True or (value and not isinstance(value, (int, float))))]
     if unsupported:
         raise ValueError(f"{where}: {', '.join(unsupported)} is not supported")
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"{where}: lora_dropout {dropout!r} is no share below 1")
     patterns = config.get("alpha_pattern") or {}
     for alpha in (config.get("lora_alpha"), *patterns.values()):
         if not isinstance(alpha, (int, float)):
@@ -399,7 +402,7 @@ def load_adapter(model, folder):
         if missing := sorted(found.keys() - linears):
             raise ValueError(f"{folder}: the adapter does not fit the model: there is no linear layer {missing[0]}")
         model.requires_grad_(False)
-        adapt(model, {name: (ranks[name], alphas[name]) for name in found}, config.get("lora_dropout") or 0.0,
+        adapt(model, {name: (ranks[name], alphas[name]) for name in found}, dropout,
               "dora" if config.get("use_dora") else "lora", magnitude_axis="column" if config.get("peft_type") == COLUMN_DORA else "row")
     if any(layer.method == "bilora" for layer in adapter_layers(model).values()):
         raise ValueError("the model has BiLoRA adapters, whose λ a saved adapter holds folded: load it into a model without adapters")

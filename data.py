@@ -67,7 +67,11 @@ def load_examples(path_or_name):
             continue
         where = f"{path}:{number}"
         try:
-            example = json.loads(line.decode("utf-8-sig"))
+            example = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique)
+            if b"\\ud" in line.lower():  # such escapes come in pairs; half a pair is no character, and no tokenizer takes it
+                json.dumps(example, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: half a surrogate pair (\\ud800 … \\udfff alone) is no character: remove it") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:
@@ -84,6 +88,15 @@ def load_examples(path_or_name):
     if not examples:
         raise ValueError(f"{path} holds no examples")
     return examples
+
+
+def unique(pairs):
+    """A JSON object as a dict. Raises ValueError for a key that stands twice: which one did the author mean?"""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return found
 
 
 def check_example(example, where):

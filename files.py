@@ -68,6 +68,15 @@ def read_json(path):
 
 
 @contextlib.contextmanager
+def malformed(what):
+    """For readers of structured files, as a block or a decorator: what unexpected structure raises becomes one ValueError that names the file."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
+        raise ValueError(f"{what} is not built as it should be ({type(error).__name__}: {error})") from None
+
+
+@contextlib.contextmanager
 def replacing(path):
     """
     Yield a temporary path to write to; it becomes `path` by a rename when the block ends well, and goes when it fails.

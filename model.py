@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from files import read_json, replacing, write_json
+from files import malformed, read_json, replacing, write_json
 from quantized import QuantizedLinear, kind_of, pack
 
 # What transformers takes for a key that config.json leaves out
@@ -61,6 +61,7 @@ class ModelConfig:
     hf: dict  # the whole config.json, so that save_pretrained loses nothing
 
     @classmethod
+    @malformed("config.json")
     def from_hf(cls, config_dict):
         """
         Read a Hugging Face config.json, given as a dict, in the spelling of transformers 4 or 5.
@@ -117,7 +118,7 @@ class ModelConfig:
         )
         try:
             rotary_frequencies(config)  # tries the rope's other numbers
-        except (KeyError, TypeError, ArithmeticError, ValueError) as error:
+        except (KeyError, TypeError, ArithmeticError, RuntimeError, ValueError) as error:
             raise ValueError(f"config.json: rotary positions {rope}: {error} is missing or no number") from None
         return config
 
@@ -247,8 +248,8 @@ def find_tensors(folder):
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: weight_map is missing or empty")
         names = sorted(set(map(str, weight_map.values())))
-        if strange := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{index}: shard {strange[0]!r} lies outside the folder")
+        if strange := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise ValueError(f"{index}: {strange[0]!r} is no name of a safetensors file in this folder")
     elif not (folder / names[0]).exists() and any(folder.glob("*.bin")):
         raise FileNotFoundError(f"{folder} holds its weights as .bin files only. Those are pickles, which can run any code when they are "
                                 f"opened, so they are not read: take the model's safetensors files")

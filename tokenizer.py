@@ -24,7 +24,7 @@ import jinja2.sandbox
 import regex
 import tiktoken
 
-from files import read_json, replacing
+from files import malformed, read_json, replacing
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
          "chat_template.jinja", "generation_config.json")
@@ -103,7 +103,8 @@ class Tokenizer:
         Raises FileNotFoundError for a missing file; ValueError for a damaged one, or a kind that needs the tokenizers library
         where that is not installed.
         """
-        return cls(folder)
+        with malformed(f"{Path(folder) / 'tokenizer_config.json'} or tokenizer.json"):
+            return cls(folder)
 
     def named(self, name):
         """A token of tokenizer_config.json by its name there ("eos_token"); it is written as text, or as an object with flags."""
@@ -128,6 +129,9 @@ class Tokenizer:
         vocab = {token: i for token, i in model["vocab"].items() if token not in self.added or token in made}
         if not vocab or made - vocab.keys():
             raise ValueError("vocab is empty, or lacks a token that merges make")
+        for ids in (list(vocab.values()), list(self.added.values())):  # tiktoken would panic
+            if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
+                raise ValueError("two tokens have the same id, or an id is no whole number from 0 on")
         order = [vocab[token] for token in merged]
         if order != sorted(order):
             raise NotImplementedError("its merges and ids stand in different orders")

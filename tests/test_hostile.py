@@ -1,0 +1,229 @@
+"""
+Damaged and hostile input, ten thousand cases: every reader either takes it, or raises ValueError or FileNotFoundError with one line that
+names the file. Mutations start from valid files: bytes are flipped, cut and put in; values of JSON are exchanged for others, keys dropped.
+"""
+
+import copy
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data
+import train
+from bidora import load_adapter, replace_linear_with_bidora, save_adapter
+from model import ModelConfig, Transformer
+from pretrained import find_model
+from test_model import LLAMA
+from tokenizer import Tokenizer
+
+
+def cases(count):
+    return settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+
+
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-3, 10**6), st.sampled_from([0, -1, 2**31, 2**63, 10**30]), st.floats(), st.text(max_size=8),
+              st.sampled_from(["", "../x", "/etc/passwd", "\ud800", "llama", "yarn", "BPE", "{{ 1 }}"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)), max_leaves=5)
+
+
+def places(value, path=()):
+    """The paths to every value inside a JSON value."""
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value[:4]) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+
+@st.composite
+def changed_json(draw, original):
+    """A JSON value with up to three of its inner values exchanged or dropped."""
+    value = copy.deepcopy(original)
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from([path for path in places(value) if path]))
+        holder = value
+        for key in path[:-1]:
+            holder = holder[key]
+        if draw(st.booleans()) and draw(st.booleans()):
+            del holder[path[-1]]
+        else:
+            holder[path[-1]] = draw(VALUES)
+        if not list(places(value))[1:]:
+            break
+    return value
+
+
+@st.composite
+def changed_bytes(draw, original):
+    """Bytes with up to four places overwritten, cut away or put in; most of them in the first 400, where headers are."""
+    content = bytearray(original)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(0, min(400, len(content)) - 1))) if draw(st.integers(0, 3)) else draw(st.integers(0, len(content)))
+        kind, new = draw(st.integers(0, 3)), draw(st.binary(min_size=1, max_size=9))
+        if kind == 0:
+            content[at:at + len(new)] = new
+        elif kind == 1:
+            content[at:at] = new
+        elif kind == 2:
+            del content[at:at + draw(st.integers(1, 50))]
+        else:
+            del content[at:]
+    return bytes(content)
+
+
+def survives(read, *named):
+    """Call read; what it may raise must be one line that names one of `named`."""
+    try:
+        read()
+    except (ValueError, FileNotFoundError) as error:
+        assert type(error) in (ValueError, FileNotFoundError), repr(error)
+        assert str(error) and "\n" not in str(error).strip() and any(name in str(error) for name in named), str(error)
+
+
+@pytest.fixture(scope="module")
+def folder(request):
+    """A scratch folder with a model, an adapter and a data file that are all right."""
+    with pytest.MonkeyPatch.context() as patched, tempfile.TemporaryDirectory() as scratch:
+        patched.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+        patched.chdir(scratch)
+        shutil.copytree(find_model("tiny-random"), "model")
+        model = Transformer.from_pretrained(Path("model")).requires_grad_(False)
+        save_adapter(replace_linear_with_bidora(model, 2), "adapter", "tiny-random")
+        yield Path(scratch)
+
+
+LINES = [{"text": "aeae lim", "label": "yes"}, {"text": "ü\u2028", "label": 1}, {"prompt": "a", "completion": "b"}, {"instruction": "a", "input": "", "output": "b"},
+         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, {"code": "x"}, {"text": "plain"}]
+
+
+@cases(2500)
+@given(st.lists(st.one_of(*(changed_json(line) for line in LINES), st.sampled_from(LINES)), min_size=1, max_size=3), st.data())
+def test_jsonl_of_other_values(folder, lines, more):
+    text = "\n".join(json.dumps(line, ensure_ascii=more.draw(st.booleans())) for line in lines)
+    path = folder / "data.jsonl"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+
+    def read():
+        examples = data.load_examples(path)
+        tokenizer = Tokenizer.from_pretrained(folder / "model")
+        label_ids = data.tokenize_labels(sorted({example["label"] for example in examples if "label" in example}), tokenizer)
+        data.encode(examples, tokenizer, 64, data.LABEL_PROMPT, label_ids)
+
+    survives(read, "data.jsonl", "label", "block_size", "example")
+
+
+@cases(1500)
+@given(changed_bytes("\n".join(json.dumps(line) for line in LINES[:2]).encode()))
+def test_jsonl_of_other_bytes(folder, content):
+    (folder / "data.jsonl").write_bytes(content)
+    survives(lambda: data.load_examples(folder / "data.jsonl"), "data.jsonl:", "data.jsonl holds")
+
+
+@pytest.mark.parametrize("line, said", [
+    (b'{"text": ' + b'[' * 100_000, "not JSON"), (b'{"text": "' + b"a" * 10_000_000 + b'", "label": ' + b"9" * 5000 + b"}", "data.jsonl:1"),
+    (b'{"text": "a", "text": "b"}', "stands twice"), (b'{"text": NaN}', "not a string"), (b'{"text": "\\ud800"}', "surrogate"), (b"\xff\xfe{\x00}", "UTF-8"), (b"\x00", "not JSON"),
+])
+def test_jsonl_of_known_malice(folder, line, said):
+    (folder / "data.jsonl").write_bytes(line)
+    with pytest.raises(ValueError, match=said):
+        data.load_examples(folder / "data.jsonl")
+
+
+@cases(2500)
+@given(changed_json(LLAMA | {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                                                        "original_max_position_embeddings": 64}}))
+def test_config_json(config):
+    survives(lambda: ModelConfig.from_hf(config), "config.json")
+
+
+@cases(700)
+@given(st.data())
+def test_tokenizer_json(folder, more):
+    original = Path(folder / "model" / "tokenizer.json").read_text()
+    shutil.copytree(folder / "model", folder / "tokenizer", dirs_exist_ok=True)
+    if more.draw(st.booleans()):
+        name, content = "tokenizer.json", json.dumps(more.draw(changed_json(json.loads(original)))).encode()
+    elif more.draw(st.booleans()):
+        settings_ = json.loads(Path(folder / "model" / "tokenizer_config.json").read_text())
+        name, content = "tokenizer_config.json", json.dumps(more.draw(changed_json(settings_))).encode()
+    else:
+        name, content = "tokenizer.json", more.draw(changed_bytes(original.encode()))
+    (folder / "tokenizer" / name).write_bytes(content)
+
+    def read():
+        tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer.decode(tokenizer.encode("aeae <|im_end|> x1 ü"))
+        tokenizer.apply_chat_template([{"role": "user", "content": "hm"}], add_generation_prompt=True)
+
+    survives(read, "tokenizer", "template")
+
+
+@cases(700)
+@given(st.data())
+def test_safetensors_and_their_index(folder, more):
+    shutil.rmtree(folder / "weights", ignore_errors=True)
+    shutil.copytree(folder / "model", folder / "weights")
+    weights = (folder / "weights" / "model.safetensors").read_bytes()
+    if more.draw(st.booleans()):
+        size = int.from_bytes(weights[:8], "little")
+        header = json.loads(weights[8:8 + size])
+        if more.draw(st.booleans()):
+            header = json.dumps(more.draw(changed_json(header))).encode()
+            weights = len(header).to_bytes(8, "little") + header + weights[8 + size:]
+        else:
+            weights = more.draw(changed_bytes(weights))
+        (folder / "weights" / "model.safetensors").write_bytes(weights)
+    else:
+        index = {"metadata": {}, "weight_map": {"model.norm.weight": "model.safetensors", "lm_head.weight": "model.safetensors"}}
+        (folder / "weights" / "model.safetensors.index.json").write_text(json.dumps(more.draw(changed_json(index))))
+    survives(lambda: Transformer.from_pretrained(folder / "weights"), "model.safetensors", "weights")
+
+
+@cases(700)
+@given(st.data())
+def test_adapter_folders(folder, more):
+    shutil.copytree(folder / "adapter", folder / "damaged", dirs_exist_ok=True)
+    name = more.draw(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]))
+    content = (folder / "adapter" / name).read_bytes()
+    if name.endswith("json") and more.draw(st.booleans()):
+        content = json.dumps(more.draw(changed_json(json.loads(content)))).encode()
+    else:
+        content = more.draw(changed_bytes(content))
+    (folder / "damaged" / name).write_bytes(content)
+    model = Transformer.from_pretrained(folder / "model")
+    survives(lambda: load_adapter(model, folder / "damaged"), "damaged")
+
+
+NAMES = st.sampled_from([f"--{name}" for name in train.Config.__dataclass_fields__] + ["--config", "rank", "--", "--rnak"])
+
+
+@cases(1200)
+@given(st.lists(st.tuples(NAMES, st.sampled_from(["=", "", " "]), st.one_of(st.text(max_size=6), st.integers().map(str), st.floats().map(str),
+                                                                           st.sampled_from(["small.py", "tiny.py", "bidora", "q_proj,", "1e400", "True"]))), max_size=4))
+def test_command_lines(folder, arguments):
+    def read():
+        config = train.read_config([name + equals + value for name, equals, value in arguments])
+        train.check(config)
+
+    survives(read, "")
+
+
+@cases(400)
+@given(st.data())
+def test_config_files(folder, more):
+    if more.draw(st.booleans()):
+        path, content = folder / "mine.json", json.dumps(more.draw(st.dictionaries(st.sampled_from(list(train.Config.__dataclass_fields__) + ["x"]), VALUES, max_size=3)))
+    else:
+        path, content = folder / "mine.py", more.draw(changed_bytes(b"rank = 4\nlower_lr = 1e-3\ntarget_modules = ['q_proj']\n")).decode("latin-1")
+    path.write_text(content, encoding="utf-8", errors="surrogatepass")
+    survives(lambda: train.read_config([f"--config={path}"]), "mine.", "command line")
+
+
+def test_nothing_here_unpickles():
+    for path in Path(train.__file__).parent.glob("*.py"):
+        assert not re.search(r"torch\.load\(|import pickle|import marshal|weights_only|(?<!\.)\b(eval|exec)\(", path.read_text()), path
