@@ -188,13 +188,17 @@ def fit(trajectories, samples=2000, seed=0):
             for name, values in found.items()}
 
 
+MARKERS = "os^vDP*X<>"
+
+
 def plot(trajectories, targets=("q_proj", "v_proj"), samples=2000):
     """
     The papers' scatter: a column of panels for each entry of trajectories, {title: Trajectory}, and a row for each target.
 
-    Colour is the layer's depth, the marker the snapshot, the line the fit over its points. Returns the matplotlib figure.
+    Colour is the layer's depth, the marker the snapshot, the line the fit over all points of the panel. Returns the matplotlib figure.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(1.2 + 3 * len(trajectories), 0.6 + 2.8 * len(targets)), layout="constrained")
     panels = figure.subplots(len(targets), len(trajectories), squeeze=False)
@@ -202,9 +206,8 @@ def plot(trajectories, targets=("q_proj", "v_proj"), samples=2000):
         for axes, (title, trajectory) in zip(row, trajectories.items()):
             part = trajectory.select(target)
             depth = numpy.arange(len(part.layers))
-            for t, snapshot in enumerate(part.snapshots):
-                shown = axes.scatter(part.delta_d[t], part.delta_m[t], c=depth, cmap="viridis", s=14, marker="os^vDP*X<>"[t % 10],
-                                     label=f"{snapshot['phase']} {snapshot['step']}")
+            for t in range(len(part.snapshots)):
+                shown = axes.scatter(part.delta_d[t], part.delta_m[t], c=depth, cmap="viridis", s=14, marker=MARKERS[t % len(MARKERS)])
             line, x = fit([part], samples), numpy.ravel(part.delta_d)
             if numpy.isfinite(line["k"][0]):
                 ends = numpy.array([x.min(), x.max()])
@@ -214,6 +217,9 @@ def plot(trajectories, targets=("q_proj", "v_proj"), samples=2000):
             axes.ticklabel_format(scilimits=(-2, 3), useMathText=True)
             axes.margins(0.08)
     figure.colorbar(shown, ax=panels, label="layer, first to last", shrink=0.8)
+    count = max(len(trajectory.snapshots) for trajectory in trajectories.values())
+    handles = [Line2D([], [], linestyle="", color="gray", marker=MARKERS[t % len(MARKERS)], label=f"snapshot {t + 1}") for t in range(count)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=8)
     return figure
 
 
