@@ -139,16 +139,18 @@ def table(results):
         seconds = numpy.median([r["seconds"]["total"] for r in group])
         lines.append(f"{f'{domain}, {size}, {method}':30}{len(group):6}{texts[0]:>20}{texts[1]:>18}{texts[2]:>20}{texts[3]:>22}{seconds:9.0f}")
     lines += ["", "bidora against the others, paired by domain, size and seed (Wilcoxon's signed-rank test, two-sided):"]
-    by_key = {(r["domain"], r["size"], r["seed"], r["method"]): r["after"]["test"] for r in results}
+    measures = {"test accuracy": lambda a: 100 * a["test"]["accuracy"], "test loss": lambda a: a["test"]["loss"],
+                "train - test accuracy": lambda a: 100 * (a["train"]["accuracy"] - a["test"]["accuracy"])}
+    by_key = {(r["domain"], r["size"], r["seed"], r["method"]): r["after"] for r in results}
     for method in GRID:
-        pairs = [(test, by_key[*key, method]) for (*key, own), test in by_key.items() if own == "bidora" and method != own and (*key, method) in by_key]
+        pairs = [(after, by_key[(*key, method)]) for (*key, own), after in by_key.items() if own == "bidora" and method != own and (*key, method) in by_key]
         if len(pairs) > 1:
             texts = []
-            for what, scale in (("accuracy", 100), ("loss", 1)):
-                gaps = [scale * (a[what] - b[what]) for a, b in pairs]
-                p = wilcoxon(gaps).pvalue if any(gaps) else 1.0
-                texts.append(f"{what} {numpy.mean(gaps):+.3g}{' points' if what == 'accuracy' else ''} (p = {p:.2g})")
-            lines.append(f"    {method:8}{len(pairs):4} pairs: test {', '.join(texts)}")
+            for what, measure in measures.items():
+                differences = [measure(a) - measure(b) for a, b in pairs]
+                p = wilcoxon(differences).pvalue if any(differences) else 1.0
+                texts.append(f"{what} {numpy.mean(differences):+.3g} (p = {p:.2g})")
+            lines.append(f"    {method:8}{len(pairs):4} pairs: {', '.join(texts)}")
     return lines
 
 
