@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy.stats import rankdata
 
 import settings
 from bidora import adapter_layers
-from files import read_json, replacing, write_json
+from files import malformed, read_json, replacing, write_json
 from quantized import dequantize, float_dtype, linear, transposed
 from sample import load
 
@@ -142,8 +143,18 @@ class Trajectory:
 
     @classmethod
     def load(cls, folder):
-        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for files that don't fit together."""
-        about, numbers = read_json(Path(folder) / "trajectory.json"), load_file(Path(folder) / "trajectory.safetensors")
+        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for damaged files, and for files that don't fit together."""
+        with malformed(f"{folder}: trajectory.json or trajectory.safetensors"):
+            return cls.read(Path(folder))
+
+    @classmethod
+    def read(cls, folder):
+        """load's work."""
+        about = read_json(folder / "trajectory.json")
+        try:
+            numbers = load_file(folder / "trajectory.safetensors")
+        except SafetensorError as error:
+            raise ValueError(f"{folder / 'trajectory.safetensors'} is damaged: {error}") from None
         shape = (len(about.get("snapshots", ())), len(about.get("layers", ())))
         if {"axis", "layers", "snapshots"} - about.keys() or any(name not in numbers or numbers[name].shape != wanted for name, wanted in (
                 ("magnitude", shape[1:]), ("delta_m", shape), ("delta_d", shape))):
@@ -164,7 +175,8 @@ def fit(trajectories, samples=2000, seed=0):
 
     k: least-squares slope of ΔM over ΔD, in the weights' unit; relative: the same with ΔM divided by the matrix's mean magnitude, so that
     models can be compared; r, rho: Pearson's and Spearman's correlation. low, high: a 95 % bootstrap interval, drawing whole layers (all
-    snapshots of a layer together: they are one matrix on its way, not independent points). NaN where ΔD or ΔM does not vary.
+    snapshots of a layer together: they are one matrix on its way, not independent points); NaN below 8 layers, where it would be too narrow.
+    All are NaN where ΔD or ΔM does not vary.
     """
     x = numpy.concatenate([t.delta_d for t in trajectories])  # (snapshots, layers)
     y = numpy.concatenate([t.delta_m for t in trajectories])
@@ -184,8 +196,9 @@ def fit(trajectories, samples=2000, seed=0):
         found = {"k": (x * y).sum(1) / (x * x).sum(1), "relative": (x * scaled).sum(1) / (x * x).sum(1)}
         for name, (a, b) in {"r": (x, y), "rho": (ranks(x), ranks(y))}.items():
             found[name] = (a * b).sum(1) / numpy.sqrt((a * a).sum(1) * (b * b).sum(1))
-    return {name: (values[0], *numpy.nanpercentile(values[1:], (2.5, 97.5))) if numpy.isfinite(values[0]) else (numpy.nan,) * 3
-            for name, values in found.items()}
+    enough = count >= 8
+    return {name: (values[0], *(numpy.nanpercentile(values[1:], (2.5, 97.5)) if enough else (numpy.nan,) * 2)) if numpy.isfinite(values[0])
+            else (numpy.nan,) * 3 for name, values in found.items()}
 
 
 MARKERS = "os^vDP*X<>"
@@ -285,7 +298,7 @@ def main(arguments):
             for target in asked.targets:
                 if not found.select(target).layers:
                     raise ValueError(f"{folder} has no matrix {target!r}; there are: {', '.join(sorted({n.rpartition('.')[2] for n in found.layers}))}")
-            trajectories[Path(folder).name] = found
+            trajectories[str(Path(folder))] = found
             print(f"{folder}: {len(found.layers)} matrices, {len(found.snapshots)} snapshots, by {found.axis}s")
         print("", *table(trajectories, asked.targets), sep="\n")
         with replacing(Path(asked.out)) as temporary:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from files import malformed, read_json, replacing, write_json
+from files import read_json, replacing, write_json
 from quantized import blocks, dequantize, float_dtype, kind_of, linear, transposed
 
 METHODS = ("lora", "dora", "bidora", "bilora")

@@ -24,11 +24,17 @@ from safetensors.torch import load_file, save_file
 
 from config import HARMLESS
 from files import read_json, write_json
+from tokenizer import FILES as TOKENIZER_FILES
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks: there, two runs in one folder are not noticed
     fcntl = None
+
+
+REPLACED = "replaced-by-a-newer-run"
+RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "adapter_config.json", "adapter_model.safetensors",
+             "trajectory.json", "trajectory.safetensors", "config.json", "model.safetensors", REPLACED, *TOKENIZER_FILES)
 
 
 def random_states():
@@ -88,7 +94,9 @@ def save(run, step, tensors, about):
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"could not write the checkpoint {final} ({getattr(error, 'strerror', None) or error})") from None
-    for old in names(run)[:-2]:
+    others = [path for path in names(run) if path != final]
+    before = [path for path in others if int(path.name) < step]
+    for old in [*before[:-1], *(path for path in others if int(path.name) > step)]:  # the later ones were damaged, or not wanted
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -99,7 +107,7 @@ def digest(path):
 def names(run):
     """The folders of a run's checkpoints, the oldest first."""
     folder = Path(run) / "checkpoints"
-    return sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name)) if folder.is_dir() else []
 
 
 def load(run):
@@ -111,7 +119,8 @@ def load(run):
                 raise ValueError("state.safetensors is not what was written")
             return load_file(folder / "state.safetensors"), about
         except (ValueError, OSError, SafetensorError) as error:
-            print(f"the checkpoint {folder} is damaged ({error}): taking the one before it", flush=True)
+            print(f"the checkpoint {folder} is damaged ({error}): " + ("taking the one before it" if folder != names(run)[0] else "there is no other"),
+                  flush=True)
     return None
 
 
@@ -175,8 +184,9 @@ def find_run(config, out):
     Raises ValueError or FileNotFoundError where it is not what config.resume and config.overwrite say.
     """
     begun = out.exists() and any(not path.name.endswith(".tmp") for path in out.iterdir())  # the rest are writes that a kill cut off
-    if config.resume not in ("", "False"):
-        source = out if config.resume == "True" else Path(config.resume)
+    wanted = config.resume not in ("", "False", "false")
+    if wanted:
+        source = out if config.resume in ("True", "true") or Path(config.resume).resolve() == out.resolve() else Path(config.resume)
         if begun and source != out:
             raise ValueError(f"{out} holds an earlier run: to resume {source} elsewhere, choose a new --out_dir")
         if source != out and not (source / "run.json").exists():
@@ -186,23 +196,54 @@ def find_run(config, out):
             return None, None
     if begun and not (out / "run.json").exists():
         raise ValueError(f"{out} holds files that are no run's: choose another --out_dir")
-    if config.resume not in ("", "False"):
+    if wanted:
         if (source / "summary.json").exists():
             raise ValueError(f"{source} holds a finished run: there is nothing to resume")
         return source, None
     if begun and not config.overwrite:
         more = "" if (out / "summary.json").exists() else ", go on with it by --resume=True"
         raise ValueError(f"{out} holds an earlier run: choose another --out_dir{more}, or replace it with --overwrite=True")
-    previous = out.with_name(out.name + ".previous") if begun else None
-    if begun and previous.exists() and (out / "summary.json").exists():
-        raise ValueError(f"{previous} is in the way, where the earlier run would be kept: move it elsewhere")
-    return None, previous
+    if begun and previous_of(out).exists() and not (previous_of(out) / REPLACED).exists():
+        raise ValueError(f"{previous_of(out)} is in the way, where the earlier run would be kept: move it elsewhere")
+    return None, previous_of(out) if begun else None
+
+
+def previous_of(out):
+    """Where an earlier run of a folder is kept until a new one has finished."""
+    return out.with_name(out.name + ".previous")
+
+
+def set_aside(out):
+    """
+    Make room in `out` for a new run: an earlier one is kept beside, with a mark that says that it is ours to remove.
+
+    If one is there already, either `out` holds a run that never finished, which goes, or it has finished, and the one before it goes.
+    """
+    previous = previous_of(out)
+    if previous.exists() and (out / "summary.json").exists():
+        remove_run(previous)
+    if previous.exists() and (previous / REPLACED).exists():
+        remove_run(out)
+    else:
+        (out / REPLACED).touch()
+        os.replace(out, previous)
+
+
+def remove_run(folder):
+    """Remove what a run wrote; a folder that holds anything of the user's own stays, with that."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for path in [*(folder / name for name in RUN_FILES), *folder.glob("*.tmp")]:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def resumed(config, source):
     """config as the run in source had it, with all that was automatic resolved. Raises ValueError for settings that changed since."""
     stored, now = read_json(source / "run.json"), json.loads(json.dumps(dataclasses.asdict(config)))
-    asked = stored.get("asked", {})
+    asked = stored.get("asked")
+    if not isinstance(asked, dict) or now.keys() - stored.keys():
+        raise ValueError(f"{source / 'run.json'} was written by another version, or edited: the run can't be resumed")
     changed = {name: f"{name}={value} (it was {asked.get(name)})" for name, value in now.items() if value != asked.get(name) and name != "resume"}
     if refused := [text for name, text in changed.items() if name not in HARMLESS]:
         raise ValueError(f"{source} can't be resumed with other settings: {', '.join(refused)}")

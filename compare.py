@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import settings
 from analysis import Trajectory
-from files import read_json
+from files import malformed, read_json, replacing
 
 ADAPTER = {"lower_lr": (3e-4, 1e-3, 3e-3)}
 GRID = {"bidora": ADAPTER | {"upper_lr": (3e-3, 3e-2)}, "dora": ADAPTER, "lora": ADAPTER, "bilora": ADAPTER | {"upper_lr": (3e-3, 3e-2)},
@@ -52,16 +52,19 @@ class Compare:
 
 
 def write_examples(compare, domain, size, seed, tuning):
-    """The JSONL files of one run, train and test, made if they are not there. tuning: test on the tuning set."""
+    """The JSONL files of one run, train and test, made where they are not there. tuning: test on the tuning set."""
     folder = Path(compare.out_dir) / "data"
     folder.mkdir(parents=True, exist_ok=True)
     train, test = folder / f"{domain}-{size}-{seed}.jsonl", folder / f"{domain}-{'tune' if tuning else 'test'}.jsonl"
+    if train.exists() and test.exists():
+        return train, test
     examples = data.load_examples(domain)
     rest, kept = data.split(examples, 300 / len(examples), seed=0)
     rest, tune = data.split(rest, 200 / len(rest), seed=0)
     _, sample = data.split(rest, size / len(rest), seed)
     for path, part in ((train, sample), (test, tune if tuning else kept)):
-        path.write_text("".join(json.dumps(example) + "\n" for example in part), encoding="utf-8")
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(example) + "\n" for example in part), encoding="utf-8")
     return train, test
 
 
@@ -70,11 +73,14 @@ def result_file(compare, name):
 
 
 def run(compare, domain, size, seed, method, rates, tuning=False):
-    """Train once, unless its result is there; returns the result."""
+    """Train once, unless its result is there; returns the result. Raises ValueError for one that was made with other rates or another model."""
     name = "-".join(["tune" if tuning else domain, method, *(f"{rate:g}" for rate in rates.values())] if tuning else [domain, str(size), method, str(seed)])
     path = result_file(compare, name)
     if path.exists():
-        return read_json(path)
+        found, wanted = read_json(path), [f"--{key}={value}" for key, value in (rates | {"model": compare.model}).items()]
+        if missing := set(wanted) - set(shlex.split(found.get("command", ""))):
+            raise ValueError(f"{path} was made without {', '.join(sorted(missing))}: remove it, or choose another --results")
+        return found
     train, test = write_examples(compare, domain, size, seed, tuning)
     search, out = round(10 * (size / 100)**0.5), f"{compare.out_dir}/{name}"
     options = {"model": compare.model, "method": method, "train_file": train, "test_file": test, "seed": seed, "search_steps": search,
@@ -109,8 +115,9 @@ def trajectory_of(result):
 
 def load_results(folder):
     """The results in a folder, tuning runs left out, sorted."""
-    found = [read_json(path) for path in sorted(Path(folder).glob("*.json")) if not path.name.startswith("tune-")]
-    return sorted(found, key=lambda r: (r["domain"], r["size"], list(GRID).index(r["method"]), r["seed"]))
+    with malformed(f"a file in {folder}"):
+        found = [read_json(path) for path in sorted(Path(folder).glob("*.json")) if not path.name.startswith("tune-")]
+        return sorted(found, key=lambda r: (r["domain"], r["size"], list(GRID).index(r["method"]), r["seed"]))
 
 
 def grid_points(method):
@@ -119,7 +126,7 @@ def grid_points(method):
 
 
 def chosen_rates(results):
-    """The rates of the tuning run with the lowest loss on the tuning set; None where one has not run."""
+    """The rates of the tuning run with the lowest loss on the tuning set."""
     best = min(results, key=lambda result: result["after"]["test"]["loss"])
     return {name: best[name] for name in GRID[best["method"]]}
 
@@ -138,19 +145,21 @@ def table(results):
         texts = [form.format(numpy.mean(values), numpy.std(values, ddof=1) if len(values) > 1 else 0) for form, values in columns]
         seconds = numpy.median([r["seconds"]["total"] for r in group])
         lines.append(f"{f'{domain}, {size}, {method}':30}{len(group):6}{texts[0]:>20}{texts[1]:>18}{texts[2]:>20}{texts[3]:>22}{seconds:9.0f}")
-    lines += ["", "bidora against the others, paired by domain, size and seed (Wilcoxon's signed-rank test, two-sided):"]
+    # Sizes apart: a seed's smaller samples lie within its larger ones, so pairs over several sizes would not be independent.
+    lines += ["", "bidora against the others, paired by domain and seed (Wilcoxon's signed-rank test, two-sided):"]
     measures = {"test accuracy": lambda a: 100 * a["test"]["accuracy"], "test loss": lambda a: a["test"]["loss"],
                 "train - test accuracy": lambda a: 100 * (a["train"]["accuracy"] - a["test"]["accuracy"])}
     by_key = {(r["domain"], r["size"], r["seed"], r["method"]): r["after"] for r in results}
-    for method in GRID:
-        pairs = [(after, by_key[(*key, method)]) for (*key, own), after in by_key.items() if own == "bidora" and method != own and (*key, method) in by_key]
+    for size, method in itertools.product(sorted({r["size"] for r in results}), GRID):
+        pairs = [(after, by_key[(*key, method)]) for (*key, own), after in by_key.items()
+                 if own == "bidora" and method != own and key[1] == size and (*key, method) in by_key]
         if len(pairs) > 1:
             texts = []
             for what, measure in measures.items():
                 differences = [measure(a) - measure(b) for a, b in pairs]
                 p = wilcoxon(differences).pvalue if any(differences) else 1.0
                 texts.append(f"{what} {numpy.mean(differences):+.3g} (p = {p:.2g})")
-            lines.append(f"    {method:8}{len(pairs):4} pairs: {', '.join(texts)}")
+            lines.append(f"    {size:4} examples, {method:8}{len(pairs):4} pairs: {', '.join(texts)}")
     return lines
 
 
@@ -174,11 +183,14 @@ def main(arguments):
                 data.load_examples(name)  # a missing download shows now, and happens once
             with ThreadPoolExecutor(compare.workers) as pool:
                 tuning = [(method, rates) for method in compare.methods for rates in grid_points(method)]
+                write_examples(compare, domain, size, seed, tuning=True)
                 tuned = list(tqdm(pool.map(lambda job: run(compare, domain, size, seed, *job, tuning=True), tuning), total=len(tuning), desc="tuning"))
                 rates = {method: chosen_rates([r for r in tuned if r["method"] == method]) for method in compare.methods}
                 print("rates:", "; ".join(f"{method} {', '.join(f'{n}={r:g}' for n, r in found.items())}" for method, found in rates.items()), flush=True)
                 jobs = [(domain, int(size), seed, method) for size in compare.sizes for seed in range(compare.seeds) for domain in compare.domains
                         for method in compare.methods]
+                for domain, size, seed, _ in jobs:
+                    write_examples(compare, domain, size, seed, tuning=False)  # not by two runs at a time
                 list(tqdm(pool.map(lambda job: run(compare, *job, rates[job[3]]), jobs), total=len(jobs), desc="runs"))
         results = load_results(compare.results)
         if not results:
@@ -187,6 +199,9 @@ def main(arguments):
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -41,7 +41,6 @@ from files import read_json, replacing, write_json
 from hypergrad import assign, create_bilevel_optimizer
 from model import ModelConfig, Transformer
 from pretrained import find_model, is_hub_name
-from tokenizer import FILES as TOKENIZER_FILES
 from tokenizer import Tokenizer
 
 
@@ -127,10 +126,6 @@ def learning_rate_scale(step, steps, warmup):
     if step <= rising:
         return step / rising
     return 1 - 0.9 * (step - rising) / max(1, steps - rising)
-
-
-RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "adapter_config.json", "adapter_model.safetensors",
-             "trajectory.json", "trajectory.safetensors", "config.json", "model.safetensors", *TOKENIZER_FILES)
 
 
 def train(config):
@@ -249,13 +244,10 @@ def run(config, out, locks):
             trajectory.save(out)
 
     def begin_folder():
-        # An earlier run is kept beside until this one has finished; if it is there already, `out` holds a run that never finished.
-        if previous and previous.exists():
-            shutil.rmtree(out)
-        elif previous:
-            os.replace(out, previous)
         if previous:
-            locks.enter_context(checkpoint.locked(out))  # a new folder
+            checkpoint.set_aside(out)
+            if not out.exists():
+                locks.enter_context(checkpoint.locked(out))  # a new folder
         # The folder is tried with all that will go into it while nothing is lost yet: a full disk shows now.
         try:
             write_json(out / "run.json", dataclasses.asdict(config) | {
@@ -263,9 +255,10 @@ def run(config, out, locks):
             save()
         except OSError as error:
             if source != out:
-                shutil.rmtree(out, ignore_errors=True)
-            if previous:
+                checkpoint.remove_run(out)
+            if previous and not out.exists():
                 os.replace(previous, out)
+                (out / checkpoint.REPLACED).unlink(missing_ok=True)
             raise OSError(f"{error}; out_dir={out} must be a folder with room for the run") from None
 
     distributed.from_first(begin_folder, device)
@@ -322,7 +315,7 @@ def run(config, out, locks):
         return loss_fn(model, part) + config.gram_weight * part[2] * bidora.regulariser(model)
 
     # Where the run is: the phase, its step, and n, the step of the whole run.
-    first, begin, n, seconds = (state[1][key] for key in ("phase", "step", "n", "seconds")) if state else (0, 0, 0, {})
+    first, begin, n, seconds, elapsed = (state[1][key] for key in ("phase", "step", "n", "seconds", "elapsed")) if state else (0, 0, 0, {}, 0.0)
     lines = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:n] if state else []
     metrics = [json.loads(line) for line in lines]
     if [line["step"] for line in metrics] != list(range(1, n + 1)):
@@ -330,6 +323,8 @@ def run(config, out, locks):
     if is_first:
         with replacing(out / "metrics.jsonl") as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
+        if state and source != out:  # from here on the new folder stands alone
+            checkpoint.save(out, n, *state)
 
     def keep_state(phase, step, optimizer=None):
         if not is_first:
@@ -340,6 +335,7 @@ def run(config, out, locks):
                 tensors |= {f"{level}.{key}": value for key, value in checkpoint.optimizer_state(own).items()}
         points = {key: getattr(trajectory, key) for key in ("snapshots", "delta_m", "delta_d")} if trajectory else None
         checkpoint.save(out, n, tensors, {"phase": phase, "step": step, "n": n, "seconds": seconds, "before": before, "data": fingerprint,
+                                          "elapsed": elapsed + time.time() - started,
                                           "trajectory": points, "random": checkpoint.random_states()})
 
     if state:
@@ -433,7 +429,7 @@ def run(config, out, locks):
         "examples": {name: len(examples) for name, examples in parts.items()},
         "evaluated": {name: len(rows) for name, rows in evaluated.items()},
         "before": before, "after": after, "trainable_parameters": sizes,
-        "seconds": seconds | {"total": time.time() - started},
+        "seconds": seconds | {"total": elapsed + time.time() - started},
         "peak_memory_gb": hardware.peak_memory(device), "peak_memory_beyond_start_gb": hardware.peak_memory(device) - memory_at_start,
         "processes": distributed.WORLD_SIZE, "out_dir": str(out),
     }
@@ -442,12 +438,8 @@ def run(config, out, locks):
     report.plot_losses(out / "loss.png", metrics, results)
     write_json(out / "summary.json", results)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    if previous:
-        shutil.rmtree(previous / "checkpoints", ignore_errors=True)
-        for name in RUN_FILES:
-            (previous / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it stays if it holds anything of the user's own
-            previous.rmdir()
+    if (checkpoint.previous_of(out) / checkpoint.REPLACED).exists():
+        checkpoint.remove_run(checkpoint.previous_of(out))
     print(report.table(results))
     return results
 
@@ -477,7 +469,9 @@ def main(arguments):
         return 2
     except checkpoint.Stopped as error:
         again = shlex.join([argument for argument in arguments if not argument.startswith(("--resume=", "--overwrite="))])
-        print(f"{error}; go on with: python train.py {again} --resume=True", file=sys.stderr)
+        command = f"python train.py {again}" if distributed.WORLD_SIZE == 1 else "the same torchrun command and"
+        if distributed.LOCAL_RANK == 0:
+            print(f"{error}; go on with: {command} --resume=True", file=sys.stderr)
         return 128 + error.signum
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,6 +1,7 @@
 """ΔM and ΔD against their definitions in float64, and what is recorded, fitted, saved and drawn."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy
@@ -106,6 +107,11 @@ def test_intervals_cover_the_true_slope_and_shrink_with_more_layers():
     assert few[1] < -3 < few[2] and many[1] < -3 < many[2] and many[2] - many[1] < 0.4 * (few[2] - few[1])
 
 
+def test_too_few_layers_for_an_interval_give_none():
+    found = fit([line_of(-3.0, 0.5, layers=7)])
+    assert all(numpy.isfinite(value) and numpy.isnan(low) and numpy.isnan(high) for value, low, high in found.values())
+
+
 def test_a_slope_is_no_correlation():
     """The papers' k = -8.042 can't be a correlation; a slope changes with the weights' unit, r does not."""
     small, large = line_of(-3.0, 0.5), line_of(-3.0, 0.5)
@@ -148,6 +154,8 @@ def test_the_command_line_draws_runs_and_checkpoints(capsys):
     assert analysis.main(["--tuned=dora,ft", "--targets=q_proj,gate_proj"]) == 0
     out = capsys.readouterr().out
     assert "14 matrices, 2 snapshots" in out and "1 snapshots" in out and out.count("q_proj") == 2
+    shutil.copytree("dora", "elsewhere/dora")
+    assert analysis.main(["--tuned=dora,elsewhere/dora"]) == 0 and capsys.readouterr().out.count(", q_proj") == 2
     assert Path("analysis.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -156,7 +164,7 @@ def test_the_command_line_draws_runs_and_checkpoints(capsys):
     (["--tuned=dora", "--axis=diagonal"], "choose row, column"),
     (["--tuned=dora", "--targets=z_proj"], "no matrix 'z_proj'; there are: down_proj"),
     (["--base=tiny-random"], "nothing to analyse"),
-    (["--tuned=torn"], "don't fit together"),
+    (["--tuned=torn"], "don't fit together"), (["--tuned=damaged"], "damaged/trajectory.safetensors is damaged"), (["--tuned=odd"], "odd: trajectory.json"),
 ])
 def test_wrong_input_gets_one_line(arguments, message, capsys):
     if arguments[0] == "--tuned=dora":
@@ -164,6 +172,9 @@ def test_wrong_input_gets_one_line(arguments, message, capsys):
     Path("torn").mkdir()
     Path("torn/trajectory.json").write_text(json.dumps({"axis": "row", "layers": ["a"], "snapshots": []}))
     analysis.save_file({"magnitude": torch.ones(2)}, "torn/trajectory.safetensors")
+    shutil.copytree("torn", "damaged"), shutil.copytree("torn", "odd")
+    Path("damaged/trajectory.safetensors").write_bytes(b"half")
+    Path("odd/trajectory.json").write_text('{"layers": 5, "snapshots": 3, "axis": 1}')
     assert analysis.main(arguments) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and error.count("error: ") == 1 and "Traceback" not in error

@@ -195,6 +195,49 @@ def test_changed_settings_and_data_are_refused_and_harmless_ones_named(monkeypat
         train.train(Config(out_dir="copy", resume="run", **TINY))
 
 
+def test_what_an_earlier_run_left_goes_when_the_newer_one_has_ended_however_it_went_on(monkeypatch):
+    train.train(Config(out_dir="run", **TINY))
+    stopped_run("run", monkeypatch, overwrite=True)  # killed: the earlier run is still beside
+    assert (Path("run.previous") / "summary.json").exists()
+    train.train(Config(out_dir="run", resume="True", **TINY | dict(overwrite=True)))
+    assert not Path("run.previous").exists()
+    stopped_run("run", monkeypatch, overwrite=True)
+    (Path("run") / "notes.txt").write_text("mine")
+    train.train(Config(out_dir="run", overwrite=True, **TINY))  # over one that never finished: its files go, mine stay
+    assert (Path("run") / "notes.txt").exists() and (Path("run") / "summary.json").exists() and not Path("run.previous").exists()
+    Path("run.previous").mkdir()  # somebody's own
+    with pytest.raises(ValueError, match="run.previous is in the way"):
+        train.train(Config(out_dir="run", overwrite=True, **TINY))
+
+
+def test_a_run_that_goes_on_elsewhere_stands_alone_at_once(monkeypatch):
+    stopped_run("old", monkeypatch)
+    calls, scale = [], train.learning_rate_scale
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return scale(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train, "learning_rate_scale", interrupted)
+        train.train(Config(out_dir="new", resume="old", **TINY | dict(checkpoint_every=50)))
+    shutil.rmtree("old")
+    train.train(Config(out_dir="new", resume="true", **TINY))
+    train.train(Config(out_dir="whole", **TINY))
+    assert_same_run("whole", "new")
+    assert json.loads(Path("new/summary.json").read_text())["seconds"]["total"] > 0
+
+
+def test_the_checkpoint_just_written_stays_and_stale_later_ones_go():
+    for step in (999_998, 999_999, 1_000_000):
+        checkpoint.save(Path("."), step, {}, {})
+    assert [path.name for path in checkpoint.names(".")] == ["999999", "1000000"]
+    checkpoint.save(Path("."), 10, {}, {})  # a run that started again, since these were damaged
+    assert [path.name for path in checkpoint.names(".")] == ["000010"]
+
+
 def test_two_runs_in_one_folder_at_once_are_refused():
     with checkpoint.locked("run"), pytest.raises(ValueError, match="run is in use by another run"):
         train.train(Config(out_dir="run", **TINY))

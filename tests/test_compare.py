@@ -47,7 +47,7 @@ def test_table_has_means_deviations_and_the_paired_test():
     assert f"{100 * numpy.mean(ours):.1f} ± {100 * numpy.std(ours, ddof=1):.1f}" in lines[1]
     gaps = numpy.array(ours) - theirs
     p = f"(p = {scipy.stats.wilcoxon(100 * gaps).pvalue:.2g})"
-    assert f"5 pairs: test accuracy {100 * gaps.mean():+.3g} {p}" in lines[-1] and f"train - test accuracy {-100 * gaps.mean():+.3g} {p}" in lines[-1]
+    assert f"100 examples, dora       5 pairs: test accuracy {100 * gaps.mean():+.3g} {p}" in lines[-1] and f"train - test accuracy {-100 * gaps.mean():+.3g} {p}" in lines[-1]
     assert not any("lora" in line for line in lines)
 
 
@@ -62,6 +62,8 @@ def test_a_comparison_goes_on_where_it_stopped(capsys):
     assert compare.main(arguments) == 0
     again = {path.name: path.stat().st_mtime_ns for path in Path("results-quick").iterdir()}
     assert {name for name in files if files[name] != again[name]} == {"toy-sentiment-40-lora-1.json"}
+    with pytest.raises(ValueError, match="was made without --lower_lr=9, --model=other: remove it"):
+        compare.run(Compare(model="other", results="results-quick"), "toy-sentiment", 40, 0, "lora", {"lower_lr": 9})
     found = compare.load_results("results-quick")
     assert [r["seed"] for r in found] == [0, 1]
     trajectory = compare.trajectory_of(found[0])

@@ -210,7 +210,7 @@ def test_command_lines(folder, arguments):
         config = train.read_config([name + equals + value for name, equals, value in arguments])
         train.check(config)
 
-    survives(read, "")
+    survives(read, *(name.strip("-") or "--" for name, _, _ in arguments), "no data", "nothing to train", "unknown device", "val_file and test_file")
 
 
 @cases(400)
