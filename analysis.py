@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import rankdata
 
 import settings
-from bidora import adapter_layers
+from bidora import adapter_layers, ends_in
 from files import malformed, read_json, replacing, write_json
 from quantized import dequantize, float_dtype, linear, transposed
 from sample import load
@@ -119,7 +119,7 @@ class Trajectory:
         base = {}
         if not adapter_layers(model):
             base = {name: layer.weight.detach().clone() for name, layer in model.named_modules()
-                    if isinstance(layer, nn.Linear) and any(f".{name}".endswith(f".{target}") for target in targets)}
+                    if isinstance(layer, nn.Linear) and any(ends_in(name, target) for target in targets)}
         layers = list(base or adapter_layers(model))
         weights = (base[name] if base else dequantize(model.get_submodule(name).weight, torch.float32) for name in layers)
         return cls(axis, layers, [decompose(weight.float(), axis)[0].mean().item() for weight in weights], base=base)
@@ -163,7 +163,7 @@ class Trajectory:
 
     def select(self, target, phase=None):
         """The part of the layers whose names end in target, and of the snapshots of one phase, if given, as a Trajectory."""
-        keep = [i for i, name in enumerate(self.layers) if f".{name}".endswith(f".{target}")]
+        keep = [i for i, name in enumerate(self.layers) if ends_in(name, target)]
         times = [t for t, snapshot in enumerate(self.snapshots) if phase in (None, snapshot["phase"])]
         return Trajectory(self.axis, [self.layers[i] for i in keep], [self.magnitude[i] for i in keep], [self.snapshots[t] for t in times],
                           [[self.delta_m[t][i] for i in keep] for t in times], [[self.delta_d[t][i] for i in keep] for t in times])
@@ -263,8 +263,9 @@ def of_checkpoints(tuned, base="", axis="row", targets=("q_proj", "v_proj")):
             raise ValueError(f"{tuned} is a whole model: name the one it was tuned from with --base=...")
         original, _, _ = load("", base or run["model"], revision=run.get("revision", ""))
         trajectory = Trajectory.start(original, targets, axis)
+        layers = dict(model.named_modules())
         for name in trajectory.layers:
-            if getattr(dict(model.named_modules()).get(name), "weight", torch.empty(0)).shape != trajectory.base[name].shape:
+            if getattr(layers.get(name), "weight", torch.empty(0)).shape != trajectory.base[name].shape:
                 raise ValueError(f"{tuned} was not tuned from {base or run['model']}: {name} has another shape")
     trajectory.record(model, "end", 1)
     return trajectory

@@ -161,6 +161,11 @@ class BiDoRALinear(nn.Linear):
         return (cosines - torch.eye(len(norm), device=A.device, dtype=A.dtype)).square().sum().clamp_min(1e-24).sqrt()
 
 
+def ends_in(name, target):
+    """Whether a module's name is a target's, or ends in it: "q_proj" is meant by "layers.0.self_attn.q_proj"."""
+    return f".{name}".endswith(f".{target}")
+
+
 def replace_linear_with_bidora(module, rank=8, target_modules=("q_proj", "v_proj"), lora_alpha=16.0, lora_dropout=0.0,
                                method="bidora", norm_grad="exact", magnitude_axis="row", lambda_kind="real"):
     """
@@ -173,7 +178,7 @@ def replace_linear_with_bidora(module, rank=8, target_modules=("q_proj", "v_proj
     linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     chosen = []
     for target in target_modules:
-        found = [name for name in linears if name and f".{name}".endswith(f".{target}")]
+        found = [name for name in linears if name and ends_in(name, target)]
         if not found:
             raise ValueError(f"target module {target!r} matches no linear layer; there are: "
                              f"{', '.join(sorted({name.rpartition('.')[2] for name in linears}))}")

@@ -68,14 +68,10 @@ def write_examples(compare, domain, size, seed, tuning):
     return train, test
 
 
-def result_file(compare, name):
-    return Path(compare.results) / f"{name}.json"
-
-
 def run(compare, domain, size, seed, method, rates, tuning=False):
     """Train once, unless its result is there; returns the result. Raises ValueError for one that was made with other rates or another model."""
     name = "-".join(["tune" if tuning else domain, method, *(f"{rate:g}" for rate in rates.values())] if tuning else [domain, str(size), method, str(seed)])
-    path = result_file(compare, name)
+    path = Path(compare.results) / f"{name}.json"
     if path.exists():
         found, wanted = read_json(path), [f"--{key}={value}" for key, value in (rates | {"model": compare.model}).items()]
         if missing := set(wanted) - set(shlex.split(found.get("command", ""))):
@@ -102,9 +98,8 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
                        **{key: [[float(f"{x:.4g}") for row in rows for x in row] for rows in zip(*(getattr(part, key) for part in parts))]
                           for key in ("delta_m", "delta_d")}}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".tmp"), "w", encoding="utf-8") as file:
-        file.write(json.dumps(result))
-    os.replace(path.with_suffix(".tmp"), path)
+    with replacing(path) as temporary:  # write_json would put each number on a line of its own
+        temporary.write_text(json.dumps(result), encoding="utf-8")
     return result
 
 

@@ -25,7 +25,7 @@ class Config:
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     seed: int = 0  # of the sample drawn from a built-in data set, the split, the adapter's start and the order of the batches
     # data
-    data: str = ""  # a built-in data set: movie-sentiment, toy-sentiment
+    data: str = ""  # a built-in data set: movie-sentiment, product-sentiment, toy-sentiment
     train_file: str = ""  # your own data instead, JSONL (the formats are in data.py)
     val_file: str = ""  # JSONL; without it val_fraction of train_file is split off
     test_file: str = ""  # JSONL, only ever evaluated on
