@@ -18,9 +18,12 @@ RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, def
 
 
 def start(device):
-    """Join the other processes, once; returns this one's device. NCCL between GPUs, gloo between CPUs."""
+    """Join the other processes, once; returns this one's device. NCCL between GPUs, gloo between CPUs. Raises ValueError."""
     if WORLD_SIZE == 1:
         return device
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun would keep one store over all restarts, where the new processes find the addresses of the dead ones, and wait for these.
+        raise ValueError("torchrun --max-restarts needs a fresh store for each restart: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=30))
     return f"cuda:{LOCAL_RANK}" if device == "cuda" else device
