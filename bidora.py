@@ -35,6 +35,35 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 LAMBDAS = {"real": lambda raw: 1 + raw, "softmax": lambda raw: len(raw) * raw.softmax(0), "binary": lambda raw: (raw / 0.1).sigmoid()}
 
 
+class Rescale(torch.autograd.Function):
+    """
+    b + (1 + change) ⊙ (y - b) in place of y, where y = W·x + b: (N, out), (out,), (out,) or None -> (N, out).
+
+    Autograd would keep y beside the result and fill four more tensors of its size; here y - b is had back from the result by a division, and
+    two fill. A DoRA step comes down from 1.30 to 1.2 LoRA steps by that (SmolLM2, bf16, 8 × 64 tokens, two CPU cores).
+    """
+
+    @staticmethod
+    def forward(ctx, y, change, bias):
+        low = change.to(y.dtype)
+        ctx.mark_dirty(y)
+        y.addcmul_(y, low)
+        if bias is not None:
+            y.addcmul_(bias, low, value=-1)
+        ctx.save_for_backward(y, change, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        y, change, bias = ctx.saved_tensors
+        ratio = torch.where(change == -1, 1, 1 + change)  # 0 for a row of zeros: there y - b is 0 too
+        own = y if bias is None else y - bias
+        product = g * own
+        by_change = product.sum(0) / ratio
+        # Into the product's memory, unless this gradient will be differentiated in turn.
+        return torch.addcmul(g, g, change.to(g.dtype), out=None if torch.is_grad_enabled() else product), by_change, None
+
+
 class BiDoRALinear(nn.Linear):
     """
     A frozen linear layer with a trainable low-rank direction and, for 'dora' and 'bidora', a trainable magnitude.
@@ -109,16 +138,17 @@ class BiDoRALinear(nn.Linear):
             norm = self.direction_norm()
             ratio = self.lora_magnitude_vector / (norm if self.norm_grad == "exact" else norm.detach())  # (out,) or (in,)
             # ratio·y as y + (ratio - 1)·y: ratio stays near 1, where bf16 has steps of 0.8 %; ratio - 1 keeps its digits.
-            change = (ratio - 1).to(x.dtype)
+            change = ratio - 1
             if self.magnitude_axis == "column":
-                x = torch.addcmul(x, x, change)
-        z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., rank)
+                x = torch.addcmul(x, x, change.to(x.dtype))
+        rows = x.flatten(0, -2)  # (N, in)
+        z = F.linear(self.dropout(rows), self.lora_A.to(x.dtype))  # (N, rank)
         if self.lora_lambda is not None:
             z = z * LAMBDAS[self.lambda_kind](self.lora_lambda).to(x.dtype)
-        y = linear(x, self.weight, self.bias) + F.linear(z, (self.scaling * self.lora_B).to(x.dtype))  # (..., out)
-        if self.lora_magnitude_vector is None or self.magnitude_axis == "column":
-            return y
-        return torch.addcmul(y, y if self.bias is None else y - self.bias, change)  # the bias lies outside the scaling
+        y = linear(rows, self.weight, self.bias).addmm_(z, (self.scaling * self.lora_B).to(x.dtype).T)  # (N, out), the sum in place
+        if self.lora_magnitude_vector is not None and self.magnitude_axis == "row":
+            y = Rescale.apply(y, change, self.bias)  # the bias lies outside the scaling
+        return y.unflatten(0, x.shape[:-1])
 
     @torch.no_grad()
     def folded_B(self):

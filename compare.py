@@ -87,7 +87,11 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
     done = subprocess.run([sys.executable, Path(__file__).parent / "train.py", *command], env=os.environ | {"OMP_NUM_THREADS": threads},
                           capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{name}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        message = (done.stderr.strip() or "no message").splitlines()[-1]
+        if not (tuning and "not finite" in message):
+            raise RuntimeError(f"{name}: {message}")
+        tqdm.write(f"{name}: {message}")  # a rate that is too high, which the grid is there to find
+        return {"method": method, **rates, "diverged": message}
     summary, trajectory = read_json(Path(out) / "summary.json"), Trajectory.load(out)
     parts = [trajectory.select(target) for target in TARGETS]
     result = {
@@ -121,8 +125,11 @@ def grid_points(method):
 
 
 def chosen_rates(results):
-    """The rates of the tuning run with the lowest loss on the tuning set."""
-    best = min(results, key=lambda result: result["after"]["test"]["loss"])
+    """The rates of the tuning run with the lowest loss on the tuning set. Raises ValueError if all diverged."""
+    finite = [result for result in results if "diverged" not in result]
+    if not finite:
+        raise ValueError(f"all rates of {results[0]['method']}'s grid diverged: lower them in GRID")
+    best = min(finite, key=lambda result: result["after"]["test"]["loss"])
     return {name: best[name] for name in GRID[best["method"]]}
 
 

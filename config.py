@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,8 +71,9 @@ class Config:
     damping: float = 0.01  # conjugate_gradient: added to the Hessian's diagonal
     precondition: str = "none"  # adam: unrolled differentiates through AdamW's own update; the implicit ones use its second moments
     hvp_batch: int = 0  # examples whose second derivatives are in memory at once; 0: all, and one graph serves all products
-    # memory
+    # speed and memory
     gradient_checkpointing: str = "auto"  # True: compute activations twice to keep fewer, for one more forward pass (auto: False)
+    compile: bool = False  # torch.compile each block: worth its half a minute in runs of some hundred steps; not with second derivatives
     auto_hardware: bool = False  # let what is automatic or 0 in quantize, accumulate, gradient_checkpointing, block_size fit the memory
     # output
     snapshots: int = 0  # times a phase, the last step included, at which the weights' ΔM and ΔD are recorded (analysis.py)
@@ -116,6 +119,11 @@ def read_config(arguments):
 def differences(config):
     """Whether the run takes finite differences of gradients."""
     return config.method in BILEVEL and (config.hypergradient, config.mode) == ("unrolled", "finite_difference")
+
+
+def second_order(config):
+    """Whether the run differentiates gradients."""
+    return config.method in BILEVEL and config.hypergradient != "first_order" and not differences(config)
 
 
 def check(config):
@@ -170,5 +178,12 @@ def check(config):
     if config.method == "ft" and config.dtype == "bfloat16":
         raise ValueError("method=ft trains the weights themselves, and in bfloat16 small updates round to nothing: "
                          "use dtype=float32")
+    if config.compile and second_order(config):
+        raise ValueError("compile=True: torch.compile takes no second derivatives, which this hypergradient needs: use hypergradient=first_order, "
+                         "mode=finite_difference, or compile=False")
+    if config.compile and config.quantize not in ("auto", "none"):
+        raise ValueError(f"compile=True does not see into bitsandbytes' weights: use quantize=none, not {config.quantize}, or compile=False")
+    if config.compile and config.device in ("auto", "cpu") and not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("compile=True needs a C++ compiler on a CPU, and there is no g++: install one, or use compile=False")
     if differences(config) and config.dtype == "bfloat16":
         raise ValueError("mode=finite_difference is rounding noise in bfloat16: use mode=exact, or dtype=float32")

@@ -36,9 +36,10 @@ import hardware
 import quantized
 import report
 import settings
-from config import BILEVEL, Config, check, differences, read_config
+from config import BILEVEL, Config, check, differences, read_config, second_order
 from files import read_json, replacing, write_json
 from hypergrad import assign, create_bilevel_optimizer
+from loss import ROWS
 from model import ModelConfig, Transformer
 from pretrained import find_model, is_hub_name
 from tokenizer import Tokenizer
@@ -99,9 +100,11 @@ def evaluate(model, encoded, label_ids, config, pad_id):
             right += (scores.argmax(1) == answers).sum().item()
             tokens += sum(len(label_ids[e.label]) for e in batch)
         else:
-            logits, answers = model.answer_logits(*(t.to(model.lm_head.weight.device) for t in data.collate(batch, pad_id)))
-            total += torch.nn.functional.cross_entropy(logits, answers, reduction="sum").item()
-            right += (logits.argmax(1) == answers).sum().item()
+            hidden, answers = model.asked(*(t.to(model.lm_head.weight.device) for t in data.collate(batch, pad_id)))
+            for part, targets in zip(hidden.split(ROWS), answers.split(ROWS)):  # not all logits at once
+                logits = model.lm_head(part).float()  # (rows, vocab)
+                total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+                right += (logits.argmax(1) == targets).sum().item()
             tokens += len(answers)
     sums = torch.tensor([total, right, tokens], dtype=torch.float64, device=model.lm_head.weight.device)
     total, right, tokens = distributed.add_up([sums])[0].tolist()
@@ -214,6 +217,9 @@ def run(config, out, locks):
         model.requires_grad_(False)
         bidora.replace_linear_with_bidora(model, config.rank, config.target_modules, config.alpha, config.dropout,
                                           config.method, config.norm_grad, config.magnitude_axis, config.lambda_kind)
+    if config.compile:
+        for block in model.model.layers:
+            block.compile()  # they share their code, so that it is compiled once
     both = encoded["train"] + encoded["val"]
     if config.method in BILEVEL:
         phases = [("search", config.search_steps, encoded["train"]), ("retrain", config.retrain_steps, both)]
@@ -275,6 +281,13 @@ def run(config, out, locks):
     if not tokenizer.has_chat_template:
         print("the tokenizer has no chat template: a plain one (User: … Assistant: …) is used")
     print(f"trainable parameters: {sizes['lower']:,} lower level, {sizes['upper']:,} upper level")
+    if second_order(config):
+        rows = config.hvp_batch or math.ceil(config.batch_size / config.accumulate)
+        longest = max(len(row.labels) for row in encoded["train"])
+        scores = 24 * shape.num_hidden_layers * shape.num_attention_heads * longest**2 * rows  # hardware.py
+        if scores > 1e9:
+            print(f"second derivatives keep attention's scores, which grow with the square of the length: up to {scores / 1e9:.0f} GB for {rows} rows "
+                  f"of {longest} tokens; --hvp_batch=1 or a smaller --block_size lowers that")
     start = "a fresh start" if config.final_init == "fresh" else "where search ended"
     below, above = ("direction", "magnitude") if config.method == "bidora" else ("singular vectors", "singular values")
     for phase, steps, _ in phases:
@@ -284,6 +297,7 @@ def run(config, out, locks):
 
     evaluated = {name: random.Random(0).sample(rows, min(config.eval_size, len(rows))) for name, rows in encoded.items()}
 
+    @torch.compiler.set_stance("force_eager")  # not compiled for each of evaluation's shapes
     def evaluate_all():
         return {name: evaluate(model, rows, label_ids, config, tokenizer.pad_id) for name, rows in evaluated.items()}
 

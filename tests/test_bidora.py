@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import bidora
 import quantized
-from bidora import BiDoRAConfig, BiDoRALinear, load_adapter, merge, prepare_bidora_model, replace_linear_with_bidora, save_adapter
+from bidora import BiDoRAConfig, BiDoRALinear, Rescale, load_adapter, merge, prepare_bidora_model, replace_linear_with_bidora, save_adapter
 from hypergrad import create_bilevel_optimizer
 
 METHODS = ("lora", "dora", "bidora")
@@ -65,6 +65,23 @@ def test_factored_norm_over_a_bf16_weight_keeps_fp32_accuracy():
     moved = (W.norm(dim=1) / layer.weight.double().norm(dim=1) - 1).abs().mean()
     assert moved > 1e-3  # the update is large enough to matter
     torch.testing.assert_close(layer.direction_norm().double(), W.norm(dim=1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bias", [None, torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)])
+def test_rescaling_in_place_has_right_first_and_second_derivatives(bias):
+    torch.manual_seed(0)
+    y, change = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.tensor([0.3, -0.2, 1.5], dtype=torch.float64, requires_grad=True)
+
+    def rescale(y, change):
+        return Rescale.apply(y * 1, change, bias)  # y itself is a leaf, which can't be written into
+
+    plain = (y if bias is None else y - bias) * (1 + change) + (0 if bias is None else bias)
+    torch.testing.assert_close(rescale(y, change), plain)
+    assert torch.autograd.gradcheck(rescale, (y, change)) and torch.autograd.gradgradcheck(rescale, (y, change))
+    # A row of zeros: y = b and ratio 0.
+    zeros = torch.zeros(4, 3, dtype=torch.float64) if bias is None else bias.expand(4, 3)
+    nothing = torch.full((3,), -1.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.grad(rescale(zeros, nothing).sum(), nothing)[0].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -102,14 +102,3 @@ def test_free_memory_is_less_than_the_machine_has():
     assert free is None or 0 < free < 1e13
     assert 0.05 < hardware.peak_memory("cpu") < 100
     assert hardware.fast_dtype("cpu")[0] in (torch.float32, torch.bfloat16)
-
-
-def test_bench_measures_every_kind_side_by_side(tmp_path, capsys, monkeypatch):
-    import bench
-
-    assert bench.main(["--model=tiny-random", "--rounds=2", "--batch_size=4", "--length=8", "--rank=2", "--dtype=float32", f"--out={tmp_path / 'b.json'}"]) == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in bench.KINDS)
-    result = read_json(tmp_path / "b.json")
-    assert result["seconds"].keys() == result["peak_gb"].keys() == bench.KINDS.keys() and all(len(times) == 2 for times in result["seconds"].values())
-    assert bench.main(["--rounds=0"]) == bench.main(["--only=nothing"]) == 2

@@ -417,7 +417,8 @@ def test_errors_against_a_re_solved_network_with_bidora_layers():
 
     def solve(flat, m):
         for i in range(200):
-            g, H = torch.func.grad(lower_loss)(flat, m), torch.func.hessian(lower_loss)(flat, m)
+            g = torch.autograd.functional.jacobian(lambda x: lower_loss(x, m), flat)
+            H = torch.autograd.functional.hessian(lambda x: lower_loss(x, m), flat)
             smallest = torch.linalg.eigvalsh(H)[0]
             flat = flat - torch.linalg.solve(H + max(0.0, 0.05 - smallest.item()) * torch.eye(len(flat), dtype=flat.dtype), g)
             if g.norm() < 1e-12:
@@ -446,7 +447,7 @@ def test_errors_against_a_re_solved_network_with_bidora_layers():
     arguments = (train_loss, lambda: c.loss(c.model, c.val), c.lower, c.upper)
     errors = [error(conjugate_gradient(*arguments, iterations=k, damping=0.0), truth) for k in (1, 3, 40)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-5
-    largest = torch.linalg.eigvalsh(torch.func.hessian(lower_loss)(flat, m))[-1].item()
+    largest = torch.linalg.eigvalsh(torch.autograd.functional.hessian(lambda x: lower_loss(x, m), flat))[-1].item()
     errors = [error(neumann(*arguments, terms=k, alpha=1 / largest), truth) for k in (1, 10, 100)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-3
     assert error(first_order(*arguments), truth) > 0.01

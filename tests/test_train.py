@@ -173,6 +173,30 @@ def test_memory_settings_change_no_result():
     assert plain["after"]["test"]["loss"] != pytest.approx(whole["after"]["test"]["loss"], rel=1e-4)
 
 
+def test_a_compiled_run_gives_the_same_adapter():
+    """Within 1e-4: sums in another order, magnified by AdamW where gradients are near 0."""
+    results = [train.train(Config(**TINY, hypergradient="first_order", compile=compiled, out_dir=str(compiled))) for compiled in (False, True)]
+    adapters = [load_file(f"{compiled}/adapter_model.safetensors") for compiled in (False, True)]
+    assert max((adapters[0][name] - adapters[1][name]).abs().max() for name in adapters[0]) < 1e-4
+    assert results[1]["after"]["test"]["loss"] == pytest.approx(results[0]["after"]["test"]["loss"], rel=1e-4)
+
+
+def test_what_cannot_be_compiled_is_refused(capsys, monkeypatch):
+    assert "second derivatives" in refused(capsys, "--config=tiny.py", "--compile=True")
+    assert "bitsandbytes" in refused(capsys, "--config=tiny.py", "--compile=True", "--method=dora", "--quantize=nf4")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "C++ compiler" in refused(capsys, "--config=tiny.py", "--compile=True", "--method=dora")
+
+
+def test_second_derivatives_of_long_rows_announce_their_memory(capsys, monkeypatch):
+    monkeypatch.setattr(train.checkpoint, "asked_to_stop", lambda: 1 / 0)  # this run is not to begin
+    Path("long.jsonl").write_text("".join(json.dumps({"text": "word " * 600, "label": str(i % 2)}) + "\n" for i in range(60)))
+    with pytest.raises(ZeroDivisionError):
+        train.train(Config(**TINY | dict(data="", train_file="long.jsonl", block_size=512, batch_size=40, eval_size=1)))
+    out = capsys.readouterr().out
+    assert "GB for 40 rows of 512 tokens" in out and "hvp_batch" in out
+
+
 def test_dropout_is_the_same_when_computed_twice():
     results = [train.train(Config(**TINY, method="dora", dropout=0.3, gradient_checkpointing=again, out_dir=f"run{again}")) for again in (True, False)]
     assert results[0]["after"]["test"]["loss"] == pytest.approx(results[1]["after"]["test"]["loss"], rel=1e-5)
