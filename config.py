@@ -11,6 +11,7 @@ import torch
 
 import bidora
 import data
+import distributed
 import quantized
 import settings
 from hypergrad import HYPERGRADIENTS
@@ -73,7 +74,9 @@ class Config:
     hvp_batch: int = 0  # examples whose second derivatives are in memory at once; 0: all, and one graph serves all products
     # speed and memory
     gradient_checkpointing: str = "auto"  # True: compute activations twice to keep fewer, for one more forward pass (auto: False)
+    group_by_length: bool = False  # batches of rows of similar length: less padding (reviews have 15 to 40 %), but less random
     compile: bool = False  # torch.compile each block: worth its half a minute in runs of some hundred steps; not with second derivatives
+    fsdp: bool = False  # under torchrun: share the frozen blocks out over the processes (FSDP2), for a base larger than one device
     auto_hardware: bool = False  # let what is automatic or 0 in quantize, accumulate, gradient_checkpointing, block_size fit the memory
     # output
     snapshots: int = 0  # times a phase, the last step included, at which the weights' ΔM and ΔD are recorded (analysis.py)
@@ -103,7 +106,7 @@ CHOICES = {
 BILEVEL = ("bidora", "bilora")
 MAY_BE_ZERO = {"seed", "dropout", "weight_decay", "gram_weight", "warmup", "val_fraction", "lower_lr", "unroll_lr", "damping",
                "block_size", "accumulate", "hvp_batch", "search_steps", "retrain_steps", "snapshots"}
-HARMLESS = {"out_dir", "overwrite", "resume", "checkpoint_every", "eval_batch_size"}  # may change when a run is resumed
+HARMLESS = {"out_dir", "overwrite", "resume", "checkpoint_every", "eval_batch_size", "fsdp"}  # may change when a run is resumed
 BELOW_ONE = {"dropout", "val_fraction", "warmup"}
 
 
@@ -185,5 +188,17 @@ def check(config):
         raise ValueError(f"compile=True does not see into bitsandbytes' weights: use quantize=none, not {config.quantize}, or compile=False")
     if config.compile and config.device in ("auto", "cpu") and not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("compile=True needs a C++ compiler on a CPU, and there is no g++: install one, or use compile=False")
+    if config.fsdp:
+        if distributed.WORLD_SIZE == 1:
+            raise ValueError("fsdp=True shares a model out over processes, and there is one: start it by torchrun --nproc_per_node=2 (or more) train.py ...")
+        for is_set, what, instead in (
+                (second_order(config), "takes no second derivatives, whose backward pass would find the weights given back", "hypergradient=first_order"),
+                (config.method == "ft", "shares out frozen weights only, and method=ft trains them", "an adapter (bidora, dora, lora)"),
+                (config.quantize not in ("auto", "none"), "can't cut bitsandbytes' packed weights", "quantize=none"),
+                (config.gram_weight, "has no whole weights for gram_weight's regulariser", "gram_weight=0"),
+                (config.snapshots, "has no whole weights for ΔM and ΔD", "snapshots=0, and analysis.py --tuned= on the finished run"),
+                (config.compile, "is not compiled here", "compile=False")):
+            if is_set:
+                raise ValueError(f"fsdp=True {what}: use {instead}")
     if differences(config) and config.dtype == "bfloat16":
         raise ValueError("mode=finite_difference is rounding noise in bfloat16: use mode=exact, or dtype=float32")

@@ -13,6 +13,7 @@ From files to batches: the JSONL formats, the built-in data sets, the split, wha
 
 import itertools
 import json
+import math
 import random
 import tarfile
 from dataclasses import dataclass, field
@@ -271,18 +272,27 @@ def collate(encoded, pad_id):
     return pad([e.input_ids for e in encoded], pad_id), pad([e.labels for e in encoded], -100)
 
 
-def batches(encoded, batch_size, pad_id, seed, skip=0):
+def batches(encoded, batch_size, pad_id, seed, skip=0, group_by_length=False):
     """
     Yield (input_ids, labels) without end: shuffled anew each epoch, in batches of batch_size (fewer if there are fewer rows), from
-    the one after the first `skip` on.
+    the one after the first `skip` on. group_by_length: each of rows that are next to each other in length, among 16 batches' at a time.
     """
     rng = random.Random(seed)
     queue = []
+
+    def grouped(rows):
+        pools = [sorted(rows[i:i + 16 * batch_size], key=lambda row: len(row.input_ids)) for i in range(0, len(rows), 16 * batch_size)]
+        groups = [pool[i:i + batch_size] for pool in pools for i in range(0, len(pool), batch_size)]
+        rest = [group for group in groups if len(group) < batch_size]
+        groups = rng.sample(groups, len(groups))
+        return list(itertools.chain(*rest, *(group for group in groups if len(group) == batch_size)))
+
     for number in itertools.count():
         batch = []
         while len(batch) < min(batch_size, len(encoded)):
             if not queue:
                 queue = rng.sample(encoded, len(encoded))
+                queue = grouped(queue) if group_by_length else queue
             batch.append(queue.pop())
         if number >= skip:
             yield collate(batch, pad_id)
@@ -292,13 +302,11 @@ def parts(batch, count, rank=0, world_size=1):
     """
     A batch in at most `count` parts, each with its share of the labels that count: (input_ids, labels, share).
 
-    Of several processes, number `rank` gets its own rows; one without any gets a row whose share is 0, since it must compute along.
+    Of several processes, number `rank` gets its own rows, in as many parts as the others; where rows are short of that, a part is a row whose share
+    is 0, since all must compute in step.
     """
     total = (batch[1][:, 1:] != -100).sum().item()
-    if world_size > 1:
-        own = [tensor.tensor_split(world_size)[rank] for tensor in batch]
-        if not len(own[0]):
-            return [(batch[0][:1], batch[1][:1], 0.0)]
-        batch = own
-    return [(ids, targets, (targets[:, 1:] != -100).sum().item() / total)
-            for ids, targets in zip(*(tensor.tensor_split(min(count, len(tensor))) for tensor in batch))]
+    own = [tensor.tensor_split(world_size)[rank] for tensor in batch]
+    number = min(count, math.ceil(len(batch[0]) / world_size))
+    return [(ids, targets, (targets[:, 1:] != -100).sum().item() / total) if len(ids) else (batch[0][:1], batch[1][:1], 0.0)
+            for ids, targets in zip(*(tensor.tensor_split(number) for tensor in own))]

@@ -3,13 +3,16 @@ What fits: a run's memory by formula, and the settings that --auto_hardware=True
 
     python hardware.py                                          sizes of Qwen 2.5, from 0.5B to 32B
     python hardware.py --model=path/to/a/folder --rank=64       another model, other settings
+    python hardware.py --devices=8,64                           memory of each of several devices, and what it sends
 
 Bytes, with h, q, kv, f the widths of the residual stream, queries, keys and feed-forward layer, and L layers:
     weights        one dtype each; linear layers in nf4 0.52, in int8 1 a weight; embeddings, norms and head never quantised
     adapters       24 for each trained number (value, gradient, AdamW's two moments, two copies to go back to), 18 with adamw8bit
     activations    1.25 · L · (6h + 4q + 4kv + 6f) numbers a token; LoRA and ft, which keep no layer's output: (4h + 3q + 3kv + 4f)
     second order   4 times that, and 24 · L · heads · length a token: attention without the fused kernel
-    logits         12 for each number, where a label asks for them
+    logits         12 for each number, where a label asks for them; over a frozen head of 128 labels at a time (loss.py)
+Several devices, N (distributed.py): each sends the trained numbers' gradients once around, 2 (N - 1)/N of 4 bytes each; with --fsdp=True it keeps 1/N
+of the blocks, one whole block at a time, and sends its share of each to the others twice a step, (N - 1)/N of the blocks' bytes each time.
 The factors were measured on SmolLM2-135M on a CPU (float32 and bfloat16, 64 to 512 tokens); tests hold them to within 40 %.
 """
 
@@ -27,6 +30,7 @@ import torch
 
 import settings
 from files import read_json
+from loss import ROWS
 from model import ModelConfig
 from pretrained import find_model
 
@@ -108,13 +112,26 @@ def need(c, method, itemsize, length, batch_size, hvp_batch=0, accumulate=1, qua
 
     def plain(rows):
         through = L * h * itemsize + 6 * layer if gradient_checkpointing else L * layer
-        return rows * (length * through + 12 * asked * c.vocab_size)
+        return rows * length * through + 12 * c.vocab_size * (rows * asked if method == "ft" else min(rows * asked, ROWS))
 
     activations = plain(math.ceil(batch_size / accumulate))
     if method in ("bidora", "bilora"):
         second = L * (4 * layer + 24 * c.num_attention_heads * length) * (0.75 if gradient_checkpointing else 1)
         activations = max(activations, (hvp_batch or math.ceil(batch_size / accumulate)) * (length * second + 12 * asked * c.vocab_size))
     return Need(linears * linear_bytes + others * itemsize, trained * (18 if optimizer == "adamw8bit" else 24), activations)
+
+
+def sent(c, method, devices, itemsize=2, rank=8, fsdp=False):
+    """Bytes that each of several devices sends in a training step, by the file's formula."""
+    whole = need(c, method, itemsize, 1, 1, rank=rank)
+    ring = (devices - 1) / devices
+    return ring * (2 * 4 * whole.adapters / 24 + (2 * block_bytes(c, itemsize) if fsdp else 0))
+
+
+def block_bytes(c, itemsize):
+    """Bytes of all blocks' linear layers and norms."""
+    h, f, q, kv = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    return c.num_hidden_layers * itemsize * (2 * h * (q + kv) + 3 * h * f + 2 * h)
 
 
 def choose(c, config, itemsize, longest, asked, free, shortest=2):
@@ -156,6 +173,7 @@ def choose(c, config, itemsize, longest, asked, free, shortest=2):
 QWEN25 = {"0.5B": (896, 4864, 24, 14, 2, 64, 151936, True), "1.5B": (1536, 8960, 28, 12, 2, 128, 151936, True),
           "7B": (3584, 18944, 28, 28, 4, 128, 152064, False), "14B": (5120, 13824, 48, 40, 8, 128, 152064, False),
           "32B": (5120, 27648, 64, 40, 8, 128, 152064, False)}
+LLAMA2 = {"7B": (4096, 11008, 32, 32, 32, 128, 32000, False), "70B": (8192, 28672, 80, 64, 8, 128, 32000, False)}
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
          "tie_word_embeddings")
 
@@ -170,6 +188,21 @@ class Table:
     hvp_batch: int = 0  # rows differentiated twice at once (bidora); 0: all
     gradient_checkpointing: bool = False  # compute activations twice
     optimizer: str = "adamw"  # or adamw8bit
+    devices: tuple = ()  # numbers of devices: what each of them holds and sends instead, for LLaMA 2 or the model
+
+
+def spread(models, table):
+    """Print, for each model and number of devices, what a device holds and sends: every device with the whole base, and with --fsdp=True."""
+    print(f"computed, not measured: GB that each device holds, and sends a step (dora, bfloat16, rank {table.rank}, {table.batch_size} rows of {table.length} "
+          f"tokens a device)\n\n{'':14}{'devices':>8}{'holds':>16}{'sends':>9}{'--fsdp=True holds':>20}{'sends':>9}")
+    for name, c in models.items():
+        for devices in map(int, table.devices):
+            n = need(c, "dora", 2, table.length, table.batch_size, rank=table.rank, optimizer=table.optimizer,
+                     gradient_checkpointing=table.gradient_checkpointing)
+            blocks = block_bytes(c, 2)
+            shared = n.total - blocks * (1 - 1 / devices) + blocks / c.num_hidden_layers
+            print(f"{name:14}{devices:8}{n.total / 1e9:16.1f}{sent(c, 'dora', devices, 2, table.rank) / 1e9:9.2f}"
+                  f"{shared / 1e9:20.1f}{sent(c, 'dora', devices, 2, table.rank, True) / 1e9:9.1f}")
 
 
 def main(arguments):
@@ -180,14 +213,21 @@ def main(arguments):
         table, _ = settings.read(Table, arguments, Path(__file__).parent / "configs")
         if min(table.rank, table.length, table.batch_size) < 1 or table.hvp_batch < 0 or table.optimizer not in ("adamw", "adamw8bit"):
             raise ValueError("rank, length and batch_size must be positive, hvp_batch at least 0, optimizer adamw or adamw8bit")
+        if not all(number.isdigit() and int(number) > 1 for number in table.devices):
+            raise ValueError(f"devices={','.join(table.devices)} must be whole numbers above 1")
         if table.model:
             models = {table.model: ModelConfig.from_hf(read_json(find_model(table.model) / "config.json"))}
+        elif table.devices:
+            models = {f"LLaMA 2 {size}": ModelConfig.from_hf({"model_type": "llama", **dict(zip(NAMES, values))}) for size, values in LLAMA2.items()}
         else:
             models = {f"Qwen2.5-{size}": ModelConfig.from_hf({"model_type": "qwen2", **dict(zip(NAMES, values))}) for size, values in QWEN25.items()}
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    options = {field.name: getattr(table, field.name) for field in dataclasses.fields(table) if field.name != "model"}
+    if table.devices:
+        spread(models, table)
+        return 0
+    options = {field.name: getattr(table, field.name) for field in dataclasses.fields(table) if field.name not in ("model", "devices")}
     print("computed, not measured: GB of weights, and in all (bfloat16; "
           f"{', '.join(f'{name} {value}' for name, value in options.items())})\n")
     heads = [f"{method} {kind}" for kind in ("none", "int8", "nf4") for method in ("lora", "dora", "bidora")]

@@ -57,7 +57,11 @@ def find_model(name, revision=None):
                     convert_gguf(gguf_path, Path(temporary) / name)
                 else:
                     write_tiny_random(Path(temporary) / name)
-                os.replace(Path(temporary) / name, folder)
+                try:
+                    os.replace(Path(temporary) / name, folder)
+                except OSError:
+                    if not (folder / "config.json").exists():  # else another process was faster
+                        raise
         return folder
     folder = Path(name).expanduser()
     if not folder.is_dir():

@@ -90,7 +90,8 @@ def evaluate(model, encoded, label_ids, config, pad_id):
     model.eval()
     total = right = tokens = 0
     rows = sorted(encoded, key=lambda e: len(e.input_ids))  # rows of similar length: little padding
-    rows = rows[distributed.RANK::distributed.WORLD_SIZE]
+    if not config.fsdp:  # there, all must call the same blocks in step
+        rows = rows[distributed.RANK::distributed.WORLD_SIZE]
     for start in range(0, len(rows), config.eval_batch_size):
         batch = rows[start:start + config.eval_batch_size]
         if label_ids:
@@ -107,7 +108,7 @@ def evaluate(model, encoded, label_ids, config, pad_id):
                 right += (logits.argmax(1) == targets).sum().item()
             tokens += len(answers)
     sums = torch.tensor([total, right, tokens], dtype=torch.float64, device=model.lm_head.weight.device)
-    total, right, tokens = distributed.add_up([sums])[0].tolist()
+    total, right, tokens = (sums if config.fsdp else distributed.add_up([sums])[0]).tolist()
     return {"loss": total / tokens, "accuracy": right / (len(encoded) if label_ids else tokens)}
 
 
@@ -206,7 +207,7 @@ def run(config, out, locks):
     if state and state[1]["data"] != fingerprint:
         raise ValueError(f"{source} can't be resumed: its data or its tokenizer has changed since")
     torch.manual_seed(config.seed)
-    model = Transformer.from_pretrained(folder, dtype, device, None if config.quantize == "none" else config.quantize)
+    model = Transformer.from_pretrained(folder, dtype, "cpu" if config.fsdp else device, None if config.quantize == "none" else config.quantize)
     model.gradient_checkpointing = config.gradient_checkpointing == "True"
     weight_bytes = quantized.nbytes(model)
     largest = max(max(row.input_ids) for rows in encoded.values() for row in rows)
@@ -217,6 +218,9 @@ def run(config, out, locks):
         model.requires_grad_(False)
         bidora.replace_linear_with_bidora(model, config.rank, config.target_modules, config.alpha, config.dropout,
                                           config.method, config.norm_grad, config.magnitude_axis, config.lambda_kind)
+    if config.fsdp:
+        distributed.shard(model, device)
+    local_weight_bytes = distributed.local_bytes(model) if config.fsdp else weight_bytes
     if config.compile:
         for block in model.model.layers:
             block.compile()  # they share their code, so that it is compiled once
@@ -271,7 +275,8 @@ def run(config, out, locks):
     packed = "" if config.quantize == "none" else f"{config.quantize} and "
     print(f"{config.method} on {config.model}, {packed}{dtype_name} on {device} ({why}): {weight_bytes / 1e6:.0f} MB of weights")
     if distributed.WORLD_SIZE > 1:
-        print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch")
+        print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch"
+              + (f", and {local_weight_bytes / 1e6:.0f} MB of weights" if config.fsdp else ""))
     print(f"data: {config.train_file or config.data}: {', '.join(f'{len(examples)} {name}' for name, examples in parts.items())}"
           + (f"; labels {', '.join(labels)}" if labels else ""))
     if cut:
@@ -314,9 +319,11 @@ def run(config, out, locks):
 
     def loss_fn(model, batch):
         input_ids, labels, share = batch  # a part of a batch, with its share of the labels
-        return model(input_ids.to(device), labels.to(device)) * share
+        return model(input_ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)) * share
 
     def shares(batch, count=config.accumulate):
+        if device.startswith("cuda"):
+            batch = [tensor.pin_memory() for tensor in batch]  # copied to the GPU while that is still busy
         return data.parts(batch, count, distributed.RANK, distributed.WORLD_SIZE)
 
     def asked_everywhere(signals):
@@ -354,6 +361,8 @@ def run(config, out, locks):
 
     if state:
         checkpoint.set_random_states(state[1]["random"])
+    if distributed.RANK > 0:  # other dropout masks than the first process's, also after a resume
+        torch.manual_seed(hash((config.seed, distributed.RANK, n)))
     try:
         with open(out / "metrics.jsonl" if is_first else os.devnull, "a", encoding="utf-8") as log, checkpoint.asked_to_stop() as signals:
             for index, (phase, steps, rows) in list(enumerate(phases))[first:]:
@@ -374,8 +383,8 @@ def run(config, out, locks):
                             checkpoint.load_optimizer_state(own, {key.removeprefix(f"{level}."): value for key, value in state[0].items()
                                                                   if key.startswith(f"{level}.")})
                 turns = begin // config.upper_every if optimizer.upper else 0  # of the upper level, so far
-                train_batches = data.batches(rows, config.batch_size, tokenizer.pad_id, config.seed, skip=begin + turns * (config.upper_steps - 1))
-                val_batches = data.batches(encoded["val"], config.batch_size, tokenizer.pad_id, config.seed, skip=turns * config.upper_steps)
+                train_batches = data.batches(rows, config.batch_size, tokenizer.pad_id, config.seed, begin + turns * (config.upper_steps - 1), config.group_by_length)
+                val_batches = data.batches(encoded["val"], config.batch_size, tokenizer.pad_id, config.seed, turns * config.upper_steps, config.group_by_length)
                 trained = optimizer.lower + optimizer.upper
                 marks = {math.ceil(steps * i / config.snapshots) for i in range(1, config.snapshots + 1)}
                 last_finite = None  # the weights that last gave a finite loss, for when the next do not
@@ -445,7 +454,7 @@ def run(config, out, locks):
         "before": before, "after": after, "trainable_parameters": sizes,
         "seconds": seconds | {"total": elapsed + time.time() - started},
         "peak_memory_gb": hardware.peak_memory(device), "peak_memory_beyond_start_gb": hardware.peak_memory(device) - memory_at_start,
-        "processes": distributed.WORLD_SIZE, "out_dir": str(out),
+        "processes": distributed.WORLD_SIZE, "local_weight_bytes": local_weight_bytes, "out_dir": str(out),
     }
     if not is_first:
         return results

@@ -1,6 +1,9 @@
 """Loss masks by hand and against transformers, and the readers' messages."""
 
 
+import collections
+import itertools
+
 import pytest
 import torch
 
@@ -145,3 +148,20 @@ def test_split_is_stratified_disjoint_and_repeatable():
 def test_toy_sentiment_is_balanced():
     labels = [example["label"] for example in data.toy_sentiment()]
     assert labels.count("yes") == labels.count("no") == 1000
+
+
+def test_batches_grouped_by_length_hold_every_row_once_an_epoch_with_less_padding():
+    rows = [data.Encoded([i] * (5 + i * 7 % 40), [1] * (5 + i * 7 % 40)) for i in range(1, 43)]
+
+    def epoch(seed=0, skip=0, **options):
+        return list(itertools.islice(data.batches(rows, 4, 0, seed, skip, **options), 21 - skip))  # two epochs of 42 rows
+
+    grouped = epoch(group_by_length=True)
+    for half in (grouped[:10], grouped[11:]):
+        assert len({row[0].item() for ids, _ in half for row in ids}) == 40
+    counts = collections.Counter(row[0].item() for ids, _ in grouped for row in ids)
+    assert set(counts.values()) == {2} and len(counts) == 42
+    cells = [sum(ids.numel() for ids, _ in found) for found in (epoch(), grouped)]
+    assert cells[1] < 0.85 * cells[0]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(epoch(skip=5, group_by_length=True), grouped[5:]))
+    assert [ids.shape for ids, _ in epoch(seed=1, group_by_length=True)] != [ids.shape for ids, _ in grouped]

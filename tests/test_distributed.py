@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import hardware
 import train
+from model import ModelConfig, Transformer
+from pretrained import find_model
 from train import Config
 
 ROOT = Path(train.__file__).parent
@@ -26,6 +30,7 @@ RUNS = {
 }
 MANY = "import json, sys; sys.path.insert(0, {root!r}); import train\n" \
        "for name, settings in json.loads(sys.argv[1]).items(): train.train(train.Config(out_dir=name + '-two', **settings))"
+MAIN = "import sys; sys.path.insert(0, {root!r}); import train; sys.exit(train.main(sys.argv[1:]))"
 DIES = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
@@ -49,9 +54,9 @@ def elsewhere(tmp_path, monkeypatch, request):
     monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
 
 
-def torchrun(script, *arguments, restarts=0, **environment):
+def torchrun(script, *arguments, restarts=0, processes=2, **environment):
     Path("script.py").write_text(script.format(root=str(ROOT)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}", "script.py", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}", "script.py", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | environment)
 
 
@@ -97,9 +102,124 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on_from_the_checkpo
     assert distance("whole", "restarted") < 1e-5
 
 
+SHARED_OUT = {
+    "lora": dict(method="lora", accumulate=2, batch_size=5), "dora": dict(method="dora", gradient_checkpointing="True"),
+    "first_order": dict(hypergradient="first_order", magnitude_axis="column"), "differences": dict(mode="finite_difference"),
+    "bilora": dict(method="bilora", hypergradient="first_order", upper_steps=2, batch_size=1)}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_model_shared_out_trains_as_a_whole_one(processes):
+    runs = SHARED_OUT if processes == 2 else {"dora": SHARED_OUT["dora"]}
+    done = torchrun(MANY, json.dumps({name: TINY | settings | {"fsdp": True} for name, settings in runs.items()}), processes=processes)
+    assert done.returncode == 0, done.stderr
+    for name, settings in runs.items():
+        results = train.train(Config(out_dir=name, **TINY | settings))
+        assert distance(name, f"{name}-two") < 1e-5, name
+        shared = json.loads(Path(f"{name}-two/summary.json").read_text())
+        assert shared["after"]["test"]["accuracy"] == results["after"]["test"]["accuracy"]
+        # Each process holds its part of the blocks, and the embeddings, the head and the last norm.
+        model = Transformer.from_pretrained(find_model("tiny-random"))
+        blocks = sum(p.nbytes for p in model.model.layers.parameters())
+        assert shared["local_weight_bytes"] == results["weight_bytes"] - blocks + blocks / processes
+
+
+def test_a_run_of_two_processes_that_share_the_model_goes_on_with_one_or_four():
+    arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--method=dora", "--checkpoint_every=2", "--resume=True"]
+    assert torchrun(DIES, *arguments, "--fsdp=True", "--out_dir=one").returncode != 0
+    shutil.copytree("one", "four")
+    assert train.main([*arguments, "--out_dir=one"]) == 0
+    done = torchrun(MAIN, *arguments, "--fsdp=True", "--out_dir=four", processes=4)
+    assert done.returncode == 0 and "resuming four after step " in done.stdout, done.stderr
+    assert train.main([*arguments, "--out_dir=whole"]) == 0
+    assert distance("whole", "one") < 1e-5 and distance("whole", "four") < 1e-5
+
+
+@pytest.mark.parametrize("settings, message", [
+    (["--method=bidora"], "second derivatives"), (["--method=ft"], "frozen weights only"), (["--method=dora", "--quantize=nf4"], "packed"),
+    (["--method=dora", "--snapshots=2"], "ΔM"), (["--method=dora", "--gram_weight=1e-5"], "gram_weight"), (["--method=dora", "--compile=True"], "compile=False")])
+def test_what_cannot_be_shared_out_is_refused(settings, message, monkeypatch, capsys):
+    monkeypatch.setattr("distributed.WORLD_SIZE", 2)
+    assert train.main(["--config=tiny.py", "--fsdp=True", *settings]) == 2
+    assert message in capsys.readouterr().err
+    monkeypatch.setattr("distributed.WORLD_SIZE", 1)
+    assert train.main(["--config=tiny.py", "--fsdp=True", "--method=dora"]) == 2
+    assert "torchrun" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("restarts, message", [(0, "nowhere"), (1, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")])
 def test_wrong_input_is_said_once(restarts, message):
-    script = "import sys; sys.path.insert(0, {root!r}); import train; sys.exit(train.main(sys.argv[1:]))"
-    done = torchrun(script, "--config=tiny.py", "--model=nowhere", restarts=restarts)
+    done = torchrun(MAIN, "--config=tiny.py", "--model=nowhere", restarts=restarts)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == restarts + 1 and message in lines[0], done.stderr
+
+
+def test_a_process_holds_its_share_of_the_blocks_while_it_trains():
+    """Memory as the system counts it: SmolLM2 in fp32, 425 MB of blocks and 113 of embeddings, through a forward and a backward pass."""
+    script = """
+import gc, sys
+sys.path.insert(0, {root!r})
+import torch, bidora, distributed
+from model import ModelConfig, Transformer
+from pretrained import find_model
+
+def megabytes():
+    gc.collect()
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1000
+
+device, before = distributed.start("cpu"), megabytes()
+model = Transformer.from_pretrained(find_model("smollm2-135m"), torch.float32).requires_grad_(False)
+bidora.replace_linear_with_bidora(model, 8, bidora.ALL_LINEAR, method="dora")
+if distributed.WORLD_SIZE > 1:
+    distributed.shard(model, device)
+ids = torch.arange(32)[None]
+torch.autograd.grad(model(ids, ids), bidora.lower_parameters(model))
+if distributed.RANK == 0:
+    print(megabytes() - before)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is read from Linux's /proc")
+    one, two, four = (float(torchrun(script, processes=processes).stdout.splitlines()[-1]) for processes in (1, 2, 4))
+    assert one - two == pytest.approx(425 / 2, abs=80) and one - four == pytest.approx(425 * 3 / 4, abs=80)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_bytes_sent_are_what_the_formula_says(processes):
+    """hardware.sent against a DoRA step's calls: 2 (N - 1)/N of what is reduced (a ring), (N - 1) times what is gathered of each. 1 %: padding, the loss."""
+    script = """
+import sys
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+import data, train
+
+asked, begun = dict(reduced=0, gathered=0), []
+
+def counted(name, tensor_of, function):
+    def call(*arguments, **options):
+        if begun:
+            asked[name] += tensor_of(arguments, options).nbytes
+        return function(*arguments, **options)
+    return call
+
+dist.all_reduce = counted("reduced", lambda arguments, options: arguments[0], dist.all_reduce)
+dist.all_gather_single = counted("gathered", lambda arguments, options: arguments[1], dist.all_gather_single)
+parts, before = data.parts, []
+def step(*arguments):
+    begun.append(1)
+    if len(begun) == 2:  # the second step begins: the first is over
+        if train.distributed.RANK == 0:
+            print("asked", asked["reduced"], asked["gathered"], flush=True)
+        begun.clear()
+        data.parts = parts
+    return parts(*arguments)
+data.parts = step
+sys.exit(train.main(sys.argv[1:]))
+"""
+    for fsdp in (False, True):
+        arguments = [f"--{name}={value}" for name, value in (TINY | {"method": "dora", "fsdp": fsdp, "out_dir": str(fsdp)}).items()]
+        done = torchrun(script.replace("{", "{{").replace("}", "}}").replace("{{root!r}}", "{root!r}"), *arguments, processes=processes)
+        assert done.returncode == 0, done.stderr
+        reduced, gathered = map(int, next(line for line in done.stdout.splitlines() if line.startswith("asked")).split()[1:])
+        c = ModelConfig.from_hf(json.loads((find_model("tiny-random") / "config.json").read_text()))
+        measured = 2 * (processes - 1) / processes * reduced + (processes - 1) * gathered
+        assert hardware.sent(c, "dora", processes, 4, 8, fsdp) == pytest.approx(measured, rel=0.01), (fsdp, reduced, gathered)
