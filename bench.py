@@ -80,14 +80,23 @@ SECOND = [name for name in SEARCH if name not in ("first_order", "unrolled diffe
 SINGLE = ("ft", "unrolled differences")  # only in float32: in bfloat16 small updates round to nothing, and differences are noise
 
 
+def shape(bench):
+    """The model's ModelConfig."""
+    if bench.model == "random-0.5b":
+        return ModelConfig.from_hf({"model_type": "qwen2", **dict(zip(NAMES, QWEN25["0.5B"]))})
+    return ModelConfig.from_hf(read_json(find_model(bench.model) / "config.json"))
+
+
 def load(bench, dtype):
     """The frozen base."""
     if bench.model == "random-0.5b":
         torch.manual_seed(0)
-        model = Transformer(ModelConfig.from_hf({"model_type": "qwen2", **dict(zip(NAMES, QWEN25["0.5B"]))})).to(dtype)
+        with torch.device("meta"):
+            model = Transformer(shape(bench))
+        model = model.to(dtype).to_empty(device="cpu")  # never in float32: what is measured is the peak beyond the loaded model
+        model.lm_head.weight = model.model.embed_tokens.weight
         for parameter in model.parameters():
-            if parameter.dim() == 2:
-                torch.nn.init.normal_(parameter, std=0.02)
+            torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.02)
     else:
         model = Transformer.from_pretrained(find_model(bench.model), dtype)
     if bench.layers:
@@ -169,7 +178,7 @@ def alone(bench, name, dtype, **changes):
     command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in given.items() if value != "")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise ValueError(f"{name}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        raise ValueError(f"{name}: {(done.stderr.strip() or 'no message').splitlines()[-1].removeprefix('error: ')}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -212,10 +221,11 @@ def draw(path, title, seconds):
 
 def scaling(bench, dtype):
     """Print and return seconds and peak memory over rank, length and depth, everything else as bench says."""
-    depth = read_json(find_model(bench.model) / "config.json")["num_hidden_layers"] if bench.model != "random-0.5b" else 24
+    c = shape(bench)
+    depth, widest = c.num_hidden_layers, min(256, c.num_key_value_heads * c.head_dim)  # no rank above a layer's outputs
     results = []
     print(f"{'':16}" + "".join(f"{f'{name}, s':>14}{'GB':>7}" for name in ("lora", "dora", "unrolled")))
-    for what, values in (("rank", (4, 16, 64, 256)), ("length", (64, 256, 512, 1024, 2048)), ("layers", (depth // 4, depth // 2, depth))):
+    for what, values in (("rank", (4, 16, 64, widest)), ("length", (64, 256, 512, 1024, 2048)), ("layers", (depth // 4, depth // 2, depth))):
         for value in values:
             changes = {what: value} | ({"batch_size": 2} if what == "length" else {})
             cells = ""

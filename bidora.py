@@ -40,7 +40,7 @@ class Rescale(torch.autograd.Function):
     b + (1 + change) ⊙ (y - b) in place of y, where y = W·x + b: (N, out), (out,), (out,) or None -> (N, out).
 
     Autograd would keep y beside the result and fill four more tensors of its size; here y - b is had back from the result by a division, and
-    two fill. A DoRA step comes down from 1.30 to 1.2 LoRA steps by that (SmolLM2, bf16, 8 × 64 tokens, two CPU cores).
+    two fill. A DoRA step came down from 1.30 to 1.23 LoRA steps by that (SmolLM2, bf16, 8 × 64 tokens, two CPU cores).
     """
 
     @staticmethod
@@ -141,14 +141,14 @@ class BiDoRALinear(nn.Linear):
             change = ratio - 1
             if self.magnitude_axis == "column":
                 x = torch.addcmul(x, x, change.to(x.dtype))
-        rows = x.flatten(0, -2)  # (N, in)
+        rows = x.reshape(-1, self.in_features)  # (N, in)
         z = F.linear(self.dropout(rows), self.lora_A.to(x.dtype))  # (N, rank)
         if self.lora_lambda is not None:
             z = z * LAMBDAS[self.lambda_kind](self.lora_lambda).to(x.dtype)
         y = linear(rows, self.weight, self.bias).addmm_(z, (self.scaling * self.lora_B).to(x.dtype).T)  # (N, out), the sum in place
         if self.lora_magnitude_vector is not None and self.magnitude_axis == "row":
             y = Rescale.apply(y, change, self.bias)  # the bias lies outside the scaling
-        return y.unflatten(0, x.shape[:-1])
+        return y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def folded_B(self):

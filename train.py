@@ -287,11 +287,11 @@ def run(config, out, locks):
         print("the tokenizer has no chat template: a plain one (User: … Assistant: …) is used")
     print(f"trainable parameters: {sizes['lower']:,} lower level, {sizes['upper']:,} upper level")
     if second_order(config):
-        rows = config.hvp_batch or math.ceil(config.batch_size / config.accumulate)
+        together = config.hvp_batch or math.ceil(config.batch_size / config.accumulate)
         longest = max(len(row.labels) for row in encoded["train"])
-        scores = 24 * shape.num_hidden_layers * shape.num_attention_heads * longest**2 * rows  # hardware.py
+        scores = 24 * shape.num_hidden_layers * shape.num_attention_heads * longest**2 * together  # hardware.py
         if scores > 1e9:
-            print(f"second derivatives keep attention's scores, which grow with the square of the length: up to {scores / 1e9:.0f} GB for {rows} rows "
+            print(f"second derivatives keep attention's scores, which grow with the square of the length: up to {scores / 1e9:.0f} GB for {together} rows "
                   f"of {longest} tokens; --hvp_batch=1 or a smaller --block_size lowers that")
     start = "a fresh start" if config.final_init == "fresh" else "where search ended"
     below, above = ("direction", "magnitude") if config.method == "bidora" else ("singular vectors", "singular values")

@@ -56,7 +56,7 @@ def test_bench_scales_one_thing_at_a_time(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "alone", alone)
     assert bench.main(["--model=tiny-random", "--scaling=True", "--dtype=float32", f"--out={tmp_path / 'b.json'}"]) == 0
     out = capsys.readouterr().out
-    assert "rank 256" in out and "length 2048" in out and "layers 2" in out and "0.60   1.25" in out
+    assert "rank 32" in out and "length 2048" in out and "layers 2" in out and "0.60   1.25" in out
     assert ("dora", {"length": 2048, "batch_size": 2}) in asked and len(read_json(tmp_path / "b.json")["scaling"]) == len(asked)
 
 

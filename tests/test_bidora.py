@@ -67,6 +67,12 @@ def test_factored_norm_over_a_bf16_weight_keeps_fp32_accuracy():
     torch.testing.assert_close(layer.direction_norm().double(), W.norm(dim=1), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(10,), (1, 10), (2, 3, 10), (0, 10)])
+def test_inputs_of_any_number_of_dimensions(shape):
+    layer, x = trained(BiDoRALinear(10, 7, rank=3)), torch.randn(shape)
+    torch.testing.assert_close(layer(x), reference(layer, x).float())
+
+
 @pytest.mark.parametrize("bias", [None, torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)])
 def test_rescaling_in_place_has_right_first_and_second_derivatives(bias):
     torch.manual_seed(0)

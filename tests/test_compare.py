@@ -1,6 +1,7 @@
 """The comparison: its splits, its choice of rates, its statistics, and that it goes on where it stopped."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy
@@ -39,6 +40,20 @@ def test_the_rates_with_the_lowest_loss_on_the_tuning_set_are_chosen():
     tuned = [result("bidora", 1000, accuracy, loss) | {"lower_lr": lr, "upper_lr": 10 * lr} for lr, accuracy, loss in
              ((3e-4, 0.9, 0.40), (1e-3, 0.8, 0.35), (3e-3, 0.95, 0.50))]
     assert compare.chosen_rates(tuned) == {"lower_lr": 1e-3, "upper_lr": 1e-2}
+
+
+def test_a_rate_that_diverges_in_tuning_is_passed_over_and_anything_else_stops(monkeypatch, capsys):
+    ended = subprocess.CompletedProcess([], 2, "", "error: train step 3 of 8 is not finite (loss nan): lower lower_lr or upper_lr")
+    monkeypatch.setattr(compare.subprocess, "run", lambda *arguments, **options: ended)
+    asked = Compare(model="tiny-random")
+    diverged = compare.run(asked, "toy-sentiment", 40, 1000, "lora", {"lower_lr": 9.0}, tuning=True)
+    assert "not finite" in diverged["diverged"] and "not finite" in capsys.readouterr().out and not list(Path(asked.results).glob("*"))
+    fine = result("lora", 1000, 0.9) | {"lower_lr": 1e-3}
+    assert compare.chosen_rates([diverged, fine]) == {"lower_lr": 1e-3}
+    with pytest.raises(ValueError, match="all rates of lora's grid diverged"):
+        compare.chosen_rates([diverged])
+    with pytest.raises(RuntimeError, match="not finite"):
+        compare.run(asked, "toy-sentiment", 40, 0, "lora", {"lower_lr": 9.0})
 
 
 def test_table_has_means_deviations_and_the_paired_test():
