@@ -26,7 +26,8 @@ RUNS = {
     "ft": dict(method="ft", batch_size=3),
     "first_order": dict(hypergradient="first_order"), "two_steps": dict(upper_every=2, unroll_steps=2, hvp_batch=1),
     "differences": dict(mode="finite_difference"), "adam": dict(precondition="adam"), "neumann": dict(hypergradient="neumann"),
-    "cg": dict(hypergradient="conjugate_gradient", damping=10.0, precondition="adam"), "regularised": dict(gram_weight=1e-2, batch_size=1),
+    # At damping 10, near a direction of no curvature, a third iteration magnifies rounding to 1e-4, with one seed of two.
+    "cg": dict(hypergradient="conjugate_gradient", damping=100.0, precondition="adam"), "regularised": dict(gram_weight=1e-2, batch_size=1),
 }
 MANY = "import json, sys; sys.path.insert(0, {root!r}); import train\n" \
        "for name, settings in json.loads(sys.argv[1]).items(): train.train(train.Config(out_dir=name + '-two', **settings))"

@@ -137,8 +137,8 @@ def test_each_level_sees_its_own_examples_only(monkeypatch, method):
     seen = []
     batches = train.data.batches
 
-    def spy(rows, *arguments, skip):
-        for batch in batches(rows, *arguments, skip=skip):
+    def spy(rows, *arguments):
+        for batch in batches(rows, *arguments):
             seen.append({tuple(row.input_ids) for row in rows})
             yield batch
 
