@@ -17,9 +17,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
@@ -59,6 +56,9 @@ def shard(model, device):
     Adapters stay whole in each process: they are small, and so all that is said here about gradients and checkpoints stays true. So do the
     embeddings and the head. A second derivative would find the weights gone that the first backward pass gave back.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # here, since they take a second, and few runs need them
+    from torch.distributed.fsdp import fully_shard
+
     if device == "cpu" and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             # glibc would keep the blocks' memory among the activations': 1.3 GB for SmolLM2 on two processes, and 0.7 with M_MMAP_THRESHOLD at 1 MB.
@@ -67,13 +67,13 @@ def shard(model, device):
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params={p for p in block.parameters() if p.requires_grad})
     for tensor in [*model.parameters(), *model.buffers()]:
-        if not isinstance(tensor, DTensor):
+        if not hasattr(tensor, "to_local"):  # not shared out
             tensor.data = tensor.data.to(device)
 
 
 def local_bytes(model):
     """Bytes of a model's frozen parameters that this process holds; a matrix that is shared counts once."""
-    return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in set(model.parameters()) if not p.requires_grad)
+    return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in set(model.parameters()) if not p.requires_grad)
 
 
 def from_first(function, device="cpu"):
