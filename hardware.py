@@ -93,6 +93,17 @@ class Need:
         return self.weights + self.adapters + self.activations
 
 
+def linear_shapes(c):
+    """The (out, in) of a block's seven linear layers."""
+    h, f, q, kv = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    return [(q, h), (kv, h), (kv, h), (h, q), (f, h), (f, h), (h, f)]
+
+
+def score_bytes(c, length):
+    """Bytes that second derivatives keep of attention's scores, a row of `length` tokens: there is no fused kernel for them."""
+    return 24 * c.num_hidden_layers * c.num_attention_heads * length**2
+
+
 def need(c, method, itemsize, length, batch_size, hvp_batch=0, accumulate=1, quantize="none", gradient_checkpointing=False,
          rank=8, optimizer="adamw", asked=1):
     """
@@ -102,7 +113,7 @@ def need(c, method, itemsize, length, batch_size, hvp_batch=0, accumulate=1, qua
     """
     h, f, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    shapes = [(q, h), (kv, h), (kv, h), (h, q), (f, h), (f, h), (h, f)]  # of a layer's linears, (out, in)
+    shapes = linear_shapes(c)
     linears = L * sum(out * into for out, into in shapes)
     others = c.vocab_size * h * (1 if c.tie_word_embeddings else 2)
     linear_bytes = {"none": itemsize, "int8": 1, "nf4": 0.52, "fp4": 0.52}[quantize]
@@ -116,8 +127,8 @@ def need(c, method, itemsize, length, batch_size, hvp_batch=0, accumulate=1, qua
 
     activations = plain(math.ceil(batch_size / accumulate))
     if method in ("bidora", "bilora"):
-        second = L * (4 * layer + 24 * c.num_attention_heads * length) * (0.75 if gradient_checkpointing else 1)
-        activations = max(activations, (hvp_batch or math.ceil(batch_size / accumulate)) * (length * second + 12 * asked * c.vocab_size))
+        second = (4 * L * layer * length + score_bytes(c, length)) * (0.75 if gradient_checkpointing else 1)
+        activations = max(activations, (hvp_batch or math.ceil(batch_size / accumulate)) * (second + 12 * asked * c.vocab_size))
     return Need(linears * linear_bytes + others * itemsize, trained * (18 if optimizer == "adamw8bit" else 24), activations)
 
 
@@ -130,8 +141,7 @@ def sent(c, method, devices, itemsize=2, rank=8, fsdp=False):
 
 def block_bytes(c, itemsize):
     """Bytes of all blocks' linear layers and norms."""
-    h, f, q, kv = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    return c.num_hidden_layers * itemsize * (2 * h * (q + kv) + 3 * h * f + 2 * h)
+    return c.num_hidden_layers * itemsize * (sum(out * into for out, into in linear_shapes(c)) + 2 * c.hidden_size)
 
 
 def choose(c, config, itemsize, longest, asked, free, shortest=2):

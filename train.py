@@ -289,7 +289,7 @@ def run(config, out, locks):
     if second_order(config):
         together = config.hvp_batch or math.ceil(config.batch_size / config.accumulate)
         longest = max(len(row.labels) for row in encoded["train"])
-        scores = 24 * shape.num_hidden_layers * shape.num_attention_heads * longest**2 * together  # hardware.py
+        scores = together * hardware.score_bytes(shape, longest)
         if scores > 1e9:
             print(f"second derivatives keep attention's scores, which grow with the square of the length: up to {scores / 1e9:.0f} GB for {together} rows "
                   f"of {longest} tokens; --hvp_batch=1 or a smaller --block_size lowers that")

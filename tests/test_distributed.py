@@ -26,7 +26,7 @@ RUNS = {
     "ft": dict(method="ft", batch_size=3),
     "first_order": dict(hypergradient="first_order"), "two_steps": dict(upper_every=2, unroll_steps=2, hvp_batch=1),
     "differences": dict(mode="finite_difference"), "adam": dict(precondition="adam"), "neumann": dict(hypergradient="neumann"),
-    # At damping 10, near a direction of no curvature, a third iteration magnifies rounding to 1e-4, with one seed of two.
+    # At damping 10 the third iteration magnifies rounding: 1e-4 with seed 0, 6e-6 with seed 1.
     "cg": dict(hypergradient="conjugate_gradient", damping=100.0, precondition="adam"), "regularised": dict(gram_weight=1e-2, batch_size=1),
 }
 MANY = "import json, sys; sys.path.insert(0, {root!r}); import train\n" \
@@ -56,7 +56,7 @@ def elsewhere(tmp_path, monkeypatch, request):
 
 
 def torchrun(script, *arguments, restarts=0, processes=2, **environment):
-    Path("script.py").write_text(script.format(root=str(ROOT)))
+    Path("script.py").write_text(script.replace("{root!r}", repr(str(ROOT))))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}", "script.py", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | environment)
 
@@ -161,7 +161,7 @@ def test_a_process_holds_its_share_of_the_blocks_while_it_trains():
 import gc, sys
 sys.path.insert(0, {root!r})
 import torch, bidora, distributed
-from model import ModelConfig, Transformer
+from model import Transformer
 from pretrained import find_model
 
 def megabytes():
@@ -204,7 +204,7 @@ def counted(name, tensor_of, function):
 
 dist.all_reduce = counted("reduced", lambda arguments, options: arguments[0], dist.all_reduce)
 dist.all_gather_single = counted("gathered", lambda arguments, options: arguments[1], dist.all_gather_single)
-parts, before = data.parts, []
+parts = data.parts
 def step(*arguments):
     begun.append(1)
     if len(begun) == 2:  # the second step begins: the first is over
@@ -218,7 +218,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
     for fsdp in (False, True):
         arguments = [f"--{name}={value}" for name, value in (TINY | {"method": "dora", "fsdp": fsdp, "out_dir": str(fsdp)}).items()]
-        done = torchrun(script.replace("{", "{{").replace("}", "}}").replace("{{root!r}}", "{root!r}"), *arguments, processes=processes)
+        done = torchrun(script, *arguments, processes=processes)
         assert done.returncode == 0, done.stderr
         reduced, gathered = map(int, next(line for line in done.stdout.splitlines() if line.startswith("asked")).split()[1:])
         c = ModelConfig.from_hf(json.loads((find_model("tiny-random") / "config.json").read_text()))
