@@ -8,6 +8,7 @@ torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without them there is one process
 share of the labels in the whole batch (data.parts), so that the sum over the processes is what one process would have computed.
 """
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -30,6 +31,7 @@ def start(device):
         raise ValueError("torchrun --max-restarts needs a fresh store for each restart: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=30))
+        atexit.register(dist.destroy_process_group)  # else a thread of gloo's may outlive it, and the interpreter aborts at its end
     return f"cuda:{LOCAL_RANK}" if device == "cuda" else device
 
 
