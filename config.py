@@ -76,7 +76,7 @@ class Config:
     gradient_checkpointing: str = "auto"  # True: compute activations twice to keep fewer, for one more forward pass (auto: False)
     group_by_length: bool = False  # batches of rows of similar length: less padding (reviews have 15 to 40 %), but less random
     compile: bool = False  # torch.compile each block: worth its half a minute in runs of some hundred steps; not with second derivatives
-    fsdp: bool = False  # under torchrun: share the frozen blocks out over the processes (FSDP2), for a base larger than one device
+    fsdp: bool = False  # under torchrun: share the frozen weights out over the processes (FSDP2), for a base larger than one device
     auto_hardware: bool = False  # let what is automatic or 0 in quantize, accumulate, gradient_checkpointing, block_size fit the memory
     # output
     snapshots: int = 0  # times a phase, the last step included, at which the weights' ΔM and ΔD are recorded (analysis.py)

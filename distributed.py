@@ -3,7 +3,8 @@ Several processes, one run: each takes its share of every batch, and gradients, 
 
     torchrun --standalone --nproc_per_node=2 train.py --config=small.py
 
-With --fsdp=True each process keeps its share of the frozen blocks only, and gets a whole block for as long as it computes it (FSDP2).
+With --fsdp=True each process keeps its share of the frozen weights only, and gets a block, the embeddings or the head whole for as long as it computes
+them (FSDP2).
 torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without them there is one process, and nothing here does anything. A loss is weighted by its rows'
 share of the labels in the whole batch (data.parts), so that the sum over the processes is what one process would have computed.
 """
@@ -53,21 +54,27 @@ def same_everywhere(tensors):
 
 def shard(model, device):
     """
-    Keep of each block's frozen parameters this process's share, on its device; the blocks of a Transformer fetch the others' when they are called.
+    Keep of a Transformer's frozen weights this process's share, on its device; its blocks, embeddings and head fetch the others' when they are called.
 
-    Adapters stay whole in each process: they are small, and so all that is said here about gradients and checkpoints stays true. So do the
-    embeddings and the head. A second derivative would find the weights gone that the first backward pass gave back.
+    Adapters stay whole in each process: they are small, and so all that is said here about gradients and checkpoints stays true. A second
+    derivative would find the weights gone that the first backward pass gave back.
     """
     from torch.distributed.device_mesh import init_device_mesh  # here, since they take a second, and few runs need them
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     if device == "cpu" and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            # glibc would keep the blocks' memory among the activations': 1.3 GB for SmolLM2 on two processes, and 0.7 with M_MMAP_THRESHOLD at 1 MB.
+            # glibc would keep the blocks' memory among the activations': 1.3 GB for SmolLM2 on two processes, and 0.7 with M_MMAP_THRESHOLD at 1 MB;
+            # and what measuring the weights' norms took: malloc_trim gives 60 to 150 MB of that back.
             ctypes.CDLL(None).mallopt(-3, 1 << 20)
+            ctypes.CDLL(None).malloc_trim(0)
     mesh = init_device_mesh(device.partition(":")[0], (WORLD_SIZE,))
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params={p for p in block.parameters() if p.requires_grad})
+    ends = [model.model.embed_tokens, model.lm_head]
+    tied = ends[0].weight is ends[1].weight  # then one share serves both, fetched for as long as either needs it
+    for part in [*model.model.layers, *([ends] if tied else ends), model]:  # the last one: what is left, a norm
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params={p for p in model.parameters() if p.requires_grad})
+    for name in ("score", "totals"):
+        register_fsdp_forward_method(model, name)  # called as forward is, from outside
     for tensor in [*model.parameters(), *model.buffers()]:
         if not hasattr(tensor, "to_local"):  # not shared out
             tensor.data = tensor.data.to(device)

@@ -11,8 +11,8 @@ Bytes, with h, q, kv, f the widths of the residual stream, queries, keys and fee
     activations    1.25 · L · (6h + 4q + 4kv + 6f) numbers a token; LoRA and ft, which keep no layer's output: (4h + 3q + 3kv + 4f)
     second order   4 times that, and 24 · L · heads · length a token: attention without the fused kernel
     logits         12 for each number, where a label asks for them; over a frozen head of 128 labels at a time (loss.py)
-Several devices, N (distributed.py): each sends the trained numbers' gradients once around, 2 (N - 1)/N of 4 bytes each; with --fsdp=True it keeps 1/N
-of the blocks, one whole block at a time, and sends its share of each to the others twice a step, (N - 1)/N of the blocks' bytes each time.
+Several devices, N (distributed.py): each sends the trained numbers' gradients once around, 2 (N - 1)/N of 4 bytes each; with --fsdp=True it keeps 1/N of
+the weights, with a block and the embeddings or the head whole at a time, and sends its share to the others twice a step, (N - 1)/N of all weights' bytes each time.
 The factors were measured on SmolLM2-135M on a CPU (float32 and bfloat16, 64 to 512 tokens); tests hold them to within 40 %.
 """
 
@@ -136,12 +136,7 @@ def sent(c, method, devices, itemsize=2, rank=8, fsdp=False):
     """Bytes that each of several devices sends in a training step, by the file's formula."""
     whole = need(c, method, itemsize, 1, 1, rank=rank)
     ring = (devices - 1) / devices
-    return ring * (2 * 4 * whole.adapters / 24 + (2 * block_bytes(c, itemsize) if fsdp else 0))
-
-
-def block_bytes(c, itemsize):
-    """Bytes of all blocks' linear layers and norms."""
-    return c.num_hidden_layers * itemsize * (sum(out * into for out, into in linear_shapes(c)) + 2 * c.hidden_size)
+    return ring * (2 * 4 * whole.adapters / 24 + (2 * whole.weights if fsdp else 0))
 
 
 def choose(c, config, itemsize, longest, asked, free, shortest=2):
@@ -209,8 +204,8 @@ def spread(models, table):
         for devices in map(int, table.devices):
             n = need(c, "dora", 2, table.length, table.batch_size, rank=table.rank, optimizer=table.optimizer,
                      gradient_checkpointing=table.gradient_checkpointing)
-            blocks = block_bytes(c, 2)
-            shared = n.total - blocks * (1 - 1 / devices) + blocks / c.num_hidden_layers
+            whole = 2 * (sum(out * into for out, into in linear_shapes(c)) + c.vocab_size * c.hidden_size)  # at a time: a block, and the embeddings or the head
+            shared = n.total - n.weights * (1 - 1 / devices) + whole
             print(f"{name:14}{devices:8}{n.total / 1e9:16.1f}{sent(c, 'dora', devices, 2, table.rank) / 1e9:9.2f}"
                   f"{shared / 1e9:20.1f}{sent(c, 'dora', devices, 2, table.rank, True) / 1e9:9.1f}")
 

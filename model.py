@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from files import malformed, read_json, replacing, write_json
-from loss import cross_entropy
+from loss import ROWS, cross_entropy
 from quantized import QuantizedLinear, kind_of, pack
 
 # What transformers takes for a key that config.json leaves out
@@ -239,6 +239,12 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Head(nn.Linear):
+    def forward(self, hidden, targets=None):
+        """hidden: (..., hidden_size). The logits, (..., vocab); with targets (N,) for hidden (N, hidden_size) the loss, over a frozen weight."""
+        return super().forward(hidden) if targets is None else cross_entropy(hidden, self.weight, targets)
+
+
 def find_tensors(folder):
     """
     The tensors of a folder's safetensors files, by name: (file, shape).
@@ -290,7 +296,7 @@ class Transformer(nn.Module):
             "layers": nn.ModuleList(Block(config, window) for window in config.windows),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -324,14 +330,25 @@ class Transformer(nn.Module):
         if labels is None:
             return self.lm_head(self.hidden_states(input_ids))
         hidden, targets = self.asked(input_ids, labels)
-        if type(self.lm_head) is nn.Linear and not self.lm_head.weight.requires_grad and len(targets):
-            return cross_entropy(hidden, self.lm_head.weight, targets)
+        if isinstance(self.lm_head, Head) and not self.lm_head.weight.requires_grad and len(targets):
+            return self.lm_head(hidden, targets)
         return F.cross_entropy(self.lm_head(hidden).float(), targets)
 
     def asked(self, input_ids, labels):
         """Where labels ask for a token: the hidden states that predict it, (asked, hidden_size), and the token, (asked,). Arguments as forward's."""
         asked = labels[:, 1:] != -100
         return self.hidden_states(input_ids)[:, :-1][asked], labels[:, 1:][asked]
+
+    @torch.no_grad()
+    def totals(self, input_ids, labels):
+        """Of the tokens that labels ask for: the sum of the cross-entropies in nats, how many are the likeliest, how many there are."""
+        hidden, targets = self.asked(input_ids, labels)
+        loss = right = 0
+        for part, answers in zip(hidden.split(ROWS), targets.split(ROWS)):  # not all logits at once
+            logits = self.lm_head(part).float()  # (rows, vocab)
+            loss += F.cross_entropy(logits, answers, reduction="sum").item()
+            right += (logits.argmax(1) == answers).sum().item()
+        return loss, right, len(targets)
 
     @torch.no_grad()
     def score(self, prompts, answers):
@@ -394,11 +411,12 @@ class Transformer(nn.Module):
         return input_ids
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu", quantize=None):
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu", quantize=None, mapped=False):
         """
         Load a Hugging Face folder: config.json and model.safetensors, or shards with their index.
 
         quantize: None, or 'nf4', 'fp4', 'int8' for the blocks' linear layers; embeddings, norms and the head stay in dtype.
+        mapped: leave what has this dtype and device in the files' pages, which the system reads when asked, once for all processes.
         Raises FileNotFoundError when a file is missing, ValueError for an unsupported model, a damaged file, or a tensor
         that is missing, unexpected or misshapen.
         """
@@ -427,7 +445,7 @@ class Transformer(nn.Module):
         # The largest first, and the file closed after each: its pages go, so that beside what is loaded there is one tensor at most.
         for key in sorted(expected, key=lambda key: -math.prod(expected[key])):
             with safe_open(found[key][0], framework="pt") as file:
-                tensor = file.get_tensor(key).to(device, dtype, copy=True)
+                tensor = file.get_tensor(key).to(device, dtype, copy=not mapped)
             path, _, name = key.rpartition(".")
             layer = model.get_submodule(path)
             if quantize and isinstance(layer, nn.Linear) and name == "weight" and layer is not model.lm_head:

@@ -39,7 +39,6 @@ import settings
 from config import BILEVEL, Config, check, differences, read_config, second_order
 from files import read_json, replacing, write_json
 from hypergrad import assign, create_bilevel_optimizer
-from loss import ROWS
 from model import ModelConfig, Transformer
 from pretrained import find_model, is_hub_name
 from tokenizer import Tokenizer
@@ -101,12 +100,8 @@ def evaluate(model, encoded, label_ids, config, pad_id):
             right += (scores.argmax(1) == answers).sum().item()
             tokens += sum(len(label_ids[e.label]) for e in batch)
         else:
-            hidden, answers = model.asked(*(t.to(model.lm_head.weight.device) for t in data.collate(batch, pad_id)))
-            for part, targets in zip(hidden.split(ROWS), answers.split(ROWS)):  # not all logits at once
-                logits = model.lm_head(part).float()  # (rows, vocab)
-                total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-                right += (logits.argmax(1) == targets).sum().item()
-            tokens += len(answers)
+            sums = model.totals(*(t.to(model.lm_head.weight.device) for t in data.collate(batch, pad_id)))
+            total, right, tokens = total + sums[0], right + sums[1], tokens + sums[2]
     sums = torch.tensor([total, right, tokens], dtype=torch.float64, device=model.lm_head.weight.device)
     total, right, tokens = (sums if config.fsdp else distributed.add_up([sums])[0]).tolist()
     return {"loss": total / tokens, "accuracy": right / (len(encoded) if label_ids else tokens)}
@@ -207,7 +202,8 @@ def run(config, out, locks):
     if state and state[1]["data"] != fingerprint:
         raise ValueError(f"{source} can't be resumed: its data or its tokenizer has changed since")
     torch.manual_seed(config.seed)
-    model = Transformer.from_pretrained(folder, dtype, "cpu" if config.fsdp else device, None if config.quantize == "none" else config.quantize)
+    model = Transformer.from_pretrained(folder, dtype, "cpu" if config.fsdp else device,
+                                        None if config.quantize == "none" else config.quantize, mapped=config.fsdp)
     model.gradient_checkpointing = config.gradient_checkpointing == "True"
     weight_bytes = quantized.nbytes(model)
     largest = max(max(row.input_ids) for rows in encoded.values() for row in rows)
