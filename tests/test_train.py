@@ -14,11 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import data
 import hypergrad
 import merge
+import prepare
 import quantized
 import sample
 import train
+from model import Transformer
 from pretrained import find_model
 from train import Config
 
@@ -98,7 +101,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another():
 def test_the_test_examples_never_change_and_are_never_trained_on():
     texts = []
     for seed in (0, 1):
-        parts, _ = train.load_data(Config(**TINY, seed=seed))
+        parts, _ = prepare.load_data(Config(**TINY, seed=seed))
         sets = {name: {example["text"] for example in part} for name, part in parts.items()}
         assert not sets["test"] & (sets["train"] | sets["val"]) and not sets["train"] & sets["val"]
         texts.append(sets)
@@ -135,19 +138,19 @@ def test_retrain_starts_afresh_or_continues():
 def test_each_level_sees_its_own_examples_only(monkeypatch, method):
     """Search: direction and second derivatives on train, magnitude on val. Retrain, and single-level methods: train + val."""
     seen = []
-    batches = train.data.batches
+    batches = data.batches
 
     def spy(rows, *arguments):
         for batch in batches(rows, *arguments):
             seen.append({tuple(row.input_ids) for row in rows})
             yield batch
 
-    monkeypatch.setattr(train.data, "batches", spy)
+    monkeypatch.setattr(data, "batches", spy)
     config = Config(**TINY, method=method, out_dir="run")
     train.train(config)
-    parts, question = train.load_data(config)
-    tokenizer = train.data.Tokenizer.from_pretrained(train.find_model("tiny-random"))
-    sets = {name: {tuple(row.input_ids) for row in train.data.encode(part, tokenizer, 256, question, train.data.tokenize_labels(["no", "yes"], tokenizer))[0]}
+    parts, question = prepare.load_data(config)
+    tokenizer = data.Tokenizer.from_pretrained(find_model("tiny-random"))
+    sets = {name: {tuple(row.input_ids) for row in data.encode(part, tokenizer, 256, question, data.tokenize_labels(["no", "yes"], tokenizer))[0]}
             for name, part in parts.items()}
     both = sets["train"] | sets["val"]
     # lower and val batches of four search steps; three lower steps of retrain; one batch to check each phase's end
@@ -252,7 +255,7 @@ def test_a_fully_tuned_model_can_be_packed_when_sampled():
 def test_any_number_of_parts_is_made():
     ids = torch.arange(40).view(8, 5)
     for count, sizes in ((1, [8]), (3, [3, 3, 2]), (5, [2, 2, 2, 1, 1]), (9, [1] * 8)):
-        parts = train.data.parts((ids, ids), count)
+        parts = data.parts((ids, ids), count)
         assert [len(part[0]) for part in parts] == sizes and sum(share for *_, share in parts) == pytest.approx(1)
 
 
@@ -299,11 +302,11 @@ def test_gram_weight_keeps_directions_apart():
 
 def test_evaluation_against_plain_forward_passes():
     """Loss and accuracy of labels that differ in length, row by row from the logits."""
-    folder = train.find_model("tiny-random")
-    model, tokenizer = train.Transformer.from_pretrained(folder), train.data.Tokenizer.from_pretrained(folder)
-    label_ids = train.data.tokenize_labels(["good", "bad", "so-so"], tokenizer)
+    folder = find_model("tiny-random")
+    model, tokenizer = Transformer.from_pretrained(folder), data.Tokenizer.from_pretrained(folder)
+    label_ids = data.tokenize_labels(["good", "bad", "so-so"], tokenizer)
     examples = [{"text": "film " * i, "label": label} for i in range(1, 5) for label in label_ids]
-    rows, _ = train.data.encode(examples, tokenizer, 256, "{text}", label_ids)
+    rows, _ = data.encode(examples, tokenizer, 256, "{text}", label_ids)
     total = right = tokens = 0
     for row in rows:
         scores = {}
@@ -494,7 +497,7 @@ def test_an_overwritten_run_stays_beside_until_the_new_one_has_finished(capsys, 
 def test_a_folder_with_other_files_is_never_written_to(capsys):
     """The model's own folder, above all."""
     model = Path("model")
-    shutil.copytree(train.find_model("tiny-random"), model)
+    shutil.copytree(find_model("tiny-random"), model)
     before = contents(model)
     for extra in ([], ["--overwrite=True"], ["--method=ft"]):
         assert "no run's" in refused(capsys, "--config=tiny.py", "--model=model", "--out_dir=model", *extra)
