@@ -240,6 +240,33 @@ def scaling(bench, dtype):
     return results
 
 
+def measure(bench, dtype):
+    """Time all kinds in turn, then the memory of each; returns ({kind: seconds of each round}, {kind: peak GB})."""
+    names = [name for name in bench.kinds or KINDS if (dtype == torch.float32 or name not in SINGLE)
+             and (bench.peer or KINDS[name][0] != "peft") and (bench.labels == "all" or "one label" not in name)]
+    if not names:
+        raise ValueError(f"of kinds={','.join(bench.kinds)} none can be measured so: {', '.join(SINGLE)} need dtype=float32, PEFT's peer=True, "
+                         f"those with one label labels=all")
+    base = load(bench, dtype)
+    runs = {name: step(bench, name, base) for name in names}
+    seconds = {name: [] for name in names}
+    for _ in tqdm(range(bench.rounds + 1), desc="rounds"):
+        for name, run in runs.items():
+            seconds[name].append(timed(run))
+    runs.clear()
+    peaks = {name: alone(bench, name, dtype, rounds=1)["peak_gb"] for name in tqdm(names, desc="peak memory")}
+    return {name: times[1:] for name, times in seconds.items()}, peaks
+
+
+def measure_here(bench, dtype):
+    """What `alone` asks a process of its own: one kind's seconds, and the peak memory that this process came to."""
+    base = load(bench, dtype)
+    before = peak_memory("cpu")
+    run = step(bench, bench.only, base)
+    times = [timed(run) for _ in range(bench.rounds + 1)][1:]
+    return {"seconds": times, "peak_gb": peak_memory("cpu") - before}
+
+
 def main(arguments):
     if "--help" in arguments or "-h" in arguments:
         print(__doc__.strip(), settings.help_text(Bench), sep="\n\n")
@@ -252,47 +279,33 @@ def main(arguments):
             for value in [getattr(bench, name)] if name != "kinds" else bench.kinds:
                 if value not in known:
                     raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
+        if not Path(bench.out).absolute().parent.is_dir():
+            raise ValueError(f"out={bench.out}: there is no folder {Path(bench.out).parent} to write it in")
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(bench.dtype) or fast_dtype("cpu")[0]
         if bench.only:
-            base = load(bench, dtype)
-            before = peak_memory("cpu")
-            run = step(bench, bench.only, base)
-            times = [timed(run) for _ in range(bench.rounds + 1)][1:]
-            print(json.dumps({"seconds": times, "peak_gb": peak_memory("cpu") - before}))
+            print(json.dumps(measure_here(bench, dtype)))
             return 0
         if bench.quick:
             bench = dataclasses.replace(bench, rounds=3, kinds=("forward", "lora", "dora", "unrolled"))
         what = (f"{bench.model}, {str(dtype).removeprefix('torch.')}, {bench.batch_size} rows of {bench.length} tokens, {bench.labels} labels, "
                 f"rank {bench.rank}{', compiled' if bench.compile else ''}")
         print(what, flush=True)
+        chart = Path(bench.out).with_suffix(".png")
         if bench.scaling:
-            write_json(bench.out, {"settings": vars(bench) | {"dtype": str(dtype)}, "scaling": scaling(bench, dtype)})
-            print(f"\nsaved in {bench.out}")
-            return 0
-        names = [name for name in bench.kinds or KINDS if (dtype == torch.float32 or name not in SINGLE)
-                 and (bench.peer or KINDS[name][0] != "peft") and (bench.labels == "all" or "one label" not in name)]
-        if not names:
-            raise ValueError(f"of kinds={','.join(bench.kinds)} none can be measured so: {', '.join(SINGLE)} need dtype=float32, PEFT's peer=True, "
-                             f"those with one label labels=all")
-        base = load(bench, dtype)
-        runs = {name: step(bench, name, base) for name in names}
-        seconds = {name: [] for name in names}
-        for i in tqdm(range(bench.rounds + 1), desc="rounds"):
-            for name, run in runs.items():
-                seconds[name].append(timed(run))
-        seconds = {name: times[1:] for name, times in seconds.items()}
-        runs.clear()
-        peaks = {name: alone(bench, name, dtype, rounds=1)["peak_gb"] for name in tqdm(names, desc="peak memory")}
+            found = {"scaling": scaling(bench, dtype)}
+        else:
+            seconds, peaks = measure(bench, dtype)
+            found = {"seconds": seconds, "peak_gb": peaks}
+            print("", *table(bench, seconds, peaks), sep="\n")
+            draw(chart, what, seconds)
+        write_json(bench.out, {"settings": vars(bench) | {"dtype": str(dtype)}, **found})
     except ImportError as error:
         print(f"error: {error.name} is not installed, which peer=True needs: pip install -r requirements-dev.txt", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("", *table(bench, seconds, peaks), sep="\n")
-    draw(Path(bench.out).with_suffix(".png"), what, seconds)
-    write_json(bench.out, {"settings": vars(bench) | {"dtype": str(dtype)}, "seconds": seconds, "peak_gb": peaks})
-    print(f"\nsaved in {bench.out} and {Path(bench.out).with_suffix('.png')}")
+    print(f"\nsaved in {bench.out}" + ("" if bench.scaling else f" and {chart}"))
     return 0
 
 

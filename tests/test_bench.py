@@ -62,7 +62,7 @@ def test_bench_scales_one_thing_at_a_time(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--rounds=0"], "positive"), (["--kinds=dorra"], "did you mean 'dora'"), (["--only=nothing"], "unknown only"), (["--labels=some"], "unknown labels"),
-    (["--dtype=float16"], "unknown dtype"), (["--model=nowhere"], "nowhere")])
+    (["--dtype=float16"], "unknown dtype"), (["--model=nowhere"], "nowhere"), (["--out=no/where.json"], "no folder no")])
 def test_bench_refuses_in_one_line(arguments, message, capsys):
     assert bench.main(arguments) == 2
     err = capsys.readouterr().err
