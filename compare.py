@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,26 @@ def write_examples(compare, domain, size, seed, tuning):
     return train, test
 
 
+RUNNING = []  # the processes of the runs
+
+
+def launch(command, threads):
+    """Run train.py with these arguments on so many of the CPU's cores; returns its exit status and what it wrote to stderr."""
+    with subprocess.Popen([sys.executable, Path(__file__).parent / "train.py", *command], env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        RUNNING.append(process)
+        _, errors = process.communicate()
+        RUNNING.remove(process)
+    return process.returncode, errors
+
+
+def stop(signum, frame):
+    """At SIGTERM: end the runs too, which Ctrl-C reaches by itself."""
+    for process in RUNNING:
+        process.terminate()
+    raise KeyboardInterrupt
+
+
 def run(compare, domain, size, seed, method, rates, tuning=False):
     """Train once, unless its result is there; returns the result. Raises ValueError for one that was made with other rates or another model."""
     name = "-".join(["tune" if tuning else domain, method, *(f"{rate:g}" for rate in rates.values())] if tuning else [domain, str(size), method, str(seed)])
@@ -83,11 +104,10 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
                "retrain_steps": 4 * search, **rates, "label_prompt": data.BUILT_IN[domain], "eval_size": 300, "snapshots": 4, "out_dir": out,
                "overwrite": True}
     command = [f"--{key}={value}" for key, value in options.items()]
-    threads = str(max(1, (os.cpu_count() or 1) // compare.workers))
-    done = subprocess.run([sys.executable, Path(__file__).parent / "train.py", *command], env=os.environ | {"OMP_NUM_THREADS": threads},
-                          capture_output=True, text=True)
-    if done.returncode != 0:
-        message = (done.stderr.strip() or "no message").splitlines()[-1]
+    threads = max(1, (os.cpu_count() or 1) // compare.workers)
+    status, errors = launch(command, threads)
+    if status != 0:
+        message = (errors.strip() or "no message").splitlines()[-1]
         if not (tuning and "not finite" in message):
             raise RuntimeError(f"{name}: {message}")
         tqdm.write(f"{name}: {message}")  # a rate that is too high, which the grid is there to find
@@ -95,7 +115,7 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
     summary, trajectory = read_json(Path(out) / "summary.json"), Trajectory.load(out)
     parts = [trajectory.select(target) for target in TARGETS]
     result = {
-        "domain": domain, "size": size, "method": method, "seed": seed, **rates, "command": shlex.join(["python", "train.py", *command]), "threads": int(threads),
+        "domain": domain, "size": size, "method": method, "seed": seed, **rates, "command": shlex.join(["python", "train.py", *command]), "threads": threads,
         **{key: summary[key] for key in ("before", "after", "seconds", "dtype", "peak_memory_beyond_start_gb")},
         "trajectory": {"axis": trajectory.axis, "snapshots": trajectory.snapshots, "layers": [name for part in parts for name in part.layers],
                        "magnitude": [float(f"{x:.5g}") for part in parts for x in part.magnitude],
@@ -208,4 +228,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(main(sys.argv[1:]))

@@ -2,12 +2,15 @@
 
 import json
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy
 import pytest
 import scipy.stats
 
+import checkpoint
 import compare
 from compare import Compare
 
@@ -43,8 +46,7 @@ def test_the_rates_with_the_lowest_loss_on_the_tuning_set_are_chosen():
 
 
 def test_a_rate_that_diverges_in_tuning_is_passed_over_and_anything_else_stops(monkeypatch, capsys):
-    ended = subprocess.CompletedProcess([], 2, "", "error: train step 3 of 8 is not finite (loss nan): lower lower_lr or upper_lr")
-    monkeypatch.setattr(compare.subprocess, "run", lambda *arguments, **options: ended)
+    monkeypatch.setattr(compare, "launch", lambda *arguments: (2, "error: train step 3 of 8 is not finite (loss nan): lower lower_lr or upper_lr"))
     asked = Compare(model="tiny-random")
     diverged = compare.run(asked, "toy-sentiment", 40, 1000, "lora", {"lower_lr": 9.0}, tuning=True)
     assert "not finite" in diverged["diverged"] and "not finite" in capsys.readouterr().out and not list(Path(asked.results).glob("*"))
@@ -84,6 +86,19 @@ def test_a_comparison_goes_on_where_it_stopped(capsys):
     trajectory = compare.trajectory_of(found[0])
     assert numpy.shape(trajectory.delta_m) == (4, 4) and len(trajectory.magnitude) == 4  # q and v of two blocks
     assert compare.main(["--report=True", "--quick=True"]) == 0
+
+
+def test_sigterm_ends_the_runs_too():
+    process = subprocess.Popen([sys.executable, compare.__file__, "--quick=True", "--methods=lora"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    begun = time.time()
+    while not (runs := [path.parent for path in Path("out/compare-quick").glob("tune-*/metrics.jsonl")]) and time.time() - begun < 120:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 130 and "the same command goes on" in process.stderr.read()
+    for run in runs:
+        with checkpoint.locked(run):  # no process holds it any more
+            pass
+    assert runs and not list(Path("results-quick").glob("toy*"))
 
 
 @pytest.mark.parametrize("arguments, message", [
