@@ -14,6 +14,7 @@ activations. An iteration of search is a lower and an upper step.
 import copy
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -259,7 +260,7 @@ def measure(bench, dtype):
 
 
 def measure_here(bench, dtype):
-    """What `alone` asks a process of its own: one kind's seconds, and the peak memory that this process came to."""
+    """What `alone` asks a process of its own: one kind's seconds, and its peak memory in GB beyond the loaded model."""
     base = load(bench, dtype)
     before = peak_memory("cpu")
     run = step(bench, bench.only, base)
@@ -279,8 +280,8 @@ def main(arguments):
             for value in [getattr(bench, name)] if name != "kinds" else bench.kinds:
                 if value not in known:
                     raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
-        if not Path(bench.out).absolute().parent.is_dir():
-            raise ValueError(f"out={bench.out}: there is no folder {Path(bench.out).parent} to write it in")
+        if Path(bench.out).suffix != ".json" or Path(bench.out).is_dir() or not os.access(Path(bench.out).absolute().parent, os.W_OK):
+            raise ValueError(f"out={bench.out} must be a .json file in a folder that is there and can be written")
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(bench.dtype) or fast_dtype("cpu")[0]
         if bench.only:
             print(json.dumps(measure_here(bench, dtype)))
@@ -300,7 +301,7 @@ def main(arguments):
             draw(chart, what, seconds)
         write_json(bench.out, {"settings": vars(bench) | {"dtype": str(dtype)}, **found})
     except ImportError as error:
-        print(f"error: {error.name} is not installed, which peer=True needs: pip install -r requirements-dev.txt", file=sys.stderr)
+        print(f"error: {error.name} is not installed: pip install -r requirements-dev.txt", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,6 +18,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def write_examples(compare, domain, size, seed, tuning):
     return train, test
 
 
-RUNNING = []  # the processes of the runs
+RUNNING, STOPPED = [], threading.Event()  # the processes of the runs; set when these are to end
 
 
 def launch(command, threads):
@@ -77,6 +78,8 @@ def launch(command, threads):
     with subprocess.Popen([sys.executable, Path(__file__).parent / "train.py", *command], env=os.environ | {"OMP_NUM_THREADS": str(threads)},
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         RUNNING.append(process)
+        if STOPPED.is_set():
+            process.terminate()
         _, errors = process.communicate()
         RUNNING.remove(process)
     return process.returncode, errors
@@ -84,7 +87,8 @@ def launch(command, threads):
 
 def stop(signum, frame):
     """At SIGTERM: end the runs too, which Ctrl-C reaches by itself."""
-    for process in RUNNING:
+    STOPPED.set()
+    for process in list(RUNNING):
         process.terminate()
     raise KeyboardInterrupt
 

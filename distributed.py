@@ -52,6 +52,18 @@ def same_everywhere(tensors):
             dist.broadcast(tensor, 0)
 
 
+def give_memory_back():
+    """
+    Have the system get freed tensors' memory back at once, for a process that is to hold its share only; from before the model is loaded.
+
+    glibc would keep the blocks' memory among the activations', and what measuring the weights' norms took: on two processes SmolLM2 in fp32
+    came to 1.3 GB, and with M_MMAP_THRESHOLD at 1 MB to 0.7.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(-3, 1 << 20)
+
+
 def shard(model, device):
     """
     Keep of a Transformer's frozen weights this process's share, on its device; its blocks, embeddings and head fetch the others' when they are called.
@@ -62,15 +74,9 @@ def shard(model, device):
     from torch.distributed.device_mesh import init_device_mesh  # here, since they take a second, and few runs need them
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    if device == "cpu" and sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            # glibc would keep the blocks' memory among the activations': 1.3 GB for SmolLM2 on two processes, and 0.7 with M_MMAP_THRESHOLD at 1 MB;
-            # and what measuring the weights' norms took: malloc_trim gives 60 to 150 MB of that back.
-            ctypes.CDLL(None).mallopt(-3, 1 << 20)
-            ctypes.CDLL(None).malloc_trim(0)
     mesh = init_device_mesh(device.partition(":")[0], (WORLD_SIZE,))
     ends = [model.model.embed_tokens, model.lm_head]
-    tied = ends[0].weight is ends[1].weight  # then one share serves both, fetched for as long as either needs it
+    tied = ends[0].weight is ends[1].weight  # then one share serves both, fetched at the embeddings and kept until the head is done
     for part in [*model.model.layers, *([ends] if tied else ends), model]:  # the last one: what is left, a norm
         fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params={p for p in model.parameters() if p.requires_grad})
     for name in ("score", "totals"):

@@ -72,7 +72,7 @@ def choose_dtype(config, device):
 class Task:
     """A run's data and model. parts, encoded: the examples, and the same as rows of tokens, both as {"train", "val", "test"}."""
 
-    config: Config  # nothing automatic left in it, but for device and dtype
+    config: Config  # nothing automatic left in it, but for what stands below: device, dtype, label_prompt
     device: str
     dtype: str
     why: str  # this dtype
@@ -105,8 +105,8 @@ def prepare(config, device, source=None, fingerprint=None):
 
     Raises ValueError or FileNotFoundError for what is wrong with the data, the tokenizer or the model.
     """
-    config = dataclasses.replace(config, lower_lr=config.lower_lr or (2e-5 if config.method == "ft" else 1e-3),
-                                 gradient_checkpointing=str(config.gradient_checkpointing))
+    lower_lr = config.lower_lr or (2e-5 if config.method == "ft" else 1e-3)
+    config = dataclasses.replace(config, lower_lr=lower_lr, unroll_lr=config.unroll_lr or lower_lr, gradient_checkpointing=str(config.gradient_checkpointing))
     if distributed.LOCAL_RANK > 0:
         distributed.wait()  # for the first process of this machine, which downloads
     parts, label_prompt = load_data(config)
@@ -145,15 +145,17 @@ def prepare(config, device, source=None, fingerprint=None):
     found = hashlib.sha256(repr(encoded).encode()).hexdigest()
     if fingerprint not in (None, found):
         raise ValueError(f"{source} can't be resumed: its data or its tokenizer has changed since")
-    largest = max(max(row.input_ids) for rows in encoded.values() for row in rows)
-    if largest >= shape.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer writes token {largest}, but the model's vocabulary ends at {shape.vocab_size}")
 
     torch.manual_seed(config.seed)
+    if config.fsdp:
+        distributed.give_memory_back()
     model = Transformer.from_pretrained(folder, getattr(torch, dtype), "cpu" if config.fsdp else device,
                                         None if config.quantize == "none" else config.quantize, mapped=config.fsdp)
     model.gradient_checkpointing = config.gradient_checkpointing == "True"
     weight_bytes = quantized.nbytes(model)
+    largest = max(max(row.input_ids) for rows in encoded.values() for row in rows)
+    if largest >= shape.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer writes token {largest}, but the model's vocabulary ends at {shape.vocab_size}")
     if config.method != "ft":
         model.requires_grad_(False)
         bidora.replace_linear_with_bidora(model, config.rank, config.target_modules, config.alpha, config.dropout,

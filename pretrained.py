@@ -187,7 +187,7 @@ def read_gguf(path):
         "eos_token_id": field("tokenizer.ggml.eos_token_id"),
     }
     special = [token for token, type_ in zip(tokens, types) if type_ == 3]  # 3: a control token
-    return config, tensors, tokens, field("tokenizer.ggml.merges"), special, {
+    return config, tensors, tokens, list(field("tokenizer.ggml.merges")), special, {
         "chat_template": field("tokenizer.chat_template"),
         "bos_token": tokens[config["bos_token_id"]],
         "eos_token": tokens[config["eos_token_id"]],

@@ -81,7 +81,7 @@ def learning_rate_scale(step, steps, warmup):
 
 
 class Run:
-    """A run in its folder `out`: how far it is, what it has measured, and the writing of both. Of several processes, only the first writes."""
+    """A run in its folder `out`: trains its phases, knows how far it is, and writes what it has come to. Of several processes, only the first writes."""
 
     def __init__(self, task, out, source, state, started):
         """source, state: the folder and the checkpoint, as checkpoint.load gives it, of a run that goes on, or None. started: when, in seconds."""
@@ -103,7 +103,7 @@ class Run:
                 self.trajectory = dataclasses.replace(self.trajectory, **about["trajectory"])
 
     def open_folder(self, source, previous, asked, locks):
-        """Put what a run starts with into its folder, the earlier run aside. asked: the settings as they were given; locks: train's."""
+        """Put what a run starts with into its folder, the earlier run aside. asked: the settings as they were given; locks: train's. For the first process alone."""
         if previous:
             checkpoint.set_aside(self.out)
             if not self.out.exists():
@@ -134,8 +134,8 @@ class Run:
         if self.trajectory:
             self.trajectory.save(self.out)
 
-    def keep(self, phase, step, optimizer=None):
-        """Write a checkpoint from which the run goes on after that step of that phase."""
+    def write_checkpoint(self, phase, step, optimizer=None):
+        """Write what the run needs to go on after that step of that phase."""
         if distributed.RANK > 0:
             return
         tensors = {f"parameter.{name}": p for name, p in self.parameters.items()}
@@ -162,7 +162,7 @@ class Run:
                     layer.reset_direction()
         options = {
             "first_order": {},
-            "unrolled": {"lr": config.unroll_lr or config.lower_lr, "steps": config.unroll_steps, "mode": config.mode},
+            "unrolled": {"lr": config.unroll_lr, "steps": config.unroll_steps, "mode": config.mode},
             "neumann": {"terms": config.terms, "alpha": config.neumann_alpha},
             "conjugate_gradient": {"iterations": config.cg_iterations, "damping": config.damping},
         }[config.hypergradient]
@@ -226,7 +226,7 @@ class Run:
                 # Between two turns of the upper level, when no lower-level step waits to be differentiated.
                 if not optimizer.past and step < steps and (stop or step - last_kept >= config.checkpoint_every):
                     self.seconds[phase], last_kept = earlier + time.time() - phase_start, step
-                    self.keep(index, step, optimizer)
+                    self.write_checkpoint(index, step, optimizer)
                     if stop:
                         self.save()
                         raise checkpoint.Stopped(f"stopped at {phase} step {step} of {steps}", stop)
@@ -243,7 +243,7 @@ class Run:
                                      f"the weights of the last good step are in {self.out}") from None
         self.seconds[phase] = earlier + time.time() - phase_start
         self.save()
-        self.keep(index + 1, 0)
+        self.write_checkpoint(index + 1, 0)
         if stop := asked_everywhere(signals, self.task.device):
             raise checkpoint.Stopped(f"stopped at the end of {phase}", stop)
 
@@ -287,6 +287,7 @@ def train_in(out, config, locks):
         config, state = checkpoint.resumed(config, source), checkpoint.load(source)
         print(f"resuming {source} after step {state[1]['n']}" if state else f"{source} has no checkpoint yet: starting from its first step")
     task = prepare(config, device, source, state[1]["data"] if state else None)
+    config = task.config
     run = Run(task, out, source, state, started)
     distributed.from_first(lambda: run.open_folder(source, previous, asked, locks), device)
     announce(task)
@@ -295,7 +296,7 @@ def train_in(out, config, locks):
 
     @torch.compiler.set_stance("force_eager")  # not compiled for each of evaluation's shapes
     def evaluate_all():
-        return {name: evaluate(task.model, rows, task.label_ids, task.config, task.tokenizer.pad_id) for name, rows in evaluated.items()}
+        return {name: evaluate(task.model, rows, task.label_ids, config, task.tokenizer.pad_id) for name, rows in evaluated.items()}
 
     run.before = run.before or evaluate_all()
     shown = "test" if evaluated["test"] else "val" if evaluated["val"] else "train"
@@ -321,7 +322,7 @@ def train_in(out, config, locks):
     after = evaluate_all()
     results = {
         "method": config.method, "model": config.model, "dtype": task.dtype, "seed": config.seed,
-        "quantize": task.config.quantize, "weight_bytes": task.weight_bytes,
+        "quantize": config.quantize, "weight_bytes": task.weight_bytes,
         "examples": {name: len(examples) for name, examples in task.parts.items()},
         "evaluated": {name: len(rows) for name, rows in evaluated.items()},
         "before": run.before, "after": after, "trainable_parameters": task.sizes,
@@ -373,7 +374,7 @@ def main(arguments):
         print("interrupted", file=sys.stderr)
         return 130
     out, other = results["out_dir"], "dora" if config.method in BILEVEL else "bidora"
-    again = shlex.join([argument for argument in arguments if not argument.startswith(("--method=", "--out_dir=", "--overwrite=", "--resume=", "--fsdp="))])
+    again = shlex.join([argument for argument in arguments if not argument.startswith(("--method=", "--out_dir=", "--overwrite=", "--resume="))] + ["--fsdp=False"] * config.fsdp)
     prompts = {"movie-sentiment": "Dull, clumsy and far too long.", "product-sentiment": "It broke within a week.", "toy-sentiment": "aeae lim aeae tik"}
     prompt = "..." if config.train_file else prompts[config.data]
     print(f"next:\n  python sample.py --adapter={out} --prompt=\"{prompt}\"\n"

@@ -62,8 +62,9 @@ def test_bench_scales_one_thing_at_a_time(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--rounds=0"], "positive"), (["--kinds=dorra"], "did you mean 'dora'"), (["--only=nothing"], "unknown only"), (["--labels=some"], "unknown labels"),
-    (["--dtype=float16"], "unknown dtype"), (["--model=nowhere"], "nowhere"), (["--out=no/where.json"], "no folder no")])
-def test_bench_refuses_in_one_line(arguments, message, capsys):
+    (["--dtype=float16"], "unknown dtype"), (["--model=nowhere"], "nowhere"), (["--out=no/where.json"], "no/where.json must be"), (["--out=a.json"], "a.json must be"), (["--out=x.png"], "x.png must be"), (["--out="], "must be a .json")])
+def test_bench_refuses_in_one_line(arguments, message, capsys, tmp_path):
+    (tmp_path / "a.json").mkdir()
     assert bench.main(arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
