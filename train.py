@@ -374,7 +374,8 @@ def main(arguments):
         print("interrupted", file=sys.stderr)
         return 130
     out, other = results["out_dir"], "dora" if config.method in BILEVEL else "bidora"
-    again = shlex.join([argument for argument in arguments if not argument.startswith(("--method=", "--out_dir=", "--overwrite=", "--resume="))] + ["--fsdp=False"] * config.fsdp)
+    shown = [argument for argument in arguments if not argument.startswith(("--method=", "--out_dir=", "--overwrite=", "--resume=", "--fsdp="))]
+    again = shlex.join(shown + ["--fsdp=False"] * config.fsdp)
     prompts = {"movie-sentiment": "Dull, clumsy and far too long.", "product-sentiment": "It broke within a week.", "toy-sentiment": "aeae lim aeae tik"}
     prompt = "..." if config.train_file else prompts[config.data]
     print(f"next:\n  python sample.py --adapter={out} --prompt=\"{prompt}\"\n"

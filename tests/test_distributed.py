@@ -145,6 +145,7 @@ def test_a_run_of_two_processes_that_share_the_model_goes_on_with_one_or_four():
     assert train.main([*arguments, "--out_dir=one"]) == 0
     done = torchrun(MAIN, *arguments, "--fsdp=True", "--out_dir=four", processes=4)
     assert done.returncode == 0 and "resuming four after step " in done.stdout, done.stderr
+    assert "--fsdp=False --method=bidora" in done.stdout  # what to try next is one process
     assert train.main([*arguments, "--out_dir=whole"]) == 0
     assert distance("whole", "one") < 1e-5 and distance("whole", "four") < 1e-5
 
