@@ -182,7 +182,7 @@ def table(results):
         if len(pairs) > 1:
             texts = []
             for what, measure in measures.items():
-                differences = [measure(a) - measure(b) for a, b in pairs]
+                differences = [round(measure(a) - measure(b), 9) for a, b in pairs]  # equal ones are to tie, whatever their last digits
                 p = wilcoxon(differences).pvalue if any(differences) else 1.0
                 texts.append(f"{what} {numpy.mean(differences):+.3g} (p = {p:.2g})")
             lines.append(f"    {size:4} examples, {method:8}{len(pairs):4} pairs: {', '.join(texts)}")

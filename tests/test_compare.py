@@ -68,6 +68,13 @@ def test_table_has_means_deviations_and_the_paired_test():
     assert not any("lora" in line for line in lines)
 
 
+def test_equal_differences_tie_whatever_their_last_digits():
+    ours, theirs = (278, 273, 270, 263, 280, 265), (281, 279, 273, 260, 280, 265)  # of 300
+    pairs = [result(method, seed, right / 300) for method, rights in (("bidora", ours), ("dora", theirs)) for seed, right in enumerate(rights)]
+    p = scipy.stats.wilcoxon(numpy.subtract(ours, theirs)).pvalue  # 0.5; without rounding 0.375
+    assert f"test accuracy -0.5 (p = {p:.2g})" in compare.table(pairs)[-1]
+
+
 def test_a_comparison_goes_on_where_it_stopped(capsys):
     arguments = ["--quick=True", "--methods=lora"]
     assert compare.main(arguments) == 0
