@@ -184,7 +184,7 @@ def table(results):
             for what, measure in measures.items():
                 differences = [round(measure(a) - measure(b), 9) for a, b in pairs]  # equal ones are to tie, whatever their last digits
                 p = wilcoxon(differences).pvalue if any(differences) else 1.0
-                texts.append(f"{what} {numpy.mean(differences):+.3g} (p = {p:.2g})")
+                texts.append(f"{what} {round(numpy.mean(differences), 6) + 0:+.3g} (p = {p:.2g})")
             lines.append(f"    {size:4} examples, {method:8}{len(pairs):4} pairs: {', '.join(texts)}")
     return lines
 
