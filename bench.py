@@ -30,7 +30,7 @@ import bidora
 import data
 import settings
 from files import read_json, replacing, write_json
-from hardware import NAMES, QWEN25, fast_dtype, peak_memory
+from hardware import QWEN25, fast_dtype, peak_memory, published
 from hypergrad import create_bilevel_optimizer
 from model import ModelConfig, Transformer
 from pretrained import find_model
@@ -84,7 +84,7 @@ SINGLE = ("ft", "unrolled differences")  # only in float32: in bfloat16 small up
 def shape(bench):
     """The model's ModelConfig."""
     if bench.model == "random-0.5b":
-        return ModelConfig.from_hf({"model_type": "qwen2", **dict(zip(NAMES, QWEN25["0.5B"]))})
+        return published("qwen2", QWEN25["0.5B"])
     return ModelConfig.from_hf(read_json(find_model(bench.model) / "config.json"))
 
 

@@ -77,8 +77,9 @@ def shard(model, device):
     mesh = init_device_mesh(device.partition(":")[0], (WORLD_SIZE,))
     ends = [model.model.embed_tokens, model.lm_head]
     tied = ends[0].weight is ends[1].weight  # then one share serves both, fetched at the embeddings and kept until the head is done
+    trained = {p for p in model.parameters() if p.requires_grad}
     for part in [*model.model.layers, *([ends] if tied else ends), model]:  # the last one: what is left, a norm
-        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params={p for p in model.parameters() if p.requires_grad})
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
     for name in ("score", "totals"):
         register_fsdp_forward_method(model, name)  # called as forward is, from outside
     for tensor in [*model.parameters(), *model.buffers()]:

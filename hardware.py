@@ -183,6 +183,11 @@ NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
          "tie_word_embeddings")
 
 
+def published(model_type, values):
+    """The ModelConfig of one of QWEN25's or LLAMA2's values."""
+    return ModelConfig.from_hf({"model_type": model_type, **dict(zip(NAMES, values))})
+
+
 @dataclass
 class Table:
     # what the table is made for
@@ -223,9 +228,9 @@ def main(arguments):
         if table.model:
             models = {table.model: ModelConfig.from_hf(read_json(find_model(table.model) / "config.json"))}
         elif table.devices:
-            models = {f"LLaMA 2 {size}": ModelConfig.from_hf({"model_type": "llama", **dict(zip(NAMES, values))}) for size, values in LLAMA2.items()}
+            models = {f"LLaMA 2 {size}": published("llama", values) for size, values in LLAMA2.items()}
         else:
-            models = {f"Qwen2.5-{size}": ModelConfig.from_hf({"model_type": "qwen2", **dict(zip(NAMES, values))}) for size, values in QWEN25.items()}
+            models = {f"Qwen2.5-{size}": published("qwen2", values) for size, values in QWEN25.items()}
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -65,8 +65,8 @@ def evaluate(model, encoded, label_ids, config, pad_id):
             right += (scores.argmax(1) == answers).sum().item()
             tokens += sum(len(label_ids[e.label]) for e in batch)
         else:
-            sums = model.totals(*(t.to(model.lm_head.weight.device) for t in data.collate(batch, pad_id)))
-            total, right, tokens = total + sums[0], right + sums[1], tokens + sums[2]
+            loss, hits, count = model.totals(*(t.to(model.lm_head.weight.device) for t in data.collate(batch, pad_id)))
+            total, right, tokens = total + loss, right + hits, tokens + count
     sums = torch.tensor([total, right, tokens], dtype=torch.float64, device=model.lm_head.weight.device)
     total, right, tokens = (sums if config.fsdp else distributed.add_up([sums])[0]).tolist()
     return {"loss": total / tokens, "accuracy": right / (len(encoded) if label_ids else tokens)}
