@@ -26,8 +26,15 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from files import read_json, replacing, write_json
-from quantized import blocks, dequantize, float_dtype, kind_of, linear, transposed
+from support.files import read_json, replacing, write_json
+from support.quantized import (
+    blocks,
+    dequantize,
+    float_dtype,
+    kind_of,
+    linear,
+    transposed,
+)
 
 METHODS = ("lora", "dora", "bidora", "bilora")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a block of LLaMA and its kin
@@ -270,6 +277,12 @@ def prepare_bidora_model(model, config, quantized=False):
     model.requires_grad_(False)
     return replace_linear_with_bidora(model, config.rank, config.target_modules, config.alpha, config.dropout,
                                       "bidora" if config.use_bidora else "dora")
+
+
+def linear_layers(model, targets):
+    """The model's nn.Linear layers, by name, that the targets mean."""
+    return {name: layer for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear) and any(ends_in(name, target) for target in targets)}
 
 
 def adapter_layers(model):

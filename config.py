@@ -11,10 +11,8 @@ import torch
 
 import bidora
 import data
-import distributed
-import quantized
-import settings
 from hypergrad import HYPERGRADIENTS
+from support import distributed, quantized, settings
 
 
 @dataclass
@@ -79,7 +77,7 @@ class Config:
     fsdp: bool = False  # under torchrun: share the frozen weights out over the processes (FSDP2), for a base larger than one device
     auto_hardware: bool = False  # let what is automatic or 0 in quantize, accumulate, gradient_checkpointing, block_size fit the memory
     # output
-    snapshots: int = 0  # times a phase, the last step included, at which the weights' ΔM and ΔD are recorded (analysis.py)
+    snapshots: int = 0  # times a phase, the last step included, at which the weights' ΔM and ΔD are recorded (tools/analysis.py)
     out_dir: str = ""  # where the run is written; empty: out/<config's name>, and -<method> if --method is given
     overwrite: bool = False  # replace the files of an earlier run in out_dir
     resume: str = ""  # True: go on with the run in out_dir from its last checkpoint; a folder: with that run, into a new out_dir
@@ -112,7 +110,7 @@ BELOW_ONE = {"dropout", "val_fraction", "warmup"}
 
 def read_config(arguments):
     """The Config of a command line; see settings.read. Raises ValueError or FileNotFoundError."""
-    config, path = settings.read(Config, arguments, Path(__file__).parent / "configs")
+    config, path = settings.read(Config, arguments)
     if path and not config.out_dir:
         method = f"-{config.method}" if any(argument.startswith("--method=") for argument in arguments) else ""
         config.out_dir = str(Path("out") / f"{path.stem}{method}")
@@ -196,7 +194,7 @@ def check(config):
                 (config.method == "ft", "shares out frozen weights only, and method=ft trains them", "an adapter (bidora, dora, lora)"),
                 (config.quantize not in ("auto", "none"), "can't cut bitsandbytes' packed weights", "quantize=none"),
                 (config.gram_weight, "has no whole weights for gram_weight's regulariser", "gram_weight=0"),
-                (config.snapshots, "has no whole weights for ΔM and ΔD", "snapshots=0, and analysis.py --tuned= on the finished run"),
+                (config.snapshots, "has no whole weights for ΔM and ΔD", "snapshots=0, and python -m tools.analysis --tuned= on the finished run"),
                 (config.compile, "is not compiled here", "compile=False")):
             if is_set:
                 raise ValueError(f"fsdp=True {what}: use {instead}")

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from files import fetch
-from tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer, for those who look for it here)
+from support.files import fetch
+from support.tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer, for those who look for it here)
 
 # ---------------------------------------------------------------------------------------------- data sets
 

@@ -25,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from files import malformed, read_json, replacing, write_json
-from loss import ROWS, cross_entropy
-from quantized import QuantizedLinear, kind_of, pack
+from support.files import malformed, read_json, replacing, write_json
+from support.kernels import ROWS, cross_entropy
+from support.quantized import QuantizedLinear, kind_of, pack
 
 # What transformers takes for a key that config.json leaves out
 COMMON = {"num_key_value_heads": None, "head_dim": None, "sliding_window": None, "rms_norm_eps": 1e-6}

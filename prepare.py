@@ -14,14 +14,12 @@ import torch
 
 import bidora
 import data
-import distributed
-import hardware
-import quantized
 from config import BILEVEL, Config, differences, second_order
-from files import read_json
 from model import ModelConfig, Transformer
-from pretrained import find_model
-from tokenizer import Tokenizer
+from support import distributed, hardware, quantized
+from support.files import read_json
+from support.pretrained import find_model
+from support.tokenizer import Tokenizer
 
 
 def load_data(config):

@@ -15,11 +15,11 @@ import torch
 
 from bidora import load_adapter
 from data import LABEL_PROMPT, tokenize_labels, tokenize_question
-from files import read_json
 from model import Transformer
-from pretrained import find_model
-from quantized import KINDS
-from tokenizer import Tokenizer
+from support.files import read_json
+from support.pretrained import find_model
+from support.quantized import KINDS
+from support.tokenizer import Tokenizer
 
 
 def own_dtype(folder):

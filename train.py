@@ -26,19 +26,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import analysis
 import bidora
-import checkpoint
 import data
-import distributed
-import hardware
-import report
-import settings
-from config import BILEVEL, Config, check, read_config
-from files import replacing, write_json
+from config import BILEVEL, HARMLESS, Config, check, read_config
 from hypergrad import assign, create_bilevel_optimizer
 from prepare import announce, prepare
-from pretrained import is_hub_name
+from support import checkpoint, distributed, hardware, report, settings
+from support.files import replacing, write_json
+from support.pretrained import is_hub_name
+from support.weight_changes import Trajectory
 
 
 @torch.no_grad()
@@ -87,7 +83,8 @@ class Run:
         """source, state: the folder and the checkpoint, as checkpoint.load gives it, of a run that goes on, or None. started: when, in seconds."""
         config, self.task, self.out, self.state, self.started = task.config, task, out, state, started
         self.parameters = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
-        self.trajectory = analysis.Trajectory.start(task.model, config.target_modules, config.magnitude_axis) if config.snapshots else None
+        layers = bidora.adapter_layers(task.model) or bidora.linear_layers(task.model, config.target_modules)
+        self.trajectory = Trajectory.start(layers, config.magnitude_axis) if config.snapshots else None
         about = state[1] if state else {"phase": 0, "step": 0, "n": 0, "seconds": {}, "elapsed": 0.0, "before": None}
         self.first, self.begin = about["phase"], about["step"]  # the phase that it starts in, after which of its steps
         self.n, self.seconds, self.elapsed, self.before = about["n"], about["seconds"], about["elapsed"], about["before"]  # n: steps in all
@@ -284,7 +281,7 @@ def train_in(out, config, locks):
     source, previous = (Path(path) if path else None for path in distributed.from_first(find_folder, device))
     asked, state = dataclasses.asdict(config), None
     if source:
-        config, state = checkpoint.resumed(config, source), checkpoint.load(source)
+        config, state = checkpoint.resumed(config, source, HARMLESS), checkpoint.load(source)
         print(f"resuming {source} after step {state[1]['n']}" if state else f"{source} has no checkpoint yet: starting from its first step")
     task = prepare(config, device, source, state[1]["data"] if state else None)
     config = task.config

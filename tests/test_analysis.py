@@ -10,10 +10,12 @@ import scipy.stats
 import torch
 import torch.nn as nn
 
-import analysis
 import train
-from analysis import Trajectory, changes, decompose, delta, fit, layer_delta
 from bidora import BiDoRALinear
+from support import weight_changes
+from support.weight_changes import Trajectory, changes, decompose, delta, layer_delta
+from tools import analysis
+from tools.analysis import fit
 from train import Config
 
 TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", search_steps=4, retrain_steps=4, test_size=40, eval_size=20)
@@ -171,7 +173,7 @@ def test_wrong_input_gets_one_line(arguments, message, capsys):
         train.train(Config(method="dora", out_dir="dora", snapshots=1, **TINY))
     Path("torn").mkdir()
     Path("torn/trajectory.json").write_text(json.dumps({"axis": "row", "layers": ["a"], "snapshots": []}))
-    analysis.save_file({"magnitude": torch.ones(2)}, "torn/trajectory.safetensors")
+    weight_changes.save_file({"magnitude": torch.ones(2)}, "torn/trajectory.safetensors")
     shutil.copytree("torn", "damaged"), shutil.copytree("torn", "odd")
     Path("damaged/trajectory.safetensors").write_bytes(b"half")
     Path("odd/trajectory.json").write_text('{"layers": 5, "snapshots": 3, "axis": 1}')

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-import bench
 import bidora
-from files import read_json
+from support.files import read_json
+from tools import bench
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,18 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import bidora
-import quantized
-from bidora import BiDoRAConfig, BiDoRALinear, Rescale, load_adapter, merge, prepare_bidora_model, replace_linear_with_bidora, save_adapter
+from bidora import (
+    BiDoRAConfig,
+    BiDoRALinear,
+    Rescale,
+    load_adapter,
+    merge,
+    prepare_bidora_model,
+    replace_linear_with_bidora,
+    save_adapter,
+)
 from hypergrad import create_bilevel_optimizer
+from support import quantized
 
 METHODS = ("lora", "dora", "bidora")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
 import train
+from support import checkpoint
 from train import Config
 
 ROOT = Path(train.__file__).parent

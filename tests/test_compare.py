@@ -1,6 +1,7 @@
 """The comparison: its splits, its choice of rates, its statistics, and that it goes on where it stopped."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,9 +11,9 @@ import numpy
 import pytest
 import scipy.stats
 
-import checkpoint
-import compare
-from compare import Compare
+from support import checkpoint
+from tools import compare
+from tools.compare import Compare
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +97,8 @@ def test_a_comparison_goes_on_where_it_stopped(capsys):
 
 
 def test_sigterm_ends_the_runs_too():
-    process = subprocess.Popen([sys.executable, compare.__file__, "--quick=True", "--methods=lora"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "tools.compare", "--quick=True", "--methods=lora"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
     begun = time.time()
     while not (runs := [path.parent for path in Path("out/compare-quick").glob("tune-*/metrics.jsonl")]) and time.time() - begun < 120:
         time.sleep(0.05)

@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
+from test_tokenizer import trained_tokenizer
 
 import data
 from data import Tokenizer, batches, encode, load_examples, split
-from pretrained import find_model
-from test_tokenizer import trained_tokenizer
+from support.pretrained import find_model
 
 # -------------------------------------------------------------------------------------------- loss masks
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data
-import hardware
 import train
-from files import read_json, write_json
 from model import ModelConfig
-from pretrained import find_model
+from support import hardware
+from support.files import read_json, write_json
+from support.pretrained import find_model
 from train import Config
 
 ROOT = Path(train.__file__).parent
@@ -154,10 +154,10 @@ def test_a_run_of_two_processes_that_share_the_model_goes_on_with_one_or_four():
     (["--method=bidora"], "second derivatives"), (["--method=ft"], "frozen weights only"), (["--method=dora", "--quantize=nf4"], "packed"),
     (["--method=dora", "--snapshots=2"], "ΔM"), (["--method=dora", "--gram_weight=1e-5"], "gram_weight"), (["--method=dora", "--compile=True"], "compile=False")])
 def test_what_cannot_be_shared_out_is_refused(settings, message, monkeypatch, capsys):
-    monkeypatch.setattr("distributed.WORLD_SIZE", 2)
+    monkeypatch.setattr("support.distributed.WORLD_SIZE", 2)
     assert train.main(["--config=tiny.py", "--fsdp=True", *settings]) == 2
     assert message in capsys.readouterr().err
-    monkeypatch.setattr("distributed.WORLD_SIZE", 1)
+    monkeypatch.setattr("support.distributed.WORLD_SIZE", 1)
     assert train.main(["--config=tiny.py", "--fsdp=True", "--method=dora"]) == 2
     assert "torchrun" in capsys.readouterr().err
 
@@ -176,7 +176,7 @@ import gc, sys
 sys.path.insert(0, {root!r})
 import torch, bidora, distributed
 from model import Transformer
-from pretrained import find_model
+from support.pretrained import find_model
 
 def megabytes():
     gc.collect()

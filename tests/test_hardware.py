@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import hardware
-from files import read_json
-from hardware import choose, need
 from model import ModelConfig
-from pretrained import find_model
+from support import hardware
+from support.files import read_json
+from support.hardware import choose, need
+from support.pretrained import find_model
+from tools import memory
 from train import Config
 
-ROOT = Path(hardware.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ import torch
 import bidora, bitsandbytes, data, train
 from hypergrad import create_bilevel_optimizer
 from model import Transformer
-from pretrained import find_model
+from support.pretrained import find_model
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 Transformer.from_pretrained(find_model("tiny-random"))
 start = peak()
@@ -90,10 +91,10 @@ def test_block_size_never_passes_the_models_positions_or_cuts_an_answer():
 
 
 def test_the_table_runs_and_knows_the_published_sizes(capsys):
-    assert hardware.main(["--length=128"]) == 0
+    assert memory.main(["--length=128"]) == 0
     out = capsys.readouterr().out
     assert "computed, not measured" in out and [float(w) for w in re.search(r"Qwen2.5-7B +(.*)", out)[1].split()][0] == pytest.approx(15.2)
-    assert hardware.main(["--model=no/such/model"]) == 2 and hardware.main(["--rnak=3"]) == hardware.main(["--optimizer=foo"]) == hardware.main(["--length=-5"]) == 2
+    assert memory.main(["--model=no/such/model"]) == 2 and memory.main(["--rnak=3"]) == memory.main(["--optimizer=foo"]) == memory.main(["--length=-5"]) == 2
     assert "did you mean 'rank'" in capsys.readouterr().err
 
 
@@ -106,10 +107,10 @@ def test_free_memory_is_less_than_the_machine_has():
 
 def test_the_table_for_several_devices(capsys):
     """LLaMA 2 7B in bf16: 13.5 GB of weights, of which eight devices hold an eighth each, and what they send grows with the weights."""
-    assert hardware.main(["--devices=8", "--batch_size=1", "--length=1"]) == 0
+    assert memory.main(["--devices=8", "--batch_size=1", "--length=1"]) == 0
     name, devices, holds, sends, shared_holds, shared_sends = re.split(r"\s{2,}", capsys.readouterr().out.splitlines()[3].strip())
     weights, embeddings = 13.5, 2 * 32000 * 4096 / 1e9
     assert (name, devices) == ("LLaMA 2 7B", "8")
     assert float(shared_holds) == pytest.approx(float(holds) - 7 / 8 * weights + (weights - 2 * embeddings) / 32 + embeddings, abs=0.2) and float(holds) > weights
     assert float(shared_sends) == pytest.approx(2 * 7 / 8 * weights + float(sends), abs=0.2) and float(sends) < 0.2
-    assert hardware.main(["--devices=1"]) == 2 and "above 1" in capsys.readouterr().err
+    assert memory.main(["--devices=1"]) == 2 and "above 1" in capsys.readouterr().err

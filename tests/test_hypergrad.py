@@ -10,14 +10,22 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from test_model import checkpoint
 
 import bidora
 import data
 import hypergrad
 from bidora import BiDoRAConfig, prepare_bidora_model
-from hypergrad import HYPERGRADIENTS, adam_scale, conjugate_gradient, create_bilevel_optimizer, first_order, neumann, unrolled
+from hypergrad import (
+    HYPERGRADIENTS,
+    adam_scale,
+    conjugate_gradient,
+    create_bilevel_optimizer,
+    first_order,
+    neumann,
+    unrolled,
+)
 from model import Transformer
-from test_model import checkpoint
 
 
 class Quadratic:

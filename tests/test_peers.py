@@ -14,9 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchopt
+from test_hypergrad import Curved, Logistic
 
 from hypergrad import conjugate_gradient, neumann, unrolled
-from test_hypergrad import Curved, Logistic
 
 
 def through_torchopt(c, make_optimizer, steps):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import pretrained
-from pretrained import find_model, is_hub_name
+from support import pretrained
+from support.pretrained import find_model, is_hub_name
 
 ROOT = Path(pretrained.__file__).parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -10,14 +10,22 @@ import pytest
 import torch
 import torch.nn as nn
 import transformers
+from test_model import checkpoint
 
 import bidora
-import quantized
-from bidora import BiDoRAConfig, BiDoRALinear, adapter_layers, load_adapter, merge, prepare_bidora_model, replace_linear_with_bidora, save_adapter
+from bidora import (
+    BiDoRAConfig,
+    adapter_layers,
+    load_adapter,
+    merge,
+    prepare_bidora_model,
+    replace_linear_with_bidora,
+    save_adapter,
+)
 from hypergrad import HYPERGRADIENTS, create_bilevel_optimizer
 from model import Transformer
-from quantized import KINDS, dequantize, kind_of, linear, pack
-from test_model import checkpoint
+from support import quantized
+from support.quantized import KINDS, dequantize, kind_of, linear, pack
 
 
 def unpacked(packed, shape):
@@ -164,7 +172,7 @@ import re, sys
 sys.path.insert(0, {str(Path(quantized.__file__).parent)!r})
 import torch
 from bidora import BiDoRALinear
-from quantized import QuantizedLinear, pack
+from support.quantized import QuantizedLinear, pack
 status = lambda key: int(re.search(key + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1e3
 pack(torch.randn(64, 64), {kind!r})
 packed = pack(torch.randn(8192, 8192), {kind!r})

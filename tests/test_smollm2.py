@@ -5,16 +5,23 @@ import zipfile
 import pytest
 import torch
 import transformers
+from test_tokenizer import NASTY, random_texts
 from tokenizers import Tokenizer as Peer
 
 import bidora
 import data
 from data import Tokenizer, load_examples
-from files import fetch
-from hypergrad import LowerGradient, assign, create_bilevel_optimizer, restored, total_gradient, val_gradients
+from hypergrad import (
+    LowerGradient,
+    assign,
+    create_bilevel_optimizer,
+    restored,
+    total_gradient,
+    val_gradients,
+)
 from model import Transformer
-from pretrained import SMOLLM2, SMOLLM2_MEMBER, find_model
-from test_tokenizer import NASTY, random_texts
+from support.files import fetch
+from support.pretrained import SMOLLM2, SMOLLM2_MEMBER, find_model
 
 
 @pytest.fixture(scope="module")

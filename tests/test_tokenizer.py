@@ -7,10 +7,20 @@ import unicodedata
 
 import pytest
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer as Peer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from tokenizers import Tokenizer as Peer
 
 import data
-from tokenizer import QWEN2_SPLIT, Tokenizer
+from support.tokenizer import QWEN2_SPLIT, Tokenizer
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")

@@ -13,16 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
 import data
 import hypergrad
-import merge
 import prepare
-import quantized
 import sample
 import train
 from model import Transformer
-from pretrained import find_model
+from support import checkpoint, quantized
+from support.pretrained import find_model
+from tools import merge
 from train import Config
 
 ROOT = Path(train.__file__).parent
@@ -216,7 +215,7 @@ def test_full_fine_tuning_of_a_packed_base_is_refused(capsys):
 
 def test_auto_hardware_says_what_it_picks_and_why(capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("hardware.free_memory", lambda device: 2e6)  # next to nothing
+        patch.setattr("support.hardware.free_memory", lambda device: 2e6)  # next to nothing
         train.train(Config(**TINY, auto_hardware=True, quantize="none", out_dir="run"))
     out = capsys.readouterr().out
     assert "auto_hardware: 0.0 GB free" in out and "nothing leaner is left" in out and "block_size=128, quantize=none, gradient_checkpointing=True, accumulate=4" in out

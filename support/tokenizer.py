@@ -24,7 +24,7 @@ import jinja2.sandbox
 import regex
 import tiktoken
 
-from files import malformed, read_json, replacing
+from support.files import malformed, read_json, replacing
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
          "chat_template.jinja", "generation_config.json")

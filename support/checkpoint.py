@@ -22,9 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from config import HARMLESS
-from files import read_json, write_json
-from tokenizer import FILES as TOKENIZER_FILES
+from support.files import read_json, write_json
+from support.tokenizer import FILES as TOKENIZER_FILES
 
 try:
     import fcntl
@@ -238,16 +237,20 @@ def remove_run(folder):
         folder.rmdir()
 
 
-def resumed(config, source):
-    """config as the run in source had it, with all that was automatic resolved. Raises ValueError for settings that changed since."""
+def resumed(config, source, harmless):
+    """
+    config as the run in source had it, with all that was automatic resolved. harmless: the settings that may have changed.
+
+    Raises ValueError for others that changed since.
+    """
     stored, now = read_json(source / "run.json"), json.loads(json.dumps(dataclasses.asdict(config)))
     asked = stored.get("asked")
     if not isinstance(asked, dict) or now.keys() - stored.keys():
         raise ValueError(f"{source / 'run.json'} was written by another version, or edited: the run can't be resumed")
     changed = {name: f"{name}={value} (it was {asked.get(name)})" for name, value in now.items() if value != asked.get(name) and name != "resume"}
-    if refused := [text for name, text in changed.items() if name not in HARMLESS]:
+    if refused := [text for name, text in changed.items() if name not in harmless]:
         raise ValueError(f"{source} can't be resumed with other settings: {', '.join(refused)}")
     if changed:
         print(f"changed since the run began: {', '.join(changed.values())}")
     return dataclasses.replace(config, **{name: tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
-                                          for name in now if name not in HARMLESS})
+                                          for name in now if name not in harmless})

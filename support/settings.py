@@ -14,7 +14,9 @@ import traceback
 import types
 from pathlib import Path
 
-from files import read_json
+from support.files import read_json
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def suggest(name, known):
@@ -45,11 +47,11 @@ def typed(field, value, where):
     raise ValueError(f"{where}: {field.name}={value!r} is not {words[kind]}")
 
 
-def read(kind, arguments, configs):
+def read(kind, arguments):
     """
     Read a command line into an instance of the dataclass `kind`; returns it and the path of its config file, or None.
 
-    arguments: a list of --name=value; --config=file is looked up as it stands, then in the folder `configs`.
+    arguments: a list of --name=value; --config=file is looked up as it stands, then in configs/.
     Raises ValueError or FileNotFoundError with one line that names what is wrong and where.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -64,10 +66,10 @@ def read(kind, arguments, configs):
     values, path = {}, None
     if "config" in given:
         path = Path(given.pop("config"))
-        path = path if path.exists() else configs / path
+        path = path if path.exists() else CONFIGS / path
         if not path.is_file():
-            known = sorted(file.name for file in configs.iterdir() if file.suffix in (".py", ".json"))
-            raise FileNotFoundError(f"no config file {path.name!r}, here or in {configs.name}/" + suggest(path.name, known))
+            known = sorted(file.name for file in CONFIGS.iterdir() if file.suffix in (".py", ".json"))
+            raise FileNotFoundError(f"no config file {path.name!r}, here or in {CONFIGS.name}/" + suggest(path.name, known))
         for name, value in (read_json(path) if path.suffix == ".json" else run(path)).items():
             if name not in fields:
                 raise ValueError(f"{path}: unknown setting {name!r}" + suggest(name, fields))

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from files import replacing
+from support.files import replacing
 
 
 def plot_losses(path, metrics, results):
     """Draw train and val loss over the steps, the phases marked, with the test loss before and after."""
-    from matplotlib.figure import Figure  # without pyplot: no window, and a notebook's own settings stay
+    from matplotlib.figure import (
+        Figure,  # without pyplot: no window, and a notebook's own settings stay
+    )
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -1,10 +1,10 @@
 """
 What a training step costs, by each method and each hypergradient, side by side.
 
-    python bench.py                    SmolLM2-135M, 8 rows of 64 tokens, 9 rounds: some 8 minutes on two CPU cores
-    python bench.py --quick=True       the main methods in under a minute, and noisier
-    python bench.py --peer=True        transformers with PEFT too, on the same weights and batch
-    python bench.py --scaling=True     time and memory of a step over rank, length and depth
+    python -m tools.bench                    SmolLM2-135M, 8 rows of 64 tokens, 9 rounds: some 8 minutes on two CPU cores
+    python -m tools.bench --quick=True       the main methods in under a minute, and noisier
+    python -m tools.bench --peer=True        transformers with PEFT too, on the same weights and batch
+    python -m tools.bench --scaling=True     time and memory of a step over rank, length and depth
 
 All kinds are timed in turn, round by round in one process, so that a busy moment hits all of them; medians count. They share the frozen weights. Peak memory beyond
 the loaded model comes from one process each. A LoRA step can't be cheaper than two forward passes: one forward, and one backward for the
@@ -28,12 +28,13 @@ from tqdm import tqdm
 
 import bidora
 import data
-import settings
-from files import read_json, replacing, write_json
-from hardware import QWEN25, fast_dtype, peak_memory, published
 from hypergrad import create_bilevel_optimizer
 from model import ModelConfig, Transformer
-from pretrained import find_model
+from support import settings
+from support.files import read_json, replacing, write_json
+from support.hardware import fast_dtype, peak_memory
+from support.pretrained import find_model
+from tools.memory import QWEN25, published
 
 
 @dataclass
@@ -176,8 +177,8 @@ def timed(run):
 def alone(bench, name, dtype, **changes):
     """A kind's seconds, after one round to warm up, and its peak memory in GB beyond the loaded model, in a process of its own."""
     given = vars(bench) | {"only": name, "dtype": str(dtype).removeprefix("torch."), "kinds": ",".join(bench.kinds), "quick": False, "scaling": False} | changes
-    command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in given.items() if value != "")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tools.bench", *(f"--{key}={value}" for key, value in given.items() if value != "")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
     if done.returncode != 0:
         raise ValueError(f"{name}: {(done.stderr.strip() or 'no message').splitlines()[-1].removeprefix('error: ')}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -273,7 +274,7 @@ def main(arguments):
         print(__doc__.strip(), settings.help_text(Bench), sep="\n\n")
         return 0
     try:
-        bench, _ = settings.read(Bench, arguments, Path(__file__).parent / "configs")
+        bench, _ = settings.read(Bench, arguments)
         if min(bench.rounds, bench.batch_size // 2, bench.length // 2, bench.rank, bench.upper_every, bench.layers + 1) < 1:
             raise ValueError("rounds, rank and upper_every must be positive, batch_size and length at least 2")
         for name, known in (("kinds", KINDS), ("only", ("", *KINDS)), ("labels", ("all", "last")), ("dtype", ("auto", "float32", "bfloat16"))):

@@ -1,9 +1,9 @@
 """
 The methods side by side, over seeds, training sizes and domains, each with the learning rates that did best on examples kept for that.
 
-    python compare.py                  every run that has no result yet: stop it and start it again as you like
-    python compare.py --report=True    the table of the results that are there
-    python compare.py --quick=True     a toy in two minutes, in a folder of its own
+    python -m tools.compare                  every run that has no result yet: stop it and start it again as you like
+    python -m tools.compare --report=True    the table of the results that are there
+    python -m tools.compare --quick=True     a toy in two minutes, in a folder of its own
 
 Of each domain, 300 examples are the test and 200 the tuning set, always the same; training samples are drawn from the rest, by the seed. A sample of n
 examples gets 50·√(n/100) lower-level steps by every method, a fifth of them in search. Each point of a method's grid of rates is
@@ -28,9 +28,9 @@ from scipy.stats import wilcoxon
 from tqdm import tqdm
 
 import data
-import settings
-from analysis import Trajectory
-from files import malformed, read_json, replacing
+from support import settings
+from support.files import malformed, read_json, replacing
+from tools.analysis import Trajectory
 
 ADAPTER = {"lower_lr": (3e-4, 1e-3, 3e-3)}
 GRID = {"bidora": ADAPTER | {"upper_lr": (3e-3, 3e-2)}, "dora": ADAPTER, "lora": ADAPTER, "bilora": ADAPTER | {"upper_lr": (3e-3, 3e-2)},
@@ -75,7 +75,7 @@ RUNNING, STOPPED = [], threading.Event()  # the processes of the runs; set when 
 
 def launch(command, threads):
     """Run train.py with these arguments on so many of the CPU's cores; returns its exit status and what it wrote to stderr."""
-    with subprocess.Popen([sys.executable, Path(__file__).parent / "train.py", *command], env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+    with subprocess.Popen([sys.executable, Path(__file__).parents[1] / "train.py", *command], env=os.environ | {"OMP_NUM_THREADS": str(threads)},
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         RUNNING.append(process)
         if STOPPED.is_set():
@@ -194,7 +194,7 @@ def main(arguments):
         print(__doc__.strip(), settings.help_text(Compare), sep="\n\n")
         return 0
     try:
-        compare, _ = settings.read(Compare, arguments, Path(__file__).parent / "configs")
+        compare, _ = settings.read(Compare, arguments)
         for name, known in (("methods", GRID), ("domains", data.BUILT_IN)):
             for value in set(getattr(compare, name)) - set(known):
                 raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
@@ -220,7 +220,7 @@ def main(arguments):
                 list(tqdm(pool.map(lambda job: run(compare, *job, rates[job[3]]), jobs), total=len(jobs), desc="runs"))
         results = load_results(compare.results)
         if not results:
-            raise FileNotFoundError(f"no results in {compare.results}: run python compare.py first")
+            raise FileNotFoundError(f"no results in {compare.results}: run python -m tools.compare first")
         print(*table(results), sep="\n")
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

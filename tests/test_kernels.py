@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import loss
-from loss import cross_entropy
+from support import kernels
+from support.kernels import cross_entropy
 
 
 def example(n, dtype, vocab=300):
@@ -14,7 +14,7 @@ def example(n, dtype, vocab=300):
     return torch.randn(n, 16, dtype=dtype, requires_grad=True), torch.randn(vocab, 16, dtype=dtype), torch.randint(vocab, (n,))
 
 
-@pytest.mark.parametrize("n", [1, loss.ROWS, 2 * loss.ROWS + 3])
+@pytest.mark.parametrize("n", [1, kernels.ROWS, 2 * kernels.ROWS + 3])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_value_and_gradient_equal_the_plain_form(n, dtype, tolerance):
     """Up to rounding; the gradient's of bfloat16 is 2⁻⁸ in each of its two roundings."""
@@ -28,7 +28,7 @@ def test_value_and_gradient_equal_the_plain_form(n, dtype, tolerance):
 
 
 def test_second_derivatives_are_right(monkeypatch):
-    monkeypatch.setattr(loss, "ROWS", 2)
+    monkeypatch.setattr(kernels, "ROWS", 2)
     hidden, weight, targets = example(5, torch.float64, vocab=7)
     assert torch.autograd.gradcheck(lambda h: cross_entropy(h, weight, targets), hidden)
     assert torch.autograd.gradgradcheck(lambda h: cross_entropy(h, weight, targets), hidden)
@@ -43,13 +43,13 @@ def test_no_tensor_holds_all_logits():
             largest.append(result.numel() if isinstance(result, torch.Tensor) else 0)
             return result
 
-    hidden, weight, targets = example(10 * loss.ROWS, torch.float32)
+    hidden, weight, targets = example(10 * kernels.ROWS, torch.float32)
     with Watch():
         cross_entropy(hidden, weight, targets).backward()
-    assert max(largest) == loss.ROWS * 300
+    assert max(largest) == kernels.ROWS * 300
     with Watch():
         F.cross_entropy(F.linear(hidden, weight), targets).backward()
-    assert max(largest) == 10 * loss.ROWS * 300
+    assert max(largest) == 10 * kernels.ROWS * 300
 
 
 def test_evaluation_without_gradients_equals_the_one_with():

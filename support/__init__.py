@@ -1,0 +1,1 @@
+"""What a lesson need not open; README.md says what is where."""

@@ -1,0 +1,1 @@
+"""The other programs: python -m tools.NAME."""
