@@ -26,23 +26,35 @@ from support.tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer, for
 
 # ---------------------------------------------------------------------------------------------- data sets
 
-SNIPPETS = dict(requirement="vaderSentiment==3.3.2", filename="vaderSentiment-3.3.2.tar.gz", size="2.5 MB",
-              sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
+SNIPPETS = dict(
+    requirement="vaderSentiment==3.3.2",
+    filename="vaderSentiment-3.3.2.tar.gz",
+    size="2.5 MB",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+)
 BUILT_IN = {  # name: how its classification question is put
     "movie-sentiment": "Is the sentiment of this movie review positive or negative? Answer with one word.\n\n{text}",
     "product-sentiment": "Is the sentiment of this product review positive or negative? Answer with one word.\n\n{text}",
     "toy-sentiment": "{text}",
 }
-LABEL_PROMPT = "Which of these labels fits the text: {labels}? Answer with the label only.\n\n{text}"
+LABEL_PROMPT = (
+    "Which of these labels fits the text: {labels}? Answer with the label only.\n\n{text}"
+)
 FORMATS = {  # format: the keys that it needs; the first that fits is it
-    "messages": ("messages",), "instruction": ("instruction", "output"), "prompt": ("prompt", "completion"),
-    "code": ("code",), "classification": ("text", "label"), "text": ("text",),
+    "messages": ("messages",),
+    "instruction": ("instruction", "output"),
+    "prompt": ("prompt", "completion"),
+    "code": ("code",),
+    "classification": ("text", "label"),
+    "text": ("text",),
 }
 
 
 def format_of(example):
     """The name of an example's format, a key of FORMATS, or None."""
-    return next((name for name, keys in FORMATS.items() if all(key in example for key in keys)), None)
+    return next(
+        (name for name, keys in FORMATS.items() if all(key in example for key in keys)), None
+    )
 
 
 def load_examples(path_or_name):
@@ -61,7 +73,9 @@ def load_examples(path_or_name):
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a JSONL file")
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: give a JSONL file or a built-in set ({', '.join(BUILT_IN)})")
+        raise FileNotFoundError(
+            f"{path} does not exist: give a JSONL file or a built-in set ({', '.join(BUILT_IN)})"
+        )
     examples, kind = [], None
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -69,19 +83,29 @@ def load_examples(path_or_name):
         where = f"{path}:{number}"
         try:
             example = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique)
-            if b"\\ud" in line.lower():  # such escapes come in pairs; half a pair is no character, and no tokenizer takes it
+            if (
+                b"\\ud" in line.lower()
+            ):  # such escapes come in pairs; half a pair is no character, and no tokenizer takes it
                 json.dumps(example, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{where}: half a surrogate pair (\\ud800 … \\udfff alone) is no character: remove it") from None
+            raise ValueError(
+                f"{where}: half a surrogate pair (\\ud800 … \\udfff alone) is no character: remove it"
+            ) from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8") from None
+            raise ValueError(
+                f"{where}: not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON ({error}): write one JSON object a line") from None
-        if isinstance(example, dict) and isinstance(example.get("label"), int):  # 0 and 1 are common labels
+        if isinstance(example, dict) and isinstance(
+            example.get("label"), int
+        ):  # 0 and 1 are common labels
             example["label"] = str(example["label"])
         check_example(example, where)
         if kind not in (None, format_of(example)):
-            raise ValueError(f"{where}: format {format_of(example)!r}, but the lines before are {kind!r}: use one format a file")
+            raise ValueError(
+                f"{where}: format {format_of(example)!r}, but the lines before are {kind!r}: use one format a file"
+            )
         kind = format_of(example)
         if kind != "classification":
             example.pop("label", None)  # some other note of the file's author
@@ -96,7 +120,9 @@ def unique(pairs):
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        raise ValueError(
+            f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice"
+        )
     return found
 
 
@@ -105,16 +131,28 @@ def check_example(example, where):
     kind = format_of(example) if isinstance(example, dict) else None
     if kind is None:
         needed = "; ".join(" + ".join(keys) for keys in FORMATS.values())
-        have = f"has the keys {', '.join(example) or '(none)'}" if isinstance(example, dict) else "is no JSON object"
+        have = (
+            f"has the keys {', '.join(example) or '(none)'}"
+            if isinstance(example, dict)
+            else "is no JSON object"
+        )
         raise ValueError(f"{where}: the line {have}; needed are: {needed}")
     if kind == "messages":
         turns = example["messages"]
-        if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("role"), str)
-                                                  and isinstance(t.get("content"), str) for t in turns):
-            raise ValueError(f"{where}: messages must be a list of objects with the strings role and content")
+        if not isinstance(turns, list) or not all(
+            isinstance(t, dict)
+            and isinstance(t.get("role"), str)
+            and isinstance(t.get("content"), str)
+            for t in turns
+        ):
+            raise ValueError(
+                f"{where}: messages must be a list of objects with the strings role and content"
+            )
         answers = [t["content"] for t in turns if t["role"] == "assistant"]
         if not answers:
-            raise ValueError(f"{where}: no message has the role 'assistant', so there is nothing to learn")
+            raise ValueError(
+                f"{where}: no message has the role 'assistant', so there is nothing to learn"
+            )
     else:
         for key in [*FORMATS[kind], *(["input"] if "input" in example else [])]:
             if not isinstance(example[key], str):
@@ -132,15 +170,25 @@ def rated_snippets(name):
     Hutto & Gilbert, "VADER", ICWSM 2014; the ratings lie in an archive inside the package's source archive (MIT).
     """
     with tarfile.open(fetch(**SNIPPETS)) as outer:
-        inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        inner = outer.extractfile(
+            "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+        )
         with tarfile.open(fileobj=inner) as archive:
-            lines = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt").read().decode("utf-8").splitlines()
+            lines = (
+                archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+                .read()
+                .decode("utf-8")
+                .splitlines()
+            )
     ratings = {}  # by text, so that no snippet stands twice
     for line in lines:
         _, rating, text = line.split("\t")
         if abs(float(rating)) >= 0.5:
             ratings.setdefault(text.strip(), float(rating))
-    return [{"text": text, "label": "positive" if rating > 0 else "negative"} for text, rating in ratings.items()]
+    return [
+        {"text": text, "label": "positive" if rating > 0 else "negative"}
+        for text, rating in ratings.items()
+    ]
 
 
 def toy_sentiment(size=2000):
@@ -149,7 +197,9 @@ def toy_sentiment(size=2000):
     examples = []
     for i in range(size):
         label, marked = (("yes", "aeae"), ("no", "uouo"))[i % 2]
-        syllables = [marked] * 3 + [rng.choice(("ti", "lim", "nik", "pil", "kit")) for _ in range(5)]
+        syllables = [marked] * 3 + [
+            rng.choice(("ti", "lim", "nik", "pil", "kit")) for _ in range(5)
+        ]
         rng.shuffle(syllables)
         examples.append({"text": " ".join(syllables), "label": label})
     return examples
@@ -169,8 +219,10 @@ def split(examples, val_fraction=0.2, seed=0):
         count = round(val_fraction * len(group))
         if not 0 < count < len(group):
             what = f"label {label!r}" if label is not None else "the data"
-            raise ValueError(f"val_fraction={val_fraction} of the {len(group)} examples of {what} leaves an empty part: "
-                             f"give more examples, or another val_fraction")
+            raise ValueError(
+                f"val_fraction={val_fraction} of the {len(group)} examples of {what} leaves an empty part: "
+                f"give more examples, or another val_fraction"
+            )
         val += group[:count]
         train += group[count:]
     return train, val
@@ -190,7 +242,11 @@ class Encoded:
 def tokenize_question(text, tokenizer, label_prompt, labels):
     """The prompt of a classification example, up to where the label goes, as token ids."""
     message = label_prompt.replace("{labels}", ", ".join(labels)).replace("{text}", text)
-    return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True))
+    return tokenizer.encode(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], add_generation_prompt=True
+        )
+    )
 
 
 def tokenize_labels(labels, tokenizer):
@@ -199,7 +255,7 @@ def tokenize_labels(labels, tokenizer):
     ("1" and "10"), where the shorter would always be the likelier.
     """
     ids = {label: tokenizer.encode(label) for label in labels}
-    if any(a != b and ids[b][:len(ids[a])] == ids[a] for a in labels for b in labels):
+    if any(a != b and ids[b][: len(ids[a])] == ids[a] for a in labels for b in labels):
         ids = {label: tokens + [tokenizer.eos_id] for label, tokens in ids.items()}
     return ids
 
@@ -208,27 +264,47 @@ def segments(example, tokenizer, label_prompt, label_ids):
     """The example as a list of (token ids, counts in the loss)."""
     kind = format_of(example)
     if kind in ("text", "code"):
-        return [(tokenizer.prefix_ids, False), (tokenizer.encode(example[kind]) + [tokenizer.eos_id], True)]
+        return [
+            (tokenizer.prefix_ids, False),
+            (tokenizer.encode(example[kind]) + [tokenizer.eos_id], True),
+        ]
     if kind == "prompt":
-        prompt, completion = tokenizer.encode_cut(example["prompt"] + example["completion"], [len(example["prompt"])])
+        prompt, completion = tokenizer.encode_cut(
+            example["prompt"] + example["completion"], [len(example["prompt"])]
+        )
         return [(tokenizer.prefix_ids + prompt, False), (completion + [tokenizer.eos_id], True)]
     if kind == "classification":
-        return [(tokenize_question(example["text"], tokenizer, label_prompt, label_ids), False), (label_ids[example["label"]], True)]
+        return [
+            (tokenize_question(example["text"], tokenizer, label_prompt, label_ids), False),
+            (label_ids[example["label"]], True),
+        ]
     if kind == "instruction":
         request = "\n\n".join(filter(None, (example["instruction"], example.get("input"))))
-        messages = [{"role": "user", "content": request}, {"role": "assistant", "content": example["output"]}]
+        messages = [
+            {"role": "user", "content": request},
+            {"role": "assistant", "content": example["output"]},
+        ]
     else:
         messages = example["messages"]
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        messages = messages[:last + 1]  # nothing is learnt from what comes behind
+        messages = messages[: last + 1]  # nothing is learnt from what comes behind
     text, spans = tokenizer.conversation(messages)
     parts = tokenizer.encode_cut(text, [cut for span in spans for cut in span])
-    if not tokenizer.end_of_turn:  # the template writes nothing behind an answer, but a model must learn to stop
+    if (
+        not tokenizer.end_of_turn
+    ):  # the template writes nothing behind an answer, but a model must learn to stop
         parts[-2:] = [parts[-2] + [tokenizer.eos_id]]
     return [(tokens, i % 2 == 1) for i, tokens in enumerate(parts)]
 
 
-def encode(examples, tokenizer, block_size, label_prompt=LABEL_PROMPT, label_ids=None, train_on_prompt=False):
+def encode(
+    examples,
+    tokenizer,
+    block_size,
+    label_prompt=LABEL_PROMPT,
+    label_ids=None,
+    train_on_prompt=False,
+):
     """
     Turn examples into (list of Encoded, how many were cut).
 
@@ -241,20 +317,30 @@ def encode(examples, tokenizer, block_size, label_prompt=LABEL_PROMPT, label_ids
         try:
             parts = segments(example, tokenizer, label_prompt, label_ids)
         except ValueError as error:
-            raise ValueError(f"{error}; the example is {json.dumps(example, ensure_ascii=False):.80}…") from None
+            raise ValueError(
+                f"{error}; the example is {json.dumps(example, ensure_ascii=False):.80}…"
+            ) from None
         if len(parts) > 1 and not parts[-1][1]:
             parts.pop()  # what the template writes behind the last answer
         ids = [token for tokens, _ in parts for token in tokens]
-        targets = [token if counts or train_on_prompt else -100 for tokens, counts in parts for token in tokens]
+        targets = [
+            token if counts or train_on_prompt else -100
+            for tokens, counts in parts
+            for token in tokens
+        ]
         if format_of(example) in ("text", "code"):
             # A row's first token is the last of the row before, so that each token is predicted once.
             for start in range(0, len(ids) - 1, block_size - 1):
-                encoded.append(Encoded(ids[start:start + block_size], targets[start:start + block_size]))
+                encoded.append(
+                    Encoded(ids[start : start + block_size], targets[start : start + block_size])
+                )
             continue
         answer = len(parts[-1][0])
         if answer >= block_size:
-            raise ValueError(f"the answer that begins with {tokenizer.decode(parts[-1][0][:20])!r} has {answer} tokens, and "
-                             f"block_size={block_size} must hold it and some prompt: raise block_size")
+            raise ValueError(
+                f"the answer that begins with {tokenizer.decode(parts[-1][0][:20])!r} has {answer} tokens, and "
+                f"block_size={block_size} must hold it and some prompt: raise block_size"
+            )
         cut += len(ids) > block_size
         ids, targets = ids[-block_size:], targets[-block_size:]
         label = example["label"] if format_of(example) == "classification" else None
@@ -264,7 +350,9 @@ def encode(examples, tokenizer, block_size, label_prompt=LABEL_PROMPT, label_ids
 
 def pad(rows, value):
     """Lists of ids as one tensor, (rows, longest row), filled with value on the right."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row) for row in rows], batch_first=True, padding_value=value
+    )
 
 
 def collate(encoded, pad_id):
@@ -281,11 +369,18 @@ def batches(encoded, batch_size, pad_id, seed, skip=0, group_by_length=False):
     queue = []
 
     def grouped(rows):
-        pools = [sorted(rows[i:i + 16 * batch_size], key=lambda row: len(row.input_ids)) for i in range(0, len(rows), 16 * batch_size)]
-        groups = [pool[i:i + batch_size] for pool in pools for i in range(0, len(pool), batch_size)]
+        pools = [
+            sorted(rows[i : i + 16 * batch_size], key=lambda row: len(row.input_ids))
+            for i in range(0, len(rows), 16 * batch_size)
+        ]
+        groups = [
+            pool[i : i + batch_size] for pool in pools for i in range(0, len(pool), batch_size)
+        ]
         rest = [group for group in groups if len(group) < batch_size]
         groups = rng.sample(groups, len(groups))
-        return list(itertools.chain(*rest, *(group for group in groups if len(group) == batch_size)))
+        return list(
+            itertools.chain(*rest, *(group for group in groups if len(group) == batch_size))
+        )
 
     for number in itertools.count():
         batch = []
@@ -308,5 +403,9 @@ def parts(batch, count, rank=0, world_size=1):
     total = (batch[1][:, 1:] != -100).sum().item()
     own = [tensor.tensor_split(world_size)[rank] for tensor in batch]
     number = min(count, math.ceil(len(batch[0]) / world_size))
-    return [(ids, targets, (targets[:, 1:] != -100).sum().item() / total) if len(ids) else (batch[0][:1], batch[1][:1], 0.0)
-            for ids, targets in zip(*(tensor.tensor_split(number) for tensor in own))]
+    return [
+        (ids, targets, (targets[:, 1:] != -100).sum().item() / total)
+        if len(ids)
+        else (batch[0][:1], batch[1][:1], 0.0)
+        for ids, targets in zip(*(tensor.tensor_split(number) for tensor in own))
+    ]

@@ -62,7 +62,7 @@ def total_gradient(loss, parameters, reduce=same):
 def val_gradients(val_loss, lower, upper, reduce=same):
     """v = ∂F/∂V and ∂F/∂m from one backward pass a part."""
     both = total_gradient(val_loss, [*lower, *upper], reduce)
-    return both[:len(lower)], both[len(lower):]
+    return both[: len(lower)], both[len(lower) :]
 
 
 class LowerGradient:
@@ -75,7 +75,11 @@ class LowerGradient:
     def __init__(self, train_loss, lower, reduce=same):
         self.parts, self.lower, self.reduce = parts_of(train_loss), lower, reduce
         self.graph = self.differentiable(self.parts[0]) if len(self.parts) == 1 else None
-        self.value = reduce([g.detach() for g in self.graph]) if self.graph else total_gradient(self.parts, lower, reduce)
+        self.value = (
+            reduce([g.detach() for g in self.graph])
+            if self.graph
+            else total_gradient(self.parts, lower, reduce)
+        )
 
     def differentiable(self, part):
         with sdpa_kernel(SDPBackend.MATH):  # fused attention kernels have no second derivative
@@ -85,11 +89,22 @@ class LowerGradient:
         """Σ vectors · ∂g/∂parameters. V must have the values that it had. last: the graph is not needed any more."""
         products = []
         for g in [self.graph] if self.graph else map(self.differentiable, self.parts):
-            pairs = [(gV, x) for gV, x in zip(g, vectors) if gV.requires_grad]  # parts of g can be constant: a layer that is not used
-            with sdpa_kernel(SDPBackend.MATH):  # with gradient checkpointing, parts of the forward pass are computed again here
-                products.append(gradient([gV for gV, _ in pairs], parameters, grad_outputs=[x for _, x in pairs],
-                                         retain_graph=bool(self.graph) and not last) if pairs
-                                else [torch.zeros_like(p) for p in parameters])
+            pairs = [
+                (gV, x) for gV, x in zip(g, vectors) if gV.requires_grad
+            ]  # parts of g can be constant: a layer that is not used
+            with sdpa_kernel(
+                SDPBackend.MATH
+            ):  # with gradient checkpointing, parts of the forward pass are computed again here
+                products.append(
+                    gradient(
+                        [gV for gV, _ in pairs],
+                        parameters,
+                        grad_outputs=[x for _, x in pairs],
+                        retain_graph=bool(self.graph) and not last,
+                    )
+                    if pairs
+                    else [torch.zeros_like(p) for p in parameters]
+                )
         return self.reduce(add(*products))
 
 
@@ -131,8 +146,11 @@ def gradient_descent(lr):
 
 def adam_moments(optimizer):
     """Copies of a torch.optim.AdamW's moments, the first ones followed by the second ones; zeros before its first step."""
-    return [optimizer.state[p][name].clone() if p in optimizer.state else torch.zeros_like(p)
-            for name in ("exp_avg", "exp_avg_sq") for p in optimizer.param_groups[0]["params"]]
+    return [
+        optimizer.state[p][name].clone() if p in optimizer.state else torch.zeros_like(p)
+        for name in ("exp_avg", "exp_avg_sq")
+        for p in optimizer.param_groups[0]["params"]
+    ]
 
 
 def adamw(optimizer, grad_clip=None, ahead=0):
@@ -141,18 +159,29 @@ def adamw(optimizer, grad_clip=None, ahead=0):
     the gradient cut to the norm grad_clip before. Differentiating through the real update is the idea of SAMA (arXiv 2310.05674).
     """
     group = optimizer.param_groups[0]
-    (beta1, beta2), lr, eps, decay = group["betas"], group["lr"], group["eps"], group["weight_decay"]
+    (beta1, beta2), lr, eps, decay = (
+        group["betas"],
+        group["lr"],
+        group["eps"],
+        group["weight_decay"],
+    )
     t = int(optimizer.state.get(group["params"][0], {"step": 0})["step"]) + 1 + ahead
 
     def update(V, g, moments):
         if grad_clip is not None:
-            scale = (grad_clip / (dot(g, g).sqrt() + 1e-6)).clamp_max(1.0)  # as torch.nn.utils.clip_grad_norm_
+            scale = (grad_clip / (dot(g, g).sqrt() + 1e-6)).clamp_max(
+                1.0
+            )  # as torch.nn.utils.clip_grad_norm_
             g = [scale * gx for gx in g]
-        first = [beta1 * m + (1 - beta1) * gx for m, gx in zip(moments[:len(V)], g)]
-        second = [beta2 * m + (1 - beta2) * gx**2 for m, gx in zip(moments[len(V):], g)]
+        first = [beta1 * m + (1 - beta1) * gx for m, gx in zip(moments[: len(V)], g)]
+        second = [beta2 * m + (1 - beta2) * gx**2 for m, gx in zip(moments[len(V) :], g)]
         tiny = torch.finfo(g[0].dtype).tiny  # a root of 0 would have no derivative
-        return [(1 - lr * decay) * x - lr * (a / (1 - beta1**t)) / ((b / (1 - beta2**t)).clamp_min(tiny).sqrt() + eps)
-                for x, a, b in zip(V, first, second)], first + second
+        return [
+            (1 - lr * decay) * x
+            - lr * (a / (1 - beta1**t)) / ((b / (1 - beta2**t)).clamp_min(tiny).sqrt() + eps)
+            for x, a, b in zip(V, first, second)
+        ], first + second
+
     return update
 
 
@@ -161,9 +190,9 @@ def adjoint(step, v, state):
     inputs = [x.detach().requires_grad_() for x in (*step.values, *step.g, *step.state)]
     n = len(v)
     with torch.enable_grad():
-        V, after = step.update(inputs[:n], inputs[n:2 * n], inputs[2 * n:])
+        V, after = step.update(inputs[:n], inputs[n : 2 * n], inputs[2 * n :])
         back = gradient(dot([*V, *after], [*v, *state]), inputs)
-    return back[:n], back[n:2 * n], back[2 * n:]
+    return back[:n], back[n : 2 * n], back[2 * n :]
 
 
 def first_order(train_loss, val_loss, lower, upper, reduce=same):
@@ -171,8 +200,20 @@ def first_order(train_loss, val_loss, lower, upper, reduce=same):
     return val_gradients(val_loss, [], upper, reduce)[1]
 
 
-def unrolled(train_loss, val_loss, lower, upper, lr=1e-3, steps=1, mode="exact", radius=0.01, adam=None, grad_clip=None, past=None,
-             reduce=same):
+def unrolled(
+    train_loss,
+    val_loss,
+    lower,
+    upper,
+    lr=1e-3,
+    steps=1,
+    mode="exact",
+    radius=0.01,
+    adam=None,
+    grad_clip=None,
+    past=None,
+    reduce=same,
+):
     """
     The gradient through K steps V_{k+1} = U(V_k, g_k), g_k = ∂L/∂V(V_k, m), of the lower level.
 
@@ -191,7 +232,11 @@ def unrolled(train_loss, val_loss, lower, upper, lr=1e-3, steps=1, mode="exact",
         for k in range(0 if past else steps):
             update = adamw(adam, grad_clip, ahead=k) if adam else gradient_descent(lr)
             # The last step's graph serves the step here and the products below.
-            graph = LowerGradient(train_loss, lower, reduce) if mode == "exact" and k == steps - 1 else None
+            graph = (
+                LowerGradient(train_loss, lower, reduce)
+                if mode == "exact" and k == steps - 1
+                else None
+            )
             g = graph.value if graph else total_gradient(train_loss, lower, reduce)
             trajectory.append(Step([V.data for V in lower], g, state, update, train_loss, graph))
             values, state = update(trajectory[-1].values, g, state)
@@ -201,9 +246,13 @@ def unrolled(train_loss, val_loss, lower, upper, lr=1e-3, steps=1, mode="exact",
         for k, step in reversed(list(enumerate(trajectory))):
             v, a, state = adjoint(step, v, state)
             assign(lower, step.values)
-            wanted = [*upper] if k == 0 else [*lower, *upper]  # before the first step V does not depend on m
+            wanted = (
+                [*upper] if k == 0 else [*lower, *upper]
+            )  # before the first step V does not depend on m
             if mode == "exact":
-                products = (step.graph or LowerGradient(step.train_loss, lower, reduce)).product(a, wanted, last=True)
+                products = (step.graph or LowerGradient(step.train_loss, lower, reduce)).product(
+                    a, wanted, last=True
+                )
             else:
                 epsilon = radius / dot(a, a).sqrt().clamp_min(1e-20)
                 assign(lower, [V + epsilon * x for V, x in zip(step.values, a)])
@@ -211,9 +260,9 @@ def unrolled(train_loss, val_loss, lower, upper, lr=1e-3, steps=1, mode="exact",
                 assign(lower, [V - epsilon * x for V, x in zip(step.values, a)])
                 minus = total_gradient(step.train_loss, wanted, reduce)
                 products = [(p - q) / (2 * epsilon) for p, q in zip(plus, minus)]
-            h = add(h, products[-len(upper):])
+            h = add(h, products[-len(upper) :])
             if k > 0:
-                v = add(v, products[:-len(upper)])
+                v = add(v, products[: -len(upper)])
     return h
 
 
@@ -222,19 +271,32 @@ def implicit(solve, train_loss, val_loss, lower, upper, past, reduce):
     with restored(lower):
         if past:  # at the values before the last step, whose graph is at hand
             assign(lower, past[-1].values)
-        g = past[-1].graph if past else LowerGradient(train_loss, lower, reduce)  # one graph serves all products
+        g = (
+            past[-1].graph if past else LowerGradient(train_loss, lower, reduce)
+        )  # one graph serves all products
         v, h = val_gradients(val_loss, lower, upper, reduce)
         q = solve(v, lambda x: g.product(x, lower))
         return [hm - c for hm, c in zip(h, g.product(q, upper, last=True))]
 
 
-def neumann(train_loss, val_loss, lower, upper, terms=3, alpha=1e-2, precondition=None, past=None, reduce=same):
+def neumann(
+    train_loss,
+    val_loss,
+    lower,
+    upper,
+    terms=3,
+    alpha=1e-2,
+    precondition=None,
+    past=None,
+    reduce=same,
+):
     """
     ∂F/∂m - ∂²L/∂m∂V · q with q = alpha · Σ_{j<terms} (I - alpha·P·H)^j · P · ∂F/∂V, H = ∂²L/∂V².
 
     q tends to H⁻¹ · ∂F/∂V as terms grows, if alpha < 2 / (largest eigenvalue of P·H); the error falls geometrically. P:
     precondition, positive tensors like lower's, or the identity. Costs `terms` products. past: as for `unrolled`, the last of it.
     """
+
     def solve(v, H):
         scale = [torch.ones_like(x) for x in v] if precondition is None else precondition
         power = total = [p * x for p, x in zip(scale, v)]
@@ -246,13 +308,24 @@ def neumann(train_loss, val_loss, lower, upper, terms=3, alpha=1e-2, preconditio
     return implicit(solve, train_loss, val_loss, lower, upper, past, reduce)
 
 
-def conjugate_gradient(train_loss, val_loss, lower, upper, iterations=3, damping=1e-2, precondition=None, past=None, reduce=same):
+def conjugate_gradient(
+    train_loss,
+    val_loss,
+    lower,
+    upper,
+    iterations=3,
+    damping=1e-2,
+    precondition=None,
+    past=None,
+    reduce=same,
+):
     """
     ∂F/∂m - ∂²L/∂m∂V · q with (H + damping·I) · q = ∂F/∂V solved by `iterations` steps of conjugate gradients, preconditioned by
     P (positive tensors like lower's, near the diagonal of H⁻¹) if given.
 
     Stops early at a direction of negative curvature (H of a network need not be positive), or when solved.
     """
+
     def solve(v, H):
         scale = [torch.ones_like(x) for x in v] if precondition is None else precondition
         q, residual = [torch.zeros_like(x) for x in v], v
@@ -278,11 +351,16 @@ def adam_scale(optimizer):
     """What a torch.optim.AdamW divides by, as a preconditioner: 1 / (√second moment + eps), one tensor a parameter."""
     group = optimizer.param_groups[0]
     t = int(optimizer.state[group["params"][0]]["step"])
-    second = adam_moments(optimizer)[len(group["params"]):]
-    return [1 / ((m / (1 - group["betas"][1]**t)).sqrt() + group["eps"]) for m in second]
+    second = adam_moments(optimizer)[len(group["params"]) :]
+    return [1 / ((m / (1 - group["betas"][1] ** t)).sqrt() + group["eps"]) for m in second]
 
 
-HYPERGRADIENTS = {"first_order": first_order, "unrolled": unrolled, "neumann": neumann, "conjugate_gradient": conjugate_gradient}
+HYPERGRADIENTS = {
+    "first_order": first_order,
+    "unrolled": unrolled,
+    "neumann": neumann,
+    "conjugate_gradient": conjugate_gradient,
+}
 
 
 class BilevelOptimizer:
@@ -294,16 +372,37 @@ class BilevelOptimizer:
     gradient less. reduce: as in the functions; it also reduces the lower gradients and the losses.
     """
 
-    def __init__(self, model, lower, upper, lower_lr, upper_lr, lower_steps, hypergradient, options, weight_decay, grad_clip, optimizer,
-                 precondition, reduce):
+    def __init__(
+        self,
+        model,
+        lower,
+        upper,
+        lower_lr,
+        upper_lr,
+        lower_steps,
+        hypergradient,
+        options,
+        weight_decay,
+        grad_clip,
+        optimizer,
+        precondition,
+        reduce,
+    ):
         self.model, self.lower, self.upper = model, lower, upper
-        self.lower_steps, self.hypergradient, self.options, self.grad_clip = lower_steps, hypergradient, options, grad_clip
+        self.lower_steps, self.hypergradient, self.options, self.grad_clip = (
+            lower_steps,
+            hypergradient,
+            options,
+            grad_clip,
+        )
         self.precondition, self.reduce = precondition, reduce
         self.past = []  # kept steps since the last upper one
         if optimizer == "adamw8bit":
             from bitsandbytes.optim import AdamW8bit as AdamW
         else:
-            AdamW = functools.partial(torch.optim.AdamW, fused=True)  # one kernel for each tensor: 5 ms a step instead of 19 for DoRA's 630
+            AdamW = functools.partial(
+                torch.optim.AdamW, fused=True
+            )  # one kernel for each tensor: 5 ms a step instead of 19 for DoRA's 630
         self.lower_optimizer = AdamW(lower, lr=lower_lr, weight_decay=weight_decay)
         self.upper_optimizer = AdamW(upper, lr=upper_lr, weight_decay=0.0) if upper else None
 
@@ -337,18 +436,34 @@ class BilevelOptimizer:
                 value = loss_fn(self.model, part)
                 seen.append(value.detach())
                 return value
+
             return loss
 
         losses, protect = [closure(part) for part in parts], contextlib.nullcontext()
         if keep and self.hypergradient != "first_order":
             for step in self.past:
                 step.graph = None  # only the last step's stays
-            graph = LowerGradient(losses, self.lower, self.reduce) if self.options.get("mode", "exact") == "exact" else None
+            graph = (
+                LowerGradient(losses, self.lower, self.reduce)
+                if self.options.get("mode", "exact") == "exact"
+                else None
+            )
             g = graph.value if graph else total_gradient(losses, self.lower, self.reduce)
             adam = self.precondition == "adam"
-            update = adamw(self.lower_optimizer, self.grad_clip) if adam else gradient_descent(self.options.get("lr"))
-            step = Step([V.data for V in self.lower], g, adam_moments(self.lower_optimizer) if adam else [], update, losses, graph)
-            self.past = [*self.past, step][-self.options.get("steps", 1):]
+            update = (
+                adamw(self.lower_optimizer, self.grad_clip)
+                if adam
+                else gradient_descent(self.options.get("lr"))
+            )
+            step = Step(
+                [V.data for V in self.lower],
+                g,
+                adam_moments(self.lower_optimizer) if adam else [],
+                update,
+                losses,
+                graph,
+            )
+            self.past = [*self.past, step][-self.options.get("steps", 1) :]
             # The graph refers to V's values: the optimizer writes into copies of them, which torch need not know.
             assign(self.lower, [V.data.clone() for V in self.lower])
             protect = torch.autograd._unsafe_preserve_version_counter(tuple(self.lower))
@@ -368,9 +483,13 @@ class BilevelOptimizer:
         A batch that is a list is taken for a list of parts, as lower_step's.
         """
         if not self.upper:
-            raise ValueError("the model has no upper-level parameters: adapt it with method='bidora', or take lower_step alone")
+            raise ValueError(
+                "the model has no upper-level parameters: adapt it with method='bidora', or take lower_step alone"
+            )
         if train_batch is None and not self.past and self.hypergradient != "first_order":
-            raise ValueError("no lower step was kept: give a train batch, or call lower_step(..., keep=True) first")
+            raise ValueError(
+                "no lower step was kept: give a train batch, or call lower_step(..., keep=True) first"
+            )
         seen = []
 
         def val_loss(part):
@@ -379,7 +498,10 @@ class BilevelOptimizer:
             return value
 
         def closures(loss, batch):
-            return [functools.partial(loss, part) for part in (batch if isinstance(batch, list) else [batch])]
+            return [
+                functools.partial(loss, part)
+                for part in (batch if isinstance(batch, list) else [batch])
+            ]
 
         options = dict(self.options, reduce=self.reduce)
         if train_batch is None and self.hypergradient != "first_order":
@@ -389,11 +511,18 @@ class BilevelOptimizer:
         elif self.precondition == "adam":
             options["precondition"] = adam_scale(self.lower_optimizer)
         training = [module for module in self.model.modules() if module.training]
-        for module in training:  # no dropout: a hypergradient compares several passes, so they must see one function
+        for module in (
+            training
+        ):  # no dropout: a hypergradient compares several passes, so they must see one function
             module.training = False
         try:
-            h = HYPERGRADIENTS[self.hypergradient](closures(lambda part: loss_fn(self.model, part), train_batch), closures(val_loss, val_batch),
-                                                   self.lower, self.upper, **options)
+            h = HYPERGRADIENTS[self.hypergradient](
+                closures(lambda part: loss_fn(self.model, part), train_batch),
+                closures(val_loss, val_batch),
+                self.lower,
+                self.upper,
+                **options,
+            )
         finally:
             self.past = []
             for module in training:
@@ -413,8 +542,19 @@ class BilevelOptimizer:
         return train_loss.item(), self.upper_step(loss_fn, None, [val_batch]).item()
 
 
-def create_bilevel_optimizer(model, lower_lr, upper_lr, lower_steps=1, hypergradient="first_order", weight_decay=0.0,
-                             grad_clip=1.0, optimizer="adamw", precondition="none", reduce=same, **options):
+def create_bilevel_optimizer(
+    model,
+    lower_lr,
+    upper_lr,
+    lower_steps=1,
+    hypergradient="first_order",
+    weight_decay=0.0,
+    grad_clip=1.0,
+    optimizer="adamw",
+    precondition="none",
+    reduce=same,
+    **options,
+):
     """
     A BilevelOptimizer over the model's lower and upper parameters (bidora.lower_parameters, upper_parameters).
 
@@ -425,19 +565,40 @@ def create_bilevel_optimizer(model, lower_lr, upper_lr, lower_steps=1, hypergrad
     Raises ValueError for a choice that is none, options that don't go together, or a model with nothing to train.
     """
     if hypergradient not in HYPERGRADIENTS:
-        raise ValueError(f"unknown hypergradient {hypergradient!r}: choose {', '.join(HYPERGRADIENTS)}")
+        raise ValueError(
+            f"unknown hypergradient {hypergradient!r}: choose {', '.join(HYPERGRADIENTS)}"
+        )
     if optimizer not in ("adamw", "adamw8bit"):
         raise ValueError(f"unknown optimizer {optimizer!r}: choose adamw, adamw8bit")
     if precondition not in ("none", "adam"):
         raise ValueError(f"unknown precondition {precondition!r}: choose none, adam")
     if precondition == "adam" and optimizer == "adamw8bit":
-        raise ValueError("precondition=adam reads AdamW's moments, which adamw8bit keeps in 8 bits: use optimizer=adamw")
-    if options.get("mode") == "finite_difference" and any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
-        raise ValueError("mode=finite_difference is rounding noise over a base in bfloat16 or float16: use mode=exact, or float32")
+        raise ValueError(
+            "precondition=adam reads AdamW's moments, which adamw8bit keeps in 8 bits: use optimizer=adamw"
+        )
+    if options.get("mode") == "finite_difference" and any(
+        p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()
+    ):
+        raise ValueError(
+            "mode=finite_difference is rounding noise over a base in bfloat16 or float16: use mode=exact, or float32"
+        )
     if hypergradient == "unrolled":
         options.setdefault("lr", lower_lr)
     lower, upper = lower_parameters(model), upper_parameters(model)
     if not lower:
         raise ValueError("the model has no trainable lower-level parameters: put in adapters first")
-    return BilevelOptimizer(model, lower, upper, lower_lr, upper_lr, lower_steps, hypergradient, options, weight_decay, grad_clip,
-                            optimizer, "none" if hypergradient == "first_order" else precondition, reduce)
+    return BilevelOptimizer(
+        model,
+        lower,
+        upper,
+        lower_lr,
+        upper_lr,
+        lower_steps,
+        hypergradient,
+        options,
+        weight_decay,
+        grad_clip,
+        optimizer,
+        "none" if hypergradient == "first_order" else precondition,
+        reduce,
+    )

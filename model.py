@@ -30,13 +30,31 @@ from support.kernels import ROWS, cross_entropy
 from support.quantized import QuantizedLinear, kind_of, pack
 
 # What transformers takes for a key that config.json leaves out
-COMMON = {"num_key_value_heads": None, "head_dim": None, "sliding_window": None, "rms_norm_eps": 1e-6}
+COMMON = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "sliding_window": None,
+    "rms_norm_eps": 1e-6,
+}
 DEFAULTS = {
     "llama": COMMON | {"max_position_embeddings": 2048},
-    "mistral": COMMON | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": COMMON | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": COMMON | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28,
-                       "head_dim": 128},
+    "mistral": COMMON
+    | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": COMMON
+    | {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3": COMMON
+    | {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "head_dim": 128,
+    },
 }
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
@@ -72,26 +90,54 @@ class ModelConfig:
         """
         kind = config_dict.get("model_type")
         if kind not in DEFAULTS:
-            raise ValueError(f"config.json: model_type {kind!r} is not supported; these are: {', '.join(DEFAULTS)}")
+            raise ValueError(
+                f"config.json: model_type {kind!r} is not supported; these are: {', '.join(DEFAULTS)}"
+            )
         c = DEFAULTS[kind] | config_dict
         if c.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json: hidden_act {c['hidden_act']!r} is not supported; 'silu' is")
+            raise ValueError(
+                f"config.json: hidden_act {c['hidden_act']!r} is not supported; 'silu' is"
+            )
         if c.get("quantization_config"):
-            raise ValueError("config.json: the checkpoint is quantised already (quantization_config), which is not supported: "
-                             "take the unquantised one, and quantise it when it is loaded")
+            raise ValueError(
+                "config.json: the checkpoint is quantised already (quantization_config), which is not supported: "
+                "take the unquantised one, and quantise it when it is loaded"
+            )
         rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
-        plain = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
-        rope = {"rope_theta": c.get("rope_theta") or 10000.0, **rope} if plain else {"rope_type": rope}
+        plain = isinstance(rope, dict) and not any(
+            isinstance(value, dict) for value in rope.values()
+        )
+        rope = (
+            {"rope_theta": c.get("rope_theta") or 10000.0, **rope} if plain else {"rope_type": rope}
+        )
         rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-        if rope["rope_type"] not in ROPE_TYPES or rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1)) != 1:
-            raise ValueError(f"config.json: rotary positions {rope} are not supported; these rope types are, the same in all layers "
-                             f"and over whole heads: {', '.join(ROPE_TYPES)}")
-        original = c.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or c["max_position_embeddings"]
+        if (
+            rope["rope_type"] not in ROPE_TYPES
+            or rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1)) != 1
+        ):
+            raise ValueError(
+                f"config.json: rotary positions {rope} are not supported; these rope types are, the same in all layers "
+                f"and over whole heads: {', '.join(ROPE_TYPES)}"
+            )
+        original = (
+            c.get("original_max_position_embeddings")
+            or rope.get("original_max_position_embeddings")
+            or c["max_position_embeddings"]
+        )
         rope["original_max_position_embeddings"] = original
         if rope["rope_type"] == "yarn" and "factor" in rope and rope["factor"] is None:
             rope["factor"] = c["max_position_embeddings"] / original
-        sizes = {name: c.get(name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                                "num_attention_heads", "max_position_embeddings")}
+        sizes = {
+            name: c.get(name)
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "max_position_embeddings",
+            )
+        }
         sizes["num_key_value_heads"] = c["num_key_value_heads"] or sizes["num_attention_heads"]
         for name, value in sizes.items():
             if name not in c:
@@ -101,15 +147,39 @@ class ModelConfig:
         head_dim = c["head_dim"] or sizes["hidden_size"] // sizes["num_attention_heads"]
         windows = [c["sliding_window"]] * sizes["num_hidden_layers"]
         if kind in ("qwen2", "qwen3"):  # its first layers see everything
-            types = c.get("layer_types") or ["full_attention" if i < c["max_window_layers"] else "sliding_attention"
-                                             for i in range(sizes["num_hidden_layers"])]
-            windows = [c["sliding_window"] if c.get("use_sliding_window") and t == "sliding_attention" else None for t in types]
-        numbers = [c["rms_norm_eps"], head_dim, *(value for value in windows if value is not None),
-                   *(rope[name] for name in rope.keys() & {"rope_theta", "factor", "original_max_position_embeddings"})]
-        if not all(isinstance(value, (int, float)) and value > 0 for value in numbers) or len(windows) != sizes["num_hidden_layers"]:
-            raise ValueError(f"config.json: rms_norm_eps, head_dim, sliding_window and the rope's numbers must be positive, not {numbers}")
+            types = c.get("layer_types") or [
+                "full_attention" if i < c["max_window_layers"] else "sliding_attention"
+                for i in range(sizes["num_hidden_layers"])
+            ]
+            windows = [
+                c["sliding_window"]
+                if c.get("use_sliding_window") and t == "sliding_attention"
+                else None
+                for t in types
+            ]
+        numbers = [
+            c["rms_norm_eps"],
+            head_dim,
+            *(value for value in windows if value is not None),
+            *(
+                rope[name]
+                for name in rope.keys()
+                & {"rope_theta", "factor", "original_max_position_embeddings"}
+            ),
+        ]
+        if (
+            not all(isinstance(value, (int, float)) and value > 0 for value in numbers)
+            or len(windows) != sizes["num_hidden_layers"]
+        ):
+            raise ValueError(
+                f"config.json: rms_norm_eps, head_dim, sliding_window and the rope's numbers must be positive, not {numbers}"
+            )
         config = cls(
-            **sizes, head_dim=head_dim, rms_norm_eps=c["rms_norm_eps"], rope=rope, windows=windows,
+            **sizes,
+            head_dim=head_dim,
+            rms_norm_eps=c["rms_norm_eps"],
+            rope=rope,
+            windows=windows,
             tie_word_embeddings=bool(c.get("tie_word_embeddings")),
             qkv_bias=kind == "qwen2" or (kind != "mistral" and bool(c.get("attention_bias"))),
             o_bias=kind in ("llama", "qwen3") and bool(c.get("attention_bias")),
@@ -120,7 +190,9 @@ class ModelConfig:
         try:
             rotary_frequencies(config)  # tries the rope's other numbers
         except (KeyError, TypeError, ArithmeticError, RuntimeError, ValueError) as error:
-            raise ValueError(f"config.json: rotary positions {rope}: {error} is missing or no number") from None
+            raise ValueError(
+                f"config.json: rotary positions {rope}: {error} is missing or no number"
+            ) from None
         return config
 
 
@@ -133,7 +205,10 @@ def rotary_frequencies(c):
     """
     rope, d = c.rope, c.head_dim
     frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, d, 2).float() / d)
-    if rope["rope_type"] in ("default", "dynamic"):  # 'dynamic' changes them beyond the trained length only
+    if rope["rope_type"] in (
+        "default",
+        "dynamic",
+    ):  # 'dynamic' changes them beyond the trained length only
         return frequencies, 1.0
     factor, trained = rope["factor"], rope["original_max_position_embeddings"]
     slowed = frequencies / factor
@@ -148,7 +223,10 @@ def rotary_frequencies(c):
     def pair_that_turns(times):  # in the trained length; as a fraction of pairs
         return d * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
 
-    first, last = pair_that_turns(rope.get("beta_fast") or 32), pair_that_turns(rope.get("beta_slow") or 1)
+    first, last = (
+        pair_that_turns(rope.get("beta_fast") or 32),
+        pair_that_turns(rope.get("beta_slow") or 1),
+    )
     if rope.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, d - 1)
@@ -160,7 +238,11 @@ def rotary_frequencies(c):
     scale = rope.get("attention_factor")
     if scale is None:
         both = rope.get("mscale") and rope.get("mscale_all_dim")
-        scale = sharpening(rope["mscale"]) / sharpening(rope["mscale_all_dim"]) if both else sharpening(1)
+        scale = (
+            sharpening(rope["mscale"]) / sharpening(rope["mscale_all_dim"])
+            if both
+            else sharpening(1)
+        )
     return (1 - keep) * slowed + keep * frequencies, scale
 
 
@@ -193,8 +275,12 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache):
         B, T, _ = x.shape
-        q = rotate(self.q_norm(self.q_proj(x).view(B, T, -1, self.c.head_dim)).transpose(1, 2), cos, sin)  # (B, H, T, head_dim)
-        k = rotate(self.k_norm(self.k_proj(x).view(B, T, -1, self.c.head_dim)).transpose(1, 2), cos, sin)  # (B, Hkv, T, head_dim)
+        q = rotate(
+            self.q_norm(self.q_proj(x).view(B, T, -1, self.c.head_dim)).transpose(1, 2), cos, sin
+        )  # (B, H, T, head_dim)
+        k = rotate(
+            self.k_norm(self.k_proj(x).view(B, T, -1, self.c.head_dim)).transpose(1, 2), cos, sin
+        )  # (B, Hkv, T, head_dim)
         v = self.v_proj(x).view(B, T, -1, self.c.head_dim).transpose(1, 2)  # (B, Hkv, T, head_dim)
         if cache is not None:  # this layer's keys and values of the tokens before
             if cache:
@@ -210,8 +296,14 @@ class Attention(nn.Module):
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
             if beyond:
                 mask = mask.triu(S - T - self.window + 1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=self.c.num_key_value_heads != self.c.num_attention_heads)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            enable_gqa=self.c.num_key_value_heads != self.c.num_attention_heads,
+        )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
 
 
@@ -242,7 +334,11 @@ class Block(nn.Module):
 class Head(nn.Linear):
     def forward(self, hidden, targets=None):
         """hidden: (..., hidden_size). The logits, (..., vocab); with targets (N,) for hidden (N, hidden_size) the loss, over a frozen weight."""
-        return super().forward(hidden) if targets is None else cross_entropy(hidden, self.weight, targets)
+        return (
+            super().forward(hidden)
+            if targets is None
+            else cross_entropy(hidden, self.weight, targets)
+        )
 
 
 def find_tensors(folder):
@@ -258,27 +354,42 @@ def find_tensors(folder):
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: weight_map is missing or empty")
         names = sorted(set(map(str, weight_map.values())))
-        if strange := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-            raise ValueError(f"{index}: {strange[0]!r} is no name of a safetensors file in this folder")
+        if strange := [
+            name for name in names if Path(name).name != name or not name.endswith(".safetensors")
+        ]:
+            raise ValueError(
+                f"{index}: {strange[0]!r} is no name of a safetensors file in this folder"
+            )
     elif not (folder / names[0]).exists() and any(folder.glob("*.bin")):
-        raise FileNotFoundError(f"{folder} holds its weights as .bin files only. Those are pickles, which can run any code when they are "
-                                f"opened, so they are not read: take the model's safetensors files")
+        raise FileNotFoundError(
+            f"{folder} holds its weights as .bin files only. Those are pickles, which can run any code when they are "
+            f"opened, so they are not read: take the model's safetensors files"
+        )
     elif not (folder / names[0]).exists() and any(folder.glob("model-*.safetensors")):
         raise FileNotFoundError(f"{index} is missing, though shards are there: download it too")
     tensors = {}
     for path in (folder / name for name in names):
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing" + (f", though {index.name} lists it: download it too" if index.exists() else ""))
+            raise FileNotFoundError(
+                f"{path} is missing"
+                + (f", though {index.name} lists it: download it too" if index.exists() else "")
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():
-                    if not key.endswith("rotary_emb.inv_freq"):  # old LLaMA files hold this table; it is computed here
+                    if not key.endswith(
+                        "rotary_emb.inv_freq"
+                    ):  # old LLaMA files hold this table; it is computed here
                         tensors[key] = path, tuple(file.get_slice(key).get_shape())
         except SafetensorError as error:
             with open(path, "rb") as file:
                 if file.read(40).startswith(b"version https://git-lfs"):
-                    raise ValueError(f"{path} is a git-lfs pointer, not the weights: fetch them with `git lfs pull`") from None
-            raise ValueError(f"{path} is damaged or no safetensors file ({error}): download it again") from None
+                    raise ValueError(
+                        f"{path} is a git-lfs pointer, not the weights: fetch them with `git lfs pull`"
+                    ) from None
+            raise ValueError(
+                f"{path} is damaged or no safetensors file ({error}): download it again"
+            ) from None
     return tensors
 
 
@@ -291,11 +402,13 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.gradient_checkpointing = config, False
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config, window) for window in config.windows),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-        })
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config, window) for window in config.windows),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -306,7 +419,9 @@ class Transformer(nn.Module):
         past = caches[0]["k"].size(2) if caches and caches[0] else 0
         trained = self.config.max_position_embeddings
         if self.config.rope["rope_type"] == "dynamic" and past + T > trained:
-            raise ValueError(f"{past + T} tokens: with rope type 'dynamic' only the {trained} that the model was trained on are supported")
+            raise ValueError(
+                f"{past + T} tokens: with rope type 'dynamic' only the {trained} that the model was trained on are supported"
+            )
         x = self.model.embed_tokens(input_ids)  # (B, T, hidden_size)
         frequencies, scale = rotary_frequencies(self.config)
         positions = torch.arange(past, past + T, device=x.device).float()
@@ -330,7 +445,11 @@ class Transformer(nn.Module):
         if labels is None:
             return self.lm_head(self.hidden_states(input_ids))
         hidden, targets = self.asked(input_ids, labels)
-        if isinstance(self.lm_head, Head) and not self.lm_head.weight.requires_grad and len(targets):
+        if (
+            isinstance(self.lm_head, Head)
+            and not self.lm_head.weight.requires_grad
+            and len(targets)
+        ):
             return self.lm_head(hidden, targets)
         return F.cross_entropy(self.lm_head(hidden).float(), targets)
 
@@ -361,23 +480,37 @@ class Transformer(nn.Module):
         device = self.lm_head.weight.device
         scores = torch.zeros(len(prompts), len(answers), device=device)
         rows = torch.arange(len(prompts), device=device)
-        shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # leave each prompt its last token
+        shared = min(
+            len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1
+        )  # leave each prompt its last token
         prefix = [{} for _ in self.model.layers]
         if shared:
             self.hidden_states(torch.tensor([prompts[0][:shared]], device=device), prefix)
         for head in {tuple(answer[:-1]) for answer in answers}:
             ids = [torch.tensor([*prompt[shared:], *head], device=device) for prompt in prompts]
-            caches = [{name: t.expand(len(prompts), -1, -1, -1) for name, t in layer.items()} for layer in prefix]
-            x = self.hidden_states(nn.utils.rnn.pad_sequence(ids, batch_first=True), caches)  # (P, T, hidden_size)
-            first = torch.tensor([len(prompt) - shared - 1 for prompt in prompts], device=device)  # predicts the answer's first token
-            log_p = [self.lm_head(x[rows, first + i]).float().log_softmax(-1) for i in range(len(head) + 1)]  # each (P, vocab)
+            caches = [
+                {name: t.expand(len(prompts), -1, -1, -1) for name, t in layer.items()}
+                for layer in prefix
+            ]
+            x = self.hidden_states(
+                nn.utils.rnn.pad_sequence(ids, batch_first=True), caches
+            )  # (P, T, hidden_size)
+            first = torch.tensor(
+                [len(prompt) - shared - 1 for prompt in prompts], device=device
+            )  # predicts the answer's first token
+            log_p = [
+                self.lm_head(x[rows, first + i]).float().log_softmax(-1)
+                for i in range(len(head) + 1)
+            ]  # each (P, vocab)
             for column, answer in enumerate(answers):
                 if tuple(answer[:-1]) == head:
                     scores[:, column] = sum(log_p[i][:, token] for i, token in enumerate(answer))
         return scores
 
     @torch.no_grad()
-    def generate(self, input_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_ids=()):
+    def generate(
+        self, input_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_ids=()
+    ):
         """
         Sample a continuation; returns input_ids with the new tokens behind, (B, T + new).
 
@@ -396,10 +529,14 @@ class Transformer(nn.Module):
             else:
                 logits = logits / temperature
                 if top_k is not None:
-                    logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -torch.inf
+                    logits[
+                        logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    ] = -torch.inf
                 if top_p is not None:
                     ordered, order = logits.softmax(-1).sort(descending=True)
-                    beyond = ordered.cumsum(-1) - ordered >= top_p  # the likeliest token always stays
+                    beyond = (
+                        ordered.cumsum(-1) - ordered >= top_p
+                    )  # the likeliest token always stays
                     logits[torch.zeros_like(beyond).scatter(1, order, beyond)] = -torch.inf
                 token = torch.multinomial(logits.softmax(-1), 1)  # (B, 1)
             token = torch.where(stopped[:, None], input_ids[:, -1:], token)
@@ -411,7 +548,9 @@ class Transformer(nn.Module):
         return input_ids
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu", quantize=None, mapped=False):
+    def from_pretrained(
+        cls, folder, dtype=torch.float32, device="cpu", quantize=None, mapped=False
+    ):
         """
         Load a Hugging Face folder: config.json and model.safetensors, or shards with their index.
 
@@ -429,27 +568,47 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             del expected["lm_head.weight"]
             if "lm_head.weight" in found:  # some files hold the shared matrix twice
-                both = [safe_open(found[key][0], "pt").get_tensor(key) for key in ("lm_head.weight", "model.embed_tokens.weight") if key in found]
+                both = [
+                    safe_open(found[key][0], "pt").get_tensor(key)
+                    for key in ("lm_head.weight", "model.embed_tokens.weight")
+                    if key in found
+                ]
                 if len(both) == 2 and not torch.equal(*both):
-                    raise ValueError(f"{folder}: config.json ties the head to the embeddings, but the files hold another lm_head.weight: "
-                                     f"set tie_word_embeddings to false in config.json")
+                    raise ValueError(
+                        f"{folder}: config.json ties the head to the embeddings, but the files hold another lm_head.weight: "
+                        f"set tie_word_embeddings to false in config.json"
+                    )
                 del found["lm_head.weight"], both
         for key, shape in expected.items():
             if key not in found:
                 raise ValueError(f"{folder}: tensor {key} is missing")
             if found[key][1] != shape:
-                raise ValueError(f"{folder}: tensor {key} is {found[key][1]}, but config.json asks for {shape}")
+                raise ValueError(
+                    f"{folder}: tensor {key} is {found[key][1]}, but config.json asks for {shape}"
+                )
         unexpected = sorted(found.keys() - expected.keys())
         if unexpected:
-            raise ValueError(f"{folder}: unexpected tensor {unexpected[0]} (and {len(unexpected) - 1} more)")
+            raise ValueError(
+                f"{folder}: unexpected tensor {unexpected[0]} (and {len(unexpected) - 1} more)"
+            )
         # The largest first, and the file closed after each: its pages go, so that beside what is loaded there is one tensor at most.
         for key in sorted(expected, key=lambda key: -math.prod(expected[key])):
             with safe_open(found[key][0], framework="pt") as file:
                 tensor = file.get_tensor(key).to(device, dtype, copy=not mapped)
             path, _, name = key.rpartition(".")
             layer = model.get_submodule(path)
-            if quantize and isinstance(layer, nn.Linear) and name == "weight" and layer is not model.lm_head:
-                packed = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, pack(tensor, quantize))
+            if (
+                quantize
+                and isinstance(layer, nn.Linear)
+                and name == "weight"
+                and layer is not model.lm_head
+            ):
+                packed = QuantizedLinear(
+                    layer.in_features,
+                    layer.out_features,
+                    layer.bias is not None,
+                    pack(tensor, quantize),
+                )
                 model.set_submodule(path, packed)
             else:
                 setattr(layer, name, nn.Parameter(tensor))
@@ -463,16 +622,27 @@ class Transformer(nn.Module):
 
         Raises ValueError for an adapted or a quantised model: `bidora.merge(model)` first.
         """
-        if any("lora_" in key or kind_of(value) for key, value in self.state_dict(keep_vars=True).items()):
-            raise ValueError("the model holds adapters or quantised weights, which are not written here: call merge(model) first")
+        if any(
+            "lora_" in key or kind_of(value)
+            for key, value in self.state_dict(keep_vars=True).items()
+        ):
+            raise ValueError(
+                "the model holds adapters or quantised weights, which are not written here: call merge(model) first"
+            )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
+        tensors = {
+            key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()
+        }
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
-        config = {key: value for key, value in self.config.hf.items() if key != "torch_dtype"}  # the older spelling of dtype
+        config = {
+            key: value for key, value in self.config.hf.items() if key != "torch_dtype"
+        }  # the older spelling of dtype
         config["dtype"] = str(self.lm_head.weight.dtype).removeprefix("torch.")
         with replacing(folder / "model.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
         write_json(folder / "config.json", config)
-        (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of shards that lay there: they are not this model's
+        (folder / "model.safetensors.index.json").unlink(
+            missing_ok=True
+        )  # of shards that lay there: they are not this model's

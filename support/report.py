@@ -13,7 +13,10 @@ def plot_losses(path, metrics, results):
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label, color in (("train_loss", "train batch", "tab:blue"), ("val_loss", "val batch", "tab:orange")):
+    for key, label, color in (
+        ("train_loss", "train batch", "tab:blue"),
+        ("val_loss", "val batch", "tab:orange"),
+    ):
         points = [(line["step"], line[key]) for line in metrics if key in line]
         if points:
             axes.plot(*zip(*points), label=label, color=color, linewidth=1.2)
@@ -34,7 +37,11 @@ def table(results):
     """The final table, and what to try next."""
     parts = [name for name in ("train", "val", "test") if results["after"][name]]
     lines = ["", "".join(f"{head:>16}" for head in ("", *parts))]
-    lines.append("".join(f"{cell:>16}" for cell in ("examples", *(results["evaluated"][part] for part in parts))))
+    lines.append(
+        "".join(
+            f"{cell:>16}" for cell in ("examples", *(results["evaluated"][part] for part in parts))
+        )
+    )
     for what, form in (("accuracy", "{:.1%}"), ("loss", "{:.3f}")):
         for when in ("before", "after"):
             values = [form.format(results[when][part][what]) for part in parts]

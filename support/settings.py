@@ -22,7 +22,11 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def suggest(name, known):
     """The end of a message about an unknown name: the closest known one, or all of them."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(filter(None, known))}"
+    return (
+        f"; did you mean {close[0]!r}?"
+        if close
+        else f"; there are: {', '.join(filter(None, known))}"
+    )
 
 
 def typed(field, value, where):
@@ -31,7 +35,11 @@ def typed(field, value, where):
     try:
         if kind is tuple:
             value = value.split(",") if isinstance(value, str) else value
-            if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value):
+            if (
+                isinstance(value, (list, tuple))
+                and value
+                and all(isinstance(v, str) and v for v in value)
+            ):
                 return tuple(value)
         elif kind is bool:
             if str(value).lower() in ("true", "false"):
@@ -43,7 +51,13 @@ def typed(field, value, where):
             return kind(value)
     except (TypeError, ValueError, OverflowError):
         pass
-    words = {tuple: "a list of names", bool: "True or False", str: "text", int: "a whole number", float: "a number"}
+    words = {
+        tuple: "a list of names",
+        bool: "True or False",
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+    }
     raise ValueError(f"{where}: {field.name}={value!r} is not {words[kind]}")
 
 
@@ -68,8 +82,13 @@ def read(kind, arguments):
         path = Path(given.pop("config"))
         path = path if path.exists() else CONFIGS / path
         if not path.is_file():
-            known = sorted(file.name for file in CONFIGS.iterdir() if file.suffix in (".py", ".json"))
-            raise FileNotFoundError(f"no config file {path.name!r}, here or in {CONFIGS.name}/" + suggest(path.name, known))
+            known = sorted(
+                file.name for file in CONFIGS.iterdir() if file.suffix in (".py", ".json")
+            )
+            raise FileNotFoundError(
+                f"no config file {path.name!r}, here or in {CONFIGS.name}/"
+                + suggest(path.name, known)
+            )
         for name, value in (read_json(path) if path.suffix == ".json" else run(path)).items():
             if name not in fields:
                 raise ValueError(f"{path}: unknown setting {name!r}" + suggest(name, fields))
@@ -83,11 +102,18 @@ def run(path):
     try:
         names = runpy.run_path(str(path))
     except Exception as error:  # whatever the user's file does
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(path)
+        ]
         line = lines[-1] if lines else getattr(error, "lineno", "?")
         raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
-    return {name: value for name, value in names.items()
-            if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+    return {
+        name: value
+        for name, value in names.items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
 
 
 def help_text(kind):
@@ -97,7 +123,10 @@ def help_text(kind):
         if match := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):
             name, comment = match.groups()
             default = getattr(kind, name)
-            lines += [f"  --{name}={','.join(default) if isinstance(default, tuple) else default}", f"        {comment}"]
+            lines += [
+                f"  --{name}={','.join(default) if isinstance(default, tuple) else default}",
+                f"        {comment}",
+            ]
         elif match := re.fullmatch(r"    # (.*)", line):
             lines += ["", match.group(1)]
     return "\n".join(lines)

@@ -26,22 +26,41 @@ import tiktoken
 
 from support.files import malformed, read_json, replacing
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-         "chat_template.jinja", "generation_config.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 # GPT-2 writes each byte as one printable character: these as themselves, the others from 256 on.
 CHAR_TO_BYTE = {chr(b): b for b in PRINTABLE} | {
-    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
+    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)
+}
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits cut out first, then GPT-2's split of what lies between: a digit ends a run of spaces as the text's end does.
-DIGITS_THEN_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+DIGITS_THEN_GPT2_SPLIT = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+)
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-PLAIN_TEMPLATE = ("{% for m in messages %}{{ m['role'] | capitalize }}:\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
-                  "{% if add_generation_prompt %}Assistant:\n{% endif %}")
-FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}  # an added token's, if not given
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] | capitalize }}:\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+FLAGS = {
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": False,
+}  # an added token's, if not given
 MARK = "\ue000the answer\ue000"  # stands in for an answer, to see where a template puts it
 
 
@@ -59,17 +78,23 @@ class Tokenizer:
             self.settings |= read_json(folder / name) if (folder / name).exists() else {}
         path, spec = read_spec(folder, self.settings)
         known = {token.get("id") for token in spec.get("added_tokens") or []}
-        for i, token in self.settings.get("added_tokens_decoder", {}).items():  # some files name tokens here alone
+        for i, token in self.settings.get(
+            "added_tokens_decoder", {}
+        ).items():  # some files name tokens here alone
             if int(i) not in known and spec.get("added_tokens") is not None:
                 spec["added_tokens"].append(FLAGS | token | {"id": int(i)})
         self.library, self.library_reason = None, None
         try:
             self.added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-            self.special_ids = {token["id"] for token in spec.get("added_tokens") or [] if token.get("special")}
+            self.special_ids = {
+                token["id"] for token in spec.get("added_tokens") or [] if token.get("special")
+            }
             self.prefix_ids, self.suffix_ids = post_processed(spec.get("post_processor"))
             self.read_byte_level(spec)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged or of an unknown kind ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"{path} is damaged or of an unknown kind ({type(error).__name__}: {error})"
+            ) from None
         except NotImplementedError as error:
             try:
                 import tokenizers
@@ -78,14 +103,18 @@ class Tokenizer:
                 self.library.no_truncation()
                 self.library.no_padding()
             except ImportError:
-                raise ValueError(f"{path}: {error}, so tiktoken can't reproduce it exactly; the tokenizers library can: "
-                                 f"pip install tokenizers") from None
+                raise ValueError(
+                    f"{path}: {error}, so tiktoken can't reproduce it exactly; the tokenizers library can: "
+                    f"pip install tokenizers"
+                ) from None
             except Exception as damage:  # the library's own class
                 raise ValueError(f"{path} is damaged or of an unknown kind ({damage})") from None
             self.library_reason = str(error)
         self.eos_id = self.added.get(self.named("eos_token"))
         if self.eos_id is None:
-            raise ValueError(f"{folder / 'tokenizer_config.json'} is missing, or its eos_token is no added token")
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'} is missing, or its eos_token is no added token"
+            )
         self.pad_id = self.added.get(self.named("pad_token"), self.eos_id)
         template = self.settings.get("chat_template")
         if isinstance(template, list):  # several templates by name
@@ -119,41 +148,74 @@ class Tokenizer:
             raise NotImplementedError(f"its normalizer is {' + '.join(normalizers)}")
         self.nfc = bool(normalizers)
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-            raise NotImplementedError(f"it is no byte-level BPE, but {model.get('type')}{' with byte fallback' * bool(model.get('byte_fallback'))}")
-        if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+            raise NotImplementedError(
+                f"it is no byte-level BPE, but {model.get('type')}{' with byte fallback' * bool(model.get('byte_fallback'))}"
+            )
+        if (
+            model.get("dropout")
+            or model.get("continuing_subword_prefix")
+            or model.get("end_of_word_suffix")
+        ):
             raise NotImplementedError("its BPE has a dropout, a prefix or a suffix")
         self.pattern = split_pattern(flat(spec.get("pre_tokenizer"), "pretokenizers"))
 
-        merged = [pair.replace(" ", "", 1) if isinstance(pair, str) else "".join(pair) for pair in model["merges"]]
+        merged = [
+            pair.replace(" ", "", 1) if isinstance(pair, str) else "".join(pair)
+            for pair in model["merges"]
+        ]
         made = set(merged)
-        vocab = {token: i for token, i in model["vocab"].items() if token not in self.added or token in made}
+        vocab = {
+            token: i
+            for token, i in model["vocab"].items()
+            if token not in self.added or token in made
+        }
         if not vocab or made - vocab.keys():
             raise ValueError("vocab is empty, or lacks a token that merges make")
         for ids in (list(vocab.values()), list(self.added.values())):  # tiktoken would panic
             if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
-                raise ValueError("two tokens have the same id, or an id is no whole number from 0 on")
+                raise ValueError(
+                    "two tokens have the same id, or an id is no whole number from 0 on"
+                )
         order = [vocab[token] for token in merged]
         if order != sorted(order):
             raise NotImplementedError("its merges and ids stand in different orders")
-        for token in vocab.keys() - made:  # tiktoken would find it as a whole piece, or merge it from any two tokens
-            if len(token) > 1 and (not model.get("ignore_merges")
-                                   or any(token[:i] in vocab and token[i:] in vocab for i in range(1, len(token)))):
+        for token in (
+            vocab.keys() - made
+        ):  # tiktoken would find it as a whole piece, or merge it from any two tokens
+            if len(token) > 1 and (
+                not model.get("ignore_merges")
+                or any(token[:i] in vocab and token[i:] in vocab for i in range(1, len(token)))
+            ):
                 raise NotImplementedError(f"no merge makes its token {token!r}")
         ranks = {bytes(CHAR_TO_BYTE[c] for c in token): i for token, i in vocab.items()}
         # SmolLM2 has no token for some bytes, and drops them. tiktoken needs an id for every byte: these lie past the vocabulary.
         self.vocab_size = max([*vocab.values(), *self.added.values()]) + 1
-        self.missing = {bytes([b]): self.vocab_size + b for b in range(256) if bytes([b]) not in ranks}
+        self.missing = {
+            bytes([b]): self.vocab_size + b for b in range(256) if bytes([b]) not in ranks
+        }
         if self.missing and model.get("unk_token") is not None:
             raise NotImplementedError("some bytes become an unknown token")
         try:
-            self.encoding = tiktoken.Encoding(self.folder.name, pat_str=self.pattern, mergeable_ranks=ranks | self.missing,
-                                              special_tokens=self.added)
+            self.encoding = tiktoken.Encoding(
+                self.folder.name,
+                pat_str=self.pattern,
+                mergeable_ranks=ranks | self.missing,
+                special_tokens=self.added,
+            )
         except ValueError as error:
-            raise NotImplementedError(f"its regular expression is not tiktoken's kind ({error})") from None
+            raise NotImplementedError(
+                f"its regular expression is not tiktoken's kind ({error})"
+            ) from None
         self.unused = set(range(self.vocab_size)) - set(vocab.values()) - set(self.added.values())
         # Added tokens are looked for in the text as it stands, or in the normalised one.
         self.added_raw = AddedTokens([token for token in added if not token.get("normalized")])
-        self.added_normalised = AddedTokens([token | {"content": self.normalise(token["content"])} for token in added if token.get("normalized")])
+        self.added_normalised = AddedTokens(
+            [
+                token | {"content": self.normalise(token["content"])}
+                for token in added
+                if token.get("normalized")
+            ]
+        )
 
     def normalise(self, text):
         return unicodedata.normalize("NFC", text) if self.nfc else text
@@ -178,10 +240,14 @@ class Tokenizer:
     def encode_piece(self, text):
         """Steps 3 and 4, for a text without added tokens."""
         ids = self.encoding.encode_ordinary(text)
-        if self.missing and max(ids, default=0) >= self.vocab_size:  # rare: drop the bytes that have no token, then merge the rest
+        if (
+            self.missing and max(ids, default=0) >= self.vocab_size
+        ):  # rare: drop the bytes that have no token, then merge the rest
             ids = []
             for match in regex.finditer(self.pattern, text):
-                kept = b"".join(bytes([b]) for b in match[0].encode() if bytes([b]) not in self.missing)
+                kept = b"".join(
+                    bytes([b]) for b in match[0].encode() if bytes([b]) not in self.missing
+                )
                 ids += self.encoding._encode_single_piece(kept) if kept else []
         return ids
 
@@ -194,14 +260,17 @@ class Tokenizer:
         a token counts to the part that it ends in.)
         """
         if self.library:
-            encoding, parts = self.library.encode(text, add_special_tokens=False), [[] for _ in range(len(cuts) + 1)]
+            encoding, parts = (
+                self.library.encode(text, add_special_tokens=False),
+                [[] for _ in range(len(cuts) + 1)],
+            )
             for token, (_, end) in zip(encoding.ids, encoding.offsets):
                 parts[bisect.bisect_right(cuts, end - 1)].append(token)
             return parts
         whole, edges = self.encode(text), [0]
         for cut in cuts:
             head = self.encode(text[:cut])
-            if whole[:len(head)] != head:
+            if whole[: len(head)] != head:
                 return [self.encode(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)])]
             edges.append(len(head))
         return [whole[a:b] for a, b in zip(edges, [*edges[1:], len(whole)])]
@@ -211,7 +280,9 @@ class Tokenizer:
         if self.library:
             return self.library.decode(ids, skip_special_tokens=skip_special)
         skipped = self.unused | (self.special_ids if skip_special else set())
-        return self.encoding.decode([i for i in ids if i not in skipped and i < self.vocab_size], errors="replace")
+        return self.encoding.decode(
+            [i for i in ids if i not in skipped and i < self.vocab_size], errors="replace"
+        )
 
     def save_pretrained(self, folder):
         """Copy the tokenizer's files into a model's folder."""
@@ -228,27 +299,55 @@ class Tokenizer:
 
         Runs in jinja2's sandbox. Raises ValueError when the template refuses the messages.
         """
-        tokens = {name: self.named(name) for name in self.settings if name.endswith("_token") and isinstance(self.named(name), str)}
+        tokens = {
+            name: self.named(name)
+            for name in self.settings
+            if name.endswith("_token") and isinstance(self.named(name), str)
+        }
         try:
-            return self.compiled_template.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
-                                                 documents=None, **tokens)
-        except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+            return self.compiled_template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **tokens,
+            )
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+        ) as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from None
 
     @cached_property
     def compiled_template(self):
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                                   extensions=["jinja2.ext.loopcontrols", GenerationBlock])
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", GenerationBlock],
+        )
 
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
-        def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # jinja2's own escapes HTML
-            return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        def to_json(
+            x, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+        ):  # jinja2's own escapes HTML
+            return json.dumps(
+                x,
+                ensure_ascii=ensure_ascii,
+                indent=indent,
+                separators=separators,
+                sort_keys=sort_keys,
+            )
 
         environment.filters["tojson"] = to_json
-        environment.globals |= {"raise_exception": raise_exception,  # templates call these by name
-                                "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
+        environment.globals |= {
+            "raise_exception": raise_exception,  # templates call these by name
+            "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+        }
         return environment.from_string(self.chat_template)
 
     def conversation(self, messages):
@@ -262,16 +361,24 @@ class Tokenizer:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, found, after = self.apply_chat_template([*messages[:i], message | {"content": MARK}, *messages[i + 1:]]).partition(MARK)
+            before, found, after = self.apply_chat_template(
+                [*messages[:i], message | {"content": MARK}, *messages[i + 1 :]]
+            ).partition(MARK)
             start, end = len(before) if text.startswith(before) else None, len(text) - len(after)
-            prompt = self.apply_chat_template(messages[:i], add_generation_prompt=True) if i > 0 else ""
+            prompt = (
+                self.apply_chat_template(messages[:i], add_generation_prompt=True) if i > 0 else ""
+            )
             if prompt and text.startswith(prompt):
                 opened = prompt != self.apply_chat_template(messages[:i])
-                if start is None or opened or not text[len(prompt):start].strip():  # a space before an answer is the model's to write
+                if (
+                    start is None or opened or not text[len(prompt) : start].strip()
+                ):  # a space before an answer is the model's to write
                     start = len(prompt)
             if not found or start is None or not text.endswith(after) or start >= end:
-                raise ValueError("the chat template leaves an answer out, or changes the rest of the conversation with it, "
-                                 "so the assistant's part can't be told from the rest")
+                raise ValueError(
+                    "the chat template leaves an answer out, or changes the rest of the conversation with it, "
+                    "so the assistant's part can't be told from the rest"
+                )
             spans.append((start, end + len(self.end_of_turn) * after.startswith(self.end_of_turn)))
         return text, spans
 
@@ -279,12 +386,14 @@ class Tokenizer:
     def end_of_turn(self):
         """The added token that the template writes behind an answer, with white space before it if any; "" without one."""
         try:
-            text = self.apply_chat_template([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}])
+            text = self.apply_chat_template(
+                [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}]
+            )
         except ValueError:  # a template that asks for more than these two turns
             return self.named("eos_token")
         after = text.partition(MARK)[2]
         tokens = [token for token in self.added if after.lstrip().startswith(token)]
-        return after[:len(after) - len(after.lstrip())] + max(tokens, key=len) if tokens else ""
+        return after[: len(after) - len(after.lstrip())] + max(tokens, key=len) if tokens else ""
 
     @cached_property
     def stop_ids(self):
@@ -310,14 +419,20 @@ class AddedTokens:
 
     def __init__(self, tokens):
         self.tokens = {token["content"]: token for token in tokens}
-        self.regex = regex.compile("|".join(map(regex.escape, sorted(self.tokens, key=len, reverse=True)))) if tokens else None
+        self.regex = (
+            regex.compile("|".join(map(regex.escape, sorted(self.tokens, key=len, reverse=True))))
+            if tokens
+            else None
+        )
 
     def cut(self, text):
         """Yield (text, None) for what lies between added tokens, and (text, id) for each of these."""
         done = 0
         for match in self.regex.finditer(text) if self.regex else ():
             token, (start, stop) = self.tokens[match[0]], match.span()
-            if token.get("single_word") and (WORD.match(text[start - 1:start]) or WORD.match(text[stop:stop + 1])):
+            if token.get("single_word") and (
+                WORD.match(text[start - 1 : start]) or WORD.match(text[stop : stop + 1])
+            ):
                 continue
             if token.get("lstrip"):
                 start = max(done, len(text[:start].rstrip(SPACES)))
@@ -339,7 +454,11 @@ def flat(step, inside):
     """A normalizer's or pre-tokenizer's steps as one list, Sequences in Sequences opened."""
     if step is None:
         return []
-    return [inner for part in step[inside] for inner in flat(part, inside)] if step.get("type") == "Sequence" else [step]
+    return (
+        [inner for part in step[inside] for inner in flat(part, inside)]
+        if step.get("type") == "Sequence"
+        else [step]
+    )
 
 
 def split_pattern(steps):
@@ -350,16 +469,26 @@ def split_pattern(steps):
         if kinds == ["ByteLevel"]:
             return GPT2_SPLIT if gpt2_after else r"[\s\S]+"
         if kinds == ["Digits", "ByteLevel"] and gpt2_after:
-            return DIGITS_THEN_GPT2_SPLIT if steps[0].get("individual_digits") else DIGITS_THEN_GPT2_SPLIT.replace(r"|\p{N}|", r"|\p{N}+|")
+            return (
+                DIGITS_THEN_GPT2_SPLIT
+                if steps[0].get("individual_digits")
+                else DIGITS_THEN_GPT2_SPLIT.replace(r"|\p{N}|", r"|\p{N}+|")
+            )
         if kinds == ["Split", "ByteLevel"] and not gpt2_after:
-            pattern = steps[0]["pattern"].get("Regex") or regex.escape(steps[0]["pattern"]["String"])
+            pattern = steps[0]["pattern"].get("Regex") or regex.escape(
+                steps[0]["pattern"]["String"]
+            )
             if regex.search(r"(?<![\\\[])[\^$]", pattern) or regex.match(pattern, ""):
-                raise NotImplementedError(f"its pre-tokenizer {pattern!r} has anchors or matches nothing, which differs between libraries")
+                raise NotImplementedError(
+                    f"its pre-tokenizer {pattern!r} has anchors or matches nothing, which differs between libraries"
+                )
             if steps[0]["behavior"] == "Isolated":  # what lies between two matches is a piece too
                 return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
             if steps[0]["behavior"] == "Removed" and steps[0].get("invert"):
                 return pattern
-    raise NotImplementedError(f"its pre-tokenizer is {' + '.join(kinds) or 'missing'}, in a form that is no single regular expression")
+    raise NotImplementedError(
+        f"its pre-tokenizer is {' + '.join(kinds) or 'missing'}, in a form that is no single regular expression"
+    )
 
 
 def post_processed(step):
@@ -384,23 +513,46 @@ def read_spec(folder, settings):
     path, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
     if path.exists() or not (vocab.exists() and merges.exists()):
         if not path.exists() and (folder / "tokenizer.model").exists():
-            raise FileNotFoundError(f"{path} is missing; tokenizer.model alone is not read: load it with transformers' AutoTokenizer and "
-                                    f"save_pretrained(folder), which writes tokenizer.json")
+            raise FileNotFoundError(
+                f"{path} is missing; tokenizer.model alone is not read: load it with transformers' AutoTokenizer and "
+                f"save_pretrained(folder), which writes tokenizer.json"
+            )
         return path, read_json(path)
-    byte_level = {"type": "ByteLevel", "add_prefix_space": bool(settings.get("add_prefix_space")), "trim_offsets": True, "use_regex": True}
-    split = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": False}
-    known = {"GPT2Tokenizer": (None, byte_level),
-             "Qwen2Tokenizer": ({"type": "NFC"}, {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]})}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": bool(settings.get("add_prefix_space")),
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": QWEN2_SPLIT},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    known = {
+        "GPT2Tokenizer": (None, byte_level),
+        "Qwen2Tokenizer": (
+            {"type": "NFC"},
+            {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]},
+        ),
+    }
     kind = str(settings.get("tokenizer_class", "missing")).removesuffix("Fast")
     if kind not in known:
-        raise ValueError(f"{folder}: tokenizer_class is {kind}; vocab.json and merges.txt without tokenizer.json are read for "
-                         f"{' and '.join(known)}")
+        raise ValueError(
+            f"{folder}: tokenizer_class is {kind}; vocab.json and merges.txt without tokenizer.json are read for "
+            f"{' and '.join(known)}"
+        )
     ids = read_json(vocab)
     settings.setdefault("eos_token", "<|endoftext|>")  # as these classes have it
     added = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
-    more = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").exists() else {}
+    more = (
+        read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").exists() else {}
+    )
     contents = {token["content"] for token in added.values()} | more.keys()
-    tokens = [settings.get(name) for name in ("eos_token", "bos_token", "unk_token", "pad_token")] + settings.get("additional_special_tokens", [])
+    tokens = [
+        settings.get(name) for name in ("eos_token", "bos_token", "unk_token", "pad_token")
+    ] + settings.get("additional_special_tokens", [])
     for content in [token.get("content") if isinstance(token, dict) else token for token in tokens]:
         if content and content not in contents:  # one that the vocabulary lacks gets the next id
             more[content] = ids.get(content, max([*ids.values(), *added, *more.values()]) + 1)
@@ -410,10 +562,24 @@ def read_spec(folder, settings):
     normalizer, pre_tokenizer = known[kind]
     lines = merges.read_text(encoding="utf-8").split("\n")
     return vocab, {
-        "version": "1.0", "truncation": None, "padding": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
         "added_tokens": [FLAGS | token | {"id": i} for i, token in sorted(added.items())],
-        "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": ids,
-                  "merges": [line for line in lines if line and not line.startswith("#version")]},
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": [line for line in lines if line and not line.startswith("#version")],
+        },
     }

@@ -44,7 +44,9 @@ def changes(squares, inner, change):
     cos = (squares + inner) / (norms[0] * norms[1]).clamp_min(tiny)
     sin2 = (squares * change - inner**2).clamp_min(0) / (squares * after).clamp_min(tiny)
     turned = torch.where(cos > 0, sin2 / (1 + cos.clamp_min(0)), 1 - cos)
-    return (2 * inner + change).abs() / sum(norms).clamp_min(tiny), torch.where(change == 0, 0.0, turned)
+    return (2 * inner + change).abs() / sum(norms).clamp_min(tiny), torch.where(
+        change == 0, 0.0, turned
+    )
 
 
 def delta(weight, base, axis="row"):
@@ -52,7 +54,9 @@ def delta(weight, base, axis="row"):
     (ΔM, ΔD) as floats, of two weights (out × in), computed in float64. Raises ValueError for unequal shapes or an unknown axis.
     """
     if weight.shape != base.shape:
-        raise ValueError(f"the weights have the shapes {tuple(weight.shape)} and {tuple(base.shape)}")
+        raise ValueError(
+            f"the weights have the shapes {tuple(weight.shape)} and {tuple(base.shape)}"
+        )
     base, dim = base.double(), {"row": 1, "column": 0}[axis]
     d = weight.double() - base
     moved, turned = changes(base.square().sum(dim), (base * d).sum(dim), d.square().sum(dim))
@@ -97,19 +101,37 @@ class Trajectory:
     snapshots: list = field(default_factory=list)
     delta_m: list = field(default_factory=list)
     delta_d: list = field(default_factory=list)
-    base: dict = field(default_factory=dict, repr=False)  # copies of the weights, where training changes these themselves
+    base: dict = field(
+        default_factory=dict, repr=False
+    )  # copies of the weights, where training changes these themselves
 
     @classmethod
     def start(cls, layers, axis="row"):
         """An empty trajectory of layers, {name: module}, before training: all BiDoRALinear, or all nn.Linear whose own weights will move."""
-        base = {name: layer.weight.detach().clone() for name, layer in layers.items() if not hasattr(layer, "lora_A")}
-        weights = (base[name] if base else dequantize(layer.weight, torch.float32) for name, layer in layers.items())
-        return cls(axis, list(layers), [decompose(weight.float(), axis)[0].mean().item() for weight in weights], base=base)
+        base = {
+            name: layer.weight.detach().clone()
+            for name, layer in layers.items()
+            if not hasattr(layer, "lora_A")
+        }
+        weights = (
+            base[name] if base else dequantize(layer.weight, torch.float32)
+            for name, layer in layers.items()
+        )
+        return cls(
+            axis,
+            list(layers),
+            [decompose(weight.float(), axis)[0].mean().item() for weight in weights],
+            base=base,
+        )
 
     def record(self, model, phase, step):
         """Add a snapshot of the model as it is."""
-        pairs = [delta(model.get_submodule(name).weight.detach(), self.base[name], self.axis) if self.base
-                 else layer_delta(model.get_submodule(name), self.axis) for name in self.layers]
+        pairs = [
+            delta(model.get_submodule(name).weight.detach(), self.base[name], self.axis)
+            if self.base
+            else layer_delta(model.get_submodule(name), self.axis)
+            for name in self.layers
+        ]
         self.snapshots.append({"phase": phase, "step": step})
         self.delta_m.append([moved for moved, _ in pairs])
         self.delta_d.append([turned for _, turned in pairs])
@@ -119,9 +141,20 @@ class Trajectory:
         folder = Path(folder)
         with replacing(folder / "trajectory.safetensors") as temporary:
             shape = (len(self.snapshots), len(self.layers))
-            save_file({"magnitude": torch.tensor(self.magnitude, dtype=torch.float64), **{
-                name: torch.tensor(getattr(self, name), dtype=torch.float64).reshape(shape) for name in ("delta_m", "delta_d")}}, temporary)
-        write_json(folder / "trajectory.json", {"axis": self.axis, "layers": self.layers, "snapshots": self.snapshots})
+            save_file(
+                {
+                    "magnitude": torch.tensor(self.magnitude, dtype=torch.float64),
+                    **{
+                        name: torch.tensor(getattr(self, name), dtype=torch.float64).reshape(shape)
+                        for name in ("delta_m", "delta_d")
+                    },
+                },
+                temporary,
+            )
+        write_json(
+            folder / "trajectory.json",
+            {"axis": self.axis, "layers": self.layers, "snapshots": self.snapshots},
+        )
 
     @classmethod
     def load(cls, folder):
@@ -138,14 +171,31 @@ class Trajectory:
         except SafetensorError as error:
             raise ValueError(f"{folder / 'trajectory.safetensors'} is damaged: {error}") from None
         shape = (len(about.get("snapshots", ())), len(about.get("layers", ())))
-        if {"axis", "layers", "snapshots"} - about.keys() or any(name not in numbers or numbers[name].shape != wanted for name, wanted in (
-                ("magnitude", shape[1:]), ("delta_m", shape), ("delta_d", shape))):
-            raise ValueError(f"{folder}: trajectory.json and trajectory.safetensors don't fit together")
-        return cls(about["axis"], about["layers"], snapshots=about["snapshots"], **{name: tensor.tolist() for name, tensor in numbers.items()})
+        if {"axis", "layers", "snapshots"} - about.keys() or any(
+            name not in numbers or numbers[name].shape != wanted
+            for name, wanted in (("magnitude", shape[1:]), ("delta_m", shape), ("delta_d", shape))
+        ):
+            raise ValueError(
+                f"{folder}: trajectory.json and trajectory.safetensors don't fit together"
+            )
+        return cls(
+            about["axis"],
+            about["layers"],
+            snapshots=about["snapshots"],
+            **{name: tensor.tolist() for name, tensor in numbers.items()},
+        )
 
     def select(self, target, phase=None):
         """The part of the layers whose names end in target, and of the snapshots of one phase, if given, as a Trajectory."""
         keep = [i for i, name in enumerate(self.layers) if f".{name}".endswith(f".{target}")]
-        times = [t for t, snapshot in enumerate(self.snapshots) if phase in (None, snapshot["phase"])]
-        return Trajectory(self.axis, [self.layers[i] for i in keep], [self.magnitude[i] for i in keep], [self.snapshots[t] for t in times],
-                          [[self.delta_m[t][i] for i in keep] for t in times], [[self.delta_d[t][i] for i in keep] for t in times])
+        times = [
+            t for t, snapshot in enumerate(self.snapshots) if phase in (None, snapshot["phase"])
+        ]
+        return Trajectory(
+            self.axis,
+            [self.layers[i] for i in keep],
+            [self.magnitude[i] for i in keep],
+            [self.snapshots[t] for t in times],
+            [[self.delta_m[t][i] for i in keep] for t in times],
+            [[self.delta_d[t][i] for i in keep] for t in times],
+        )

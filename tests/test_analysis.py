@@ -18,7 +18,15 @@ from tools import analysis
 from tools.analysis import fit
 from train import Config
 
-TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", search_steps=4, retrain_steps=4, test_size=40, eval_size=20)
+TINY = dict(
+    model="tiny-random",
+    data="toy-sentiment",
+    dtype="float32",
+    search_steps=4,
+    retrain_steps=4,
+    test_size=40,
+    eval_size=20,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +47,9 @@ def test_decomposition_multiplies_to_the_weight_and_its_directions_are_unit_vect
     weight = torch.randn(7, 5)
     magnitude, direction = decompose(weight, axis)
     assert torch.allclose(magnitude * direction, weight)
-    assert torch.allclose(direction.norm(dim=1 if axis == "row" else 0), torch.ones(7 if axis == "row" else 5))
+    assert torch.allclose(
+        direction.norm(dim=1 if axis == "row" else 0), torch.ones(7 if axis == "row" else 5)
+    )
 
 
 @pytest.mark.parametrize("axis, dim", [("row", 1), ("column", 0)])
@@ -47,7 +57,9 @@ def test_decomposition_multiplies_to_the_weight_and_its_directions_are_unit_vect
 def test_delta_is_the_definition(axis, dim, size):
     base = torch.randn(20, 30)
     weight = base + size * torch.randn(20, 30)
-    assert delta(weight, base, axis) == pytest.approx(definition(weight, base, dim), rel=1e-8, abs=1e-13)
+    assert delta(weight, base, axis) == pytest.approx(
+        definition(weight, base, dim), rel=1e-8, abs=1e-13
+    )
 
 
 def test_small_changes_keep_their_digits_in_float32():
@@ -56,26 +68,37 @@ def test_small_changes_keep_their_digits_in_float32():
     exact, low = changes(*sums), changes(*(s.float() for s in sums))
     assert torch.allclose(low[1].double(), exact[1], rtol=1e-4)
     naive = 1 - torch.nn.functional.cosine_similarity(base.float(), (base + d).float(), dim=1)
-    assert not torch.allclose(naive.double(), exact[1], rtol=1e-1)  # the definition as it stands loses them
+    assert not torch.allclose(
+        naive.double(), exact[1], rtol=1e-1
+    )  # the definition as it stands loses them
 
 
 def test_vectors_that_turn_round_or_were_zero_have_their_own_values():
-    base, weight = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]), torch.tensor([[-2.0, 0.0], [0.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
+    base, weight = (
+        torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]),
+        torch.tensor([[-2.0, 0.0], [0.0, 0.0], [0.0, 3.0], [1.0, 1.0]]),
+    )
     d = weight - base
     moved, turned = changes(base.square().sum(1), (base * d).sum(1), d.square().sum(1))
-    assert moved.tolist() == pytest.approx([1.0, 0.0, 3.0, 0.0]) and turned.tolist() == pytest.approx([2.0, 0.0, 1.0, 0.0])
+    assert moved.tolist() == pytest.approx(
+        [1.0, 0.0, 3.0, 0.0]
+    ) and turned.tolist() == pytest.approx([2.0, 0.0, 1.0, 0.0])
 
 
 @pytest.mark.parametrize("axis, dim", [("row", 1), ("column", 0)])
 @pytest.mark.parametrize("own_axis", ["row", "column"])
 @pytest.mark.parametrize("method", ["lora", "dora", "bidora", "bilora"])
-def test_layers_are_measured_from_their_factors_as_from_the_merged_weight(method, own_axis, axis, dim):
+def test_layers_are_measured_from_their_factors_as_from_the_merged_weight(
+    method, own_axis, axis, dim
+):
     layer = BiDoRALinear(24, 16, rank=4, method=method, magnitude_axis=own_axis)
     with torch.no_grad():
         for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.lora_lambda):
             if p is not None:
                 p.add_(0.1 * torch.randn_like(p))
-    assert layer_delta(layer, axis) == pytest.approx(definition(layer.merged_weight(), layer.weight, dim), rel=1e-4)
+    assert layer_delta(layer, axis) == pytest.approx(
+        definition(layer.merged_weight(), layer.weight, dim), rel=1e-4
+    )
 
 
 def test_training_a_magnitude_alone_moves_no_direction_and_lora_along_the_weight_moves_only_the_magnitude():
@@ -90,28 +113,45 @@ def test_training_a_magnitude_alone_moves_no_direction_and_lora_along_the_weight
 def line_of(slope, noise, layers=12, snapshots=3):
     rng = numpy.random.default_rng(0)
     x = rng.random((snapshots, layers))
-    return Trajectory("row", [f"l{i}.q_proj" for i in range(layers)], [2.0] * layers, [{"phase": "train", "step": t} for t in range(snapshots)],
-                      (slope * x + noise * rng.standard_normal(x.shape)).tolist(), x.tolist())
+    return Trajectory(
+        "row",
+        [f"l{i}.q_proj" for i in range(layers)],
+        [2.0] * layers,
+        [{"phase": "train", "step": t} for t in range(snapshots)],
+        (slope * x + noise * rng.standard_normal(x.shape)).tolist(),
+        x.tolist(),
+    )
 
 
 def test_fit_is_least_squares_and_scipys_correlations():
     trajectory = line_of(-3.0, 0.5)
     x, y = numpy.ravel(trajectory.delta_d), numpy.ravel(trajectory.delta_m)
     found = fit([trajectory])
-    assert found["k"][0] == pytest.approx(numpy.polyfit(x, y, 1)[0]) and found["relative"][0] == pytest.approx(found["k"][0] / 2)
-    assert found["r"][0] == pytest.approx(scipy.stats.pearsonr(x, y)[0]) and found["rho"][0] == pytest.approx(scipy.stats.spearmanr(x, y)[0])
+    assert found["k"][0] == pytest.approx(numpy.polyfit(x, y, 1)[0]) and found["relative"][
+        0
+    ] == pytest.approx(found["k"][0] / 2)
+    assert found["r"][0] == pytest.approx(scipy.stats.pearsonr(x, y)[0]) and found["rho"][
+        0
+    ] == pytest.approx(scipy.stats.spearmanr(x, y)[0])
     for value, low, high in found.values():
         assert low < value < high
 
 
 def test_intervals_cover_the_true_slope_and_shrink_with_more_layers():
     few, many = fit([line_of(-3.0, 0.5, layers=8)])["k"], fit([line_of(-3.0, 0.5, layers=200)])["k"]
-    assert few[1] < -3 < few[2] and many[1] < -3 < many[2] and many[2] - many[1] < 0.4 * (few[2] - few[1])
+    assert (
+        few[1] < -3 < few[2]
+        and many[1] < -3 < many[2]
+        and many[2] - many[1] < 0.4 * (few[2] - few[1])
+    )
 
 
 def test_too_few_layers_for_an_interval_give_none():
     found = fit([line_of(-3.0, 0.5, layers=7)])
-    assert all(numpy.isfinite(value) and numpy.isnan(low) and numpy.isnan(high) for value, low, high in found.values())
+    assert all(
+        numpy.isfinite(value) and numpy.isnan(low) and numpy.isnan(high)
+        for value, low, high in found.values()
+    )
 
 
 def test_a_slope_is_no_correlation():
@@ -119,7 +159,11 @@ def test_a_slope_is_no_correlation():
     small, large = line_of(-3.0, 0.5), line_of(-3.0, 0.5)
     large.delta_m, large.magnitude = (10 * numpy.array(large.delta_m)).tolist(), [20.0] * 12
     a, b = fit([small]), fit([large])
-    assert b["k"][0] == pytest.approx(10 * a["k"][0]) and b["r"][0] == pytest.approx(a["r"][0]) and b["relative"][0] == pytest.approx(a["relative"][0])
+    assert (
+        b["k"][0] == pytest.approx(10 * a["k"][0])
+        and b["r"][0] == pytest.approx(a["r"][0])
+        and b["relative"][0] == pytest.approx(a["relative"][0])
+    )
 
 
 def test_points_that_do_not_vary_have_no_slope():
@@ -130,49 +174,78 @@ def test_points_that_do_not_vary_have_no_slope():
 
 @pytest.mark.parametrize("method", ["bidora", "dora", "lora", "bilora", "ft"])
 def test_training_records_every_adapted_matrix_at_even_steps_and_at_the_end(method):
-    train.train(Config(method=method, out_dir="run", snapshots=2, target_modules=("q_proj", "v_proj"), **TINY))
+    train.train(
+        Config(
+            method=method, out_dir="run", snapshots=2, target_modules=("q_proj", "v_proj"), **TINY
+        )
+    )
     trajectory = Trajectory.load("run")
     phases = {"search": 4, "retrain": 4} if method in train.BILEVEL else {"train": 8}
     steps, wanted = 0, []
     for phase, count in phases.items():
-        wanted += [{"phase": phase, "step": steps + count // 2}, {"phase": phase, "step": steps + count}]
+        wanted += [
+            {"phase": phase, "step": steps + count // 2},
+            {"phase": phase, "step": steps + count},
+        ]
         steps += count
-    assert trajectory.snapshots == wanted and {name.rpartition(".")[2] for name in trajectory.layers} == {"q_proj", "v_proj"}
+    assert trajectory.snapshots == wanted and {
+        name.rpartition(".")[2] for name in trajectory.layers
+    } == {"q_proj", "v_proj"}
     assert numpy.min(trajectory.delta_d) > 0 and numpy.min(trajectory.delta_m) > 0
     last = analysis.of_checkpoints("run")
-    for name, moved, turned in zip(trajectory.layers, trajectory.delta_m[-1], trajectory.delta_d[-1]):
-        assert (moved, turned) == pytest.approx((last.delta_m[0][last.layers.index(name)], last.delta_d[0][last.layers.index(name)]), rel=1e-3)
+    for name, moved, turned in zip(
+        trajectory.layers, trajectory.delta_m[-1], trajectory.delta_d[-1]
+    ):
+        assert (moved, turned) == pytest.approx(
+            (last.delta_m[0][last.layers.index(name)], last.delta_d[0][last.layers.index(name)]),
+            rel=1e-3,
+        )
 
 
 def test_recording_changes_nothing_in_training():
     for folder, snapshots in (("without", 0), ("with", 3)):
         train.train(Config(out_dir=folder, snapshots=snapshots, **TINY))
-    assert Path("without/adapter_model.safetensors").read_bytes() == Path("with/adapter_model.safetensors").read_bytes()
+    assert (
+        Path("without/adapter_model.safetensors").read_bytes()
+        == Path("with/adapter_model.safetensors").read_bytes()
+    )
 
 
 def test_the_command_line_draws_runs_and_checkpoints(capsys):
     for method in ("dora", "ft"):
-        train.train(Config(method=method, out_dir=method, snapshots=2 if method == "dora" else 0, **TINY))
+        train.train(
+            Config(method=method, out_dir=method, snapshots=2 if method == "dora" else 0, **TINY)
+        )
     assert analysis.main(["--tuned=dora,ft", "--targets=q_proj,gate_proj"]) == 0
     out = capsys.readouterr().out
     assert "14 matrices, 2 snapshots" in out and "1 snapshots" in out and out.count("q_proj") == 2
     shutil.copytree("dora", "elsewhere/dora")
-    assert analysis.main(["--tuned=dora,elsewhere/dora"]) == 0 and capsys.readouterr().out.count(", q_proj") == 2
+    assert (
+        analysis.main(["--tuned=dora,elsewhere/dora"]) == 0
+        and capsys.readouterr().out.count(", q_proj") == 2
+    )
     assert Path("analysis.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--tuned=nothing-here"], "nothing-here"),
-    (["--tuned=dora", "--axis=diagonal"], "choose row, column"),
-    (["--tuned=dora", "--targets=z_proj"], "no matrix 'z_proj'; there are: down_proj"),
-    (["--base=tiny-random"], "nothing to analyse"),
-    (["--tuned=torn"], "don't fit together"), (["--tuned=damaged"], "damaged/trajectory.safetensors is damaged"), (["--tuned=odd"], "odd: trajectory.json"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tuned=nothing-here"], "nothing-here"),
+        (["--tuned=dora", "--axis=diagonal"], "choose row, column"),
+        (["--tuned=dora", "--targets=z_proj"], "no matrix 'z_proj'; there are: down_proj"),
+        (["--base=tiny-random"], "nothing to analyse"),
+        (["--tuned=torn"], "don't fit together"),
+        (["--tuned=damaged"], "damaged/trajectory.safetensors is damaged"),
+        (["--tuned=odd"], "odd: trajectory.json"),
+    ],
+)
 def test_wrong_input_gets_one_line(arguments, message, capsys):
     if arguments[0] == "--tuned=dora":
         train.train(Config(method="dora", out_dir="dora", snapshots=1, **TINY))
     Path("torn").mkdir()
-    Path("torn/trajectory.json").write_text(json.dumps({"axis": "row", "layers": ["a"], "snapshots": []}))
+    Path("torn/trajectory.json").write_text(
+        json.dumps({"axis": "row", "layers": ["a"], "snapshots": []})
+    )
     weight_changes.save_file({"magnitude": torch.ones(2)}, "torn/trajectory.safetensors")
     shutil.copytree("torn", "damaged"), shutil.copytree("torn", "odd")
     Path("damaged/trajectory.safetensors").write_bytes(b"half")

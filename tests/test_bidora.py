@@ -41,7 +41,9 @@ def trained(layer, scale=0.1):
     with torch.no_grad():
         layer.lora_B.normal_(std=scale)
         if layer.lora_magnitude_vector is not None:
-            layer.lora_magnitude_vector.mul_(1 + 0.1 * torch.randn_like(layer.lora_magnitude_vector))
+            layer.lora_magnitude_vector.mul_(
+                1 + 0.1 * torch.randn_like(layer.lora_magnitude_vector)
+            )
     return layer
 
 
@@ -50,8 +52,15 @@ def mlp(bias=True):
 
 
 def tiny_llama():
-    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                      num_key_value_heads=2, max_position_embeddings=64)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -85,14 +94,19 @@ def test_inputs_of_any_number_of_dimensions(shape):
 @pytest.mark.parametrize("bias", [None, torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)])
 def test_rescaling_in_place_has_right_first_and_second_derivatives(bias):
     torch.manual_seed(0)
-    y, change = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.tensor([0.3, -0.2, 1.5], dtype=torch.float64, requires_grad=True)
+    y, change = (
+        torch.randn(4, 3, dtype=torch.float64, requires_grad=True),
+        torch.tensor([0.3, -0.2, 1.5], dtype=torch.float64, requires_grad=True),
+    )
 
     def rescale(y, change):
         return Rescale.apply(y * 1, change, bias)  # y itself is a leaf, which can't be written into
 
     plain = (y if bias is None else y - bias) * (1 + change) + (0 if bias is None else bias)
     torch.testing.assert_close(rescale(y, change), plain)
-    assert torch.autograd.gradcheck(rescale, (y, change)) and torch.autograd.gradgradcheck(rescale, (y, change))
+    assert torch.autograd.gradcheck(rescale, (y, change)) and torch.autograd.gradgradcheck(
+        rescale, (y, change)
+    )
     # A row of zeros: y = b and ratio 0.
     zeros = torch.zeros(4, 3, dtype=torch.float64) if bias is None else bias.expand(4, 3)
     nothing = torch.full((3,), -1.0, dtype=torch.float64, requires_grad=True)
@@ -102,7 +116,11 @@ def test_rescaling_in_place_has_right_first_and_second_derivatives(bias):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_forward_and_gradients_equal_the_built_matrix(method, bias):
-    layer = trained(BiDoRALinear(10, 7, rank=3, bias=bias, method=method, linear=nn.Linear(10, 7, bias=bias).double()))
+    layer = trained(
+        BiDoRALinear(
+            10, 7, rank=3, bias=bias, method=method, linear=nn.Linear(10, 7, bias=bias).double()
+        )
+    )
     x = torch.randn(4, 6, 10, dtype=torch.float64, requires_grad=True)
     parameters = [x] + [p for p in layer.parameters() if p.requires_grad]
     target = torch.randn(4, 6, 7, dtype=torch.float64)
@@ -113,7 +131,9 @@ def test_forward_and_gradients_equal_the_built_matrix(method, bias):
 
 
 def test_detached_norm_gives_the_gradient_of_a_constant_norm():
-    layer = trained(BiDoRALinear(10, 7, rank=3, norm_grad="detach", linear=nn.Linear(10, 7).double()))
+    layer = trained(
+        BiDoRALinear(10, 7, rank=3, norm_grad="detach", linear=nn.Linear(10, 7).double())
+    )
     x = torch.randn(5, 10, dtype=torch.float64)
     ratio = (layer.lora_magnitude_vector / layer.direction_norm()).detach()
     plain = ratio * (x @ (layer.weight + layer.scaling * layer.lora_B @ layer.lora_A).T)
@@ -124,11 +144,26 @@ def test_detached_norm_gives_the_gradient_of_a_constant_norm():
 
 def test_detached_norm_gives_pefts_gradients():
     base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
-    ours = replace_linear_with_bidora(copy.deepcopy(base).requires_grad_(False), 4, ["q_proj", "up_proj"], lora_alpha=8, method="dora", norm_grad="detach")
-    peer = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], use_dora=True))
+    ours = replace_linear_with_bidora(
+        copy.deepcopy(base).requires_grad_(False),
+        4,
+        ["q_proj", "up_proj"],
+        lora_alpha=8,
+        method="dora",
+        norm_grad="detach",
+    )
+    peer = get_peft_model(
+        base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], use_dora=True)
+    )
     own = {f"base_model.model.{name}": p for name, p in ours.named_parameters() if p.requires_grad}
-    theirs = {name.replace(".default", "").replace("A.weight", "A").replace("B.weight", "B").replace("vector.weight", "vector"): p
-              for name, p in peer.named_parameters() if p.requires_grad}
+    theirs = {
+        name.replace(".default", "")
+        .replace("A.weight", "A")
+        .replace("B.weight", "B")
+        .replace("vector.weight", "vector"): p
+        for name, p in peer.named_parameters()
+        if p.requires_grad
+    }
     assert own.keys() == theirs.keys()
     with torch.no_grad():
         for name in own:
@@ -184,7 +219,9 @@ def test_a_row_of_zeros_stays_zero_and_spoils_no_gradient(method, hypergradient,
     with torch.no_grad():
         linear.weight[2] = 0
         linear.weight[:, 3] = 0
-    model = nn.Sequential(BiDoRALinear(6, 5, rank=2, method=method, magnitude_axis=axis, linear=linear))
+    model = nn.Sequential(
+        BiDoRALinear(6, 5, rank=2, method=method, magnitude_axis=axis, linear=linear)
+    )
     optimizer = create_bilevel_optimizer(model, 1e-2, 1e-2, hypergradient=hypergradient)
     batches = [(torch.randn(8, 6), torch.randn(8, 5)) for _ in range(2)]
 
@@ -192,10 +229,14 @@ def test_a_row_of_zeros_stays_zero_and_spoils_no_gradient(method, hypergradient,
         return F.mse_loss(model(batch[0]), batch[1])
 
     for _ in range(5):
-        optimizer.bilevel_step(loss_fn, *batches) if method == "bidora" else optimizer.lower_step(loss_fn, batches[0])
+        optimizer.bilevel_step(loss_fn, *batches) if method == "bidora" else optimizer.lower_step(
+            loss_fn, batches[0]
+        )
     assert all(torch.isfinite(p).all() for p in model.parameters())
     merged = model[0].merged_weight()
-    assert axis == "column" or not merged[2].any()  # a column of zeros gets a direction from B·A, as soon as other columns have moved B
+    assert (
+        axis == "column" or not merged[2].any()
+    )  # a column of zeros gets a direction from B·A, as soon as other columns have moved B
     assert merged.count_nonzero() >= 20
 
 
@@ -246,10 +287,24 @@ def test_peft_loads_what_we_save(tmp_path, method):
 
 
 @pytest.mark.parametrize("use_dora", [True, False])
-@pytest.mark.parametrize("options", [
-    dict(target_modules=["q_proj", "o_proj"]), dict(target_modules=["k_proj", "lm_head"]), dict(target_modules=["k_proj"], rank_pattern={"k_proj": 40}), dict(target_modules=["q_proj", "o_proj"], use_rslora=True), dict(target_modules="all-linear"),
-    dict(target_modules=r".*\.1\..*\.(up|v)_proj"), dict(target_modules=["v_proj"], layers_to_transform=[1]),
-    dict(target_modules=["q_proj", "k_proj", "up_proj"], rank_pattern={"k_proj": 2, "layers.1.self_attn.q_proj": 7}, alpha_pattern={"^model.layers.0.*": 3, "up_proj": 5}, use_rslora=True)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(target_modules=["q_proj", "o_proj"]),
+        dict(target_modules=["k_proj", "lm_head"]),
+        dict(target_modules=["k_proj"], rank_pattern={"k_proj": 40}),
+        dict(target_modules=["q_proj", "o_proj"], use_rslora=True),
+        dict(target_modules="all-linear"),
+        dict(target_modules=r".*\.1\..*\.(up|v)_proj"),
+        dict(target_modules=["v_proj"], layers_to_transform=[1]),
+        dict(
+            target_modules=["q_proj", "k_proj", "up_proj"],
+            rank_pattern={"k_proj": 2, "layers.1.self_attn.q_proj": 7},
+            alpha_pattern={"^model.layers.0.*": 3, "up_proj": 5},
+            use_rslora=True,
+        ),
+    ],
+)
 def test_we_load_what_peft_saves_and_pass_it_on(tmp_path, use_dora, options):
     """Logits equal to PEFT's within 1e-4; saved again by us, in PEFT's format, equal once more."""
     base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
@@ -269,8 +324,14 @@ def test_we_load_what_peft_saves_and_pass_it_on(tmp_path, use_dora, options):
 
 def column_reference(layer, x):
     """W' with a magnitude for each column, in float64, from the formula with the matrix built."""
-    W = layer.weight.double() + layer.lora_alpha / layer.rank * layer.lora_B.double() @ layer.lora_A.double()
-    return x.double() @ (layer.lora_magnitude_vector.double() * W / W.norm(dim=0, keepdim=True)).T + layer.bias.double()
+    W = (
+        layer.weight.double()
+        + layer.lora_alpha / layer.rank * layer.lora_B.double() @ layer.lora_A.double()
+    )
+    return (
+        x.double() @ (layer.lora_magnitude_vector.double() * W / W.norm(dim=0, keepdim=True)).T
+        + layer.bias.double()
+    )
 
 
 @pytest.mark.parametrize("method", ["dora", "bidora"])
@@ -285,13 +346,21 @@ def test_column_magnitudes_scale_the_inputs(method):
     expected = column_reference(layer, x)
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
     parameters = [layer.lora_A, layer.lora_B, layer.lora_magnitude_vector]
-    for ours, truth in zip(torch.autograd.grad(layer(x).square().sum(), parameters), torch.autograd.grad(expected.square().sum(), parameters)):
+    for ours, truth in zip(
+        torch.autograd.grad(layer(x).square().sum(), parameters),
+        torch.autograd.grad(expected.square().sum(), parameters),
+    ):
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(merge(nn.Sequential(layer))(x).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        merge(nn.Sequential(layer))(x).double(), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_column_adapters_are_ours_to_load_and_peft_refuses_them(tmp_path):
-    model, x = replace_linear_with_bidora(mlp(), 2, ["0", "2"], magnitude_axis="column"), torch.randn(3, 12)
+    model, x = (
+        replace_linear_with_bidora(mlp(), 2, ["0", "2"], magnitude_axis="column"),
+        torch.randn(3, 12),
+    )
     again = copy.deepcopy(merge(copy.deepcopy(model)))
     for layer in bidora.adapter_layers(model).values():
         trained(layer)
@@ -306,7 +375,13 @@ def test_column_adapters_are_ours_to_load_and_peft_refuses_them(tmp_path):
 def test_bilora_puts_singular_values_between_the_factors(tmp_path, kind, start):
     """Against the built matrix; PEFT loads it as LoRA, λ folded in, with equal logits."""
     base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
-    model = replace_linear_with_bidora(copy.deepcopy(base).requires_grad_(False), 4, ["q_proj", "up_proj"], method="bilora", lambda_kind=kind)
+    model = replace_linear_with_bidora(
+        copy.deepcopy(base).requires_grad_(False),
+        4,
+        ["q_proj", "up_proj"],
+        method="bilora",
+        lambda_kind=kind,
+    )
     torch.testing.assert_close(model(ids).logits, base(ids).logits, rtol=1e-5, atol=1e-5)
     for layer in bidora.adapter_layers(model).values():
         torch.testing.assert_close(bidora.LAMBDAS[kind](layer.lora_lambda), torch.full((4,), start))
@@ -314,13 +389,24 @@ def test_bilora_puts_singular_values_between_the_factors(tmp_path, kind, start):
         nn.init.normal_(layer.lora_lambda, std=0.3)
     layer, x = next(iter(bidora.adapter_layers(model).values())), torch.randn(5, 32)
     raw = layer.lora_lambda.detach()
-    values = {"real": 1 + raw, "softmax": 4 * raw.exp() / raw.exp().sum(), "binary": 1 / (1 + (-raw / 0.1).exp())}[kind]
+    values = {
+        "real": 1 + raw,
+        "softmax": 4 * raw.exp() / raw.exp().sum(),
+        "binary": 1 / (1 + (-raw / 0.1).exp()),
+    }[kind]
     W = layer.weight + layer.scaling * layer.lora_B @ torch.diag(values) @ layer.lora_A
     torch.testing.assert_close(layer(x), x @ W.T, rtol=1e-4, atol=1e-5)
-    assert {p.shape for p in bidora.upper_parameters(model)} == {(4,)} and len(bidora.lower_parameters(model)) == 2 * len(bidora.adapter_layers(model))
+    assert {p.shape for p in bidora.upper_parameters(model)} == {(4,)} and len(
+        bidora.lower_parameters(model)
+    ) == 2 * len(bidora.adapter_layers(model))
     expected = model(ids).logits
     save_adapter(model, tmp_path)
-    torch.testing.assert_close(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(ids).logits,
+        expected,
+        rtol=1e-4,
+        atol=1e-4,
+    )
     with pytest.raises(ValueError, match="λ"):
         load_adapter(model, tmp_path)
     torch.testing.assert_close(merge(model)(ids).logits, expected, rtol=1e-4, atol=1e-4)
@@ -331,16 +417,27 @@ def test_bilora_puts_singular_values_between_the_factors(tmp_path, kind, start):
 def test_the_gram_regulariser_is_the_one_of_the_built_directions(axis, quantize):
     """‖C - I‖ of the unit rows' (columns') cosines, and its gradient, against the matrix built in float64."""
     weight = torch.randn(20, 64)
-    base = nn.Linear(64, 20) if quantize is None else quantized.QuantizedLinear(64, 20, False, quantized.pack(weight, quantize))
-    layer = trained(BiDoRALinear(64, 20, 3, bias=quantize is None, magnitude_axis=axis, linear=base))
+    base = (
+        nn.Linear(64, 20)
+        if quantize is None
+        else quantized.QuantizedLinear(64, 20, False, quantized.pack(weight, quantize))
+    )
+    layer = trained(
+        BiDoRALinear(64, 20, 3, bias=quantize is None, magnitude_axis=axis, linear=base)
+    )
     A, B = (p.detach().double().requires_grad_() for p in (layer.lora_A, layer.lora_B))
     W = quantized.dequantize(layer.weight, torch.float32).double() + layer.scaling * B @ A
     D = torch.nn.functional.normalize(W, dim=1 if axis == "row" else 0)
     C = D @ D.T if axis == "row" else D.T @ D
     truth = (C - torch.eye(len(C))).norm()
     torch.testing.assert_close(layer.regulariser().double(), truth, rtol=1e-4, atol=1e-5)
-    for ours, expected in zip(torch.autograd.grad(layer.regulariser(), [layer.lora_A, layer.lora_B]), torch.autograd.grad(truth, [A, B])):
-        torch.testing.assert_close(ours.double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    for ours, expected in zip(
+        torch.autograd.grad(layer.regulariser(), [layer.lora_A, layer.lora_B]),
+        torch.autograd.grad(truth, [A, B]),
+    ):
+        torch.testing.assert_close(
+            ours.double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()
+        )
 
 
 def test_biloras_regulariser_makes_its_factors_orthonormal():
@@ -354,9 +451,17 @@ def test_biloras_regulariser_makes_its_factors_orthonormal():
     torch.testing.assert_close(layer.lora_A @ layer.lora_A.T, torch.eye(3), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("option", [{"method": "adalora"}, {"magnitude_axis": "diagonal"}, {"lambda_kind": "complex"}, {"norm_grad": "none"}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"method": "adalora"},
+        {"magnitude_axis": "diagonal"},
+        {"lambda_kind": "complex"},
+        {"norm_grad": "none"},
+    ],
+)
 def test_an_unknown_choice_is_refused_by_name(option):
-    (name, value), = option.items()
+    ((name, value),) = option.items()
     with pytest.raises(ValueError, match=f"unknown {name} '{value}'"):
         BiDoRALinear(4, 4, 2, **option)
 
@@ -367,12 +472,18 @@ def test_each_method_trains_the_right_parameters_at_each_level():
         return {own[id(p)] for p in parameters}
 
     for use_bidora in (True, False):
-        model = prepare_bidora_model(mlp(), BiDoRAConfig(rank=2, target_modules=["0"], use_bidora=use_bidora))
+        model = prepare_bidora_model(
+            mlp(), BiDoRAConfig(rank=2, target_modules=["0"], use_bidora=use_bidora)
+        )
         direction, magnitude = {"0.lora_A", "0.lora_B"}, {"0.lora_magnitude_vector"}
         assert names(bidora.upper_parameters(model), model) == (magnitude if use_bidora else set())
-        assert names(bidora.lower_parameters(model), model) == (direction if use_bidora else direction | magnitude)
+        assert names(bidora.lower_parameters(model), model) == (
+            direction if use_bidora else direction | magnitude
+        )
     bidora.freeze_magnitude(model)
-    assert names(bidora.lower_parameters(model), model) == direction and not bidora.upper_parameters(model)
+    assert names(
+        bidora.lower_parameters(model), model
+    ) == direction and not bidora.upper_parameters(model)
     assert len(bidora.lower_parameters(mlp())) == 4  # no adapters: full fine-tuning
 
 
@@ -405,13 +516,22 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="0 has alpha 16 in the file, 8 in the model"):
         load_adapter(replace_linear_with_bidora(mlp(), 2, ["0"], lora_alpha=8.0), tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    for change, named in (({"modules_to_save": ["2"]}, "modules_to_save is not supported"), ({"kasa_config": {"beta": 1}}, "kasa_config"), ({"bias": "all"}, "bias"),
-                          ({"use_dora": False}, "contradict"), ({"init_lora_weights": "pissa"}, "changes the base"), ({"peft_type": "LOHA"}, "LOHA"),
-                          ({"lora_alpha": None}, "no number"), ({"alpha_pattern": {"(": 3}}, "no regular expression")):
+    for change, named in (
+        ({"modules_to_save": ["2"]}, "modules_to_save is not supported"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config"),
+        ({"bias": "all"}, "bias"),
+        ({"use_dora": False}, "contradict"),
+        ({"init_lora_weights": "pissa"}, "changes the base"),
+        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"lora_alpha": None}, "no number"),
+        ({"alpha_pattern": {"(": 3}}, "no regular expression"),
+    ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
         with pytest.raises(ValueError, match=named):
             load_adapter(mlp(), tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "target_modules": ["0"]}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "target_modules": ["0"]})
+    )
     with pytest.raises(ValueError, match="lora_alpha .* is missing"):
         load_adapter(mlp(), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))

@@ -17,9 +17,21 @@ from support import checkpoint
 from train import Config
 
 ROOT = Path(train.__file__).parent
-TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", search_steps=8, retrain_steps=6, test_size=20, eval_size=20, checkpoint_every=2, snapshots=2)
+TINY = dict(
+    model="tiny-random",
+    data="toy-sentiment",
+    dtype="float32",
+    search_steps=8,
+    retrain_steps=6,
+    test_size=20,
+    eval_size=20,
+    checkpoint_every=2,
+    snapshots=2,
+)
 RUNS = {  # what is hardest to put back: random masks, kept lower steps, several upper steps, 8-bit moments, whole models
-    "bidora": dict(method="bidora", dropout=0.1, upper_every=2, unroll_steps=2, precondition="adam"),
+    "bidora": dict(
+        method="bidora", dropout=0.1, upper_every=2, unroll_steps=2, precondition="adam"
+    ),
     "bilora": dict(method="bilora", upper_steps=2, hypergradient="neumann"),
     "dora": dict(method="dora", dropout=0.1, accumulate=2),
     "lora": dict(method="lora", optimizer="adamw8bit"),
@@ -56,13 +68,22 @@ def elsewhere(tmp_path, monkeypatch, request):
 
 def lines(folder):
     """metrics.jsonl without the times."""
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "seconds"}
+        for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def assert_same_run(one, other):
-    weights = next(name for name in ("adapter_model.safetensors", "model.safetensors") if (Path(one) / name).exists())
+    weights = next(
+        name
+        for name in ("adapter_model.safetensors", "model.safetensors")
+        if (Path(one) / name).exists()
+    )
     assert (Path(one) / weights).read_bytes() == (Path(other) / weights).read_bytes()
-    assert (Path(one) / "trajectory.safetensors").read_bytes() == (Path(other) / "trajectory.safetensors").read_bytes()
+    assert (Path(one) / "trajectory.safetensors").read_bytes() == (
+        Path(other) / "trajectory.safetensors"
+    ).read_bytes()
     assert lines(one) == lines(other)
     after = [json.loads((Path(folder) / "summary.json").read_text()) for folder in (one, other)]
     assert after[0]["after"] == after[1]["after"] and after[0]["before"] == after[1]["before"]
@@ -73,11 +94,28 @@ def assert_same_run(one, other):
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(name):
     settings = TINY | RUNS[name]
     train.train(Config(out_dir="whole", **settings))
-    arguments = [f"--{key}={value}" for key, value in settings.items()] + ["--out_dir=killed", "--resume=True"]
+    arguments = [f"--{key}={value}" for key, value in settings.items()] + [
+        "--out_dir=killed",
+        "--resume=True",
+    ]
     rng, kills = random.Random(name), 0
     while kills < 4:
-        target, delay = rng.randint(1, 14), rng.choice((0, 0, rng.random() * 0.05))  # at a write's last act, or anywhere
-        done = subprocess.run([sys.executable, "-c", KILLED.format(root=str(ROOT)), str(target), str(delay), *arguments], capture_output=True, text=True)
+        target, delay = (
+            rng.randint(1, 14),
+            rng.choice((0, 0, rng.random() * 0.05)),
+        )  # at a write's last act, or anywhere
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                KILLED.format(root=str(ROOT)),
+                str(target),
+                str(delay),
+                *arguments,
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == -signal.SIGKILL, (target, delay, done.stdout, done.stderr)
         kills += 1
     assert train.main(arguments) == 0
@@ -86,8 +124,20 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(name):
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_finish_the_step_save_and_say_how_to_go_on(signum, code):
-    arguments = ["--config=tiny.py", "--snapshots=2", "--search_steps=200", "--retrain_steps=10", "--upper_every=4", "--eval_size=20"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    arguments = [
+        "--config=tiny.py",
+        "--snapshots=2",
+        "--search_steps=200",
+        "--retrain_steps=10",
+        "--upper_every=4",
+        "--eval_size=20",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics = Path("out/tiny/metrics.jsonl")
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
         assert process.poll() is None
@@ -96,7 +146,9 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(signum, code):
     _, error = process.communicate(timeout=120)
     assert process.returncode == code
     message = error.strip().splitlines()[-1]
-    assert message.startswith("stopped at search step ") and message.endswith(f"go on with: python train.py {' '.join(arguments)} --resume=True")
+    assert message.startswith("stopped at search step ") and message.endswith(
+        f"go on with: python train.py {' '.join(arguments)} --resume=True"
+    )
     done = len(lines("out/tiny"))
     assert done < 200 and [path.name for path in checkpoint.names("out/tiny")][-1] == f"{done:06d}"
     assert train.main([*arguments, "--resume=True"]) == 0
@@ -137,7 +189,11 @@ def stopped_run(folder, monkeypatch, after=3, **settings):
 
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_elsewhere(monkeypatch):
     message = stopped_run("full", monkeypatch)
-    assert "full/checkpoints/000006" in message and "No space left on device" in message and "--resume=full --out_dir=..." in message
+    assert (
+        "full/checkpoints/000006" in message
+        and "No space left on device" in message
+        and "--resume=full --out_dir=..." in message
+    )
     assert sorted(path.name for path in Path("full/checkpoints").iterdir()) == ["000002", "000004"]
     train.train(Config(out_dir="elsewhere", resume="full", **TINY))
     train.train(Config(out_dir="whole", **TINY))
@@ -171,7 +227,9 @@ def test_changed_settings_and_data_are_refused_and_harmless_ones_named(monkeypat
     stopped_run("run", monkeypatch)
     with pytest.raises(ValueError, match=r"rank=4 \(it was 8\), lower_lr=0.5 \(it was 0.0\)"):
         train.train(Config(out_dir="run", resume="True", rank=4, lower_lr=0.5, **TINY))
-    with pytest.raises(ValueError, match="earlier run: choose another --out_dir, go on with it by --resume=True"):
+    with pytest.raises(
+        ValueError, match="earlier run: choose another --out_dir, go on with it by --resume=True"
+    ):
         train.train(Config(out_dir="run", **TINY))
     state = checkpoint.names("run")[-1] / "state.json"
     about = json.loads(state.read_text())
@@ -203,8 +261,14 @@ def test_what_an_earlier_run_left_goes_when_the_newer_one_has_ended_however_it_w
     assert not Path("run.previous").exists()
     stopped_run("run", monkeypatch, overwrite=True)
     (Path("run") / "notes.txt").write_text("mine")
-    train.train(Config(out_dir="run", overwrite=True, **TINY))  # over one that never finished: its files go, mine stay
-    assert (Path("run") / "notes.txt").exists() and (Path("run") / "summary.json").exists() and not Path("run.previous").exists()
+    train.train(
+        Config(out_dir="run", overwrite=True, **TINY)
+    )  # over one that never finished: its files go, mine stay
+    assert (
+        (Path("run") / "notes.txt").exists()
+        and (Path("run") / "summary.json").exists()
+        and not Path("run.previous").exists()
+    )
     Path("run.previous").mkdir()  # somebody's own
     with pytest.raises(ValueError, match="run.previous is in the way"):
         train.train(Config(out_dir="run", overwrite=True, **TINY))
@@ -264,11 +328,21 @@ def test_three_thousand_steps_take_no_more_memory_or_files_than_five_hundred(mon
     seen, scale = [], train.learning_rate_scale
 
     def measure(*arguments):
-        seen.append((int(Path("/proc/self/statm").read_text().split()[1]), len(os.listdir("/proc/self/fd"))))
+        seen.append(
+            (int(Path("/proc/self/statm").read_text().split()[1]), len(os.listdir("/proc/self/fd")))
+        )
         return scale(*arguments)
 
     monkeypatch.setattr(train, "learning_rate_scale", measure)
-    train.train(Config(out_dir="run", **TINY | dict(search_steps=1500, retrain_steps=1500, checkpoint_every=250)))
+    train.train(
+        Config(
+            out_dir="run",
+            **TINY | dict(search_steps=1500, retrain_steps=1500, checkpoint_every=250),
+        )
+    )
     assert len(seen) == 3000
     pages = [memory for memory, _ in seen]
-    assert max(pages[2800:]) < 1.01 * max(pages[450:550]) and len({files for _, files in seen[500:1400] + seen[2000:]}) == 1
+    assert (
+        max(pages[2800:]) < 1.01 * max(pages[450:550])
+        and len({files for _, files in seen[500:1400] + seen[2000:]}) == 1
+    )

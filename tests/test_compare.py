@@ -24,33 +24,60 @@ def elsewhere(tmp_path, monkeypatch, request):
 
 def result(method, seed, accuracy, loss=0.5, size=100):
     test = {"accuracy": accuracy, "loss": loss}
-    return {"domain": "d", "size": size, "method": method, "seed": seed, "after": {"test": test, "train": {"accuracy": 1.0, "loss": 0.1}}, "seconds": {"total": 60.0}}
+    return {
+        "domain": "d",
+        "size": size,
+        "method": method,
+        "seed": seed,
+        "after": {"test": test, "train": {"accuracy": 1.0, "loss": 0.1}},
+        "seconds": {"total": 60.0},
+    }
 
 
 def test_samples_tuning_set_and_test_share_no_example_and_the_test_is_the_same_for_all():
     asked = Compare()
 
     def texts(paths):
-        return [{json.loads(line)["text"] for line in path.read_text().splitlines()} for path in paths]
+        return [
+            {json.loads(line)["text"] for line in path.read_text().splitlines()} for path in paths
+        ]
 
     train, test = texts(compare.write_examples(asked, "product-sentiment", 100, 0, False))
     other, same = texts(compare.write_examples(asked, "product-sentiment", 400, 1, False))
     tuned_on, tune = texts(compare.write_examples(asked, "product-sentiment", 100, 1000, True))
     assert (len(train), len(other), len(test), len(tune)) == (100, 400, 300, 200)
-    assert test == same and train != other and not test & (train | other | tuned_on | tune) and not tune & (train | other | tuned_on)
+    assert (
+        test == same
+        and train != other
+        and not test & (train | other | tuned_on | tune)
+        and not tune & (train | other | tuned_on)
+    )
 
 
 def test_the_rates_with_the_lowest_loss_on_the_tuning_set_are_chosen():
-    tuned = [result("bidora", 1000, accuracy, loss) | {"lower_lr": lr, "upper_lr": 10 * lr} for lr, accuracy, loss in
-             ((3e-4, 0.9, 0.40), (1e-3, 0.8, 0.35), (3e-3, 0.95, 0.50))]
+    tuned = [
+        result("bidora", 1000, accuracy, loss) | {"lower_lr": lr, "upper_lr": 10 * lr}
+        for lr, accuracy, loss in ((3e-4, 0.9, 0.40), (1e-3, 0.8, 0.35), (3e-3, 0.95, 0.50))
+    ]
     assert compare.chosen_rates(tuned) == {"lower_lr": 1e-3, "upper_lr": 1e-2}
 
 
 def test_a_rate_that_diverges_in_tuning_is_passed_over_and_anything_else_stops(monkeypatch, capsys):
-    monkeypatch.setattr(compare, "launch", lambda *arguments: (2, "error: train step 3 of 8 is not finite (loss nan): lower lower_lr or upper_lr"))
+    monkeypatch.setattr(
+        compare,
+        "launch",
+        lambda *arguments: (
+            2,
+            "error: train step 3 of 8 is not finite (loss nan): lower lower_lr or upper_lr",
+        ),
+    )
     asked = Compare(model="tiny-random")
     diverged = compare.run(asked, "toy-sentiment", 40, 1000, "lora", {"lower_lr": 9.0}, tuning=True)
-    assert "not finite" in diverged["diverged"] and "not finite" in capsys.readouterr().out and not list(Path(asked.results).glob("*"))
+    assert (
+        "not finite" in diverged["diverged"]
+        and "not finite" in capsys.readouterr().out
+        and not list(Path(asked.results).glob("*"))
+    )
     fine = result("lora", 1000, 0.9) | {"lower_lr": 1e-3}
     assert compare.chosen_rates([diverged, fine]) == {"lower_lr": 1e-3}
     with pytest.raises(ValueError, match="all rates of lora's grid diverged"):
@@ -61,17 +88,28 @@ def test_a_rate_that_diverges_in_tuning_is_passed_over_and_anything_else_stops(m
 
 def test_table_has_means_deviations_and_the_paired_test():
     ours, theirs = [0.90, 0.88, 0.91, 0.87, 0.93], [0.89, 0.89, 0.86, 0.85, 0.90]
-    lines = compare.table([result("bidora", s, a) for s, a in enumerate(ours)] + [result("dora", s, a) for s, a in enumerate(theirs)] + [result("dora", 9, 0.1)])
+    lines = compare.table(
+        [result("bidora", s, a) for s, a in enumerate(ours)]
+        + [result("dora", s, a) for s, a in enumerate(theirs)]
+        + [result("dora", 9, 0.1)]
+    )
     assert f"{100 * numpy.mean(ours):.1f} ± {100 * numpy.std(ours, ddof=1):.1f}" in lines[1]
     gaps = numpy.array(ours) - theirs
     p = f"(p = {scipy.stats.wilcoxon(100 * gaps).pvalue:.2g})"
-    assert f"100 examples, dora       5 pairs: test accuracy {100 * gaps.mean():+.3g} {p}" in lines[-1] and f"train - test accuracy {-100 * gaps.mean():+.3g} {p}" in lines[-1]
+    assert (
+        f"100 examples, dora       5 pairs: test accuracy {100 * gaps.mean():+.3g} {p}" in lines[-1]
+        and f"train - test accuracy {-100 * gaps.mean():+.3g} {p}" in lines[-1]
+    )
     assert not any("lora" in line for line in lines)
 
 
 def test_equal_differences_tie_whatever_their_last_digits():
     ours, theirs = (278, 273, 270, 263, 280, 265), (281, 279, 273, 260, 280, 265)  # of 300
-    pairs = [result(method, seed, right / 300) for method, rights in (("bidora", ours), ("dora", theirs)) for seed, right in enumerate(rights)]
+    pairs = [
+        result(method, seed, right / 300)
+        for method, rights in (("bidora", ours), ("dora", theirs))
+        for seed, right in enumerate(rights)
+    ]
     p = scipy.stats.wilcoxon(numpy.subtract(ours, theirs)).pvalue  # 0.5; without rounding 0.375
     assert f"test accuracy -0.5 (p = {p:.2g})" in compare.table(pairs)[-1]
 
@@ -86,34 +124,66 @@ def test_a_comparison_goes_on_where_it_stopped(capsys):
     Path("results-quick/toy-sentiment-40-lora-1.json").unlink()
     assert compare.main(arguments) == 0
     again = {path.name: path.stat().st_mtime_ns for path in Path("results-quick").iterdir()}
-    assert {name for name in files if files[name] != again[name]} == {"toy-sentiment-40-lora-1.json"}
+    assert {name for name in files if files[name] != again[name]} == {
+        "toy-sentiment-40-lora-1.json"
+    }
     with pytest.raises(ValueError, match="was made without --lower_lr=9, --model=other: remove it"):
-        compare.run(Compare(model="other", results="results-quick"), "toy-sentiment", 40, 0, "lora", {"lower_lr": 9})
+        compare.run(
+            Compare(model="other", results="results-quick"),
+            "toy-sentiment",
+            40,
+            0,
+            "lora",
+            {"lower_lr": 9},
+        )
     found = compare.load_results("results-quick")
     assert [r["seed"] for r in found] == [0, 1]
     trajectory = compare.trajectory_of(found[0])
-    assert numpy.shape(trajectory.delta_m) == (4, 4) and len(trajectory.magnitude) == 4  # q and v of two blocks
+    assert (
+        numpy.shape(trajectory.delta_m) == (4, 4) and len(trajectory.magnitude) == 4
+    )  # q and v of two blocks
     assert compare.main(["--report=True", "--quick=True"]) == 0
 
 
 def test_sigterm_ends_the_runs_too():
-    process = subprocess.Popen([sys.executable, "-m", "tools.compare", "--quick=True", "--methods=lora"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.compare", "--quick=True", "--methods=lora"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     begun = time.time()
-    while not (runs := [path.parent for path in Path("out/compare-quick").glob("tune-*/metrics.jsonl")]) and time.time() - begun < 120:
+    while (
+        not (
+            runs := [path.parent for path in Path("out/compare-quick").glob("tune-*/metrics.jsonl")]
+        )
+        and time.time() - begun < 120
+    ):
         time.sleep(0.05)
     process.terminate()
     assert process.wait(60) == 130 and "the same command goes on" in process.stderr.read()
     for run in runs:
         with checkpoint.locked(run):  # no process holds it any more
             pass
-    assert runs and not list(Path("results-quick").glob("*")) and not any((run / "summary.json").exists() for run in runs)
+    assert (
+        runs
+        and not list(Path("results-quick").glob("*"))
+        and not any((run / "summary.json").exists() for run in runs)
+    )
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--methods=dorra"], "did you mean 'dora'"), (["--domains=films"], "unknown domains 'films'"), (["--sizes=ten"], "whole numbers"),
-    (["--seeds=0"], "positive"), (["--report=True"], "no results in results"), (["--quick=True", "--methods=lora", "--results=a-file"], "error"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--methods=dorra"], "did you mean 'dora'"),
+        (["--domains=films"], "unknown domains 'films'"),
+        (["--sizes=ten"], "whole numbers"),
+        (["--seeds=0"], "positive"),
+        (["--report=True"], "no results in results"),
+        (["--quick=True", "--methods=lora", "--results=a-file"], "error"),
+    ],
+)
 def test_wrong_input_gets_one_line(arguments, message, capsys):
     Path("a-file-quick").write_text("")
     assert compare.main(arguments) == 2

@@ -24,10 +24,22 @@ def smollm2():
     return ModelConfig.from_hf(read_json(find_model("smollm2-135m") / "config.json"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
-@pytest.mark.parametrize("method, quantize, checkpointing, length", [
-    ("lora", "none", False, 96), ("dora", "nf4", False, 96), ("dora", "none", True, 128), ("bidora", "none", False, 48), ("bidora", "int8", True, 64)])
-def test_the_formula_is_within_40_percent_of_the_measured_peak(smollm2, method, quantize, checkpointing, length):
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc"
+)
+@pytest.mark.parametrize(
+    "method, quantize, checkpointing, length",
+    [
+        ("lora", "none", False, 96),
+        ("dora", "nf4", False, 96),
+        ("dora", "none", True, 128),
+        ("bidora", "none", False, 48),
+        ("bidora", "int8", True, 64),
+    ],
+)
+def test_the_formula_is_within_40_percent_of_the_measured_peak(
+    smollm2, method, quantize, checkpointing, length
+):
     """Weights, training state and activations of one whole iteration on SmolLM2, in a fresh process."""
     code = f"""
 import re, sys
@@ -54,8 +66,20 @@ if optimizer.upper:
     optimizer.upper_step(loss_fn, None, (ids, labels))
 print(peak() - start)
 """
-    measured = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    computed = need(smollm2, method, 2, length, batch_size=4, quantize=quantize, gradient_checkpointing=checkpointing).total
+    measured = int(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
+    computed = need(
+        smollm2,
+        method,
+        2,
+        length,
+        batch_size=4,
+        quantize=quantize,
+        gradient_checkpointing=checkpointing,
+    ).total
     assert 0.6 < computed / measured < 1.4, (computed / 1e6, measured / 1e6)
 
 
@@ -63,29 +87,79 @@ def test_less_memory_gives_up_the_cheapest_things_first(smollm2):
     """Parts of the batch, then computing twice, then packing, then length: each appears no later than the next, as memory shrinks."""
     seen = []
     for free in (64e9, 12e9, 6e9, 3e9, 2e9, 1.2e9, 0.8e9, 0.5e9, 0.1e9):
-        picked, lines = choose(smollm2, Config(method="dora", batch_size=8), 2, longest=1000, asked=1, free=free)
-        seen.append((picked["accumulate"], picked["gradient_checkpointing"], picked["quantize"], picked["block_size"]))
-        takes = need(smollm2, "dora", 2, min(picked["block_size"], 1000), 8, 2, picked["accumulate"], picked["quantize"], picked["gradient_checkpointing"] == "True").total
-        assert (takes < 0.8 * free) == (" fits " in " ".join(lines).replace("not fit", "")) or free == 0.1e9
+        picked, lines = choose(
+            smollm2, Config(method="dora", batch_size=8), 2, longest=1000, asked=1, free=free
+        )
+        seen.append(
+            (
+                picked["accumulate"],
+                picked["gradient_checkpointing"],
+                picked["quantize"],
+                picked["block_size"],
+            )
+        )
+        takes = need(
+            smollm2,
+            "dora",
+            2,
+            min(picked["block_size"], 1000),
+            8,
+            2,
+            picked["accumulate"],
+            picked["quantize"],
+            picked["gradient_checkpointing"] == "True",
+        ).total
+        assert (takes < 0.8 * free) == (
+            " fits " in " ".join(lines).replace("not fit", "")
+        ) or free == 0.1e9
     assert seen[0] == (1, "False", "none", 1024) and seen[-1] == (8, "True", "nf4", 128)
     assert "nothing leaner is left" in lines[0]
-    sizes = [need(smollm2, "dora", 2, min(block, 1000), 8, 2, parts, kind, again == "True").total for parts, again, kind, block in seen]
+    sizes = [
+        need(smollm2, "dora", 2, min(block, 1000), 8, 2, parts, kind, again == "True").total
+        for parts, again, kind, block in seen
+    ]
     assert sizes == sorted(sizes, reverse=True)
     first = [next((i for i, s in enumerate(seen) if s[j] != seen[0][j]), 99) for j in range(4)]
     assert first == sorted(first)
 
 
 def test_what_the_user_set_is_not_touched(smollm2):
-    config = Config(method="dora", batch_size=8, accumulate=2, gradient_checkpointing="False", quantize="int8", block_size=512)
+    config = Config(
+        method="dora",
+        batch_size=8,
+        accumulate=2,
+        gradient_checkpointing="False",
+        quantize="int8",
+        block_size=512,
+    )
     picked, _ = choose(smollm2, config, 2, 1000, 1, free=1e8)
-    assert picked == {"accumulate": 2, "gradient_checkpointing": "False", "quantize": "int8", "block_size": 512}
+    assert picked == {
+        "accumulate": 2,
+        "gradient_checkpointing": "False",
+        "quantize": "int8",
+        "block_size": 512,
+    }
     picked, _ = choose(smollm2, Config(method="ft"), 4, 1000, 1, free=1e8)
     assert picked["quantize"] == "none"
 
 
 def test_block_size_never_passes_the_models_positions_or_cuts_an_answer():
-    small = ModelConfig.from_hf(dict(model_type="llama", vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64))
-    assert choose(small, Config(), 4, 50, 1, free=1e12)[0]["block_size"] == choose(small, Config(), 4, 50, 1, free=1)[0]["block_size"] == 64
+    small = ModelConfig.from_hf(
+        dict(
+            model_type="llama",
+            vocab_size=99,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+    )
+    assert (
+        choose(small, Config(), 4, 50, 1, free=1e12)[0]["block_size"]
+        == choose(small, Config(), 4, 50, 1, free=1)[0]["block_size"]
+        == 64
+    )
     large = ModelConfig.from_hf(small.hf | {"max_position_embeddings": 2048})
     assert choose(large, Config(), 4, 900, 321, free=1, shortest=322)[0]["block_size"] == 322
 
@@ -93,8 +167,16 @@ def test_block_size_never_passes_the_models_positions_or_cuts_an_answer():
 def test_the_table_runs_and_knows_the_published_sizes(capsys):
     assert memory.main(["--length=128"]) == 0
     out = capsys.readouterr().out
-    assert "computed, not measured" in out and [float(w) for w in re.search(r"Qwen2.5-7B +(.*)", out)[1].split()][0] == pytest.approx(15.2)
-    assert memory.main(["--model=no/such/model"]) == 2 and memory.main(["--rnak=3"]) == memory.main(["--optimizer=foo"]) == memory.main(["--length=-5"]) == 2
+    assert "computed, not measured" in out and [
+        float(w) for w in re.search(r"Qwen2.5-7B +(.*)", out)[1].split()
+    ][0] == pytest.approx(15.2)
+    assert (
+        memory.main(["--model=no/such/model"]) == 2
+        and memory.main(["--rnak=3"])
+        == memory.main(["--optimizer=foo"])
+        == memory.main(["--length=-5"])
+        == 2
+    )
     assert "did you mean 'rank'" in capsys.readouterr().err
 
 
@@ -108,9 +190,20 @@ def test_free_memory_is_less_than_the_machine_has():
 def test_the_table_for_several_devices(capsys):
     """LLaMA 2 7B in bf16: 13.5 GB of weights, of which eight devices hold an eighth each, and what they send grows with the weights."""
     assert memory.main(["--devices=8", "--batch_size=1", "--length=1"]) == 0
-    name, devices, holds, sends, shared_holds, shared_sends = re.split(r"\s{2,}", capsys.readouterr().out.splitlines()[3].strip())
+    name, devices, holds, sends, shared_holds, shared_sends = re.split(
+        r"\s{2,}", capsys.readouterr().out.splitlines()[3].strip()
+    )
     weights, embeddings = 13.5, 2 * 32000 * 4096 / 1e9
     assert (name, devices) == ("LLaMA 2 7B", "8")
-    assert float(shared_holds) == pytest.approx(float(holds) - 7 / 8 * weights + (weights - 2 * embeddings) / 32 + embeddings, abs=0.2) and float(holds) > weights
-    assert float(shared_sends) == pytest.approx(2 * 7 / 8 * weights + float(sends), abs=0.2) and float(sends) < 0.2
+    assert (
+        float(shared_holds)
+        == pytest.approx(
+            float(holds) - 7 / 8 * weights + (weights - 2 * embeddings) / 32 + embeddings, abs=0.2
+        )
+        and float(holds) > weights
+    )
+    assert (
+        float(shared_sends) == pytest.approx(2 * 7 / 8 * weights + float(sends), abs=0.2)
+        and float(sends) < 0.2
+    )
     assert memory.main(["--devices=1"]) == 2 and "above 1" in capsys.readouterr().err

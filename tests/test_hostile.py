@@ -26,19 +26,42 @@ from support.tokenizer import Tokenizer
 
 
 def cases(count):
-    return settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    return settings(
+        max_examples=count,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        database=None,
+    )
 
 
 VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-3, 10**6), st.sampled_from([0, -1, 2**31, 2**63, 10**30]), st.floats(), st.text(max_size=8),
-              st.sampled_from(["", "../x", "/etc/passwd", "\ud800", "llama", "yarn", "BPE", "{{ 1 }}"])),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)), max_leaves=5)
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-3, 10**6),
+        st.sampled_from([0, -1, 2**31, 2**63, 10**30]),
+        st.floats(),
+        st.text(max_size=8),
+        st.sampled_from(["", "../x", "/etc/passwd", "\ud800", "llama", "yarn", "BPE", "{{ 1 }}"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
 
 
 def places(value, path=()):
     """The paths to every value inside a JSON value."""
     yield path
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value[:4]) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:4])
+        if isinstance(value, list)
+        else ()
+    ):
         yield from places(inner, (*path, key))
 
 
@@ -65,14 +88,18 @@ def changed_bytes(draw, original):
     """Bytes with up to four places overwritten, cut away or put in; most of them in the first 400, where headers are."""
     content = bytearray(original)
     for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, max(0, min(400, len(content)) - 1))) if draw(st.integers(0, 3)) else draw(st.integers(0, len(content)))
+        at = (
+            draw(st.integers(0, max(0, min(400, len(content)) - 1)))
+            if draw(st.integers(0, 3))
+            else draw(st.integers(0, len(content)))
+        )
         kind, new = draw(st.integers(0, 3)), draw(st.binary(min_size=1, max_size=9))
         if kind == 0:
-            content[at:at + len(new)] = new
+            content[at : at + len(new)] = new
         elif kind == 1:
             content[at:at] = new
         elif kind == 2:
-            del content[at:at + draw(st.integers(1, 50))]
+            del content[at : at + draw(st.integers(1, 50))]
         else:
             del content[at:]
     return bytes(content)
@@ -84,7 +111,11 @@ def survives(read, *named):
         read()
     except (ValueError, FileNotFoundError) as error:
         assert type(error) in (ValueError, FileNotFoundError), repr(error)
-        assert str(error) and "\n" not in str(error).strip() and any(name in str(error) for name in named), str(error)
+        assert (
+            str(error)
+            and "\n" not in str(error).strip()
+            and any(name in str(error) for name in named)
+        ), str(error)
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +130,26 @@ def folder(request):
         yield Path(scratch)
 
 
-LINES = [{"text": "aeae lim", "label": "yes"}, {"text": "ü\u2028", "label": 1}, {"prompt": "a", "completion": "b"}, {"instruction": "a", "input": "", "output": "b"},
-         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, {"code": "x"}, {"text": "plain"}]
+LINES = [
+    {"text": "aeae lim", "label": "yes"},
+    {"text": "ü\u2028", "label": 1},
+    {"prompt": "a", "completion": "b"},
+    {"instruction": "a", "input": "", "output": "b"},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"code": "x"},
+    {"text": "plain"},
+]
 
 
 @cases(2500)
-@given(st.lists(st.one_of(*(changed_json(line) for line in LINES), st.sampled_from(LINES)), min_size=1, max_size=3), st.data())
+@given(
+    st.lists(
+        st.one_of(*(changed_json(line) for line in LINES), st.sampled_from(LINES)),
+        min_size=1,
+        max_size=3,
+    ),
+    st.data(),
+)
 def test_jsonl_of_other_values(folder, lines, more):
     text = "\n".join(json.dumps(line, ensure_ascii=more.draw(st.booleans())) for line in lines)
     path = folder / "data.jsonl"
@@ -113,7 +158,9 @@ def test_jsonl_of_other_values(folder, lines, more):
     def read():
         examples = data.load_examples(path)
         tokenizer = Tokenizer.from_pretrained(folder / "model")
-        label_ids = data.tokenize_labels(sorted({example["label"] for example in examples if "label" in example}), tokenizer)
+        label_ids = data.tokenize_labels(
+            sorted({example["label"] for example in examples if "label" in example}), tokenizer
+        )
         data.encode(examples, tokenizer, 64, data.LABEL_PROMPT, label_ids)
 
     survives(read, "data.jsonl", "label", "block_size", "example")
@@ -126,10 +173,18 @@ def test_jsonl_of_other_bytes(folder, content):
     survives(lambda: data.load_examples(folder / "data.jsonl"), "data.jsonl:", "data.jsonl holds")
 
 
-@pytest.mark.parametrize("line, said", [
-    (b'{"text": ' + b'[' * 100_000, "not JSON"), (b'{"text": "' + b"a" * 10_000_000 + b'", "label": ' + b"9" * 5000 + b"}", "data.jsonl:1"),
-    (b'{"text": "a", "text": "b"}', "stands twice"), (b'{"text": NaN}', "not a string"), (b'{"text": "\\ud800"}', "surrogate"), (b"\xff\xfe{\x00}", "UTF-8"), (b"\x00", "not JSON"),
-])
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        (b'{"text": ' + b"[" * 100_000, "not JSON"),
+        (b'{"text": "' + b"a" * 10_000_000 + b'", "label": ' + b"9" * 5000 + b"}", "data.jsonl:1"),
+        (b'{"text": "a", "text": "b"}', "stands twice"),
+        (b'{"text": NaN}', "not a string"),
+        (b'{"text": "\\ud800"}', "surrogate"),
+        (b"\xff\xfe{\x00}", "UTF-8"),
+        (b"\x00", "not JSON"),
+    ],
+)
 def test_jsonl_of_known_malice(folder, line, said):
     (folder / "data.jsonl").write_bytes(line)
     with pytest.raises(ValueError, match=said):
@@ -137,8 +192,21 @@ def test_jsonl_of_known_malice(folder, line, said):
 
 
 @cases(2500)
-@given(changed_json(LLAMA | {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                                                        "original_max_position_embeddings": 64}}))
+@given(
+    changed_json(
+        LLAMA
+        | {
+            "model_type": "llama",
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        }
+    )
+)
 def test_config_json(config):
     survives(lambda: ModelConfig.from_hf(config), "config.json")
 
@@ -149,10 +217,16 @@ def test_tokenizer_json(folder, more):
     original = Path(folder / "model" / "tokenizer.json").read_text()
     shutil.copytree(folder / "model", folder / "tokenizer", dirs_exist_ok=True)
     if more.draw(st.booleans()):
-        name, content = "tokenizer.json", json.dumps(more.draw(changed_json(json.loads(original)))).encode()
+        name, content = (
+            "tokenizer.json",
+            json.dumps(more.draw(changed_json(json.loads(original)))).encode(),
+        )
     elif more.draw(st.booleans()):
         settings_ = json.loads(Path(folder / "model" / "tokenizer_config.json").read_text())
-        name, content = "tokenizer_config.json", json.dumps(more.draw(changed_json(settings_))).encode()
+        name, content = (
+            "tokenizer_config.json",
+            json.dumps(more.draw(changed_json(settings_))).encode(),
+        )
     else:
         name, content = "tokenizer.json", more.draw(changed_bytes(original.encode()))
     (folder / "tokenizer" / name).write_bytes(content)
@@ -160,7 +234,9 @@ def test_tokenizer_json(folder, more):
     def read():
         tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
         tokenizer.decode(tokenizer.encode("aeae <|im_end|> x1 ü"))
-        tokenizer.apply_chat_template([{"role": "user", "content": "hm"}], add_generation_prompt=True)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "hm"}], add_generation_prompt=True
+        )
 
     survives(read, "tokenizer", "template")
 
@@ -173,17 +249,27 @@ def test_safetensors_and_their_index(folder, more):
     weights = (folder / "weights" / "model.safetensors").read_bytes()
     if more.draw(st.booleans()):
         size = int.from_bytes(weights[:8], "little")
-        header = json.loads(weights[8:8 + size])
+        header = json.loads(weights[8 : 8 + size])
         if more.draw(st.booleans()):
             header = json.dumps(more.draw(changed_json(header))).encode()
-            weights = len(header).to_bytes(8, "little") + header + weights[8 + size:]
+            weights = len(header).to_bytes(8, "little") + header + weights[8 + size :]
         else:
             weights = more.draw(changed_bytes(weights))
         (folder / "weights" / "model.safetensors").write_bytes(weights)
     else:
-        index = {"metadata": {}, "weight_map": {"model.norm.weight": "model.safetensors", "lm_head.weight": "model.safetensors"}}
-        (folder / "weights" / "model.safetensors.index.json").write_text(json.dumps(more.draw(changed_json(index))))
-    survives(lambda: Transformer.from_pretrained(folder / "weights"), "model.safetensors", "weights")
+        index = {
+            "metadata": {},
+            "weight_map": {
+                "model.norm.weight": "model.safetensors",
+                "lm_head.weight": "model.safetensors",
+            },
+        }
+        (folder / "weights" / "model.safetensors.index.json").write_text(
+            json.dumps(more.draw(changed_json(index)))
+        )
+    survives(
+        lambda: Transformer.from_pretrained(folder / "weights"), "model.safetensors", "weights"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +292,22 @@ def gguf_bytes(folder):
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(0)
-    shapes = {"attn_q": (4, 4), "attn_k": (2, 4), "attn_v": (2, 4), "attn_output": (4, 4), "ffn_gate": (4, 4), "ffn_up": (4, 4), "ffn_down": (4, 4),
-              "attn_norm": (4,), "ffn_norm": (4,)}
-    for name, shape in {"token_embd": (4, 4), "output_norm": (4,), **{f"blk.0.{name}": shape for name, shape in shapes.items()}}.items():
+    shapes = {
+        "attn_q": (4, 4),
+        "attn_k": (2, 4),
+        "attn_v": (2, 4),
+        "attn_output": (4, 4),
+        "ffn_gate": (4, 4),
+        "ffn_up": (4, 4),
+        "ffn_down": (4, 4),
+        "attn_norm": (4,),
+        "ffn_norm": (4,),
+    }
+    for name, shape in {
+        "token_embd": (4, 4),
+        "output_norm": (4,),
+        **{f"blk.0.{name}": shape for name, shape in shapes.items()},
+    }.items():
         writer.add_tensor(f"{name}.weight", numpy.ones(shape, dtype=numpy.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -232,7 +331,10 @@ def test_gguf_files(folder, gguf_bytes, more):
     converts(folder, more.draw(changed_bytes(gguf_bytes)))
 
 
-@pytest.mark.parametrize("name", ["tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "GGUF.kv_count", "GGUF.tensor_count"])
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "GGUF.kv_count", "GGUF.tensor_count"],
+)
 def test_gguf_files_that_promise_more_than_they_hold(folder, gguf_bytes, name):
     (folder / "damaged.gguf").write_bytes(gguf_bytes)
     reader = GGUFReader(folder / "damaged.gguf", "r+")
@@ -257,27 +359,66 @@ def test_adapter_folders(folder, more):
     survives(lambda: load_adapter(model, folder / "damaged"), "damaged")
 
 
-NAMES = st.sampled_from([f"--{name}" for name in train.Config.__dataclass_fields__] + ["--config", "rank", "--", "--rnak"])
+NAMES = st.sampled_from(
+    [f"--{name}" for name in train.Config.__dataclass_fields__]
+    + ["--config", "rank", "--", "--rnak"]
+)
 
 
 @cases(1200)
-@given(st.lists(st.tuples(NAMES, st.sampled_from(["=", "", " "]), st.one_of(st.text(max_size=6), st.integers().map(str), st.floats().map(str),
-                                                                           st.sampled_from(["small.py", "tiny.py", "bidora", "q_proj,", "1e400", "True"]))), max_size=4))
+@given(
+    st.lists(
+        st.tuples(
+            NAMES,
+            st.sampled_from(["=", "", " "]),
+            st.one_of(
+                st.text(max_size=6),
+                st.integers().map(str),
+                st.floats().map(str),
+                st.sampled_from(["small.py", "tiny.py", "bidora", "q_proj,", "1e400", "True"]),
+            ),
+        ),
+        max_size=4,
+    )
+)
 def test_command_lines(folder, arguments):
     def read():
         config = train.read_config([name + equals + value for name, equals, value in arguments])
         train.check(config)
 
-    survives(read, *(name.strip("-") or "--" for name, _, _ in arguments), "no data", "nothing to train", "unknown device", "val_file and test_file")
+    survives(
+        read,
+        *(name.strip("-") or "--" for name, _, _ in arguments),
+        "no data",
+        "nothing to train",
+        "unknown device",
+        "val_file and test_file",
+    )
 
 
 @cases(400)
 @given(st.data())
 def test_config_files(folder, more):
     if more.draw(st.booleans()):
-        path, content = folder / "mine.json", json.dumps(more.draw(st.dictionaries(st.sampled_from(list(train.Config.__dataclass_fields__) + ["x"]), VALUES, max_size=3)))
+        path, content = (
+            folder / "mine.json",
+            json.dumps(
+                more.draw(
+                    st.dictionaries(
+                        st.sampled_from(list(train.Config.__dataclass_fields__) + ["x"]),
+                        VALUES,
+                        max_size=3,
+                    )
+                )
+            ),
+        )
     else:
-        path, content = folder / "mine.py", more.draw(changed_bytes(b"rank = 4\nlower_lr = 1e-3\ntarget_modules = ['q_proj']\n")).decode("latin-1")
+        path, content = (
+            folder / "mine.py",
+            more.draw(
+                changed_bytes(b"rank = 4\nlower_lr = 1e-3\ntarget_modules = ['q_proj']\n")
+            ).decode("latin-1"),
+        )
     path.write_text(content, encoding="utf-8", errors="surrogatepass")
     survives(lambda: train.read_config([f"--config={path}"]), "mine.", "command line")
 
@@ -286,4 +427,7 @@ def test_nothing_here_unpickles():
     for path in Path(train.__file__).parent.rglob("*.py"):
         if path.parent.name == "tests":
             continue
-        assert not re.search(r"torch\.load\(|import pickle|import marshal|weights_only|(?<!\.)\b(eval|exec)\(", path.read_text()), path
+        assert not re.search(
+            r"torch\.load\(|import pickle|import marshal|weights_only|(?<!\.)\b(eval|exec)\(",
+            path.read_text(),
+        ), path

@@ -40,7 +40,12 @@ class Quadratic:
             return torch.randn(*shape, dtype=torch.float64)
 
         root = draw(n, n)
-        self.H, self.C, self.t, self.b = root @ root.T / n + 0.5 * torch.eye(n, dtype=torch.float64), draw(n, k), draw(n), draw(k)
+        self.H, self.C, self.t, self.b = (
+            root @ root.T / n + 0.5 * torch.eye(n, dtype=torch.float64),
+            draw(n, k),
+            draw(n),
+            draw(k),
+        )
         self.V, self.m = nn.Parameter(draw(n)), nn.Parameter(draw(k))
         self.arguments = (self.lower_loss, self.upper_loss, [self.V], [self.m])
 
@@ -48,7 +53,9 @@ class Quadratic:
         return 0.5 * self.V @ self.H @ self.V - self.V @ self.C @ self.m
 
     def upper_loss(self):
-        return 0.5 * (self.V - self.t).square().sum() + 0.5 * self.m.square().sum() + self.b @ self.m
+        return (
+            0.5 * (self.V - self.t).square().sum() + 0.5 * self.m.square().sum() + self.b @ self.m
+        )
 
     def exact(self, inverse):
         """m + b + Cᵀ · inverse · (V - t)"""
@@ -59,31 +66,49 @@ class Curved:
     """A two-layer network with BiDoRA layers: V = A and B, m = the magnitudes; train and val are different samples."""
 
     def __init__(self):
-        self.model = prepare_bidora_model(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double(),
-                                          BiDoRAConfig(rank=1, dropout=0.0, target_modules=("0", "2")))
+        self.model = prepare_bidora_model(
+            nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double(),
+            BiDoRAConfig(rank=1, dropout=0.0, target_modules=("0", "2")),
+        )
         for layer in bidora.adapter_layers(self.model).values():
             nn.init.normal_(layer.lora_B, std=0.3)
-        self.train, self.val = ((torch.randn(20, 5, dtype=torch.float64), torch.randn(20, 1, dtype=torch.float64)) for _ in range(2))
-        self.lower, self.upper = bidora.lower_parameters(self.model), bidora.upper_parameters(self.model)
+        self.train, self.val = (
+            (torch.randn(20, 5, dtype=torch.float64), torch.randn(20, 1, dtype=torch.float64))
+            for _ in range(2)
+        )
+        self.lower, self.upper = (
+            bidora.lower_parameters(self.model),
+            bidora.upper_parameters(self.model),
+        )
 
     def loss(self, model, batch):
         return F.mse_loss(model(batch[0]), batch[1])
 
     def through_autograd(self, lr, steps):
         """The hypergradient by plain autograd through functional gradient steps."""
-        values = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in self.model.named_parameters()}
+        values = {
+            name: p.detach().clone().requires_grad_(p.requires_grad)
+            for name, p in self.model.named_parameters()
+        }
         upper = [name for name in values if "magnitude" in name]
         lower = [name for name in values if "lora_A" in name or "lora_B" in name]
         start = [values[name] for name in upper]
         for _ in range(steps):
-            loss = F.mse_loss(torch.func.functional_call(self.model, values, self.train[0]), self.train[1])
+            loss = F.mse_loss(
+                torch.func.functional_call(self.model, values, self.train[0]), self.train[1]
+            )
             grads = torch.autograd.grad(loss, [values[name] for name in lower], create_graph=True)
             values = values | {name: values[name] - lr * g for name, g in zip(lower, grads)}
         loss = F.mse_loss(torch.func.functional_call(self.model, values, self.val[0]), self.val[1])
         return torch.autograd.grad(loss, start)
 
     def arguments(self):
-        return lambda: self.loss(self.model, self.train), lambda: self.loss(self.model, self.val), self.lower, self.upper
+        return (
+            lambda: self.loss(self.model, self.train),
+            lambda: self.loss(self.model, self.val),
+            self.lower,
+            self.upper,
+        )
 
 
 def test_first_order_is_the_direct_gradient():
@@ -95,15 +120,22 @@ def test_conjugate_gradient_reaches_the_implicit_gradient_in_n_iterations():
     """CG solves an n-dimensional system in n steps, up to rounding: 1e-9."""
     q = Quadratic(n=6)
     exact = q.exact(torch.linalg.inv(q.H))
-    errors = [(conjugate_gradient(*q.arguments, iterations=k, damping=0.0)[0] - exact).norm() for k in (1, 3, 6)]
+    errors = [
+        (conjugate_gradient(*q.arguments, iterations=k, damping=0.0)[0] - exact).norm()
+        for k in (1, 3, 6)
+    ]
     assert errors[0] > errors[1] > 1e-6 > 1e-9 > errors[2]
-    torch.testing.assert_close(conjugate_gradient(*q.arguments, iterations=50, damping=0.0)[0], exact)  # more do no harm
+    torch.testing.assert_close(
+        conjugate_gradient(*q.arguments, iterations=50, damping=0.0)[0], exact
+    )  # more do no harm
 
 
 def test_damping_is_added_to_the_hessian():
     q = Quadratic()
     exact = q.exact(torch.linalg.inv(q.H + 0.7 * torch.eye(6, dtype=torch.float64)))
-    torch.testing.assert_close(conjugate_gradient(*q.arguments, iterations=6, damping=0.7)[0], exact)
+    torch.testing.assert_close(
+        conjugate_gradient(*q.arguments, iterations=6, damping=0.7)[0], exact
+    )
 
 
 def test_neumann_converges_geometrically_to_the_implicit_gradient():
@@ -112,7 +144,10 @@ def test_neumann_converges_geometrically_to_the_implicit_gradient():
     alpha = (1 / eigenvalues[-1]).item()
     exact = q.exact(torch.linalg.inv(q.H))
     shrink = (1 - alpha * eigenvalues[0]).item()  # the slowest direction's factor a term
-    errors = [(neumann(*q.arguments, terms=k, alpha=alpha)[0] - exact).norm().item() for k in (1, 20, 40, 60, 600)]
+    errors = [
+        (neumann(*q.arguments, terms=k, alpha=alpha)[0] - exact).norm().item()
+        for k in (1, 20, 40, 60, 600)
+    ]
     assert errors[-1] < 1e-9
     for before, after in zip(errors[1:], errors[2:-1]):
         assert after <= before * shrink**20 * 1.5
@@ -141,16 +176,31 @@ def test_unrolled_equals_its_closed_form_on_a_quadratic(steps):
 def test_unrolled_equals_autograd_through_the_steps(steps):
     """1e-8 relative: the same derivatives, in another order of operations."""
     c = Curved()
-    torch.testing.assert_close(tuple(unrolled(*c.arguments(), lr=0.1, steps=steps)), c.through_autograd(0.1, steps), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        tuple(unrolled(*c.arguments(), lr=0.1, steps=steps)),
+        c.through_autograd(0.1, steps),
+        rtol=1e-8,
+        atol=1e-10,
+    )
 
 
 def test_finite_difference_tends_to_exact_quadratically():
     """A tenth of the radius, a hundredth of the error, as for any central difference."""
     c = Curved()
     exact = torch.cat(unrolled(*c.arguments(), lr=0.1, steps=2))
-    errors = [(torch.cat(unrolled(*c.arguments(), lr=0.1, steps=2, mode="finite_difference", radius=r)) - exact).norm().item() for r in (1e-3, 1e-4)]
+    errors = [
+        (
+            torch.cat(unrolled(*c.arguments(), lr=0.1, steps=2, mode="finite_difference", radius=r))
+            - exact
+        )
+        .norm()
+        .item()
+        for r in (1e-3, 1e-4)
+    ]
     assert errors[0] / errors[1] == pytest.approx(100, rel=0.2) and errors[1] < 1e-5
-    assert (exact - torch.cat(first_order(*c.arguments()))).norm() > 1e-2  # the second-order part is no rounding error
+    assert (
+        exact - torch.cat(first_order(*c.arguments()))
+    ).norm() > 1e-2  # the second-order part is no rounding error
 
 
 def test_hypergradients_agree_with_re_solved_finite_differences():
@@ -158,8 +208,13 @@ def test_hypergradients_agree_with_re_solved_finite_differences():
     A lower level solved to convergence: ridge regression V*(m) = argmin |XV - y|² / 2 + Σ exp(m)·V² / 2, with the upper loss
     re-solved at m ± 1e-5. CG with 10 iterations on 5 unknowns is exact; Neumann has converged. 1e-6 relative.
     """
-    X, y, Xv, yv = (torch.randn(*shape, dtype=torch.float64) for shape in ((30, 5), (30,), (20, 5), (20,)))
-    V, m = nn.Parameter(torch.zeros(5, dtype=torch.float64)), nn.Parameter(torch.randn(5, dtype=torch.float64))
+    X, y, Xv, yv = (
+        torch.randn(*shape, dtype=torch.float64) for shape in ((30, 5), (30,), (20, 5), (20,))
+    )
+    V, m = (
+        nn.Parameter(torch.zeros(5, dtype=torch.float64)),
+        nn.Parameter(torch.randn(5, dtype=torch.float64)),
+    )
 
     def solve(m):
         return torch.linalg.solve(X.T @ X + torch.diag(m.exp()), X.T @ y)
@@ -168,14 +223,32 @@ def test_hypergradients_agree_with_re_solved_finite_differences():
         return 0.5 * (Xv @ V - yv).square().sum()
 
     V.data = solve(m.detach())
-    arguments = (lambda: 0.5 * (X @ V - y).square().sum() + 0.5 * (m.exp() * V * V).sum(), lambda: upper(V), [V], [m])
+    arguments = (
+        lambda: 0.5 * (X @ V - y).square().sum() + 0.5 * (m.exp() * V * V).sum(),
+        lambda: upper(V),
+        [V],
+        [m],
+    )
     steps = 1e-5 * torch.eye(5, dtype=torch.float64)
-    resolved = torch.stack([(upper(solve(m.detach() + d)) - upper(solve(m.detach() - d))) / 2e-5 for d in steps])
+    resolved = torch.stack(
+        [(upper(solve(m.detach() + d)) - upper(solve(m.detach() - d))) / 2e-5 for d in steps]
+    )
     largest = torch.linalg.eigvalsh(X.T @ X + torch.diag(m.exp()).detach())[-1].item()
-    torch.testing.assert_close(conjugate_gradient(*arguments, iterations=10, damping=0.0)[0], resolved, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(neumann(*arguments, terms=400, alpha=1 / largest)[0], resolved, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(unrolled(*arguments, lr=1 / largest, steps=400)[0], resolved, rtol=1e-6, atol=1e-8)
-    assert torch.equal(first_order(*arguments)[0], torch.zeros(5, dtype=torch.float64))  # m stands in L alone
+    torch.testing.assert_close(
+        conjugate_gradient(*arguments, iterations=10, damping=0.0)[0],
+        resolved,
+        rtol=1e-6,
+        atol=1e-8,
+    )
+    torch.testing.assert_close(
+        neumann(*arguments, terms=400, alpha=1 / largest)[0], resolved, rtol=1e-6, atol=1e-8
+    )
+    torch.testing.assert_close(
+        unrolled(*arguments, lr=1 / largest, steps=400)[0], resolved, rtol=1e-6, atol=1e-8
+    )
+    assert torch.equal(
+        first_order(*arguments)[0], torch.zeros(5, dtype=torch.float64)
+    )  # m stands in L alone
 
 
 @pytest.mark.parametrize("name", HYPERGRADIENTS)
@@ -205,8 +278,13 @@ def test_bilevel_step_moves_each_level_along_its_own_gradient(name):
     c = Curved()
     options = {"lr": 0.05} if name == "unrolled" else {}
     twin = copy.deepcopy(c)
-    twin.lower, twin.upper = bidora.lower_parameters(twin.model), bidora.upper_parameters(twin.model)
-    optimizer = create_bilevel_optimizer(c.model, 1e-2, 1e-3, hypergradient=name, grad_clip=float("inf"), **options)
+    twin.lower, twin.upper = (
+        bidora.lower_parameters(twin.model),
+        bidora.upper_parameters(twin.model),
+    )
+    optimizer = create_bilevel_optimizer(
+        c.model, 1e-2, 1e-3, hypergradient=name, grad_clip=float("inf"), **options
+    )
     train_loss, val_loss = optimizer.bilevel_step(c.loss, c.train, c.val)
 
     assert train_loss == pytest.approx(twin.loss(twin.model, twin.train).item())
@@ -214,7 +292,10 @@ def test_bilevel_step_moves_each_level_along_its_own_gradient(name):
     if name == "unrolled":
         g = torch.autograd.grad(twin.loss(twin.model, twin.train), twin.lower, create_graph=True)
     adam = torch.optim.AdamW([p.detach().clone() for p in twin.lower], lr=1e-2, weight_decay=0.0)
-    for p, q in zip(adam.param_groups[0]["params"], torch.autograd.grad(twin.loss(twin.model, twin.train), twin.lower)):
+    for p, q in zip(
+        adam.param_groups[0]["params"],
+        torch.autograd.grad(twin.loss(twin.model, twin.train), twin.lower),
+    ):
         p.grad = q
     adam.step()
     for p, moved in zip(c.lower, adam.param_groups[0]["params"]):
@@ -226,8 +307,8 @@ def test_bilevel_step_moves_each_level_along_its_own_gradient(name):
         both = torch.autograd.grad(twin.loss(twin.model, twin.val), twin.lower + twin.upper)
         for p, value in zip(twin.lower, start):
             p.data = value
-        cross = torch.autograd.grad(g, twin.upper, grad_outputs=both[:len(g)])
-        h = [hm - 0.05 * x for hm, x in zip(both[len(g):], cross)]
+        cross = torch.autograd.grad(g, twin.upper, grad_outputs=both[: len(g)])
+        h = [hm - 0.05 * x for hm, x in zip(both[len(g) :], cross)]
     elif name == "first_order":  # nothing is shared: the current values
         for p, moved in zip(twin.lower, adam.param_groups[0]["params"]):
             p.data = moved
@@ -249,7 +330,10 @@ def test_a_parameter_that_no_loss_uses_gets_zeros_and_disturbs_nothing(name):
 
 
 def test_hypergradient_sees_no_dropout_and_training_goes_on_with_it():
-    model = prepare_bidora_model(nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 1)), BiDoRAConfig(rank=1, dropout=0.5, target_modules=("0", "1")))
+    model = prepare_bidora_model(
+        nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 1)),
+        BiDoRAConfig(rank=1, dropout=0.5, target_modules=("0", "1")),
+    )
     model.train()
     seen = []
 
@@ -257,8 +341,12 @@ def test_hypergradient_sees_no_dropout_and_training_goes_on_with_it():
         seen.append({module.training for module in model.modules()})
         return model(batch).square().mean()
 
-    create_bilevel_optimizer(model, 1e-3, 1e-3, hypergradient="unrolled").bilevel_step(loss_fn, torch.randn(4, 5), torch.randn(4, 5))
-    assert seen == [{True}, {False}] and model.training  # the step itself, whose graph is shared, and the val loss
+    create_bilevel_optimizer(model, 1e-3, 1e-3, hypergradient="unrolled").bilevel_step(
+        loss_fn, torch.randn(4, 5), torch.randn(4, 5)
+    )
+    assert (
+        seen == [{True}, {False}] and model.training
+    )  # the step itself, whose graph is shared, and the val loss
     optimizer = create_bilevel_optimizer(model, 1e-3, 1e-3, hypergradient="unrolled")
     optimizer.upper_step(loss_fn, torch.randn(4, 5), torch.randn(4, 5))
     assert seen[2:] == [{False}, {False}] and model.training
@@ -272,7 +360,9 @@ def test_lower_steps_are_taken_before_each_upper_step():
         calls.append("train" if batch is c.train else "val")
         return c.loss(model, batch)
 
-    create_bilevel_optimizer(c.model, 1e-3, 1e-3, lower_steps=3).bilevel_step(loss_fn, c.train, c.val)
+    create_bilevel_optimizer(c.model, 1e-3, 1e-3, lower_steps=3).bilevel_step(
+        loss_fn, c.train, c.val
+    )
     assert calls == ["train"] * 3 + ["val"]
 
 
@@ -289,15 +379,27 @@ def test_fused_attention_is_differentiated_twice():
     """A transformers model, whose attention is scaled_dot_product_attention: second derivatives against finite differences."""
     import transformers
 
-    config = transformers.LlamaConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                                      max_position_embeddings=32)
+    config = transformers.LlamaConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
     model = transformers.LlamaForCausalLM(config).double()
-    prepare_bidora_model(model, BiDoRAConfig(rank=2, dropout=0.0, target_modules=("q_proj", "v_proj")))
+    prepare_bidora_model(
+        model, BiDoRAConfig(rank=2, dropout=0.0, target_modules=("q_proj", "v_proj"))
+    )
     for layer in bidora.adapter_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.5)
     train, val = torch.randint(0, 31, (2, 3, 9))
-    arguments = (lambda: model(train, labels=train).loss, lambda: model(val, labels=val).loss,
-                 bidora.lower_parameters(model), bidora.upper_parameters(model))
+    arguments = (
+        lambda: model(train, labels=train).loss,
+        lambda: model(val, labels=val).loss,
+        bidora.lower_parameters(model),
+        bidora.upper_parameters(model),
+    )
     exact = unrolled(*arguments, lr=1.0)
     difference = unrolled(*arguments, lr=1.0, mode="finite_difference", radius=1e-3)
     torch.testing.assert_close(difference, exact, rtol=1e-4, atol=1e-6)
@@ -311,9 +413,14 @@ def test_unknown_names_are_refused():
         unrolled(*c.arguments(), mode="guess")
     with pytest.raises(ValueError, match="put in adapters"):
         create_bilevel_optimizer(nn.Linear(2, 2).requires_grad_(False), 1e-3, 1e-3)
-    dora = prepare_bidora_model(nn.Sequential(nn.Linear(5, 1)), BiDoRAConfig(rank=1, target_modules=("0",), use_bidora=False))
+    dora = prepare_bidora_model(
+        nn.Sequential(nn.Linear(5, 1)),
+        BiDoRAConfig(rank=1, target_modules=("0",), use_bidora=False),
+    )
     with pytest.raises(ValueError, match="no upper-level parameters"):
-        create_bilevel_optimizer(dora, 1e-3, 1e-3).bilevel_step(lambda model, x: model(x).sum(), torch.ones(2, 5), torch.ones(2, 5))
+        create_bilevel_optimizer(dora, 1e-3, 1e-3).bilevel_step(
+            lambda model, x: model(x).sum(), torch.ones(2, 5), torch.ones(2, 5)
+        )
 
 
 # --------------------------------------------------------------------------------- truth: a re-solved lower level
@@ -327,10 +434,24 @@ class Logistic:
             return torch.randn(*shape, dtype=torch.float64)
 
         truth = draw(n)
-        self.X, self.Xv = draw(60, n) @ torch.diag(torch.linspace(0.5, 2, n, dtype=torch.float64)), draw(40, n)
-        self.y, self.yv = torch.sign(self.X @ truth + draw(60)), torch.sign(self.Xv @ truth + draw(40))
-        self.V, self.m = nn.Parameter(torch.zeros(n, dtype=torch.float64)), nn.Parameter(draw(n) - 1)
-        self.arguments = (lambda: self.lower_loss(self.V, self.m), lambda: self.upper_loss(self.V), [self.V], [self.m])
+        self.X, self.Xv = (
+            draw(60, n) @ torch.diag(torch.linspace(0.5, 2, n, dtype=torch.float64)),
+            draw(40, n),
+        )
+        self.y, self.yv = (
+            torch.sign(self.X @ truth + draw(60)),
+            torch.sign(self.Xv @ truth + draw(40)),
+        )
+        self.V, self.m = (
+            nn.Parameter(torch.zeros(n, dtype=torch.float64)),
+            nn.Parameter(draw(n) - 1),
+        )
+        self.arguments = (
+            lambda: self.lower_loss(self.V, self.m),
+            lambda: self.upper_loss(self.V),
+            [self.V],
+            [self.m],
+        )
         self.V.data = self.solve(self.m.detach())
 
     def lower_loss(self, V, m):
@@ -352,8 +473,13 @@ class Logistic:
     def resolved(self, epsilon=1e-5):
         """Central differences of the upper loss, the lower level solved anew at each m ± ε."""
         m = self.m.detach()
-        return torch.stack([(self.upper_loss(self.solve(m + d)) - self.upper_loss(self.solve(m - d))) / (2 * epsilon)
-                            for d in epsilon * torch.eye(len(m), dtype=torch.float64)])
+        return torch.stack(
+            [
+                (self.upper_loss(self.solve(m + d)) - self.upper_loss(self.solve(m - d)))
+                / (2 * epsilon)
+                for d in epsilon * torch.eye(len(m), dtype=torch.float64)
+            ]
+        )
 
 
 def error(h, truth):
@@ -369,14 +495,22 @@ def test_errors_against_a_re_solved_logistic_regression_fall_as_theory_says():
     truth = p.resolved()
     eigenvalues = torch.linalg.eigvalsh(p.hessian(p.V.detach(), p.m.detach()))
     alpha, shrink = (1 / eigenvalues[-1]).item(), (1 - eigenvalues[0] / eigenvalues[-1]).item()
-    series = [error(neumann(*p.arguments, terms=k, alpha=alpha), truth) for k in (1, 2, 4, 8, 16, 32, 64, 128)]
+    series = [
+        error(neumann(*p.arguments, terms=k, alpha=alpha), truth)
+        for k in (1, 2, 4, 8, 16, 32, 64, 128)
+    ]
     for k, (before, after) in zip((1, 2, 4, 8, 16, 32, 64), zip(series, series[1:])):
         assert after <= before * shrink**k * 1.01 + 1e-8
     assert series[-1] < 1e-3 * series[0]
-    solved = [error(conjugate_gradient(*p.arguments, iterations=k, damping=0.0), truth) for k in range(1, 7)]
+    solved = [
+        error(conjugate_gradient(*p.arguments, iterations=k, damping=0.0), truth)
+        for k in range(1, 7)
+    ]
     assert all(after < before for before, after in zip(solved, solved[1:])) and solved[-1] < 1e-8
     assert solved[4] / solved[3] < solved[1] / solved[0]  # ever faster
-    assert solved[3] < 0.5 * error(neumann(*p.arguments, terms=5, alpha=alpha), truth)  # as many products
+    assert solved[3] < 0.5 * error(
+        neumann(*p.arguments, terms=5, alpha=alpha), truth
+    )  # as many products
     assert error(first_order(*p.arguments), truth) == pytest.approx(1.0)
 
 
@@ -384,7 +518,12 @@ def test_unrolling_from_a_solved_lower_level_is_the_neumann_series():
     """At V* the steps stay where they are, and K of rate α give the series' first K terms."""
     p = Logistic()
     for K in (1, 2, 7):
-        torch.testing.assert_close(unrolled(*p.arguments, lr=0.01, steps=K), neumann(*p.arguments, terms=K, alpha=0.01), rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(
+            unrolled(*p.arguments, lr=0.01, steps=K),
+            neumann(*p.arguments, terms=K, alpha=0.01),
+            rtol=1e-8,
+            atol=1e-12,
+        )
 
 
 def test_a_diagonal_preconditioner_speeds_up_a_badly_scaled_problem_and_changes_no_limit():
@@ -395,11 +534,19 @@ def test_a_diagonal_preconditioner_speeds_up_a_badly_scaled_problem_and_changes_
     P = [1 / H.diagonal()]
     rate = (1 / torch.linalg.eigvalsh(H)[-1]).item()
     scaled = (1 / torch.linalg.eigvals(torch.diag(P[0]) @ H).real.max()).item()
-    plain, better = (error(neumann(*p.arguments, terms=30, alpha=a, precondition=P_), truth) for a, P_ in ((rate, None), (scaled, P)))
+    plain, better = (
+        error(neumann(*p.arguments, terms=30, alpha=a, precondition=P_), truth)
+        for a, P_ in ((rate, None), (scaled, P))
+    )
     assert better < 0.05 * plain
     assert error(neumann(*p.arguments, terms=2000, alpha=scaled, precondition=P), truth) < 1e-6
-    assert error(conjugate_gradient(*p.arguments, iterations=6, damping=0.0, precondition=P), truth) < 1e-6
-    assert error(conjugate_gradient(*p.arguments, iterations=2, damping=0.0, precondition=P), truth) < error(conjugate_gradient(*p.arguments, iterations=2, damping=0.0), truth)
+    assert (
+        error(conjugate_gradient(*p.arguments, iterations=6, damping=0.0, precondition=P), truth)
+        < 1e-6
+    )
+    assert error(
+        conjugate_gradient(*p.arguments, iterations=2, damping=0.0, precondition=P), truth
+    ) < error(conjugate_gradient(*p.arguments, iterations=2, damping=0.0), truth)
 
 
 def test_errors_against_a_re_solved_network_with_bidora_layers():
@@ -414,11 +561,16 @@ def test_errors_against_a_re_solved_network_with_bidora_layers():
     def values(flat, m):
         named = dict(c.model.named_parameters())
         lower = torch.split(flat, [s.numel() for s in shapes])
-        replaced = {id(p): x.view(s) for p, x, s in zip(c.lower, lower, shapes)} | {id(p): x for p, x in zip(c.upper, m)}
+        replaced = {id(p): x.view(s) for p, x, s in zip(c.lower, lower, shapes)} | {
+            id(p): x for p, x in zip(c.upper, m)
+        }
         return {name: replaced.get(id(p), p.detach()) for name, p in named.items()}
 
     def lower_loss(flat, m):
-        return F.mse_loss(torch.func.functional_call(c.model, values(flat, m), c.train[0]), c.train[1]) + (flat - start).square().sum()
+        return (
+            F.mse_loss(torch.func.functional_call(c.model, values(flat, m), c.train[0]), c.train[1])
+            + (flat - start).square().sum()
+        )
 
     def upper_loss(flat, m):
         return F.mse_loss(torch.func.functional_call(c.model, values(flat, m), c.val[0]), c.val[1])
@@ -428,7 +580,9 @@ def test_errors_against_a_re_solved_network_with_bidora_layers():
             g = torch.autograd.functional.jacobian(lambda x: lower_loss(x, m), flat)
             H = torch.autograd.functional.hessian(lambda x: lower_loss(x, m), flat)
             smallest = torch.linalg.eigvalsh(H)[0]
-            flat = flat - torch.linalg.solve(H + max(0.0, 0.05 - smallest.item()) * torch.eye(len(flat), dtype=flat.dtype), g)
+            flat = flat - torch.linalg.solve(
+                H + max(0.0, 0.05 - smallest.item()) * torch.eye(len(flat), dtype=flat.dtype), g
+            )
             if g.norm() < 1e-12:
                 assert smallest > 0.01
                 return flat
@@ -450,12 +604,19 @@ def test_errors_against_a_re_solved_network_with_bidora_layers():
         p.data = x.view(s)
 
     def train_loss():
-        return c.loss(c.model, c.train) + (torch.cat([p.flatten() for p in c.lower]) - start).square().sum()
+        return (
+            c.loss(c.model, c.train)
+            + (torch.cat([p.flatten() for p in c.lower]) - start).square().sum()
+        )
 
     arguments = (train_loss, lambda: c.loss(c.model, c.val), c.lower, c.upper)
-    errors = [error(conjugate_gradient(*arguments, iterations=k, damping=0.0), truth) for k in (1, 3, 40)]
+    errors = [
+        error(conjugate_gradient(*arguments, iterations=k, damping=0.0), truth) for k in (1, 3, 40)
+    ]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-5
-    largest = torch.linalg.eigvalsh(torch.autograd.functional.hessian(lambda x: lower_loss(x, m), flat))[-1].item()
+    largest = torch.linalg.eigvalsh(
+        torch.autograd.functional.hessian(lambda x: lower_loss(x, m), flat)
+    )[-1].item()
     errors = [error(neumann(*arguments, terms=k, alpha=1 / largest), truth) for k in (1, 10, 100)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-3
     assert error(first_order(*arguments), truth) > 0.01
@@ -468,10 +629,19 @@ def adam_by_hand(c, optimizer, grad_clip, steps):
     """The hypergradient by plain autograd through AdamW's formulas, moments and all."""
     group = optimizer.param_groups[0]
     (b1, b2), lr, eps, decay = group["betas"], group["lr"], group["eps"], group["weight_decay"]
-    values = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in c.model.named_parameters()}
-    upper, lower = [n for n in values if "magnitude" in n], [n for n in values if "lora_A" in n or "lora_B" in n]
+    values = {
+        name: p.detach().clone().requires_grad_(p.requires_grad)
+        for name, p in c.model.named_parameters()
+    }
+    upper, lower = (
+        [n for n in values if "magnitude" in n],
+        [n for n in values if "lora_A" in n or "lora_B" in n],
+    )
     own = dict(c.model.named_parameters())
-    first, second = ({n: optimizer.state[own[n]][key].clone() for n in lower} for key in ("exp_avg", "exp_avg_sq"))
+    first, second = (
+        {n: optimizer.state[own[n]][key].clone() for n in lower}
+        for key in ("exp_avg", "exp_avg_sq")
+    )
     t, start = int(optimizer.state[own[lower[0]]]["step"]), [values[n] for n in upper]
     for _ in range(steps):
         t += 1
@@ -481,13 +651,19 @@ def adam_by_hand(c, optimizer, grad_clip, steps):
         for n, g in zip(lower, grads):
             g = g * torch.clamp(grad_clip / (norm + 1e-6), max=1.0)
             first[n], second[n] = b1 * first[n] + (1 - b1) * g, b2 * second[n] + (1 - b2) * g * g
-            values[n] = values[n] - lr * decay * values[n] - lr * (first[n] / (1 - b1**t)) / (torch.sqrt(second[n] / (1 - b2**t)) + eps)
+            values[n] = (
+                values[n]
+                - lr * decay * values[n]
+                - lr * (first[n] / (1 - b1**t)) / (torch.sqrt(second[n] / (1 - b2**t)) + eps)
+            )
     loss = F.mse_loss(torch.func.functional_call(c.model, values, c.val[0]), c.val[1])
     return torch.autograd.grad(loss, start)
 
 
 def warmed_up(c, grad_clip=0.3, **options):
-    optimizer = create_bilevel_optimizer(c.model, 0.02, 1e-3, weight_decay=0.1, grad_clip=grad_clip, **options)
+    optimizer = create_bilevel_optimizer(
+        c.model, 0.02, 1e-3, weight_decay=0.1, grad_clip=grad_clip, **options
+    )
     for _ in range(4):
         optimizer.lower_step(c.loss, c.train)
     return optimizer
@@ -503,10 +679,21 @@ def test_adams_own_update_is_differentiated(steps, grad_clip):
     expected = adam_by_hand(c, optimizer.lower_optimizer, grad_clip, steps)
     h = unrolled(*c.arguments(), steps=steps, adam=optimizer.lower_optimizer, grad_clip=grad_clip)
     torch.testing.assert_close(tuple(h), expected, rtol=1e-8, atol=1e-11)
-    finite = unrolled(*c.arguments(), steps=steps, adam=optimizer.lower_optimizer, grad_clip=grad_clip, mode="finite_difference", radius=1e-4)
+    finite = unrolled(
+        *c.arguments(),
+        steps=steps,
+        adam=optimizer.lower_optimizer,
+        grad_clip=grad_clip,
+        mode="finite_difference",
+        radius=1e-4,
+    )
     torch.testing.assert_close(tuple(finite), expected, rtol=1e-4, atol=1e-6)
     after = optimizer.lower_optimizer.state_dict()
-    assert all(torch.equal(before["state"][i][key], after["state"][i][key]) for i in before["state"] for key in before["state"][i])
+    assert all(
+        torch.equal(before["state"][i][key], after["state"][i][key])
+        for i in before["state"]
+        for key in before["state"][i]
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -520,7 +707,9 @@ def test_the_steps_just_taken_are_differentiated_as_they_were(steps):
     assert [step.graph is not None for step in optimizer.past] == [False] * (steps - 1) + [True]
     seen = {}
     real = optimizer.step
-    optimizer.step = lambda o, parameters, gradients, loss: seen.update(h=[g.clone() for g in gradients]) or real(o, parameters, gradients, loss)
+    optimizer.step = lambda o, parameters, gradients, loss: (
+        seen.update(h=[g.clone() for g in gradients]) or real(o, parameters, gradients, loss)
+    )
     optimizer.upper_step(c.loss, None, c.val)
     torch.testing.assert_close(tuple(seen["h"]), expected, rtol=1e-8, atol=1e-11)
     assert optimizer.past == []
@@ -534,7 +723,9 @@ def test_keeping_a_step_changes_nothing_about_it():
     for keep in (False, True):
         torch.manual_seed(0)
         c = Curved()
-        optimizer = create_bilevel_optimizer(c.model, 1e-2, 1e-3, hypergradient="unrolled", grad_clip=0.1)
+        optimizer = create_bilevel_optimizer(
+            c.model, 1e-2, 1e-3, hypergradient="unrolled", grad_clip=0.1
+        )
         for _ in range(3):
             optimizer.lower_step(c.loss, c.train, keep=keep)
         results.append([p.detach().clone() for p in c.lower])
@@ -548,7 +739,9 @@ def test_adam_preconditions_every_second_order_method(name):
     scale = adam_scale(optimizer.lower_optimizer)
     for p, s in zip(c.lower, scale):
         state = optimizer.lower_optimizer.state[p]
-        torch.testing.assert_close(s, 1 / ((state["exp_avg_sq"] / (1 - 0.999 ** int(state["step"]))).sqrt() + 1e-8))
+        torch.testing.assert_close(
+            s, 1 / ((state["exp_avg_sq"] / (1 - 0.999 ** int(state["step"]))).sqrt() + 1e-8)
+        )
     before = [m.detach().clone() for m in c.upper]
     optimizer.upper_step(c.loss, c.train, c.val)
     assert all(torch.isfinite(m).all() and not torch.equal(m, b) for m, b in zip(c.upper, before))
@@ -556,18 +749,30 @@ def test_adam_preconditions_every_second_order_method(name):
 
 def test_adams_derivative_is_finite_where_gradient_and_moments_are_zero():
     """As for A before the first step, while B is zero."""
-    model = prepare_bidora_model(nn.Sequential(nn.Linear(5, 8)), BiDoRAConfig(rank=2, dropout=0.0, target_modules=["0"]))
-    optimizer = create_bilevel_optimizer(model, 1e-2, 1e-3, hypergradient="unrolled", precondition="adam")
+    model = prepare_bidora_model(
+        nn.Sequential(nn.Linear(5, 8)), BiDoRAConfig(rank=2, dropout=0.0, target_modules=["0"])
+    )
+    optimizer = create_bilevel_optimizer(
+        model, 1e-2, 1e-3, hypergradient="unrolled", precondition="adam"
+    )
     x = torch.randn(6, 5)
     optimizer.bilevel_step(lambda m, b: m(x).square().mean(), None, None)
     assert all(torch.isfinite(m).all() for m in optimizer.upper)
 
 
-@pytest.mark.parametrize("options, said", [
-    (dict(hypergradient="newton"), "unknown hypergradient"), (dict(precondition="diag"), "unknown precondition"), (dict(precondition="adam", optimizer="adamw8bit"), "8 bits"),
-    (dict(hypergradient="unrolled", mode="finite_difference"), "rounding noise")])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(hypergradient="newton"), "unknown hypergradient"),
+        (dict(precondition="diag"), "unknown precondition"),
+        (dict(precondition="adam", optimizer="adamw8bit"), "8 bits"),
+        (dict(hypergradient="unrolled", mode="finite_difference"), "rounding noise"),
+    ],
+)
 def test_choices_that_do_not_go_together_are_refused(options, said):
-    model = prepare_bidora_model(nn.Sequential(nn.Linear(5, 8).bfloat16()), BiDoRAConfig(rank=2, target_modules=["0"]))
+    model = prepare_bidora_model(
+        nn.Sequential(nn.Linear(5, 8).bfloat16()), BiDoRAConfig(rank=2, target_modules=["0"])
+    )
     with pytest.raises(ValueError, match=said):
         create_bilevel_optimizer(model, 1e-2, 1e-3, **options)
 
@@ -585,7 +790,13 @@ def test_losses_in_parts_give_the_hypergradient_of_the_whole(name, options):
     whole = HYPERGRADIENTS[name](*c.arguments(), **options)
 
     def parts(batch):
-        return [lambda rows=rows: F.mse_loss(c.model(batch[0][rows]), batch[1][rows]) * (len(range(*rows.indices(20))) / 20) for rows in (slice(0, 7), slice(7, 20))]
+        return [
+            lambda rows=rows: (
+                F.mse_loss(c.model(batch[0][rows]), batch[1][rows])
+                * (len(range(*rows.indices(20))) / 20)
+            )
+            for rows in (slice(0, 7), slice(7, 20))
+        ]
 
     split = HYPERGRADIENTS[name](parts(c.train), parts(c.val), c.lower, c.upper, **options)
     torch.testing.assert_close(split, whole, rtol=1e-6 if "mode" in options else 1e-8, atol=1e-9)
@@ -616,16 +827,36 @@ dist.destroy_process_group()
 
 
 def distributed_cases():
-    return [("first_order", {}), ("unrolled", {"lr": 0.1}), ("unrolled", {"lr": 0.1, "steps": 3}), ("unrolled", {"lr": 0.1, "mode": "finite_difference", "radius": 1e-4}),
-            ("neumann", {"terms": 3, "alpha": 0.1}), ("conjugate_gradient", {"iterations": 3})]
+    return [
+        ("first_order", {}),
+        ("unrolled", {"lr": 0.1}),
+        ("unrolled", {"lr": 0.1, "steps": 3}),
+        ("unrolled", {"lr": 0.1, "mode": "finite_difference", "radius": 1e-4}),
+        ("neumann", {"terms": 3, "alpha": 0.1}),
+        ("conjugate_gradient", {"iterations": 3}),
+    ]
 
 
 def test_two_processes_give_the_hypergradient_of_the_joined_batch(tmp_path):
     """Each has half of the train and of the val batch; 1e-6 relative in float64 (the finite difference is nonlinear in rounding)."""
     script = tmp_path / "process.py"
-    script.write_text(PROCESS.format(paths=[str(Path(hypergrad.__file__).parent), str(Path(__file__).parent)]).replace("torch.save(", "save("))
-    script.write_text("import json\n\ndef save(x, path):\n    json.dump(x, open(path, 'w'))\n" + script.read_text())
-    processes = [subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path / "store"), str(tmp_path / "h")], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    script.write_text(
+        PROCESS.format(
+            paths=[str(Path(hypergrad.__file__).parent), str(Path(__file__).parent)]
+        ).replace("torch.save(", "save(")
+    )
+    script.write_text(
+        "import json\n\ndef save(x, path):\n    json.dump(x, open(path, 'w'))\n"
+        + script.read_text()
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(tmp_path / "store"), str(tmp_path / "h")],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
@@ -635,7 +866,9 @@ def test_two_processes_give_the_hypergradient_of_the_joined_batch(tmp_path):
     for i, (name, options) in enumerate(distributed_cases()):
         joined = torch.cat([h.flatten() for h in HYPERGRADIENTS[name](*c.arguments(), **options)])
         for rank in range(2):
-            ours = torch.cat([torch.tensor(h, dtype=torch.float64).flatten() for h in results[rank][i]])
+            ours = torch.cat(
+                [torch.tensor(h, dtype=torch.float64).flatten() for h in results[rank][i]]
+            )
             assert (ours - joined).norm() <= 1e-6 * joined.norm(), name
 
 
@@ -654,15 +887,23 @@ def test_gradient_checkpointing_changes_no_hypergradient(tmp_path, name):
     train, val = (torch.randint(0, 131, (2, 11)) for _ in range(2))
     results = []
     for model.gradient_checkpointing in (False, True):
-        h = HYPERGRADIENTS[name](lambda: model(train, train), lambda: model(val, val), bidora.lower_parameters(model), bidora.upper_parameters(model),
-                                 **({"lr": 0.5, "steps": 2} if name == "unrolled" else {}))
+        h = HYPERGRADIENTS[name](
+            lambda: model(train, train),
+            lambda: model(val, val),
+            bidora.lower_parameters(model),
+            bidora.upper_parameters(model),
+            **({"lr": 0.5, "steps": 2} if name == "unrolled" else {}),
+        )
         results.append(torch.cat(h))
     assert not torch.equal(results[0], torch.zeros_like(results[0]))
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-9 * results[0].abs().max().item())
+    torch.testing.assert_close(
+        results[1], results[0], rtol=0, atol=1e-9 * results[0].abs().max().item()
+    )
 
 
 def test_a_batch_in_parts_gives_the_step_of_the_whole_batch():
     """Parts have different numbers of labels; each weighs as its labels do."""
+
     def trained(count):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11)).double()
@@ -674,9 +915,14 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole_batch():
 
         def loss_fn(model, batch):
             ids, labels, share = batch
-            return F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) * share
+            return (
+                F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) * share
+            )
 
-        losses = [optimizer.lower_step(loss_fn, *data.parts((ids, labels), count)).item() for _ in range(3)]
+        losses = [
+            optimizer.lower_step(loss_fn, *data.parts((ids, labels), count)).item()
+            for _ in range(3)
+        ]
         return losses, torch.cat([p.flatten() for p in bidora.lower_parameters(model)])
 
     for count in (2, 3, 5, 8):
@@ -686,20 +932,31 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole_batch():
 
 def test_8_bit_adamw_follows_adamw_at_both_levels():
     """Bitsandbytes' quantised moments leave the path within a tenth of its length after 30 steps, and are 8 bits wide."""
+
     def trained(optimizer):
         torch.manual_seed(0)
-        model = prepare_bidora_model(nn.Sequential(nn.Linear(300, 5000)), BiDoRAConfig(rank=16, dropout=0.0, target_modules=["0"]))
+        model = prepare_bidora_model(
+            nn.Sequential(nn.Linear(300, 5000)),
+            BiDoRAConfig(rank=16, dropout=0.0, target_modules=["0"]),
+        )
         x, y = torch.randn(40, 300), torch.randn(40, 5000)
         bilevel = create_bilevel_optimizer(model, 1e-2, 1e-2, optimizer=optimizer)
         start = [p.detach().clone() for p in bilevel.lower + bilevel.upper]
         for _ in range(30):
             bilevel.bilevel_step(lambda model, batch: F.mse_loss(model(x), y), None, None)
-        return bilevel, [torch.cat([(p - p0).flatten() for p, p0 in zip(part, first)]) for part, first in ((bilevel.lower, start[:2]), (bilevel.upper, start[2:]))]
+        return bilevel, [
+            torch.cat([(p - p0).flatten() for p, p0 in zip(part, first)])
+            for part, first in ((bilevel.lower, start[:2]), (bilevel.upper, start[2:]))
+        ]
 
     (ours, moved), (_, expected) = trained("adamw8bit"), trained("adamw")
     for a, b in zip(moved, expected):
         assert b.norm() > 0 and (a - b).norm() < 0.1 * b.norm()
     for optimizer in (ours.lower_optimizer, ours.upper_optimizer):
-        assert all(state["state1"].dtype == torch.uint8 for p, state in optimizer.state.items() if p.numel() >= 4096)
+        assert all(
+            state["state1"].dtype == torch.uint8
+            for p, state in optimizer.state.items()
+            if p.numel() >= 4096
+        )
     with pytest.raises(ValueError, match="'sgd'.*adamw, adamw8bit"):
         create_bilevel_optimizer(ours.model, 1e-2, 1e-2, optimizer="sgd")

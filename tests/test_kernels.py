@@ -11,19 +11,32 @@ from support.kernels import cross_entropy
 
 def example(n, dtype, vocab=300):
     torch.manual_seed(0)
-    return torch.randn(n, 16, dtype=dtype, requires_grad=True), torch.randn(vocab, 16, dtype=dtype), torch.randint(vocab, (n,))
+    return (
+        torch.randn(n, 16, dtype=dtype, requires_grad=True),
+        torch.randn(vocab, 16, dtype=dtype),
+        torch.randint(vocab, (n,)),
+    )
 
 
 @pytest.mark.parametrize("n", [1, kernels.ROWS, 2 * kernels.ROWS + 3])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+)
 def test_value_and_gradient_equal_the_plain_form(n, dtype, tolerance):
     """Up to rounding; the gradient's of bfloat16 is 2⁻⁸ in each of its two roundings."""
     hidden, weight, targets = example(n, dtype)
-    plain = F.cross_entropy(F.linear(hidden, weight).to(torch.promote_types(dtype, torch.float32)), targets)
+    plain = F.cross_entropy(
+        F.linear(hidden, weight).to(torch.promote_types(dtype, torch.float32)), targets
+    )
     chunked = cross_entropy(hidden, weight, targets)
     assert chunked.dtype == plain.dtype
-    torch.testing.assert_close(chunked, plain, rtol=1e-6 if dtype != torch.float64 else tolerance, atol=0)
-    (expected,), (got,) = torch.autograd.grad(3 * plain, hidden), torch.autograd.grad(3 * chunked, hidden)
+    torch.testing.assert_close(
+        chunked, plain, rtol=1e-6 if dtype != torch.float64 else tolerance, atol=0
+    )
+    (expected,), (got,) = (
+        torch.autograd.grad(3 * plain, hidden),
+        torch.autograd.grad(3 * chunked, hidden),
+    )
     assert (got - expected).norm() <= tolerance * expected.norm()
 
 

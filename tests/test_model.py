@@ -14,12 +14,29 @@ import bidora
 from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).parent.parent
-LLAMA = dict(vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
-             max_position_embeddings=128, rms_norm_eps=1e-5)
+LLAMA = dict(
+    vocab_size=131,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+)
 
 
-FAMILIES = {name: (getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")) for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+FAMILIES = {
+    name: (getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM"))
+    for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
+}
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 
 
 def checkpoint(folder, family="Llama", save=dict(), **changes):
@@ -27,8 +44,17 @@ def checkpoint(folder, family="Llama", save=dict(), **changes):
     torch.manual_seed(0)
     config_class, model_class = FAMILIES[family]
     peer = model_class(config_class(**(LLAMA | changes))).eval()
-    for name, parameter in peer.named_parameters():  # biases and norms start at 0 and 1, and heads alike, which would hide a mistake
-        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3 if "norm" in name or "bias" in name else 0.08)
+    for (
+        name,
+        parameter,
+    ) in (
+        peer.named_parameters()
+    ):  # biases and norms start at 0 and 1, and heads alike, which would hide a mistake
+        torch.nn.init.normal_(
+            parameter,
+            mean=1.0 if "norm" in name else 0.0,
+            std=0.3 if "norm" in name or "bias" in name else 0.08,
+        )
     peer.save_pretrained(folder, **save)
     return peer
 
@@ -38,22 +64,56 @@ def rope(rope_type, **values):
 
 
 CHECKPOINTS = {
-    "llama, tied, other theta": ("Llama", dict(tie_word_embeddings=True, rope_parameters={"rope_theta": 100000.0, "rope_type": "default"})),
+    "llama, tied, other theta": (
+        "Llama",
+        dict(
+            tie_word_embeddings=True,
+            rope_parameters={"rope_theta": 100000.0, "rope_type": "default"},
+        ),
+    ),
     "llama, biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
     "llama, no grouped queries, own head_dim": ("Llama", dict(num_key_value_heads=6, head_dim=12)),
     "llama, one key head": ("Llama", dict(num_key_value_heads=1)),
     "llama, sharded": ("Llama", dict(save=dict(max_shard_size="50KB"))),
     "llama, linear": ("Llama", rope("linear", factor=4.0)),
     "llama, dynamic": ("Llama", rope("dynamic", factor=4.0)),
-    "llama, llama3": ("Llama", dict(rope_parameters=dict(rope_theta=500000.0, **LLAMA3), tie_word_embeddings=True)),
+    "llama, llama3": (
+        "Llama",
+        dict(rope_parameters=dict(rope_theta=500000.0, **LLAMA3), tie_word_embeddings=True),
+    ),
     "mistral": ("Mistral", dict(sliding_window=None)),
     "mistral, window": ("Mistral", dict(sliding_window=7, head_dim=10)),
     "qwen2, tied": ("Qwen2", dict(tie_word_embeddings=True)),
-    "qwen2, windows above layer 1": ("Qwen2", dict(use_sliding_window=True, sliding_window=9, max_window_layers=1)),
+    "qwen2, windows above layer 1": (
+        "Qwen2",
+        dict(use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    ),
     "qwen2, yarn": ("Qwen2", rope("yarn", factor=4.0, original_max_position_embeddings=32)),
-    "qwen2, yarn with everything": ("Qwen2", rope("yarn", factor=8.0, original_max_position_embeddings=24, beta_fast=16, beta_slow=2, mscale=0.7, mscale_all_dim=1.2, truncate=False)),
+    "qwen2, yarn with everything": (
+        "Qwen2",
+        rope(
+            "yarn",
+            factor=8.0,
+            original_max_position_embeddings=24,
+            beta_fast=16,
+            beta_slow=2,
+            mscale=0.7,
+            mscale_all_dim=1.2,
+            truncate=False,
+        ),
+    ),
     "qwen3": ("Qwen3", dict(head_dim=16)),
-    "qwen3, biases, windows, tied": ("Qwen3", dict(head_dim=10, attention_bias=True, tie_word_embeddings=True, use_sliding_window=True, sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
+    "qwen3, biases, windows, tied": (
+        "Qwen3",
+        dict(
+            head_dim=10,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            use_sliding_window=True,
+            sliding_window=5,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
 }
 
 
@@ -75,7 +135,10 @@ def test_logits_and_generation_equal_transformers(tmp_path, name):
         torch.testing.assert_close(ours(ids * there)[there], expected[there], atol=1e-4, rtol=1e-4)
     prompt = ids[:2, :6]
     peer.generation_config.eos_token_id = None
-    assert torch.equal(ours.generate(prompt, 64, temperature=0), peer.generate(prompt, max_new_tokens=64, do_sample=False))
+    assert torch.equal(
+        ours.generate(prompt, 64, temperature=0),
+        peer.generate(prompt, max_new_tokens=64, do_sample=False),
+    )
 
 
 def test_bfloat16_checkpoint_is_read_and_computed_as_transformers_does(tmp_path):
@@ -86,36 +149,112 @@ def test_bfloat16_checkpoint_is_read_and_computed_as_transformers_does(tmp_path)
     ids = torch.randint(0, 131, (3, 30))
     with torch.no_grad():
         truth, theirs = exact(ids).logits, peer(ids).logits.float()
-        torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(ids), truth, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            Transformer.from_pretrained(tmp_path)(ids), truth, atol=1e-4, rtol=1e-4
+        )
         ours = Transformer.from_pretrained(tmp_path, torch.bfloat16)(ids).float()
     assert (ours - truth).norm() < 1.3 * (theirs - truth).norm()
 
 
 def test_both_spellings_of_config_are_read(tmp_path):
     config = LLAMA | {"model_type": "llama"}
-    old = ModelConfig.from_hf(config | {"rope_theta": 500000.0, "torch_dtype": "bfloat16", "rope_scaling": {k.replace("rope_type", "type"): v for k, v in LLAMA3.items()}})
-    new = ModelConfig.from_hf(config | {"dtype": "bfloat16", "rope_parameters": {"rope_theta": 500000.0, **LLAMA3}})
-    assert {k: v for k, v in old.rope.items() if k != "type"} == new.rope and old.windows == new.windows == [None] * 3
+    old = ModelConfig.from_hf(
+        config
+        | {
+            "rope_theta": 500000.0,
+            "torch_dtype": "bfloat16",
+            "rope_scaling": {k.replace("rope_type", "type"): v for k, v in LLAMA3.items()},
+        }
+    )
+    new = ModelConfig.from_hf(
+        config | {"dtype": "bfloat16", "rope_parameters": {"rope_theta": 500000.0, **LLAMA3}}
+    )
+    assert {
+        k: v for k, v in old.rope.items() if k != "type"
+    } == new.rope and old.windows == new.windows == [None] * 3
 
 
-@pytest.mark.parametrize("family, change", [
-    ("Llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}),  # added by hand to what transformers 5 wrote
-    ("Qwen2", {"rope_scaling": {"type": "linear", "factor": 4.0}}), ("Qwen2", {"rope_parameters": ..., "rope_theta": 500.0}),
-    ("Qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": None, "rope_theta": 10000.0, "original_max_position_embeddings": 32}}),
-    ("Qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}, "original_max_position_embeddings": 64}),
-    ("Mistral", {"max_position_embeddings": ..., "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}}),
-    ("Qwen2", {"max_position_embeddings": ..., "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0}}),
-    ("Llama", {"max_position_embeddings": ..., "rms_norm_eps": ..., "num_key_value_heads": ...}), ("Mistral", {"sliding_window": ..., "rms_norm_eps": ...})])
+@pytest.mark.parametrize(
+    "family, change",
+    [
+        (
+            "Llama",
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+        ),  # added by hand to what transformers 5 wrote
+        ("Qwen2", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+        ("Qwen2", {"rope_parameters": ..., "rope_theta": 500.0}),
+        (
+            "Qwen2",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": None,
+                    "rope_theta": 10000.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+        ),
+        (
+            "Qwen3",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "rope_theta": 10000.0,
+                    "original_max_position_embeddings": 32,
+                },
+                "original_max_position_embeddings": 64,
+            },
+        ),
+        (
+            "Mistral",
+            {
+                "max_position_embeddings": ...,
+                "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0},
+            },
+        ),
+        (
+            "Qwen2",
+            {
+                "max_position_embeddings": ...,
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "rope_theta": 10000.0,
+                },
+            },
+        ),
+        (
+            "Llama",
+            {"max_position_embeddings": ..., "rms_norm_eps": ..., "num_key_value_heads": ...},
+        ),
+        ("Mistral", {"sliding_window": ..., "rms_norm_eps": ...}),
+    ],
+)
 def test_edited_and_shortened_configs_mean_what_they_mean_to_transformers(tmp_path, family, change):
     """`...` stands for a key that is left out."""
-    checkpoint(tmp_path, family, **(dict(num_key_value_heads=6) if change.get("num_key_value_heads") else {}))
+    checkpoint(
+        tmp_path,
+        family,
+        **(dict(num_key_value_heads=6) if change.get("num_key_value_heads") else {}),
+    )
     path = tmp_path / "config.json"
     config = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
     ids = torch.randint(0, 131, (2, 60))
     with torch.no_grad():
         expected = FAMILIES[family][1].from_pretrained(tmp_path).eval()(ids).logits
-        torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(ids), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            Transformer.from_pretrained(tmp_path)(ids), expected, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_a_head_that_is_said_to_be_tied_but_differs_is_refused(tmp_path):
@@ -158,27 +297,41 @@ def test_loss_equals_transformers_where_labels_ask(tmp_path):
     ours = Transformer.from_pretrained(tmp_path)
     ids = torch.randint(0, 131, (4, 20))
     labels = ids.masked_fill(torch.rand(4, 20) < 0.7, -100)
-    torch.testing.assert_close(ours(ids, labels), peer(ids, labels=labels).loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        ours(ids, labels), peer(ids, labels=labels).loss, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_sharded_checkpoint_loads_as_one(tmp_path):
     peer = checkpoint(tmp_path / "one")
     peer.save_pretrained(tmp_path / "many", max_shard_size="50KB")
     assert (tmp_path / "many" / "model.safetensors.index.json").exists()
-    one, many = (Transformer.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
+    one, many = (
+        Transformer.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many")
+    )
     assert one.keys() == many.keys() and all(torch.equal(one[key], many[key]) for key in one)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family, changes", [("Llama", dict(tie_word_embeddings=True)), ("Llama", dict(tie_word_embeddings=False)), ("Qwen3", dict(head_dim=10)),
-                                             ("Mistral", dict(sliding_window=7)), ("Qwen2", rope("yarn", factor=4.0, original_max_position_embeddings=32))])
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("Llama", dict(tie_word_embeddings=True)),
+        ("Llama", dict(tie_word_embeddings=False)),
+        ("Qwen3", dict(head_dim=10)),
+        ("Mistral", dict(sliding_window=7)),
+        ("Qwen2", rope("yarn", factor=4.0, original_max_position_embeddings=32)),
+    ],
+)
 @pytest.mark.parametrize("adapted", [False, True])
 def test_saved_model_loads_in_transformers(tmp_path, family, changes, dtype, adapted):
     """The same weights in the same dtype; so the logits are equal too, in fp32 within 1e-4."""
     checkpoint(tmp_path / "peer", family, **changes)
     ours = Transformer.from_pretrained(tmp_path / "peer", dtype)
     if adapted:
-        for layer in bidora.adapter_layers(bidora.replace_linear_with_bidora(ours, 4, ["q_proj", "down_proj"])).values():
+        for layer in bidora.adapter_layers(
+            bidora.replace_linear_with_bidora(ours, 4, ["q_proj", "down_proj"])
+        ).values():
             torch.nn.init.normal_(layer.lora_B, std=0.1)
             layer.lora_magnitude_vector.data *= 1.1
         with pytest.raises(ValueError, match="merge"):
@@ -191,7 +344,9 @@ def test_saved_model_loads_in_transformers(tmp_path, family, changes, dtype, ada
     assert saved.keys() == own.keys() and all(torch.equal(saved[key], own[key]) for key in own)
     ids = torch.randint(0, 131, (2, 20))
     with torch.no_grad():
-        torch.testing.assert_close(ours.float()(ids), peer.float()(ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            ours.float()(ids), peer.float()(ids).logits, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_cached_greedy_generation_equals_uncached(tmp_path):
@@ -211,7 +366,9 @@ def test_generation_stops_at_a_stop_token(tmp_path):
     free = model.generate(prompt, 20, temperature=0)
     stop = free[0, 12].item()
     first = free[0, 7:].tolist().index(stop)
-    assert torch.equal(model.generate(prompt, 20, temperature=0, stop_ids=[stop]), free[:, :8 + first])
+    assert torch.equal(
+        model.generate(prompt, 20, temperature=0, stop_ids=[stop]), free[:, : 8 + first]
+    )
 
 
 def test_top_k_and_top_p_keep_only_the_likeliest_tokens(tmp_path):
@@ -237,20 +394,50 @@ def test_score_is_the_log_probability_of_the_answer(tmp_path):
         for j, answer in enumerate(answers):
             with torch.no_grad():
                 log_p = peer(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-            expected[i, j] = sum(log_p[len(prompt) - 1 + k, token] for k, token in enumerate(answer))
+            expected[i, j] = sum(
+                log_p[len(prompt) - 1 + k, token] for k, token in enumerate(answer)
+            )
     torch.testing.assert_close(ours.score(prompts, answers), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ours.score([[7]], answers), ours.score([[7], [8]], answers)[:1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        ours.score([[7]], answers), ours.score([[7], [8]], answers)[:1], atol=1e-4, rtol=1e-4
+    )
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"model_type": "gpt2"}, "gpt2.*llama, mistral, qwen2, qwen3"), ({"model_type": "qwen3_moe"}, "qwen3_moe"), ({"model_type": "qwen2_vl"}, "qwen2_vl"), ({"model_type": ...}, "None"),
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "longrope.*yarn"), ({"rope_scaling": {"rope_type": "yarn"}}, "'factor' is missing"), ({"partial_rotary_factor": 0.5}, "whole heads"),
-    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "the same in all layers"), ({"quantization_config": {"quant_method": "gptq"}}, "quantised already"),
-    ({"hidden_act": "gelu"}, "gelu"), ({"hidden_size": ...}, "hidden_size"), ({"num_attention_heads": "6"}, "num_attention_heads='6' is no positive"), ({"num_attention_heads": 0}, "no positive whole"),
-    ({"vocab_size": None}, "vocab_size=None"), ({"max_position_embeddings": "512"}, "max_position_embeddings='512'"), ({"rms_norm_eps": "x"}, "must be positive"), ({"rope_parameters": 5}, "5"), ({"rope_scaling": "linear"}, "linear"),
-    ({"rope_theta": -5}, "must be positive"), ({"rope_scaling": {"type": "linear", "factor": 0}}, "must be positive"), ({"rope_scaling": {"type": "yarn", "factor": -2}}, "must be positive"), ({"model_type": "mistral", "sliding_window": "x"}, "must be positive"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"), ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]}, "must be positive"),
-])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"model_type": "gpt2"}, "gpt2.*llama, mistral, qwen2, qwen3"),
+        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        ({"model_type": "qwen2_vl"}, "qwen2_vl"),
+        ({"model_type": ...}, "None"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "longrope.*yarn"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "'factor' is missing"),
+        ({"partial_rotary_factor": 0.5}, "whole heads"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "the same in all layers",
+        ),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised already"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"hidden_size": ...}, "hidden_size"),
+        ({"num_attention_heads": "6"}, "num_attention_heads='6' is no positive"),
+        ({"num_attention_heads": 0}, "no positive whole"),
+        ({"vocab_size": None}, "vocab_size=None"),
+        ({"max_position_embeddings": "512"}, "max_position_embeddings='512'"),
+        ({"rms_norm_eps": "x"}, "must be positive"),
+        ({"rope_parameters": 5}, "5"),
+        ({"rope_scaling": "linear"}, "linear"),
+        ({"rope_theta": -5}, "must be positive"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "must be positive"),
+        ({"rope_scaling": {"type": "yarn", "factor": -2}}, "must be positive"),
+        ({"model_type": "mistral", "sliding_window": "x"}, "must be positive"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]},
+            "must be positive",
+        ),
+    ],
+)
 def test_unsupported_config_is_refused_by_name(change, named):
     config = LLAMA | {"model_type": "llama"} | change
     config = {key: value for key, value in config.items() if value is not ...}
@@ -258,12 +445,29 @@ def test_unsupported_config_is_refused_by_name(change, named):
         ModelConfig.from_hf(config)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc: getrusage's counts the parent's too")
-@pytest.mark.parametrize("file_dtype, dtype, layers", [("bfloat16", "float32", 9), ("float32", "bfloat16", 20)])
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="reads the peak from Linux's /proc: getrusage's counts the parent's too",
+)
+@pytest.mark.parametrize(
+    "file_dtype, dtype, layers", [("bfloat16", "float32", 9), ("float32", "bfloat16", 20)]
+)
 def test_loading_never_holds_the_weights_twice(tmp_path, file_dtype, dtype, layers):
     """Peak memory of a fresh process: at most 1.15 × the loaded size, of some 500 MB."""
-    config = transformers.LlamaConfig(**(LLAMA | dict(vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers,
-                                                      num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=True)))
+    config = transformers.LlamaConfig(
+        **(
+            LLAMA
+            | dict(
+                vocab_size=32000,
+                hidden_size=1024,
+                intermediate_size=2816,
+                num_hidden_layers=layers,
+                num_attention_heads=16,
+                num_key_value_heads=4,
+                tie_word_embeddings=True,
+            )
+        )
+    )
     peer = transformers.LlamaForCausalLM(config).to(getattr(torch, file_dtype))
     peer.save_pretrained(tmp_path, max_shard_size="200MB")
     checkpoint(tmp_path / "small")
@@ -281,7 +485,11 @@ model = Transformer.from_pretrained({str(tmp_path)!r}, torch.{dtype})
 total = sum(float(p.detach().view(-1)[::1000].sum()) for p in model.parameters())
 print(peak() - before)
 """
-    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    grown = int(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
     assert size > 500e6 and 0.9 * size < grown < 1.15 * size, (size, grown)
 
 
@@ -299,7 +507,7 @@ def test_broken_weights_are_refused_by_name(tmp_path):
     save_file(tensors | {"model.extra": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="model.extra"):
         Transformer.from_pretrained(tmp_path)
-    path.write_bytes(whole[:len(whole) // 2])
+    path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="damaged.*download it again"):
         Transformer.from_pretrained(tmp_path)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n")
@@ -313,7 +521,10 @@ def test_broken_weights_are_refused_by_name(tmp_path):
         Transformer.from_pretrained(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {name: "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(FileNotFoundError, match="model-00001-of-00002.safetensors is missing, though model.safetensors.index.json lists it"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="model-00001-of-00002.safetensors is missing, though model.safetensors.index.json lists it",
+    ):
         Transformer.from_pretrained(tmp_path)
     index.write_text('{"weight_map": null}')
     with pytest.raises(ValueError, match="weight_map is missing or empty"):
@@ -332,6 +543,15 @@ def test_old_tables_and_a_second_copy_of_the_shared_matrix_are_passed_over(tmp_p
     peer = checkpoint(tmp_path, tie_word_embeddings=True)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, path)
+    save_file(
+        tensors
+        | {
+            "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        },
+        path,
+    )
     ids = torch.randint(0, 131, (2, 9))
-    torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(ids), peer(ids).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        Transformer.from_pretrained(tmp_path)(ids), peer(ids).logits, atol=1e-4, rtol=1e-4
+    )

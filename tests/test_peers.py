@@ -23,7 +23,11 @@ def through_torchopt(c, make_optimizer, steps):
     """The hypergradient of a Curved problem through steps of one of torchopt's differentiable optimizers."""
     model = copy.deepcopy(c.model)
     fixed = {name: p.detach() for name, p in model.named_parameters()}
-    upper = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if "magnitude" in name}
+    upper = {
+        name: p.detach().clone().requires_grad_()
+        for name, p in model.named_parameters()
+        if "magnitude" in name
+    }
     direction = nn.Module()
     names = [name for name, p in model.named_parameters() if p.requires_grad and name not in upper]
     for i, name in enumerate(names):
@@ -43,15 +47,21 @@ def through_torchopt(c, make_optimizer, steps):
 def test_unrolled_gradient_descent(steps):
     c = Curved()
     expected = through_torchopt(c, lambda module: torchopt.MetaSGD(module, lr=0.1), steps)
-    torch.testing.assert_close(tuple(unrolled(*c.arguments(), lr=0.1, steps=steps)), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        tuple(unrolled(*c.arguments(), lr=0.1, steps=steps)), expected, rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_unrolled_adamw(steps):
     """1e-5: torchopt keeps its bias corrections in fp32."""
     c = Curved()
-    expected = through_torchopt(c, lambda module: torchopt.MetaAdamW(module, lr=0.02, weight_decay=0.1), steps)
-    ours = unrolled(*c.arguments(), steps=steps, adam=torch.optim.AdamW(c.lower, lr=0.02, weight_decay=0.1))
+    expected = through_torchopt(
+        c, lambda module: torchopt.MetaAdamW(module, lr=0.02, weight_decay=0.1), steps
+    )
+    ours = unrolled(
+        *c.arguments(), steps=steps, adam=torch.optim.AdamW(c.lower, lr=0.02, weight_decay=0.1)
+    )
     torch.testing.assert_close(tuple(ours), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -72,7 +82,12 @@ def implicit(p, solve):
 def test_conjugate_gradient():
     p = Logistic()
     expected = implicit(p, torchopt.linear_solve.solve_cg(maxiter=50, atol=0, rtol=1e-14))
-    torch.testing.assert_close(conjugate_gradient(*p.arguments, iterations=6, damping=0.0)[0], expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        conjugate_gradient(*p.arguments, iterations=6, damping=0.0)[0],
+        expected,
+        rtol=1e-9,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("terms", [1, 8])
@@ -80,4 +95,6 @@ def test_neumann(terms):
     """torchopt's maxiter counts the terms behind the first."""
     p = Logistic()
     expected = implicit(p, torchopt.linear_solve.solve_inv(ns=True, maxiter=terms - 1, alpha=0.01))
-    torch.testing.assert_close(neumann(*p.arguments, terms=terms, alpha=0.01)[0], expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        neumann(*p.arguments, terms=terms, alpha=0.01)[0], expected, rtol=1e-9, atol=1e-12
+    )

@@ -26,7 +26,13 @@ def elsewhere(tmp_path, monkeypatch, request):
 
 def command(*arguments, **environment):
     """Run one of our scripts in a process of its own: huggingface_hub reads its settings when it is imported."""
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, env=os.environ | {"HF_HOME": "hf", **environment})
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"HF_HOME": "hf", **environment},
+    )
 
 
 def found(name, revision=None, **environment):
@@ -34,7 +40,7 @@ def found(name, revision=None, **environment):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pretrained import find_model\ntry:\n    print(find_model({name!r}, {revision!r}))\nexcept FileNotFoundError as error:\n    print('error', error)"
     done = command("-c", code, **environment)
     assert done.returncode == 0, done.stderr
-    line, = done.stdout.splitlines()
+    (line,) = done.stdout.splitlines()
     return (None, line) if line.startswith("error") else (Path(line), None)
 
 
@@ -49,8 +55,12 @@ def cached(name, tag="main"):
 
 def test_a_hub_name_is_told_from_a_path(tmp_path):
     (tmp_path / "owner" / "folder").mkdir(parents=True)
-    assert is_hub_name("Qwen/Qwen2.5-0.5B") and not any(map(is_hub_name, ("owner/folder", "./a/b", "/a/b", "~/a", "smollm2-135m", "a/b/c", "../a")))
-    with pytest.raises(FileNotFoundError, match="owner/folder holds no model: config.json is missing"):
+    assert is_hub_name("Qwen/Qwen2.5-0.5B") and not any(
+        map(is_hub_name, ("owner/folder", "./a/b", "/a/b", "~/a", "smollm2-135m", "a/b/c", "../a"))
+    )
+    with pytest.raises(
+        FileNotFoundError, match="owner/folder holds no model: config.json is missing"
+    ):
         find_model("owner/folder")
     with pytest.raises(ValueError, match="revision=v1 goes with a name on the hub"):
         find_model("smollm2-135m", "v1")
@@ -62,21 +72,66 @@ def test_the_hubs_cache_is_used_offline(tmp_path):
     assert found("me/tiny", "v2", **offline)[0].resolve() == snapshot.resolve()
     assert "not in the cache, and HF_HUB_OFFLINE is set" in found("me/tiny", **offline)[1]
     assert "at revision 'v3', and HF_HUB_OFFLINE is set" in found("me/tiny", "v3", **offline)[1]
-    done = command(str(ROOT / "train.py"), "--config=tiny.py", "--model=me/tiny", "--revision=v2", "--search_steps=2", "--retrain_steps=2", "--out_dir=run", **offline)
+    done = command(
+        str(ROOT / "train.py"),
+        "--config=tiny.py",
+        "--model=me/tiny",
+        "--revision=v2",
+        "--search_steps=2",
+        "--retrain_steps=2",
+        "--out_dir=run",
+        **offline,
+    )
     assert done.returncode == 0, done.stderr
-    assert json.loads(Path("run/adapter_config.json").read_text())["base_model_name_or_path"] == "me/tiny"
-    done = command(str(ROOT / "sample.py"), "--adapter=run", "--prompt=aeae lim", **offline)  # the run remembers the revision
+    assert (
+        json.loads(Path("run/adapter_config.json").read_text())["base_model_name_or_path"]
+        == "me/tiny"
+    )
+    done = command(
+        str(ROOT / "sample.py"), "--adapter=run", "--prompt=aeae lim", **offline
+    )  # the run remembers the revision
     assert done.returncode == 0 and "%  yes" in done.stdout
     assert json.loads(Path("run/adapter_config.json").read_text())["revision"] == "v2"
     Path("run/run.json").unlink()  # as an adapter from elsewhere: it names base and revision itself
-    assert command(str(ROOT / "sample.py"), "--adapter=run", "--prompt=aeae lim", "--labels=yes,no", **offline).returncode == 0
+    assert (
+        command(
+            str(ROOT / "sample.py"),
+            "--adapter=run",
+            "--prompt=aeae lim",
+            "--labels=yes,no",
+            **offline,
+        ).returncode
+        == 0
+    )
     (snapshot / "model.safetensors").unlink()  # half a download
     done = command(str(ROOT / "sample.py"), "--adapter=run", "--prompt=aeae lim", **offline)
-    assert done.returncode == 2 and "model.safetensors is missing" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        done.returncode == 2
+        and "model.safetensors is missing" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
-FILES = {"config.json", "generation_config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt"}
-OTHERS = {"pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors", "original/params.json", "README.md", "modeling_evil.py", "training_args.bin"}
+FILES = {
+    "config.json",
+    "generation_config.json",
+    "model-00001-of-00001.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+}
+OTHERS = {
+    "pytorch_model.bin",
+    "consolidated.safetensors",
+    "onnx/model.safetensors",
+    "original/params.json",
+    "README.md",
+    "modeling_evil.py",
+    "training_args.bin",
+}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -97,13 +152,30 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def do_GET(self):
-        for name, status, code in (("gated", 403, "GatedRepo"), ("absent", 401, "RepoNotFound"), ("v9", 404, "RevisionNotFound"), ("broken", 500, "")):
+        for name, status, code in (
+            ("gated", 403, "GatedRepo"),
+            ("absent", 401, "RepoNotFound"),
+            ("v9", 404, "RevisionNotFound"),
+            ("broken", 500, ""),
+        ):
             if name in self.path:
                 return self.answer(status, X_Error_Code=code)
         if "/api/models/" in self.path:
             files = sorted(FILES | OTHERS)
-            content = [{"type": "file", "path": f, "size": 2, "oid": f} for f in files] if "/tree/" in self.path else {
-                "id": "me/tiny", "sha": COMMIT, "siblings": [{"rfilename": f} for f in files], "private": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+            content = (
+                [{"type": "file", "path": f, "size": 2, "oid": f} for f in files]
+                if "/tree/" in self.path
+                else {
+                    "id": "me/tiny",
+                    "sha": COMMIT,
+                    "siblings": [{"rfilename": f} for f in files],
+                    "private": False,
+                    "disabled": False,
+                    "downloads": 0,
+                    "likes": 0,
+                    "tags": [],
+                }
+            )
             return self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
         if "/resolve/" not in self.path:
             return self.answer(404)

@@ -54,16 +54,24 @@ def test_blocks_are_codes_times_scales(kind, shape):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_and_both_derivatives_are_those_of_the_dequantised_weight(kind):
-    packed, x, bias = pack(torch.randn(1100, 24), kind), torch.randn(2, 3, 24, requires_grad=True), torch.randn(1100)
+    packed, x, bias = (
+        pack(torch.randn(1100, 24), kind),
+        torch.randn(2, 3, 24, requires_grad=True),
+        torch.randn(1100),
+    )
     weight = dequantize(packed, torch.float32)
 
     def derivatives(y):
-        g, = torch.autograd.grad((y**3).sum(), x, create_graph=True)
-        gg, = torch.autograd.grad((g**2).sum(), x)
+        (g,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+        (gg,) = torch.autograd.grad((g**2).sum(), x)
         return y, g, gg
 
-    for ours, expected in zip(derivatives(linear(x, packed, bias)), derivatives(nn.functional.linear(x, weight, bias))):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    for ours, expected in zip(
+        derivatives(linear(x, packed, bias)), derivatives(nn.functional.linear(x, weight, bias))
+    ):
+        torch.testing.assert_close(
+            ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+        )
 
 
 def models(folder, kind, method="bidora", **options):
@@ -74,7 +82,9 @@ def models(folder, kind, method="bidora", **options):
     for model in (packed, plain):
         torch.manual_seed(1)
         model.requires_grad_(False)
-        replace_linear_with_bidora(model, 4, ["q_proj", "v_proj", "down_proj"], method=method, **options)
+        replace_linear_with_bidora(
+            model, 4, ["q_proj", "v_proj", "down_proj"], method=method, **options
+        )
         for layer in adapter_layers(model).values():
             nn.init.normal_(layer.lora_B, std=0.05)
     return packed, plain
@@ -83,8 +93,14 @@ def models(folder, kind, method="bidora", **options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_blocks_linear_layers_are_packed(tmp_path, kind):
     model, plain = models(tmp_path, kind)
-    packed = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and kind_of(layer.weight)}
-    assert packed == {name for name, layer in plain.named_modules() if isinstance(layer, nn.Linear)} - {"lm_head"}
+    packed = {
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and kind_of(layer.weight)
+    }
+    assert packed == {
+        name for name, layer in plain.named_modules() if isinstance(layer, nn.Linear)
+    } - {"lm_head"}
     assert model.model.embed_tokens.weight.dtype == model.model.norm.weight.dtype == torch.float32
     assert quantized.nbytes(model) < 0.62 * quantized.nbytes(plain)
     with pytest.raises(ValueError, match="merge"):
@@ -93,16 +109,23 @@ def test_only_the_blocks_linear_layers_are_packed(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["lora", "dora", "bidora"])
-def test_the_model_over_a_packed_base_is_the_one_over_its_dequantised_weights(tmp_path, kind, method):
+def test_the_model_over_a_packed_base_is_the_one_over_its_dequantised_weights(
+    tmp_path, kind, method
+):
     """Loss and every gradient within 1e-4 of the largest: the same sums in another order. The magnitude starts at the dequantised norm."""
     packed, plain = models(tmp_path, kind, method)
     for a, b in zip(adapter_layers(packed).values(), adapter_layers(plain).values()):
         if method != "lora":
-            torch.testing.assert_close(a.lora_magnitude_vector, b.weight.norm(dim=1), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                a.lora_magnitude_vector, b.weight.norm(dim=1), rtol=1e-5, atol=1e-6
+            )
     ids = torch.randint(0, 131, (3, 12))
     losses = [model(ids, ids) for model in (packed, plain)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
-    gradients = [torch.autograd.grad(loss, bidora.lower_parameters(model) + bidora.upper_parameters(model)) for loss, model in zip(losses, (packed, plain))]
+    gradients = [
+        torch.autograd.grad(loss, bidora.lower_parameters(model) + bidora.upper_parameters(model))
+        for loss, model in zip(losses, (packed, plain))
+    ]
     for ours, expected in zip(*gradients):
         assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
 
@@ -113,7 +136,16 @@ def test_every_hypergradient_over_a_packed_base(tmp_path, kind, name):
     packed, plain = models(tmp_path, kind)
     train, val = (torch.randint(0, 131, (3, 12)) for _ in range(2))
     options = {"unrolled": dict(lr=0.1), "neumann": dict(alpha=0.05)}.get(name, {})
-    ours, expected = [HYPERGRADIENTS[name](lambda: m(train, train), lambda: m(val, val), bidora.lower_parameters(m), bidora.upper_parameters(m), **options) for m in (packed, plain)]
+    ours, expected = [
+        HYPERGRADIENTS[name](
+            lambda: m(train, train),
+            lambda: m(val, val),
+            bidora.lower_parameters(m),
+            bidora.upper_parameters(m),
+            **options,
+        )
+        for m in (packed, plain)
+    ]
     for a, b in zip(ours, expected):
         assert (a - b).abs().max() <= 1e-3 * max(e.abs().max() for e in expected)
 
@@ -134,22 +166,42 @@ def test_merging_dequantises_and_says_so_and_transformers_loads_it(tmp_path, kin
 @pytest.mark.parametrize("called", [False, True])
 def test_layers_that_bitsandbytes_made_are_adapted_too(tmp_path, kind, called):
     """As in a transformers model loaded in 4 or 8 bits; an int8 layer moves its scales at its first call."""
-    make = (lambda i, o: bnb.nn.Linear4bit(i, o, quant_type="nf4", compute_dtype=torch.float32)) if kind == "nf4" else lambda i, o: bnb.nn.Linear8bitLt(i, o, has_fp16_weights=False)
+    make = (
+        (lambda i, o: bnb.nn.Linear4bit(i, o, quant_type="nf4", compute_dtype=torch.float32))
+        if kind == "nf4"
+        else lambda i, o: bnb.nn.Linear8bitLt(i, o, has_fp16_weights=False)
+    )
     model = nn.Sequential(make(64, 96), nn.ReLU(), make(96, 64)).to("cpu")
     x = torch.randn(5, 64)
     if called:
         model(x)
     with pytest.raises(ValueError, match="not quantised"):
-        prepare_bidora_model(nn.Sequential(nn.Linear(4, 4)), BiDoRAConfig(target_modules=["0"]), quantized=True)
-    weights = [dequantize(layer.weight, torch.float32) if kind == "nf4" else layer.weight.data.float() * (layer.state.SCB if called else layer.weight.SCB)[:, None] / 127 for layer in (model[0], model[2])]
+        prepare_bidora_model(
+            nn.Sequential(nn.Linear(4, 4)), BiDoRAConfig(target_modules=["0"]), quantized=True
+        )
+    weights = [
+        dequantize(layer.weight, torch.float32)
+        if kind == "nf4"
+        else layer.weight.data.float()
+        * (layer.state.SCB if called else layer.weight.SCB)[:, None]
+        / 127
+        for layer in (model[0], model[2])
+    ]
     prepare_bidora_model(model, BiDoRAConfig(rank=4, target_modules=["0", "2"]), quantized=True)
-    expected = nn.functional.linear(torch.relu(nn.functional.linear(x, weights[0], model[0].bias)), weights[1], model[2].bias)
+    expected = nn.functional.linear(
+        torch.relu(nn.functional.linear(x, weights[0], model[0].bias)), weights[1], model[2].bias
+    )
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     optimizer = create_bilevel_optimizer(model, 1e-2, 1e-2, hypergradient="unrolled")
-    losses = [optimizer.bilevel_step(lambda m, b: (m(b) - 1).square().mean(), x, x)[0] for _ in range(20)]
+    losses = [
+        optimizer.bilevel_step(lambda m, b: (m(b) - 1).square().mean(), x, x)[0] for _ in range(20)
+    ]
     assert losses[-1] < 0.8 * losses[0]
     save_adapter(model, tmp_path)
-    again = prepare_bidora_model(nn.Sequential(*(nn.Linear(*weight.T.shape) for weight in weights)), BiDoRAConfig(rank=4, target_modules=["0", "1"]))
+    again = prepare_bidora_model(
+        nn.Sequential(*(nn.Linear(*weight.T.shape) for weight in weights)),
+        BiDoRAConfig(rank=4, target_modules=["0", "1"]),
+    )
     with pytest.raises(ValueError, match="does not fit"):
         load_adapter(again, tmp_path)
 
@@ -160,7 +212,9 @@ def test_an_unknown_kind_is_refused(tmp_path):
         Transformer.from_pretrained(tmp_path, quantize="int3")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc"
+)
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_training_never_holds_a_dequantised_copy(tmp_path, kind):
     """
@@ -185,5 +239,9 @@ g = torch.autograd.grad(loss, [layer.lora_A, layer.lora_B], create_graph=True)
 torch.autograd.grad(sum(p.square().sum() for p in g), layer.lora_magnitude_vector)
 print(status("VmHWM") - start)
 """
-    grown = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    grown = float(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
     assert grown < 150, grown

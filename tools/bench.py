@@ -45,7 +45,9 @@ class Bench:
     rounds: int = 9  # timed rounds, after one to warm up
     batch_size: int = 8  # rows a step, at either level
     length: int = 64  # tokens a row
-    labels: str = "last"  # all tokens have labels, or only the last of each row, as in classification
+    labels: str = (
+        "last"  # all tokens have labels, or only the last of each row, as in classification
+    )
     rank: int = 8  # of the adapters, in all seven linear layers
     layers: int = 0  # keep only the first ones; 0: all
     dtype: str = "auto"  # float32, bfloat16, or auto: what is fast here
@@ -53,7 +55,9 @@ class Bench:
     peer: bool = False  # transformers and PEFT too (pip install -r requirements-dev.txt)
     compile: bool = False  # torch.compile each block of the kinds without second derivatives
     quick: bool = False  # three rounds of forward, lora, dora and unrolled
-    scaling: bool = False  # instead of all that: a LoRA, a DoRA and a search step over rank, length and depth
+    scaling: bool = (
+        False  # instead of all that: a LoRA, a DoRA and a search step over rank, length and depth
+    )
     out: str = "bench.json"  # where the numbers are written; a chart goes beside
     only: str = ""  # time this one kind in a process of its own, print its seconds and peak memory, and nothing else
 
@@ -78,8 +82,13 @@ KINDS = {  # name: (method, options of create_bilevel_optimizer)
     "peft dora": ("peft", {"use_dora": True}),
 }
 SEARCH = [name for name, (method, options) in KINDS.items() if "hypergradient" in options]
-SECOND = [name for name in SEARCH if name not in ("first_order", "unrolled differences")]  # take second derivatives
-SINGLE = ("ft", "unrolled differences")  # only in float32: in bfloat16 small updates round to nothing, and differences are noise
+SECOND = [
+    name for name in SEARCH if name not in ("first_order", "unrolled differences")
+]  # take second derivatives
+SINGLE = (
+    "ft",
+    "unrolled differences",
+)  # only in float32: in bfloat16 small updates round to nothing, and differences are noise
 
 
 def shape(bench):
@@ -95,15 +104,21 @@ def load(bench, dtype):
         torch.manual_seed(0)
         with torch.device("meta"):
             model = Transformer(shape(bench))
-        model = model.to(dtype).to_empty(device="cpu")  # never in float32: what is measured is the peak beyond the loaded model
+        model = model.to(dtype).to_empty(
+            device="cpu"
+        )  # never in float32: what is measured is the peak beyond the loaded model
         model.lm_head.weight = model.model.embed_tokens.weight
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.02)
     else:
         model = Transformer.from_pretrained(find_model(bench.model), dtype)
     if bench.layers:
-        model.model.layers = model.model.layers[:bench.layers]
-        model.config = dataclasses.replace(model.config, num_hidden_layers=bench.layers, windows=model.config.windows[:bench.layers])
+        model.model.layers = model.model.layers[: bench.layers]
+        model.config = dataclasses.replace(
+            model.config,
+            num_hidden_layers=bench.layers,
+            windows=model.config.windows[: bench.layers],
+        )
     return model.requires_grad_(False)
 
 
@@ -118,27 +133,48 @@ def peft_model(base, bench, use_dora):
         model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(base.state_dict(), assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is in no state_dict
-    return get_peft_model(model, LoraConfig(r=bench.rank, lora_alpha=16, use_dora=use_dora, target_modules=list(bidora.ALL_LINEAR)))
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=bench.rank, lora_alpha=16, use_dora=use_dora, target_modules=list(bidora.ALL_LINEAR)
+        ),
+    )
 
 
 def step(bench, name, base):
     """A function that does one step, or one iteration of search, of a kind on a random batch."""
     method, options = KINDS[name]
     torch.manual_seed(0)
-    model = base if method == "none" else copy.deepcopy(base, {} if method == "ft" else {id(p): p for p in base.parameters()})
+    model = (
+        base
+        if method == "none"
+        else copy.deepcopy(base, {} if method == "ft" else {id(p): p for p in base.parameters()})
+    )
     if method == "ft":
         model.requires_grad_(True)
     elif method == "peft":
         model = peft_model(base, bench, **options)
-        peft_optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3, fused=True)
+        peft_optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], 1e-3, fused=True
+        )
     elif method != "none":
-        bidora.replace_linear_with_bidora(model, bench.rank, bidora.ALL_LINEAR, method=method, norm_grad="detach" if "detached" in name else "exact")
+        bidora.replace_linear_with_bidora(
+            model,
+            bench.rank,
+            bidora.ALL_LINEAR,
+            method=method,
+            norm_grad="detach" if "detached" in name else "exact",
+        )
     if name == "retrain":
         bidora.freeze_magnitude(model)
     if bench.compile and name not in SECOND:
         for block in (model.get_base_model() if method == "peft" else model).model.layers:
             block.compile()
-    optimizer = create_bilevel_optimizer(model, 1e-3, 1e-2, **options) if method not in ("none", "peft") else None
+    optimizer = (
+        create_bilevel_optimizer(model, 1e-3, 1e-2, **options)
+        if method not in ("none", "peft")
+        else None
+    )
     count = bench.batch_size // 2 if "hvp_batch" in name else 1
 
     def batch():
@@ -176,11 +212,33 @@ def timed(run):
 
 def alone(bench, name, dtype, **changes):
     """A kind's seconds, after one round to warm up, and its peak memory in GB beyond the loaded model, in a process of its own."""
-    given = vars(bench) | {"only": name, "dtype": str(dtype).removeprefix("torch."), "kinds": ",".join(bench.kinds), "quick": False, "scaling": False} | changes
-    command = [sys.executable, "-m", "tools.bench", *(f"--{key}={value}" for key, value in given.items() if value != "")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+    given = (
+        vars(bench)
+        | {
+            "only": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "kinds": ",".join(bench.kinds),
+            "quick": False,
+            "scaling": False,
+        }
+        | changes
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "tools.bench",
+        *(f"--{key}={value}" for key, value in given.items() if value != ""),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     if done.returncode != 0:
-        raise ValueError(f"{name}: {(done.stderr.strip() or 'no message').splitlines()[-1].removeprefix('error: ')}")
+        raise ValueError(
+            f"{name}: {(done.stderr.strip() or 'no message').splitlines()[-1].removeprefix('error: ')}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -189,16 +247,27 @@ def table(bench, seconds, peaks):
     median = {name: statistics.median(times) for name, times in seconds.items()}
     tokens = bench.batch_size * bench.length
     dora, forward = median.get("dora"), median.get("forward")
-    lines = [f"{'':24}{'seconds':>9}{'spread':>14}{'tokens/s':>10}{'2 forwards':>12}{'DoRA steps':>12}{f'every {bench.upper_every}th':>11}{'peak GB':>9}"]
+    lines = [
+        f"{'':24}{'seconds':>9}{'spread':>14}{'tokens/s':>10}{'2 forwards':>12}{'DoRA steps':>12}{f'every {bench.upper_every}th':>11}{'peak GB':>9}"
+    ]
     for name, value in median.items():
         spread = f"{min(seconds[name]):.2f}–{max(seconds[name]):.2f}"
         count = tokens * (2 if name in SEARCH else 1)
-        cells = [f"{value / 2 / forward:.2f}" if forward and name not in SEARCH else "", f"{value / dora:.2f}" if dora else "",
-                 f"{(value / dora + bench.upper_every - 1) / bench.upper_every:.2f}" if dora and name in SEARCH else ""]
-        lines.append(f"{name:24}{value:9.2f}{spread:>14}{count / value:10.0f}{cells[0]:>12}{cells[1]:>12}{cells[2]:>11}{peaks[name]:9.2f}")
+        cells = [
+            f"{value / 2 / forward:.2f}" if forward and name not in SEARCH else "",
+            f"{value / dora:.2f}" if dora else "",
+            f"{(value / dora + bench.upper_every - 1) / bench.upper_every:.2f}"
+            if dora and name in SEARCH
+            else "",
+        ]
+        lines.append(
+            f"{name:24}{value:9.2f}{spread:>14}{count / value:10.0f}{cells[0]:>12}{cells[1]:>12}{cells[2]:>11}{peaks[name]:9.2f}"
+        )
     for ours in ("lora", "dora"):
         if ours in median and f"peft {ours}" in median:
-            lines.append(f"{ours}: {median[f'peft {ours}'] / median[ours]:.2f} × as fast as PEFT's, with {peaks[ours] / peaks[f'peft {ours}']:.2f} of its memory")
+            lines.append(
+                f"{ours}: {median[f'peft {ours}'] / median[ours]:.2f} × as fast as PEFT's, with {peaks[ours] / peaks[f'peft {ours}']:.2f} of its memory"
+            )
     return lines
 
 
@@ -210,13 +279,23 @@ def draw(path, title, seconds):
     axes = figure.subplots()
     for y, (name, times) in enumerate(seconds.items()):
         value = statistics.median(times)
-        color = "tab:gray" if name.startswith("peft") else "tab:orange" if name in SEARCH else "tab:blue"
+        color = (
+            "tab:gray"
+            if name.startswith("peft")
+            else "tab:orange"
+            if name in SEARCH
+            else "tab:blue"
+        )
         axes.barh(y, value, color=color, height=0.7)
         axes.plot([min(times), max(times)], [y, y], color="black", linewidth=1)
         axes.text(max(times), y, f" {value:.2f}", va="center")
     axes.set_yticks(range(len(seconds)), seconds)
     axes.invert_yaxis()
-    axes.set(xlabel="seconds a step (median, fastest and slowest); orange: an iteration of search", title=title, xlim=(0, 1.15 * max(map(max, seconds.values()))))
+    axes.set(
+        xlabel="seconds a step (median, fastest and slowest); orange: an iteration of search",
+        title=title,
+        xlim=(0, 1.15 * max(map(max, seconds.values()))),
+    )
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
@@ -224,10 +303,20 @@ def draw(path, title, seconds):
 def scaling(bench, dtype):
     """Print and return seconds and peak memory over rank, length and depth, everything else as bench says."""
     c = shape(bench)
-    depth, widest = c.num_hidden_layers, min(256, c.num_key_value_heads * c.head_dim)  # no rank above a layer's outputs
+    depth, widest = (
+        c.num_hidden_layers,
+        min(256, c.num_key_value_heads * c.head_dim),
+    )  # no rank above a layer's outputs
     results = []
-    print(f"{'':16}" + "".join(f"{f'{name}, s':>14}{'GB':>7}" for name in ("lora", "dora", "unrolled")))
-    for what, values in (("rank", (4, 16, 64, widest)), ("length", (64, 256, 512, 1024, 2048)), ("layers", (depth // 4, depth // 2, depth))):
+    print(
+        f"{'':16}"
+        + "".join(f"{f'{name}, s':>14}{'GB':>7}" for name in ("lora", "dora", "unrolled"))
+    )
+    for what, values in (
+        ("rank", (4, 16, 64, widest)),
+        ("length", (64, 256, 512, 1024, 2048)),
+        ("layers", (depth // 4, depth // 2, depth)),
+    ):
         for value in values:
             changes = {what: value} | ({"batch_size": 2} if what == "length" else {})
             cells = ""
@@ -244,11 +333,18 @@ def scaling(bench, dtype):
 
 def measure(bench, dtype):
     """Time all kinds in turn, then the memory of each; returns ({kind: seconds of each round}, {kind: peak GB})."""
-    names = [name for name in bench.kinds or KINDS if (dtype == torch.float32 or name not in SINGLE)
-             and (bench.peer or KINDS[name][0] != "peft") and (bench.labels == "all" or "one label" not in name)]
+    names = [
+        name
+        for name in bench.kinds or KINDS
+        if (dtype == torch.float32 or name not in SINGLE)
+        and (bench.peer or KINDS[name][0] != "peft")
+        and (bench.labels == "all" or "one label" not in name)
+    ]
     if not names:
-        raise ValueError(f"of kinds={','.join(bench.kinds)} none can be measured so: {', '.join(SINGLE)} need dtype=float32, PEFT's peer=True, "
-                         f"those with one label labels=all")
+        raise ValueError(
+            f"of kinds={','.join(bench.kinds)} none can be measured so: {', '.join(SINGLE)} need dtype=float32, PEFT's peer=True, "
+            f"those with one label labels=all"
+        )
     base = load(bench, dtype)
     runs = {name: step(bench, name, base) for name in names}
     seconds = {name: [] for name in names}
@@ -256,7 +352,10 @@ def measure(bench, dtype):
         for name, run in runs.items():
             seconds[name].append(timed(run))
     runs.clear()
-    peaks = {name: alone(bench, name, dtype, rounds=1)["peak_gb"] for name in tqdm(names, desc="peak memory")}
+    peaks = {
+        name: alone(bench, name, dtype, rounds=1)["peak_gb"]
+        for name in tqdm(names, desc="peak memory")
+    }
     return {name: times[1:] for name, times in seconds.items()}, peaks
 
 
@@ -275,22 +374,51 @@ def main(arguments):
         return 0
     try:
         bench, _ = settings.read(Bench, arguments)
-        if min(bench.rounds, bench.batch_size // 2, bench.length // 2, bench.rank, bench.upper_every, bench.layers + 1) < 1:
-            raise ValueError("rounds, rank and upper_every must be positive, batch_size and length at least 2")
-        for name, known in (("kinds", KINDS), ("only", ("", *KINDS)), ("labels", ("all", "last")), ("dtype", ("auto", "float32", "bfloat16"))):
+        if (
+            min(
+                bench.rounds,
+                bench.batch_size // 2,
+                bench.length // 2,
+                bench.rank,
+                bench.upper_every,
+                bench.layers + 1,
+            )
+            < 1
+        ):
+            raise ValueError(
+                "rounds, rank and upper_every must be positive, batch_size and length at least 2"
+            )
+        for name, known in (
+            ("kinds", KINDS),
+            ("only", ("", *KINDS)),
+            ("labels", ("all", "last")),
+            ("dtype", ("auto", "float32", "bfloat16")),
+        ):
             for value in [getattr(bench, name)] if name != "kinds" else bench.kinds:
                 if value not in known:
                     raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
-        if Path(bench.out).suffix != ".json" or Path(bench.out).is_dir() or not os.access(Path(bench.out).absolute().parent, os.W_OK):
-            raise ValueError(f"out={bench.out} must be a .json file in a folder that is there and can be written")
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(bench.dtype) or fast_dtype("cpu")[0]
+        if (
+            Path(bench.out).suffix != ".json"
+            or Path(bench.out).is_dir()
+            or not os.access(Path(bench.out).absolute().parent, os.W_OK)
+        ):
+            raise ValueError(
+                f"out={bench.out} must be a .json file in a folder that is there and can be written"
+            )
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+            bench.dtype
+        ) or fast_dtype("cpu")[0]
         if bench.only:
             print(json.dumps(measure_here(bench, dtype)))
             return 0
         if bench.quick:
-            bench = dataclasses.replace(bench, rounds=3, kinds=("forward", "lora", "dora", "unrolled"))
-        what = (f"{bench.model}, {str(dtype).removeprefix('torch.')}, {bench.batch_size} rows of {bench.length} tokens, {bench.labels} labels, "
-                f"rank {bench.rank}{', compiled' if bench.compile else ''}")
+            bench = dataclasses.replace(
+                bench, rounds=3, kinds=("forward", "lora", "dora", "unrolled")
+            )
+        what = (
+            f"{bench.model}, {str(dtype).removeprefix('torch.')}, {bench.batch_size} rows of {bench.length} tokens, {bench.labels} labels, "
+            f"rank {bench.rank}{', compiled' if bench.compile else ''}"
+        )
         print(what, flush=True)
         chart = Path(bench.out).with_suffix(".png")
         if bench.scaling:
@@ -302,7 +430,10 @@ def main(arguments):
             draw(chart, what, seconds)
         write_json(bench.out, {"settings": vars(bench) | {"dtype": str(dtype)}, **found})
     except ImportError as error:
-        print(f"error: {error.name} is not installed: pip install -r requirements-dev.txt", file=sys.stderr)
+        print(
+            f"error: {error.name} is not installed: pip install -r requirements-dev.txt",
+            file=sys.stderr,
+        )
         return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

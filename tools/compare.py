@@ -33,8 +33,13 @@ from support.files import malformed, read_json, replacing
 from tools.analysis import Trajectory
 
 ADAPTER = {"lower_lr": (3e-4, 1e-3, 3e-3)}
-GRID = {"bidora": ADAPTER | {"upper_lr": (3e-3, 3e-2)}, "dora": ADAPTER, "lora": ADAPTER, "bilora": ADAPTER | {"upper_lr": (3e-3, 3e-2)},
-        "ft": {"lower_lr": (7e-6, 2e-5, 6e-5)}}
+GRID = {
+    "bidora": ADAPTER | {"upper_lr": (3e-3, 3e-2)},
+    "dora": ADAPTER,
+    "lora": ADAPTER,
+    "bilora": ADAPTER | {"upper_lr": (3e-3, 3e-2)},
+    "ft": {"lower_lr": (7e-6, 2e-5, 6e-5)},
+}
 TUNING = ("movie-sentiment", 100, 1000)  # domain, size, seed
 TARGETS = ("q_proj", "v_proj")
 
@@ -44,7 +49,9 @@ class Compare:
     domains: tuple = ("movie-sentiment", "product-sentiment")  # built-in data sets
     sizes: tuple = ("100", "400")  # training examples, train and val together
     methods: tuple = tuple(GRID)  # what is compared
-    seeds: int = 5  # 0, 1, …: of the training sample, the split, the start and the order of the batches
+    seeds: int = (
+        5  # 0, 1, …: of the training sample, the split, the start and the order of the batches
+    )
     model: str = "smollm2-135m"  # what is tuned
     workers: int = 2  # runs at a time, which share the CPU's cores
     results: str = "results"  # folder of the result files
@@ -57,7 +64,10 @@ def write_examples(compare, domain, size, seed, tuning):
     """The JSONL files of one run, train and test, made where they are not there. tuning: test on the tuning set."""
     folder = Path(compare.out_dir) / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    train, test = folder / f"{domain}-{size}-{seed}.jsonl", folder / f"{domain}-{'tune' if tuning else 'test'}.jsonl"
+    train, test = (
+        folder / f"{domain}-{size}-{seed}.jsonl",
+        folder / f"{domain}-{'tune' if tuning else 'test'}.jsonl",
+    )
     if train.exists() and test.exists():
         return train, test
     examples = data.load_examples(domain)
@@ -66,7 +76,9 @@ def write_examples(compare, domain, size, seed, tuning):
     _, sample = data.split(rest, size / len(rest), seed)
     for path, part in ((train, sample), (test, tune if tuning else kept)):
         with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(example) + "\n" for example in part), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps(example) + "\n" for example in part), encoding="utf-8"
+            )
     return train, test
 
 
@@ -75,8 +87,13 @@ RUNNING, STOPPED = [], threading.Event()  # the processes of the runs; set when 
 
 def launch(command, threads):
     """Run train.py with these arguments on so many of the CPU's cores; returns its exit status and what it wrote to stderr."""
-    with subprocess.Popen([sys.executable, Path(__file__).parents[1] / "train.py", *command], env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, Path(__file__).parents[1] / "train.py", *command],
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         RUNNING.append(process)
         if STOPPED.is_set():
             process.terminate()
@@ -95,18 +112,39 @@ def stop(signum, frame):
 
 def run(compare, domain, size, seed, method, rates, tuning=False):
     """Train once, unless its result is there; returns the result. Raises ValueError for one that was made with other rates or another model."""
-    name = "-".join(["tune" if tuning else domain, method, *(f"{rate:g}" for rate in rates.values())] if tuning else [domain, str(size), method, str(seed)])
+    name = "-".join(
+        ["tune" if tuning else domain, method, *(f"{rate:g}" for rate in rates.values())]
+        if tuning
+        else [domain, str(size), method, str(seed)]
+    )
     path = Path(compare.results) / f"{name}.json"
     if path.exists():
-        found, wanted = read_json(path), [f"--{key}={value}" for key, value in (rates | {"model": compare.model}).items()]
+        found, wanted = (
+            read_json(path),
+            [f"--{key}={value}" for key, value in (rates | {"model": compare.model}).items()],
+        )
         if missing := set(wanted) - set(shlex.split(found.get("command", ""))):
-            raise ValueError(f"{path} was made without {', '.join(sorted(missing))}: remove it, or choose another --results")
+            raise ValueError(
+                f"{path} was made without {', '.join(sorted(missing))}: remove it, or choose another --results"
+            )
         return found
     train, test = write_examples(compare, domain, size, seed, tuning)
-    search, out = round(10 * (size / 100)**0.5), f"{compare.out_dir}/{name}"
-    options = {"model": compare.model, "method": method, "train_file": train, "test_file": test, "seed": seed, "search_steps": search,
-               "retrain_steps": 4 * search, **rates, "label_prompt": data.BUILT_IN[domain], "eval_size": 300, "snapshots": 4, "out_dir": out,
-               "overwrite": True}
+    search, out = round(10 * (size / 100) ** 0.5), f"{compare.out_dir}/{name}"
+    options = {
+        "model": compare.model,
+        "method": method,
+        "train_file": train,
+        "test_file": test,
+        "seed": seed,
+        "search_steps": search,
+        "retrain_steps": 4 * search,
+        **rates,
+        "label_prompt": data.BUILT_IN[domain],
+        "eval_size": 300,
+        "snapshots": 4,
+        "out_dir": out,
+        "overwrite": True,
+    }
     command = [f"--{key}={value}" for key, value in options.items()]
     threads = max(1, (os.cpu_count() or 1) // compare.workers)
     status, errors = launch(command, threads)
@@ -119,12 +157,31 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
     summary, trajectory = read_json(Path(out) / "summary.json"), Trajectory.load(out)
     parts = [trajectory.select(target) for target in TARGETS]
     result = {
-        "domain": domain, "size": size, "method": method, "seed": seed, **rates, "command": shlex.join(["python", "train.py", *command]), "threads": threads,
-        **{key: summary[key] for key in ("before", "after", "seconds", "dtype", "peak_memory_beyond_start_gb")},
-        "trajectory": {"axis": trajectory.axis, "snapshots": trajectory.snapshots, "layers": [name for part in parts for name in part.layers],
-                       "magnitude": [float(f"{x:.5g}") for part in parts for x in part.magnitude],
-                       **{key: [[float(f"{x:.4g}") for row in rows for x in row] for rows in zip(*(getattr(part, key) for part in parts))]
-                          for key in ("delta_m", "delta_d")}}}
+        "domain": domain,
+        "size": size,
+        "method": method,
+        "seed": seed,
+        **rates,
+        "command": shlex.join(["python", "train.py", *command]),
+        "threads": threads,
+        **{
+            key: summary[key]
+            for key in ("before", "after", "seconds", "dtype", "peak_memory_beyond_start_gb")
+        },
+        "trajectory": {
+            "axis": trajectory.axis,
+            "snapshots": trajectory.snapshots,
+            "layers": [name for part in parts for name in part.layers],
+            "magnitude": [float(f"{x:.5g}") for part in parts for x in part.magnitude],
+            **{
+                key: [
+                    [float(f"{x:.4g}") for row in rows for x in row]
+                    for rows in zip(*(getattr(part, key) for part in parts))
+                ]
+                for key in ("delta_m", "delta_d")
+            },
+        },
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:  # write_json would put each number on a line of its own
         temporary.write_text(json.dumps(result), encoding="utf-8")
@@ -139,8 +196,14 @@ def trajectory_of(result):
 def load_results(folder):
     """The results in a folder, tuning runs left out, sorted."""
     with malformed(f"a file in {folder}"):
-        found = [read_json(path) for path in sorted(Path(folder).glob("*.json")) if not path.name.startswith("tune-")]
-        return sorted(found, key=lambda r: (r["domain"], r["size"], list(GRID).index(r["method"]), r["seed"]))
+        found = [
+            read_json(path)
+            for path in sorted(Path(folder).glob("*.json"))
+            if not path.name.startswith("tune-")
+        ]
+        return sorted(
+            found, key=lambda r: (r["domain"], r["size"], list(GRID).index(r["method"]), r["seed"])
+        )
 
 
 def grid_points(method):
@@ -159,33 +222,63 @@ def chosen_rates(results):
 
 def table(results):
     """Lines of text: each method's means and standard deviations for every domain and size, then BiDoRA's pairs with the others."""
-    lines = [f"{'':30}{'seeds':>6}{'test accuracy, %':>20}{'test loss':>18}{'train accuracy, %':>20}{'train - test, points':>22}{'seconds':>9}"]
+    lines = [
+        f"{'':30}{'seeds':>6}{'test accuracy, %':>20}{'test loss':>18}{'train accuracy, %':>20}{'train - test, points':>22}{'seconds':>9}"
+    ]
     cells = {}
     for result in results:
         cells.setdefault((result["domain"], result["size"], result["method"]), []).append(result)
     for (domain, size, method), group in cells.items():
         test, train = ([r["after"][part] for r in group] for part in ("test", "train"))
-        columns = [(form, [scale * value for value in values]) for form, scale, values in (
-            ("{:.1f} ± {:.1f}", 100, [t["accuracy"] for t in test]), ("{:.3f} ± {:.3f}", 1, [t["loss"] for t in test]),
-            ("{:.1f} ± {:.1f}", 100, [t["accuracy"] for t in train]), ("{:.1f} ± {:.1f}", 100, [b["accuracy"] - a["accuracy"] for a, b in zip(test, train)]))]
-        texts = [form.format(numpy.mean(values), numpy.std(values, ddof=1) if len(values) > 1 else 0) for form, values in columns]
+        columns = [
+            (form, [scale * value for value in values])
+            for form, scale, values in (
+                ("{:.1f} ± {:.1f}", 100, [t["accuracy"] for t in test]),
+                ("{:.3f} ± {:.3f}", 1, [t["loss"] for t in test]),
+                ("{:.1f} ± {:.1f}", 100, [t["accuracy"] for t in train]),
+                (
+                    "{:.1f} ± {:.1f}",
+                    100,
+                    [b["accuracy"] - a["accuracy"] for a, b in zip(test, train)],
+                ),
+            )
+        ]
+        texts = [
+            form.format(numpy.mean(values), numpy.std(values, ddof=1) if len(values) > 1 else 0)
+            for form, values in columns
+        ]
         seconds = numpy.median([r["seconds"]["total"] for r in group])
-        lines.append(f"{f'{domain}, {size}, {method}':30}{len(group):6}{texts[0]:>20}{texts[1]:>18}{texts[2]:>20}{texts[3]:>22}{seconds:9.0f}")
+        lines.append(
+            f"{f'{domain}, {size}, {method}':30}{len(group):6}{texts[0]:>20}{texts[1]:>18}{texts[2]:>20}{texts[3]:>22}{seconds:9.0f}"
+        )
     # Sizes apart: a seed's smaller samples lie within its larger ones, so pairs over several sizes would not be independent.
-    lines += ["", "bidora against the others, paired by domain and seed (Wilcoxon's signed-rank test, two-sided):"]
-    measures = {"test accuracy": lambda a: 100 * a["test"]["accuracy"], "test loss": lambda a: a["test"]["loss"],
-                "train - test accuracy": lambda a: 100 * (a["train"]["accuracy"] - a["test"]["accuracy"])}
+    lines += [
+        "",
+        "bidora against the others, paired by domain and seed (Wilcoxon's signed-rank test, two-sided):",
+    ]
+    measures = {
+        "test accuracy": lambda a: 100 * a["test"]["accuracy"],
+        "test loss": lambda a: a["test"]["loss"],
+        "train - test accuracy": lambda a: 100 * (a["train"]["accuracy"] - a["test"]["accuracy"]),
+    }
     by_key = {(r["domain"], r["size"], r["seed"], r["method"]): r["after"] for r in results}
     for size, method in itertools.product(sorted({r["size"] for r in results}), GRID):
-        pairs = [(after, by_key[(*key, method)]) for (*key, own), after in by_key.items()
-                 if own == "bidora" and method != own and key[1] == size and (*key, method) in by_key]
+        pairs = [
+            (after, by_key[(*key, method)])
+            for (*key, own), after in by_key.items()
+            if own == "bidora" and method != own and key[1] == size and (*key, method) in by_key
+        ]
         if len(pairs) > 1:
             texts = []
             for what, measure in measures.items():
-                differences = [round(measure(a) - measure(b), 9) for a, b in pairs]  # equal ones are to tie, whatever their last digits
+                differences = [
+                    round(measure(a) - measure(b), 9) for a, b in pairs
+                ]  # equal ones are to tie, whatever their last digits
                 p = wilcoxon(differences).pvalue if any(differences) else 1.0
                 texts.append(f"{what} {round(numpy.mean(differences), 6) + 0:+.3g} (p = {p:.2g})")
-            lines.append(f"    {size:4} examples, {method:8}{len(pairs):4} pairs: {', '.join(texts)}")
+            lines.append(
+                f"    {size:4} examples, {method:8}{len(pairs):4} pairs: {', '.join(texts)}"
+            )
     return lines
 
 
@@ -198,29 +291,82 @@ def main(arguments):
         for name, known in (("methods", GRID), ("domains", data.BUILT_IN)):
             for value in set(getattr(compare, name)) - set(known):
                 raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
-        if not all(size.isdigit() and int(size) >= 20 for size in compare.sizes) or min(compare.seeds, compare.workers) < 1:
-            raise ValueError("sizes must be whole numbers of at least 20, seeds and workers positive")
+        if (
+            not all(size.isdigit() and int(size) >= 20 for size in compare.sizes)
+            or min(compare.seeds, compare.workers) < 1
+        ):
+            raise ValueError(
+                "sizes must be whole numbers of at least 20, seeds and workers positive"
+            )
         if compare.quick:
-            compare = Compare(("toy-sentiment",), ("40",), compare.methods, 2, "tiny-random", compare.workers, f"{compare.results}-quick",
-                              f"{compare.out_dir}-quick", compare.report)
+            compare = Compare(
+                ("toy-sentiment",),
+                ("40",),
+                compare.methods,
+                2,
+                "tiny-random",
+                compare.workers,
+                f"{compare.results}-quick",
+                f"{compare.out_dir}-quick",
+                compare.report,
+            )
         if not compare.report:
-            domain, size, seed = TUNING if not compare.quick and compare.model != "tiny-random" else ("toy-sentiment", 40, 1000)
+            domain, size, seed = (
+                TUNING
+                if not compare.quick and compare.model != "tiny-random"
+                else ("toy-sentiment", 40, 1000)
+            )
             for name in compare.domains:
                 data.load_examples(name)  # a missing download shows now, and happens once
             with ThreadPoolExecutor(compare.workers) as pool:
-                tuning = [(method, rates) for method in compare.methods for rates in grid_points(method)]
+                tuning = [
+                    (method, rates) for method in compare.methods for rates in grid_points(method)
+                ]
                 write_examples(compare, domain, size, seed, tuning=True)
-                tuned = list(tqdm(pool.map(lambda job: run(compare, domain, size, seed, *job, tuning=True), tuning), total=len(tuning), desc="tuning"))
-                rates = {method: chosen_rates([r for r in tuned if r["method"] == method]) for method in compare.methods}
-                print("rates:", "; ".join(f"{method} {', '.join(f'{n}={r:g}' for n, r in found.items())}" for method, found in rates.items()), flush=True)
-                jobs = [(domain, int(size), seed, method) for size in compare.sizes for seed in range(compare.seeds) for domain in compare.domains
-                        for method in compare.methods]
+                tuned = list(
+                    tqdm(
+                        pool.map(
+                            lambda job: run(compare, domain, size, seed, *job, tuning=True), tuning
+                        ),
+                        total=len(tuning),
+                        desc="tuning",
+                    )
+                )
+                rates = {
+                    method: chosen_rates([r for r in tuned if r["method"] == method])
+                    for method in compare.methods
+                }
+                print(
+                    "rates:",
+                    "; ".join(
+                        f"{method} {', '.join(f'{n}={r:g}' for n, r in found.items())}"
+                        for method, found in rates.items()
+                    ),
+                    flush=True,
+                )
+                jobs = [
+                    (domain, int(size), seed, method)
+                    for size in compare.sizes
+                    for seed in range(compare.seeds)
+                    for domain in compare.domains
+                    for method in compare.methods
+                ]
                 for domain, size, seed, _ in jobs:
-                    write_examples(compare, domain, size, seed, tuning=False)  # not by two runs at a time
-                list(tqdm(pool.map(lambda job: run(compare, *job, rates[job[3]]), jobs), total=len(jobs), desc="runs"))
+                    write_examples(
+                        compare, domain, size, seed, tuning=False
+                    )  # not by two runs at a time
+                list(
+                    tqdm(
+                        pool.map(lambda job: run(compare, *job, rates[job[3]]), jobs),
+                        total=len(jobs),
+                        desc="runs",
+                    )
+                )
         results = load_results(compare.results)
         if not results:
-            raise FileNotFoundError(f"no results in {compare.results}: run python -m tools.compare first")
+            raise FileNotFoundError(
+                f"no results in {compare.results}: run python -m tools.compare first"
+            )
         print(*table(results), sep="\n")
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
