@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from support import pretrained
 from support.pretrained import find_model, is_hub_name
 
-ROOT = Path(pretrained.__file__).parent
+ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -37,7 +36,7 @@ def command(*arguments, **environment):
 
 def found(name, revision=None, **environment):
     """What find_model answers in a process of its own: (path or None, the error's line)."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pretrained import find_model\ntry:\n    print(find_model({name!r}, {revision!r}))\nexcept FileNotFoundError as error:\n    print('error', error)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom support.pretrained import find_model\ntry:\n    print(find_model({name!r}, {revision!r}))\nexcept FileNotFoundError as error:\n    print('error', error)"
     done = command("-c", code, **environment)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()

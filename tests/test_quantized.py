@@ -223,7 +223,7 @@ def test_training_never_holds_a_dequantised_copy(tmp_path, kind):
     """
     code = f"""
 import re, sys
-sys.path.insert(0, {str(Path(quantized.__file__).parent)!r})
+sys.path.insert(0, {str(Path(bidora.__file__).parent)!r})
 import torch
 from bidora import BiDoRALinear
 from support.quantized import QuantizedLinear, pack
