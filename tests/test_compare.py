@@ -1,6 +1,7 @@
 """The comparison: its splits, its choice of rates, its statistics, and that it goes on where it stopped."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 import scipy.stats
 
 from support import checkpoint
-from tools import compare
+from support.weight_changes import Trajectory
+from tools import compare, results
 from tools.compare import Compare
 
 
@@ -119,15 +121,20 @@ def test_a_comparison_goes_on_where_it_stopped(capsys):
     assert compare.main(arguments) == 0
     out = capsys.readouterr().out
     assert "toy-sentiment, 40, lora            2" in out and "rates: lora lower_lr=" in out
-    files = {path.name: path.stat().st_mtime_ns for path in Path("results-quick").iterdir()}
-    assert len(files) == 5  # three rates, two seeds
-    Path("results-quick/toy-sentiment-40-lora-1.json").unlink()
+    before = results.read_results("results-quick")
+    assert len(before) == 5  # three rates, two seeds
+    path = Path("results-quick/runs.jsonl")
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"}") - 9])  # as a process leaves it that is killed
     assert compare.main(arguments) == 0
-    again = {path.name: path.stat().st_mtime_ns for path in Path("results-quick").iterdir()}
-    assert {name for name in files if files[name] != again[name]} == {
-        "toy-sentiment-40-lora-1.json"
-    }
-    with pytest.raises(ValueError, match="was made without --lower_lr=9, --model=other: remove it"):
+    out = capsys.readouterr().out
+    assert out.count("runs.jsonl: the last line is torn") == 1
+    again = results.read_results("results-quick")
+    assert again.keys() == before.keys()
+    made_again = [name for name in before if before[name]["seconds"] != again[name]["seconds"]]
+    assert made_again == [json.loads(content.splitlines()[-1])["name"]]
+    message = "was made without --lower_lr=9, --model=other: remove its line"
+    with pytest.raises(ValueError, match=message):
         compare.run(
             Compare(model="other", results="results-quick"),
             "toy-sentiment",
@@ -138,11 +145,104 @@ def test_a_comparison_goes_on_where_it_stopped(capsys):
         )
     found = compare.load_results("results-quick")
     assert [r["seed"] for r in found] == [0, 1]
-    trajectory = compare.trajectory_of(found[0])
+    trajectory = results.trajectory_of(found[0])
     assert (
         numpy.shape(trajectory.delta_m) == (4, 4) and len(trajectory.magnitude) == 4
     )  # q and v of two blocks
     assert compare.main(["--report=True", "--quick=True"]) == 0
+
+
+def numbered(seed, layers=5):
+    """A result and its trajectory, whose numbers tell which run they are of."""
+    name = f"d-100-lora-{seed}"
+    snapshots = [{"phase": "train", "step": t} for t in range(3)]
+    values = numpy.random.default_rng(seed).lognormal(-9, 3, (7, layers)).tolist()
+    trajectory = Trajectory(
+        "row", [f"{i}.q_proj" for i in range(layers)], values[0], snapshots, values[1:4], values[4:]
+    )
+    return result("lora", seed, 0.5) | {"name": name, "set": "main"}, trajectory
+
+
+def test_results_are_read_as_they_were_saved():
+    runs = [numbered(0), numbered(1), numbered(2, layers=3)]
+    for run in runs:
+        results.save("r", *run)
+    results.save("r", runs[0][0] | {"name": "other", "set": "other"}, None)
+    found = compare.load_results("r")
+    assert [r["seed"] for r in found] == [0, 1, 2]
+    for (run, trajectory), again in zip(runs, found):
+        assert run == {key: value for key, value in again.items() if key != "trajectory"}
+        loaded = results.trajectory_of(again)
+        assert (loaded.axis, loaded.layers, loaded.snapshots) == (
+            trajectory.axis,
+            trajectory.layers,
+            trajectory.snapshots,
+        )
+        for what in results.NUMBERS:  # kept in float32
+            assert numpy.allclose(
+                getattr(loaded, what), getattr(trajectory, what), rtol=2**-24, atol=0
+            )
+    assert [r["name"] for r in compare.load_results("r", "other")] == ["other"]
+
+
+def write(seeds):
+    for seed in seeds:
+        results.save("r", *numbered(seed))
+
+
+def test_two_writers_at_once_tear_nothing():
+    context = multiprocessing.get_context("spawn")
+    seeds = [range(0, 40), range(20, 60)]  # both write 20 to 39, and the first stays
+    writers = [context.Process(target=write, args=(part,)) for part in seeds]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        results.read_results("r")  # a reader never sees half a line, or a line without its numbers
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    found = compare.load_results("r")
+    assert [r["seed"] for r in found] == list(range(60))
+    for r in found:
+        assert numpy.allclose(
+            r["trajectory"]["delta_m"], numbered(r["seed"])[1].delta_m, rtol=1e-6, atol=0
+        )
+
+
+def test_a_torn_last_line_is_dropped_and_written_again(capsys):
+    write([0, 1])
+    path = Path("r/runs.jsonl")
+    whole = path.read_bytes()
+    for kept in range(whole.index(b"\n") + 2, len(whole)):
+        path.write_bytes(whole[:kept])
+        assert list(results.read_results("r")) == ["d-100-lora-0"]
+        assert "the last line is torn" in capsys.readouterr().out
+    write([1])
+    assert path.read_bytes() == whole
+
+
+def test_damaged_results_are_named():
+    write([0, 1])
+    path, numbers = Path("r/runs.jsonl"), Path("r/trajectories.safetensors")
+    whole, content = path.read_bytes(), numbers.read_bytes()
+    for damaged, message in (
+        (whole.replace(b"{", b"", 1), "runs.jsonl, line 1: not valid JSON"),
+        (b"[]\n" + whole, "runs.jsonl, line 1: not a JSON object"),
+        (whole.replace(b"layers 0", b"layers 9"), "runs.jsonl or trajectories.safetensors"),
+        (whole.replace(b'"seed"', b'"sead"'), "a line of r/runs.jsonl"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            compare.load_results("r")
+    path.write_bytes(whole)
+    numbers.write_bytes(content[:20])
+    with pytest.raises(ValueError, match="trajectories.safetensors is damaged"):
+        compare.load_results("r")
+
+
+def test_a_method_that_is_new_is_sorted_last():
+    for seed, method in enumerate(("newer", "ft", "bidora", "bilora")):
+        results.save("r", numbered(seed)[0] | {"method": method}, None)
+    found = [r["method"] for r in compare.load_results("r")]
+    assert found == ["bidora", "bilora", "ft", "newer"]
 
 
 def test_sigterm_ends_the_runs_too():

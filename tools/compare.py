@@ -8,7 +8,8 @@ The methods side by side, over seeds, training sizes and domains, each with the 
 Of each domain, 300 examples are the test and 200 the tuning set, always the same; training samples are drawn from the rest, by the seed. A sample of n
 examples gets 50·√(n/100) lower-level steps by every method, a fifth of them in search. Each point of a method's grid of rates is
 trained once, on 100 film-review snippets by a seed of its own; the one with the lowest loss on the tuning set serves all sizes and domains.
-A run is one call of train.py, and leaves one small JSON file: its command, its table, and ΔM and ΔD of the query and value matrices at four snapshots a phase.
+A run is one call of train.py, and leaves one line in results/runs.jsonl: its command and its table. ΔM and ΔD of the query and value matrices at
+four snapshots a phase are in results/trajectories.safetensors.
 """
 
 import itertools
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -29,8 +30,9 @@ from tqdm import tqdm
 
 import data
 from support import settings
-from support.files import malformed, read_json, replacing
-from tools.analysis import Trajectory
+from support.files import read_json, replacing
+from support.weight_changes import Trajectory
+from tools.results import load_results, mend, read_results, save
 
 ADAPTER = {"lower_lr": (3e-4, 1e-3, 3e-3)}
 GRID = {
@@ -54,7 +56,7 @@ class Compare:
     )
     model: str = "smollm2-135m"  # what is tuned
     workers: int = 2  # runs at a time, which share the CPU's cores
-    results: str = "results"  # folder of the result files
+    results: str = "results"  # folder of the results
     out_dir: str = "out/compare"  # folder of the runs
     report: bool = False  # only print the table
     quick: bool = False  # two seeds of a toy on a tiny random model
@@ -110,6 +112,23 @@ def stop(signum, frame):
     raise KeyboardInterrupt
 
 
+def queries_and_values(trajectory):
+    """The part of a Trajectory that a result keeps."""
+    keep = [
+        i
+        for target in TARGETS
+        for i, name in enumerate(trajectory.layers)
+        if name.endswith(f".{target}")
+    ]
+    return replace(
+        trajectory,
+        layers=[trajectory.layers[i] for i in keep],
+        magnitude=[trajectory.magnitude[i] for i in keep],
+        delta_m=[[row[i] for i in keep] for row in trajectory.delta_m],
+        delta_d=[[row[i] for i in keep] for row in trajectory.delta_d],
+    )
+
+
 def run(compare, domain, size, seed, method, rates, tuning=False):
     """Train once, unless its result is there; returns the result. Raises ValueError for one that was made with other rates or another model."""
     name = "-".join(
@@ -117,15 +136,12 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
         if tuning
         else [domain, str(size), method, str(seed)]
     )
-    path = Path(compare.results) / f"{name}.json"
-    if path.exists():
-        found, wanted = (
-            read_json(path),
-            [f"--{key}={value}" for key, value in (rates | {"model": compare.model}).items()],
-        )
-        if missing := set(wanted) - set(shlex.split(found.get("command", ""))):
+    if found := read_results(compare.results).get(name):
+        wanted = {f"--{key}={value}" for key, value in (rates | {"model": compare.model}).items()}
+        if missing := wanted - set(shlex.split(found.get("command", ""))):
             raise ValueError(
-                f"{path} was made without {', '.join(sorted(missing))}: remove it, or choose another --results"
+                f"{name} in {compare.results}/runs.jsonl was made without "
+                f"{', '.join(sorted(missing))}: remove its line, or choose another --results"
             )
         return found
     train, test = write_examples(compare, domain, size, seed, tuning)
@@ -154,9 +170,10 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
             raise RuntimeError(f"{name}: {message}")
         tqdm.write(f"{name}: {message}")  # a rate that is too high, which the grid is there to find
         return {"method": method, **rates, "diverged": message}
-    summary, trajectory = read_json(Path(out) / "summary.json"), Trajectory.load(out)
-    parts = [trajectory.select(target) for target in TARGETS]
+    summary = read_json(Path(out) / "summary.json")
     result = {
+        "name": name,
+        "set": "tune" if tuning else "main",
         "domain": domain,
         "size": size,
         "method": method,
@@ -168,42 +185,9 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
             key: summary[key]
             for key in ("before", "after", "seconds", "dtype", "peak_memory_beyond_start_gb")
         },
-        "trajectory": {
-            "axis": trajectory.axis,
-            "snapshots": trajectory.snapshots,
-            "layers": [name for part in parts for name in part.layers],
-            "magnitude": [float(f"{x:.5g}") for part in parts for x in part.magnitude],
-            **{
-                key: [
-                    [float(f"{x:.4g}") for row in rows for x in row]
-                    for rows in zip(*(getattr(part, key) for part in parts))
-                ]
-                for key in ("delta_m", "delta_d")
-            },
-        },
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:  # write_json would put each number on a line of its own
-        temporary.write_text(json.dumps(result), encoding="utf-8")
-    return result
-
-
-def trajectory_of(result):
-    """The analysis.Trajectory that a result holds."""
-    return Trajectory(**result["trajectory"])
-
-
-def load_results(folder):
-    """The results in a folder, tuning runs left out, sorted."""
-    with malformed(f"a file in {folder}"):
-        found = [
-            read_json(path)
-            for path in sorted(Path(folder).glob("*.json"))
-            if not path.name.startswith("tune-")
-        ]
-        return sorted(
-            found, key=lambda r: (r["domain"], r["size"], list(GRID).index(r["method"]), r["seed"])
-        )
+    save(compare.results, result, queries_and_values(Trajectory.load(out)))
+    return read_results(compare.results)[name]
 
 
 def grid_points(method):
@@ -311,6 +295,7 @@ def main(arguments):
                 compare.report,
             )
         if not compare.report:
+            mend(compare.results)
             domain, size, seed = (
                 TUNING
                 if not compare.quick and compare.model != "tiny-random"
