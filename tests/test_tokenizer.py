@@ -20,7 +20,8 @@ from tokenizers import (
 from tokenizers import Tokenizer as Peer
 
 import data
-from support.tokenizer import QWEN2_SPLIT, Tokenizer
+from support.tokenizer import Tokenizer
+from support.tokenizer_files import QWEN2_SPLIT
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
