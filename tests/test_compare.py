@@ -88,6 +88,15 @@ def test_a_rate_that_diverges_in_tuning_is_passed_over_and_anything_else_stops(m
         compare.run(asked, "toy-sentiment", 40, 0, "lora", {"lower_lr": 9.0})
 
 
+def test_every_method_has_a_grid_by_one_rule():
+    for method in compare.KNOWN:
+        found = compare.grid(method)
+        assert len(found) == len({tuple(rates.values()) for rates in found}) > 1
+        assert all(("upper_lr" in rates) == method.startswith("bi") for rates in found)
+    assert max(rates["lower_lr"] for rates in compare.grid("ft")) < 1e-4
+    assert set(Compare().methods) <= set(compare.KNOWN)
+
+
 def test_table_has_means_deviations_and_the_paired_test():
     ours, theirs = [0.90, 0.88, 0.91, 0.87, 0.93], [0.89, 0.89, 0.86, 0.85, 0.90]
     lines = compare.table(

@@ -29,19 +29,15 @@ from scipy.stats import wilcoxon
 from tqdm import tqdm
 
 import data
+from bidora import METHODS
 from support import settings
 from support.files import read_json, replacing
 from support.weight_changes import Trajectory
 from tools.results import load_results, mend, read_results, save
 
-ADAPTER = {"lower_lr": (3e-4, 1e-3, 3e-3)}
-GRID = {
-    "bidora": ADAPTER | {"upper_lr": (3e-3, 3e-2)},
-    "dora": ADAPTER,
-    "lora": ADAPTER,
-    "bilora": ADAPTER | {"upper_lr": (3e-3, 3e-2)},
-    "ft": {"lower_lr": (7e-6, 2e-5, 6e-5)},
-}
+LOWER_RATES, UPPER_RATES = (3e-4, 1e-3, 3e-3), (3e-3, 3e-2)
+FT_RATES = (7e-6, 2e-5, 6e-5)  # ft moves every weight, so its rates are smaller
+KNOWN = (*METHODS, "ft")
 TUNING = ("movie-sentiment", 100, 1000)  # domain, size, seed
 TARGETS = ("q_proj", "v_proj")
 
@@ -50,7 +46,7 @@ TARGETS = ("q_proj", "v_proj")
 class Compare:
     domains: tuple = ("movie-sentiment", "product-sentiment")  # built-in data sets
     sizes: tuple = ("100", "400")  # training examples, train and val together
-    methods: tuple = tuple(GRID)  # what is compared
+    methods: tuple = ("bidora", "dora", "lora", "bilora", "ft")  # what is compared
     seeds: int = (
         5  # 0, 1, …: of the training sample, the split, the start and the order of the batches
     )
@@ -190,18 +186,27 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
     return read_results(compare.results)[name]
 
 
-def grid_points(method):
-    """A method's grid as a list of {name: rate}."""
-    return [dict(zip(GRID[method], rates)) for rates in itertools.product(*GRID[method].values())]
+def grid(method):
+    """A method's learning rates that are tried, as a list of {name: rate}."""
+    if method == "ft":
+        return [{"lower_lr": rate} for rate in FT_RATES]
+    # METHODS is a tuple of names until each method has an entry of its own
+    bilevel = METHODS[method].upper if isinstance(METHODS, dict) else method.startswith("bi")
+    if not bilevel:
+        return [{"lower_lr": rate} for rate in LOWER_RATES]
+    pairs = itertools.product(LOWER_RATES, UPPER_RATES)
+    return [{"lower_lr": lower, "upper_lr": upper} for lower, upper in pairs]
 
 
 def chosen_rates(results):
     """The rates of the tuning run with the lowest loss on the tuning set. Raises ValueError if all diverged."""
     finite = [result for result in results if "diverged" not in result]
     if not finite:
-        raise ValueError(f"all rates of {results[0]['method']}'s grid diverged: lower them in GRID")
+        raise ValueError(
+            f"all rates of {results[0]['method']}'s grid diverged: lower them in tools/compare.py"
+        )
     best = min(finite, key=lambda result: result["after"]["test"]["loss"])
-    return {name: best[name] for name in GRID[best["method"]]}
+    return {name: best[name] for name in ("lower_lr", "upper_lr") if name in best}
 
 
 def table(results):
@@ -246,7 +251,8 @@ def table(results):
         "train - test accuracy": lambda a: 100 * (a["train"]["accuracy"] - a["test"]["accuracy"]),
     }
     by_key = {(r["domain"], r["size"], r["seed"], r["method"]): r["after"] for r in results}
-    for size, method in itertools.product(sorted({r["size"] for r in results}), GRID):
+    methods = dict.fromkeys(r["method"] for r in results)
+    for size, method in itertools.product(sorted({r["size"] for r in results}), methods):
         pairs = [
             (after, by_key[(*key, method)])
             for (*key, own), after in by_key.items()
@@ -272,7 +278,7 @@ def main(arguments):
         return 0
     try:
         compare, _ = settings.read(Compare, arguments)
-        for name, known in (("methods", GRID), ("domains", data.BUILT_IN)):
+        for name, known in (("methods", KNOWN), ("domains", data.BUILT_IN)):
             for value in set(getattr(compare, name)) - set(known):
                 raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
         if (
@@ -304,9 +310,7 @@ def main(arguments):
             for name in compare.domains:
                 data.load_examples(name)  # a missing download shows now, and happens once
             with ThreadPoolExecutor(compare.workers) as pool:
-                tuning = [
-                    (method, rates) for method in compare.methods for rates in grid_points(method)
-                ]
+                tuning = [(method, rates) for method in compare.methods for rates in grid(method)]
                 write_examples(compare, domain, size, seed, tuning=True)
                 tuned = list(
                     tqdm(
