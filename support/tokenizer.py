@@ -11,19 +11,16 @@ file is of another kind (SentencePiece: LLaMA 2, the first Mistral), the tokeniz
 """
 
 import bisect
-import datetime
 import json
 import shutil
 import unicodedata
 from functools import cached_property
 from pathlib import Path
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import regex
 import tiktoken
 
+from support.chat import PLAIN_TEMPLATE, ChatTemplate
 from support.files import malformed, read_json, replacing
 from support.tokenizer_files import FILES, FLAGS, flat, post_processed, read_spec, split_pattern
 
@@ -32,12 +29,6 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 CHAR_TO_BYTE = {chr(b): b for b in PRINTABLE} | {
     chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)
 }
-
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] | capitalize }}:\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
-)
-MARK = "\ue000the answer\ue000"  # stands in for an answer, to see where a template puts it
 
 
 class Tokenizer:
@@ -98,7 +89,12 @@ class Tokenizer:
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         self.has_chat_template = template is not None
-        self.chat_template = template or PLAIN_TEMPLATE
+        tokens = {
+            name: self.named(name)
+            for name in self.settings
+            if name.endswith("_token") and isinstance(self.named(name), str)
+        }
+        self.chat = ChatTemplate(template or PLAIN_TEMPLATE, tokens, self.added)
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -267,109 +263,18 @@ class Tokenizer:
                 with replacing(Path(folder) / name) as temporary:
                     shutil.copyfile(self.folder / name, temporary)
 
-    # ------------------------------------------------------------------------------------------ conversations
-
     def apply_chat_template(self, messages, add_generation_prompt=False):
-        """
-        The conversation as text. messages: list of {"role", "content"}; add_generation_prompt: open the assistant's turn.
-
-        Runs in jinja2's sandbox. Raises ValueError when the template refuses the messages.
-        """
-        tokens = {
-            name: self.named(name)
-            for name in self.settings
-            if name.endswith("_token") and isinstance(self.named(name), str)
-        }
-        try:
-            return self.compiled_template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **tokens,
-            )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-        ) as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from None
-
-    @cached_property
-    def compiled_template(self):
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", GenerationBlock],
-        )
-
-        def raise_exception(message):
-            raise jinja2.TemplateError(message)
-
-        def to_json(
-            x, ensure_ascii=False, indent=None, separators=None, sort_keys=False
-        ):  # jinja2's own escapes HTML
-            return json.dumps(
-                x,
-                ensure_ascii=ensure_ascii,
-                indent=indent,
-                separators=separators,
-                sort_keys=sort_keys,
-            )
-
-        environment.filters["tojson"] = to_json
-        environment.globals |= {
-            "raise_exception": raise_exception,  # templates call these by name
-            "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-        }
-        return environment.from_string(self.chat_template)
+        """As ChatTemplate.render."""
+        return self.chat.render(messages, add_generation_prompt)
 
     def conversation(self, messages):
-        """
-        The conversation as text, and the assistant's parts of it: a list of (start, end), each with its end-of-turn token.
+        """As ChatTemplate.conversation."""
+        return self.chat.conversation(messages)
 
-        A part begins where the template's generation prompt ends, so it is what the model itself has to write; in a template without
-        such a prompt, with the answer and the space before it. Raises ValueError when the template refuses the messages, or leaves an answer out.
-        """
-        text, spans = self.apply_chat_template(messages), []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, found, after = self.apply_chat_template(
-                [*messages[:i], message | {"content": MARK}, *messages[i + 1 :]]
-            ).partition(MARK)
-            start, end = len(before) if text.startswith(before) else None, len(text) - len(after)
-            prompt = (
-                self.apply_chat_template(messages[:i], add_generation_prompt=True) if i > 0 else ""
-            )
-            if prompt and text.startswith(prompt):
-                opened = prompt != self.apply_chat_template(messages[:i])
-                if (
-                    start is None or opened or not text[len(prompt) : start].strip()
-                ):  # a space before an answer is the model's to write
-                    start = len(prompt)
-            if not found or start is None or not text.endswith(after) or start >= end:
-                raise ValueError(
-                    "the chat template leaves an answer out, or changes the rest of the conversation with it, "
-                    "so the assistant's part can't be told from the rest"
-                )
-            spans.append((start, end + len(self.end_of_turn) * after.startswith(self.end_of_turn)))
-        return text, spans
-
-    @cached_property
+    @property
     def end_of_turn(self):
-        """The added token that the template writes behind an answer, with white space before it if any; "" without one."""
-        try:
-            text = self.apply_chat_template(
-                [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}]
-            )
-        except ValueError:  # a template that asks for more than these two turns
-            return self.named("eos_token")
-        after = text.partition(MARK)[2]
-        tokens = [token for token in self.added if after.lstrip().startswith(token)]
-        return after[: len(after) - len(after.lstrip())] + max(tokens, key=len) if tokens else ""
+        """As ChatTemplate.end_of_turn."""
+        return self.chat.end_of_turn
 
     @cached_property
     def stop_ids(self):
@@ -378,16 +283,6 @@ class Tokenizer:
         named = (read_json(path) if path.exists() else {}).get("eos_token_id") or []
         named = [i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)]
         return sorted({self.eos_id, self.added.get(self.end_of_turn.strip(), self.eos_id), *named})
-
-
-class GenerationBlock(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %} in a template marks the assistant's part; here it changes nothing."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
 
 class AddedTokens:
