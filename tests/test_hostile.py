@@ -21,7 +21,8 @@ import data
 import train
 from bidora import load_adapter, replace_linear_with_bidora, save_adapter
 from model import ModelConfig, Transformer
-from support.pretrained import convert_gguf, find_model
+from support.built_in_models import convert_gguf
+from support.pretrained import find_model
 from support.tokenizer import Tokenizer
 
 

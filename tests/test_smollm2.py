@@ -20,8 +20,9 @@ from hypergrad import (
     val_gradients,
 )
 from model import Transformer
+from support.built_in_models import SMOLLM2, SMOLLM2_MEMBER
 from support.files import fetch
-from support.pretrained import SMOLLM2, SMOLLM2_MEMBER, find_model
+from support.pretrained import find_model
 
 
 @pytest.fixture(scope="module")
