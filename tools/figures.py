@@ -1,0 +1,305 @@
+"""
+The pictures of README.md and docs/, drawn from committed files in a few seconds.
+
+    python -m tools.figures               phases.png, gap.png and speed.png, into docs/
+    python -m tools.figures --only=gap    one of them
+
+phases.png: who trains on what in BiDoRA's three phases. gap.png: train minus test accuracy over the
+number of training examples, from results/. speed.png: two tables of docs/speed.md, as bars.
+Colours are Okabe and Ito's. Line styles, markers and hatching serve black and white.
+"""
+
+import io
+import itertools
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from PIL import Image
+
+from support import settings
+from support.files import replacing
+from tools.compare import load_results
+
+ROOT = Path(__file__).parents[1]
+ORANGE, SKY, GREEN, BLUE, VERMILION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
+METHODS = {  # method: name, colour, marker, line style, a factor in x that keeps bars apart
+    "dora": ("DoRA", VERMILION, "s", "--", 0.93),
+    "lora": ("LoRA", GREEN, "^", ":", 1.0),
+    "bidora": ("BiDoRA", BLUE, "o", "-", 1.07),
+}
+DTYPES = {"bf16": (BLUE, ""), "fp32": (ORANGE, "////")}  # colour and hatching
+
+
+PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text that crosses a line
+
+
+@dataclass
+class Figures:
+    only: str = ""  # one picture: phases, gap or speed; empty: all of them
+    results: str = str(ROOT / "results")  # what gap.png is drawn from
+    docs: str = str(ROOT / "docs")  # where speed.md is read and the pictures are written
+
+
+def write(axes, x, y, text, size=9, **style):
+    """Centred text."""
+    axes.text(x, y, text, size=size, **{"ha": "center", "va": "center"} | style)
+
+
+def box(axes, x, y, width, height, **style):
+    """A box with rounded corners, its lower left one at (x, y)."""
+    style = {"facecolor": "white", "edgecolor": "black", "linewidth": 1.2} | style
+    axes.add_patch(FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=0.8", **style))
+
+
+def tile(axes, x, y, name, state, color=None):
+    """A group of parameters: filled where it trains (in color), dashed where it is fixed."""
+    fixed = {"linestyle": (0, (3, 2)), "edgecolor": "#767676"}
+    box(axes, x, y, 8, 7, **{"facecolor": color, "linewidth": 2.2} if color else fixed)
+    write(axes, x + 4, y + 4.7, name, 11, weight="bold", color="black" if color else "#555555")
+    write(axes, x + 4, y + 2, state, 8, color="black" if color else "#555555")
+
+
+def arrow(axes, start, end, **style):
+    """A straight arrow."""
+    style = {"color": "black", "linewidth": 1.4, "mutation_scale": 12, "arrowstyle": "-|>"} | style
+    axes.annotate("", end, start, arrowprops=style | {"shrinkA": 0, "shrinkB": 0})
+
+
+def draw_data(axes):
+    """The two stages and their data: search splits it 8:2, retrain takes all of it."""
+    for x, width, name in ((1, 66, "SEARCH: phases 1 and 2 alternate"), (69, 30.5, "RETRAIN")):
+        box(axes, x, 1, width, 46, facecolor="#F2F2F2", edgecolor="none")
+        write(axes, x + width / 2, 44.6, name, 10, weight="bold")
+    for x, width, text in (
+        (3, 50, "train split: 80 % of the examples"),
+        (53, 12, "val: 20 %"),
+        (70.5, 28, "train + val: 100 %"),
+    ):
+        color = "#BDBDBD" if x == 53 else "white"
+        axes.add_patch(Rectangle((x, 38.5), width, 4, facecolor=color, edgecolor="black"))
+        write(axes, x + width / 2, 40.5, text)
+    for x in (16, 59, 84.5):
+        arrow(axes, (x, 38.3), (x, 35.2))
+
+
+def draw_phases(axes):
+    """A box for each phase, with the three groups of parameters in it, and what they hand over."""
+    for x, title, learns in (
+        (3, "1  lower level", "A, B learn on train"),
+        (37, "2  upper level", "m learns on val"),
+        (70.5, "3  final phase", "A, B learn afresh on everything"),
+    ):
+        box(axes, x, 17, 28, 18)
+        write(axes, x + 14, 32.6, title, 11, weight="bold")
+        write(axes, x + 14, 29.2, learns)
+        upper = title.startswith("2")
+        tile(axes, x + 0.9, 19, "$W_0$", "frozen")
+        tile(axes, x + 10, 19, "A, B", *(["fixed"] if upper else ["trains", ORANGE]))
+        tile(axes, x + 19.1, 19, "m", *(["trains", SKY] if upper else ["fixed"]))
+
+    arrow(axes, (31.2, 26), (36.8, 26))
+    write(axes, 34, 27.7, "A, B")
+    arrow(axes, (36.8, 22), (31.2, 22))
+    write(axes, 34, 20.2, "m")
+    arrow(axes, (65.2, 24), (70.3, 24))
+    write(axes, 67.8, 25.7, "m")
+
+
+def draw_formulas(axes):
+    """The hypergradient, which passes through the direction on its way to m; and what comes out."""
+    path = {"color": BLUE, "linewidth": 2.2, "linestyle": (0, (4, 1.5))}
+    axes.plot([17, 17, 60.1, 60.1], [18.6, 12.5, 12.5, 16], **path)
+    arrow(axes, (60.1, 16), (60.1, 18.9), color=BLUE, linewidth=2.2)
+    write(axes, 38.5, 14.3, "hypergradient: how the val loss F changes with m", color=BLUE)
+    through = "through the direction, V = (A, B)"
+    for x, term, meaning in (
+        (12, r"$\dfrac{dF}{dm}\;=$", ""),
+        (23, r"$\dfrac{\partial F}{\partial m}$", "directly"),
+        (31, "$+$", ""),
+        (47, r"$\left(\dfrac{dV^*}{dm}\right)^{\!\top}\dfrac{\partial F}{\partial V}$", through),
+    ):
+        write(axes, x, 8, term, 12)
+        write(axes, x, 3, meaning)
+
+    arrow(axes, (84.5, 16.8), (84.5, 13.2))
+    write(axes, 84.5, 8.6, r"$W' = m\,\dfrac{W_0 + s B A}{\Vert W_0 + s B A \Vert}$", 12)
+    write(axes, 84.5, 3, "merged: one ordinary weight")
+
+
+def phases():
+    """BiDoRA's three phases: the data that each one sees, and the parameters that learn from it."""
+    figure = Figure(figsize=(8.6, 4.13))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 100), ylim=(0, 48))
+    axes.axis("off")
+    draw_data(axes)
+    draw_phases(axes)
+    draw_formulas(axes)
+    return figure
+
+
+def gaps(results):
+    """{domain: {method: {size: a list of gaps, one a seed, in points}}} of compare's results."""
+    found = {}
+    for result in results:
+        if result["method"] in METHODS:
+            by_size = found.setdefault(result["domain"], {}).setdefault(result["method"], {})
+            train, test = (result["after"][part]["accuracy"] for part in ("train", "test"))
+            by_size.setdefault(result["size"], []).append(100 * (train - test))
+    return found
+
+
+def curves(axes, by_method):
+    """Each method's mean gap and standard deviation over the seeds, its name at the end."""
+    ends = []
+    for method, (name, color, marker, line, aside) in METHODS.items():
+        by_size = dict(sorted(by_method.get(method, {}).items()))
+        if not by_size:
+            continue
+        x, means = [aside * size for size in by_size], list(map(statistics.mean, by_size.values()))
+        spread = [statistics.stdev(gaps) if len(gaps) > 1 else 0 for gaps in by_size.values()]
+        style = {"color": color, "marker": marker, "linestyle": line, "capsize": 3}
+        axes.errorbar(x, means, spread, linewidth=1.8, elinewidth=1, markersize=6, **style)
+        ends.append((max(by_size), means[-1], name, color))
+
+    before = (0, 0.0)  # size and height of the name below
+    for size, height, name, color in sorted(ends):
+        if size == before[0]:
+            height = max(height, before[1] + 1.1)
+        axes.text(1.17 * size, height, name, color=color, va="center", weight="bold")
+        before = size, height
+
+
+def gap(results):
+    """Train minus test accuracy over the number of training examples, a panel for each domain."""
+    domains = gaps(results)
+    if not domains:
+        raise ValueError("no results to draw: run python -m tools.compare first")
+    sizes = {
+        domain: sorted({size for by_size in by_method.values() for size in by_size})
+        for domain, by_method in domains.items()
+    }
+    widths = [math.log(2.8 * found[-1] / found[0]) for found in sizes.values()]
+    figure = Figure(figsize=(8.6, 3.7), layout="constrained")
+    panels = figure.subplots(1, len(domains), sharey=True, squeeze=False, width_ratios=widths)[0]
+
+    for axes, (domain, by_method) in zip(panels, domains.items()):
+        curves(axes, by_method)
+        seeds = [
+            max(len(by_size.get(size, ())) for by_size in by_method.values())
+            for size in sizes[domain]
+        ]
+        ticks = [f"{size}\n{count} seeds" for size, count in zip(sizes[domain], seeds)]
+        axes.set_xscale("log")
+        axes.set_xticks(sizes[domain], ticks)
+        axes.minorticks_off()
+        axes.set_xlim(0.8 * sizes[domain][0], 2.24 * sizes[domain][-1])
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_title(domain.replace("-", " "), size=11)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("training examples (log scale)", size=10)
+    panels[0].set_ylabel("train − test accuracy, points")
+    return figure
+
+
+def rows(path, section):
+    """The first table below a heading of a Markdown file: {first cell: list of the others}."""
+    lines = path.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].splitlines()
+    lines = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in itertools.takewhile(lambda line: line.startswith("|"), lines)
+    ]
+    if len(cells) < 3:
+        raise ValueError(f"{path}: there is no table below '## {section}'")
+    return {name: values for name, *values in cells[2:]}
+
+
+def bars(axes, limit, pairs):
+    """Two bars, bf16 and fp32, for each entry of {name: (text, text)}, a table's numbers."""
+    for y, pair in enumerate(pairs.values()):
+        for text, aside, (color, hatch) in zip(pair, (-0.2, 0.2), DTYPES.values()):
+            value = 0 if text == "refused" else float(text)
+            axes.barh(y + aside, value, 0.38, color=color, hatch=hatch, edgecolor="white")
+            axes.text(value + 0.01 * limit, y + aside, text, va="center", size=8, bbox=PLAIN)
+
+    axes.axvline(1, color="black", linewidth=1, linestyle=":")
+    axes.set_yticks(range(len(pairs)), pairs)
+    axes.set_xlim(0, limit)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def speed(path):
+    """What an iteration of search costs, and a step's speed beside PEFT's, of docs/speed.md."""
+    figure = Figure(figsize=(8.6, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+
+    costs = {
+        name.replace("`", "").replace(", ", ",\n"): (cells[0], cells[3])
+        for name, cells in rows(path, "What a hypergradient costs").items()
+    }
+    bars(left, 9, costs)
+    left.set_title("an iteration of search", size=10)
+    left.set_xlabel("time, in DoRA steps (dotted: one step)")
+
+    peer = rows(path, "A training step, beside PEFT")
+    end = ", speed relative to PEFT"
+    steps = {
+        f"{method}{kind.partition(' (')[0]}".replace(" with ", ",\n"): (cells[0], cells[2])
+        for kind in ("", " with one label a row (classification)")
+        for method in ("LoRA", "DoRA")
+        for cells in [peer[f"{method}{kind}{end}"]]
+    }
+    bars(right, 2.4, steps)
+    right.set_title("a training step, beside PEFT", size=10)
+    right.set_xlabel("speed relative to PEFT (dotted: equal)")
+
+    patches = [
+        Rectangle((0, 0), 1, 1, facecolor=color, hatch=hatch, edgecolor="white")
+        for color, hatch in DTYPES.values()
+    ]
+    figure.legend(patches, DTYPES, loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def save(figure, path):
+    """Write a PNG of 64 colours, a third of the size of one with all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    with replacing(path) as temporary:
+        Image.open(buffer).convert("RGB").quantize(64).save(temporary, format="png", optimize=True)
+
+
+def main(arguments):
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__.strip(), settings.help_text(Figures), sep="\n\n")
+        return 0
+    pictures = {
+        "phases": lambda figures: phases(),
+        "gap": lambda figures: gap(load_results(figures.results)),
+        "speed": lambda figures: speed(Path(figures.docs) / "speed.md"),
+    }
+    try:
+        figures, _ = settings.read(Figures, arguments)
+        if figures.only and figures.only not in pictures:
+            raise ValueError(
+                f"unknown picture {figures.only!r}" + settings.suggest(figures.only, pictures)
+            )
+        for name in [figures.only] if figures.only else pictures:
+            path = Path(figures.docs) / f"{name}.png"
+            save(pictures[name](figures), path)
+            print(f"saved {path}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
