@@ -1,4 +1,4 @@
-"""The comparison: its splits, its choice of rates, its statistics, and that it goes on where it stopped."""
+"""The comparison: its splits, its choice of rates, its statistics, its results, and resuming it."""
 
 import json
 import multiprocessing
@@ -37,16 +37,16 @@ def result(method, seed, accuracy, loss=0.5, size=100):
 
 
 def test_samples_tuning_set_and_test_share_no_example_and_the_test_is_the_same_for_all():
-    asked = Compare()
+    default = Compare()
 
     def texts(paths):
         return [
             {json.loads(line)["text"] for line in path.read_text().splitlines()} for path in paths
         ]
 
-    train, test = texts(compare.write_examples(asked, "product-sentiment", 100, 0, False))
-    other, same = texts(compare.write_examples(asked, "product-sentiment", 400, 1, False))
-    tuned_on, tune = texts(compare.write_examples(asked, "product-sentiment", 100, 1000, True))
+    train, test = texts(compare.write_examples(default, "product-sentiment", 100, 0, False))
+    other, same = texts(compare.write_examples(default, "product-sentiment", 400, 1, False))
+    tuned_on, tune = texts(compare.write_examples(default, "product-sentiment", 100, 1000, True))
     assert (len(train), len(other), len(test), len(tune)) == (100, 400, 300, 200)
     assert (
         test == same
@@ -64,7 +64,7 @@ def test_the_rates_with_the_lowest_loss_on_the_tuning_set_are_chosen():
     assert compare.chosen_rates(tuned) == {"lower_lr": 1e-3, "upper_lr": 1e-2}
 
 
-def test_a_rate_that_diverges_in_tuning_is_passed_over_and_anything_else_stops(monkeypatch, capsys):
+def test_a_rate_that_diverges_in_tuning_is_skipped_and_any_other_failure_stops(monkeypatch, capsys):
     monkeypatch.setattr(
         compare,
         "launch",
@@ -73,19 +73,19 @@ def test_a_rate_that_diverges_in_tuning_is_passed_over_and_anything_else_stops(m
             "error: train step 3 of 8 is not finite (loss nan): lower lower_lr or upper_lr",
         ),
     )
-    asked = Compare(model="tiny-random")
-    diverged = compare.run(asked, "toy-sentiment", 40, 1000, "lora", {"lower_lr": 9.0}, tuning=True)
+    tiny = Compare(model="tiny-random")
+    diverged = compare.run(tiny, "toy-sentiment", 40, 1000, "lora", {"lower_lr": 9.0}, tuning=True)
     assert (
         "not finite" in diverged["diverged"]
         and "not finite" in capsys.readouterr().out
-        and not list(Path(asked.results).glob("*"))
+        and not list(Path(tiny.results).glob("*"))
     )
     fine = result("lora", 1000, 0.9) | {"lower_lr": 1e-3}
     assert compare.chosen_rates([diverged, fine]) == {"lower_lr": 1e-3}
     with pytest.raises(ValueError, match="all rates of lora's grid diverged"):
         compare.chosen_rates([diverged])
     with pytest.raises(RuntimeError, match="not finite"):
-        compare.run(asked, "toy-sentiment", 40, 0, "lora", {"lower_lr": 9.0})
+        compare.run(tiny, "toy-sentiment", 40, 0, "lora", {"lower_lr": 9.0})
 
 
 def test_every_method_has_a_grid_by_one_rule():
@@ -125,7 +125,7 @@ def test_equal_differences_tie_whatever_their_last_digits():
     assert f"test accuracy -0.5 (p = {p:.2g})" in compare.table(pairs)[-1]
 
 
-def test_a_comparison_goes_on_where_it_stopped(capsys):
+def test_a_comparison_resumes_where_it_stopped(capsys):
     arguments = ["--quick=True", "--methods=lora"]
     assert compare.main(arguments) == 0
     out = capsys.readouterr().out
@@ -271,7 +271,7 @@ def test_sigterm_ends_the_runs_too():
     ):
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(60) == 130 and "the same command goes on" in process.stderr.read()
+    assert process.wait(60) == 130 and "the same command resumes" in process.stderr.read()
     for run in runs:
         with checkpoint.locked(run):  # no process holds it any more
             pass
@@ -287,7 +287,7 @@ def test_sigterm_ends_the_runs_too():
     [
         (["--methods=dorra"], "did you mean 'dora'"),
         (["--domains=films"], "unknown domains 'films'"),
-        (["--sizes=ten"], "whole numbers"),
+        (["--sizes=ten"], "integers of at least 20"),
         (["--seeds=0"], "positive"),
         (["--report=True"], "no results in results"),
         (["--quick=True", "--methods=lora", "--results=a-file"], "error"),

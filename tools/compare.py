@@ -1,17 +1,20 @@
 """
-The methods side by side, over seeds, training sizes and domains, each with the learning rates that did best on examples kept for that.
+The methods side by side, over seeds, training sizes and domains, each with tuned learning rates.
 
-    python -m tools.compare                  every run that has no result yet: stop it and start it again as you like
-    python -m tools.compare --report=True    the table of the results that are there
-    python -m tools.compare --quick=True     a toy in two minutes, in a folder of its own
+    python -m tools.compare                  make every run that has no result yet
+    python -m tools.compare --report=True    print the table of the results so far
+    python -m tools.compare --quick=True     a toy in two minutes, in folders of its own
 
-Of each domain, 300 examples are the test and 200 the tuning set, always the same; training samples are drawn from the rest, by the seed. A sample of n
-examples gets 50·√(n/100) lower-level steps by every method, a fifth of them in search. Each point of a method's grid of rates is
-trained once, on 100 film-review snippets by a seed of its own; the one with the lowest loss on the tuning set serves all sizes and domains.
-A run is one call of train.py, and leaves one line in results/runs.jsonl: its command and its table. ΔM and ΔD of the query and value matrices at
-four snapshots a phase are in results/trajectories.safetensors.
+Stop it at any time: the same command resumes. In each domain, 300 examples are the test set and
+200 the tuning set, the same for all runs; the seed draws a training sample from the rest. With n
+examples, every method takes 50·√(n/100) lower-level steps, a bi-level one a fifth of them in its
+search phase. Each point of a method's grid of learning rates is trained once, on 100 film-review
+snippets; the point with the lowest loss on the tuning set serves all sizes and domains.
+A run is one call of train.py. Its result and command are one line of results/runs.jsonl; ΔM and ΔD
+of its query and value matrices, four snapshots a phase, are in results/trajectories.safetensors.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -39,7 +42,8 @@ LOWER_RATES, UPPER_RATES = (3e-4, 1e-3, 3e-3), (3e-3, 3e-2)
 FT_RATES = (7e-6, 2e-5, 6e-5)  # ft moves every weight, so its rates are smaller
 KNOWN = (*METHODS, "ft")
 TUNING = ("movie-sentiment", 100, 1000)  # domain, size, seed
-TARGETS = ("q_proj", "v_proj")
+TOY_TUNING = ("toy-sentiment", 40, 1000)
+TARGETS = ("q_proj", "v_proj")  # whose ΔM and ΔD are kept
 
 
 @dataclass
@@ -47,10 +51,8 @@ class Compare:
     domains: tuple = ("movie-sentiment", "product-sentiment")  # built-in data sets
     sizes: tuple = ("100", "400")  # training examples, train and val together
     methods: tuple = ("bidora", "dora", "lora", "bilora", "ft")  # what is compared
-    seeds: int = (
-        5  # 0, 1, …: of the training sample, the split, the start and the order of the batches
-    )
-    model: str = "smollm2-135m"  # what is tuned
+    seeds: int = 5  # each draws the sample, the split, the initial adapter and the batches
+    model: str = "smollm2-135m"  # the base model
     workers: int = 2  # runs at a time, which share the CPU's cores
     results: str = "results"  # folder of the results
     out_dir: str = "out/compare"  # folder of the runs
@@ -59,32 +61,35 @@ class Compare:
 
 
 def write_examples(compare, domain, size, seed, tuning):
-    """The JSONL files of one run, train and test, made where they are not there. tuning: test on the tuning set."""
+    """
+    Write a run's train and test JSONL files where they are missing; returns their paths.
+
+    With `tuning`, the test file holds the tuning set.
+    """
     folder = Path(compare.out_dir) / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    train, test = (
-        folder / f"{domain}-{size}-{seed}.jsonl",
-        folder / f"{domain}-{'tune' if tuning else 'test'}.jsonl",
-    )
+    train = folder / f"{domain}-{size}-{seed}.jsonl"
+    test = folder / f"{domain}-{'tune' if tuning else 'test'}.jsonl"
     if train.exists() and test.exists():
         return train, test
+
     examples = data.load_examples(domain)
     rest, kept = data.split(examples, 300 / len(examples), seed=0)
     rest, tune = data.split(rest, 200 / len(rest), seed=0)
     _, sample = data.split(rest, size / len(rest), seed)
-    for path, part in ((train, sample), (test, tune if tuning else kept)):
+
+    for path, chosen in ((train, sample), (test, tune if tuning else kept)):
+        lines = "".join(json.dumps(example) + "\n" for example in chosen)
         with replacing(path) as temporary:
-            temporary.write_text(
-                "".join(json.dumps(example) + "\n" for example in part), encoding="utf-8"
-            )
+            temporary.write_text(lines, encoding="utf-8")
     return train, test
 
 
-RUNNING, STOPPED = [], threading.Event()  # the processes of the runs; set when these are to end
+RUNNING, STOPPED = [], threading.Event()  # the processes of the runs; set when they are to end
 
 
 def launch(command, threads):
-    """Run train.py with these arguments on so many of the CPU's cores; returns its exit status and what it wrote to stderr."""
+    """Run train.py on this many CPU cores; returns its exit status and its standard error."""
     with subprocess.Popen(
         [sys.executable, Path(__file__).parents[1] / "train.py", *command],
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
@@ -93,7 +98,7 @@ def launch(command, threads):
         text=True,
     ) as process:
         RUNNING.append(process)
-        if STOPPED.is_set():
+        if STOPPED.is_set():  # the signal came while this process started
             process.terminate()
         _, errors = process.communicate()
         RUNNING.remove(process)
@@ -101,7 +106,7 @@ def launch(command, threads):
 
 
 def stop(signum, frame):
-    """At SIGTERM: end the runs too, which Ctrl-C reaches by itself."""
+    """At SIGTERM, end the runs too; Ctrl-C reaches them without help."""
     STOPPED.set()
     for process in list(RUNNING):
         process.terminate()
@@ -116,7 +121,7 @@ def queries_and_values(trajectory):
         for i, name in enumerate(trajectory.layers)
         if name.endswith(f".{target}")
     ]
-    return replace(
+    return dataclasses.replace(
         trajectory,
         layers=[trajectory.layers[i] for i in keep],
         magnitude=[trajectory.magnitude[i] for i in keep],
@@ -125,69 +130,62 @@ def queries_and_values(trajectory):
     )
 
 
-def run(compare, domain, size, seed, method, rates, tuning=False):
-    """Train once, unless its result is there; returns the result. Raises ValueError for one that was made with other rates or another model."""
-    name = "-".join(
-        ["tune" if tuning else domain, method, *(f"{rate:g}" for rate in rates.values())]
-        if tuning
-        else [domain, str(size), method, str(seed)]
-    )
-    if found := read_results(compare.results).get(name):
+def saved_result(compare, name, rates):
+    """An earlier result, or None. Raises ValueError if it had other rates or another model."""
+    found = read_results(compare.results).get(name)
+    if found:
         wanted = {f"--{key}={value}" for key, value in (rates | {"model": compare.model}).items()}
-        if missing := wanted - set(shlex.split(found.get("command", ""))):
+        missing = wanted - set(shlex.split(found.get("command", "")))
+        if missing:
             raise ValueError(
                 f"{name} in {compare.results}/runs.jsonl was made without "
                 f"{', '.join(sorted(missing))}: remove its line, or choose another --results"
             )
+    return found
+
+
+def run(compare, domain, size, seed, method, rates, tuning=False):
+    """
+    Train once, unless there is a result already; returns the result.
+
+    Raises ValueError for an earlier result with other rates or another model, RuntimeError for a
+    run that fails. A tuning run that diverges returns {"method", rates, "diverged": message}.
+    """
+    shown = [f"{rate:g}" for rate in rates.values()]
+    name = "-".join(["tune", method, *shown] if tuning else [domain, str(size), method, str(seed)])
+    found = saved_result(compare, name, rates)
+    if found:
         return found
+
     train, test = write_examples(compare, domain, size, seed, tuning)
     search, out = round(10 * (size / 100) ** 0.5), f"{compare.out_dir}/{name}"
-    options = {
-        "model": compare.model,
-        "method": method,
-        "train_file": train,
-        "test_file": test,
-        "seed": seed,
-        "search_steps": search,
-        "retrain_steps": 4 * search,
-        **rates,
-        "label_prompt": data.BUILT_IN[domain],
-        "eval_size": 300,
-        "snapshots": 4,
-        "out_dir": out,
-        "overwrite": True,
-    }
+    options = {"model": compare.model, "method": method, "train_file": train, "test_file": test}
+    options |= {"seed": seed, "search_steps": search, "retrain_steps": 4 * search, **rates}
+    options |= {"label_prompt": data.BUILT_IN[domain], "eval_size": 300, "snapshots": 4}
+    options |= {"out_dir": out, "overwrite": True}
     command = [f"--{key}={value}" for key, value in options.items()]
     threads = max(1, (os.cpu_count() or 1) // compare.workers)
+
     status, errors = launch(command, threads)
     if status != 0:
         message = (errors.strip() or "no message").splitlines()[-1]
         if not (tuning and "not finite" in message):
             raise RuntimeError(f"{name}: {message}")
-        tqdm.write(f"{name}: {message}")  # a rate that is too high, which the grid is there to find
+        tqdm.write(f"{name}: {message}")  # a rate that is too high: the grid is there to find it
         return {"method": method, **rates, "diverged": message}
+
     summary = read_json(Path(out) / "summary.json")
-    result = {
-        "name": name,
-        "set": "tune" if tuning else "main",
-        "domain": domain,
-        "size": size,
-        "method": method,
-        "seed": seed,
-        **rates,
-        "command": shlex.join(["python", "train.py", *command]),
-        "threads": threads,
-        **{
-            key: summary[key]
-            for key in ("before", "after", "seconds", "dtype", "peak_memory_beyond_start_gb")
-        },
-    }
+    result = {"name": name, "set": "tune" if tuning else "main", "domain": domain, "size": size}
+    result |= {"method": method, "seed": seed, **rates}
+    result |= {"command": shlex.join(["python", "train.py", *command]), "threads": threads}
+    for key in ("before", "after", "seconds", "dtype", "peak_memory_beyond_start_gb"):
+        result[key] = summary[key]
     save(compare.results, result, queries_and_values(Trajectory.load(out)))
     return read_results(compare.results)[name]
 
 
 def grid(method):
-    """A method's learning rates that are tried, as a list of {name: rate}."""
+    """The learning rates to try for a method, as a list of {name: rate}."""
     if method == "ft":
         return [{"lower_lr": rate} for rate in FT_RATES]
     # METHODS is a tuple of names until each method has an entry of its own
@@ -199,7 +197,7 @@ def grid(method):
 
 
 def chosen_rates(results):
-    """The rates of the tuning run with the lowest loss on the tuning set. Raises ValueError if all diverged."""
+    """The rates of the tuning run with the lowest loss. Raises ValueError if all diverged."""
     finite = [result for result in results if "diverged" not in result]
     if not finite:
         raise ValueError(
@@ -209,148 +207,158 @@ def chosen_rates(results):
     return {name: best[name] for name in ("lower_lr", "upper_lr") if name in best}
 
 
-def table(results):
-    """Lines of text: each method's means and standard deviations for every domain and size, then BiDoRA's pairs with the others."""
-    lines = [
-        f"{'':30}{'seeds':>6}{'test accuracy, %':>20}{'test loss':>18}{'train accuracy, %':>20}{'train - test, points':>22}{'seconds':>9}"
-    ]
-    cells = {}
+def means(results):
+    """Lines of text: for every domain, size and method, mean ± standard deviation over seeds."""
+    groups = {}
     for result in results:
-        cells.setdefault((result["domain"], result["size"], result["method"]), []).append(result)
-    for (domain, size, method), group in cells.items():
-        test, train = ([r["after"][part] for r in group] for part in ("test", "train"))
-        columns = [
-            (form, [scale * value for value in values])
-            for form, scale, values in (
-                ("{:.1f} ± {:.1f}", 100, [t["accuracy"] for t in test]),
-                ("{:.3f} ± {:.3f}", 1, [t["loss"] for t in test]),
-                ("{:.1f} ± {:.1f}", 100, [t["accuracy"] for t in train]),
-                (
-                    "{:.1f} ± {:.1f}",
-                    100,
-                    [b["accuracy"] - a["accuracy"] for a, b in zip(test, train)],
-                ),
-            )
-        ]
-        texts = [
-            form.format(numpy.mean(values), numpy.std(values, ddof=1) if len(values) > 1 else 0)
-            for form, values in columns
+        title = f"{result['domain']}, {result['size']}, {result['method']}"
+        groups.setdefault(title, []).append(result)
+    width = max(30, *(len(title) for title in groups))
+    lines = [
+        f"{'':{width}}{'seeds':>6}{'test accuracy, %':>20}{'test loss':>18}"
+        f"{'train accuracy, %':>20}{'train - test, points':>22}{'seconds':>9}"
+    ]
+
+    def cell(values, form):
+        deviation = numpy.std(values, ddof=1) if len(values) > 1 else 0
+        return form.format(numpy.mean(values), deviation)
+
+    for title, group in groups.items():
+        loss = [r["after"]["test"]["loss"] for r in group]
+        test, train = (
+            [r["after"][split]["accuracy"] for r in group] for split in ("test", "train")
+        )
+        gap = [b - a for a, b in zip(test, train)]
+        percents = [
+            cell([100 * v for v in values], "{:.1f} ± {:.1f}") for values in (test, train, gap)
         ]
         seconds = numpy.median([r["seconds"]["total"] for r in group])
         lines.append(
-            f"{f'{domain}, {size}, {method}':30}{len(group):6}{texts[0]:>20}{texts[1]:>18}{texts[2]:>20}{texts[3]:>22}{seconds:9.0f}"
+            f"{title:{width}}{len(group):6}{percents[0]:>20}{cell(loss, '{:.3f} ± {:.3f}'):>18}"
+            f"{percents[1]:>20}{percents[2]:>22}{seconds:9.0f}"
         )
-    # Sizes apart: a seed's smaller samples lie within its larger ones, so pairs over several sizes would not be independent.
-    lines += [
-        "",
-        "bidora against the others, paired by domain and seed (Wilcoxon's signed-rank test, two-sided):",
+    return lines
+
+
+MEASURES = {  # of what a run measured after training
+    "test accuracy": lambda after: 100 * after["test"]["accuracy"],
+    "test loss": lambda after: after["test"]["loss"],
+    "train - test accuracy": lambda after: (
+        100 * (after["train"]["accuracy"] - after["test"]["accuracy"])
+    ),
+}
+
+
+def comparisons(results):
+    """
+    Lines of text: BiDoRA minus each other method, in pairs of equal domain and seed, with p.
+
+    Each size is on its own: a seed's smaller samples lie within its larger ones, so pairs over
+    several sizes would not be independent.
+    """
+    lines = [
+        "bidora minus each other method, paired by domain and seed "
+        "(Wilcoxon signed-rank test, two-sided):"
     ]
-    measures = {
-        "test accuracy": lambda a: 100 * a["test"]["accuracy"],
-        "test loss": lambda a: a["test"]["loss"],
-        "train - test accuracy": lambda a: 100 * (a["train"]["accuracy"] - a["test"]["accuracy"]),
-    }
-    by_key = {(r["domain"], r["size"], r["seed"], r["method"]): r["after"] for r in results}
-    methods = dict.fromkeys(r["method"] for r in results)
+    after = {(r["domain"], r["size"], r["seed"], r["method"]): r["after"] for r in results}
+    methods = dict.fromkeys(r["method"] for r in results if r["method"] != "bidora")
+
     for size, method in itertools.product(sorted({r["size"] for r in results}), methods):
         pairs = [
-            (after, by_key[(*key, method)])
-            for (*key, own), after in by_key.items()
-            if own == "bidora" and method != own and key[1] == size and (*key, method) in by_key
+            (after[(*key, "bidora")], after[(*key, method)])
+            for *key, own in after
+            if own == "bidora" and key[1] == size and (*key, method) in after
         ]
-        if len(pairs) > 1:
-            texts = []
-            for what, measure in measures.items():
-                differences = [
-                    round(measure(a) - measure(b), 9) for a, b in pairs
-                ]  # equal ones are to tie, whatever their last digits
-                p = wilcoxon(differences).pvalue if any(differences) else 1.0
-                texts.append(f"{what} {round(numpy.mean(differences), 6) + 0:+.3g} (p = {p:.2g})")
-            lines.append(
-                f"    {size:4} examples, {method:8}{len(pairs):4} pairs: {', '.join(texts)}"
-            )
+        if len(pairs) < 2:
+            continue
+        texts = []
+        for what, measure in MEASURES.items():
+            # rounded, so that equal differences tie whatever their last digits are
+            differences = [round(measure(ours) - measure(other), 9) for ours, other in pairs]
+            p = wilcoxon(differences).pvalue if any(differences) else 1.0
+            mean = round(numpy.mean(differences), 6) + 0  # + 0: no -0
+            texts.append(f"{what} {mean:+.3g} (p = {p:.2g})")
+        lines.append(f"    {size:4} examples, {method:8}{len(pairs):4} pairs: {', '.join(texts)}")
     return lines
+
+
+def table(results):
+    """Lines of text: each method's means and standard deviations, then BiDoRA's comparisons."""
+    return [*means(results), "", *comparisons(results)]
+
+
+def tune(compare, pool):
+    """Train every point of the methods' grids; returns {method: rates}."""
+    toy = compare.quick or compare.model == "tiny-random"
+    domain, size, seed = TOY_TUNING if toy else TUNING
+    write_examples(compare, domain, size, seed, tuning=True)  # once, before two runs want it
+    jobs = [(method, rates) for method in compare.methods for rates in grid(method)]
+    runs = pool.map(lambda job: run(compare, domain, size, seed, *job, tuning=True), jobs)
+    tuned = list(tqdm(runs, total=len(jobs), desc="tuning"))
+
+    rates = {}
+    for method in compare.methods:
+        rates[method] = chosen_rates([r for r in tuned if r["method"] == method])
+    texts = (
+        f"{method} {', '.join(f'{name}={rate:g}' for name, rate in found.items())}"
+        for method, found in rates.items()
+    )
+    print("rates:", "; ".join(texts), flush=True)
+    return rates
+
+
+def make_runs(compare):
+    """Tune the learning rates, then make every run that has no result yet."""
+    for name in compare.domains:
+        data.load_examples(name)  # a missing download shows now, and happens once
+    mend(compare.results)
+
+    with ThreadPoolExecutor(compare.workers) as pool:
+        rates = tune(compare, pool)
+        jobs = [
+            (domain, int(size), seed, method)
+            for size in compare.sizes
+            for seed in range(compare.seeds)
+            for domain in compare.domains
+            for method in compare.methods
+        ]
+        for domain, size, seed, _ in jobs:
+            write_examples(compare, domain, size, seed, tuning=False)
+        runs = pool.map(lambda job: run(compare, *job, rates[job[3]]), jobs)
+        list(tqdm(runs, total=len(jobs), desc="runs"))
+
+
+def check(compare):
+    """Raises ValueError for settings that make no sense."""
+    for name, known in (("methods", KNOWN), ("domains", data.BUILT_IN)):
+        for value in set(getattr(compare, name)) - set(known):
+            raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
+    if not all(size.isdigit() and int(size) >= 20 for size in compare.sizes):
+        raise ValueError(f"sizes={','.join(compare.sizes)} must be integers of at least 20")
+    if min(compare.seeds, compare.workers) < 1:
+        raise ValueError("seeds and workers must be positive integers")
 
 
 def main(arguments):
     if "--help" in arguments or "-h" in arguments:
         print(__doc__.strip(), settings.help_text(Compare), sep="\n\n")
         return 0
+
     try:
         compare, _ = settings.read(Compare, arguments)
-        for name, known in (("methods", KNOWN), ("domains", data.BUILT_IN)):
-            for value in set(getattr(compare, name)) - set(known):
-                raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
-        if (
-            not all(size.isdigit() and int(size) >= 20 for size in compare.sizes)
-            or min(compare.seeds, compare.workers) < 1
-        ):
-            raise ValueError(
-                "sizes must be whole numbers of at least 20, seeds and workers positive"
-            )
+        check(compare)
         if compare.quick:
-            compare = Compare(
-                ("toy-sentiment",),
-                ("40",),
-                compare.methods,
-                2,
-                "tiny-random",
-                compare.workers,
-                f"{compare.results}-quick",
-                f"{compare.out_dir}-quick",
-                compare.report,
+            compare = dataclasses.replace(
+                compare,
+                domains=("toy-sentiment",),
+                sizes=("40",),
+                seeds=2,
+                model="tiny-random",
+                results=f"{compare.results}-quick",
+                out_dir=f"{compare.out_dir}-quick",
             )
         if not compare.report:
-            mend(compare.results)
-            domain, size, seed = (
-                TUNING
-                if not compare.quick and compare.model != "tiny-random"
-                else ("toy-sentiment", 40, 1000)
-            )
-            for name in compare.domains:
-                data.load_examples(name)  # a missing download shows now, and happens once
-            with ThreadPoolExecutor(compare.workers) as pool:
-                tuning = [(method, rates) for method in compare.methods for rates in grid(method)]
-                write_examples(compare, domain, size, seed, tuning=True)
-                tuned = list(
-                    tqdm(
-                        pool.map(
-                            lambda job: run(compare, domain, size, seed, *job, tuning=True), tuning
-                        ),
-                        total=len(tuning),
-                        desc="tuning",
-                    )
-                )
-                rates = {
-                    method: chosen_rates([r for r in tuned if r["method"] == method])
-                    for method in compare.methods
-                }
-                print(
-                    "rates:",
-                    "; ".join(
-                        f"{method} {', '.join(f'{n}={r:g}' for n, r in found.items())}"
-                        for method, found in rates.items()
-                    ),
-                    flush=True,
-                )
-                jobs = [
-                    (domain, int(size), seed, method)
-                    for size in compare.sizes
-                    for seed in range(compare.seeds)
-                    for domain in compare.domains
-                    for method in compare.methods
-                ]
-                for domain, size, seed, _ in jobs:
-                    write_examples(
-                        compare, domain, size, seed, tuning=False
-                    )  # not by two runs at a time
-                list(
-                    tqdm(
-                        pool.map(lambda job: run(compare, *job, rates[job[3]]), jobs),
-                        total=len(jobs),
-                        desc="runs",
-                    )
-                )
+            make_runs(compare)
         results = load_results(compare.results)
         if not results:
             raise FileNotFoundError(
@@ -361,7 +369,7 @@ def main(arguments):
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; the same command resumes", file=sys.stderr)
         return 130
     return 0
 
