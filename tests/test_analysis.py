@@ -1,4 +1,4 @@
-"""ΔM and ΔD against their definitions in float64, and what is recorded, fitted, saved and drawn."""
+"""ΔM and ΔD against their definitions in float64; recording, fitting, saving and drawing them."""
 
 import json
 import shutil
@@ -62,18 +62,16 @@ def test_delta_is_the_definition(axis, dim, size):
     )
 
 
-def test_small_changes_keep_their_digits_in_float32():
+def test_small_changes_keep_their_precision_in_float32():
     base, d = torch.randn(50, 40).double(), 1e-4 * torch.randn(50, 40).double()
     sums = base.square().sum(1), (base * d).sum(1), d.square().sum(1)
     exact, low = changes(*sums), changes(*(s.float() for s in sums))
     assert torch.allclose(low[1].double(), exact[1], rtol=1e-4)
     naive = 1 - torch.nn.functional.cosine_similarity(base.float(), (base + d).float(), dim=1)
-    assert not torch.allclose(
-        naive.double(), exact[1], rtol=1e-1
-    )  # the definition as it stands loses them
+    assert not torch.allclose(naive.double(), exact[1], rtol=1e-1)  # the plain definition loses it
 
 
-def test_vectors_that_turn_round_or_were_zero_have_their_own_values():
+def test_vectors_that_reverse_or_were_zero_have_values_of_their_own():
     base, weight = (
         torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]),
         torch.tensor([[-2.0, 0.0], [0.0, 0.0], [0.0, 3.0], [1.0, 1.0]]),
@@ -101,7 +99,7 @@ def test_layers_are_measured_from_their_factors_as_from_the_merged_weight(
     )
 
 
-def test_training_a_magnitude_alone_moves_no_direction_and_lora_along_the_weight_moves_only_the_magnitude():
+def test_a_trained_magnitude_and_lora_along_the_weight_move_no_direction():
     layer = BiDoRALinear(6, 4, rank=1, method="dora")
     layer.lora_magnitude_vector.data += 0.5
     assert layer_delta(layer) == pytest.approx((0.5, 0.0), abs=1e-6)
@@ -146,7 +144,7 @@ def test_intervals_cover_the_true_slope_and_shrink_with_more_layers():
     )
 
 
-def test_too_few_layers_for_an_interval_give_none():
+def test_fewer_than_eight_layers_get_no_interval():
     found = fit([line_of(-3.0, 0.5, layers=7)])
     assert all(
         numpy.isfinite(value) and numpy.isnan(low) and numpy.isnan(high)
@@ -154,8 +152,8 @@ def test_too_few_layers_for_an_interval_give_none():
     )
 
 
-def test_a_slope_is_no_correlation():
-    """The papers' k = -8.042 can't be a correlation; a slope changes with the weights' unit, r does not."""
+def test_a_slope_is_not_a_correlation():
+    """The papers' k = -8.042 is no correlation: a slope has the weights' unit, r has none."""
     small, large = line_of(-3.0, 0.5), line_of(-3.0, 0.5)
     large.delta_m, large.magnitude = (10 * numpy.array(large.delta_m)).tolist(), [20.0] * 12
     a, b = fit([small]), fit([large])
@@ -173,7 +171,7 @@ def test_points_that_do_not_vary_have_no_slope():
 
 
 @pytest.mark.parametrize("method", ["bidora", "dora", "lora", "bilora", "ft"])
-def test_training_records_every_adapted_matrix_at_even_steps_and_at_the_end(method):
+def test_training_records_every_adapted_matrix_at_equal_intervals_and_at_the_end(method):
     train.train(
         Config(
             method=method, out_dir="run", snapshots=2, target_modules=("q_proj", "v_proj"), **TINY
@@ -218,7 +216,8 @@ def test_the_command_line_draws_runs_and_checkpoints(capsys):
         )
     assert analysis.main(["--tuned=dora,ft", "--targets=q_proj,gate_proj"]) == 0
     out = capsys.readouterr().out
-    assert "14 matrices, 2 snapshots" in out and "1 snapshots" in out and out.count("q_proj") == 2
+    assert "14 matrices by row, snapshots: 2\n" in out and "snapshots: 1\n" in out
+    assert out.count("q_proj") == 2
     shutil.copytree("dora", "elsewhere/dora")
     assert (
         analysis.main(["--tuned=dora,elsewhere/dora"]) == 0
