@@ -25,7 +25,6 @@ from support import settings
 from support.files import replacing
 from tools.compare import load_results
 
-ROOT = Path(__file__).parents[1]
 ORANGE, SKY, GREEN, BLUE, VERMILION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 METHODS = {  # method: name, colour, marker, line style, a factor in x that keeps bars apart
     "dora": ("DoRA", VERMILION, "s", "--", 0.93),
@@ -41,8 +40,8 @@ PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text t
 @dataclass
 class Figures:
     only: str = ""  # one picture: phases, gap or speed; empty: all of them
-    results: str = str(ROOT / "results")  # what gap.png is drawn from
-    docs: str = str(ROOT / "docs")  # where speed.md is read and the pictures are written
+    results: str = "results"  # what gap.png is drawn from
+    docs: str = "docs"  # where speed.md is read and the pictures are written
 
 
 def write(axes, x, y, text, size=9, **style):
