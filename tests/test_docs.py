@@ -1,0 +1,322 @@
+"""
+What the documents promise, and what the division into shelves promises.
+
+Nothing here imports the code under test to judge it: files are read as text or by ast, commands run
+in processes of their own.
+"""
+
+import ast
+import dataclasses
+import graphlib
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOP = {"train", "bidora", "hypergrad", "model", "data", "config", "sample"}
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "support" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def without_code(text):
+    """A document without its fenced and indented blocks."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return re.sub(r"(?m)^    .*$", "", text)
+
+
+# ------------------------------------------------------------------------------- the documents
+
+
+def test_the_readme_is_short_enough_to_be_read_to_its_end():
+    assert len(README.split()) <= 1300
+
+
+def anchors(path):
+    """The anchors that GitHub gives to a document's headings."""
+    headings = re.findall(r"(?m)^#+ (.*)$", without_code(path.read_text(encoding="utf-8")))
+    kept = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in kept}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_every_relative_link_and_picture_exists(path):
+    links = re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text(encoding="utf-8")))
+    for link in links:
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_picture_is_small_and_shown_by_a_document():
+    pictures = sorted((ROOT / "docs").glob("*.png"))
+    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
+    assert pictures
+    for picture in pictures:
+        assert picture.stat().st_size < 80_000, picture.name
+        assert any(f"{picture.name})" in text for text in texts), picture.name
+
+
+def python_blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_readmes_python_runs_as_it_stands(capsys):
+    blocks = [block for block in python_blocks(README) if "bilevel_step" in block]
+    assert len(blocks) == 1
+    exec(blocks[0], {})
+    assert capsys.readouterr().out.count("train ") == 10
+
+
+def test_every_other_python_block_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in python_blocks(README):
+        exec(block, {})
+
+
+def test_the_readme_gives_the_test_command_that_ci_runs():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    [command] = re.findall(r"(?m)^python -m pytest.*$", script)
+    assert f"    {command}\n" in README
+    assert f"    {command}" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_support_s_table_lists_exactly_its_files():
+    text = (ROOT / "support" / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"(?m)^\| `(\w+\.py)` \| (\S.*) \|$", text)
+    files = {path.name for path in (ROOT / "support").glob("*.py")} - {"__init__.py"}
+    assert {name for name, _ in listed} == files
+    assert len(listed) == len(files)
+    for name, sentence in listed:
+        assert sentence.endswith(".") and sentence.count(". ") == 0, name
+
+
+def tools_named(text):
+    return set(re.findall(r"\btools\.(\w+)", text))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_every_tool_that_a_document_names_exists(path):
+    for name in tools_named(path.read_text(encoding="utf-8")):
+        source = ROOT / "tools" / f"{name}.py"
+        assert source.exists(), name
+        assert '__name__ == "__main__"' in source.read_text(encoding="utf-8"), name
+
+
+def options(name):
+    """The --names that a program takes: train, sample, or a tool."""
+    path = ROOT / (f"{name}.py" if name in TOP else f"tools/{name}.py")
+    found = set(re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8"))) | {"config"}
+    module = importlib.import_module(
+        "config" if name == "train" else path.stem if name in TOP else f"tools.{name}"
+    )
+    for kind in vars(module).values():
+        if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__:
+            found |= {field.name for field in dataclasses.fields(kind)}
+    return found
+
+
+PROGRAM = re.compile(r"\b(train)\.py|\b(sample)\.py|\btools\.(\w+)")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_every_setting_that_a_document_shows_exists(path):
+    sections = re.split(r"(?m)^#+ ", path.read_text(encoding="utf-8"))
+    for section in sections:
+        known = options("train").union(*map(options, tools_named(section)))
+        if "sample.py" in section:
+            known |= options("sample")
+        for code in re.findall(r"(?m)^    .*$|`[^`\n]+`", section):
+            if "pytest" in code or code == "`--name=value`":
+                continue
+            programs = list(PROGRAM.finditer(code))
+            start = programs[0].end() if programs else 0
+            names = set(
+                re.findall(r"--(\w+)=", code[start:])
+            )  # torchrun's own come before train.py
+            allowed = options(next(filter(None, programs[0].groups()))) if programs else known
+            assert names <= allowed, f"{code.strip()}: {names - allowed}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_every_method_and_hypergradient_that_a_document_sets_exists(path):
+    import bidora
+    import hypergrad
+
+    text = path.read_text(encoding="utf-8")
+    assert set(re.findall(r"--method=(\w+)", text)) <= {*bidora.METHODS, "ft", "M"}
+    assert set(re.findall(r"--hypergradient=(\w+)", text)) <= set(hypergrad.HYPERGRADIENTS)
+
+
+# ---------------------------------------------------------------------------------- the shelves
+
+
+def shelf(module):
+    """0 for support, 1 for the top level, 2 for tools."""
+    return {"support": 0, "tools": 2}.get(module.partition(".")[0], 1)
+
+
+def modules():
+    """{name: path} of all modules of the three shelves."""
+    found = {path.stem: path for path in ROOT.glob("*.py")}
+    for folder in ("support", "tools"):
+        found |= {f"{folder}.{path.stem}": path for path in (ROOT / folder).glob("*.py")}
+    return found
+
+
+def imports(path, known):
+    """The modules among `known` that a file imports anywhere, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & set(known)
+
+
+def test_the_top_level_holds_the_lesson_s_files_alone():
+    assert {path.stem for path in ROOT.glob("*.py")} == TOP
+
+
+def test_nothing_imports_upward_and_there_is_no_circle():
+    known = modules()
+    graph = {name: imports(path, known) for name, path in known.items()}
+    for name, imported in graph.items():
+        upward = {other for other in imported if shelf(other) > shelf(name)}
+        assert not upward, f"{name} imports {upward}"
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def functions(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(TOP))
+def test_no_function_of_the_lesson_is_longer_than_50_lines(name):
+    lengths = {f.name: f.end_lineno - f.lineno + 1 for f in functions(ROOT / f"{name}.py")}
+    assert {name: length for name, length in lengths.items() if length > 50} == {}
+
+
+@pytest.mark.parametrize("name", sorted(TOP))
+def test_no_function_of_the_lesson_takes_more_than_8_positional_parameters(name):
+    counts = {}
+    for function in functions(ROOT / f"{name}.py"):
+        names = [a.arg for a in function.args.posonlyargs + function.args.args]
+        counts[function.name] = len([name for name in names if name not in ("self", "cls", "ctx")])
+    assert {name: count for name, count in counts.items() if count > 8} == {}
+
+
+def test_no_line_of_code_is_wider_than_100_columns():
+    wide = [
+        f"{name_of(path)}:{number}"
+        for folder in (".", "support", "tools", "tests", "configs")
+        for path in sorted((ROOT / folder).glob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if len(line) > 100
+    ]
+    assert wide == []
+
+
+# ---------------------------------------------------------------------------------- the recipes
+
+
+def recipes():
+    """{name: code} of the marked blocks of CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"<!-- recipe: (.+?) -->\n```python\n(.*?)```", text, re.DOTALL))
+
+
+def insert(path, code, line, before=False):
+    """Put code after the one line of a file that begins so, or before it."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    [index] = [i for i, found in enumerate(lines) if found.startswith(line)]
+    lines.insert(index + (not before), code + ("\n\n" if before else ""))
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The project in a folder of its own, and a function that runs train.py of it."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    for name in ("support", "tools", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def run(*arguments):
+        command = [sys.executable, *arguments]
+        environment = os.environ | {"PYTHONPATH": ""}
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return folder, run
+
+
+QUICK = ("train.py", "--config=tiny.py", "--search_steps=4", "--retrain_steps=4")
+
+
+def test_the_recipe_for_a_method_gives_one_that_trains_and_loads(copy):
+    folder, run = copy
+    insert(folder / "bidora.py", recipes()["method"], "METHODS = {")
+    run(*QUICK, "--method=rslora", "--out_dir=out/new")
+    assert "%" in run("sample.py", "--adapter=out/new", "--prompt=aeae lim")
+
+
+def test_the_recipe_for_a_hypergradient_gives_one_that_trains(copy):
+    folder, run = copy
+    place = folder / "hypergrad.py"
+    insert(place, recipes()["hypergradient function"], "HYPERGRADIENTS = {", before=True)
+    insert(place, recipes()["hypergradient"], "HYPERGRADIENTS = {")
+    assert "t1t2" in run(*QUICK, "--hypergradient=t1t2", "--hypergradient_lr=0.1")
+    run(*QUICK, "--hypergradient=t1t2", "--precondition=none", "--out_dir=out/default")
+
+
+def test_the_recipe_for_a_data_set_gives_one_that_trains_and_says_what_to_try(copy):
+    folder, run = copy
+    place = folder / "support" / "datasets.py"
+    insert(place, recipes()["data set function"], "BUILT_IN = {", before=True)
+    insert(place, recipes()["data set"], "BUILT_IN = {")
+    shown = run(*QUICK, "--data=parity")
+    assert "even" in shown and '--prompt="1234"' in shown
+
+
+def test_the_recipe_for_a_schedule_falls_as_a_cosine(copy):
+    folder, run = copy
+    path = folder / "train.py"
+    text = path.read_text(encoding="utf-8")
+    start = text.index("def learning_rate_scale(")
+    old = re.search(r"(?m)^    return 1 - .*\n", text[start:])[0]
+    path.write_text(text.replace(old, recipes()["schedule"]), encoding="utf-8")
+    code = (
+        "import train; print(*(train.learning_rate_scale(step, 100) for step in (5, 10, 55, 100)))"
+    )
+    values = list(map(float, run("-c", code).split()))
+    assert values == pytest.approx([0.5, 1, 0.55, 0.1])
+    run(*QUICK)
