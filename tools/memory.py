@@ -1,12 +1,11 @@
 """
-What a training run takes, by the formulas in support/hardware.py: tables over models, and over numbers of devices.
+The memory that training takes, by the formulas in support/hardware.py, for one or many devices.
 
-    python -m tools.memory                                          sizes of Qwen 2.5, from 0.5B to 32B
-    python -m tools.memory --model=path/to/a/folder --rank=64       another model, other settings
-    python -m tools.memory --devices=8,64                           memory of each of several devices, and what it sends
+    python -m tools.memory                                        Qwen 2.5, from 0.5B to 32B
+    python -m tools.memory --model=path/to/a/folder --rank=64     another model, other settings
+    python -m tools.memory --devices=8,64                         what each device holds and sends
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from support.files import read_json
 from support.hardware import linear_shapes, need, sent
 from support.pretrained import find_model
 
-# Published config.json values: hidden_size, intermediate_size, layers, heads, key-value heads, head_dim, vocab_size, tied
+# Published config.json values: a name of NAMES each
 QWEN25 = {
     "0.5B": (896, 4864, 24, 14, 2, 64, 151936, True),
     "1.5B": (1536, 8960, 28, 12, 2, 128, 151936, True),
@@ -41,12 +40,12 @@ NAMES = (
 
 
 def published(model_type, values):
-    """The ModelConfig of one of QWEN25's or LLAMA2's values."""
+    """The ModelConfig of an entry of QWEN25 or LLAMA2."""
     return ModelConfig.from_hf({"model_type": model_type, **dict(zip(NAMES, values))})
 
 
 @dataclass
-class Table:
+class Memory:
     # what the table is made for
     model: str = ""  # a folder, hub name or built-in; empty: the sizes of Qwen 2.5
     rank: int = 8  # of the adapters, in all seven linear layers
@@ -55,91 +54,91 @@ class Table:
     hvp_batch: int = 0  # rows differentiated twice at once (bidora); 0: all
     gradient_checkpointing: bool = False  # compute activations twice
     optimizer: str = "adamw"  # or adamw8bit
-    devices: tuple = ()  # numbers of devices: what each of them holds and sends instead, for LLaMA 2 or the model
+    devices: tuple = ()  # a table over these numbers of devices, for LLaMA 2 or the model
 
 
-def spread(models, table):
-    """Print, for each model and number of devices, what a device holds and sends: every device with the whole base, and with --fsdp=True."""
+def check(memory):
+    """Raises ValueError for settings that make no sense."""
+    if min(memory.rank, memory.length, memory.batch_size) < 1 or memory.hvp_batch < 0:
+        raise ValueError(
+            "rank, length and batch_size must be positive integers, hvp_batch at least 0"
+        )
+    if memory.optimizer not in ("adamw", "adamw8bit"):
+        raise ValueError(f"unknown optimizer {memory.optimizer!r}: choose adamw, adamw8bit")
+    if not all(number.isdigit() and int(number) > 1 for number in memory.devices):
+        raise ValueError(f"devices={','.join(memory.devices)} must be integers above 1")
+
+
+def models_of(memory):
+    """{name: ModelConfig} of the models in the table. Raises ValueError or OSError."""
+    if memory.model:
+        config = read_json(find_model(memory.model) / "config.json")
+        return {memory.model: ModelConfig.from_hf(config)}
+    if memory.devices:
+        return {f"LLaMA 2 {size}": published("llama", values) for size, values in LLAMA2.items()}
+    return {f"Qwen2.5-{size}": published("qwen2", values) for size, values in QWEN25.items()}
+
+
+def print_devices(models, memory):
+    """A table over numbers of devices: what each holds and sends, alone and with --fsdp=True."""
     print(
-        f"computed, not measured: GB that each device holds, and sends a step (dora, bfloat16, rank {table.rank}, {table.batch_size} rows of {table.length} "
-        f"tokens a device)\n\n{'':14}{'devices':>8}{'holds':>16}{'sends':>9}{'--fsdp=True holds':>20}{'sends':>9}"
+        "computed, not measured: GB that each device holds, and sends a step (dora, bfloat16, "
+        f"rank {memory.rank}, {memory.batch_size} rows of {memory.length} tokens a device)\n\n"
+        f"{'':14}{'devices':>8}{'holds':>16}{'sends':>9}{'--fsdp=True holds':>20}{'sends':>9}"
     )
     for name, c in models.items():
-        for devices in map(int, table.devices):
-            n = need(
-                c,
-                "dora",
-                2,
-                table.length,
-                table.batch_size,
-                rank=table.rank,
-                optimizer=table.optimizer,
-                gradient_checkpointing=table.gradient_checkpointing,
-            )
-            whole = 2 * (
-                sum(out * into for out, into in linear_shapes(c)) + c.vocab_size * c.hidden_size
-            )  # at a time: a block, and the embeddings or the head
-            shared = n.total - n.weights * (1 - 1 / devices) + whole
+        # FSDP gathers a block at a time; the embeddings and the head count as one more
+        linears = sum(out * into for out, into in linear_shapes(c))
+        gathered = 2 * (linears + c.vocab_size * c.hidden_size)
+        n = need(
+            c,
+            "dora",
+            2,
+            memory.length,
+            memory.batch_size,
+            rank=memory.rank,
+            optimizer=memory.optimizer,
+            gradient_checkpointing=memory.gradient_checkpointing,
+        )
+        for devices in map(int, memory.devices):
+            sharded = n.total - n.weights * (1 - 1 / devices) + gathered
+            sends = [sent(c, "dora", devices, 2, memory.rank, fsdp) for fsdp in (False, True)]
             print(
-                f"{name:14}{devices:8}{n.total / 1e9:16.1f}{sent(c, 'dora', devices, 2, table.rank) / 1e9:9.2f}"
-                f"{shared / 1e9:20.1f}{sent(c, 'dora', devices, 2, table.rank, True) / 1e9:9.1f}"
+                f"{name:14}{devices:8}{n.total / 1e9:16.1f}{sends[0] / 1e9:9.2f}"
+                f"{sharded / 1e9:20.1f}{sends[1] / 1e9:9.1f}"
             )
+
+
+def print_methods(models, memory):
+    """A table over methods and kinds of packed weights: GB of weights, and in all."""
+    options = {key: value for key, value in vars(memory).items() if key not in ("model", "devices")}
+    shown = ", ".join(f"{key} {value}" for key, value in options.items())
+    print(f"computed, not measured: GB of weights, and in all (bfloat16; {shown})\n")
+
+    columns = [(m, kind) for kind in ("none", "int8", "nf4") for m in ("lora", "dora", "bidora")]
+    print(f"{'':14}" + "".join(f"{f'{method} {kind}':>16}" for method, kind in columns))
+    for name, c in models.items():
+        needs = [need(c, method, 2, quantize=kind, **options) for method, kind in columns]
+        print(f"{name:14}" + "".join(f"{n.weights / 1e9:8.1f}{n.total / 1e9:8.1f}" for n in needs))
 
 
 def main(arguments):
     if "--help" in arguments or "-h" in arguments:
-        print(__doc__.strip(), settings.help_text(Table), sep="\n\n")
+        print(__doc__.strip(), settings.help_text(Memory), sep="\n\n")
         return 0
+
     try:
-        table, _ = settings.read(Table, arguments)
-        if (
-            min(table.rank, table.length, table.batch_size) < 1
-            or table.hvp_batch < 0
-            or table.optimizer not in ("adamw", "adamw8bit")
-        ):
-            raise ValueError(
-                "rank, length and batch_size must be positive, hvp_batch at least 0, optimizer adamw or adamw8bit"
-            )
-        if not all(number.isdigit() and int(number) > 1 for number in table.devices):
-            raise ValueError(f"devices={','.join(table.devices)} must be whole numbers above 1")
-        if table.model:
-            models = {
-                table.model: ModelConfig.from_hf(read_json(find_model(table.model) / "config.json"))
-            }
-        elif table.devices:
-            models = {
-                f"LLaMA 2 {size}": published("llama", values) for size, values in LLAMA2.items()
-            }
-        else:
-            models = {
-                f"Qwen2.5-{size}": published("qwen2", values) for size, values in QWEN25.items()
-            }
+        memory, _ = settings.read(Memory, arguments)
+        check(memory)
+        models = models_of(memory)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if table.devices:
-        spread(models, table)
-        return 0
-    options = {
-        field.name: getattr(table, field.name)
-        for field in dataclasses.fields(table)
-        if field.name not in ("model", "devices")
-    }
-    print(
-        "computed, not measured: GB of weights, and in all (bfloat16; "
-        f"{', '.join(f'{name} {value}' for name, value in options.items())})\n"
-    )
-    heads = [
-        f"{method} {kind}"
-        for kind in ("none", "int8", "nf4")
-        for method in ("lora", "dora", "bidora")
-    ]
-    print(f"{'':14}" + "".join(f"{head:>16}" for head in heads))
-    for name, c in models.items():
-        needs = [
-            need(c, method, 2, quantize=kind, **options) for method, kind in map(str.split, heads)
-        ]
-        print(f"{name:14}" + "".join(f"{n.weights / 1e9:8.1f}{n.total / 1e9:8.1f}" for n in needs))
+
+    if memory.devices:
+        print_devices(models, memory)
+    else:
+        print_methods(models, memory)
     return 0
 
 

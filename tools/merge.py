@@ -1,5 +1,5 @@
 """
-Fold a trained adapter into its base model: a plain Hugging Face folder, for transformers, vLLM and other servers.
+Fold a trained adapter into its base model: a plain Hugging Face folder, for transformers or vLLM.
 
     python -m tools.merge --adapter=out/small --out_dir=out/small-merged
 """
@@ -13,6 +13,32 @@ from sample import load
 from support.files import write_json
 from support.quantized import KINDS
 
+HELP = {
+    "adapter": "out_dir of a run, or any LoRA or DoRA adapter folder in PEFT's format",
+    "out_dir": "the folder to write; it must be new or empty",
+    "model": "the base model; by default the one that the adapter was trained on",
+    "revision": "a branch, tag or commit, for a base model from the hub",
+    "quantize": "how to pack the base; by default as in training, because an adapter fits the base "
+    "that it was trained on",
+}
+
+
+def write_merged(args):
+    """Write the merged folder and return its path. Raises ValueError or OSError."""
+    out = Path(args.out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder: choose another --out_dir")
+
+    model, tokenizer, run = load(args.adapter, args.model, "cpu", args.revision, args.quantize)
+    if not adapter_layers(model):
+        raise ValueError(f"{args.adapter} is a whole model already: there is nothing to merge")
+
+    merge(model).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    if run:  # sample.py reads its labels and its question
+        write_json(out / "run.json", run)
+    return out
+
 
 def main(arguments):
     parser = argparse.ArgumentParser(
@@ -20,49 +46,22 @@ def main(arguments):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--adapter",
-        required=True,
-        help="out_dir of a run, or any LoRA or DoRA adapter folder in PEFT's format",
-    )
-    parser.add_argument(
-        "--out_dir", required=True, help="the folder to write; it must be new or empty"
-    )
-    parser.add_argument(
-        "--model",
-        default="",
-        help="the base model; by default the one that the adapter was trained on",
-    )
-    parser.add_argument(
-        "--revision", default="", help="a branch, tag or commit, for a base model from the hub"
-    )
-    parser.add_argument(
-        "--quantize",
-        default="",
-        choices=["", "none", *KINDS],
-        help="how the base was packed in training; by default as the run says. An adapter fits the base that it was trained on",
-    )
+    for name in ("adapter", "out_dir"):
+        parser.add_argument(f"--{name}", required=True, help=HELP[name])
+    for name in ("model", "revision"):
+        parser.add_argument(f"--{name}", default="", help=HELP[name])
+    choices = ["", "none", *KINDS]
+    parser.add_argument("--quantize", default="", choices=choices, help=HELP["quantize"])
+
     args = parser.parse_args(arguments)
-    out = Path(args.out_dir)
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} exists and is not an empty folder: choose another --out_dir")
-        model, tokenizer, run = load(args.adapter, args.model, "cpu", args.revision, args.quantize)
-        if not adapter_layers(model):
-            raise ValueError(f"{args.adapter} is a whole model already: there is nothing to merge")
-        merge(model).save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        if run:
-            write_json(
-                out / "run.json", run
-            )  # for sample.py: the labels and the question that it was trained on
+        out = write_merged(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(
-        f"saved in {out}: {', '.join(sorted(path.name for path in out.iterdir()))}\n"
-        f'next:\n  python sample.py --model={out} --prompt="..."'
-    )
+
+    files = ", ".join(sorted(path.name for path in out.iterdir()))
+    print(f'saved in {out}: {files}\nnext:\n  python sample.py --model={out} --prompt="..."')
     return 0
 
 
