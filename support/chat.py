@@ -1,4 +1,9 @@
-"""Chat templates: conversations to text, and where in it the assistant's answers lie."""
+"""
+Chat templates: conversations to text, and where in that text the assistant's answers are.
+
+A template is a program in jinja2's language that comes with a model, so it runs in a sandbox.
+Source: https://huggingface.co/docs/transformers/chat_templating
+"""
 
 import datetime
 import json
@@ -8,8 +13,11 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
+# For a model without a template
 PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] | capitalize }}:\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% for m in messages %}"
+    "{{ m['role'] | capitalize }}:\n{{ m['content'] }}{{ eos_token }}\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 MARK = "\ue000the answer\ue000"  # stands in for an answer, to see where a template puts it
@@ -17,8 +25,10 @@ MARK = "\ue000the answer\ue000"  # stands in for an answer, to see where a templ
 
 class ChatTemplate:
     """
-    A model's chat template. source: its text, in jinja2's language; tokens: those that it may name, {"eos_token": "<|im_end|>"};
-    added: the tokenizer's added tokens, one of which ends a turn.
+    A model's chat template.
+
+    source: its text. tokens: the special tokens that it may name, {"eos_token": "<|im_end|>"}.
+    added: the tokenizer's added tokens, one of which usually ends a turn.
     """
 
     def __init__(self, source, tokens, added):
@@ -26,9 +36,10 @@ class ChatTemplate:
 
     def render(self, messages, add_generation_prompt=False):
         """
-        The conversation as text. messages: list of {"role", "content"}; add_generation_prompt: open the assistant's turn.
+        The conversation as text.
 
-        Runs in jinja2's sandbox. Raises ValueError when the template refuses the messages.
+        messages: list of {"role", "content"}; add_generation_prompt: open the assistant's turn.
+        Raises ValueError when the template rejects the messages.
         """
         try:
             return self.compiled.render(
@@ -45,10 +56,11 @@ class ChatTemplate:
             LookupError,
             AttributeError,
         ) as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from None
+            raise ValueError(f"the chat template rejects the conversation: {error}") from None
 
     @cached_property
     def compiled(self):
+        """The template, compiled, with the functions that transformers gives to templates."""
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -58,9 +70,11 @@ class ChatTemplate:
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
-        def to_json(
-            x, ensure_ascii=False, indent=None, separators=None, sort_keys=False
-        ):  # jinja2's own escapes HTML
+        def strftime_now(form):
+            return datetime.datetime.now().strftime(form)
+
+        # jinja2's own tojson escapes HTML.
+        def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
             return json.dumps(
                 x,
                 ensure_ascii=ensure_ascii,
@@ -70,58 +84,70 @@ class ChatTemplate:
             )
 
         environment.filters["tojson"] = to_json
-        environment.globals |= {
-            "raise_exception": raise_exception,  # templates call these by name
-            "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-        }
+        environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
         return environment.from_string(self.source)
 
     def conversation(self, messages):
         """
-        The conversation as text, and the assistant's parts of it: a list of (start, end), each with its end-of-turn token.
+        Return the conversation as text, and a list of spans (start, end), one for each answer.
 
-        A part begins where the template's generation prompt ends, so it is what the model itself has to write; in a template without
-        such a prompt, with the answer and the space before it. Raises ValueError when the template refuses the messages, or leaves an answer out.
+        A span holds what the model itself has to write: it starts where the generation prompt ends,
+        and ends after the end-of-turn token. In a template without a generation prompt it starts at
+        the answer, with the space before it. Raises ValueError when the template rejects the
+        messages, or when an answer can't be found in the text.
         """
-        text, spans = self.render(messages), []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, found, after = self.render(
-                [*messages[:i], message | {"content": MARK}, *messages[i + 1 :]]
-            ).partition(MARK)
-            start, end = len(before) if text.startswith(before) else None, len(text) - len(after)
-            prompt = self.render(messages[:i], add_generation_prompt=True) if i > 0 else ""
-            if prompt and text.startswith(prompt):
-                opened = prompt != self.render(messages[:i])
-                if (
-                    start is None or opened or not text[len(prompt) : start].strip()
-                ):  # a space before an answer is the model's to write
-                    start = len(prompt)
-            if not found or start is None or not text.endswith(after) or start >= end:
-                raise ValueError(
-                    "the chat template leaves an answer out, or changes the rest of the conversation with it, "
-                    "so the assistant's part can't be told from the rest"
-                )
-            spans.append((start, end + len(self.end_of_turn) * after.startswith(self.end_of_turn)))
+        text = self.render(messages)
+        spans = [
+            self.answer_span(text, messages, i)
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
         return text, spans
+
+    def answer_span(self, text, messages, i):
+        """Where message i, an answer, is in the text of the conversation: (start, end)."""
+        # Render again with a mark in the answer's place: the text around it stays the same.
+        marked = [*messages[:i], messages[i] | {"content": MARK}, *messages[i + 1 :]]
+        before, found, after = self.render(marked).partition(MARK)
+        start = len(before) if text.startswith(before) else None
+        end = len(text) - len(after)
+
+        # The model starts to write where the generation prompt ends. A template without such a
+        # prompt (not `opened`) may put a space before the answer: the model writes that, too.
+        prompt = self.render(messages[:i], add_generation_prompt=True) if i > 0 else ""
+        if prompt and text.startswith(prompt):
+            opened = prompt != self.render(messages[:i])
+            if start is None or opened or not text[len(prompt) : start].strip():
+                start = len(prompt)
+
+        if not found or start is None or not text.endswith(after) or start >= end:
+            raise ValueError(
+                "the chat template omits an answer, or changes the rest of the conversation along "
+                "with it, so the assistant's tokens can't be told from the others"
+            )
+        return start, end + len(self.end_of_turn) * after.startswith(self.end_of_turn)
 
     @cached_property
     def end_of_turn(self):
-        """The added token that the template writes behind an answer, with white space before it if any; "" without one."""
+        """The added token after an answer, with any white space before it; "" without one."""
+        question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}
         try:
-            text = self.render(
-                [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}]
-            )
-        except ValueError:  # a template that asks for more than these two turns
+            text = self.render([question, answer])
+        except ValueError:  # the template needs other turns than these two
             return self.tokens["eos_token"]
+
         after = text.partition(MARK)[2]
-        tokens = [token for token in self.added if after.lstrip().startswith(token)]
-        return after[: len(after) - len(after.lstrip())] + max(tokens, key=len) if tokens else ""
+        stripped = after.lstrip()
+        tokens = [token for token in self.added if stripped.startswith(token)]
+        return after[: len(after) - len(stripped)] + max(tokens, key=len) if tokens else ""
 
 
 class GenerationBlock(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %} in a template marks the assistant's part; here it changes nothing."""
+    """
+    {% generation %} … {% endgeneration %}, by which some templates mark the assistant's text.
+
+    It changes nothing here: ChatTemplate.conversation finds that text in any template.
+    """
 
     tags = {"generation"}
 
