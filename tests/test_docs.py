@@ -6,9 +6,11 @@ in processes of their own.
 """
 
 import ast
-import dataclasses
+import contextlib
+import functools
 import graphlib
 import importlib
+import io
 import os
 import re
 import shutil
@@ -121,17 +123,16 @@ def test_every_tool_that_a_document_names_exists(path):
         assert '__name__ == "__main__"' in source.read_text(encoding="utf-8"), name
 
 
+@functools.cache
 def options(name):
-    """The --names that a program takes: train, sample, or a tool."""
-    path = ROOT / (f"{name}.py" if name in TOP else f"tools/{name}.py")
-    found = set(re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8"))) | {"config"}
-    module = importlib.import_module(
-        "config" if name == "train" else path.stem if name in TOP else f"tools.{name}"
-    )
-    for kind in vars(module).values():
-        if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__:
-            found |= {field.name for field in dataclasses.fields(kind)}
-    return found
+    """The --names that the help of a program shows: train, sample, or a tool."""
+    module = importlib.import_module(name if name in TOP else f"tools.{name}")
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        module.main(["--help"])
+    found = set(re.findall(r"(?m)^ +--(\w+)", shown.getvalue()))
+    assert found, name
+    return found | {"config"}
 
 
 PROGRAM = re.compile(r"\b(train)\.py|\b(sample)\.py|\btools\.(\w+)")
