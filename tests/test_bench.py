@@ -40,7 +40,10 @@ def test_bench_measures_every_kind_side_by_side(tmp_path, capsys):
 
 
 def test_bench_trains_the_same_as_its_peer():
-    """Same weights, batch, rank, scale and optimizer: PEFT's LoRA and ours have the same loss before and after three steps, to fp32's rounding."""
+    """
+    With equal weights, batch, rank, scale and optimizer, PEFT's LoRA and ours have the same loss
+    before and after three steps, to fp32's rounding.
+    """
     ours = bench.Bench(model="tiny-random", batch_size=4, length=8, rank=2, labels="all")
     base = bench.load(ours, torch.float32)
     peer = bench.peft_model(base, ours, use_dora=False)
@@ -68,10 +71,10 @@ def test_bench_trains_the_same_as_its_peer():
 
 
 def test_bench_scales_one_thing_at_a_time(tmp_path, capsys, monkeypatch):
-    asked = []
+    measured = []
 
     def alone(bench, name, dtype, **changes):
-        asked.append((name, changes))
+        measured.append((name, changes))
         return {"seconds": [0.5, 0.7, 0.6], "peak_gb": 1.25}
 
     monkeypatch.setattr(bench, "alone", alone)
@@ -88,9 +91,9 @@ def test_bench_scales_one_thing_at_a_time(tmp_path, capsys, monkeypatch):
     )
     out = capsys.readouterr().out
     assert "rank 32" in out and "length 2048" in out and "layers 2" in out and "0.60   1.25" in out
-    assert ("dora", {"length": 2048, "batch_size": 2}) in asked and len(
+    assert ("dora", {"length": 2048, "batch_size": 2}) in measured and len(
         read_json(tmp_path / "b.json")["scaling"]
-    ) == len(asked)
+    ) == len(measured)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The lessons run top to bottom, here in a short setting; what is committed is a whole run in the long one."""
+"""The lessons run from top to bottom, here briefly; the committed outputs are one full run."""
 
 import re
 from pathlib import Path

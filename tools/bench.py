@@ -1,14 +1,16 @@
 """
 What a training step costs, by each method and each hypergradient, side by side.
 
-    python -m tools.bench                    SmolLM2-135M, 8 rows of 64 tokens, 9 rounds: some 8 minutes on two CPU cores
-    python -m tools.bench --quick=True       the main methods in under a minute, and noisier
-    python -m tools.bench --peer=True        transformers with PEFT too, on the same weights and batch
-    python -m tools.bench --scaling=True     time and memory of a step over rank, length and depth
+    python -m tools.bench                    SmolLM2-135M; about 8 minutes on two CPU cores
+    python -m tools.bench --quick=True       the main methods in under a minute, with more noise
+    python -m tools.bench --peer=True        transformers and PEFT too, on equal weights and batches
+    python -m tools.bench --scaling=True     time and memory over rank, length and depth
 
-All kinds are timed in turn, round by round in one process, so that a busy moment hits all of them; medians count. They share the frozen weights. Peak memory beyond
-the loaded model comes from one process each. A LoRA step can't be cheaper than two forward passes: one forward, and one backward for the
-activations. An iteration of search is a lower and an upper step.
+All kinds of step share the frozen weights and are timed in turn, round by round, in one process, so
+that a busy moment of the machine hits all of them. Medians count. Each kind's peak memory, beyond
+the loaded model, comes from a process of its own. A LoRA step is given relative to its lower bound,
+two forward passes: one forward, and one backward for the activations. An iteration of search is a
+lower-level and an upper-level step.
 """
 
 import copy
@@ -40,26 +42,22 @@ from tools.memory import QWEN25, published
 @dataclass
 class Bench:
     # what is measured
-    model: str = "smollm2-135m"  # a folder, hub name or built-in, or random-0.5b: random weights in the shape of Qwen2.5-0.5B
-    kinds: tuple = ()  # only these, of those in the table
-    rounds: int = 9  # timed rounds, after one to warm up
+    model: str = "smollm2-135m"  # a folder, hub name or built-in; random-0.5b: Qwen2.5-0.5B's shape
+    kinds: tuple = ()  # only these kinds of step, of those in the table
+    rounds: int = 9  # timed rounds, after one for warm-up
     batch_size: int = 8  # rows a step, at either level
     length: int = 64  # tokens a row
-    labels: str = (
-        "last"  # all tokens have labels, or only the last of each row, as in classification
-    )
+    labels: str = "last"  # supervised positions: all, or last, as in classification
     rank: int = 8  # of the adapters, in all seven linear layers
-    layers: int = 0  # keep only the first ones; 0: all
+    layers: int = 0  # keep only this many blocks; 0: all
     dtype: str = "auto"  # float32, bfloat16, or auto: what is fast here
-    upper_every: int = 4  # of the amortised column
+    upper_every: int = 4  # lower-level steps for each upper-level step, in that column
     peer: bool = False  # transformers and PEFT too (pip install -r requirements-dev.txt)
-    compile: bool = False  # torch.compile each block of the kinds without second derivatives
+    compile: bool = False  # torch.compile each block, where no second derivatives are taken
     quick: bool = False  # three rounds of forward, lora, dora and unrolled
-    scaling: bool = (
-        False  # instead of all that: a LoRA, a DoRA and a search step over rank, length and depth
-    )
+    scaling: bool = False  # instead: LoRA, DoRA and search over rank, length and depth
     out: str = "bench.json"  # where the numbers are written; a chart goes beside
-    only: str = ""  # time this one kind in a process of its own, print its seconds and peak memory, and nothing else
+    only: str = ""  # print the seconds and the peak memory of this kind alone
 
 
 KINDS = {  # name: (method, options of create_bilevel_optimizer)
@@ -82,13 +80,10 @@ KINDS = {  # name: (method, options of create_bilevel_optimizer)
     "peft dora": ("peft", {"use_dora": True}),
 }
 SEARCH = [name for name, (method, options) in KINDS.items() if "hypergradient" in options]
-SECOND = [
-    name for name in SEARCH if name not in ("first_order", "unrolled differences")
-]  # take second derivatives
-SINGLE = (
-    "ft",
-    "unrolled differences",
-)  # only in float32: in bfloat16 small updates round to nothing, and differences are noise
+# These take second derivatives
+SECOND = [name for name in SEARCH if name not in ("first_order", "unrolled differences")]
+# Only in float32: in bfloat16, ft's small updates round to nothing and differences are noise
+SINGLE = ("ft", "unrolled differences")
 
 
 def shape(bench):
@@ -99,25 +94,24 @@ def shape(bench):
 
 
 def load(bench, dtype):
-    """The frozen base."""
+    """The frozen base model."""
     if bench.model == "random-0.5b":
         torch.manual_seed(0)
         with torch.device("meta"):
             model = Transformer(shape(bench))
-        model = model.to(dtype).to_empty(
-            device="cpu"
-        )  # never in float32: what is measured is the peak beyond the loaded model
+        # never in float32 on the way, which would raise the peak that is measured later
+        model = model.to(dtype).to_empty(device="cpu")
         model.lm_head.weight = model.model.embed_tokens.weight
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.02)
     else:
         model = Transformer.from_pretrained(find_model(bench.model), dtype)
+
     if bench.layers:
-        model.model.layers = model.model.layers[: bench.layers]
+        kept = slice(bench.layers)
+        model.model.layers = model.model.layers[kept]
         model.config = dataclasses.replace(
-            model.config,
-            num_hidden_layers=bench.layers,
-            windows=model.config.windows[: bench.layers],
+            model.config, num_hidden_layers=bench.layers, windows=model.config.windows[kept]
         )
     return model.requires_grad_(False)
 
@@ -133,33 +127,25 @@ def peft_model(base, bench, use_dora):
         model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(base.state_dict(), assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is in no state_dict
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=bench.rank, lora_alpha=16, use_dora=use_dora, target_modules=list(bidora.ALL_LINEAR)
-        ),
-    )
+    targets = list(bidora.ALL_LINEAR)
+    options = LoraConfig(r=bench.rank, lora_alpha=16, use_dora=use_dora, target_modules=targets)
+    return get_peft_model(model, options)
 
 
-def step(bench, name, base):
-    """A function that does one step, or one iteration of search, of a kind on a random batch."""
+def model_of(bench, name, base):
+    """The model that a kind of step trains; it shares the weights of `base` unless they train."""
     method, options = KINDS[name]
     torch.manual_seed(0)
-    model = (
-        base
-        if method == "none"
-        else copy.deepcopy(base, {} if method == "ft" else {id(p): p for p in base.parameters()})
-    )
-    if method == "ft":
-        model.requires_grad_(True)
-    elif method == "peft":
+    if method == "none":
+        return base
+    if method == "peft":
         model = peft_model(base, bench, **options)
-        peft_optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], 1e-3, fused=True
-        )
-    elif method != "none":
-        bidora.replace_linear_with_bidora(
-            model,
+    elif method == "ft":
+        model = copy.deepcopy(base).requires_grad_(True)
+    else:
+        shared = {id(p): p for p in base.parameters()}
+        model = bidora.replace_linear_with_bidora(
+            copy.deepcopy(base, shared),
             bench.rank,
             bidora.ALL_LINEAR,
             method=method,
@@ -170,38 +156,56 @@ def step(bench, name, base):
     if bench.compile and name not in SECOND:
         for block in (model.get_base_model() if method == "peft" else model).model.layers:
             block.compile()
-    optimizer = (
-        create_bilevel_optimizer(model, 1e-3, 1e-2, **options)
-        if method not in ("none", "peft")
-        else None
-    )
-    count = bench.batch_size // 2 if "hvp_batch" in name else 1
+    return model
+
+
+def make_batch(bench, name, vocab_size):
+    """Random token ids and their labels, (batch_size, length) each."""
+    ids = torch.randint(vocab_size, (bench.batch_size, bench.length))
+    if bench.labels == "all" and "one label" not in name:
+        return ids, ids
+    labels = torch.full_like(ids, -100)
+    labels[:, -1] = ids[:, -1]
+    return ids, labels
+
+
+def loss_fn(model, micro_batch):
+    input_ids, labels, share = micro_batch
+    return model(input_ids, labels) * share
+
+
+def step(bench, name, base):
+    """A function that takes one step, or one iteration of search, of a kind on a random batch."""
+    method, options = KINDS[name]
+    model = model_of(bench, name, base)
 
     def batch():
-        ids = torch.randint(base.config.vocab_size, (bench.batch_size, bench.length))
-        labels = torch.full_like(ids, -100)
-        asked = slice(0 if bench.labels == "all" and "one label" not in name else -1, None)
-        labels[:, asked] = ids[:, asked]
-        return ids, labels
+        return make_batch(bench, name, base.config.vocab_size)
 
-    def loss_fn(model, part):
-        input_ids, labels, share = part
-        return model(input_ids, labels) * share
+    if method == "none":
+        return torch.no_grad()(lambda: model(*batch()))
 
-    def run():
-        if method == "none":
-            with torch.no_grad():
-                return model(*batch())
-        if method == "peft":
+    if method == "peft":
+        trained = [p for p in model.parameters() if p.requires_grad]
+        peft_optimizer = torch.optim.AdamW(trained, 1e-3, fused=True)
+
+        def peft_step():
             ids, labels = batch()
             peft_optimizer.zero_grad()
             model(input_ids=ids, labels=labels).loss.backward()
-            return peft_optimizer.step()
+            peft_optimizer.step()
+
+        return peft_step
+
+    optimizer = create_bilevel_optimizer(model, 1e-3, 1e-2, **options)
+    count = bench.batch_size // 2 if "hvp_batch" in name else 1
+
+    def own_step():
         optimizer.lower_step(loss_fn, *data.parts(batch(), count), keep=name in SEARCH)
         if name in SEARCH:
             optimizer.upper_step(loss_fn, None, data.parts(batch(), 1))
 
-    return run
+    return own_step
 
 
 def timed(run):
@@ -211,84 +215,71 @@ def timed(run):
 
 
 def alone(bench, name, dtype, **changes):
-    """A kind's seconds, after one round to warm up, and its peak memory in GB beyond the loaded model, in a process of its own."""
-    given = (
-        vars(bench)
-        | {
-            "only": name,
-            "dtype": str(dtype).removeprefix("torch."),
-            "kinds": ",".join(bench.kinds),
-            "quick": False,
-            "scaling": False,
-        }
-        | changes
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "tools.bench",
-        *(f"--{key}={value}" for key, value in given.items() if value != ""),
-    ]
+    """
+    Measure one kind in a process of its own: {"seconds": of each round, "peak_gb": ...}.
+
+    The peak memory is beyond the loaded model. Raises ValueError with the process's message.
+    """
+    given = vars(bench) | {"only": name, "dtype": str(dtype).removeprefix("torch.")}
+    given |= {"kinds": ",".join(bench.kinds), "quick": False, "scaling": False} | changes
+    arguments = [f"--{key}={value}" for key, value in given.items() if value != ""]
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "tools.bench", *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )
     if done.returncode != 0:
-        raise ValueError(
-            f"{name}: {(done.stderr.strip() or 'no message').splitlines()[-1].removeprefix('error: ')}"
-        )
+        message = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise ValueError(f"{name}: {message.removeprefix('error: ')}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(bench, seconds, peaks):
-    """Lines of text: each kind's median and what it is in units of others."""
+    """Lines of text: each kind's median, and the same relative to other kinds."""
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    tokens = bench.batch_size * bench.length
     dora, forward = median.get("dora"), median.get("forward")
+    every = bench.upper_every
     lines = [
-        f"{'':24}{'seconds':>9}{'spread':>14}{'tokens/s':>10}{'2 forwards':>12}{'DoRA steps':>12}{f'every {bench.upper_every}th':>11}{'peak GB':>9}"
+        f"{'':24}{'seconds':>9}{'spread':>14}{'tokens/s':>10}{'2 forwards':>12}"
+        f"{'DoRA steps':>12}{f'every {every}th':>11}{'peak GB':>9}"
     ]
     for name, value in median.items():
+        search = name in SEARCH
         spread = f"{min(seconds[name]):.2f}–{max(seconds[name]):.2f}"
-        count = tokens * (2 if name in SEARCH else 1)
-        cells = [
-            f"{value / 2 / forward:.2f}" if forward and name not in SEARCH else "",
-            f"{value / dora:.2f}" if dora else "",
-            f"{(value / dora + bench.upper_every - 1) / bench.upper_every:.2f}"
-            if dora and name in SEARCH
-            else "",
-        ]
+        tokens = bench.batch_size * bench.length * (2 if search else 1)
+        bound = f"{value / 2 / forward:.2f}" if forward and not search else ""
+        steps = f"{value / dora:.2f}" if dora else ""
+        amortised = f"{(value / dora + every - 1) / every:.2f}" if dora and search else ""
         lines.append(
-            f"{name:24}{value:9.2f}{spread:>14}{count / value:10.0f}{cells[0]:>12}{cells[1]:>12}{cells[2]:>11}{peaks[name]:9.2f}"
+            f"{name:24}{value:9.2f}{spread:>14}{tokens / value:10.0f}{bound:>12}"
+            f"{steps:>12}{amortised:>11}{peaks[name]:9.2f}"
         )
+
     for ours in ("lora", "dora"):
-        if ours in median and f"peft {ours}" in median:
+        peer = f"peft {ours}"
+        if ours in median and peer in median:
             lines.append(
-                f"{ours}: {median[f'peft {ours}'] / median[ours]:.2f} × as fast as PEFT's, with {peaks[ours] / peaks[f'peft {ours}']:.2f} of its memory"
+                f"{ours}: {median[peer] / median[ours]:.2f} × as fast as PEFT's, "
+                f"with {peaks[ours] / peaks[peer]:.2f} × its memory"
             )
     return lines
 
 
 def draw(path, title, seconds):
-    """A bar a kind: the median, and the fastest and slowest round as a line."""
+    """A bar for each kind: the median, and a line from the fastest to the slowest round."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 0.3 * len(seconds) + 1.2), layout="constrained")
     axes = figure.subplots()
     for y, (name, times) in enumerate(seconds.items()):
         value = statistics.median(times)
-        color = (
-            "tab:gray"
-            if name.startswith("peft")
-            else "tab:orange"
-            if name in SEARCH
-            else "tab:blue"
-        )
+        color = "tab:orange" if name in SEARCH else "tab:blue"
+        color = "tab:gray" if name.startswith("peft") else color
         axes.barh(y, value, color=color, height=0.7)
         axes.plot([min(times), max(times)], [y, y], color="black", linewidth=1)
         axes.text(max(times), y, f" {value:.2f}", va="center")
+
     axes.set_yticks(range(len(seconds)), seconds)
     axes.invert_yaxis()
     axes.set(
@@ -301,28 +292,25 @@ def draw(path, title, seconds):
 
 
 def scaling(bench, dtype):
-    """Print and return seconds and peak memory over rank, length and depth, everything else as bench says."""
+    """Print and return seconds and peak memory over rank, length and depth, one at a time."""
     c = shape(bench)
-    depth, widest = (
-        c.num_hidden_layers,
-        min(256, c.num_key_value_heads * c.head_dim),
-    )  # no rank above a layer's outputs
-    results = []
-    print(
-        f"{'':16}"
-        + "".join(f"{f'{name}, s':>14}{'GB':>7}" for name in ("lora", "dora", "unrolled"))
-    )
-    for what, values in (
-        ("rank", (4, 16, 64, widest)),
-        ("length", (64, 256, 512, 1024, 2048)),
-        ("layers", (depth // 4, depth // 2, depth)),
-    ):
+    depth = c.num_hidden_layers
+    widest = min(256, c.num_key_value_heads * c.head_dim)  # no rank above a layer's outputs
+    axes = {
+        "rank": (4, 16, 64, widest),
+        "length": (64, 256, 512, 1024, 2048),
+        "layers": (depth // 4, depth // 2, depth),
+    }
+    kinds, results = ("lora", "dora", "unrolled"), []
+    print(f"{'':16}" + "".join(f"{f'{name}, s':>14}{'GB':>7}" for name in kinds))
+
+    for what, values in axes.items():
         for value in values:
             changes = {what: value} | ({"batch_size": 2} if what == "length" else {})
             cells = ""
-            for name in ("lora", "dora", "unrolled"):
+            for name in kinds:
                 if name == "unrolled" and changes.get("length", 0) > 512:
-                    cells += f"{'':21}"  # attention's scores would fill the memory
+                    cells += f"{'':21}"  # the attention scores would fill the memory
                     continue
                 found = alone(bench, name, dtype, **changes)
                 results.append({"kind": name, **changes, **found})
@@ -332,7 +320,11 @@ def scaling(bench, dtype):
 
 
 def measure(bench, dtype):
-    """Time all kinds in turn, then the memory of each; returns ({kind: seconds of each round}, {kind: peak GB})."""
+    """
+    Time all kinds in turn, then measure the peak memory of each.
+
+    Returns ({kind: seconds of each round}, {kind: peak GB}). Raises ValueError if no kind is left.
+    """
     names = [
         name
         for name in bench.kinds or KINDS
@@ -342,25 +334,26 @@ def measure(bench, dtype):
     ]
     if not names:
         raise ValueError(
-            f"of kinds={','.join(bench.kinds)} none can be measured so: {', '.join(SINGLE)} need dtype=float32, PEFT's peer=True, "
-            f"those with one label labels=all"
+            f"nothing to measure: of kinds={','.join(bench.kinds)}, {', '.join(SINGLE)} need "
+            "dtype=float32, those of PEFT peer=True, those with one label labels=all"
         )
+
     base = load(bench, dtype)
     runs = {name: step(bench, name, base) for name in names}
     seconds = {name: [] for name in names}
     for _ in tqdm(range(bench.rounds + 1), desc="rounds"):
         for name, run in runs.items():
             seconds[name].append(timed(run))
+
     runs.clear()
-    peaks = {
-        name: alone(bench, name, dtype, rounds=1)["peak_gb"]
-        for name in tqdm(names, desc="peak memory")
-    }
+    peaks = {}
+    for name in tqdm(names, desc="peak memory"):
+        peaks[name] = alone(bench, name, dtype, rounds=1)["peak_gb"]
     return {name: times[1:] for name, times in seconds.items()}, peaks
 
 
 def measure_here(bench, dtype):
-    """What `alone` asks a process of its own: one kind's seconds, and its peak memory in GB beyond the loaded model."""
+    """What `alone` runs in its process: one kind's seconds, and its peak GB beyond the model."""
     base = load(bench, dtype)
     before = peak_memory("cpu")
     run = step(bench, bench.only, base)
@@ -368,77 +361,77 @@ def measure_here(bench, dtype):
     return {"seconds": times, "peak_gb": peak_memory("cpu") - before}
 
 
+def check(bench):
+    """Raises ValueError for settings that make no sense."""
+    if min(bench.rounds, bench.rank, bench.upper_every, bench.layers + 1) < 1:
+        raise ValueError(
+            "rounds, rank and upper_every must be positive integers, layers at least 0"
+        )
+    if min(bench.batch_size, bench.length) < 2:
+        raise ValueError("batch_size and length must be integers of at least 2")
+
+    for name, known in (
+        ("kinds", KINDS),
+        ("only", ("", *KINDS)),
+        ("labels", ("all", "last")),
+        ("dtype", ("auto", "float32", "bfloat16")),
+    ):
+        for value in bench.kinds if name == "kinds" else [getattr(bench, name)]:
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
+
+    out = Path(bench.out)
+    if out.suffix != ".json" or out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+        raise ValueError(
+            f"out={bench.out} must be a .json file in an existing folder that can be written to"
+        )
+
+
+def run(bench):
+    """Measure, print and write; returns a line that says where the numbers are."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtype = dtypes.get(bench.dtype) or fast_dtype("cpu")[0]
+    if bench.only:
+        return json.dumps(measure_here(bench, dtype))
+    if bench.quick:
+        kinds = ("forward", "lora", "dora", "unrolled")
+        bench = dataclasses.replace(bench, rounds=3, kinds=kinds)
+
+    what = (
+        f"{bench.model}, {str(dtype).removeprefix('torch.')}, {bench.batch_size} rows of "
+        f"{bench.length} tokens, {bench.labels} labels, rank {bench.rank}"
+        f"{', compiled' if bench.compile else ''}"
+    )
+    print(what, flush=True)
+    chart, saved = Path(bench.out).with_suffix(".png"), bench.out
+    if bench.scaling:
+        found = {"scaling": scaling(bench, dtype)}
+    else:
+        seconds, peaks = measure(bench, dtype)
+        found = {"seconds": seconds, "peak_gb": peaks}
+        print("", *table(bench, seconds, peaks), sep="\n")
+        draw(chart, what, seconds)
+        saved = f"{bench.out} and {chart}"
+    write_json(bench.out, {"settings": vars(bench) | {"dtype": str(dtype)}, **found})
+    return f"\nsaved in {saved}"
+
+
 def main(arguments):
     if "--help" in arguments or "-h" in arguments:
         print(__doc__.strip(), settings.help_text(Bench), sep="\n\n")
         return 0
+
     try:
         bench, _ = settings.read(Bench, arguments)
-        if (
-            min(
-                bench.rounds,
-                bench.batch_size // 2,
-                bench.length // 2,
-                bench.rank,
-                bench.upper_every,
-                bench.layers + 1,
-            )
-            < 1
-        ):
-            raise ValueError(
-                "rounds, rank and upper_every must be positive, batch_size and length at least 2"
-            )
-        for name, known in (
-            ("kinds", KINDS),
-            ("only", ("", *KINDS)),
-            ("labels", ("all", "last")),
-            ("dtype", ("auto", "float32", "bfloat16")),
-        ):
-            for value in [getattr(bench, name)] if name != "kinds" else bench.kinds:
-                if value not in known:
-                    raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
-        if (
-            Path(bench.out).suffix != ".json"
-            or Path(bench.out).is_dir()
-            or not os.access(Path(bench.out).absolute().parent, os.W_OK)
-        ):
-            raise ValueError(
-                f"out={bench.out} must be a .json file in a folder that is there and can be written"
-            )
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-            bench.dtype
-        ) or fast_dtype("cpu")[0]
-        if bench.only:
-            print(json.dumps(measure_here(bench, dtype)))
-            return 0
-        if bench.quick:
-            bench = dataclasses.replace(
-                bench, rounds=3, kinds=("forward", "lora", "dora", "unrolled")
-            )
-        what = (
-            f"{bench.model}, {str(dtype).removeprefix('torch.')}, {bench.batch_size} rows of {bench.length} tokens, {bench.labels} labels, "
-            f"rank {bench.rank}{', compiled' if bench.compile else ''}"
-        )
-        print(what, flush=True)
-        chart = Path(bench.out).with_suffix(".png")
-        if bench.scaling:
-            found = {"scaling": scaling(bench, dtype)}
-        else:
-            seconds, peaks = measure(bench, dtype)
-            found = {"seconds": seconds, "peak_gb": peaks}
-            print("", *table(bench, seconds, peaks), sep="\n")
-            draw(chart, what, seconds)
-        write_json(bench.out, {"settings": vars(bench) | {"dtype": str(dtype)}, **found})
+        check(bench)
+        print(run(bench))
     except ImportError as error:
-        print(
-            f"error: {error.name} is not installed: pip install -r requirements-dev.txt",
-            file=sys.stderr,
-        )
+        message = f"{error.name} is not installed: pip install -r requirements-dev.txt"
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"\nsaved in {bench.out}" + ("" if bench.scaling else f" and {chart}"))
     return 0
 
 
