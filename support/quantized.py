@@ -1,11 +1,14 @@
 """
-Frozen weights in 4 or 8 bits, packed by bitsandbytes, of which no dequantised copy is ever kept.
+Frozen weights in 4 or 8 bits, packed by bitsandbytes; no dequantised copy is ever kept.
 
-    nf4, fp4    each 64 weights share a scale, and the scales are quantised in turn      QLoRA, arXiv 2305.14314, section 3
-    int8        each row shares a scale, its largest absolute value                      LLM.int8, arXiv 2208.07339, section 2.1
+    nf4, fp4    64 weights share a scale, and the scales are quantised, too    QLoRA, section 3
+    int8        a row shares a scale, its largest absolute value               LLM.int8, section 2.1
 
-A product x·Wᵀ dequantises W block by block of rows and drops each block. So do its first and second derivatives: they are
-products with W and Wᵀ again. Activations are not quantised, in int8 neither, so that derivatives are those of the function.
+A product x·Wᵀ dequantises W one block of rows at a time and drops each block after use. So do its
+first and second derivatives, which are products with W and Wᵀ again. Activations are not quantised,
+for int8 neither, so the derivatives are exact.
+
+Sources: QLoRA, arXiv 2305.14314; LLM.int8, arXiv 2208.07339
 """
 
 import contextlib
@@ -18,35 +21,40 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 KINDS = ("nf4", "fp4", "int8")
+BLOCK_ROWS = 1024  # rows that are dequantised at a time
 
 
 def pack(weight, kind):
     """
-    A weight (out × in) as bitsandbytes' Params4bit or Int8Params, on the weight's device.
+    A weight (out, in) as bitsandbytes' Params4bit or Int8Params, on the weight's device.
 
-    Raises ValueError for an unknown kind, a weight that is not floating, or when bitsandbytes is not installed.
+    kind: 'nf4', 'fp4' or 'int8'. Raises ValueError for another kind, for a weight that is not
+    floating-point, and when bitsandbytes is not installed.
     """
     if kind not in KINDS or not weight.is_floating_point():
         raise ValueError(
             f"unknown quantisation {kind!r} of a {weight.dtype} weight: choose {', '.join(KINDS)}"
         )
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it warns of an optional kernel that is not used here
+
+    # bitsandbytes warns of an optional kernel that is not used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         from bitsandbytes.nn import Int8Params, Params4bit
     except ImportError as error:
         raise ValueError(
             f"quantisation needs bitsandbytes ({error}): pip install bitsandbytes"
         ) from None
+
     if kind == "int8":
         packed = Int8Params(weight, requires_grad=False)._quantize(weight.device)
         packed.float_dtype = weight.dtype
     else:
         packed = Params4bit(weight, requires_grad=False, quant_type=kind)._quantize(weight.device)
+
+    # glibc keeps the memory of the temporary copies that packing makes: 400 MB for SmolLM2, whose
+    # packed weights take 110 MB. malloc_trim returns it to the system.
     if weight.device.type == "cpu" and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            # glibc keeps the temporary copies that packing makes: 400 MB for SmolLM2, whose packed weights take 110. This gives them back.
             ctypes.CDLL(None).malloc_trim(0)
     return packed
 
@@ -59,73 +67,65 @@ def kind_of(weight):
 
 
 def float_dtype(weight):
-    """The dtype that the weight has, or had before it was packed."""
+    """The dtype of a weight; of a packed one, the dtype before packing."""
     if getattr(weight, "quant_state", None) is not None:
         return weight.quant_state.dtype
-    return getattr(
-        weight, "float_dtype", weight.dtype if weight.is_floating_point() else torch.float32
-    )
+    default = weight.dtype if weight.is_floating_point() else torch.float32
+    return getattr(weight, "float_dtype", default)
 
 
 def blocks(weight, dtype):
-    """Yield (start, stop, rows start … stop of the weight in dtype); an ordinary weight is one block."""
+    """
+    Yield (start, stop, rows): the weight's rows from start to stop in dtype, (stop - start, in).
+
+    An ordinary weight is one block.
+    """
     kind = kind_of(weight)
     if kind is None:
         yield 0, weight.size(0), weight.to(dtype)
     elif kind == "int8":
-        for start in range(0, weight.size(0), 1024):
-            stop = min(start + 1024, weight.size(0))
-            yield (
-                start,
-                stop,
-                weight.data[start:stop].to(dtype) * (weight.SCB[start:stop, None] / 127).to(dtype),
-            )
+        for start in range(0, weight.size(0), BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, weight.size(0))
+            scales = (weight.SCB[start:stop, None] / 127).to(dtype)
+            yield start, stop, weight.data[start:stop].to(dtype) * scales
     else:
-        from bitsandbytes.functional import (
-            QuantState,
-            dequantize_4bit,
-            dequantize_blockwise,
-        )
+        yield from blocks_of_4_bits(weight, dtype)
 
-        state, bytes_ = weight.quant_state, weight.data.view(torch.uint8).view(-1)
-        scales = (
-            dequantize_blockwise(state.absmax, state.state2) + state.offset
-            if state.nested
-            else state.absmax
-        )
-        rows, columns = state.shape
-        step = max(
-            1024, state.blocksize
-        )  # rows, a multiple of the block size, so that no block is cut
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            a, b = start * columns, stop * columns
-            # Laid out by scales, not by rows: where a row ends between two scales, bitsandbytes 0.50 errs on CPUs.
-            count, rest = divmod(b - a, state.blocksize)
-            part = QuantState(
-                scales[a // state.blocksize : -(-b // state.blocksize)],
-                torch.Size((1, b - a) if rest else (count, state.blocksize)),
-                state.code,
-                state.blocksize,
-                state.quant_type,
-                dtype,
-            )
-            yield (
-                start,
-                stop,
-                dequantize_4bit(bytes_[a // 2 : -(-b // 2), None], part).view(
-                    stop - start, columns
-                ),
-            )
+
+def blocks_of_4_bits(weight, dtype):
+    """As blocks, for nf4 and fp4."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+
+    state, packed_bytes = weight.quant_state, weight.data.view(torch.uint8).view(-1)
+    scales = state.absmax
+    if state.nested:  # the scales are quantised themselves
+        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+
+    # A multiple of the number of weights that share a scale, so that no block cuts such a group.
+    rows, columns = state.shape
+    group, step = state.blocksize, max(BLOCK_ROWS, state.blocksize)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        a, b = start * columns, stop * columns
+
+        # The shape given is (groups, weights in a group), not (rows, columns): on CPUs,
+        # bitsandbytes 0.50 gives wrong numbers where a row ends inside a group.
+        count, rest = divmod(b - a, group)
+        shape = torch.Size((1, b - a) if rest else (count, group))
+        own_scales = scales[a // group : -(-b // group)]
+        own_state = QuantState(own_scales, shape, state.code, group, state.quant_type, dtype)
+
+        values = dequantize_4bit(packed_bytes[a // 2 : -(-b // 2), None], own_state)
+        yield start, stop, values.view(stop - start, columns)
 
 
 def dequantize(weight, dtype):
-    """The whole weight as an ordinary tensor, (out × in). For merging and analysis, not for training."""
+    """The whole weight as an ordinary tensor, (out, in): for merging and analysis, not training."""
     return torch.cat([rows for _, _, rows in blocks(weight, dtype)])
 
 
 def nbytes(model):
-    """Bytes of a model's weights, packed ones with their scales; a matrix that is shared counts once."""
+    """Bytes of a model's weights, scales included; a matrix that two modules share counts once."""
     total = 0
     for weight in {parameter.data_ptr(): parameter for parameter in model.parameters()}.values():
         total += weight.nbytes
@@ -138,15 +138,18 @@ def nbytes(model):
 
 
 class Product(torch.autograd.Function):
-    """x·Wᵀ, (..., in) -> (..., out), or with transpose g·W, (..., out) -> (..., in); each is the other's derivative."""
+    """
+    x·Wᵀ, (..., in) -> (..., out); with transpose g·W, (..., out) -> (..., in).
+
+    Each is the other's derivative, so both can be differentiated any number of times.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, transpose):
         ctx.weight, ctx.transpose = weight, transpose
-        pieces = ((start, stop, rows) for start, stop, rows in blocks(weight, x.dtype))
         if transpose:
-            return sum(x[..., start:stop] @ rows for start, stop, rows in pieces)
-        return torch.cat([x @ rows.T for _, _, rows in pieces], dim=-1)
+            return sum(x[..., i:j] @ rows for i, j, rows in blocks(weight, x.dtype))
+        return torch.cat([x @ rows.T for _, _, rows in blocks(weight, x.dtype)], dim=-1)
 
     @staticmethod
     def backward(ctx, g):
@@ -154,7 +157,7 @@ class Product(torch.autograd.Function):
 
 
 def linear(x, weight, bias=None):
-    """F.linear for a weight of any kind."""
+    """F.linear for a weight of any kind: x·Wᵀ + bias, (..., in) -> (..., out)."""
     if kind_of(weight) is None:
         return F.linear(x, weight, bias)
     y = Product.apply(x, weight, False)
