@@ -1,4 +1,4 @@
-"""Where weights come from: hand-made folders, the hub's cache, and a stand-in for the hub itself."""
+"""Where weights come from: folders, the hub's cache, and a local server in place of the hub."""
 
 import http.server
 import json
@@ -24,7 +24,7 @@ def elsewhere(tmp_path, monkeypatch, request):
 
 
 def command(*arguments, **environment):
-    """Run one of our scripts in a process of its own: huggingface_hub reads its settings when it is imported."""
+    """Run Python in a process of its own: huggingface_hub reads its settings once, on import."""
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
@@ -35,8 +35,16 @@ def command(*arguments, **environment):
 
 
 def found(name, **environment):
-    """What find_model answers in a process of its own: (path or None, the error's line)."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom support.pretrained import find_model\ntry:\n    print(find_model({name!r}))\nexcept FileNotFoundError as error:\n    print('error', error)"
+    """What find_model returns in a process of its own: (path or None, the error's line)."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from support.pretrained import find_model
+try:
+    print(find_model({name!r}))
+except FileNotFoundError as error:
+    print("error", error)
+"""
     done = command("-c", code, **environment)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
@@ -58,7 +66,7 @@ def test_a_hub_name_is_told_from_a_path(tmp_path):
         map(is_hub_name, ("owner/folder", "./a/b", "/a/b", "~/a", "smollm2-135m", "a/b/c", "../a"))
     )
     with pytest.raises(
-        FileNotFoundError, match="owner/folder holds no model: config.json is missing"
+        FileNotFoundError, match="owner/folder contains no model: config.json is missing"
     ):
         find_model("owner/folder")
 
@@ -81,7 +89,7 @@ def test_a_revision_follows_the_name_on_the_hub(tmp_path):
             find_model(name)
 
     shutil.copytree(find_model("tiny-random"), tmp_path / "owner" / "folder@v1")
-    assert not is_hub_name("owner/folder@v1")  # a folder of that very path is meant
+    assert not is_hub_name("owner/folder@v1")  # a folder with that path exists
     assert find_model("owner/folder@v1") == Path("owner/folder@v1")
 
 
@@ -89,48 +97,30 @@ def test_the_hubs_cache_is_used_offline(tmp_path):
     snapshot = cached("me/tiny", "v2")
     offline = {"HF_HUB_OFFLINE": "1"}
     assert found("me/tiny@v2", **offline)[0].resolve() == snapshot.resolve()
-    assert "not in the cache, and HF_HUB_OFFLINE is set" in found("me/tiny", **offline)[1]
+    assert "not in the hub's cache, and HF_HUB_OFFLINE is set" in found("me/tiny", **offline)[1]
     assert "at revision 'v3', and HF_HUB_OFFLINE is set" in found("me/tiny@v3", **offline)[1]
-    done = command(
-        str(ROOT / "train.py"),
-        "--config=tiny.py",
-        "--model=me/tiny",
-        "--revision=v2",
-        "--search_steps=2",
-        "--retrain_steps=2",
-        "--out_dir=run",
-        **offline,
-    )
+
+    steps = ("--search_steps=2", "--retrain_steps=2")
+    train = (str(ROOT / "train.py"), "--config=tiny.py", "--model=me/tiny@v2", "--out_dir=run")
+    done = command(*train, *steps, **offline)
     assert done.returncode == 0, done.stderr
-    assert (
-        json.loads(Path("run/adapter_config.json").read_text())["base_model_name_or_path"]
-        == "me/tiny"
-    )
-    done = command(
-        str(ROOT / "sample.py"), "--adapter=run", "--prompt=aeae lim", **offline
-    )  # the run remembers the revision
+    saved = json.loads(Path("run/adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "me/tiny" and saved["revision"] == "v2"
+
+    sample = (str(ROOT / "sample.py"), "--adapter=run", "--prompt=aeae lim")
+    done = command(*sample, **offline)  # the run remembers the revision
     assert done.returncode == 0 and "%  yes" in done.stdout
-    assert json.loads(Path("run/adapter_config.json").read_text())["revision"] == "v2"
-    Path("run/run.json").unlink()  # as an adapter from elsewhere: it names base and revision itself
-    assert (
-        command(
-            str(ROOT / "sample.py"),
-            "--adapter=run",
-            "--prompt=aeae lim",
-            "--labels=yes,no",
-            **offline,
-        ).returncode
-        == 0
-    )
-    (snapshot / "model.safetensors").unlink()  # half a download
-    done = command(str(ROOT / "sample.py"), "--adapter=run", "--prompt=aeae lim", **offline)
-    assert (
-        done.returncode == 2
-        and "model.safetensors is missing" in done.stderr
-        and len(done.stderr.splitlines()) == 1
-    )
+
+    Path("run/run.json").unlink()  # an adapter from elsewhere: it names base and revision itself
+    assert command(*sample, "--labels=yes,no", **offline).returncode == 0
+
+    (snapshot / "model.safetensors").unlink()  # an incomplete download
+    done = command(*sample, **offline)
+    assert done.returncode == 2 and "model.safetensors is missing" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
+# The files of a repository that are downloaded, and those that are not
 FILES = {
     "config.json",
     "generation_config.json",
@@ -154,9 +144,9 @@ OTHERS = {
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers as the hub does: what a repository holds, its files, and the refusals."""
+    """Answers as the hub does: a repository's list of files, the files, and refusals."""
 
-    asked = []
+    downloads = []  # paths in the repository
 
     def log_message(self, *arguments):
         pass
@@ -198,26 +188,29 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
         if "/resolve/" not in self.path:
             return self.answer(404)
-        Hub.asked.append(self.path.partition("/resolve/")[2].partition("/")[2])
-        self.answer(200, b"{}", X_Repo_Commit=COMMIT, ETag=f'"{Hub.asked[-1]}"')
+        Hub.downloads.append(self.path.partition("/resolve/")[2].partition("/")[2])
+        self.answer(200, b"{}", X_Repo_Commit=COMMIT, ETag=f'"{Hub.downloads[-1]}"')
 
     do_HEAD = do_GET
 
 
-def test_only_safetensors_config_and_tokenizer_files_are_fetched_and_refusals_are_clear():
+def test_only_safetensors_config_and_tokenizer_files_are_downloaded_and_refusals_are_clear():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     there = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
     try:
         folder, error = found("me/tiny", **there)
-        assert error is None and {path.name for path in folder.iterdir()} == FILES == set(Hub.asked)
+        assert error is None
+        assert {path.name for path in folder.iterdir()} == FILES == set(Hub.downloads)
+
         assert "is gated: accept its terms" in found("me/gated", **there)[1]
-        assert "no repository of the hub that you may read" in found("me/absent", **there)[1]
+        assert "nor a repository of the hub that you may read" in found("me/absent", **there)[1]
         assert "has no revision 'v9'" in found("me/tiny@v9", **there)[1]
         assert "the hub does not answer" in found("me/broken", **there)[1]
     finally:
         server.shutdown()
         server.server_close()
-    assert found("me/tiny", **there)[0] == folder  # the hub is away, the cache is not
+
+    assert found("me/tiny", **there)[0] == folder  # without the hub, the cache still works
     assert "the hub does not answer" in found("me/other", **there)[1]
-    assert "could not be had from the hub" in found("me/other", HF_ENDPOINT="notaurl")[1]
+    assert "could not be read from the hub" in found("me/other", HF_ENDPOINT="notaurl")[1]
