@@ -254,7 +254,7 @@ def insert(path, code, line, before=False):
     """Put code after the one line of a file that begins so, or before it."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     [index] = [i for i, found in enumerate(lines) if found.startswith(line)]
-    lines.insert(index + (not before), code + ("\n\n" if before else ""))
+    lines.insert(index + (not before), code + "\n\n" * (before and "def " in code))
     path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -311,6 +311,7 @@ def test_the_recipe_for_a_data_set_gives_one_that_trains_and_says_what_to_try(co
 def test_the_recipe_for_a_schedule_falls_as_a_cosine(copy):
     folder, run = copy
     path = folder / "train.py"
+    insert(path, recipes()["schedule import"], "import os", before=True)
     text = path.read_text(encoding="utf-8")
     start = text.index("def learning_rate_scale(")
     old = re.search(r"(?m)^    return 1 - .*\n", text[start:])[0]
