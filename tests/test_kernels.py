@@ -1,4 +1,4 @@
-"""The cross-entropy that is taken in chunks, against the plain one."""
+"""The chunked cross-entropy against the plain one."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def example(n, dtype, vocab=300):
     "dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
 )
 def test_value_and_gradient_equal_the_plain_form(n, dtype, tolerance):
-    """Up to rounding; the gradient's of bfloat16 is 2⁻⁸ in each of its two roundings."""
+    """Up to rounding: 2⁻⁸ for each of the two roundings of a bfloat16 gradient."""
     hidden, weight, targets = example(n, dtype)
     plain = F.cross_entropy(
         F.linear(hidden, weight).to(torch.promote_types(dtype, torch.float32)), targets

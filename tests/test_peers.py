@@ -1,9 +1,10 @@
 """
-Hypergradients against an independent implementation, torchopt 0.7 (arXiv 2211.06934): the same problems, the same numbers.
+Hypergradients against an independent implementation, torchopt 0.7 (arXiv 2211.06934).
 
-Of the others on PyPI, betty-ml 0.1.1 states a requirement (numpy>=1.9.*) that pip refuses since 24.1; hypergrad 0.0.1 (not
-hypertorch, which is not on PyPI) needs torchvision and calls its package as our file; higher 0.2.1 installs, and differentiates unrolled
-steps as torchopt does.
+Other implementations on PyPI can't be used: betty-ml 0.1.1 has a requirement (numpy>=1.9.*) that
+pip rejects since version 24.1; hypergrad 0.0.1 (not hypertorch, which is not on PyPI) needs
+torchvision, and its package has the name of our file. higher 0.2.1 installs, but differentiates
+unrolled steps only, which torchopt does, too.
 """
 
 import copy
@@ -20,7 +21,7 @@ from hypergrad import conjugate_gradient, neumann, unrolled
 
 
 def through_torchopt(c, make_optimizer, steps):
-    """The hypergradient of a Curved problem through steps of one of torchopt's differentiable optimizers."""
+    """The hypergradient of a Curved problem through steps of a differentiable optimizer."""
     model = copy.deepcopy(c.model)
     fixed = {name: p.detach() for name, p in model.named_parameters()}
     upper = {
@@ -54,7 +55,7 @@ def test_unrolled_gradient_descent(steps):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_unrolled_adamw(steps):
-    """1e-5: torchopt keeps its bias corrections in fp32."""
+    """The tolerance is 1e-5: torchopt keeps its bias corrections in fp32."""
     c = Curved()
     expected = through_torchopt(
         c, lambda module: torchopt.MetaAdamW(module, lr=0.02, weight_decay=0.1), steps
@@ -75,7 +76,7 @@ def implicit(p, solve):
 
     m = p.m.detach().clone().requires_grad_()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torchopt still asks functorch
+        warnings.simplefilter("ignore", FutureWarning)  # torchopt still uses functorch
         return torch.autograd.grad(p.upper_loss(solution(torch.zeros_like(m), m)), m)[0]
 
 
@@ -92,7 +93,7 @@ def test_conjugate_gradient():
 
 @pytest.mark.parametrize("terms", [1, 8])
 def test_neumann(terms):
-    """torchopt's maxiter counts the terms behind the first."""
+    """torchopt's maxiter counts the terms after the first."""
     p = Logistic()
     expected = implicit(p, torchopt.linear_solve.solve_inv(ns=True, maxiter=terms - 1, alpha=0.01))
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Tokens against the tokenizers library, with tokenizers trained here; chat templates against transformers."""
+"""Tokenizers trained here, against the tokenizers library; chat templates, against transformers."""
 
 import json
 import random
@@ -24,7 +24,9 @@ from support.tokenizer import Tokenizer
 from support.tokenizer_files import QWEN2_SPLIT
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
@@ -72,12 +74,40 @@ PRE_TOKENIZERS = {
 FAMILIES = ["gpt2", "smollm", "qwen", "llama3"]
 
 
+def like_llama3(peer, added):
+    """
+    The tokenizer as if converted from tiktoken's files, with `added` ids left free.
+
+    Any two tokens that form a third one merge, and no merge makes some tokens.
+    """
+    peer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    spec = json.loads(peer.to_str())
+    vocab = spec["model"]["vocab"]
+    vocab["ĠxyzĠq"] = max(vocab.values()) + 1 + added
+    merges = sorted(
+        (vocab[t], vocab[t[:i]], vocab[t[i:]], t[:i], t[i:])
+        for t in vocab
+        for i in range(1, len(t))
+        if t[:i] in vocab and t[i:] in vocab
+    )
+    spec["model"]["merges"] = [[left, right] for *_, left, right in merges]
+    return Peer.from_str(json.dumps(spec))
+
+
 def trained_tokenizer(folder, kind="smollm", alphabet=True, template=CHATML, added=(), **settings):
-    """A small tokenizer of one family, trained here by the tokenizers library. alphabet=False: bytes not seen have no token."""
+    """
+    A small tokenizer of one family, trained and saved here by the tokenizers library; returns that.
+
+    alphabet=False: bytes that the corpus lacks have no token. added: AddedTokens. settings: of
+    tokenizer_config.json.
+    """
     peer = Peer(models.BPE(ignore_merges=kind == "llama3"))
     peer.pre_tokenizer, peer.decoder = PRE_TOKENIZERS[kind](), decoders.ByteLevel()
     if kind == "qwen":
         peer.normalizer = normalizers.NFC()
+
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     peer.train_from_iterator(
         CORPUS,
@@ -90,32 +120,16 @@ def trained_tokenizer(folder, kind="smollm", alphabet=True, template=CHATML, add
     )
     for token in added:
         peer.add_special_tokens([token]) if token.special else peer.add_tokens([token])
+
     folder.mkdir(parents=True, exist_ok=True)
-    if (
-        kind == "llama3"
-    ):  # as converted from tiktoken's files: any two tokens that make a third one merge; some come from no two
-        peer.post_processor = processors.TemplateProcessing(
-            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
-        )
-        spec = json.loads(peer.to_str())
-        vocab = spec["model"]["vocab"]
-        vocab["ĠxyzĠq"] = max(vocab.values()) + 1 + len(added)
-        merges = sorted(
-            (vocab[t], vocab[t[:i]], vocab[t[i:]], t[:i], t[i:])
-            for t in vocab
-            for i in range(1, len(t))
-            if t[:i] in vocab and t[i:] in vocab
-        )
-        spec["model"]["merges"] = [[left, right] for *_, left, right in merges]
-        peer = Peer.from_str(json.dumps(spec))
+    if kind == "llama3":
+        peer = like_llama3(peer, len(added))
     peer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "eos_token": "<|im_end|>",
-        "pad_token": {"__type": "AddedToken", "content": "<|endoftext|>"},
-    } | settings
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings | ({"chat_template": template} if template else {}))
-    )
+    pad_token = {"__type": "AddedToken", "content": "<|endoftext|>"}
+    settings = {"eos_token": "<|im_end|>", "pad_token": pad_token} | settings
+    if template:
+        settings["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return peer
 
 
@@ -166,42 +180,19 @@ NASTY = [
 
 
 def random_texts(count, extra=()):
-    """Only code points that Unicode 13 knows (U+0C3C is newer): the tables of Python, tiktoken and tokenizers differ over later ones."""
+    """
+    Random texts of code points that Unicode 13 knows (U+0C3C is newer).
+
+    Over later ones the tables of Python, tiktoken and tokenizers differ.
+    """
     rng = random.Random(0)
-    pieces = [
-        *NASTY,
-        "film",
-        " good",
-        "the",
-        "'re",
-        "9",
-        "é",
-        "界",
-        "\n",
-        " ",
-        "\t",
-        "🎬",
-        "ž",
-        "Ω",
-        "-",
-        "don't",
-        "\u0300",
-        *extra,
-        *extra,
-    ]
+    letters = ["film", " good", "the", "'re", "9", "é", "界", "\n", " ", "\t", "🎬", "ž", "Ω", "-"]
+    pieces = [*NASTY, *letters, "don't", "\u0300", *extra, *extra]
 
     def character():
         while True:
-            c = chr(
-                rng.choice(
-                    (
-                        rng.randrange(32, 127),
-                        rng.randrange(128, 0x3000),
-                        rng.randrange(0xAC00, 0xD7A4),
-                        rng.randrange(0x1F300, 0x1FA00),
-                    )
-                )
-            )
+            ranges = ((32, 127), (128, 0x3000), (0xAC00, 0xD7A4), (0x1F300, 0x1FA00))
+            c = chr(rng.choice([rng.randrange(*edges) for edges in ranges]))
             if unicodedata.category(c) != "Cn" and c != "\u0c3c":
                 return c
 
@@ -218,12 +209,8 @@ def assert_equal(ours, peer, texts, decode=True):
     for text in texts:
         ids = ours.encode(text)
         assert ids == peer.encode(text, add_special_tokens=False).ids, repr(text)
-        if not decode:
-            continue
-        assert ours.decode(ids, skip_special=False) == peer.decode(
-            ids, skip_special_tokens=False
-        ), repr(text)
-        assert ours.decode(ids) == peer.decode(ids, skip_special_tokens=True), repr(text)
+        for skip in (False, True) if decode else ():
+            assert ours.decode(ids, skip) == peer.decode(ids, skip), repr(text)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -239,7 +226,7 @@ def test_20000_texts_equal_the_tokenizers_library(tmp_path, kind):
     + [(kind, True) for kind in PRE_TOKENIZERS if kind not in FAMILIES],
 )
 def test_missing_bytes_and_other_splits_equal_the_tokenizers_library(tmp_path, kind, alphabet):
-    """Where some bytes have no token, as in SmolLM2, both drop them."""
+    """Both drop the bytes that have no token; SmolLM2 has such bytes."""
     peer, ours = trained_tokenizer(tmp_path, kind, alphabet), Tokenizer.from_pretrained(tmp_path)
     assert ours.library is None
     assert_equal(ours, peer, NASTY + random_texts(3000))
@@ -271,18 +258,16 @@ def test_added_tokens_and_their_flags_equal_the_tokenizers_library(tmp_path, kin
         "\u3000<l>\u3000",
     ]
     ours = Tokenizer.from_pretrained(tmp_path)
-    assert_equal(
-        ours, peer, texts + random_texts(5000, texts), decode=False
-    )  # the library decodes the added "café" to "caf\ufffd"
+    # No comparison of decoded text: the library decodes the added "café" to "caf\ufffd".
+    assert_equal(ours, peer, texts + random_texts(5000, texts), decode=False)
     assert ours.decode(ours.encode("<tool>s café <r> b"), skip_special=True) == "<tool>s café b"
 
 
 def test_special_tokens_around_a_text_are_added_on_request(tmp_path):
     peer, ours = trained_tokenizer(tmp_path, "llama3"), Tokenizer.from_pretrained(tmp_path)
     for text in ("", "a film", "<|im_start|>a"):
-        assert (
-            ours.encode(text, add_special_tokens=True) == peer.encode(text).ids != ours.encode(text)
-        )
+        whole = ours.encode(text, add_special_tokens=True)
+        assert whole == peer.encode(text).ids != ours.encode(text)
 
 
 @pytest.mark.parametrize("kind, name", [("gpt2", "GPT2Tokenizer"), ("qwen", "Qwen2TokenizerFast")])
@@ -294,30 +279,24 @@ def test_vocab_and_merges_files_are_read_as_transformers_does(tmp_path, kind, na
     (tmp_path / "merges.txt").write_text(
         "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in spec["model"]["merges"]) + "\n"
     )
-    flags = {
-        "lstrip": False,
-        "rstrip": False,
-        "single_word": False,
-        "normalized": False,
-        "special": True,
-    }
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
     settings = {
         "tokenizer_class": name,
         "eos_token": "<|im_end|>",
         "added_tokens_decoder": {
-            str(t["id"]): {"content": t["content"], **flags} for t in spec["added_tokens"]
+            str(t["id"]): {"content": t["content"], **flags, "special": True}
+            for t in spec["added_tokens"]
         },
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    peer, ours = (
-        getattr(transformers, name.removesuffix("Fast")).from_pretrained(tmp_path),
-        Tokenizer.from_pretrained(tmp_path),
-    )
+
+    peer_class = getattr(transformers, name.removesuffix("Fast"))
+    peer, ours = peer_class.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
     for text in NASTY + random_texts(2000):
         assert ours.encode(text) == peer.encode(text, add_special_tokens=False), repr(text)
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps(settings | {"tokenizer_class": "CodeGenTokenizer"})
-    )
+
+    settings["tokenizer_class"] = "CodeGenTokenizer"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="CodeGenTokenizer.*GPT2Tokenizer and Qwen2Tokenizer"):
         Tokenizer.from_pretrained(tmp_path)
 
@@ -328,7 +307,11 @@ def test_vocab_and_merges_files_are_read_as_transformers_does(tmp_path, kind, na
 )
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_bare_pair_of_files_is_read_as_transformers_does(tmp_path, settings, swapped):
-    """No token named, one outside the vocabulary, a prefix space; and ids that tiktoken can't follow, so that the library takes over."""
+    """
+    No token named, one outside the vocabulary, or a space before the text.
+
+    swapped: ids that tiktoken can't follow, so the tokenizers library takes over.
+    """
     trained_tokenizer(tmp_path, "gpt2")
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").unlink()
@@ -342,10 +325,9 @@ def test_a_bare_pair_of_files_is_read_as_transformers_does(tmp_path, settings, s
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "GPT2Tokenizer"} | settings)
     )
-    peer, ours = (
-        transformers.GPT2Tokenizer.from_pretrained(tmp_path),
-        Tokenizer.from_pretrained(tmp_path),
-    )
+
+    peer = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_pretrained(tmp_path)
     assert ours.library is not None or not swapped
     for text in [t for t in NASTY + random_texts(500) if "<|im_" not in t]:
         assert ours.encode(text) == peer.encode(text, add_special_tokens=False), repr(text)
@@ -353,7 +335,11 @@ def test_a_bare_pair_of_files_is_read_as_transformers_does(tmp_path, settings, s
 
 
 def test_truncation_padding_and_tokens_named_elsewhere(tmp_path):
-    """A file's truncation and padding are for batches, not for us; tokenizer_config.json may add tokens; RoBERTa's frame is known."""
+    """
+    Truncation and padding in a file are ignored: they are for batches.
+
+    tokenizer_config.json may add tokens. RoBERTa's tokens around a text are known.
+    """
     peer = llama2_tokenizer(tmp_path)
     peer.enable_truncation(8)
     peer.enable_padding(length=12)
@@ -363,29 +349,31 @@ def test_truncation_padding_and_tokens_named_elsewhere(tmp_path):
     peer.no_padding()
     for text in ("good film " * 20, "a"):
         assert ours.encode(text) == peer.encode(text, add_special_tokens=False).ids
+
     peer = trained_tokenizer(tmp_path, "gpt2")
     extra = peer.get_vocab_size()
-    trained_tokenizer(
-        tmp_path, "gpt2", added_tokens_decoder={str(extra): {"content": "<extra>", "special": True}}
-    )
+    decoder = {str(extra): {"content": "<extra>", "special": True}}
+    trained_tokenizer(tmp_path, "gpt2", added_tokens_decoder=decoder)
     ours = Tokenizer.from_pretrained(tmp_path)
+    other = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert ours.encode("a<extra>b") == [*peer.encode("a").ids, extra, *peer.encode("b").ids]
-    assert ours.encode("a<extra>b") == transformers.PreTrainedTokenizerFast.from_pretrained(
-        tmp_path
-    ).encode("a<extra>b")
+    assert ours.encode("a<extra>b") == other.encode("a<extra>b")
+
     peer.post_processor = processors.RobertaProcessing(("<|im_end|>", 2), ("<|im_start|>", 1))
     peer.save(str(tmp_path / "tokenizer.json"))
-    assert (
-        Tokenizer.from_pretrained(tmp_path).encode("a film", add_special_tokens=True)
-        == peer.encode("a film").ids
-    )
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.encode("a film", add_special_tokens=True) == peer.encode("a film").ids
 
 
-def llama2_tokenizer(
-    folder,
-    template="{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
-):
-    """LLaMA 2's kind: SentencePiece's BPE with byte fallback; the space before a word belongs to it."""
+LLAMA2_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}{% else %}"
+    "{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def llama2_tokenizer(folder):
+    """As LLaMA 2's: SentencePiece's BPE with byte fallback; a word includes the space before it."""
     peer = Peer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     peer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -415,26 +403,18 @@ def llama2_tokenizer(
     )
     folder.mkdir(parents=True, exist_ok=True)
     peer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "bos_token": "<s>",
-                "eos_token": "</s>",
-                "unk_token": "<unk>",
-                "chat_template": template,
-            }
-        )
-    )
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = tokens | {"chat_template": LLAMA2_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return peer
 
 
-def test_sentencepiece_files_go_through_the_tokenizers_library_or_are_refused(
-    tmp_path, monkeypatch
-):
+def test_sentencepiece_files_need_the_tokenizers_library(tmp_path, monkeypatch):
     peer, ours = llama2_tokenizer(tmp_path), Tokenizer.from_pretrained(tmp_path)
     assert "Prepend + Replace" in ours.library_reason
     assert_equal(ours, peer, NASTY + random_texts(300))
     assert ours.encode("a film", add_special_tokens=True) == peer.encode("a film").ids
+
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match="pip install tokenizers"):
         Tokenizer.from_pretrained(tmp_path)
@@ -487,26 +467,27 @@ def test_sentencepiece_files_go_through_the_tokenizers_library_or_are_refused(
         (lambda t: t["model"].update(byte_fallback=True), "byte fallback"),
     ],
 )
-def test_what_tiktoken_cannot_reproduce_says_so(tmp_path, monkeypatch, change, reason):
-    """With the tokenizers library it is exact; without, refused."""
+def test_what_tiktoken_cannot_reproduce_needs_the_library(tmp_path, monkeypatch, change, reason):
+    """With the tokenizers library the tokens are exact; without it, the file is refused."""
     trained_tokenizer(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     change(spec)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    assert_equal(
-        Tokenizer.from_pretrained(tmp_path), Peer.from_file(str(tmp_path / "tokenizer.json")), NASTY
-    )
+    peer = Peer.from_file(str(tmp_path / "tokenizer.json"))
+    assert_equal(Tokenizer.from_pretrained(tmp_path), peer, NASTY)
+
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=f"{reason}.*can't reproduce it exactly"):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_broken_folders_are_refused_with_what_to_do(tmp_path):
+def test_errors_name_the_missing_or_damaged_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json is missing"):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="tokenizer.model alone"):
         Tokenizer.from_pretrained(tmp_path)
+
     trained_tokenizer(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     for damage in (
@@ -520,35 +501,65 @@ def test_broken_folders_are_refused_with_what_to_do(tmp_path):
         (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
         with pytest.raises(ValueError, match="tokenizer.json is damaged"):
             Tokenizer.from_pretrained(tmp_path)
+
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="tokenizer_config.json is missing"):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_decode_leaves_special_tokens_out_on_request(tmp_path):
+def test_decode_skips_special_tokens_on_request(tmp_path):
     trained_tokenizer(tmp_path)
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     ids = tokenizer.encode("good<|im_end|> film")
-    assert (
-        tokenizer.decode(ids) == "good film"
-        and tokenizer.decode(ids, skip_special=False) == "good<|im_end|> film"
-    )
+    assert tokenizer.decode(ids) == "good film"
+    assert tokenizer.decode(ids, skip_special=False) == "good<|im_end|> film"
     assert (tokenizer.eos_id, tokenizer.pad_id) == (2, 0)
     assert tokenizer.decode([*ids, 99999, tokenizer.vocab_size]) == "good film"
 
 
-# ------------------------------------------------------------------------------------------ chat templates
+# ---------------------------------------------------------------------- chat templates
 
-# In the manner of: Qwen 2.5 (a default system message), Qwen 3 (thoughts only in the last turn), LLaMA 3 (trimmed contents, a date),
-# Mistral (turns must alternate), GPT-style plain text
+# Like those of Qwen 2.5 (a default system message), Qwen 3 (thoughts in the last turn only),
+# LLaMA 3 (trimmed contents, a date), Mistral (turns must alternate), and plain JSON
 TEMPLATES = {
     "chatml": CHATML,
-    "default system": "{% if messages[0]['role'] != 'system' %}{{- '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}{% for message in messages %}\n    {%- if message.role == 'tool' %}{% continue %}{% endif %}\n    {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}\n{% endfor %}\n{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}\n",
-    "thoughts in the last turn": "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% set content = m.content.split('</think>')[-1].lstrip('\n') %}{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ content }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "trimmed, dated": "{{ bos_token }}{% if not date is defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}{{ date }}{% if tools is not none %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_start|>\n\n' + m['content'] | trim + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_start|>\n\n' }}{% endif %}",
-    "alternating": "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system message') }}{% elif m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
-    "json": "{% for m in messages %}{{ m | tojson(indent=1) }}{{ m.content | tojson }}\n{% endfor %}{{ pad_token }}",
+    "default system": (
+        "{% if messages[0]['role'] != 'system' %}"
+        "{{- '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}"
+        "{% for message in messages %}\n    {%- if message.role == 'tool' %}{% continue %}"
+        "{% endif %}\n    "
+        "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}\n"
+        "{% endfor %}\n{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+        "{% endif %}\n"
+    ),
+    "thoughts in the last turn": (
+        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
+        "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% set content = m.content.split('</think>')[-1].lstrip('\n') %}"
+        "{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ content }}"
+        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "trimmed, dated": (
+        "{{ bos_token }}{% if not date is defined %}{% set date = strftime_now('%d %b %Y') %}"
+        "{% endif %}{{ date }}{% if tools is not none %}{{ tools | tojson }}{% endif %}"
+        "{% for m in messages %}"
+        "{{ '<|im_start|>' + m['role'] + '<|im_start|>\n\n' + m['content'] | trim + "
+        "'<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant<|im_start|>\n\n' }}{% endif %}"
+    ),
+    "alternating": (
+        "{% for m in messages %}{% if m['role'] == 'system' %}"
+        "{{ raise_exception('no system message') }}{% elif m['role'] == 'user' %}"
+        "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}"
+        "{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "json": (
+        "{% for m in messages %}{{ m | tojson(indent=1) }}{{ m.content | tojson }}\n"
+        "{% endfor %}{{ pad_token }}"
+    ),
 }
 TALK = [
     {"role": "system", "content": "Be kind."},
@@ -563,23 +574,14 @@ TALK = [
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja", "list"])
 def test_chat_templates_equal_transformers(tmp_path, name, place):
     template = TEMPLATES[name]
-    trained_tokenizer(
-        tmp_path,
-        template={
-            "tokenizer_config.json": template,
-            "list": [
-                {"name": "tool_use", "template": "x"},
-                {"name": "default", "template": template},
-            ],
-        }.get(place),
-        bos_token="<|im_start|>",
-    )
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
+    setting = {"tokenizer_config.json": template, "list": named}.get(place)
+    trained_tokenizer(tmp_path, template=setting, bos_token="<|im_start|>")
     if place == "chat_template.jinja":
         (tmp_path / "chat_template.jinja").write_text(template)
-    ours, peer = (
-        Tokenizer.from_pretrained(tmp_path),
-        transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path),
-    )
+
+    ours = Tokenizer.from_pretrained(tmp_path)
+    peer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for messages in (TALK, TALK[:2], TALK[:3], TALK[1:2], TALK[1:3], TALK[1:]):
         for prompt in (False, True):
             if name == "alternating" and messages[0]["role"] == "system":
@@ -587,17 +589,13 @@ def test_chat_templates_equal_transformers(tmp_path, name, place):
                     ours.apply_chat_template(messages, prompt)
                 continue
             text = ours.apply_chat_template(messages, prompt)
-            assert text == peer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt
-            )
-            assert (
-                ours.encode(text)
-                == peer.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
-            )
+            options = {"add_generation_prompt": prompt}
+            assert text == peer.apply_chat_template(messages, tokenize=False, **options)
+            assert ours.encode(text) == peer.apply_chat_template(messages, **options)["input_ids"]
 
 
-def test_templates_run_sandboxed_and_their_errors_are_one_line(tmp_path):
-    for template, said in (
+def test_templates_run_in_a_sandbox_and_their_errors_are_one_line(tmp_path):
+    for template, message in (
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ raise_exception('no system please') }}", "no system please"),
         ("{% for %}", "Expected"),
@@ -605,22 +603,26 @@ def test_templates_run_sandboxed_and_their_errors_are_one_line(tmp_path):
         ("{{ messages + 1 }}", "concatenate"),
     ):
         trained_tokenizer(tmp_path, template=template)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             Tokenizer.from_pretrained(tmp_path).apply_chat_template(TALK)
 
 
-def test_stop_ids_know_the_end_of_turn_and_generation_config(tmp_path):
-    trained_tokenizer(
-        tmp_path, eos_token="<|endoftext|>"
-    )  # as in Qwen 2.5's base models: turns end otherwise than texts
+def test_stop_ids_include_the_end_of_turn_and_generation_config(tmp_path):
+    # As in Qwen 2.5's base models: one token ends a turn, another a text.
+    trained_tokenizer(tmp_path, eos_token="<|endoftext|>")
     assert Tokenizer.from_pretrained(tmp_path).stop_ids == [0, 2]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     assert Tokenizer.from_pretrained(tmp_path).stop_ids == [0, 1, 2]
 
 
-# What transformers marks as the assistant's where a template says so by {% generation %}
+# With {% generation %}, by which transformers marks the assistant's text
 GENERATION = {
-    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "chatml": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
+        "{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
     "thoughts in the last turn": TEMPLATES["thoughts in the last turn"]
     .replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' %}{% generation %}", 1)
     .replace(
@@ -631,7 +633,13 @@ GENERATION = {
         "{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}",
         "{{ m.content + '<|im_end|>\n' }}{% endif %}",
     ),
-    "trimmed": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_start|>\n\n' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] | trim + '<|im_end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_start|>\n\n' }}{% endif %}",
+    "trimmed": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_start|>\n\n' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] | trim + '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ m['content'] | trim + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_start|>\n\n' }}{% endif %}"
+    ),
 }
 
 
@@ -646,42 +654,51 @@ GENERATION = {
 )
 def test_the_assistants_tokens_are_the_ones_transformers_marks(tmp_path, kind, name):
     trained_tokenizer(tmp_path, kind, template=GENERATION[name])
-    ours, peer = (
-        Tokenizer.from_pretrained(tmp_path),
-        transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path),
-    )
-    for messages in (
-        TALK,
-        TALK[1:],
-        TALK[:3],
-        TALK[1:3],
-        [TALK[1], {"role": "assistant", "content": "<|im_end|> a 12 é"}],
-    ):
+    ours = Tokenizer.from_pretrained(tmp_path)
+    peer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    odd = [TALK[1], {"role": "assistant", "content": "<|im_end|> a 12 é"}]
+    for messages in (TALK, TALK[1:], TALK[:3], TALK[1:3], odd):
         text, spans = ours.conversation(messages)
-        parts = ours.encode_cut(text, [cut for span in spans for cut in span])
+        segments = ours.encode_cut(text, [cut for span in spans for cut in span])
         expected = peer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True
         )
-        assert [t for part in parts for t in part] == expected["input_ids"]
-        assert [i % 2 for i, part in enumerate(parts) for _ in part] == expected["assistant_masks"]
+        assert [t for segment in segments for t in segment] == expected["input_ids"]
+        assert [i % 2 for i, segment in enumerate(segments) for _ in segment] == expected[
+            "assistant_masks"
+        ]
 
 
 def test_llama2_answers_begin_where_generation_does(tmp_path):
-    """The space before an answer is the model's to write: it counts, with </s>; what is masked is what generation begins with."""
+    """
+    The model writes the space before an answer and </s> after it, so both count.
+
+    What is masked is the prompt that generation starts with.
+    """
     peer, ours = llama2_tokenizer(tmp_path), Tokenizer.from_pretrained(tmp_path)
     text, spans = ours.conversation(TALK[1:])
-    parts = ours.encode_cut(text, [cut for span in spans for cut in span])
-    assert [t for part in parts for t in part] == peer.encode(text, add_special_tokens=False).ids
+    segments = ours.encode_cut(text, [cut for span in spans for cut in span])
+    assert [t for segment in segments for t in segment] == peer.encode(
+        text, add_special_tokens=False
+    ).ids
     assert [text[a:b] for a, b in spans] == [" Hello film.\n </s>", "  Good <|im_start|> film </s>"]
-    assert parts[0] == ours.encode(ours.apply_chat_template(TALK[1:2], True))
+    assert segments[0] == ours.encode(ours.apply_chat_template(TALK[1:2], True))
 
 
 def test_answers_with_thoughts_and_templates_without_an_end(tmp_path):
-    """Qwen 3 lays an answer's thoughts out anew: all of it counts. Where a template ends no turn, the end of text is learnt."""
-    reasoning = TEMPLATES["thoughts in the last turn"].replace(
-        "{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
-        "{% if loop.index0 > ns.last %}{{ '<think>\n' + (m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content else '') + '\n</think>\n\n' }}{% endif %}",
+    """
+    Qwen 3 rewrites an answer's thoughts: all of the answer counts.
+
+    Where a template ends no turn, the end of text is learned.
+    """
+    thoughts = (
+        "{% if loop.index0 > ns.last %}"
+        "{{ '<think>\n' + (m.content.split('</think>')[0].split('<think>')[-1].strip('\n') "
+        "if '</think>' in m.content else '') + '\n</think>\n\n' }}"
+        "{% endif %}"
     )
+    no_thoughts = "{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    reasoning = TEMPLATES["thoughts in the last turn"].replace(no_thoughts, thoughts)
     trained_tokenizer(tmp_path, "qwen", template=reasoning)
     talk = [TALK[1], {"role": "assistant", "content": "<think>\n\nhm\n</think>\n\nSo."}]
     for messages, expected in (
@@ -690,22 +707,21 @@ def test_answers_with_thoughts_and_templates_without_an_end(tmp_path):
     ):
         text, spans = Tokenizer.from_pretrained(tmp_path).conversation(messages)
         assert [text[a:b] for a, b in spans] == expected
-    trained_tokenizer(
-        tmp_path,
-        "qwen",
-        template="{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+
+    endless = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
+    trained_tokenizer(tmp_path, "qwen", template=endless)
     ours = Tokenizer.from_pretrained(tmp_path)
     rows, _ = data.encode([{"messages": talk}], ours, 400)
     counted = [t for t in rows[0].labels if t != -100]
-    assert (
-        ours.decode(counted, skip_special=False) == talk[1]["content"] + "<|im_end|>"
-        and rows[0].input_ids[-1] == ours.eos_id
-    )
+    assert ours.decode(counted, skip_special=False) == talk[1]["content"] + "<|im_end|>"
+    assert rows[0].input_ids[-1] == ours.eos_id
 
 
-def test_a_cut_inside_a_token_tokenizes_the_parts_as_generation_does(tmp_path):
-    """GPT-2's split takes two line ends before a word apart, but not at the end of a prompt."""
+def test_a_cut_inside_a_token_tokenizes_both_sides_as_generation_does(tmp_path):
+    """GPT-2's split separates two line ends before a word, but not at the end of a prompt."""
     trained_tokenizer(tmp_path, "gpt2")
     ours = Tokenizer.from_pretrained(tmp_path)
     assert ours.encode_cut("the end.\n\nfilm", [10]) == [
