@@ -96,10 +96,22 @@ def read_spec(folder, settings):
     # Some models name a few added tokens in tokenizer_config.json only.
     added = spec.get("added_tokens")
     known = {token.get("id") for token in added or []}
-    for i, token in settings.get("added_tokens_decoder", {}).items():
-        if int(i) not in known and added is not None:
-            added.append(FLAGS | token | {"id": int(i)})
+    for i, token in added_tokens_decoder(folder, settings).items():
+        if i not in known and added is not None:
+            added.append(FLAGS | token | {"id": i})
     return path, spec
+
+
+def added_tokens_decoder(folder, settings):
+    """The added tokens that tokenizer_config.json lists: {id: {"content", ...}}."""
+    tokens = settings.get("added_tokens_decoder", {})
+    try:
+        return {int(i): token for i, token in tokens.items()}
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: an id in added_tokens_decoder is not an integer "
+            f"({error})"
+        ) from None
 
 
 def spec_from_merges(folder, settings):
@@ -129,7 +141,7 @@ def spec_from_merges(folder, settings):
 
 def added_tokens(folder, settings, vocab):
     """The added tokens of a folder without tokenizer.json, in that file's form."""
-    added = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
+    added = added_tokens_decoder(folder, settings)
     path = folder / "added_tokens.json"
     ids = read_json(path) if path.exists() else {}
     known = {token["content"] for token in added.values()} | ids.keys()

@@ -502,7 +502,10 @@ def test_errors_name_the_missing_or_damaged_file(tmp_path):
         with pytest.raises(ValueError, match="tokenizer.json is damaged"):
             Tokenizer.from_pretrained(tmp_path)
 
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    trained_tokenizer(tmp_path, added_tokens_decoder={"x": {"content": "<x>"}})
+    with pytest.raises(ValueError, match="tokenizer_config.json: an id .* is not an integer"):
+        Tokenizer.from_pretrained(tmp_path)
+
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="tokenizer_config.json is missing"):
         Tokenizer.from_pretrained(tmp_path)
