@@ -1,6 +1,9 @@
 """
-Damaged and hostile input, ten thousand cases: every reader either takes it, or raises ValueError or FileNotFoundError with one line that
-names the file. Mutations start from valid files: bytes are flipped, cut and put in; values of JSON are exchanged for others, keys dropped.
+Damaged and hostile input, ten thousand cases.
+
+Every reader either accepts the input, or raises ValueError or FileNotFoundError with one line that
+names the file. Mutations start from valid files: bytes are overwritten, deleted and inserted; JSON
+values are replaced, and keys removed.
 """
 
 import copy
@@ -54,21 +57,20 @@ VALUES = st.recursive(
 
 
 def places(value, path=()):
-    """The paths to every value inside a JSON value."""
+    """The paths to all values inside a JSON value; of a list, to the first four."""
     yield path
-    for key, inner in (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value[:4])
-        if isinstance(value, list)
-        else ()
-    ):
+    inside = ()
+    if isinstance(value, dict):
+        inside = value.items()
+    elif isinstance(value, list):
+        inside = enumerate(value[:4])
+    for key, inner in inside:
         yield from places(inner, (*path, key))
 
 
 @st.composite
 def changed_json(draw, original):
-    """A JSON value with up to three of its inner values exchanged or dropped."""
+    """A JSON value with up to three of its inner values replaced or removed."""
     value = copy.deepcopy(original)
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from([path for path in places(value) if path]))
@@ -86,14 +88,17 @@ def changed_json(draw, original):
 
 @st.composite
 def changed_bytes(draw, original):
-    """Bytes with up to four places overwritten, cut away or put in; most of them in the first 400, where headers are."""
+    """
+    Bytes with up to four changes: overwritten, inserted, deleted, or cut off at the end.
+
+    Most changes are in the first 400 bytes, where headers are.
+    """
     content = bytearray(original)
     for _ in range(draw(st.integers(1, 4))):
-        at = (
-            draw(st.integers(0, max(0, min(400, len(content)) - 1)))
-            if draw(st.integers(0, 3))
-            else draw(st.integers(0, len(content)))
-        )
+        in_header = draw(st.integers(0, 3))
+        last = max(0, min(400, len(content)) - 1) if in_header else len(content)
+        at = draw(st.integers(0, last))
+
         kind, new = draw(st.integers(0, 3)), draw(st.binary(min_size=1, max_size=9))
         if kind == 0:
             content[at : at + len(new)] = new
@@ -107,21 +112,18 @@ def changed_bytes(draw, original):
 
 
 def survives(read, *named):
-    """Call read; what it may raise must be one line that names one of `named`."""
+    """Call read. An error must be one line that contains one of `named`."""
     try:
         read()
     except (ValueError, FileNotFoundError) as error:
         assert type(error) in (ValueError, FileNotFoundError), repr(error)
-        assert (
-            str(error)
-            and "\n" not in str(error).strip()
-            and any(name in str(error) for name in named)
-        ), str(error)
+        assert str(error) and "\n" not in str(error).strip(), str(error)
+        assert any(name in str(error) for name in named), str(error)
 
 
 @pytest.fixture(scope="module")
 def folder(request):
-    """A scratch folder with a model, an adapter and a data file that are all right."""
+    """A temporary folder with a valid model and a valid adapter."""
     with pytest.MonkeyPatch.context() as patched, tempfile.TemporaryDirectory() as scratch:
         patched.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
         patched.chdir(scratch)
@@ -151,7 +153,7 @@ LINES = [
     ),
     st.data(),
 )
-def test_jsonl_of_other_values(folder, lines, more):
+def test_jsonl_with_changed_values(folder, lines, more):
     text = "\n".join(json.dumps(line, ensure_ascii=more.draw(st.booleans())) for line in lines)
     path = folder / "data.jsonl"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -169,13 +171,13 @@ def test_jsonl_of_other_values(folder, lines, more):
 
 @cases(1500)
 @given(changed_bytes("\n".join(json.dumps(line) for line in LINES[:2]).encode()))
-def test_jsonl_of_other_bytes(folder, content):
+def test_jsonl_with_changed_bytes(folder, content):
     (folder / "data.jsonl").write_bytes(content)
     survives(lambda: data.load_examples(folder / "data.jsonl"), "data.jsonl:", "data.jsonl holds")
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    "line, message",
     [
         (b'{"text": ' + b"[" * 100_000, "not JSON"),
         (b'{"text": "' + b"a" * 10_000_000 + b'", "label": ' + b"9" * 5000 + b"}", "data.jsonl:1"),
@@ -186,9 +188,9 @@ def test_jsonl_of_other_bytes(folder, content):
         (b"\x00", "not JSON"),
     ],
 )
-def test_jsonl_of_known_malice(folder, line, said):
+def test_jsonl_that_is_known_to_be_hostile(folder, line, message):
     (folder / "data.jsonl").write_bytes(line)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         data.load_examples(folder / "data.jsonl")
 
 
@@ -275,7 +277,7 @@ def test_safetensors_and_their_index(folder, more):
 
 @pytest.fixture(scope="module")
 def gguf_bytes(folder):
-    """The smallest GGUF file of the kind that is read: SmolLM2's keys, one block of width 4."""
+    """The smallest valid GGUF file: SmolLM2's keys, one block of width 4."""
     writer = GGUFWriter(folder / "whole.gguf", "llama")
     writer.add_block_count(1)
     writer.add_context_length(32)
@@ -293,6 +295,7 @@ def gguf_bytes(folder):
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(0)
+
     shapes = {
         "attn_q": (4, 4),
         "attn_k": (2, 4),
@@ -310,10 +313,12 @@ def gguf_bytes(folder):
         **{f"blk.0.{name}": shape for name, shape in shapes.items()},
     }.items():
         writer.add_tensor(f"{name}.weight", numpy.ones(shape, dtype=numpy.float32))
+
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
     convert_gguf(folder / "whole.gguf", folder / "of-gguf")
     Tokenizer.from_pretrained(folder / "of-gguf")
     Transformer.from_pretrained(folder / "of-gguf")
@@ -336,7 +341,7 @@ def test_gguf_files(folder, gguf_bytes, more):
     "name",
     ["tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "GGUF.kv_count", "GGUF.tensor_count"],
 )
-def test_gguf_files_that_promise_more_than_they_hold(folder, gguf_bytes, name):
+def test_gguf_files_whose_counts_exceed_the_file(folder, gguf_bytes, name):
     (folder / "damaged.gguf").write_bytes(gguf_bytes)
     reader = GGUFReader(folder / "damaged.gguf", "r+")
     reader.fields[name].parts[0 if name.startswith("GGUF") else 4][0] = 2**60  # an array's length
