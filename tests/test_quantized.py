@@ -1,4 +1,8 @@
-"""Packed bases against their own dequantised weights: products, both derivatives, every method and hypergradient, merging."""
+"""
+Packed bases against their own dequantised weights.
+
+Products, both derivatives, every method and hypergradient, merging.
+"""
 
 import copy
 import subprocess
@@ -29,7 +33,11 @@ from support.quantized import KINDS, dequantize, kind_of, linear, pack
 
 
 def unpacked(packed, shape):
-    """Each code's value times its scale, by hand. (bitsandbytes' own dequantise_4bit errs on CPUs where a row ends between two scales.)"""
+    """
+    Each code's value times its scale, by hand.
+
+    On CPUs, bitsandbytes' own dequantize_4bit gives wrong numbers where a row ends between scales.
+    """
     if packed.dtype == torch.int8:
         return packed.data.float() * (packed.SCB[:, None] / 127)
     state, bytes_ = packed.quant_state, packed.data.view(-1).int()
@@ -42,7 +50,11 @@ def unpacked(packed, shape):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(96, 64), (2100, 48), (33, 40), (1500, 7), (1025, 128)])
 def test_blocks_are_codes_times_scales(kind, shape):
-    """Also where a row ends between two scales or inside a byte, and where there are several blocks of rows. 1e-6: one rounding."""
+    """
+    Also where a row ends between two scales or inside a byte, and for several blocks of rows.
+
+    The tolerance 1e-6 is one rounding.
+    """
     weight = torch.randn(shape)
     packed = pack(weight, kind)
     assert kind_of(packed) == kind and quantized.float_dtype(packed) == torch.float32
@@ -54,11 +66,8 @@ def test_blocks_are_codes_times_scales(kind, shape):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_and_both_derivatives_are_those_of_the_dequantised_weight(kind):
-    packed, x, bias = (
-        pack(torch.randn(1100, 24), kind),
-        torch.randn(2, 3, 24, requires_grad=True),
-        torch.randn(1100),
-    )
+    packed = pack(torch.randn(1100, 24), kind)
+    x, bias = torch.randn(2, 3, 24, requires_grad=True), torch.randn(1100)
     weight = dequantize(packed, torch.float32)
 
     def derivatives(y):
@@ -66,16 +75,14 @@ def test_products_and_both_derivatives_are_those_of_the_dequantised_weight(kind)
         (gg,) = torch.autograd.grad((g**2).sum(), x)
         return y, g, gg
 
-    for ours, expected in zip(
-        derivatives(linear(x, packed, bias)), derivatives(nn.functional.linear(x, weight, bias))
-    ):
-        torch.testing.assert_close(
-            ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
-        )
+    ours = derivatives(linear(x, packed, bias))
+    expected = derivatives(nn.functional.linear(x, weight, bias))
+    for a, b in zip(ours, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
 def models(folder, kind, method="bidora", **options):
-    """The same adapted model over a packed base, and over that base's dequantised weights."""
+    """The same adapted model on a packed base, and on that base's dequantised weights."""
     checkpoint(folder, "Qwen2", tie_word_embeddings=True)
     packed = Transformer.from_pretrained(folder, quantize=kind)
     plain = merge(copy.deepcopy(packed))
@@ -98,9 +105,8 @@ def test_only_the_blocks_linear_layers_are_packed(tmp_path, kind):
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and kind_of(layer.weight)
     }
-    assert packed == {
-        name for name, layer in plain.named_modules() if isinstance(layer, nn.Linear)
-    } - {"lm_head"}
+    linear_layers = {name for name, m in plain.named_modules() if isinstance(m, nn.Linear)}
+    assert packed == linear_layers - {"lm_head"}
     assert model.model.embed_tokens.weight.dtype == model.model.norm.weight.dtype == torch.float32
     assert quantized.nbytes(model) < 0.62 * quantized.nbytes(plain)
     with pytest.raises(ValueError, match="merge"):
@@ -109,19 +115,23 @@ def test_only_the_blocks_linear_layers_are_packed(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["lora", "dora", "bidora"])
-def test_the_model_over_a_packed_base_is_the_one_over_its_dequantised_weights(
-    tmp_path, kind, method
-):
-    """Loss and every gradient within 1e-4 of the largest: the same sums in another order. The magnitude starts at the dequantised norm."""
+def test_a_packed_base_is_equal_to_its_dequantised_weights(tmp_path, kind, method):
+    """
+    Loss and every gradient, within 1e-4 of the largest value: the same sums in another order.
+
+    The magnitude starts at the norm of the dequantised weights.
+    """
     packed, plain = models(tmp_path, kind, method)
     for a, b in zip(adapter_layers(packed).values(), adapter_layers(plain).values()):
         if method != "lora":
             torch.testing.assert_close(
                 a.lora_magnitude_vector, b.weight.norm(dim=1), rtol=1e-5, atol=1e-6
             )
+
     ids = torch.randint(0, 131, (3, 12))
     losses = [model(ids, ids) for model in (packed, plain)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+
     gradients = [
         torch.autograd.grad(loss, bidora.lower_parameters(model) + bidora.upper_parameters(model))
         for loss, model in zip(losses, (packed, plain))
@@ -132,20 +142,21 @@ def test_the_model_over_a_packed_base_is_the_one_over_its_dequantised_weights(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", HYPERGRADIENTS)
-def test_every_hypergradient_over_a_packed_base(tmp_path, kind, name):
+def test_every_hypergradient_on_a_packed_base(tmp_path, kind, name):
     packed, plain = models(tmp_path, kind)
     train, val = (torch.randint(0, 131, (3, 12)) for _ in range(2))
-    options = {"unrolled": dict(lr=0.1), "neumann": dict(alpha=0.05)}.get(name, {})
-    ours, expected = [
-        HYPERGRADIENTS[name](
-            lambda: m(train, train),
-            lambda: m(val, val),
-            bidora.lower_parameters(m),
-            bidora.upper_parameters(m),
-            **options,
-        )
-        for m in (packed, plain)
-    ]
+    options = {
+        "unrolled": dict(lr=0.1),
+        "finite_difference": dict(lr=0.1),
+        "neumann": dict(alpha=0.05),
+    }.get(name, {})
+
+    def hypergradient(model):
+        lower, upper = bidora.lower_parameters(model), bidora.upper_parameters(model)
+        train_loss, val_loss = lambda: model(train, train), lambda: model(val, val)
+        return HYPERGRADIENTS[name].function(train_loss, val_loss, lower, upper, **options)
+
+    ours, expected = hypergradient(packed), hypergradient(plain)
     for a, b in zip(ours, expected):
         assert (a - b).abs().max() <= 1e-3 * max(e.abs().max() for e in expected)
 
@@ -165,45 +176,54 @@ def test_merging_dequantises_and_says_so_and_transformers_loads_it(tmp_path, kin
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("called", [False, True])
 def test_layers_that_bitsandbytes_made_are_adapted_too(tmp_path, kind, called):
-    """As in a transformers model loaded in 4 or 8 bits; an int8 layer moves its scales at its first call."""
-    make = (
-        (lambda i, o: bnb.nn.Linear4bit(i, o, quant_type="nf4", compute_dtype=torch.float32))
-        if kind == "nf4"
-        else lambda i, o: bnb.nn.Linear8bitLt(i, o, has_fp16_weights=False)
-    )
+    """
+    As in a transformers model loaded in 4 or 8 bits.
+
+    called: an int8 layer moves its scales to another place at its first call.
+    """
+
+    def make(i, o):
+        if kind == "nf4":
+            return bnb.nn.Linear4bit(i, o, quant_type="nf4", compute_dtype=torch.float32)
+        return bnb.nn.Linear8bitLt(i, o, has_fp16_weights=False)
+
+    def dequantised(layer):
+        if kind == "nf4":
+            return dequantize(layer.weight, torch.float32)
+        scales = layer.state.SCB if called else layer.weight.SCB
+        return layer.weight.data.float() * scales[:, None] / 127
+
     model = nn.Sequential(make(64, 96), nn.ReLU(), make(96, 64)).to("cpu")
     x = torch.randn(5, 64)
     if called:
         model(x)
-    with pytest.raises(ValueError, match="not quantised"):
-        prepare_bidora_model(
-            nn.Sequential(nn.Linear(4, 4)), BiDoRAConfig(target_modules=["0"]), quantized=True
-        )
-    weights = [
-        dequantize(layer.weight, torch.float32)
-        if kind == "nf4"
-        else layer.weight.data.float()
-        * (layer.state.SCB if called else layer.weight.SCB)[:, None]
-        / 127
-        for layer in (model[0], model[2])
-    ]
+
+    # The adapted model starts as the one with the dequantised weights.
+    weights = [dequantised(layer) for layer in (model[0], model[2])]
     prepare_bidora_model(model, BiDoRAConfig(rank=4, target_modules=["0", "2"]), quantized=True)
-    expected = nn.functional.linear(
-        torch.relu(nn.functional.linear(x, weights[0], model[0].bias)), weights[1], model[2].bias
-    )
+    hidden = torch.relu(nn.functional.linear(x, weights[0], model[0].bias))
+    expected = nn.functional.linear(hidden, weights[1], model[2].bias)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+    # It learns.
     optimizer = create_bilevel_optimizer(model, 1e-2, 1e-2, hypergradient="unrolled")
     losses = [
         optimizer.bilevel_step(lambda m, b: (m(b) - 1).square().mean(), x, x)[0] for _ in range(20)
     ]
     assert losses[-1] < 0.8 * losses[0]
+
+    # Its adapter is refused by a model with other layers.
     save_adapter(model, tmp_path)
-    again = prepare_bidora_model(
-        nn.Sequential(*(nn.Linear(*weight.T.shape) for weight in weights)),
-        BiDoRAConfig(rank=4, target_modules=["0", "1"]),
-    )
+    others = nn.Sequential(*(nn.Linear(*weight.T.shape) for weight in weights))
+    prepare_bidora_model(others, BiDoRAConfig(rank=4, target_modules=["0", "1"]))
     with pytest.raises(ValueError, match="does not fit"):
-        load_adapter(again, tmp_path)
+        load_adapter(others, tmp_path)
+
+
+def test_quantized_must_be_true_of_the_model():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="not quantised"):
+        prepare_bidora_model(model, BiDoRAConfig(target_modules=["0"]), quantized=True)
 
 
 def test_an_unknown_kind_is_refused(tmp_path):
@@ -218,8 +238,9 @@ def test_an_unknown_kind_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_training_never_holds_a_dequantised_copy(tmp_path, kind):
     """
-    A layer of 67 M weights (268 MB in fp32): attaching the adapter, a step and its second derivatives take less than 150 MB more than
-    the packed weight: a few blocks of 1,024 rows (33 MB each).
+    A layer of 67 M weights, 268 MB in fp32, with an adapter, a step and its second derivatives.
+
+    They take less than 150 MB beyond the packed weight: a few blocks of 1,024 rows, 33 MB each.
     """
     code = f"""
 import re, sys
@@ -227,10 +248,11 @@ sys.path.insert(0, {str(Path(bidora.__file__).parent)!r})
 import torch
 from bidora import BiDoRALinear
 from support.quantized import QuantizedLinear, pack
-status = lambda key: int(re.search(key + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1e3
+def status(key):
+    return int(re.search(key + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1e3
 pack(torch.randn(64, 64), {kind!r})
 packed = pack(torch.randn(8192, 8192), {kind!r})
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+open("/proc/self/clear_refs", "w").write("5")  # reset the peak
 start = status("VmRSS")
 layer = BiDoRALinear(8192, 8192, 4, bias=False, linear=QuantizedLinear(8192, 8192, False, packed))
 x = torch.randn(4, 8192)
