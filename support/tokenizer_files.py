@@ -71,9 +71,6 @@ def read_chat_template(folder, settings):
     return template
 
 
-# ---------------------------------------------------------------------- reading a specification
-
-
 def read_spec(folder, settings):
     """
     Return tokenizer.json's path and content.
@@ -193,9 +190,6 @@ def bpe_spec(vocab, merges, added, normalizer, pre_tokenizer, decoder):
             "merges": merges,
         },
     }
-
-
-# ----------------------------------------------------------------- what a specification means
 
 
 def flatten(step, inside):

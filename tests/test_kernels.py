@@ -25,18 +25,15 @@ def example(n, dtype, vocab=300):
 def test_value_and_gradient_equal_the_plain_form(n, dtype, tolerance):
     """Up to rounding: 2⁻⁸ for each of the two roundings of a bfloat16 gradient."""
     hidden, weight, targets = example(n, dtype)
-    plain = F.cross_entropy(
-        F.linear(hidden, weight).to(torch.promote_types(dtype, torch.float32)), targets
-    )
+    logits = F.linear(hidden, weight).to(torch.promote_types(dtype, torch.float32))
+    plain = F.cross_entropy(logits, targets)
     chunked = cross_entropy(hidden, weight, targets)
     assert chunked.dtype == plain.dtype
-    torch.testing.assert_close(
-        chunked, plain, rtol=1e-6 if dtype != torch.float64 else tolerance, atol=0
-    )
-    (expected,), (got,) = (
-        torch.autograd.grad(3 * plain, hidden),
-        torch.autograd.grad(3 * chunked, hidden),
-    )
+    rtol = tolerance if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(chunked, plain, rtol=rtol, atol=0)
+
+    (expected,) = torch.autograd.grad(3 * plain, hidden)
+    (got,) = torch.autograd.grad(3 * chunked, hidden)
     assert (got - expected).norm() <= tolerance * expected.norm()
 
 

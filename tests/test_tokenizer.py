@@ -521,8 +521,6 @@ def test_decode_skips_special_tokens_on_request(tmp_path):
     assert tokenizer.decode([*ids, 99999, tokenizer.vocab_size]) == "good film"
 
 
-# ---------------------------------------------------------------------- chat templates
-
 # Like those of Qwen 2.5 (a default system message), Qwen 3 (thoughts in the last turn only),
 # LLaMA 3 (trimmed contents, a date), Mistral (turns must alternate), and plain JSON
 TEMPLATES = {
