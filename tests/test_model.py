@@ -120,8 +120,8 @@ CHECKPOINTS = {
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_logits_and_generation_equal_transformers(tmp_path, name):
     """
-    At every position of ragged, right-padded batches, within 1e-4 in fp32: both sum the same products in another order. Then 64
-    greedy tokens.
+    At every position of ragged, right-padded batches, within 1e-4 in fp32: both sum the same
+    products in another order. Then 64 greedy tokens.
     """
     family, changes = CHECKPOINTS[name]
     peer = checkpoint(tmp_path, family, **changes)
@@ -142,7 +142,10 @@ def test_logits_and_generation_equal_transformers(tmp_path, name):
 
 
 def test_bfloat16_checkpoint_is_read_and_computed_as_transformers_does(tmp_path):
-    """In fp32 within 1e-4. In bf16 itself, where each sum may round another way, no further off than transformers' own bf16."""
+    """
+    In fp32 within 1e-4. In bf16 itself, where each sum may round another way, no further off than
+    transformers' own bf16.
+    """
     peer = checkpoint(tmp_path, "Qwen3", head_dim=16).bfloat16()
     peer.save_pretrained(tmp_path)
     exact = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -384,7 +387,10 @@ def test_top_k_and_top_p_keep_only_the_likeliest_tokens(tmp_path):
 
 
 def test_score_is_the_log_probability_of_the_answer(tmp_path):
-    """Against one plain forward pass for each prompt and answer; prompts share a beginning, answers differ in length."""
+    """
+    Against one plain forward pass for each prompt and answer; prompts share a beginning, answers
+    differ in length.
+    """
     peer = checkpoint(tmp_path)
     ours = Transformer.from_pretrained(tmp_path)
     prompts = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8, 10, 11]]
@@ -420,8 +426,8 @@ def test_score_is_the_log_probability_of_the_answer(tmp_path):
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised already"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_size": ...}, "hidden_size"),
-        ({"num_attention_heads": "6"}, "num_attention_heads='6' is no positive"),
-        ({"num_attention_heads": 0}, "no positive whole"),
+        ({"num_attention_heads": "6"}, "num_attention_heads='6' must be a positive integer"),
+        ({"num_attention_heads": 0}, "must be a positive integer"),
         ({"vocab_size": None}, "vocab_size=None"),
         ({"max_position_embeddings": "512"}, "max_position_embeddings='512'"),
         ({"rms_norm_eps": "x"}, "must be positive"),
@@ -535,7 +541,7 @@ def test_broken_weights_are_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="index.json is missing, though shards are there"):
         Transformer.from_pretrained(tmp_path)
     index.write_text(json.dumps({"weight_map": {name: "../model.safetensors"}}))
-    with pytest.raises(ValueError, match="no name of a safetensors file in this folder"):
+    with pytest.raises(ValueError, match="does not name a safetensors file in this folder"):
         Transformer.from_pretrained(tmp_path)
 
 

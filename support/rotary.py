@@ -1,0 +1,60 @@
+"""
+Rotary positions (arXiv 2104.09864) for contexts longer than the model was pretrained on:
+
+    linear    slows all pairs of a head down by a factor
+    llama3    only the slow ones (arXiv 2407.21783, section 3.4.2; formula: its reference code)
+    yarn      too, by a ramp, and sharpens attention (arXiv 2309.00071, section 3.2)
+    dynamic   changes them beyond the trained length only, which model.py does not support
+"""
+
+import math
+
+import torch
+
+
+def frequencies(rope, head_dim):
+    """
+    The angle by which a position turns each pair of a head, (head_dim / 2,) in fp32, and the factor
+    that cos and sin are scaled by. rope: rope_type, rope_theta, and what the type needs.
+    """
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    if rope["rope_type"] in ("default", "dynamic"):
+        return plain, 1.0
+    slowed = plain / rope["factor"]
+    if rope["rope_type"] == "linear":
+        return slowed, 1.0
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)  # in that length
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - keep) * slowed + keep * plain, 1.0
+    keep = yarn_ramp(rope, head_dim)
+    return (1 - keep) * slowed + keep * plain, yarn_scale(rope)
+
+
+def yarn_ramp(rope, d):
+    """How much of its own frequency each pair keeps, (d / 2,): 1 for fast ones, 0 for slow ones."""
+    trained = rope["original_max_position_embeddings"]
+
+    def pair_that_turns(times):  # in the trained length; as a fraction of pairs
+        return d * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+
+    first = pair_that_turns(rope.get("beta_fast") or 32)
+    last = pair_that_turns(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, d - 1)
+    return 1 - ((torch.arange(d // 2) - first) / max(last - first, 0.001)).clamp(0, 1)
+
+
+def yarn_scale(rope):
+    factor = rope["factor"]
+
+    def sharpening(weight):
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return sharpening(rope["mscale"]) / sharpening(rope["mscale_all_dim"])
+    return sharpening(1)
