@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Peer
 
 import bidora
 import data
-from data import Tokenizer, load_examples
+from data import load_examples
 from hypergrad import (
     LowerGradient,
     assign,
@@ -21,8 +21,10 @@ from hypergrad import (
 )
 from model import Transformer
 from support.built_in_models import SMOLLM2, SMOLLM2_MEMBER
+from support.datasets import BUILT_IN
 from support.files import fetch
 from support.pretrained import find_model
+from support.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +141,8 @@ def test_second_derivatives_survive_bfloat16(folder):
     """
     tokenizer, examples = Tokenizer.from_pretrained(folder), load_examples("movie-sentiment")
     labels = data.tokenize_labels(["negative", "positive"], tokenizer)
-    rows = data.encode(
-        examples[:40], tokenizer, 256, data.BUILT_IN["movie-sentiment"].question, labels
-    )[0]
+    question = BUILT_IN["movie-sentiment"].question
+    rows = data.encode(examples[:40], tokenizer, 256, question, labels)[0]
     train, val, *more = [data.collate(rows[i : i + 4], tokenizer.pad_id) for i in range(0, 24, 4)]
 
     exact, low = adapted(folder, torch.float32), adapted(folder, torch.bfloat16)
