@@ -45,16 +45,25 @@ def opened(folder, mode):
         yield file
 
 
+def is_json(line):
+    try:
+        return bool(json.loads(line))
+    except ValueError:
+        return False
+
+
 def whole_lines(file):
     """
-    The lines of an open runs.jsonl as dicts, and the offset at which the last whole one ends.
+    The lines of an open runs.jsonl as dicts, and the bytes that hold them.
 
-    A last line that was torn (its process was killed, or the disk was full) is named and left out.
+    A last line that is torn (its process was killed, or the disk was full) is named and left out.
     Raises ValueError for any other line that is not a JSON object with a name.
     """
     file.seek(0)
     content = file.read()
     end = content.rfind(b"\n") + 1
+    if is_json(content[end:]):  # some editors leave out the last line's newline
+        end = len(content)
     runs = []
 
     for number, line in enumerate(content[:end].splitlines(), 1):
@@ -67,10 +76,8 @@ def whole_lines(file):
             raise ValueError(f"{where}: not a JSON object with a name")
 
     if content[end:]:
-        tqdm.write(
-            f"{file.name}: the last line is torn and is dropped; its run has to be made again"
-        )
-    return runs, end
+        tqdm.write(f"{file.name}: the last line is torn and dropped; its run has to be made again")
+    return runs, content[:end]
 
 
 def read_trajectories(folder):
@@ -89,7 +96,7 @@ def mend(folder):
     """Remove a torn last line, if there is one."""
     if (Path(folder) / "runs.jsonl").exists():
         with opened(folder, "r+b") as file:
-            file.truncate(whole_lines(file)[1])
+            file.truncate(len(whole_lines(file)[1]))
 
 
 def save(folder, result, trajectory):
@@ -102,7 +109,7 @@ def save(folder, result, trajectory):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with opened(folder, "a+b") as file:
-        runs, end = whole_lines(file)
+        runs, content = whole_lines(file)
         if any(run["name"] == result["name"] for run in runs):
             return
 
@@ -119,8 +126,9 @@ def save(folder, result, trajectory):
             about = {"axis": trajectory.axis, "snapshots": trajectory.snapshots, "layers": key}
             result = result | {"trajectory": about}
 
-        file.truncate(end)
-        file.write(json.dumps(result).encode() + b"\n")
+        file.truncate(len(content))
+        newline = b"\n" if content and not content.endswith(b"\n") else b""
+        file.write(newline + json.dumps(result).encode() + b"\n")
 
 
 def read_results(folder):
