@@ -1,4 +1,4 @@
-# The default run: SmolLM2-135M learns to tell good film reviews from bad out of 200 snippets, on a laptop.
+# The default run: SmolLM2-135M learns to tell good film reviews from bad, out of 200 snippets.
 model = "smollm2-135m"
 data = "movie-sentiment"
 method = "bidora"

@@ -1,17 +1,27 @@
 """
 What fits: a run's memory by formula, and the settings that --auto_hardware=True picks by it.
 
-Bytes, with h, q, kv, f the widths of the residual stream, queries, keys and feed-forward layer, and L layers:
-    weights        one dtype each; linear layers in nf4 0.52, in int8 1 a weight; embeddings, norms and head never quantised
-    adapters       24 for each trained number (value, gradient, AdamW's two moments, two copies to go back to), 18 with adamw8bit
-    activations    1.25 · L · (6h + 4q + 4kv + 6f) numbers a token; LoRA and ft, which keep no layer's output: (4h + 3q + 3kv + 4f)
-    second order   4 times that, and 24 · L · heads · length a token: attention without the fused kernel
-    logits         12 for each number, where a label asks for them; over a frozen head of 128 labels at a time (loss.py)
-Several devices, N (distributed.py): each sends the trained numbers' gradients once around, 2 (N - 1)/N of 4 bytes each; with --fsdp=True it keeps 1/N of
-the weights, with a block and the embeddings or the head whole at a time, and sends its share to the others twice a step, (N - 1)/N of all weights' bytes each time.
-The factors were measured on SmolLM2-135M on a CPU (float32 and bfloat16, 64 to 512 tokens); tests hold them to within 40 %.
+Bytes, for L layers; h, q, kv, f: the widths of the stream, queries, keys and feed-forward layer:
+
+    weights        one dtype each; linear layers in nf4 0.52, in int8 1 a weight; embeddings, norms
+                   and head are never quantised
+    adapters       24 for each trained number (value, gradient, AdamW's two moments, two copies for
+                   recovery), 18 with adamw8bit
+    activations    1.25 · L · (6h + 4q + 4kv + 6f) numbers a token; LoRA and ft, which keep no
+                   layer's output: (4h + 3q + 3kv + 4f)
+    second order   4 times that, and 24 · L · heads · length a token: there is no fused attention
+    logits         12 for each number at supervised positions; over a frozen head for 128 at a time
+
+Of N devices (distributed.py) each sends the trained numbers' gradients once around, 2 (N - 1)/N of
+4 bytes each. With --fsdp=True it keeps 1/N of the weights, with a block and the embeddings or the
+head whole at a time, and sends its share to the others twice a step, (N - 1)/N of all weights'
+bytes each.
+
+The factors were measured on SmolLM2-135M on a CPU (float32 and bfloat16, 64 to 512 tokens); tests
+hold the formula to within 40 %.
 """
 
+import dataclasses
 import itertools
 import math
 import platform
@@ -22,20 +32,18 @@ from pathlib import Path
 
 import torch
 
+from support import distributed
 from support.kernels import ROWS
 
 
 def peak_memory(device):
-    """Peak memory so far, in GB: allocated on a GPU; of the process on a CPU (0 on Windows, which keeps no such count)."""
+    """Peak memory so far, in GB: allocated on a GPU; of the process on a CPU (0 where unknown)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
     if status.exists():  # Linux; getrusage's count would include the parent process's
-        return next(
-            int(line.split()[1]) * 1024 / 1e9
-            for line in status.read_text().splitlines()
-            if line.startswith("VmHWM")
-        )
+        lines = status.read_text().splitlines()
+        return next(int(x.split()[1]) * 1024 / 1e9 for x in lines if x.startswith("VmHWM"))
     if platform.system() == "Windows":
         return 0.0
     import resource
@@ -44,33 +52,29 @@ def peak_memory(device):
 
 
 def free_memory(device):
-    """Memory that a run may take, in bytes; of a CPU, what the system has available, or the container allows, or None if unknown."""
+    """
+    Memory that a run may take, in bytes; of a CPU, what the system has available or the container
+    allows, or None if unknown.
+    """
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
     if not meminfo.exists():
         return None
-    free = next(
-        int(line.split()[1]) * 1024
-        for line in meminfo.read_text().splitlines()
-        if line.startswith("MemAvailable")
-    )
+    lines = meminfo.read_text().splitlines()
+    free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
     if limit.exists() and limit.read_text().strip().isdigit():
-        free = min(
-            free, int(limit.read_text()) - int((limit.parent / "memory.current").read_text())
-        )
+        used = int((limit.parent / "memory.current").read_text())
+        free = min(free, int(limit.read_text()) - used)
     return free
 
 
 def fast_dtype(device):
     """float32 or bfloat16, whichever the device is fast in, and in words, why."""
     if device.startswith("cuda"):
-        supported = torch.cuda.is_bf16_supported()
-        return (
-            (torch.bfloat16, "the GPU supports it")
-            if supported
-            else (torch.float32, "the GPU has no bfloat16")
-        )
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "the GPU supports it"
+        return torch.float32, "the GPU has no bfloat16"
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, w = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
@@ -81,15 +85,29 @@ def fast_dtype(device):
             times.append(time.perf_counter() - start)
         seconds[dtype] = statistics.median(times[1:])
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    return (
-        torch.bfloat16 if ratio > 1.5 else torch.float32,
-        f"a bfloat16 product runs at {ratio:.1f} × float32's speed here",
-    )
+    dtype = torch.bfloat16 if ratio > 1.5 else torch.float32
+    return dtype, f"a bfloat16 product runs at {ratio:.1f} × float32's speed here"
+
+
+def choose_dtype(config, device, precise):
+    """The base's dtype, as a name, and in words, why. precise: the hypergradient needs float32."""
+    if config.dtype != "auto":
+        return config.dtype, "as set"
+    if config.method == "ft":
+        return "float32", "full fine-tuning needs it"
+    if precise:
+        return "float32", "finite differences need it"
+
+    def measured():
+        dtype, why = fast_dtype(device)
+        return str(dtype).removeprefix("torch."), why
+
+    return distributed.from_first(measured, device)
 
 
 @dataclass
 class Need:
-    """Bytes that a run takes, part by part."""
+    """Bytes that a run takes."""
 
     weights: float
     adapters: float
@@ -102,17 +120,16 @@ class Need:
 
 def linear_shapes(c):
     """The (out, in) of a block's seven linear layers."""
-    h, f, q, kv = (
-        c.hidden_size,
-        c.intermediate_size,
-        c.num_attention_heads * c.head_dim,
-        c.num_key_value_heads * c.head_dim,
-    )
+    h, f = c.hidden_size, c.intermediate_size
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     return [(q, h), (kv, h), (kv, h), (h, q), (f, h), (f, h), (h, f)]
 
 
 def score_bytes(c, length):
-    """Bytes that second derivatives keep of attention's scores, a row of `length` tokens: there is no fused kernel for them."""
+    """
+    Bytes that second derivatives keep of attention's scores, for a row of `length` tokens: no fused
+    kernel has second derivatives.
+    """
     return 24 * c.num_hidden_layers * c.num_attention_heads * length**2
 
 
@@ -122,59 +139,44 @@ def need(
     itemsize,
     length,
     batch_size,
-    hvp_batch=0,
-    accumulate=1,
+    micro_batch_size=0,
+    *,
     quantize="none",
     gradient_checkpointing=False,
     rank=8,
     optimizer="adamw",
-    asked=1,
+    supervised=1,
 ):
     """
-    The Need of training a model (a ModelConfig) by the file's formula, all seven linear layers adapted.
+    The Need of training a model (a ModelConfig) by the file's formula, all seven linear layers
+    adapted.
 
-    itemsize: bytes of the base's dtype; length: tokens a row; asked: labels a row.
+    method: an entry of bidora.METHODS, or None for full fine-tuning; itemsize: bytes of the base's
+    dtype; length: tokens a row; supervised: positions of a row.
     """
     h, f, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    magnitude = method is not None and method.magnitude
     shapes = linear_shapes(c)
     linears = L * sum(out * into for out, into in shapes)
     others = c.vocab_size * h * (1 if c.tie_word_embeddings else 2)
     linear_bytes = {"none": itemsize, "int8": 1, "nf4": 0.52, "fp4": 0.52}[quantize]
-    trained = (
-        linears + others
-        if method == "ft"
-        else L
-        * sum(rank * (out + into) + (method in ("dora", "bidora")) * out for out, into in shapes)
-    )
-    kept = (
-        (4 * h + 3 * q + 3 * kv + 4 * f)
-        if method in ("lora", "bilora", "ft")
-        else (6 * h + 4 * q + 4 * kv + 6 * f)
-    )
+    trained = L * sum(rank * (out + into) + magnitude * out for out, into in shapes)
+    if method is None:
+        trained = linears + others
+
+    kept = 6 * h + 4 * q + 4 * kv + 6 * f if magnitude else 4 * h + 3 * q + 3 * kv + 4 * f
     layer = 1.25 * kept * itemsize  # bytes a token
-
-    def plain(rows):
-        through = L * h * itemsize + 6 * layer if gradient_checkpointing else L * layer
-        return rows * length * through + 12 * c.vocab_size * (
-            rows * asked if method == "ft" else min(rows * asked, ROWS)
-        )
-
-    activations = plain(math.ceil(batch_size / accumulate))
-    if method in ("bidora", "bilora"):
-        second = (4 * L * layer * length + score_bytes(c, length)) * (
-            0.75 if gradient_checkpointing else 1
-        )
-        activations = max(
-            activations,
-            (hvp_batch or math.ceil(batch_size / accumulate))
-            * (second + 12 * asked * c.vocab_size),
-        )
-    return Need(
-        linears * linear_bytes + others * itemsize,
-        trained * (18 if optimizer == "adamw8bit" else 24),
-        activations,
-    )
+    through = L * h * itemsize + 6 * layer if gradient_checkpointing else L * layer
+    rows = micro_batch_size or batch_size
+    positions = rows * supervised if method is None else min(rows * supervised, ROWS)
+    activations = rows * length * through + 12 * c.vocab_size * positions
+    if method is not None and method.upper:
+        second = 4 * L * layer * length + score_bytes(c, length)
+        second *= 0.75 if gradient_checkpointing else 1
+        activations = max(activations, rows * (second + 12 * supervised * c.vocab_size))
+    state = trained * (18 if optimizer == "adamw8bit" else 24)
+    return Need(linears * linear_bytes + others * itemsize, state, activations)
 
 
 def sent(c, method, devices, itemsize=2, rank=8, fsdp=False):
@@ -184,70 +186,96 @@ def sent(c, method, devices, itemsize=2, rank=8, fsdp=False):
     return ring * (2 * 4 * whole.adapters / 24 + (2 * whole.weights if fsdp else 0))
 
 
-def choose(c, config, itemsize, longest, asked, free, shortest=2):
+def candidates(c, config, method, data):
+    """As tuples: block_size, quantize, gradient_checkpointing, micro_batch_size."""
+    floor = max(128, data["shortest"])
+    longest, batch = data["longest"], config.batch_size
+    block = min(c.max_position_embeddings, max(floor, 64 * math.ceil(longest / 64)))
+    blocks = [max(min(block, floor), block >> i) for i in range(8)]
+    kinds = ["none"] if method is None else ["none", "int8", "nf4"]
+    recompute = [True] if config.gradient_checkpointing else [False, True]
+    micro = [batch // n for n in range(1, batch + 1) if batch % n == 0]
+
+    # The last changes fastest, so it is given up first.
+    return list(
+        itertools.product(
+            [config.block_size] if config.block_size else blocks,
+            [config.quantize] if config.quantize != "auto" else kinds,
+            recompute,
+            [config.micro_batch_size] if config.micro_batch_size else micro,
+        )
+    )
+
+
+def choose(c, config, method, itemsize, data, free):
     """
     What --auto_hardware=True picks: (a dict of settings, lines that say why).
 
-    The rule: of all choices whose formula fits in 80 % of the free memory, the one that gives up least. First a step's gradient is
-    taken in more parts (the same result), then activations are computed twice (one more forward pass), then the base is quantised
-    (other weights), then rows are cut shorter (less text). What the user has set is not touched; neither is batch_size, so that a
-    run has the same result on any machine.
+    The rule: of all choices whose formula fits in 80 % of the free memory, the one that gives up
+    least. First a step's gradient is taken in smaller micro-batches (the same result), then
+    activations are recomputed (one more forward pass), then the base is quantised (other weights),
+    then rows are cut shorter (less text). A setting that is not at its default is not touched; nor
+    is batch_size, so that a run has the same result on any machine.
 
-    c: ModelConfig; config: a train.Config; longest: tokens of the longest example; asked: its labels; free: bytes; shortest: the
-    least block_size that the data's answers allow.
+    c: ModelConfig; config: a train.Config; method: as in `need`; free: bytes. data: a dict of the
+    longest row's tokens ("longest"), most supervised positions of a row ("supervised"), and the
+    least block_size that the answers allow ("shortest").
     """
-    block = min(c.max_position_embeddings, max(128, shortest, 64 * math.ceil(longest / 64)))
-    blocks = (
-        [config.block_size]
-        if config.block_size
-        else [max(min(block, max(128, shortest)), block >> i) for i in range(8)]
-    )
-    kinds = (
-        [config.quantize]
-        if config.quantize != "auto"
-        else ["none"]
-        if config.method == "ft"
-        else ["none", "int8", "nf4"]
-    )
-    checkpointing = (
-        [False, True]
-        if config.gradient_checkpointing == "auto"
-        else [config.gradient_checkpointing == "True"]
-    )
-    parts = (
-        [config.accumulate]
-        if config.accumulate
-        else [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
-    )
 
     def needed(choice):
-        block, kind, again, accumulate = choice
+        block, kind, again, rows = choice
         return need(
             c,
-            config.method,
+            method,
             itemsize,
-            min(block, longest),
+            min(block, data["longest"]),
             config.batch_size,
-            config.hvp_batch,
-            accumulate,
-            kind,
-            again,
-            config.rank,
-            config.optimizer,
-            min(asked, block),
+            rows,
+            quantize=kind,
+            gradient_checkpointing=again,
+            rank=config.rank,
+            optimizer=config.optimizer,
+            supervised=min(data["supervised"], block),
         )
 
-    choices = list(
-        itertools.product(blocks, kinds, checkpointing, parts)
-    )  # the last changes fastest, so it is given up first
+    choices = candidates(c, config, method, data)
     best = next((choice for choice in choices if needed(choice).total < 0.8 * free), choices[-1])
-    takes = needed(best)
-    picked = dict(zip(("block_size", "quantize", "gradient_checkpointing", "accumulate"), best))
-    picked["gradient_checkpointing"] = str(picked["gradient_checkpointing"])
+    names = ("block_size", "quantize", "gradient_checkpointing", "micro_batch_size")
+    picked, takes = dict(zip(names, best)), needed(best)
     fits = "fits" if takes.total < 0.8 * free else "does not fit, and nothing leaner is left to try"
-    lines = [
-        f"auto_hardware: {free / 1e9:.1f} GB free; about {takes.total / 1e9:.1f} GB needed ({takes.weights / 1e9:.1f} weights, "
-        f"{takes.adapters / 1e9:.1f} training state, {takes.activations / 1e9:.1f} activations), which {fits} in 80 % of it",
+    weights, state, activations = (
+        f"{size / 1e9:.1f}" for size in (takes.weights, takes.adapters, takes.activations)
+    )
+    return picked, [
+        f"auto_hardware: {free / 1e9:.1f} GB free; about {takes.total / 1e9:.1f} GB needed "
+        f"({weights} weights, {state} training state, {activations} activations), which {fits} in "
+        f"80 % of it",
         f"auto_hardware: {', '.join(f'{name}={value}' for name, value in picked.items())}",
     ]
-    return picked, lines
+
+
+def fit_memory(config, method, device, dtype, c, encode):
+    """
+    config with what `choose` picks, which is printed. encode: block_size -> (splits of rows, how
+    many were cut). Raises ValueError where the free memory is unknown.
+    """
+    free = distributed.from_first(lambda: free_memory(device), device)
+    if free is None:
+        raise ValueError(
+            "auto_hardware=True: this system does not say how much memory is free; set quantize, "
+            "micro_batch_size, gradient_checkpointing and block_size yourself"
+        )
+    splits, _ = encode(config.block_size or c.max_position_embeddings)
+    rows = [row for split in splits.values() for row in split]
+    supervised = [sum(label != -100 for label in row.labels) for row in rows]
+    answers = any(
+        label == -100 for row in rows for label in row.labels[1:]
+    )  # never cut, unlike text
+    data = {
+        "longest": max(len(row.labels) for row in rows),
+        "supervised": max(supervised),
+        "shortest": max(supervised) + 1 if answers else 2,
+    }
+    picked, lines = choose(c, config, method, getattr(torch, dtype).itemsize, data, free)
+    print(*lines, sep="\n")
+    return dataclasses.replace(config, **picked)

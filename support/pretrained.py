@@ -34,7 +34,7 @@ def is_hub_name(name):
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) is not None and not Path(base).exists()
 
 
-def find_model(name, revision=None):
+def find_model(name):
     """
     Return a model's folder (a Path), downloading or writing it the first time.
 
@@ -43,12 +43,11 @@ def find_model(name, revision=None):
     repository that can't be read (gated, private, offline); ValueError for a revision of anything
     that is not on the hub.
     """
-    base, own = split_revision(name)
-    revision = own or revision
+    base, revision = split_revision(name)
     if is_hub_name(name):
         return from_hub(base, revision)
 
-    if revision and (base in BUILT_IN or Path(base).expanduser().exists() or not own):
+    if revision and (base in BUILT_IN or Path(base).expanduser().exists()):
         raise ValueError(
             f"revision={revision} goes with a name on the hub (owner/name); {base!r} is not one"
         )

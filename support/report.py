@@ -1,25 +1,107 @@
-"""What a run leaves for its reader: the curves of its losses, and the table at its end."""
+"""What a run says: what it will do, the final table, the curves, and what to try next."""
 
+import shlex
+import sys
 from pathlib import Path
 
+from support import distributed, hardware
 from support.files import replacing
+
+START = """Start with:
+    python train.py --config=small.py    (downloads 95 MB, takes some 3 minutes on two CPU cores)
+    python train.py --config=tiny.py     (downloads nothing, takes seconds)"""
+
+
+def announce(task, method, second_order):
+    """
+    Print what a run is about to do, and on what. method: its entry of bidora.METHODS, or None.
+    """
+    config, tokenizer = task.config, task.tokenizer
+    packed = "" if config.quantize == "none" else f"{config.quantize} and "
+    print(
+        f"{config.method} on {config.model}, {packed}{task.dtype} on {task.device} ({task.why}): "
+        f"{task.weight_bytes / 1e6:.0f} MB of weights"
+    )
+    if distributed.WORLD_SIZE > 1:
+        own = f", and {task.local_weight_bytes / 1e6:.0f} MB of weights" if config.fsdp else ""
+        print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{own}")
+    counts = ", ".join(f"{len(examples)} {name}" for name, examples in task.splits.items())
+    labels = f"; labels {', '.join(task.label_ids)}" if task.label_ids else ""
+    print(f"data: {config.train_file or config.data}: {counts}{labels}")
+    if task.cut:
+        print(
+            f"{task.cut} examples were longer than block_size={config.block_size} tokens: "
+            f"cut on the left, their answers kept"
+        )
+    if tokenizer.library_reason:
+        print(
+            f"the tokenizers library splits the text, since tiktoken can't: "
+            f"{tokenizer.library_reason}"
+        )
+    if not tokenizer.has_chat_template:
+        print("the tokenizer has no chat template: a plain one (User: … Assistant: …) is used")
+    print(trainable(task.sizes))
+    if second_order:
+        warn_of_scores(task)
+    announce_phases(config, method)
+
+
+def trainable(sizes):
+    return f"trainable parameters: {sizes['lower']:,} lower level, {sizes['upper']:,} upper level"
+
+
+def warn_of_scores(task):
+    """Say it when attention's scores, which second derivatives keep, take more than a GB."""
+    rows = task.config.micro_batch_size or task.config.batch_size
+    longest = max(len(row.labels) for row in task.encoded["train"])
+    scores = rows * hardware.score_bytes(task.model.config, longest)
+    if scores > 1e9:
+        print(
+            f"second derivatives keep attention's scores, which grow with the square of the "
+            f"length: up to {scores / 1e9:.0f} GB for {rows} rows of {longest} tokens; "
+            f"--micro_batch_size=1 or a smaller --block_size lowers that"
+        )
+
+
+def announce_phases(config, method):
+    if method is None or method.upper is None:
+        print(f"train: {config.search_steps + config.retrain_steps} steps, on train + val")
+        return
+    lower, upper = method.names
+    print(
+        f"search: {config.search_steps} steps, {lower} on train, {upper} on val by the "
+        f"{config.hypergradient} hypergradient"
+    )
+    if config.retrain_steps:
+        start = "a fresh start" if config.final_init == "fresh" else "where search ended"
+        print(
+            f"retrain: {config.retrain_steps} steps, {lower} on train + val from {start}, "
+            f"{upper} fixed"
+        )
+
+
+def announce_before(before):
+    """Print how good the model is before training."""
+    shown = next(name for name in ("test", "val", "train") if before[name])
+    accuracy, loss = before[shown]["accuracy"], before[shown]["loss"]
+    print(f"before training: {shown} accuracy {accuracy:.1%}, loss {loss:.3f}", flush=True)
 
 
 def plot_losses(path, metrics, results):
-    """Draw train and val loss over the steps, the phases marked, with the test loss before and after."""
-    from matplotlib.figure import (
-        Figure,  # without pyplot: no window, and a notebook's own settings stay
-    )
+    """
+    Draw train and val loss over the steps, the phases marked, with the test loss before and after.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no window, and a notebook's settings stay
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label, color in (
-        ("train_loss", "train batch", "tab:blue"),
-        ("val_loss", "val batch", "tab:orange"),
+    for key, label, color, style in (
+        ("train_loss", "train batch", "#0072B2", "-"),
+        ("val_loss", "val batch", "#E69F00", "--"),
     ):
         points = [(line["step"], line[key]) for line in metrics if key in line]
         if points:
-            axes.plot(*zip(*points), label=label, color=color, linewidth=1.2)
+            axes.plot(*zip(*points), label=label, color=color, linestyle=style, linewidth=1.2)
     if results["after"]["test"]:
         losses = [results[when]["test"]["loss"] for when in ("before", "after")]
         axes.plot([0, len(metrics)], losses, "k^", label="test, before and after")
@@ -34,26 +116,65 @@ def plot_losses(path, metrics, results):
 
 
 def table(results):
-    """The final table, and what to try next."""
-    parts = [name for name in ("train", "val", "test") if results["after"][name]]
-    lines = ["", "".join(f"{head:>16}" for head in ("", *parts))]
-    lines.append(
-        "".join(
-            f"{cell:>16}" for cell in ("examples", *(results["evaluated"][part] for part in parts))
-        )
-    )
+    """The final table."""
+    splits = [name for name in ("train", "val", "test") if results["after"][name]]
+
+    def row(*cells):
+        return "".join(f"{cell:>16}" for cell in cells)
+
+    lines = ["", row("", *splits), row("examples", *(results["evaluated"][s] for s in splits))]
     for what, form in (("accuracy", "{:.1%}"), ("loss", "{:.3f}")):
         for when in ("before", "after"):
-            values = [form.format(results[when][part][what]) for part in parts]
-            lines.append("".join(f"{cell:>16}" for cell in (f"{what} {when}", *values)))
-    sizes, seconds, out = results["trainable_parameters"], results["seconds"], results["out_dir"]
-    lines += [
-        "",
-        f"trainable parameters: {sizes['lower']:,} lower level, {sizes['upper']:,} upper level",
-        f"seconds: {', '.join(f'{phase} {value:.0f}' for phase, value in seconds.items())}",
-        f"peak memory: {results['peak_memory_gb']:.2f} GB, "
-        f"{results['peak_memory_beyond_start_gb']:.2f} GB of it beyond Python and torch",
-        "",
-        f"saved in {out}: {', '.join(sorted(p.name for p in Path(out).iterdir()))}",
-    ]
-    return "\n".join(lines)
+            values = [form.format(results[when][split][what]) for split in splits]
+            lines.append(row(f"{what} {when}", *values))
+    seconds = ", ".join(f"{phase} {value:.0f}" for phase, value in results["seconds"].items())
+    peak, beyond = results["peak_memory_gb"], results["peak_memory_beyond_start_gb"]
+    files = ", ".join(sorted(path.name for path in Path(results["out_dir"]).iterdir()))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            trainable(results["trainable_parameters"]),
+            f"seconds: {seconds}",
+            f"peak memory: {peak:.2f} GB, {beyond:.2f} GB of it beyond Python and torch",
+            "",
+            f"saved in {results['out_dir']}: {files}",
+        ]
+    )
+
+
+def without(arguments, *names):
+    """A command line without the settings of these names."""
+    return [a for a in arguments if a.partition("=")[0].removeprefix("--") not in names]
+
+
+def next_commands(out, arguments, prompt, other, fsdp):
+    """
+    What to try after a run. other: another method; fsdp: whether the run was started by torchrun.
+    """
+    kept = without(arguments, "method", "out_dir", "overwrite", "resume", "fsdp")
+    again = shlex.join(kept + ["--fsdp=False"] * fsdp)
+    return (
+        f'next:\n  python sample.py --adapter={out} --prompt="{prompt}"\n'
+        f"  python train.py {again} --method={other} --out_dir={out}-{other}"
+        f"    # the same data and budget"
+    )
+
+
+def failed(error):
+    """
+    Say what was wrong, once for each machine, whose files and network may differ; exit status 2.
+    """
+    if distributed.LOCAL_RANK == 0:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def stopped(error, arguments):
+    """Say how to resume a run that ended at a signal; its exit status."""
+    command = f"python train.py {shlex.join(without(arguments, 'resume', 'overwrite'))}"
+    if distributed.WORLD_SIZE > 1:
+        command = "the same torchrun command and"
+    if distributed.LOCAL_RANK == 0:
+        print(f"{error}; resume it with: {command} --resume=True", file=sys.stderr)
+    return 128 + error.signum

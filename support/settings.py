@@ -1,8 +1,10 @@
 """
 A command line for a dataclass: its fields are the settings, their comments the help.
 
-Values come from the field's default, then from a config file (Python that sets names, or a JSON object), then from --name=value, each
-brought into the field's type. Wrong names get the closest right one suggested.
+Values come from the field's default, then from a config file (Python that sets names, or a JSON
+object), then from --name=value, each converted to the field's type. A wrong name gets the closest
+right one suggested. In the dataclass, a line `# …` heads a group, and a line `#: …` continues a
+field's comment.
 """
 
 import dataclasses
@@ -17,11 +19,18 @@ from pathlib import Path
 from support.files import read_json
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+KINDS = {
+    tuple: "a list of names",
+    bool: "True or False",
+    str: "text",
+    int: "an integer",
+    float: "a number",
+}
 
 
 def suggest(name, known):
     """The end of a message about an unknown name: the closest known one, or all of them."""
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(str(name), known, n=1)
     return (
         f"; did you mean {close[0]!r}?"
         if close
@@ -30,7 +39,10 @@ def suggest(name, known):
 
 
 def typed(field, value, where):
-    """A value from the command line (a string) or a config file, in the field's type. Raises ValueError."""
+    """
+    A value from the command line (a string) or a config file, in the field's type. Raises
+    ValueError.
+    """
     kind = field.type
     try:
         if kind is tuple:
@@ -45,68 +57,76 @@ def typed(field, value, where):
             if str(value).lower() in ("true", "false"):
                 return str(value).lower() == "true"
         elif kind is str:
-            if isinstance(value, (str, Path, bool)):  # True is a choice beside "auto"
+            if isinstance(value, (str, Path)):
                 return str(value)
-        elif not isinstance(value, bool) and kind(value) == float(value):  # 8.5 is no int
+        elif not isinstance(value, bool) and kind(value) == float(value):  # 8.5 is not an int
             return kind(value)
     except (TypeError, ValueError, OverflowError):
         pass
-    words = {
-        tuple: "a list of names",
-        bool: "True or False",
-        str: "text",
-        int: "a whole number",
-        float: "a number",
-    }
-    raise ValueError(f"{where}: {field.name}={value!r} is not {words[kind]}")
+    raise ValueError(f"{where}: {field.name}={value!r} is not {KINDS[kind]}")
 
 
-def read(kind, arguments):
+def read(kind, arguments, renamed=None):
     """
-    Read a command line into an instance of the dataclass `kind`; returns it and the path of its config file, or None.
+    Read a command line into an instance of the dataclass `kind`; returns it and its config file's
+    path, or None.
 
-    arguments: a list of --name=value; --config=file is looked up as it stands, then in configs/.
-    Raises ValueError or FileNotFoundError with one line that names what is wrong and where.
+    arguments: a list of --name=value, or --name for True; --config=file is looked up as it stands,
+    then in configs/. renamed: {a name of earlier versions: what to write instead}. Raises
+    ValueError or FileNotFoundError with one line that names what is wrong and where.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
+
+    def known(name, where, shown):
+        if name in (renamed or {}):
+            raise ValueError(f"{where}{shown} is a setting of earlier versions: {renamed[name]}")
+        if name not in fields:
+            raise ValueError(f"{where}unknown setting {shown}" + suggest(name, ["config", *fields]))
+
     given = {}
     for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
+        if not argument.startswith("--"):
             raise ValueError(f"argument {argument!r}: write --name=value")
-        if name not in fields and name != "config":
-            raise ValueError(f"unknown setting --{name}" + suggest(name, ["config", *fields]))
+        if name != "config":
+            known(name, "", f"--{name}")
+        if not equals and name in fields and fields[name].type is bool:
+            value = "True"  # --chat is --chat=True
+        elif not equals:
+            raise ValueError(f"argument {argument!r}: write --name=value")
         given[name] = value
+
     values, path = {}, None
     if "config" in given:
-        path = Path(given.pop("config"))
-        path = path if path.exists() else CONFIGS / path
-        if not path.is_file():
-            known = sorted(
-                file.name for file in CONFIGS.iterdir() if file.suffix in (".py", ".json")
-            )
-            raise FileNotFoundError(
-                f"no config file {path.name!r}, here or in {CONFIGS.name}/"
-                + suggest(path.name, known)
-            )
-        for name, value in (read_json(path) if path.suffix == ".json" else run(path)).items():
-            if name not in fields:
-                raise ValueError(f"{path}: unknown setting {name!r}" + suggest(name, fields))
+        path = find_config(given.pop("config"))
+        contents = read_json(path) if path.suffix == ".json" else run(path)
+        for name, value in contents.items():
+            known(name, f"{path}: ", repr(name))
             values[name] = typed(fields[name], value, path)
     values |= {name: typed(fields[name], value, "command line") for name, value in given.items()}
     return kind(**values), path
 
 
+def find_config(name):
+    """The path of a config file, as it stands or in configs/. Raises FileNotFoundError."""
+    path = Path(name) if Path(name).exists() else CONFIGS / name
+    if not path.is_file():
+        known = sorted(file.name for file in CONFIGS.iterdir() if file.suffix in (".py", ".json"))
+        raise FileNotFoundError(
+            f"no config file {path.name!r}, here or in {CONFIGS.name}/" + suggest(path.name, known)
+        )
+    return path
+
+
 def run(path):
-    """The names that a config file sets, but modules and names that begin with _. Raises ValueError naming its line."""
+    """
+    The names that a config file sets, but modules and names that begin with _. Raises ValueError.
+    """
     try:
         names = runpy.run_path(str(path))
     except Exception as error:  # whatever the user's file does
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == str(path)
-        ]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", "?")
         raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     return {
@@ -117,16 +137,17 @@ def run(path):
 
 
 def help_text(kind):
-    """Every field with its default and its comment, read from the dataclass's own source."""
-    lines = ["settings:"]
+    """Every field with its default and its comment, in groups, from the dataclass's own source."""
+    lines = []
     for line in inspect.getsource(kind).splitlines()[2:]:
         if match := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):
             name, comment = match.groups()
             default = getattr(kind, name)
-            lines += [
-                f"  --{name}={','.join(default) if isinstance(default, tuple) else default}",
-                f"        {comment}",
-            ]
+            shown = ",".join(default) if isinstance(default, tuple) else default
+            lines += [f"  --{name}={shown}", f"        {comment}"]
+        elif match := re.fullmatch(r"    #: (.*)", line):
+            lines.append(f"        {match.group(1)}")
         elif match := re.fullmatch(r"    # (.*)", line):
-            lines += ["", match.group(1)]
-    return "\n".join(lines)
+            header = lines and not lines[-1].startswith(" ") and lines[-1]
+            lines += [match.group(1)] if header else ["", match.group(1)]
+    return "\n".join(["settings:", *lines])

@@ -224,15 +224,6 @@ class Tokenizer:
         """ChatTemplate.render, by the name that it has in transformers."""
         return self.chat.render(messages, add_generation_prompt)
 
-    def conversation(self, messages):
-        """As ChatTemplate.conversation."""
-        return self.chat.conversation(messages)
-
-    @property
-    def end_of_turn(self):
-        """As ChatTemplate.end_of_turn."""
-        return self.chat.end_of_turn
-
     @cached_property
     def stop_ids(self):
         """The tokens that end an answer: end of text, end of turn, generation_config.json's."""

@@ -2,7 +2,8 @@ import os
 import sys
 from pathlib import Path
 
-# The models here are tiny: one thread is as fast as many, and stays so on a busy machine, where many wait for each other.
+# The models here are tiny: one thread is as fast as many, and stays so on a busy machine, where
+# many threads wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

@@ -178,7 +178,9 @@ def test_training_records_every_adapted_matrix_at_equal_intervals_and_at_the_end
         )
     )
     trajectory = Trajectory.load("run")
-    phases = {"search": 4, "retrain": 4} if method in train.BILEVEL else {"train": 8}
+    phases = (
+        {"search": 4, "retrain": 4} if train.is_bilevel(Config(method=method)) else {"train": 8}
+    )
     steps, wanted = 0, []
     for phase, count in phases.items():
         wanted += [

@@ -2,6 +2,10 @@
 
 import copy
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +18,6 @@ import bidora
 from bidora import (
     BiDoRAConfig,
     BiDoRALinear,
-    Rescale,
     load_adapter,
     merge,
     prepare_bidora_model,
@@ -22,7 +25,8 @@ from bidora import (
     save_adapter,
 )
 from hypergrad import create_bilevel_optimizer
-from support import quantized
+from support import kernels, peft_format, quantized
+from support.regularisers import regulariser
 
 METHODS = ("lora", "dora", "bidora")
 
@@ -30,7 +34,7 @@ METHODS = ("lora", "dora", "bidora")
 def reference(layer, x):
     """The adapted output in float64, from the formula with the matrix built."""
     W0, A, B = layer.weight.double(), layer.lora_A.double(), layer.lora_B.double()
-    W = W0 + layer.lora_alpha / layer.rank * B @ A
+    W = W0 + layer.scaling * B @ A
     if layer.lora_magnitude_vector is not None:
         W = layer.lora_magnitude_vector.double()[:, None] * W / W.norm(dim=1, keepdim=True)
     return x.double() @ W.T + (0 if layer.bias is None else layer.bias.double())
@@ -74,8 +78,8 @@ def test_factored_norm_equals_the_norm_of_the_built_matrix(rank, scale):
 
 def test_factored_norm_over_a_bf16_weight_keeps_fp32_accuracy():
     """
-    Relative 1e-4. W0·Aᵀ is a bf16 product, off by 2⁻⁹ of itself; in the norm it counts by its share, a few percent. Rounding
-    the norm itself to bf16 would be off by up to 4e-3.
+    Relative 1e-4. W0·Aᵀ is a bf16 product, off by 2⁻⁹ of itself; in the norm it counts by its
+    share, a few percent. Rounding the norm itself to bf16 would be off by up to 4e-3.
     """
     linear = nn.Linear(512, 64, bias=False).bfloat16()
     layer = trained(BiDoRALinear(512, 64, rank=8, linear=linear), 0.01)
@@ -83,6 +87,67 @@ def test_factored_norm_over_a_bf16_weight_keeps_fp32_accuracy():
     moved = (W.norm(dim=1) / layer.weight.double().norm(dim=1) - 1).abs().mean()
     assert moved > 1e-3  # the update is large enough to matter
     torch.testing.assert_close(layer.direction_norm().double(), W.norm(dim=1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", ["dora", "bidora"])
+def test_forward_computes_the_equation_that_the_layer_shows(method):
+    """Value and gradients of all three factors, in float64: 1e-10, other orders of sums."""
+    base = nn.Linear(10, 7).double()
+    layer = trained(BiDoRALinear(10, 7, rank=3, method=method, linear=base))
+    x = torch.randn(4, 10, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), layer.reference_forward(x), rtol=1e-10, atol=1e-12)
+    factors = [layer.lora_A, layer.lora_B, layer.lora_magnitude_vector]
+    ours, shown = (
+        torch.autograd.grad(forward(x).square().sum(), factors)
+        for forward in (layer, layer.reference_forward)
+    )
+    torch.testing.assert_close(ours, shown, rtol=1e-10, atol=1e-10)
+
+
+def test_a_methods_own_scale_survives_saving(tmp_path, monkeypatch):
+    """rsLoRA (arXiv 2312.03732) as an entry of METHODS: what is saved gives the same outputs."""
+    monkeypatch.setitem(
+        bidora.METHODS, "rslora", bidora.Method(scale=lambda alpha, rank: alpha / rank**0.5)
+    )
+    base, x = mlp(), torch.randn(3, 12)
+    model = replace_linear_with_bidora(copy.deepcopy(base), 4, ["0", "2"], method="rslora")
+    for layer in bidora.adapter_layers(model).values():
+        trained(layer)
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(load_adapter(base, tmp_path)(x), model(x))
+
+
+COPIED = """
+import sys
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from bidora import BiDoRAConfig, merge, prepare_bidora_model
+from hypergrad import HYPERGRADIENTS, create_bilevel_optimizer
+
+assert "support" not in sys.modules
+x, y = torch.randn(32, 16), torch.randn(32, 8)
+for name in HYPERGRADIENTS:
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8))
+    prepare_bidora_model(model, BiDoRAConfig(rank=4, dropout=0.0, target_modules=["0", "2"]))
+    optimizer = create_bilevel_optimizer(model, 1e-2, 1e-2, hypergradient=name)
+    losses = [
+        optimizer.bilevel_step(lambda model, batch: F.mse_loss(model(x), y), None, None)[0]
+        for _ in range(20)
+    ]
+    assert losses[-1] < losses[0], name
+    before = model(x)
+    torch.testing.assert_close(merge(model)(x), before)
+"""
+
+
+def test_the_two_files_alone_train_ordinary_layers(tmp_path):
+    for name in ("bidora.py", "hypergrad.py"):
+        shutil.copy(Path(bidora.__file__).with_name(name), tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COPIED], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("shape", [(10,), (1, 10), (2, 3, 10), (0, 10)])
@@ -100,7 +165,9 @@ def test_rescaling_in_place_has_right_first_and_second_derivatives(bias):
     )
 
     def rescale(y, change):
-        return Rescale.apply(y * 1, change, bias)  # y itself is a leaf, which can't be written into
+        return kernels.rescale(
+            y * 1, change, bias
+        )  # y itself is a leaf, which can't be written into
 
     plain = (y if bias is None else y - bias) * (1 + change) + (0 if bias is None else bias)
     torch.testing.assert_close(rescale(y, change), plain)
@@ -177,8 +244,8 @@ def test_detached_norm_gives_pefts_gradients():
 
 def test_a_magnitude_change_of_half_a_percent_survives_bf16():
     """
-    On average over the outputs, to 0.1 %. As a bf16 factor 1.005 would be 1.0078. (A change below 0.2 % is lost all the
-    same: it is less than half of bf16's step at the output.)
+    On average over the outputs, to 0.1 %. As a bf16 factor 1.005 would be 1.0078. (A change below
+    0.2 % is lost all the same: it is less than half of bf16's step at the output.)
     """
     layer = BiDoRALinear(64, 2000, bias=False, linear=nn.Linear(64, 2000, bias=False).bfloat16())
     x = torch.randn(50, 64).bfloat16()
@@ -266,8 +333,8 @@ def test_saved_adapter_loads_bit_for_bit(tmp_path, method):
     for layer in bidora.adapter_layers(model).values():
         trained(layer)
     save_adapter(model, tmp_path)
-    loaded = bidora.adapter_tensors(load_adapter(plain, tmp_path))
-    own = bidora.adapter_tensors(model)
+    loaded = peft_format.named_tensors(bidora.adapter_layers(load_adapter(plain, tmp_path)))
+    own = peft_format.named_tensors(bidora.adapter_layers(model))
     assert own.keys() == loaded.keys() and all(torch.equal(own[key], loaded[key]) for key in own)
     x = torch.randn(3, 12)
     assert torch.equal(plain(x), model(x))
@@ -310,7 +377,7 @@ def test_we_load_what_peft_saves_and_pass_it_on(tmp_path, use_dora, options):
     base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
     ours, again = copy.deepcopy(base), copy.deepcopy(base)
     peer = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, use_dora=use_dora, **options)).eval()
-    for name, parameter in peer.named_parameters():
+    for parameter in peer.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
     peer.save_pretrained(tmp_path / "theirs")
@@ -319,15 +386,13 @@ def test_we_load_what_peft_saves_and_pass_it_on(tmp_path, use_dora, options):
         torch.testing.assert_close(model(ids).logits, peer(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------- the column axis, BiLoRA, regularisers
+# ------------------------------------------------------------------------------- the column axis,
+# BiLoRA, regularisers
 
 
 def column_reference(layer, x):
     """W' with a magnitude for each column, in float64, from the formula with the matrix built."""
-    W = (
-        layer.weight.double()
-        + layer.lora_alpha / layer.rank * layer.lora_B.double() @ layer.lora_A.double()
-    )
+    W = layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
     return (
         x.double() @ (layer.lora_magnitude_vector.double() * W / W.norm(dim=0, keepdim=True)).T
         + layer.bias.double()
@@ -336,7 +401,10 @@ def column_reference(layer, x):
 
 @pytest.mark.parametrize("method", ["dora", "bidora"])
 def test_column_magnitudes_scale_the_inputs(method):
-    """Value and every gradient against the built matrix; equal to the base before training; merged alike."""
+    """
+    Value and every gradient against the built matrix; equal to the base before training; merged
+    alike.
+    """
     base, x = nn.Linear(9, 14), torch.randn(5, 9)
     layer = BiDoRALinear(9, 14, 3, method=method, magnitude_axis="column", linear=base)
     torch.testing.assert_close(layer(x), base(x), rtol=1e-5, atol=1e-6)
@@ -371,29 +439,29 @@ def test_column_adapters_are_ours_to_load_and_peft_refuses_them(tmp_path):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)
 
 
-@pytest.mark.parametrize("kind, start", [("real", 1.0), ("softmax", 1.0), ("binary", 0.5)])
-def test_bilora_puts_singular_values_between_the_factors(tmp_path, kind, start):
+@pytest.mark.parametrize(
+    "method, start", [("bilora", 1.0), ("bilora_softmax", 1.0), ("bilora_binary", 0.5)]
+)
+def test_bilora_puts_singular_values_between_the_factors(tmp_path, method, start):
     """Against the built matrix; PEFT loads it as LoRA, λ folded in, with equal logits."""
     base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
     model = replace_linear_with_bidora(
-        copy.deepcopy(base).requires_grad_(False),
-        4,
-        ["q_proj", "up_proj"],
-        method="bilora",
-        lambda_kind=kind,
+        copy.deepcopy(base).requires_grad_(False), 4, ["q_proj", "up_proj"], method=method
     )
     torch.testing.assert_close(model(ids).logits, base(ids).logits, rtol=1e-5, atol=1e-5)
     for layer in bidora.adapter_layers(model).values():
-        torch.testing.assert_close(bidora.LAMBDAS[kind](layer.lora_lambda), torch.full((4,), start))
+        torch.testing.assert_close(
+            bidora.METHODS[method].singular_values(layer.lora_lambda), torch.full((4,), start)
+        )
         trained(layer)
         nn.init.normal_(layer.lora_lambda, std=0.3)
     layer, x = next(iter(bidora.adapter_layers(model).values())), torch.randn(5, 32)
     raw = layer.lora_lambda.detach()
     values = {
-        "real": 1 + raw,
-        "softmax": 4 * raw.exp() / raw.exp().sum(),
-        "binary": 1 / (1 + (-raw / 0.1).exp()),
-    }[kind]
+        "bilora": 1 + raw,
+        "bilora_softmax": 4 * raw.exp() / raw.exp().sum(),
+        "bilora_binary": 1 / (1 + (-raw / 0.1).exp()),
+    }[method]
     W = layer.weight + layer.scaling * layer.lora_B @ torch.diag(values) @ layer.lora_A
     torch.testing.assert_close(layer(x), x @ W.T, rtol=1e-4, atol=1e-5)
     assert {p.shape for p in bidora.upper_parameters(model)} == {(4,)} and len(
@@ -415,7 +483,10 @@ def test_bilora_puts_singular_values_between_the_factors(tmp_path, kind, start):
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize("axis", ["row", "column"])
 def test_the_gram_regulariser_is_the_one_of_the_built_directions(axis, quantize):
-    """‖C - I‖ of the unit rows' (columns') cosines, and its gradient, against the matrix built in float64."""
+    """
+    ‖C - I‖ of the unit rows' (columns') cosines, and its gradient, against the matrix built in
+    float64.
+    """
     weight = torch.randn(20, 64)
     base = (
         nn.Linear(64, 20)
@@ -430,9 +501,9 @@ def test_the_gram_regulariser_is_the_one_of_the_built_directions(axis, quantize)
     D = torch.nn.functional.normalize(W, dim=1 if axis == "row" else 0)
     C = D @ D.T if axis == "row" else D.T @ D
     truth = (C - torch.eye(len(C))).norm()
-    torch.testing.assert_close(layer.regulariser().double(), truth, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(regulariser([layer]).double(), truth, rtol=1e-4, atol=1e-5)
     for ours, expected in zip(
-        torch.autograd.grad(layer.regulariser(), [layer.lora_A, layer.lora_B]),
+        torch.autograd.grad(regulariser([layer]), [layer.lora_A, layer.lora_B]),
         torch.autograd.grad(truth, [A, B]),
     ):
         torch.testing.assert_close(
@@ -445,20 +516,14 @@ def test_biloras_regulariser_makes_its_factors_orthonormal():
     optimizer = torch.optim.Adam([layer.lora_A, layer.lora_B], lr=0.05)
     for _ in range(300):
         optimizer.zero_grad()
-        layer.regulariser().backward()
+        regulariser([layer]).backward()
         optimizer.step()
     torch.testing.assert_close(layer.lora_B.T @ layer.lora_B, torch.eye(3), rtol=0, atol=1e-3)
     torch.testing.assert_close(layer.lora_A @ layer.lora_A.T, torch.eye(3), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
-    "option",
-    [
-        {"method": "adalora"},
-        {"magnitude_axis": "diagonal"},
-        {"lambda_kind": "complex"},
-        {"norm_grad": "none"},
-    ],
+    "option", [{"method": "adalora"}, {"magnitude_axis": "diagonal"}, {"norm_grad": "none"}]
 )
 def test_an_unknown_choice_is_refused_by_name(option):
     ((name, value),) = option.items()
@@ -480,7 +545,7 @@ def test_each_method_trains_the_right_parameters_at_each_level():
         assert names(bidora.lower_parameters(model), model) == (
             direction if use_bidora else direction | magnitude
         )
-    bidora.freeze_magnitude(model)
+    bidora.start_retrain(model)
     assert names(
         bidora.lower_parameters(model), model
     ) == direction and not bidora.upper_parameters(model)
@@ -523,8 +588,8 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path):
         ({"use_dora": False}, "contradict"),
         ({"init_lora_weights": "pissa"}, "changes the base"),
         ({"peft_type": "LOHA"}, "LOHA"),
-        ({"lora_alpha": None}, "no number"),
-        ({"alpha_pattern": {"(": 3}}, "no regular expression"),
+        ({"lora_alpha": None}, "not a number"),
+        ({"alpha_pattern": {"(": 3}}, "invalid regular expression"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
         with pytest.raises(ValueError, match=named):
@@ -532,7 +597,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "target_modules": ["0"]})
     )
-    with pytest.raises(ValueError, match="lora_alpha .* is missing"):
+    with pytest.raises(ValueError, match="lora_alpha.* is missing"):
         load_adapter(mlp(), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     weights = tmp_path / "adapter_model.safetensors"

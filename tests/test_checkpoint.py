@@ -1,4 +1,7 @@
-"""A run that is killed, stopped, out of disk or damaged goes on as if nothing had been; or says in one line why not."""
+"""
+A run that is killed, stopped, out of disk or damaged goes on as if nothing had been; or says in one
+line why not.
+"""
 
 import json
 import os
@@ -13,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import train
-from support import checkpoint
+from support import checkpoint, run_folder
 from train import Config
 
 ROOT = Path(train.__file__).parent
@@ -28,12 +31,14 @@ TINY = dict(
     checkpoint_every=2,
     snapshots=2,
 )
-RUNS = {  # what is hardest to put back: random masks, kept lower steps, several upper steps, 8-bit moments, whole models
+# What is hardest to restore: random masks, kept lower steps, several upper steps, 8-bit moments,
+# whole models.
+RUNS = {
     "bidora": dict(
-        method="bidora", dropout=0.1, upper_every=2, unroll_steps=2, precondition="adam"
+        method="bidora", dropout=0.1, upper_every=2, hypergradient_steps=2, precondition="adam"
     ),
     "bilora": dict(method="bilora", upper_steps=2, hypergradient="neumann"),
-    "dora": dict(method="dora", dropout=0.1, accumulate=2),
+    "dora": dict(method="dora", dropout=0.1, micro_batch_size=2),
     "lora": dict(method="lora", optimizer="adamw8bit"),
     "ft": dict(method="ft"),
 }
@@ -55,7 +60,8 @@ def counted(function):
         return function(*arguments, **options)
     return wrapper
 
-os.replace, data.parts = counted(os.replace), counted(data.parts)  # each write's last act, and each batch
+# Each write's last act, and each batch.
+os.replace, data.micro_batches = counted(os.replace), counted(data.micro_batches)
 sys.exit(train.main(sys.argv[3:]))
 """
 
@@ -147,7 +153,7 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(signum, code):
     assert process.returncode == code
     message = error.strip().splitlines()[-1]
     assert message.startswith("stopped at search step ") and message.endswith(
-        f"go on with: python train.py {' '.join(arguments)} --resume=True"
+        f"resume it with: python train.py {' '.join(arguments)} --resume=True"
     )
     done = len(lines("out/tiny"))
     assert done < 200 and [path.name for path in checkpoint.names("out/tiny")][-1] == f"{done:06d}"
@@ -157,7 +163,7 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(signum, code):
 
 
 def test_a_second_interrupt_leaves_at_once():
-    with checkpoint.asked_to_stop() as signals:
+    with checkpoint.stop_signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         assert signals == [signal.SIGINT]
@@ -168,7 +174,9 @@ def test_a_second_interrupt_leaves_at_once():
 
 
 def stopped_run(folder, monkeypatch, after=3, **settings):
-    """A run in `folder` that ran out of disk at its checkpoint number `after`; returns its error."""
+    """
+    A run in `folder` that ran out of disk at its checkpoint number `after`; returns its error.
+    """
     calls = 0
 
     def save_file(tensors, path):
@@ -192,10 +200,12 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_elsewhe
     assert (
         "full/checkpoints/000006" in message
         and "No space left on device" in message
-        and "--resume=full --out_dir=..." in message
+        and "--resume=True" in message
+        and "--out_dir" in message
     )
     assert sorted(path.name for path in Path("full/checkpoints").iterdir()) == ["000002", "000004"]
-    train.train(Config(out_dir="elsewhere", resume="full", **TINY))
+    shutil.copytree("full", "elsewhere")
+    train.train(Config(out_dir="elsewhere", resume=True, **TINY))
     train.train(Config(out_dir="whole", **TINY))
     assert_same_run("whole", "elsewhere")
     assert not (Path("full") / "summary.json").exists()
@@ -207,7 +217,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(monkeypatch, 
     content = bytearray(newest.read_bytes())
     content[-10] ^= 1  # one bit
     newest.write_bytes(content)
-    train.train(Config(out_dir="run", resume="True", **TINY))
+    train.train(Config(out_dir="run", resume=True, **TINY))
     out = capsys.readouterr().out
     assert "checkpoint run/checkpoints/000004 is damaged" in out and "after step 2" in out
     train.train(Config(out_dir="whole", **TINY))
@@ -216,9 +226,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(monkeypatch, 
 
 def test_a_run_without_any_checkpoint_starts_again(monkeypatch, capsys):
     stopped_run("run", monkeypatch, after=1)
-    train.train(Config(out_dir="run", resume="True", **TINY))
+    train.train(Config(out_dir="run", resume=True, **TINY))
     assert "run has no checkpoint yet" in capsys.readouterr().out
-    train.train(Config(out_dir="new", resume="True", **TINY))
+    train.train(Config(out_dir="new", resume=True, **TINY))
     assert "new holds no run to resume: starting one" in capsys.readouterr().out
     assert_same_run("run", "new")
 
@@ -226,44 +236,38 @@ def test_a_run_without_any_checkpoint_starts_again(monkeypatch, capsys):
 def test_changed_settings_and_data_are_refused_and_harmless_ones_named(monkeypatch, capsys):
     stopped_run("run", monkeypatch)
     with pytest.raises(ValueError, match=r"rank=4 \(it was 8\), lower_lr=0.5 \(it was 0.0\)"):
-        train.train(Config(out_dir="run", resume="True", rank=4, lower_lr=0.5, **TINY))
+        train.train(Config(out_dir="run", resume=True, rank=4, lower_lr=0.5, **TINY))
     with pytest.raises(
-        ValueError, match="earlier run: choose another --out_dir, go on with it by --resume=True"
+        ValueError, match="earlier run: choose another --out_dir, resume it with --resume=True"
     ):
         train.train(Config(out_dir="run", **TINY))
     state = checkpoint.names("run")[-1] / "state.json"
     about = json.loads(state.read_text())
-    state.write_text(json.dumps(about | {"data": "other"}))
+    state.write_text(json.dumps(about | {"fingerprint": "other"}))
     with pytest.raises(ValueError, match="its data or its tokenizer has changed"):
-        train.train(Config(out_dir="run", resume="True", **TINY))
+        train.train(Config(out_dir="run", resume=True, **TINY))
     state.write_text(json.dumps(about))
     metrics = Path("run/metrics.jsonl").read_text()
     Path("run/metrics.jsonl").write_text(metrics.split("\n", 1)[1])
     with pytest.raises(ValueError, match="lacks lines"):
-        train.train(Config(out_dir="run", resume="True", **TINY))
+        train.train(Config(out_dir="run", resume=True, **TINY))
     Path("run/metrics.jsonl").write_text(metrics)
-    train.train(Config(out_dir="run", resume="True", eval_batch_size=7, **TINY))
-    assert "changed since the run began: eval_batch_size=7 (it was 32)" in capsys.readouterr().out
+    train.train(Config(out_dir="run", resume=True, **TINY | dict(checkpoint_every=7)))
+    assert "changed since the run began: checkpoint_every=7 (it was 2)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="run holds a finished run: there is nothing to resume"):
-        train.train(Config(out_dir="run", resume="True", **TINY))
-    with pytest.raises(FileNotFoundError, match="resume=nowhere holds no run"):
-        train.train(Config(out_dir="other", resume="nowhere", **TINY))
-    with pytest.raises(ValueError, match="to resume run elsewhere, choose a new --out_dir"):
-        shutil.copytree("run", "copy")
-        train.train(Config(out_dir="copy", resume="run", **TINY))
+        train.train(Config(out_dir="run", resume=True, **TINY))
 
 
 def test_what_an_earlier_run_left_goes_when_the_newer_one_has_ended_however_it_went_on(monkeypatch):
     train.train(Config(out_dir="run", **TINY))
     stopped_run("run", monkeypatch, overwrite=True)  # killed: the earlier run is still beside
     assert (Path("run.previous") / "summary.json").exists()
-    train.train(Config(out_dir="run", resume="True", **TINY | dict(overwrite=True)))
+    train.train(Config(out_dir="run", resume=True, **TINY | dict(overwrite=True)))
     assert not Path("run.previous").exists()
     stopped_run("run", monkeypatch, overwrite=True)
     (Path("run") / "notes.txt").write_text("mine")
-    train.train(
-        Config(out_dir="run", overwrite=True, **TINY)
-    )  # over one that never finished: its files go, mine stay
+    # Over one that never finished: its files go, mine stay.
+    train.train(Config(out_dir="run", overwrite=True, **TINY))
     assert (
         (Path("run") / "notes.txt").exists()
         and (Path("run") / "summary.json").exists()
@@ -274,8 +278,10 @@ def test_what_an_earlier_run_left_goes_when_the_newer_one_has_ended_however_it_w
         train.train(Config(out_dir="run", overwrite=True, **TINY))
 
 
-def test_a_run_that_goes_on_elsewhere_stands_alone_at_once(monkeypatch):
+def test_a_copy_of_a_run_stands_alone(monkeypatch):
+    """Stopped again after it was copied, and without the run that it was copied from."""
     stopped_run("old", monkeypatch)
+    shutil.move("old", "new")
     calls, scale = [], train.learning_rate_scale
 
     def interrupted(*arguments):
@@ -286,9 +292,8 @@ def test_a_run_that_goes_on_elsewhere_stands_alone_at_once(monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(train, "learning_rate_scale", interrupted)
-        train.train(Config(out_dir="new", resume="old", **TINY | dict(checkpoint_every=50)))
-    shutil.rmtree("old")
-    train.train(Config(out_dir="new", resume="true", **TINY))
+        train.train(Config(out_dir="new", resume=True, **TINY | dict(checkpoint_every=50)))
+    train.train(Config(out_dir="new", resume=True, **TINY))
     train.train(Config(out_dir="whole", **TINY))
     assert_same_run("whole", "new")
     assert json.loads(Path("new/summary.json").read_text())["seconds"]["total"] > 0
@@ -303,7 +308,7 @@ def test_the_checkpoint_just_written_stays_and_stale_later_ones_go():
 
 
 def test_two_runs_in_one_folder_at_once_are_refused():
-    with checkpoint.locked("run"), pytest.raises(ValueError, match="run is in use by another run"):
+    with run_folder.locked("run"), pytest.raises(ValueError, match="run is in use by another run"):
         train.train(Config(out_dir="run", **TINY))
     assert not Path("run").exists()
     train.train(Config(out_dir="run", **TINY))

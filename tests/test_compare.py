@@ -12,7 +12,7 @@ import numpy
 import pytest
 import scipy.stats
 
-from support import checkpoint
+from support import run_folder
 from support.weight_changes import Trajectory
 from tools import compare, results
 from tools.compare import Compare
@@ -220,12 +220,17 @@ def test_a_torn_last_line_is_dropped_and_written_again(capsys):
     write([0, 1])
     path = Path("r/runs.jsonl")
     whole = path.read_bytes()
-    for kept in range(whole.index(b"\n") + 2, len(whole)):
+    path.write_bytes(whole[:-1])  # as some editors leave it: not torn
+    assert len(results.read_results("r")) == 2 and not capsys.readouterr().out
+    for kept in range(whole.index(b"\n") + 2, len(whole) - 1):
         path.write_bytes(whole[:kept])
         assert list(results.read_results("r")) == ["d-100-lora-0"]
         assert "the last line is torn" in capsys.readouterr().out
     write([1])
     assert path.read_bytes() == whole
+    path.write_bytes(whole[:-1])
+    write([2])
+    assert path.read_bytes().startswith(whole) and len(results.read_results("r")) == 3
 
 
 def test_damaged_results_are_named():
@@ -273,7 +278,7 @@ def test_sigterm_ends_the_runs_too():
     process.terminate()
     assert process.wait(60) == 130 and "the same command resumes" in process.stderr.read()
     for run in runs:
-        with checkpoint.locked(run):  # no process holds it any more
+        with run_folder.locked(run):  # no process holds it any more
             pass
     assert (
         runs

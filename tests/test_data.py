@@ -11,7 +11,8 @@ import data
 from data import Tokenizer, batches, encode, load_examples, split
 from support.pretrained import find_model
 
-# -------------------------------------------------------------------------------------------- loss masks
+# -------------------------------------------------------------------------------------------- loss
+# masks
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,8 @@ def test_batches_pad_on_the_right_and_show_every_row_each_epoch(tiny):
     assert next(batches(rows, 100, 0, 0))[0].size(0) == 10
 
 
-# ------------------------------------------------------------------------------------- files and splits
+# ------------------------------------------------------------------------------------- files and
+# splits
 
 
 def test_jsonl_formats_are_read(tmp_path):

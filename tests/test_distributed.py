@@ -1,4 +1,7 @@
-"""Two processes do what one does with the whole batch; one that dies takes the others along, and torchrun's restart goes on."""
+"""
+Two processes do what one does with the whole batch; one that dies takes the others along, and
+torchrun's restart goes on.
+"""
 
 import json
 import os
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import train
+from bidora import METHODS
 from model import ModelConfig
 from support import hardware
 from support.files import read_json, write_json
@@ -34,12 +38,12 @@ TINY = dict(
 RUNS = {
     "bidora": {},
     "dora": dict(method="dora"),
-    "lora": dict(method="lora", accumulate=2),
+    "lora": dict(method="lora", micro_batch_size=3),
     "bilora": dict(method="bilora", upper_steps=2),
     "ft": dict(method="ft", batch_size=3),
     "first_order": dict(hypergradient="first_order"),
-    "two_steps": dict(upper_every=2, unroll_steps=2, hvp_batch=1),
-    "differences": dict(mode="finite_difference"),
+    "two_steps": dict(upper_every=2, hypergradient_steps=2, micro_batch_size=1),
+    "differences": dict(hypergradient="finite_difference"),
     "adam": dict(precondition="adam"),
     "neumann": dict(hypergradient="neumann"),
     # At damping 10 the third iteration magnifies rounding: 1e-4 with seed 0, 6e-6 with seed 1.
@@ -48,22 +52,24 @@ RUNS = {
 }
 MANY = (
     "import json, sys; sys.path.insert(0, {root!r}); import train\n"
-    "for name, settings in json.loads(sys.argv[1]).items(): train.train(train.Config(out_dir=name + '-two', **settings))"
+    "for name, settings in json.loads(sys.argv[1]).items():"
+    " train.train(train.Config(out_dir=name + '-two', **settings))"
 )
 MAIN = "import sys; sys.path.insert(0, {root!r}); import train; sys.exit(train.main(sys.argv[1:]))"
 DIES = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import data, train
-batches, parts = [], data.parts
+batches, parts = [], data.micro_batches
 
 def counted(*arguments):
     batches.append(1)
-    if len(batches) == 15 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if len(batches) == 15 and os.environ["RANK"] == "1" and first:
         os.kill(os.getpid(), signal.SIGKILL)
     return parts(*arguments)
 
-data.parts = counted
+data.micro_batches = counted
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -101,8 +107,11 @@ def test_two_processes_give_what_one_gives_with_the_whole_batch():
     assert done.returncode == 0, done.stderr
     for name, settings in RUNS.items():
         results = train.train(Config(out_dir=name, **TINY | settings))
-        # Split into single rows, one process too differs by 2e-5 from itself with another split: AdamW magnifies rounding where gradients are near 0.
-        assert distance(name, f"{name}-two") < (3e-5 if "hvp_batch" in settings else 1e-5), name
+        # Split into single rows, one process too differs by 2e-5 from itself with another split:
+        # AdamW magnifies rounding where gradients are near 0.
+        assert distance(name, f"{name}-two") < (3e-5 if "micro_batch_size" in settings else 1e-5), (
+            name
+        )
         both = json.loads(Path(f"{name}-two/summary.json").read_text())
         assert both["processes"] == 2
         for part in ("train", "val", "test"):  # 21 examples on two processes: each counts once
@@ -120,7 +129,7 @@ def test_shares_of_a_batch_add_up_to_one_whatever_the_sizes():
         parts = [
             part
             for rank in range(world_size)
-            for part in data.parts((ids, labels), 2, rank, world_size)
+            for part in data.micro_batches((ids, labels), 2, rank, world_size)
         ]
         assert sum(share for _, _, share in parts) == pytest.approx(1)
         assert sorted(row for rows, _, share in parts if share for row in rows[:, 0].tolist()) == [
@@ -153,10 +162,10 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on_from_the_checkpo
 
 
 SHARED_OUT = {
-    "lora": dict(method="lora", accumulate=2, batch_size=5),
-    "dora": dict(method="dora", gradient_checkpointing="True"),
+    "lora": dict(method="lora", micro_batch_size=3, batch_size=5),
+    "dora": dict(method="dora", gradient_checkpointing=True),
     "first_order": dict(hypergradient="first_order", magnitude_axis="column"),
-    "differences": dict(mode="finite_difference"),
+    "differences": dict(hypergradient="finite_difference"),
     "bilora": dict(method="bilora", hypergradient="first_order", upper_steps=2, batch_size=1),
     "tied": dict(method="dora", model="tied-model"),
     "head": dict(method="lora", target_modules=("q_proj", "lm_head")),
@@ -249,23 +258,31 @@ def test_wrong_input_is_said_once(restarts, message):
 
 
 def test_a_process_holds_its_share_of_the_weights_and_never_copies_them_all():
-    """Memory as the system counts it: SmolLM2's 269 MB, loaded, shared out, and taken through a forward and a backward pass."""
+    """
+    Memory as the system counts it: SmolLM2's 269 MB, loaded, shared out, and taken through a
+    forward and a backward pass.
+    """
     script = """
 import gc, sys
 sys.path.insert(0, {root!r})
-import torch, bidora, distributed
+import torch
+import bidora
+from support import distributed
 from model import Transformer
 from support.pretrained import find_model
 
 def megabytes():
     gc.collect()
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1000
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1000
 
 device = distributed.start("cpu")
 if distributed.WORLD_SIZE > 1:
     distributed.give_memory_back()
 before = megabytes()
-model = Transformer.from_pretrained(find_model("smollm2-135m"), torch.bfloat16, mapped=distributed.WORLD_SIZE > 1).requires_grad_(False)
+mapped = distributed.WORLD_SIZE > 1
+model = Transformer.from_pretrained(find_model("smollm2-135m"), torch.bfloat16, mapped=mapped)
+model.requires_grad_(False)
 loaded = megabytes()
 bidora.replace_linear_with_bidora(model, 8, bidora.ALL_LINEAR, method="dora")
 adapted = megabytes()
@@ -295,7 +312,10 @@ if distributed.RANK == 0:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_bytes_sent_are_what_the_formula_says(processes):
-    """hardware.sent against a DoRA step's calls: 2 (N - 1)/N of what is reduced (a ring), (N - 1) times what is gathered of each. 1 %: padding, the loss."""
+    """
+    hardware.sent against a DoRA step's calls: 2 (N - 1)/N of what is reduced (a ring), (N - 1)
+    times what is gathered of each. 1 %: padding, the loss.
+    """
     script = """
 import sys
 sys.path.insert(0, {root!r})
@@ -312,17 +332,18 @@ def counted(name, tensor_of, function):
     return call
 
 dist.all_reduce = counted("reduced", lambda arguments, options: arguments[0], dist.all_reduce)
-dist.all_gather_single = counted("gathered", lambda arguments, options: arguments[1], dist.all_gather_single)
-parts = data.parts
+gather = dist.all_gather_single
+dist.all_gather_single = counted("gathered", lambda arguments, options: arguments[1], gather)
+parts = data.micro_batches
 def step(*arguments):
     begun.append(1)
     if len(begun) == 2:  # the second step begins: the first is over
         if train.distributed.RANK == 0:
             print("asked", asked["reduced"], asked["gathered"], flush=True)
         begun.clear()
-        data.parts = parts
+        data.micro_batches = parts
     return parts(*arguments)
-data.parts = step
+data.micro_batches = step
 sys.exit(train.main(sys.argv[1:]))
 """
     for model, fsdp in (("tiny-random", False), ("tiny-random", True), (tied_model(), True)):
@@ -340,6 +361,6 @@ sys.exit(train.main(sys.argv[1:]))
         )
         c = ModelConfig.from_hf(read_json(find_model(model) / "config.json"))
         measured = 2 * (processes - 1) / processes * reduced + (processes - 1) * gathered
-        assert hardware.sent(c, "dora", processes, 4, 8, fsdp) == pytest.approx(
+        assert hardware.sent(c, METHODS["dora"], processes, 4, 8, fsdp) == pytest.approx(
             measured, rel=0.01
         ), (fsdp, reduced, gathered)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bidora import METHODS
 from model import ModelConfig
 from support import hardware
 from support.files import read_json
@@ -40,7 +41,9 @@ def smollm2():
 def test_the_formula_is_within_40_percent_of_the_measured_peak(
     smollm2, method, quantize, checkpointing, length
 ):
-    """Weights, training state and activations of one whole iteration on SmolLM2, in a fresh process."""
+    """
+    Weights, training state and activations of one whole iteration on SmolLM2, in a fresh process.
+    """
     code = f"""
 import re, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -52,7 +55,9 @@ from support.pretrained import find_model
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 Transformer.from_pretrained(find_model("tiny-random"))
 start = peak()
-model = Transformer.from_pretrained(find_model("smollm2-135m"), torch.bfloat16, quantize={None if quantize == "none" else quantize!r})
+quantize = {None if quantize == "none" else quantize!r}
+folder = find_model("smollm2-135m")
+model = Transformer.from_pretrained(folder, torch.bfloat16, quantize=quantize)
 model.gradient_checkpointing = {checkpointing}
 model.requires_grad_(False)
 bidora.replace_linear_with_bidora(model, 8, train.Config.target_modules, method={method!r})
@@ -61,7 +66,8 @@ ids = torch.randint(0, 49152, (4, {length}))
 labels = torch.full_like(ids, -100)
 labels[:, -1] = 7
 loss_fn = lambda model, batch: model(*batch)
-optimizer.lower_step(loss_fn, (ids, labels), keep=bool(optimizer.upper))
+step = optimizer.lower_step_kept if optimizer.upper else optimizer.lower_step
+step(loss_fn, (ids, labels))
 if optimizer.upper:
     optimizer.upper_step(loss_fn, None, (ids, labels))
 print(peak() - start)
@@ -73,7 +79,7 @@ print(peak() - start)
     )
     computed = need(
         smollm2,
-        method,
+        METHODS[method],
         2,
         length,
         batch_size=4,
@@ -83,41 +89,37 @@ print(peak() - start)
     assert 0.6 < computed / measured < 1.4, (computed / 1e6, measured / 1e6)
 
 
+LONG = {"longest": 1000, "supervised": 1, "shortest": 2}
+
+
 def test_less_memory_gives_up_the_cheapest_things_first(smollm2):
-    """Parts of the batch, then computing twice, then packing, then length: each appears no later than the next, as memory shrinks."""
-    seen = []
-    for free in (64e9, 12e9, 6e9, 3e9, 2e9, 1.2e9, 0.8e9, 0.5e9, 0.1e9):
-        picked, lines = choose(
-            smollm2, Config(method="dora", batch_size=8), 2, longest=1000, asked=1, free=free
-        )
-        seen.append(
-            (
-                picked["accumulate"],
-                picked["gradient_checkpointing"],
-                picked["quantize"],
-                picked["block_size"],
-            )
-        )
-        takes = need(
+    """
+    Micro-batches, then recomputing, then packing, then length: each appears no later than the next,
+    as memory shrinks.
+    """
+    seen, config = [], Config(method="dora", batch_size=8)
+
+    def size(micro_batch_size, again, kind, block):
+        return need(
             smollm2,
-            "dora",
+            METHODS["dora"],
             2,
-            min(picked["block_size"], 1000),
+            min(block, 1000),
             8,
-            2,
-            picked["accumulate"],
-            picked["quantize"],
-            picked["gradient_checkpointing"] == "True",
+            micro_batch_size,
+            quantize=kind,
+            gradient_checkpointing=again,
         ).total
-        assert (takes < 0.8 * free) == (
-            " fits " in " ".join(lines).replace("not fit", "")
-        ) or free == 0.1e9
-    assert seen[0] == (1, "False", "none", 1024) and seen[-1] == (8, "True", "nf4", 128)
+
+    for free in (64e9, 12e9, 6e9, 3e9, 2e9, 1.2e9, 0.8e9, 0.5e9, 0.1e9):
+        picked, lines = choose(smollm2, config, METHODS["dora"], 2, LONG, free)
+        names = ("micro_batch_size", "gradient_checkpointing", "quantize", "block_size")
+        seen.append(tuple(picked[name] for name in names))
+        says_fits = " fits " in " ".join(lines).replace("not fit", "")
+        assert (size(*seen[-1]) < 0.8 * free) == says_fits or free == 0.1e9
+    assert seen[0] == (8, False, "none", 1024) and seen[-1] == (1, True, "nf4", 128)
     assert "nothing leaner is left" in lines[0]
-    sizes = [
-        need(smollm2, "dora", 2, min(block, 1000), 8, 2, parts, kind, again == "True").total
-        for parts, again, kind, block in seen
-    ]
+    sizes = [size(*choice) for choice in seen]
     assert sizes == sorted(sizes, reverse=True)
     first = [next((i for i, s in enumerate(seen) if s[j] != seen[0][j]), 99) for j in range(4)]
     assert first == sorted(first)
@@ -127,19 +129,20 @@ def test_what_the_user_set_is_not_touched(smollm2):
     config = Config(
         method="dora",
         batch_size=8,
-        accumulate=2,
-        gradient_checkpointing="False",
+        micro_batch_size=4,
+        gradient_checkpointing=True,
         quantize="int8",
         block_size=512,
     )
-    picked, _ = choose(smollm2, config, 2, 1000, 1, free=1e8)
-    assert picked == {
-        "accumulate": 2,
-        "gradient_checkpointing": "False",
-        "quantize": "int8",
-        "block_size": 512,
-    }
-    picked, _ = choose(smollm2, Config(method="ft"), 4, 1000, 1, free=1e8)
+    for free in (1e8, 1e12):
+        picked, _ = choose(smollm2, config, METHODS["dora"], 2, LONG, free)
+        assert picked == {
+            "micro_batch_size": 4,
+            "gradient_checkpointing": True,
+            "quantize": "int8",
+            "block_size": 512,
+        }
+    picked, _ = choose(smollm2, Config(method="ft"), None, 4, LONG, free=1e8)
     assert picked["quantize"] == "none"
 
 
@@ -155,13 +158,14 @@ def test_block_size_never_passes_the_models_positions_or_cuts_an_answer():
             max_position_embeddings=64,
         )
     )
-    assert (
-        choose(small, Config(), 4, 50, 1, free=1e12)[0]["block_size"]
-        == choose(small, Config(), 4, 50, 1, free=1)[0]["block_size"]
-        == 64
-    )
+
+    def block(c, free, **data):
+        return choose(c, Config(), METHODS["bidora"], 4, data, free)[0]["block_size"]
+
+    short = dict(longest=50, supervised=1, shortest=2)
+    assert block(small, 1e12, **short) == block(small, 1, **short) == 64
     large = ModelConfig.from_hf(small.hf | {"max_position_embeddings": 2048})
-    assert choose(large, Config(), 4, 900, 321, free=1, shortest=322)[0]["block_size"] == 322
+    assert block(large, 1, longest=900, supervised=321, shortest=322) == 322
 
 
 def test_the_table_runs_and_knows_the_published_sizes(capsys):
@@ -188,7 +192,10 @@ def test_free_memory_is_less_than_the_machine_has():
 
 
 def test_the_table_for_several_devices(capsys):
-    """LLaMA 2 7B in bf16: 13.5 GB of weights, of which eight devices hold an eighth each, and what they send grows with the weights."""
+    """
+    LLaMA 2 7B in bf16: 13.5 GB of weights, of which eight devices hold an eighth each, and what
+    they send grows with the weights.
+    """
     assert memory.main(["--devices=8", "--batch_size=1", "--length=1"]) == 0
     name, devices, holds, sends, shared_holds, shared_sends = re.split(
         r"\s{2,}", capsys.readouterr().out.splitlines()[3].strip()

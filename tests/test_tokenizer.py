@@ -659,7 +659,7 @@ def test_the_assistants_tokens_are_the_ones_transformers_marks(tmp_path, kind, n
     peer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     odd = [TALK[1], {"role": "assistant", "content": "<|im_end|> a 12 é"}]
     for messages in (TALK, TALK[1:], TALK[:3], TALK[1:3], odd):
-        text, spans = ours.conversation(messages)
+        text, spans = ours.chat.conversation(messages)
         segments = ours.encode_cut(text, [cut for span in spans for cut in span])
         expected = peer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True
@@ -677,7 +677,7 @@ def test_llama2_answers_begin_where_generation_does(tmp_path):
     What is masked is the prompt that generation starts with.
     """
     peer, ours = llama2_tokenizer(tmp_path), Tokenizer.from_pretrained(tmp_path)
-    text, spans = ours.conversation(TALK[1:])
+    text, spans = ours.chat.conversation(TALK[1:])
     segments = ours.encode_cut(text, [cut for span in spans for cut in span])
     assert [t for segment in segments for t in segment] == peer.encode(
         text, add_special_tokens=False
@@ -706,7 +706,7 @@ def test_answers_with_thoughts_and_templates_without_an_end(tmp_path):
         (talk, ["<think>\nhm\n</think>\n\nSo.<|im_end|>"]),
         (talk + talk, ["So.<|im_end|>", "<think>\nhm\n</think>\n\nSo.<|im_end|>"]),
     ):
-        text, spans = Tokenizer.from_pretrained(tmp_path).conversation(messages)
+        text, spans = Tokenizer.from_pretrained(tmp_path).chat.conversation(messages)
         assert [text[a:b] for a, b in spans] == expected
 
     endless = (

@@ -1,5 +1,6 @@
 """The main job end to end on configs/tiny.py, its command line, and what it says to wrong input."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,19 +9,21 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import bidora
 import data
 import hypergrad
-import prepare
 import sample
 import train
 from model import Transformer
-from support import checkpoint, quantized
+from support import quantized, run_folder
 from support.pretrained import find_model
+from support.regularisers import regulariser
 from tools import merge
 from train import Config
 
@@ -64,7 +67,8 @@ def refused(capsys, *arguments):
     return lines[-1]
 
 
-# ------------------------------------------------------------------------------------------ the whole job
+# ------------------------------------------------------------------------------------------ the
+# whole job
 
 
 def test_tiny_config_learns_and_leaves_all_its_files():
@@ -112,9 +116,11 @@ def test_every_method_takes_the_same_lower_steps_and_reports_alike(method):
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 7
     assert list(results["seconds"]) == (
-        ["search", "retrain"] if method in train.BILEVEL else ["train"]
+        ["search", "retrain"] if train.is_bilevel(Config(method=method)) else ["train"]
     ) + ["total"]
-    assert (results["trainable_parameters"]["upper"] > 0) == (method in train.BILEVEL)
+    assert (results["trainable_parameters"]["upper"] > 0) == (
+        train.is_bilevel(Config(method=method))
+    )
     assert results["after"]["train"]["loss"] < results["before"]["train"]["loss"]
     assert results["examples"] == {"train": 160, "val": 40, "test": 40}
 
@@ -123,21 +129,21 @@ def test_every_method_takes_the_same_lower_steps_and_reports_alike(method):
     "options",
     [
         dict(hypergradient="first_order"),
-        dict(hypergradient="unrolled", unroll_steps=2, upper_every=2),
-        dict(hypergradient="unrolled", mode="finite_difference"),
+        dict(hypergradient="unrolled", hypergradient_steps=2, upper_every=2),
+        dict(hypergradient="finite_difference"),
         dict(hypergradient="neumann"),
         dict(hypergradient="conjugate_gradient"),
-        dict(upper_every=2, unroll_steps=2, precondition="adam"),
-        dict(precondition="adam", hypergradient="neumann", neumann_alpha=1e-6),
-        dict(hvp_batch=1),
+        dict(upper_every=2, hypergradient_steps=2, precondition="adam"),
+        dict(precondition="adam", hypergradient="neumann", hypergradient_lr=1e-6),
+        dict(micro_batch_size=1),
         dict(upper_every=2),
         dict(final_init="continue"),
         dict(norm_grad="detach"),
         dict(magnitude_axis="column"),
-        dict(method="bilora", lambda_kind="softmax", gram_weight=0.01),
-        dict(method="bilora", lambda_kind="binary", upper_steps=2, upper_every=2),
+        dict(method="bilora_softmax", gram_weight=0.01),
+        dict(method="bilora_binary", upper_steps=2, upper_every=2),
         dict(gram_weight=1e-3),
-        dict(gram_weight=1e-3, magnitude_axis="column", accumulate=2),
+        dict(gram_weight=1e-3, magnitude_axis="column", micro_batch_size=2),
     ],
 )
 def test_every_hypergradient_runs_through_all_phases(options):
@@ -157,7 +163,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another():
 def test_the_test_examples_never_change_and_are_never_trained_on():
     texts = []
     for seed in (0, 1):
-        parts, _ = prepare.load_data(Config(**TINY, seed=seed))
+        parts, _ = data.load_splits(Config(**TINY, seed=seed))
         sets = {name: {example["text"] for example in part} for name, part in parts.items()}
         assert not sets["test"] & (sets["train"] | sets["val"]) and not sets["train"] & sets["val"]
         texts.append(sets)
@@ -165,15 +171,18 @@ def test_the_test_examples_never_change_and_are_never_trained_on():
 
 
 def test_magnitude_learns_in_search_and_rests_in_retrain(monkeypatch):
-    """The adapter saved after search and the one saved at the end have the same magnitudes, and these are not ‖W0‖."""
+    """
+    The adapter saved after search and the one saved at the end have the same magnitudes, and these
+    are not ‖W0‖.
+    """
     saved = []
-    save = train.bidora.save_adapter
+    save = bidora.save_adapter
 
     def spy(model, folder, *names):
         save(model, folder, *names)
         saved.append(load_file(Path(folder) / "adapter_model.safetensors"))
 
-    monkeypatch.setattr(train.bidora, "save_adapter", spy)
+    monkeypatch.setattr(bidora, "save_adapter", spy)
     train.train(Config(**TINY, out_dir="run"))
     start, searched, final = saved
     magnitudes = [key for key in start if "magnitude" in key]
@@ -184,7 +193,10 @@ def test_magnitude_learns_in_search_and_rests_in_retrain(monkeypatch):
 
 
 def test_retrain_starts_afresh_or_continues():
-    """Adam's first step moves each entry by the rate at most: from a fresh start B, which is zero there, is no larger after it."""
+    """
+    Adam's first step moves each entry by the rate at most: from a fresh start B, which is zero
+    there, is no larger after it.
+    """
     largest = {}
     for final_init in ("fresh", "continue"):
         train.train(
@@ -202,7 +214,10 @@ def test_retrain_starts_afresh_or_continues():
 
 @pytest.mark.parametrize("method", ["bidora", "dora"])
 def test_each_level_sees_its_own_examples_only(monkeypatch, method):
-    """Search: direction and second derivatives on train, magnitude on val. Retrain, and single-level methods: train + val."""
+    """
+    Search: direction and second derivatives on train, magnitude on val. Retrain, and single-level
+    methods: train + val.
+    """
     seen = []
     batches = data.batches
 
@@ -214,7 +229,7 @@ def test_each_level_sees_its_own_examples_only(monkeypatch, method):
     monkeypatch.setattr(data, "batches", spy)
     config = Config(**TINY, method=method, out_dir="run")
     train.train(config)
-    parts, question = prepare.load_data(config)
+    parts, question = data.load_splits(config)
     tokenizer = data.Tokenizer.from_pretrained(find_model("tiny-random"))
     sets = {
         name: {
@@ -226,7 +241,8 @@ def test_each_level_sees_its_own_examples_only(monkeypatch, method):
         for name, part in parts.items()
     }
     both = sets["train"] | sets["val"]
-    # lower and val batches of four search steps; three lower steps of retrain; one batch to check each phase's end
+    # lower and val batches of four search steps; three lower steps of retrain; one batch to check
+    # each phase's end
     search = [sets["train"], sets["val"]] * 4 + [sets["train"]]
     assert seen == (search + [both] * 4 if method == "bidora" else [both] * 8)
 
@@ -252,7 +268,7 @@ def test_memory_settings_change_no_result():
     """Parts and checkpointing compute the same numbers, up to the order of fp32 sums."""
     plain = train.train(Config(**TINY, dropout=0.1, out_dir="plain"))
     lean = train.train(
-        Config(**TINY, dropout=0.0, accumulate=4, gradient_checkpointing="True", out_dir="lean")
+        Config(**TINY, dropout=0.0, micro_batch_size=1, gradient_checkpointing=True, out_dir="lean")
     )
     whole = train.train(Config(**TINY, dropout=0.0, out_dir="whole"))
     assert lean["after"]["test"]["loss"] == pytest.approx(whole["after"]["test"]["loss"], rel=1e-4)
@@ -284,9 +300,7 @@ def test_what_cannot_be_compiled_is_refused(capsys, monkeypatch):
 
 
 def test_second_derivatives_of_long_rows_announce_their_memory(capsys, monkeypatch):
-    monkeypatch.setattr(
-        train.checkpoint, "asked_to_stop", lambda: 1 / 0
-    )  # this run is not to begin
+    monkeypatch.setattr(train, "fit", lambda *arguments: 1 / 0)  # this run is not to begin
     Path("long.jsonl").write_text(
         "".join(json.dumps({"text": "word " * 600, "label": str(i % 2)}) + "\n" for i in range(60))
     )
@@ -298,7 +312,7 @@ def test_second_derivatives_of_long_rows_announce_their_memory(capsys, monkeypat
             )
         )
     out = capsys.readouterr().out
-    assert "GB for 40 rows of 512 tokens" in out and "hvp_batch" in out
+    assert "GB for 40 rows of 512 tokens" in out and "micro_batch_size" in out
 
 
 def test_dropout_is_the_same_when_computed_twice():
@@ -338,15 +352,15 @@ def test_auto_hardware_says_what_it_picks_and_why(capsys, monkeypatch):
     assert (
         "auto_hardware: 0.0 GB free" in out
         and "nothing leaner is left" in out
-        and "block_size=128, quantize=none, gradient_checkpointing=True, accumulate=4" in out
+        and "block_size=128, quantize=none, gradient_checkpointing=True, micro_batch_size=1" in out
     )
     run = json.loads(Path("run/run.json").read_text())
     assert (
-        run["accumulate"],
+        run["micro_batch_size"],
         run["gradient_checkpointing"],
         run["quantize"],
         run["block_size"],
-    ) == (4, "True", "none", 128)
+    ) == (1, True, "none", 128)
     assert (
         train.main(
             [
@@ -359,7 +373,8 @@ def test_auto_hardware_says_what_it_picks_and_why(capsys, monkeypatch):
         )
         == 0
     )
-    assert "quantize=none, gradient_checkpointing=False, accumulate=1" in capsys.readouterr().out
+    said = "quantize=none, gradient_checkpointing=False, micro_batch_size=4"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -401,13 +416,13 @@ def test_a_fully_tuned_model_can_be_packed_when_sampled():
     ] == ["no", "yes"]
 
 
-def test_any_number_of_parts_is_made():
+def test_micro_batches_of_any_size_are_made():
+    """Of equal sizes where possible; 0 is the whole batch."""
     ids = torch.arange(40).view(8, 5)
-    for count, sizes in ((1, [8]), (3, [3, 3, 2]), (5, [2, 2, 2, 1, 1]), (9, [1] * 8)):
-        parts = data.parts((ids, ids), count)
-        assert [len(part[0]) for part in parts] == sizes and sum(
-            share for *_, share in parts
-        ) == pytest.approx(1)
+    for size, sizes in ((0, [8]), (9, [8]), (3, [3, 3, 2]), (2, [2] * 4), (1, [1] * 8)):
+        found = data.micro_batches((ids, ids), size)
+        assert [len(rows) for rows, _, _ in found] == sizes
+        assert sum(share for *_, share in found) == pytest.approx(1)
 
 
 def test_merge_refuses_what_it_cannot_do(capsys):
@@ -477,7 +492,12 @@ def test_gram_weight_keeps_directions_apart():
             )
         )
         model, _, _ = sample.load(adapter=f"run{weight}")
-        ends.append((train.bidora.regulariser(model).item(), results["after"]["train"]["loss"]))
+        ends.append(
+            (
+                regulariser(bidora.adapter_layers(model).values()).item(),
+                results["after"]["train"]["loss"],
+            )
+        )
     assert ends[1][0] < ends[0][0] and ends[1][1] > ends[0][1]
 
 
@@ -500,24 +520,25 @@ def test_evaluation_against_plain_forward_passes():
         total -= scores[row.label]
         tokens += len(label_ids[row.label])
         right += max(scores, key=scores.get) == row.label
-    result = train.evaluate(model, rows, label_ids, Config(eval_batch_size=5), tokenizer.pad_id)
+    task = SimpleNamespace(
+        model=model, tokenizer=tokenizer, label_ids=label_ids, config=Config(), device="cpu"
+    )
+    result = train.evaluate_rows(task, rows)
     assert result["loss"] == pytest.approx(total / tokens, rel=1e-4) and result[
         "accuracy"
     ] == right / len(rows)
-    plain = train.evaluate(
-        model, rows, {}, Config(eval_batch_size=5), tokenizer.pad_id
-    )  # the same loss by the other branch
+    task.label_ids = {}
+    plain = train.evaluate_rows(task, rows)  # the same loss by the other branch
     assert plain["loss"] == pytest.approx(result["loss"], rel=1e-4)
 
 
 def test_learning_rate_rises_then_falls_to_a_tenth():
-    scales = [train.learning_rate_scale(step, 50, 0.1) for step in range(1, 51)]
+    scales = [train.learning_rate_scale(step, 50) for step in range(1, 51)]
     assert scales[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and scales[-1] == pytest.approx(
         0.1
     )
     assert (
-        all(a > b for a, b in zip(scales[4:], scales[5:]))
-        and train.learning_rate_scale(1, 1, 0.0) == 1
+        all(a > b for a, b in zip(scales[4:], scales[5:])) and train.learning_rate_scale(1, 1) == 1
     )
 
 
@@ -531,26 +552,23 @@ def test_hypergradient_options_reach_the_function(monkeypatch):
             val_loss[0]()
             return [torch.zeros_like(m) for m in upper]
 
-        monkeypatch.setitem(hypergrad.HYPERGRADIENTS, name, spy)
+        entry = dataclasses.replace(hypergrad.HYPERGRADIENTS[name], function=spy)
+        monkeypatch.setitem(hypergrad.HYPERGRADIENTS, name, entry)
         train.train(
             Config(
                 **TINY,
                 hypergradient=name,
                 upper_every=2,
-                unroll_steps=2 if name == "unrolled" else 1,
-                unroll_lr=0.5,
-                mode="finite_difference",
-                terms=7,
-                neumann_alpha=0.2,
-                cg_iterations=9,
+                hypergradient_steps=2 if name == "unrolled" else 7,
+                hypergradient_lr=0.5,
                 damping=0.3,
                 out_dir=name,
             )
         )
     assert given == {
-        "unrolled": {"lr": 0.5, "steps": 2, "mode": "finite_difference"},
-        "neumann": {"terms": 7, "alpha": 0.2},
-        "conjugate_gradient": {"iterations": 9, "damping": 0.3},
+        "unrolled": {"lr": 0.5, "steps": 2},
+        "neumann": {"terms": 7, "alpha": 0.5},
+        "conjugate_gradient": {"iterations": 7, "damping": 0.3},
     }
 
 
@@ -595,7 +613,7 @@ def test_own_data_in_every_format(rows, measure):
     assert results["examples"] == {"train": 20, "val": 20, "test": 20}
 
 
-# ---------------------------------------------------------------------------------------------- sample.py
+# --------------------------------------------------------------------------------- sample.py
 
 
 def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
@@ -623,15 +641,7 @@ def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
     assert "nowhere" in capsys.readouterr().err
 
 
-def test_the_readmes_python_runs_as_it_stands(capsys):
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
-    exec(next(block for block in blocks if "bilevel_step" in block), {})
-    assert capsys.readouterr().out.count("train ") == 10
-
-
-# --------------------------------------------------------------------------------------- the command line
+# ----------------------------------------------------------------------- the command line
 
 
 def test_config_file_then_command_line_then_defaults():
@@ -675,8 +685,8 @@ def test_no_arguments_says_how_to_start(capsys):
         ("--rnak=4", "did you mean 'rank'"),
         ("--rank", "write --name=value"),
         ("rank=4", "write --name=value"),
-        ("--rank=four", "rank='four' is not a whole number"),
-        ("--rank=2.5", "not a whole number"),
+        ("--rank=four", "rank='four' is not an integer"),
+        ("--rank=2.5", "not an integer"),
         ("--lower_lr=fast", "not a number"),
         ("--overwrite=maybe", "not True or False"),
         ("--target_modules=", "not a list"),
@@ -702,10 +712,14 @@ def test_no_arguments_says_how_to_start(capsys):
         ("--block_size=2", "raise block_size"),
         ("--block_size=1", "at least 2"),
         ("--upper_every=5", "never take a step"),
-        ("--unroll_steps=2", "is more than upper_every=1"),
+        ("--hypergradient_steps=2", "is more than upper_every=1"),
         ("--precondition=sgd", "unknown precondition"),
         ("--magnitude_axis=rows", "did you mean 'row'"),
-        ("--lambda_kind=reel", "did you mean 'real'"),
+        (
+            "--lambda_kind=real",
+            "lambda_kind is a setting of earlier versions: use --method=bilora_softmax",
+        ),
+        ("--unroll_steps=2", "use --hypergradient_steps"),
         ("--train_size=1960", "less than the 2000 examples"),
         ("--train_size=1", "at least 10"),
         ("--search_steps=0", "nothing to train"),
@@ -715,9 +729,11 @@ def test_no_arguments_says_how_to_start(capsys):
         ("--out_dir=file/run", "file"),
         ("--quantize=nf3", "did you mean 'nf4'"),
         ("--optimizer=adamw8", "did you mean 'adamw'"),
-        ("--gradient_checkpointing=maybe", "unknown gradient_checkpointing"),
-        ("--accumulate=9", "accumulate=9 parts"),
-        ("--revision=v1", "revision=v1 goes with a name on the hub"),
+        ("--gradient_checkpointing=maybe", "not True or False"),
+        ("--micro_batch_size=9", "more than batch_size=4"),
+        ("--accumulate=2", "use --micro_batch_size"),
+        ("--revision=v1", "write --model=owner/name@revision"),
+        ("--model=tiny-random@v1", "revision=v1 goes with a name on the hub"),
     ],
 )
 def test_a_wrong_setting_gets_one_line_and_exit_code_2(capsys, argument, said):
@@ -734,7 +750,7 @@ def test_a_wrong_setting_gets_one_line_and_exit_code_2(capsys, argument, said):
         ("rank = 2\nx = 1 / 0", "mine.py, line 2: ZeroDivisionError"),
         ("lerning_rate = 2", "unknown setting 'lerning_rate'"),
         ("lower_lrr = 2", "did you mean 'lower_lr'"),
-        ("rank = 'two'", "rank='two' is not a whole number"),
+        ("rank = 'two'", "rank='two' is not an integer"),
     ],
 )
 def test_a_wrong_config_file_is_named(capsys, text, said):
@@ -771,7 +787,7 @@ def test_long_examples_are_reported_once(capsys):
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != checkpoint.REPLACED}
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != run_folder.REPLACED}
 
 
 def test_an_earlier_run_is_kept_unless_overwrite_says_otherwise(capsys):
@@ -802,7 +818,7 @@ def test_an_overwritten_run_stays_beside_until_the_new_one_has_finished(capsys, 
         "--overwrite=True",
     ]
     for _ in range(2):  # the second failure must not take the first one for finished work
-        refused(capsys, *arguments, "--lower_lr=1e30", "--warmup=0")
+        refused(capsys, *arguments, "--lower_lr=1e30")
         assert contents("run.previous") == before
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -820,7 +836,7 @@ def test_a_folder_with_other_files_is_never_written_to(capsys):
     shutil.copytree(find_model("tiny-random"), model)
     before = contents(model)
     for extra in ([], ["--overwrite=True"], ["--method=ft"]):
-        assert "no run's" in refused(
+        assert "files of no run" in refused(
             capsys, "--config=tiny.py", "--model=model", "--out_dir=model", *extra
         )
     assert contents(model) == before
@@ -830,7 +846,7 @@ def test_an_interrupted_run_finishes_its_step_keeps_its_weights_and_says_how_to_
     capsys, monkeypatch
 ):
     steps = []
-    step = hypergrad.BilevelOptimizer.lower_step
+    step = hypergrad.BilevelOptimizer.lower_step_kept
 
     def interrupted(self, *arguments, **options):
         steps.append(1)
@@ -838,13 +854,12 @@ def test_an_interrupted_run_finishes_its_step_keeps_its_weights_and_says_how_to_
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, *arguments, **options)
 
-    monkeypatch.setattr(hypergrad.BilevelOptimizer, "lower_step", interrupted)
+    monkeypatch.setattr(hypergrad.BilevelOptimizer, "lower_step_kept", interrupted)
     arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--out_dir=run"]
     assert train.main(arguments) == 130
-    assert (
-        f"stopped at search step 3 of 4; go on with: python train.py {' '.join(arguments)} --resume=True"
-        in capsys.readouterr().err
-    )
+    command = f"python train.py {' '.join(arguments)} --resume=True"
+    said = f"stopped at search step 3 of 4; resume it with: {command}"
+    assert said in capsys.readouterr().err
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3
     state = load_file("run/checkpoints/000003/state.safetensors")
     for name, tensor in load_file("run/adapter_model.safetensors").items():
@@ -854,10 +869,7 @@ def test_an_interrupted_run_finishes_its_step_keeps_its_weights_and_says_how_to_
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_adapter(capsys):
     """With an absurd rate the loss soon is not finite; what is saved must be."""
-    arguments = [f"--{name}={value}" for name, value in TINY.items()] + [
-        "--lower_lr=1e30",
-        "--warmup=0",
-    ]
+    arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--lower_lr=1e30"]
     error = refused(capsys, *arguments, "--method=lora", "--out_dir=run")
     assert re.search(r"train step \d of 7 is not finite.*lower lower_lr", error)
     error = refused(
@@ -898,7 +910,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(capsys):
     )
 
 
-# ----------------------------------------------------------------------------------------------- downloads
+# -----------------------------------------------------------------------------------------------
+# downloads
 
 
 def test_without_network_the_message_says_what_to_put_where(tmp_path):

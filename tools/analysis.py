@@ -167,7 +167,7 @@ def of_checkpoints(tuned, base="", axis="row", targets=("q_proj", "v_proj")):
     else:
         if not (base or run.get("model")):
             raise ValueError(f"{tuned} is a whole model: name its base model with --base=...")
-        original, _, _ = load("", base or run["model"], revision=run.get("revision", ""))
+        original, _, _ = load("", base or run["model"])
         trajectory = Trajectory.start(linear_layers(original, targets), axis)
         layers = dict(model.named_modules())
         for name in trajectory.layers:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import bidora
 import data
-from hypergrad import create_bilevel_optimizer
+from hypergrad import HYPERGRADIENTS, create_bilevel_optimizer
 from model import ModelConfig, Transformer
 from support import settings
 from support.files import read_json, replacing, write_json
@@ -72,18 +72,18 @@ KINDS = {  # name: (method, options of create_bilevel_optimizer)
     "first_order": ("bidora", {"hypergradient": "first_order"}),
     "unrolled": ("bidora", {"hypergradient": "unrolled"}),
     "unrolled adam": ("bidora", {"hypergradient": "unrolled", "precondition": "adam"}),
-    "unrolled differences": ("bidora", {"hypergradient": "unrolled", "mode": "finite_difference"}),
+    "unrolled differences": ("bidora", {"hypergradient": "finite_difference"}),
     "neumann 3 terms": ("bidora", {"hypergradient": "neumann", "terms": 3}),
     "cg 3 iterations": ("bidora", {"hypergradient": "conjugate_gradient", "iterations": 3}),
-    "unrolled hvp_batch 2": ("bidora", {"hypergradient": "unrolled"}),
+    "unrolled micro-batch 2": ("bidora", {"hypergradient": "unrolled"}),
     "peft lora": ("peft", {"use_dora": False}),
     "peft dora": ("peft", {"use_dora": True}),
 }
 SEARCH = [name for name, (method, options) in KINDS.items() if "hypergradient" in options]
-# These take second derivatives
-SECOND = [name for name in SEARCH if name not in ("first_order", "unrolled differences")]
+ENTRIES = {name: HYPERGRADIENTS[KINDS[name][1]["hypergradient"]] for name in SEARCH}
+SECOND = [name for name, entry in ENTRIES.items() if entry.second_order]  # take second derivatives
 # Only in float32: in bfloat16, ft's small updates round to nothing and differences are noise
-SINGLE = ("ft", "unrolled differences")
+SINGLE = ["ft", *(name for name, entry in ENTRIES.items() if entry.float32)]
 
 
 def shape(bench):
@@ -152,7 +152,7 @@ def model_of(bench, name, base):
             norm_grad="detach" if "detached" in name else "exact",
         )
     if name == "retrain":
-        bidora.freeze_magnitude(model)
+        bidora.start_retrain(model)
     if bench.compile and name not in SECOND:
         for block in (model.get_base_model() if method == "peft" else model).model.layers:
             block.compile()
@@ -198,14 +198,16 @@ def step(bench, name, base):
         return peft_step
 
     optimizer = create_bilevel_optimizer(model, 1e-3, 1e-2, **options)
-    count = bench.batch_size // 2 if "hvp_batch" in name else 1
+    size = 2 if "micro-batch" in name else 0
 
-    def own_step():
-        optimizer.lower_step(loss_fn, *data.parts(batch(), count), keep=name in SEARCH)
-        if name in SEARCH:
-            optimizer.upper_step(loss_fn, None, data.parts(batch(), 1))
+    def lower():
+        optimizer.lower_step(loss_fn, *data.micro_batches(batch()))
 
-    return own_step
+    def search():
+        optimizer.lower_step_kept(loss_fn, *data.micro_batches(batch(), size))
+        optimizer.upper_step(loss_fn, None, data.micro_batches(batch()))
+
+    return search if name in SEARCH else lower
 
 
 def timed(run):

@@ -34,6 +34,7 @@ from tqdm import tqdm
 import data
 from bidora import METHODS
 from support import settings
+from support.datasets import BUILT_IN
 from support.files import read_json, replacing
 from support.weight_changes import Trajectory
 from tools.results import load_results, mend, read_results, save
@@ -161,7 +162,7 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
     search, out = round(10 * (size / 100) ** 0.5), f"{compare.out_dir}/{name}"
     options = {"model": compare.model, "method": method, "train_file": train, "test_file": test}
     options |= {"seed": seed, "search_steps": search, "retrain_steps": 4 * search, **rates}
-    options |= {"label_prompt": data.BUILT_IN[domain], "eval_size": 300, "snapshots": 4}
+    options |= {"label_prompt": BUILT_IN[domain].question, "eval_size": 300, "snapshots": 4}
     options |= {"out_dir": out, "overwrite": True}
     command = [f"--{key}={value}" for key, value in options.items()]
     threads = max(1, (os.cpu_count() or 1) // compare.workers)
@@ -188,9 +189,7 @@ def grid(method):
     """The learning rates to try for a method, as a list of {name: rate}."""
     if method == "ft":
         return [{"lower_lr": rate} for rate in FT_RATES]
-    # METHODS is a tuple of names until each method has an entry of its own
-    bilevel = METHODS[method].upper if isinstance(METHODS, dict) else method.startswith("bi")
-    if not bilevel:
+    if METHODS[method].upper is None:
         return [{"lower_lr": rate} for rate in LOWER_RATES]
     pairs = itertools.product(LOWER_RATES, UPPER_RATES)
     return [{"lower_lr": lower, "upper_lr": upper} for lower, upper in pairs]
@@ -330,7 +329,7 @@ def make_runs(compare):
 
 def check(compare):
     """Raises ValueError for settings that make no sense."""
-    for name, known in (("methods", KNOWN), ("domains", data.BUILT_IN)):
+    for name, known in (("methods", KNOWN), ("domains", BUILT_IN)):
         for value in set(getattr(compare, name)) - set(known):
             raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
     if not all(size.isdigit() and int(size) >= 20 for size in compare.sizes):

@@ -9,6 +9,7 @@ The memory that training takes, by the formulas in support/hardware.py, for one 
 import sys
 from dataclasses import dataclass
 
+from bidora import METHODS
 from model import ModelConfig
 from support import settings
 from support.files import read_json
@@ -51,7 +52,7 @@ class Memory:
     rank: int = 8  # of the adapters, in all seven linear layers
     length: int = 512  # tokens a row
     batch_size: int = 4  # rows a step
-    hvp_batch: int = 0  # rows differentiated twice at once (bidora); 0: all
+    micro_batch_size: int = 0  # rows whose activations are in memory at once; 0: all
     gradient_checkpointing: bool = False  # compute activations twice
     optimizer: str = "adamw"  # or adamw8bit
     devices: tuple = ()  # a table over these numbers of devices, for LLaMA 2 or the model
@@ -59,9 +60,9 @@ class Memory:
 
 def check(memory):
     """Raises ValueError for settings that make no sense."""
-    if min(memory.rank, memory.length, memory.batch_size) < 1 or memory.hvp_batch < 0:
+    if min(memory.rank, memory.length, memory.batch_size) < 1 or memory.micro_batch_size < 0:
         raise ValueError(
-            "rank, length and batch_size must be positive integers, hvp_batch at least 0"
+            "rank, length and batch_size must be positive integers, micro_batch_size at least 0"
         )
     if memory.optimizer not in ("adamw", "adamw8bit"):
         raise ValueError(f"unknown optimizer {memory.optimizer!r}: choose adamw, adamw8bit")
@@ -92,17 +93,20 @@ def print_devices(models, memory):
         gathered = 2 * (linears + c.vocab_size * c.hidden_size)
         n = need(
             c,
-            "dora",
+            METHODS["dora"],
             2,
             memory.length,
             memory.batch_size,
+            memory.micro_batch_size,
             rank=memory.rank,
             optimizer=memory.optimizer,
             gradient_checkpointing=memory.gradient_checkpointing,
         )
         for devices in map(int, memory.devices):
             sharded = n.total - n.weights * (1 - 1 / devices) + gathered
-            sends = [sent(c, "dora", devices, 2, memory.rank, fsdp) for fsdp in (False, True)]
+            sends = [
+                sent(c, METHODS["dora"], devices, 2, memory.rank, fsdp) for fsdp in (False, True)
+            ]
             print(
                 f"{name:14}{devices:8}{n.total / 1e9:16.1f}{sends[0] / 1e9:9.2f}"
                 f"{sharded / 1e9:20.1f}{sends[1] / 1e9:9.1f}"
@@ -118,7 +122,7 @@ def print_methods(models, memory):
     columns = [(m, kind) for kind in ("none", "int8", "nf4") for m in ("lora", "dora", "bidora")]
     print(f"{'':14}" + "".join(f"{f'{method} {kind}':>16}" for method, kind in columns))
     for name, c in models.items():
-        needs = [need(c, method, 2, quantize=kind, **options) for method, kind in columns]
+        needs = [need(c, METHODS[m], 2, quantize=kind, **options) for m, kind in columns]
         print(f"{name:14}" + "".join(f"{n.weights / 1e9:8.1f}{n.total / 1e9:8.1f}" for n in needs))
 
 

@@ -16,8 +16,7 @@ from support.quantized import KINDS
 HELP = {
     "adapter": "out_dir of a run, or any LoRA or DoRA adapter folder in PEFT's format",
     "out_dir": "the folder to write; it must be new or empty",
-    "model": "the base model; by default the one that the adapter was trained on",
-    "revision": "a branch, tag or commit, for a base model from the hub",
+    "model": "the base model, a folder or owner/name@revision; by default as in training",
     "quantize": "how to pack the base; by default as in training, because an adapter fits the base "
     "that it was trained on",
 }
@@ -29,7 +28,7 @@ def write_merged(args):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out_dir")
 
-    model, tokenizer, run = load(args.adapter, args.model, "cpu", args.revision, args.quantize)
+    model, tokenizer, run = load(args.adapter, args.model, "cpu", args.quantize)
     if not adapter_layers(model):
         raise ValueError(f"{args.adapter} is a whole model already: there is nothing to merge")
 
@@ -48,8 +47,7 @@ def main(arguments):
     )
     for name in ("adapter", "out_dir"):
         parser.add_argument(f"--{name}", required=True, help=HELP[name])
-    for name in ("model", "revision"):
-        parser.add_argument(f"--{name}", default="", help=HELP[name])
+    parser.add_argument("--model", default="", help=HELP["model"])
     choices = ["", "none", *KINDS]
     parser.add_argument("--quantize", default="", choices=choices, help=HELP["quantize"])
 

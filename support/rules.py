@@ -1,0 +1,153 @@
+"""
+The rules for a run's settings: values in range, and the combinations that make no sense.
+
+config.check calls these. method, hypergradient: the entries that the config names (None for ft).
+They say what each rule needs to know, so that a new entry needs no rule of its own.
+"""
+
+import dataclasses
+import math
+import os
+import shutil
+
+import torch
+
+from support import distributed, settings
+from support.datasets import BUILT_IN
+
+MAY_BE_ZERO = set(
+    "seed dropout weight_decay gram_weight val_fraction lower_lr damping block_size "
+    "micro_batch_size hypergradient_steps hypergradient_lr search_steps retrain_steps "
+    "snapshots".split()
+)
+BELOW_ONE = {"dropout", "val_fraction"}
+
+
+def refuse(problem, message):
+    if problem:
+        raise ValueError(message)
+
+
+def check_values(config, choices):
+    """Each setting by itself: one of its choices, {name: choices}, or a number in its range."""
+    for name, known in (choices | {"data": ("", *BUILT_IN)}).items():
+        value = getattr(config, name)
+        refuse(value not in known, f"unknown {name} {value!r}" + settings.suggest(value, known))
+    for name in (field.name for field in dataclasses.fields(config) if field.type in (int, float)):
+        value, least = getattr(config, name), "at least 0" if name in MAY_BE_ZERO else "positive"
+        wrong = value < 0 or (value == 0 and least == "positive") or not math.isfinite(value)
+        refuse(wrong, f"{name}={value} must be {least}")
+        refuse(name in BELOW_ONE and value >= 1, f"{name}={value} must be below 1")
+
+
+def check_device(config):
+    kind = config.device.partition(":")[0]
+    known = ("auto", "cpu", "cuda")
+    refuse(kind not in known, f"unknown device {config.device!r}: choose auto, cpu or cuda")
+    try:
+        torch.empty(1, device=None if config.device == "auto" else config.device)
+    except (RuntimeError, AssertionError):  # torch raises the latter when built without CUDA
+        raise ValueError(f"device={config.device} is not there: use device=cpu") from None
+
+
+def check_budget(config, bilevel, hypergradient):
+    search, retrain, every = config.search_steps, config.retrain_steps, config.upper_every
+    refuse(
+        search + retrain == 0 or (bilevel and search == 0),
+        f"search_steps={search}, retrain_steps={retrain}: there is nothing to train",
+    )
+    refuse(
+        bilevel and every > search,
+        f"upper_every={every} is more than search_steps={search}: "
+        f"the upper level would never take a step",
+    )
+    steps = config.hypergradient_steps
+    refuse(
+        "steps" in hypergradient.options and steps > every,
+        f"hypergradient_steps={steps} is more than upper_every={every}: an upper-level step can "
+        f"only look back on the lower-level steps since the last one",
+    )
+    micro, batch = config.micro_batch_size, config.batch_size
+    refuse(micro > batch, f"micro_batch_size={micro} is more than batch_size={batch}")
+
+
+def check_data(config, bilevel):
+    own = config.train_file
+    names = "|".join(BUILT_IN)
+    refuse(
+        not own and not config.data,
+        f"no data: give --train_file=yours.jsonl, or a built-in set with --data={names}",
+    )
+    refuse(
+        (config.val_file or config.test_file) and not own,
+        "val_file and test_file go with train_file; a built-in data set brings its own",
+    )
+    refuse(
+        config.label_prompt and "{text}" not in config.label_prompt,
+        "label_prompt must contain {text}, where the example's text goes",
+    )
+    refuse(
+        bilevel and not config.val_file and config.val_fraction == 0,
+        f"method={config.method} needs validation data: its upper level learns from examples that "
+        f"the lower level does not train on; give --val_file, or a val_fraction above 0",
+    )
+    refuse(config.block_size == 1, "block_size=1 must be at least 2: a token, and the next one")
+
+
+def check_combinations(config, method, second_order):
+    packed, ft = config.quantize not in ("auto", "none"), method is None
+    regularised = not ft and (method.magnitude or method.singular_values)
+    refuse(
+        config.gram_weight and not regularised,
+        f"gram_weight={config.gram_weight} regularises directions with a magnitude, or BiLoRA's "
+        f"factors; method={config.method} has neither",
+    )
+    refuse(
+        ft and packed,
+        f"method=ft trains the base's own weights, which quantize={config.quantize} packs too "
+        f"coarsely to train: use an adapter (bidora, dora, lora), or quantize=none",
+    )
+    refuse(
+        ft and config.dtype == "bfloat16",
+        "method=ft trains the weights themselves, and in bfloat16 small updates round to nothing: "
+        "use dtype=float32",
+    )
+    if not config.compile:
+        return
+    refuse(
+        second_order,
+        "compile=True: torch.compile takes no second derivatives, which this hypergradient needs: "
+        "use hypergradient=first_order or finite_difference, or compile=False",
+    )
+    refuse(
+        packed,
+        f"compile=True does not see into bitsandbytes' weights: use quantize=none, not "
+        f"{config.quantize}, or compile=False",
+    )
+    on_cpu = config.device in ("auto", "cpu") and not torch.cuda.is_available()
+    refuse(
+        on_cpu and not shutil.which(os.environ.get("CXX", "g++")),
+        "compile=True needs a C++ compiler on a CPU, and there is no g++: install one, or use "
+        "compile=False",
+    )
+
+
+def check_fsdp(config, second_order):
+    refuse(
+        distributed.WORLD_SIZE == 1,
+        "fsdp=True shares a model out over processes, and there is one: start it by "
+        "torchrun --nproc_per_node=2 (or more) train.py ...",
+    )
+    for problem, message in (
+        (second_order, "takes no second derivatives: use hypergradient=first_order"),
+        (config.method == "ft", "shares out frozen weights only: use an adapter, not method=ft"),
+        (config.quantize not in ("auto", "none"), "can't cut packed weights: use quantize=none"),
+        (config.gram_weight, "has no whole weights to regularise: use gram_weight=0"),
+        (
+            config.snapshots,
+            "has no whole weights for ΔM and ΔD: use snapshots=0, and python -m tools.analysis "
+            "--tuned= on the finished run",
+        ),
+        (config.compile, "is not compiled here: use compile=False"),
+    ):
+        refuse(problem, f"fsdp=True {message}")

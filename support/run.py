@@ -1,0 +1,314 @@
+"""
+A run in its folder: how far it is, its log, progress bar, checkpoints, stop at a signal, and
+recovery from a loss that is not finite. Of several processes, only the first writes.
+
+    with Run(config, device, may_change) as run:      locks out_dir; run.config: a resumed run's
+        run.start(task, save, layers, about)          writes the folder; restores a resumed run
+        with run.phase("search", 12, optimizer) as steps:
+            for step in steps:                        those still to do
+                ...
+                run.record(step, losses)              log, snapshot, checkpoint, stop
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from support import checkpoint, distributed, hardware, report, run_folder
+from support.files import replacing, write_json
+from support.weight_changes import Trajectory
+
+
+class Run:
+    """
+    config: as given on the command line; may_change: the settings that may differ when a run is
+    resumed.
+
+    Raises ValueError or OSError, before any work, for a folder that can't be used.
+    """
+
+    def __init__(self, config, device, may_change):
+        self.started, self.memory_at_start = time.time(), hardware.peak_memory(device)
+        self.device = distributed.start(device)
+        self.is_first = distributed.RANK == 0
+        self.out, self.asked = Path(config.out_dir or "out/run"), dataclasses.asdict(config)
+        self.locks, self.state = contextlib.ExitStack(), None
+
+        def find_folder():
+            run_folder.check_writable(self.out)
+            self.locks.enter_context(run_folder.locked(self.out))
+            resuming, previous = run_folder.find_run(config, self.out)
+            return [resuming, previous is not None]
+
+        try:
+            self.resuming, self.replaces = distributed.from_first(find_folder, self.device)
+            if self.resuming:
+                config = run_folder.resumed_config(config, self.out, may_change)
+                self.state = checkpoint.load(self.out)
+                if self.state:
+                    print(f"resuming {self.out} after step {self.state[1]['n']}")
+                else:
+                    print(f"{self.out} has no checkpoint yet: starting from its first step")
+        except BaseException:
+            self.locks.close()
+            raise
+        self.config = config
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.locks.close()
+
+    # ------------------------------------------------------------------------- start
+
+    def start(self, task, save, layers, about):
+        """
+        Open the folder with all that will go into it, the earlier run aside, and restore a resumed
+        run.
+
+        task: with config (nothing automatic left in it), model and encoded; save: a function that
+        writes the weights into a folder; layers: {name: module} whose ΔM and ΔD are recorded, if
+        config.snapshots; about: what run.json says besides. Raises ValueError or OSError.
+        """
+        self.config, self.model, self.save_weights = task.config, task.model, save
+        self.fingerprint = hashlib.sha256(repr(task.encoded).encode()).hexdigest()
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.trajectory = None
+        if self.config.snapshots:
+            self.trajectory = Trajectory.start(layers, self.config.magnitude_axis)
+        # n: steps so far; done: how many of each phase; elapsed: seconds of earlier processes
+        self.n, self.done, self.seconds, self.elapsed = 0, {}, {}, 0.0
+        self.before, self.metrics = None, []
+        if self.state:
+            self.restore(*self.state)
+        distributed.from_first(lambda: self.open_folder(about), self.device)
+        if self.state:
+            checkpoint.set_random_states(self.state[1]["random"])
+        if not self.is_first:  # other dropout masks than the first process's, after a resume too
+            torch.manual_seed(hash((self.config.seed, distributed.RANK, self.n)))
+
+    def restore(self, tensors, about):
+        """Put back what a checkpoint holds, but the optimizers' states, which phase() restores."""
+        if about["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"{self.out} can't be resumed: its data or its tokenizer has changed since"
+            )
+        self.n, self.done, self.before = about["n"], about["done"], about["before"]
+        self.seconds, self.elapsed = about["seconds"], about["elapsed"]
+        log = self.out / "metrics.jsonl"
+        self.metrics = [json.loads(line) for line in log.read_text("utf-8").splitlines()[: self.n]]
+        if [line["step"] for line in self.metrics] != list(range(1, self.n + 1)):
+            raise ValueError(
+                f"{log} lacks lines of the first {self.n} steps: the run can't be resumed"
+            )
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(tensors[f"parameter.{name}"])
+        if self.trajectory:
+            self.trajectory = dataclasses.replace(self.trajectory, **about["trajectory"])
+
+    def open_folder(self, about):
+        """The folder is tried with all that will go into it: a full disk shows before any work."""
+        if self.replaces:
+            run_folder.set_aside(self.out)
+            if not self.out.exists():
+                self.locks.enter_context(run_folder.locked(self.out))  # a new folder
+        try:
+            settings = dataclasses.asdict(self.config) | about | {"asked": self.asked}
+            write_json(self.out / "run.json", settings)
+            self.save()
+            with replacing(self.out / "metrics.jsonl") as temporary:
+                lines = "".join(json.dumps(line) + "\n" for line in self.metrics)
+                temporary.write_text(lines, encoding="utf-8")
+        except OSError as error:
+            if not self.resuming:
+                run_folder.remove_run(self.out)
+            if self.replaces:
+                run_folder.put_back(self.out)
+            raise OSError(f"{error}; out_dir={self.out} needs room for the run") from None
+
+    # ------------------------------------------------------------------------- steps
+
+    @contextlib.contextmanager
+    def phase(self, name, steps, optimizer):
+        """
+        An iterator over the steps of a phase that are still to do, from 1 to `steps`.
+
+        Raises checkpoint.Stopped at a signal; FloatingPointError, with the weights of the last good
+        step saved, where the block raises one.
+        """
+        begin = self.done.get(name, 0)
+        self.name, self.steps, self.step, self.optimizer = name, steps, begin, optimizer
+        self.trained = optimizer.lower + optimizer.upper
+        self.phase_start, self.earlier = time.time(), self.seconds.get(name, 0)
+        self.last_finite = None  # the weights that last gave a finite loss
+        self.last_kept = begin
+        count = self.config.snapshots
+        self.marks = {math.ceil(steps * i / count) for i in range(1, count + 1)}
+        distributed.same_everywhere(p.data for p in self.trained)
+        if begin:
+            checkpoint.load_optimizer_state(optimizer, self.state[0])
+        log_path = self.out / "metrics.jsonl" if self.is_first else os.devnull
+        try:
+            with (
+                open(log_path, "a", encoding="utf-8") as self.log,
+                checkpoint.stop_signals() as self.signals,
+            ):
+                yield self.remaining(begin)
+                self.end_phase()
+        except FloatingPointError as error:
+            self.roll_back(error)
+        except OSError as error:
+            hint = ""
+            if checkpoint.names(self.out):
+                hint = (
+                    "; make room and add --resume=True to the command, or copy the folder "
+                    "and add --out_dir=… too"
+                )
+            raise OSError(f"{error}{hint}") from None
+
+    def remaining(self, begin):
+        self.bar = tqdm(
+            range(begin + 1, self.steps + 1),
+            desc=self.name,
+            unit="step",
+            initial=begin,
+            total=self.steps,
+            disable=not self.is_first,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )
+        for step in self.bar:
+            self.step, self.step_start, self.n = step, time.time(), self.n + 1
+            self.before_step = [p.detach().clone() for p in self.trained]
+            yield step
+
+    def record(self, step, losses):
+        """
+        Take what a step gave, {"train_loss", and "val_loss" after an upper-level step: tensors}.
+        """
+        self.last_finite = self.before_step
+        rates = {
+            f"{level}_lr": optimizer.param_groups[0]["lr"]
+            for level, optimizer in checkpoint.levels(self.optimizer).items()
+        }
+        line = {"step": self.n, "phase": self.name}
+        for key, level in (("train_loss", "lower"), ("val_loss", "upper")):
+            if key in losses:
+                line |= {key: losses[key].item(), f"{level}_lr": rates[f"{level}_lr"]}
+        if step in self.marks and self.is_first:
+            self.trajectory.record(self.model, self.name, self.n)
+        line["seconds"] = round(time.time() - self.step_start, 4)
+        self.metrics.append(line)
+        self.log.write(json.dumps(line) + "\n")  # one whole line at a time
+        self.log.flush()
+        shown = {"lower": line["train_loss"]}
+        if "val_loss" in line:
+            shown["upper"] = line["val_loss"]
+        self.bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
+
+        stop = self.stop_asked()
+        due = step - self.last_kept >= self.config.checkpoint_every
+        # Between two turns of the upper level, when no lower-level step waits to be differentiated.
+        if not self.optimizer.past and step < self.steps and (stop or due):
+            self.last_kept = step
+            self.write_checkpoint(step)
+            if stop:
+                self.save()
+                raise checkpoint.Stopped(
+                    f"stopped at {self.name} step {step} of {self.steps}", stop
+                )
+
+    def check_finite(self, loss):
+        """Raise FloatingPointError for the loss after the last step, a scalar tensor."""
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss {loss:g} after the last step")
+
+    def end_phase(self):
+        self.save()
+        self.write_checkpoint(self.steps, ended=True)
+        if stop := self.stop_asked():
+            raise checkpoint.Stopped(f"stopped at the end of {self.name}", stop)
+
+    def roll_back(self, error):
+        """Save the weights of the last good step, if any, and say what happened."""
+        self.bar.close()
+        if self.last_finite:  # else the folder holds what the phase before has left
+            for parameter, value in zip(self.trained, self.last_finite):
+                parameter.data = value
+            self.save()
+        raise FloatingPointError(
+            f"{self.name} step {self.step} of {self.steps} is not finite ({error}): "
+            f"lower lower_lr or upper_lr; the weights of the last good step are in {self.out}"
+        ) from None
+
+    def stop_asked(self):
+        """The largest signal that any process has got, or 0: all must stop at the same step."""
+        own = torch.zeros(distributed.WORLD_SIZE, device=self.device)
+        own[distributed.RANK] = self.signals[0] if self.signals else 0
+        return int(distributed.add_up([own])[0].max())
+
+    # ------------------------------------------------------------------------- files
+
+    def save(self):
+        """Write the weights as they are now, and the trajectory."""
+        if self.is_first:
+            self.save_weights(self.out)
+            if self.trajectory:
+                self.trajectory.save(self.out)
+
+    def write_checkpoint(self, step, ended=False):
+        """Write what the run needs to resume after that step of this phase."""
+        self.seconds[self.name] = self.earlier + time.time() - self.phase_start
+        self.done[self.name] = step
+        if not self.is_first:
+            return
+        tensors = {f"parameter.{name}": p for name, p in self.parameters.items()}
+        if not ended:  # the next phase begins with optimizers of its own
+            tensors |= checkpoint.optimizer_state(self.optimizer)
+        points = None
+        if self.trajectory:
+            keys = ("snapshots", "delta_m", "delta_d")
+            points = {key: getattr(self.trajectory, key) for key in keys}
+        about = {
+            "n": self.n,
+            "done": self.done,
+            "seconds": self.seconds,
+            "before": self.before,
+            "fingerprint": self.fingerprint,
+            "elapsed": self.elapsed + time.time() - self.started,
+            "trajectory": points,
+            "random": checkpoint.random_states(),
+        }
+        checkpoint.save(self.out, self.n, tensors, about)
+
+    def finish(self, results):
+        """
+        Add the run's own numbers to results, write summary and curves, print the table; returns it.
+        """
+        peak = hardware.peak_memory(self.device)
+        results |= {
+            "before": self.before,
+            "seconds": self.seconds | {"total": self.elapsed + time.time() - self.started},
+            "peak_memory_gb": peak,
+            "peak_memory_beyond_start_gb": peak - self.memory_at_start,
+            "processes": distributed.WORLD_SIZE,
+            "out_dir": str(self.out),
+        }
+        if self.is_first:
+            report.plot_losses(self.out / "loss.png", self.metrics, results)
+            write_json(self.out / "summary.json", results)
+            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+            run_folder.remove_previous(self.out)
+            print(report.table(results))
+        return results
