@@ -244,6 +244,16 @@ def encode(
     return encoded, cut
 
 
+def check_vocabulary(encoded, vocab_size, folder):
+    """Raise ValueError for splits of rows with a token that the model in `folder` does not have."""
+    largest = max(max(row.input_ids) for rows in encoded.values() for row in rows)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer writes token {largest}, but the model's vocabulary ends at "
+            f"{vocab_size}"
+        )
+
+
 # --------------------------------------------------------------------------------- batches
 
 

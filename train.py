@@ -16,6 +16,7 @@ import os
 import random
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -48,8 +49,9 @@ def train(config):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with Run(config, device, MAY_CHANGE) as run:
-        task = prepare(run)
+        task = prepare(run.config, run.device, run.resuming)
         config = task.config
+        run.start(task)
         report.announce(task, METHODS.get(config.method), second_order(config))
         run.before = run.before or evaluate(task)
         report.announce_before(run.before)
@@ -66,7 +68,7 @@ def train(config):
         else:
             steps = config.search_steps + config.retrain_steps
             fit(run, task, "train", steps, train_rows + val_rows)
-        return run.finish(describe(task) | {"after": evaluate(task)})
+        return run.finish(task.summary() | {"after": evaluate(task)})
 
 
 def fit(run, task, phase, steps, rows, val_rows=()):
@@ -208,13 +210,15 @@ class Task:
     device: str
     dtype: str
     why: str  # this dtype
+    folder: Path  # of the base model
     tokenizer: Tokenizer
     splits: dict  # {"train", "val", "test"}: lists of examples
-    label_ids: dict  # {label: its tokens}, in order
-    encoded: dict  # the splits as lists of data.Encoded
+    encoded: dict  # the same as lists of data.Encoded
     cut: int  # how many examples were too long
+    question: str  # classification: with {text}, where the example's text goes
+    label_ids: dict  # classification: {label: its tokens}, in order
     model: Transformer
-    weight_bytes: int
+    weight_bytes: int  # of the model
     local_weight_bytes: int  # of them, what this process holds
     sizes: dict  # how many parameters each level trains
 
@@ -224,15 +228,46 @@ class Task:
         most, rng = self.config.eval_size, random.Random
         return {n: rng(0).sample(rows, min(most, len(rows))) for n, rows in self.encoded.items()}
 
+    @property
+    def layers(self):
+        """The layers that fine-tuning changes, {name: module}."""
+        adapted = adapter_layers(self.model)
+        return adapted or bidora.linear_layers(self.model, self.config.target_modules)
 
-def prepare(run):
+    def about(self):
+        """What run.json says besides the settings: sample.py reads it."""
+        labels = list(self.label_ids)
+        return {"labels": labels, "label_prompt": self.question, "dtype": self.dtype}
+
+    def save(self, out):
+        """Write the adapter, or under full fine-tuning the model, into the folder `out`."""
+        if self.config.method == "ft":
+            self.model.save_pretrained(out)
+            self.tokenizer.save_pretrained(out)
+        else:
+            name = self.config.model
+            bidora.save_adapter(self.model, out, name if is_hub_name(name) else str(self.folder))
+
+    def summary(self):
+        """What summary.json says besides the run's own numbers."""
+        names = ("method", "model", "seed", "quantize")
+        return {name: getattr(self.config, name) for name in names} | {
+            "dtype": self.dtype,
+            "weight_bytes": self.weight_bytes,
+            "local_weight_bytes": self.local_weight_bytes,
+            "examples": {name: len(examples) for name, examples in self.splits.items()},
+            "evaluated": {name: len(rows) for name, rows in self.evaluated.items()},
+            "trainable_parameters": self.sizes,
+        }
+
+
+def prepare(config, device, resuming=False):
     """
-    The Task of a run: data, tokens, and the model with its adapters.
+    The Task of a config: data, tokens, and the model with its adapters.
 
     Raises ValueError or FileNotFoundError for what is wrong with the data, the tokenizer or the
     model.
     """
-    config, device = run.config, run.device
     if distributed.LOCAL_RANK > 0:
         distributed.wait()  # for the first process of this machine, which downloads
     splits, question = data.load_splits(config)
@@ -252,25 +287,17 @@ def prepare(run):
         rows = {name: rows for name, (rows, _) in found.items()}
         return rows, sum(cut for _, cut in found.values())
 
-    if config.auto_hardware and not run.resuming:
+    if config.auto_hardware and not resuming:
         method = METHODS.get(config.method)
         config = hardware.fit_memory(config, method, device, dtype, shape, encode)
     config = resolve(config, shape.max_position_embeddings)
     encoded, cut = encode(config.block_size)
-    largest = max(max(row.input_ids) for rows in encoded.values() for row in rows)
-    if largest >= shape.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer writes token {largest}, but the model's vocabulary ends at "
-            f"{shape.vocab_size}"
-        )
-    model, *sizes = build_model(config, folder, dtype, device)
-    task = Task(
-        config, device, dtype, why, tokenizer, splits, label_ids, encoded, cut, model, *sizes
-    )
-    about = {"labels": labels, "label_prompt": question, "dtype": dtype}
-    layers = adapter_layers(model) or bidora.linear_layers(model, config.target_modules)
-    run.start(task, lambda out: save_weights(task, folder, out), layers, about)
-    return task
+    data.check_vocabulary(encoded, shape.vocab_size, folder)
+    model, weight_bytes, local_weight_bytes, sizes = build_model(config, folder, dtype, device)
+    base = dict(folder=folder, tokenizer=tokenizer, model=model, sizes=sizes)
+    base |= dict(weight_bytes=weight_bytes, local_weight_bytes=local_weight_bytes)
+    rows = dict(splits=splits, encoded=encoded, cut=cut, question=question, label_ids=label_ids)
+    return Task(config, device, dtype, why, **base, **rows)
 
 
 def build_model(config, folder, dtype, device):
@@ -308,34 +335,6 @@ def build_model(config, folder, dtype, device):
     sizes = {"lower": sum(p.numel() for p in lower), "upper": sum(p.numel() for p in upper)}
     own_bytes = distributed.local_bytes(model) if config.fsdp else weight_bytes
     return model, weight_bytes, own_bytes, sizes
-
-
-def save_weights(task, folder, out):
-    """Write the adapter, or under full fine-tuning the model, into the folder `out`."""
-    config = task.config
-    if config.method == "ft":
-        task.model.save_pretrained(out)
-        task.tokenizer.save_pretrained(out)
-    else:
-        base = config.model if is_hub_name(config.model) else str(folder)
-        bidora.save_adapter(task.model, out, base)
-
-
-def describe(task):
-    """What summary.json says about the task."""
-    config = task.config
-    return {
-        "method": config.method,
-        "model": config.model,
-        "dtype": task.dtype,
-        "seed": config.seed,
-        "quantize": config.quantize,
-        "weight_bytes": task.weight_bytes,
-        "local_weight_bytes": task.local_weight_bytes,
-        "examples": {name: len(examples) for name, examples in task.splits.items()},
-        "evaluated": {name: len(rows) for name, rows in task.evaluated.items()},
-        "trainable_parameters": task.sizes,
-    }
 
 
 # ------------------------------------------------------------------------ the command line

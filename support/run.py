@@ -3,7 +3,7 @@ A run in its folder: how far it is, its log, progress bar, checkpoints, stop at 
 recovery from a loss that is not finite. Of several processes, only the first writes.
 
     with Run(config, device, may_change) as run:      locks out_dir; run.config: a resumed run's
-        run.start(task, save, layers, about)          writes the folder; restores a resumed run
+        run.start(task)                               writes the folder; restores a resumed run
         with run.phase("search", 12, optimizer) as steps:
             for step in steps:                        those still to do
                 ...
@@ -72,27 +72,26 @@ class Run:
 
     # ------------------------------------------------------------------------- start
 
-    def start(self, task, save, layers, about):
+    def start(self, task):
         """
         Open the folder with all that will go into it, the earlier run aside, and restore a resumed
         run.
 
-        task: with config (nothing automatic left in it), model and encoded; save: a function that
-        writes the weights into a folder; layers: {name: module} whose ΔM and ΔD are recorded, if
-        config.snapshots; about: what run.json says besides. Raises ValueError or OSError.
+        task: a train.Task, of which config, model, encoded, layers, about() and save(folder) are
+        used. Raises ValueError or OSError.
         """
-        self.config, self.model, self.save_weights = task.config, task.model, save
+        self.config, self.model, self.save_weights = task.config, task.model, task.save
         self.fingerprint = hashlib.sha256(repr(task.encoded).encode()).hexdigest()
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.trajectory = None
         if self.config.snapshots:
-            self.trajectory = Trajectory.start(layers, self.config.magnitude_axis)
+            self.trajectory = Trajectory.start(task.layers, self.config.magnitude_axis)
         # n: steps so far; done: how many of each phase; elapsed: seconds of earlier processes
         self.n, self.done, self.seconds, self.elapsed = 0, {}, {}, 0.0
         self.before, self.metrics = None, []
         if self.state:
             self.restore(*self.state)
-        distributed.from_first(lambda: self.open_folder(about), self.device)
+        distributed.from_first(lambda: self.open_folder(task.about()), self.device)
         if self.state:
             checkpoint.set_random_states(self.state[1]["random"])
         if not self.is_first:  # other dropout masks than the first process's, after a resume too

@@ -61,7 +61,8 @@ def test_loss_masks_by_hand(tiny):
         {"role": "assistant", "content": "d"},
     ]
     assert masked(tiny, {"messages": talk}) == (
-        f"<|im_start|>system\nS{end}\n{user}a{end}\n{assistant}b{end}\n{user}c{end}\n{assistant}d{end}",
+        f"<|im_start|>system\nS{end}\n{user}a{end}\n{assistant}b{end}\n"
+        f"{user}c{end}\n{assistant}d{end}",
         f"b{end}d{end}",
     )
 
