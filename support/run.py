@@ -158,13 +158,22 @@ class Run:
         distributed.same_everywhere(p.data for p in self.trained)
         if begin:
             checkpoint.load_optimizer_state(optimizer, self.state[0])
+        self.bar = tqdm(
+            range(begin + 1, steps + 1),
+            desc=name,
+            unit="step",
+            initial=begin,
+            total=steps,
+            disable=not self.is_first,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )
         log_path = self.out / "metrics.jsonl" if self.is_first else os.devnull
         try:
             with (
                 open(log_path, "a", encoding="utf-8") as self.log,
                 checkpoint.stop_signals() as self.signals,
             ):
-                yield self.remaining(begin)
+                yield self.remaining()
                 self.end_phase()
         except FloatingPointError as error:
             self.roll_back(error)
@@ -176,17 +185,10 @@ class Run:
                     "and add --out_dir=… too"
                 )
             raise OSError(f"{error}{hint}") from None
+        finally:
+            self.bar.close()  # before anything else is printed
 
-    def remaining(self, begin):
-        self.bar = tqdm(
-            range(begin + 1, self.steps + 1),
-            desc=self.name,
-            unit="step",
-            initial=begin,
-            total=self.steps,
-            disable=not self.is_first,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
-        )
+    def remaining(self):
         for step in self.bar:
             self.step, self.step_start, self.n = step, time.time(), self.n + 1
             self.before_step = [p.detach().clone() for p in self.trained]
@@ -241,7 +243,6 @@ class Run:
 
     def roll_back(self, error):
         """Save the weights of the last good step, if any, and say what happened."""
-        self.bar.close()
         if self.last_finite:  # else the folder holds what the phase before has left
             for parameter, value in zip(self.trained, self.last_finite):
                 parameter.data = value

@@ -150,7 +150,7 @@ def test_jsonl_formats_are_read(tmp_path):
         (b'{"text": "a"', "not JSON"),
         (b'{"text": "\xff"}', "not UTF-8"),
         (b'{"question": "a"}', "has the keys question"),
-        (b'["a"]', "no JSON object"),
+        (b'["a"]', "is not a JSON object"),
         (b'{"prompt": "a", "completion": " "}', "answer is empty"),
         (b'{"instruction": "a", "output": ""}', "answer is empty"),
         (b'{"text": "a", "label": ""}', "answer is empty"),
@@ -197,7 +197,7 @@ def test_split_is_stratified_disjoint_and_repeatable():
 
 
 def test_toy_sentiment_is_balanced():
-    labels = [example["label"] for example in data.toy_sentiment()]
+    labels = [example["label"] for example in data.BUILT_IN["toy-sentiment"].load()]
     assert labels.count("yes") == labels.count("no") == 1000
 
 
