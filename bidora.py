@@ -11,7 +11,8 @@ magnitude_axis='column' one per input column, as the papers write it.
 Training never builds W0 + s·B·A. With ratio = m / ‖·‖, y = ratio ⊙ (W0·x + s·B·(A·x)) + bias, and
 the norm comes from the factors:  ‖W0 + sBA‖² = ‖W0‖² + 2s Σ (W0·Aᵀ) ⊙ B + s² Σ (B·(A·Aᵀ)) ⊙ B.
 
-Works on any nn.Module that has nn.Linear layers, and alone in another project.
+Works on any nn.Module that has nn.Linear layers. All but save_adapter and load_adapter also works
+when this file is copied alone into another project.
 """
 
 import math
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 try:
     from support import quantized
     from support.kernels import rescale
-except ImportError:  # this file alone in another project: ordinary weights, plain formulas
+except ImportError:  # copied alone into another project: ordinary weights, plain formulas
     quantized = SimpleNamespace(
         linear=F.linear,
         transposed=torch.matmul,
@@ -45,17 +46,13 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 @dataclass(frozen=True)
 class Method:
-    """
-    An entry of METHODS. magnitude: whether m is there. singular_values: BiLoRA's λ as a function of
-    raw numbers (rank,), which start at 0. upper: the adapter's parameter that learns at the upper
-    level. names: what the two levels train, in words. scale: s as a function of alpha and rank.
-    """
+    """An entry of METHODS."""
 
-    magnitude: bool = False
-    singular_values: Callable | None = None
-    upper: str | None = None
-    names: tuple = ("direction", "magnitude")
-    scale: Callable = lambda alpha, rank: alpha / rank
+    magnitude: bool = False  # whether the layer has m
+    singular_values: Callable | None = None  # BiLoRA's λ, of raw numbers (rank,) that start at 0
+    upper: str | None = None  # the name of the adapter parameter that learns at the upper level
+    names: tuple = ("direction", "magnitude")  # of what the lower and the upper level train
+    scale: Callable = lambda alpha, rank: alpha / rank  # s
 
 
 SINGULAR = dict(upper="lora_lambda", names=("singular vectors", "singular values"))
@@ -64,9 +61,9 @@ METHODS = {
     "dora": Method(magnitude=True),
     "bidora": Method(magnitude=True, upper="lora_magnitude_vector"),
     "bilora": Method(singular_values=lambda raw: 1 + raw, **SINGULAR),
-    # These sum to the rank, so that the layer starts as the others do.
+    # These λ sum to the rank, so each starts at 1, as above.
     "bilora_softmax": Method(singular_values=lambda raw: len(raw) * raw.softmax(0), **SINGULAR),
-    # A steep sigmoid approximates 0 and 1; all start at ½.
+    # A steep sigmoid approximates a choice between 0 and 1; each λ starts at ½.
     "bilora_binary": Method(singular_values=lambda raw: (raw / 0.1).sigmoid(), **SINGULAR),
 }
 
@@ -76,14 +73,15 @@ CHOICES = {"method": METHODS, "norm_grad": ("exact", "detach"), "magnitude_axis"
 
 class BiDoRALinear(nn.Linear):
     """
-    A frozen linear layer with a trainable low-rank direction and what else its method has.
+    A frozen linear layer with a trainable low-rank update and, as its method says, m or λ.
 
-    rank, lora_alpha: the direction is s·B·A with A (rank × in), B (out × rank). lora_dropout: on
-    the direction's input. method: a key of METHODS. magnitude_axis: 'row' (one m per output) or
-    'column' (one per input). norm_grad: 'exact', or 'detach' to treat the norm as a constant in the
-    backward pass (DoRA, section 4.3). linear: an nn.Linear whose weight and bias are shared, not
-    copied, also one that bitsandbytes has packed (support/quantized.py); without it W0 is random,
-    as nn.Linear's.
+    rank, lora_alpha   the update is s·B·A with A (rank × in), B (out × rank)
+    lora_dropout       on the update's input
+    method             a key of METHODS
+    magnitude_axis     'row' (one m per output) or 'column' (one per input)
+    norm_grad          'exact', or 'detach': a constant in the backward pass (DoRA, section 4.3)
+    linear             an nn.Linear whose weight and bias are shared, not copied; bitsandbytes may
+                       have packed it (support/quantized.py). Without it, W0 is random
 
     Adapter parameters are fp32 even over a bf16 weight: in bf16, small updates round to nothing.
     Raises ValueError for a rank below 1 and for an unknown method, magnitude_axis or norm_grad.
@@ -108,6 +106,7 @@ class BiDoRALinear(nn.Linear):
         for name, value in zip(CHOICES, (method, norm_grad, magnitude_axis)):
             if value not in CHOICES[name]:
                 raise ValueError(f"unknown {name} {value!r}: choose {', '.join(CHOICES[name])}")
+
         device = "meta" if linear is not None else None
         super().__init__(in_features, out_features, bias, device=device)
         if linear is not None:
@@ -115,6 +114,7 @@ class BiDoRALinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
+
         self.method, self.norm_grad = METHODS[method], norm_grad
         self.magnitude_axis = magnitude_axis
         self.rank, self.scaling = rank, self.method.scale(lora_alpha, rank)
@@ -130,9 +130,9 @@ class BiDoRALinear(nn.Linear):
             self.lora_lambda = nn.Parameter(torch.zeros(rank, **new))
         self.register_buffer("weight_squares", self.squared_norms(dtype), persistent=False)
 
-        # m starts at ‖W0‖ of the weight that is there, by the same arithmetic as the norm, so that
-        # the ratio starts at exactly 1. A row of zeros has no direction: there m is exactly 0, so
-        # that ratio and all gradients are 0 and the row stays as it is.
+        # m starts at ‖W0‖, computed exactly as forward computes the norm, so that the ratio starts
+        # at exactly 1. A row of zeros has no direction: its m is exactly 0, so that ratio and
+        # gradients are 0 and the row stays as it is.
         if self.method.magnitude:
             norm = self.direction_norm().detach()
             start = torch.where(self.weight_squares > 0, norm, 0.0)
@@ -142,8 +142,9 @@ class BiDoRALinear(nn.Linear):
         """Share the weight and bias of an nn.Linear."""
         self.weight, self.bias = linear.weight, linear.bias
         state = getattr(linear, "state", None)
+        # bitsandbytes' int8 layer moves its scales to `state` when it is first called.
         if state is not None and state.SCB is not None:
-            self.weight.SCB = state.SCB  # bitsandbytes' int8 layer has its scales there once called
+            self.weight.SCB = state.SCB
 
     def squared_norms(self, dtype):
         """‖W0‖² of each row, (out,), or column, (in,)."""
@@ -163,7 +164,7 @@ class BiDoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_B)
 
     def reference_forward(self, x):
-        """The equation as it stands, for reading: `forward` computes it without building V or W."""
+        """BiDoRA's equation, for reading: `forward` computes the same without building V or W."""
         V = self.weight + self.scaling * (self.lora_B @ self.lora_A)  # (out, in)
         norm = V.norm(dim=1, keepdim=True)  # (out, 1)
         W = self.lora_magnitude_vector[:, None] * V / norm  # (out, in)
@@ -174,19 +175,21 @@ class BiDoRALinear(nn.Linear):
         if self.method.magnitude:
             norm = self.direction_norm()  # (out,) or (in,)
             norm = norm if self.norm_grad == "exact" else norm.detach()
-            # ratio·y as y + (ratio - 1)·y: bf16 has steps of 0.8 % near 1, but ratio - 1 keeps its
-            # digits.
+            # ratio·y is computed as y + (ratio - 1)·y: near 1, bf16 has steps of 0.8 %, too coarse
+            # for ratio, but not for ratio - 1.
             change = self.lora_magnitude_vector / norm - 1
             if not row:
                 x = torch.addcmul(x, x, change.to(x.dtype))
+
         rows = x.reshape(-1, self.in_features)  # (N, in)
         z = F.linear(self.dropout(rows), self.lora_A.to(x.dtype))  # (N, rank)
         if self.method.singular_values:
             z = z * self.method.singular_values(self.lora_lambda).to(x.dtype)
+
         sB = (self.scaling * self.lora_B).to(x.dtype)  # (out, rank)
         y = quantized.linear(rows, self.weight, self.bias).addmm_(z, sB.T)  # (N, out), in place
         if self.method.magnitude and row:
-            y = rescale(y, change, self.bias)  # the bias lies outside the scaling
+            y = rescale(y, change, self.bias)  # scales y - bias, not the bias
         return y.view(*x.shape[:-1], self.out_features)
 
     def direction_norm(self):
@@ -199,18 +202,18 @@ class BiDoRALinear(nn.Linear):
         else:
             BW0 = quantized.transposed(sB.T.to(dtype), self.weight).to(A.dtype)  # (rank, in)
             squares = self.weight_squares + ((2 * BW0 + (sB.T @ sB) @ A) * A).sum(dim=0)
-        return squares.clamp_min(1e-24).sqrt()  # above 0 for a row of zeros, too
+        return squares.clamp_min(1e-24).sqrt()  # a row of zeros must not divide by 0
 
     @torch.no_grad()
     def folded_B(self):
-        """B with BiLoRA's λ folded into its columns: as LoRA's B it does the same."""
+        """B with BiLoRA's λ folded into its columns, so that LoRA with this B is the same layer."""
         if self.method.singular_values is None:
             return self.lora_B
         return self.lora_B * self.method.singular_values(self.lora_lambda)
 
     @torch.no_grad()
     def merged_weight(self):
-        """W' as one matrix, (out × in), in the adapter's precision: to merge, not to train."""
+        """W' as one matrix, (out × in), in the adapter's precision; for merging, not training."""
         W = quantized.dequantize(self.weight, self.lora_A.dtype)
         W = W + self.scaling * (self.folded_B() @ self.lora_A)
         if not self.method.magnitude:
@@ -226,8 +229,8 @@ class BiDoRALinear(nn.Linear):
 
 def linear_layers(model, targets):
     """
-    The model's nn.Linear layers that targets name, {name: layer}; targets are names or their ends:
-    "q_proj" takes every "….q_proj". Raises ValueError for a target that no layer has.
+    The model's nn.Linear layers that match targets, {name: layer}. A target is a layer's name or
+    its end: "q_proj" matches every "….q_proj". Raises ValueError for a target without a match.
     """
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     chosen = {}
@@ -252,12 +255,11 @@ def replace_linear_with_bidora(
     **options,
 ):
     """
-    Replace, in place, the nn.Linear layers named in target_modules (as in linear_layers) by
-    BiDoRALinear layers that share their weights. options: norm_grad, magnitude_axis. Returns
-    module.
+    Replace, in place, the nn.Linear layers that match target_modules (as in linear_layers) by
+    BiDoRALinear layers that share their weights; return module. options: norm_grad, magnitude_axis.
 
-    Raises ValueError when a target matches no linear layer, is adapted already, shares its weight
-    with another layer, or is smaller than the rank.
+    Raises ValueError when a target matches no linear layer, or when a layer is adapted already,
+    shares its weight with another layer, or is smaller than the rank.
     """
     chosen = linear_layers(module, target_modules)
     for name, layer in chosen.items():
@@ -273,7 +275,9 @@ def replace_linear_with_bidora(
 
 
 def adapt(module, chosen, lora_dropout, method, **options):
-    """Put adapters into layers, {name: (rank, lora_alpha)}, all or none; errors name the layer."""
+    """
+    Replace layers, {name: (rank, lora_alpha)}, by BiDoRALinear ones: all, or after an error none.
+    """
     owners = list(module.named_parameters(remove_duplicate=False))
     adapted = {}
     for name, (rank, lora_alpha) in chosen.items():
@@ -285,12 +289,14 @@ def adapt(module, chosen, lora_dropout, method, **options):
                 raise ValueError(
                     f"{name} shares its weight with {owner}, so it can't be adapted by itself"
                 )
+
         sizes = layer.in_features, layer.out_features, rank, lora_alpha, lora_dropout
         try:
             new = BiDoRALinear(*sizes, layer.bias is not None, method, linear=layer, **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         adapted[name] = new.train(layer.training)
+
     for name, layer in adapted.items():
         module.set_submodule(name, layer)
     return module
@@ -298,7 +304,7 @@ def adapt(module, chosen, lora_dropout, method, **options):
 
 @dataclass
 class BiDoRAConfig:
-    """Settings in the names of the `bidora` package. use_bidora=False is DoRA."""
+    """Settings under the names that the `bidora` package uses. use_bidora=False is DoRA."""
 
     rank: int = 8
     alpha: float = 16
@@ -312,11 +318,11 @@ class BiDoRAConfig:
 
 def prepare_bidora_model(model, config, quantized=False):
     """
-    Freeze every parameter of model, then put in adapters by a BiDoRAConfig; returns model.
+    Freeze every parameter of model, then add the adapters of a BiDoRAConfig; return model.
 
-    quantized: whether the base is, which is only checked: a packed weight knows it by itself.
-    Raises ValueError for quantized=True over an ordinary model, and as replace_linear_with_bidora
-    does.
+    quantized: whether the base is quantised; this is only checked, since a packed weight shows it.
+    Raises ValueError for quantized=True with an ordinary model, and whenever
+    replace_linear_with_bidora does.
     """
     packed = any(is_packed(parameter) for parameter in model.parameters())
     if quantized and not packed:
@@ -343,19 +349,19 @@ def adapter_layers(model):
 
 
 def upper_parameters(model):
-    """What learns on validation data: BiDoRA's magnitudes, BiLoRA's λ, unless frozen."""
+    """The parameters that learn on val data: BiDoRA's magnitudes, BiLoRA's λ, unless frozen."""
     uppers = [layer.upper for layer in adapter_layers(model).values()]
     return [parameter for parameter in uppers if parameter is not None and parameter.requires_grad]
 
 
 def lower_parameters(model):
-    """What learns on training data: all trainable parameters that are not upper ones."""
+    """The parameters that learn on train data: all trainable ones except the upper ones."""
     upper = {id(parameter) for parameter in upper_parameters(model)}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in upper]
 
 
 def start_retrain(model, fresh=True):
-    """Phase 3: fix every magnitude and every λ; fresh: start the directions afresh."""
+    """Phase 3: fix every magnitude and every λ. fresh: also reset the directions."""
     for layer in adapter_layers(model).values():
         for parameter in (layer.lora_magnitude_vector, layer.lora_lambda):
             if parameter is not None:
@@ -369,17 +375,19 @@ def start_retrain(model, fresh=True):
 
 def merge(model):
     """
-    Fold every adapter into its weight, in place: plain nn.Linear layers again. Returns model.
+    Fold every adapter into its weight, in place, so that plain nn.Linear layers remain. Returns
+    model.
 
     The merged weight has the base weight's dtype: over a bf16 base it is rounded once. A quantised
-    base is dequantised first, in all its layers, which is printed: an adapter fits the weights that
-    it was trained over, not those before quantisation.
+    base is first dequantised, in all its layers, and a line is printed that says so: an adapter
+    fits the weights that it was trained over, not those before quantisation.
     """
     kinds = set()
     for name, layer in list(model.named_modules()):
         adapted = isinstance(layer, BiDoRALinear)
         if not isinstance(layer, nn.Linear) or not (adapted or quantized.kind_of(layer.weight)):
             continue
+
         kinds.add(quantized.kind_of(layer.weight))
         dtype = quantized.float_dtype(layer.weight)
         weight = (
@@ -392,6 +400,7 @@ def merge(model):
         )
         linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), layer.bias
         model.set_submodule(name, linear.train(layer.training))
+
     if kinds := sorted(filter(None, kinds)):
         packed, dtype = " and ".join(kinds), str(dtype).removeprefix("torch.")
         print(f"the {packed} base was dequantised to {dtype} to merge the adapter into it")
@@ -402,11 +411,11 @@ def save_adapter(model, folder, base_model=""):
     """
     Write adapter_model.safetensors and adapter_config.json as PEFT does, each atomically.
 
-    base_model: the name, name@revision or folder of the base, for the reader. To PEFT a BiDoRA
-    adapter is a DoRA adapter; BiLoRA's λ is folded into B. Raises ValueError for a model without
-    adapters, or with several kinds; OSError when the folder can't be written.
+    base_model: the name, name@revision or folder of the base, written into the config. For PEFT, a
+    BiDoRA adapter is a DoRA adapter; BiLoRA's λ is folded into B. Raises ValueError for a model
+    without adapters, or with several kinds; OSError when the folder can't be written.
     """
-    from support import peft_format  # here: this file works alone but for its two file functions
+    from support import peft_format  # imported here, so that the rest of this file works alone
 
     plain = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     peft_format.write(folder, adapter_layers(model), plain, base_model)
@@ -414,13 +423,12 @@ def save_adapter(model, folder, base_model=""):
 
 def load_adapter(model, folder):
     """
-    Load an adapter that save_adapter or PEFT wrote; a model without adapters gets them. Returns
+    Load an adapter that save_adapter or PEFT wrote; a model without adapters is given them. Returns
     model.
 
-    Which layers, of which rank, with or without a magnitude: that is read from the tensors, so any
-    pattern of ranks or targets loads. Raises FileNotFoundError for a missing file, ValueError for a
-    damaged one, for one that does not fit the model, and for variants that these layers don't
-    compute.
+    The layers and their ranks are read from the tensors, so any pattern of ranks or targets loads.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one, for one that does not
+    fit the model, and for variants of LoRA that these layers don't compute.
     """
     from support import peft_format
 
@@ -431,6 +439,7 @@ def load_adapter(model, folder):
             raise ValueError(
                 f"{folder}: the adapter does not fit the model: no linear layer {missing[0]}"
             )
+
         model.requires_grad_(False)
         method = "dora" if found.magnitude else "lora"
         adapt(model, found.sizes, found.dropout, method, magnitude_axis=found.axis)

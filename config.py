@@ -1,4 +1,4 @@
-"""The settings of a run, with defaults and meanings, and the combinations that make no sense."""
+"""The settings of a run: defaults, meanings, and which combinations are refused."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,78 +14,80 @@ from support import quantized, rules, settings
 @dataclass
 class Config:
     # the model and the method (most people set model and method)
-    model: str = "smollm2-135m"  # a folder, owner/name on the hub (or owner/name@revision),
-    #: smollm2-135m or tiny-random
+    model: str = "smollm2-135m"  # a folder, owner/name or owner/name@revision on the hub, or the
+    #: built-in smollm2-135m or tiny-random
     method: str = "bidora"  # bidora, dora, lora, bilora, bilora_softmax, bilora_binary, or ft
     #: (full fine-tuning: every weight)
-    dtype: str = "auto"  # of the base: float32, bfloat16, or auto: what is fast here
+    dtype: str = "auto"  # of the base: float32, bfloat16, or auto (whichever is fast here)
     quantize: str = "auto"  # pack the base's linear layers: nf4, fp4, int8, or none (auto: none)
-    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
-    seed: int = 0  # of the data sample, the split, the adapter's start and the order of batches
+    device: str = "auto"  # cpu, cuda, or auto (cuda if there is one)
+    seed: int = 0  # of the data sample, the split, the adapter's initial values and the batches
 
     # the data (most people set train_file, or data)
     data: str = ""  # a built-in data set: movie-sentiment, product-sentiment, toy-sentiment
-    train_file: str = ""  # your own data instead, JSONL (docs/using.md shows the formats)
-    val_file: str = ""  # JSONL; without it, val_fraction of train_file is split off
-    test_file: str = ""  # JSONL, only ever evaluated on
+    train_file: str = ""  # or your own data: a JSONL file (docs/using.md shows the formats)
+    val_file: str = ""  # a JSONL file; without it, val_fraction of train_file is split off
+    test_file: str = ""  # a JSONL file, used for evaluation only
     train_size: int = 200  # examples taken from a built-in set, train and val together
-    test_size: int = 400  # examples of a built-in set kept for the test, the same for every seed
+    test_size: int = 400  # examples of a built-in set kept for testing, the same for every seed
     val_fraction: float = 0.2  # the upper level's share of the training data; the paper's is 0.2
-    block_size: int = 0  # most tokens of an example; longer prompts are cut on the left; 0: 256
-    label_prompt: str = ""  # a classification question with {text} and {labels}; empty: the set's
+    block_size: int = 0  # most tokens of an example; longer ones are cut on the left; 0 means 256
+    label_prompt: str = ""  # a classification question with {text}, and {labels} if wanted; empty:
+    #: the data set's own
     train_on_prompt: bool = False  # count the prompt in the loss too, not only the answer
 
     # the adapter (most people set rank)
-    rank: int = 8  # of the update B·A; more rank, more to learn and to overfit
+    rank: int = 8  # of the update B·A; a higher rank can learn more, and overfit more
     alpha: float = 16.0  # the update is scaled by alpha / rank
     dropout: float = 0.0  # on the update's input; off while a hypergradient is computed
     target_modules: tuple = bidora.ALL_LINEAR  # the adapted layers
-    magnitude_axis: str = "row"  # one magnitude per output row (as PEFT) or per input column
-    #: (as the papers)
-    norm_grad: str = "exact"  # exact, or detach: the norm is a constant in the backward pass (PEFT)
-    gram_weight: float = 0.0  # times a regulariser in the lower loss that keeps directions apart
+    magnitude_axis: str = "row"  # one magnitude per output (row, as in PEFT) or per input (column,
+    #: as in the papers)
+    norm_grad: str = "exact"  # exact, or detach: a constant norm in the backward pass, as in PEFT
+    gram_weight: float = 0.0  # weight of a regulariser in the lower loss: it keeps directions apart
 
     # the budget: every method takes search_steps + retrain_steps lower-level steps (most people set
     # both, and lower_lr)
     search_steps: int = 12  # lower-level steps of the search phase
-    retrain_steps: int = 54  # steps of the last phase: direction only, on train and val
+    retrain_steps: int = 54  # steps of the final phase: direction only, on train + val
     batch_size: int = 4  # examples per step, at either level
-    micro_batch_size: int = 0  # examples in memory at once in a lower-level step: less memory,
-    #: the same result; 0: the whole batch
-    lower_lr: float = 0.0  # AdamW's peak rate at the lower level; 0: 1e-3, or 2e-5 for ft
-    upper_lr: float = 1e-2  # AdamW's peak rate at the upper level
+    micro_batch_size: int = 0  # examples whose activations are in memory at once: fewer take less
+    #: memory and give the same result; 0 means the whole batch
+    lower_lr: float = 0.0  # AdamW's peak learning rate, lower level; 0 means 1e-3, or 2e-5 for ft
+    upper_lr: float = 1e-2  # AdamW's peak learning rate, upper level
     weight_decay: float = 0.0  # AdamW's, lower level only
-    grad_clip: float = 1.0  # largest gradient norm of each level
+    grad_clip: float = 1.0  # the norm to which each level's gradient is clipped
     optimizer: str = "adamw"  # of both levels: adamw, or adamw8bit (bitsandbytes, 8-bit moments)
-    final_init: str = "fresh"  # retrain from a fresh direction, as the paper, or continue
+    final_init: str = "fresh"  # retrain from a fresh direction, as in the paper, or continue
 
     # the hypergradient (hypergrad.py)
     hypergradient: str = "unrolled"  # unrolled (the paper's), first_order, finite_difference,
     #: neumann, conjugate_gradient
-    hypergradient_steps: int = 0  # lower-level steps it looks back on, terms of the series, or
-    #: iterations; 0: 1 for unrolled, 3 for neumann and conjugate_gradient
-    hypergradient_lr: float = 0.0  # the steps' rate (0: lower_lr), or neumann's alpha (0: 0.01)
+    hypergradient_steps: int = 0  # steps to differentiate through (unrolled, finite_difference),
+    #: terms of the series (neumann) or iterations (conjugate_gradient); 0 means 1, 3 and 3
+    hypergradient_lr: float = 0.0  # learning rate of these steps (0 means lower_lr), or neumann's
+    #: alpha (0 means 0.01)
     damping: float = 0.01  # conjugate_gradient: added to the Hessian's diagonal
-    precondition: str = "none"  # adam: unrolled differentiates through AdamW's own update; the
-    #: implicit ones use its second moments
-    upper_every: int = 1  # lower-level steps (BiLoRA's T1) per turn of the upper level
-    upper_steps: int = 1  # upper-level steps per turn (BiLoRA's T2)
+    precondition: str = "none"  # adam: unrolled differentiates through AdamW's own update; neumann
+    #: and conjugate_gradient are preconditioned by its second moments
+    upper_every: int = 1  # lower-level steps per round of the upper level (BiLoRA's T1)
+    upper_steps: int = 1  # upper-level steps per round (BiLoRA's T2)
 
     # speed and memory
-    gradient_checkpointing: bool = False  # recompute activations: less memory, one more forward
-    group_by_length: bool = False  # batches of rows of similar length: less padding, less random
-    compile: bool = False  # torch.compile each block, in half a minute; not with second derivatives
-    fsdp: bool = False  # under torchrun: share the frozen weights out over the processes (FSDP2)
+    gradient_checkpointing: bool = False  # recompute activations: less memory, more time
+    group_by_length: bool = False  # batches of similarly long rows: less padding, but less random
+    compile: bool = False  # torch.compile the blocks (half a minute); not with second derivatives
+    fsdp: bool = False  # under torchrun: shard the frozen weights over the processes (FSDP2)
     auto_hardware: bool = False  # choose quantize, micro_batch_size, gradient_checkpointing and
-    #: block_size, where they are at their defaults, so that the run fits the memory
+    #: block_size, where they are at their defaults, so that the run fits in memory
 
     # output
-    out_dir: str = ""  # the run's folder; empty: out/<config's name>, and -<method> if given
+    out_dir: str = ""  # the run's folder; empty: out/CONFIG, or out/CONFIG-METHOD with --method
     overwrite: bool = False  # replace an earlier run in out_dir
     resume: bool = False  # resume the run in out_dir from its last checkpoint
-    checkpoint_every: int = 100  # steps between checkpoints; each phase ends with one, too
-    eval_size: int = 400  # most examples of a split that are evaluated, the same before and after
-    snapshots: int = 0  # times per phase at which the weights' ΔM and ΔD are recorded
+    checkpoint_every: int = 100  # steps between checkpoints; each phase also ends with one
+    eval_size: int = 400  # most examples evaluated per split, the same ones before and after
+    snapshots: int = 0  # how often per phase the weights' ΔM and ΔD are recorded
 
 
 CHOICES = {
@@ -107,8 +109,8 @@ RENAMED = {  # settings of earlier versions
     "neumann_alpha": "use --hypergradient_lr",
     "mode": "use --hypergradient=finite_difference, or unrolled for exact derivatives",
     "lambda_kind": "use --method=bilora_softmax or bilora_binary",
-    "warmup": "edit learning_rate_scale in train.py: a tenth of the steps warms up",
-    "eval_batch_size": "evaluation chooses it by itself",
+    "warmup": "edit learning_rate_scale in train.py, which warms up over a tenth of the steps",
+    "eval_batch_size": "evaluation chooses its own batch size",
 }
 
 
@@ -126,15 +128,14 @@ def is_bilevel(config):
 
 
 def second_order(config):
-    """Whether the run differentiates gradients."""
+    """Whether the run needs second derivatives."""
     return is_bilevel(config) and HYPERGRADIENTS[config.hypergradient].second_order
 
 
 def resolve(config, positions):
     """
-    config with what its automatic settings stand for. positions: most that the model can take.
-
-    Raises ValueError for a block_size beyond them.
+    config with values in place of its automatic settings. positions: the most tokens that the
+    model can take; raises ValueError for a larger block_size.
     """
     block_size = config.block_size or 256
     rules.refuse(
@@ -150,13 +151,13 @@ def resolve(config, positions):
 
 
 def check(config):
-    """Raise ValueError for a setting that makes no sense, before any work is done."""
+    """Raise ValueError for settings that make no sense, before any work is done."""
     rules.check_values(config, CHOICES | {"method": (*METHODS, "ft")})
     bilevel, method = is_bilevel(config), METHODS.get(config.method)
     rules.check_device(config)
     rules.check_budget(config, bilevel, HYPERGRADIENTS[config.hypergradient])
     rules.check_data(config, bilevel)
-    used = config.hypergradient if bilevel else "first_order"
+    used = config.hypergradient if bilevel else "first_order"  # without an upper level: unused
     coarse = config.dtype == "bfloat16"
     hypergrad.check_choices(used, config.optimizer, config.precondition, coarse)
     rules.check_combinations(config, method, second_order(config))

@@ -6,8 +6,8 @@ From examples to batches: the splits, what counts in the loss, padding.
     encode(examples, ...)        ->  list of Encoded: token ids, and labels (-100: not supervised)
     batches(encoded, ...)        ->  (input_ids, labels), padded on the right
 
-Supervised is an answer (a completion, an output, a label, the assistant's turns), or all of a plain
-text.
+The answer is supervised (a completion, an output, a label, the assistant's turns); of plain text,
+everything is.
 """
 
 import itertools
@@ -30,9 +30,10 @@ LABEL_PROMPT = (
 
 def load_examples(path_or_name):
     """
-    Read a JSONL file, or a built-in set (a key of BUILT_IN), as a list of dicts.
+    Read a JSONL file, or a built-in data set (a key of BUILT_IN), as a list of dicts.
 
-    Raises FileNotFoundError, or ValueError naming file and line, for what can't be trained on.
+    Raises FileNotFoundError for a missing file; ValueError, naming file and line, for content that
+    can't be trained on.
     """
     if path_or_name in BUILT_IN:
         return BUILT_IN[path_or_name].load()
@@ -54,11 +55,12 @@ def split(examples, val_fraction=0.2, seed=0):
     """
     Shuffle and split into (train, val), label by label (stratified).
 
-    Raises ValueError when the val part would be empty, or lack a label that train has.
+    Raises ValueError when train or val would be empty, or would lack a label that the other has.
     """
     groups = {}
     for example in random.Random(seed).sample(examples, len(examples)):
         groups.setdefault(example.get("label"), []).append(example)
+
     train, val = [], []
     for label, group in groups.items():
         count = round(val_fraction * len(group))
@@ -66,7 +68,7 @@ def split(examples, val_fraction=0.2, seed=0):
             what = f"label {label!r}" if label is not None else "the data"
             raise ValueError(
                 f"val_fraction={val_fraction} of the {len(group)} examples of {what} leaves an "
-                f"empty part: give more examples, or another val_fraction"
+                f"empty split: give more examples, or another val_fraction"
             )
         val += group[:count]
         train += group[count:]
@@ -77,7 +79,7 @@ def load_splits(config):
     """
     A config's examples as {"train", "val", "test"}, and its classification question.
 
-    Raises ValueError where they don't fit together.
+    Raises ValueError when the splits don't fit together.
     """
     if config.train_file:
         files = {"train": config.train_file, "val": config.val_file, "test": config.test_file}
@@ -86,6 +88,7 @@ def load_splits(config):
     else:
         splits = sample_built_in(config)
         question = BUILT_IN[config.data].question
+
     if not config.val_file and config.val_fraction > 0:
         splits["train"], splits["val"] = split(splits["train"], config.val_fraction, config.seed)
     check_splits(splits)
@@ -93,7 +96,7 @@ def load_splits(config):
 
 
 def sample_built_in(config):
-    """train_size and test_size examples of a built-in set."""
+    """A built-in data set's train and test examples; val is split off later."""
     examples = load_examples(config.data)
     train_size, test_size = config.train_size, config.test_size
     if train_size + test_size >= len(examples) or min(train_size, test_size) < 10:
@@ -101,17 +104,22 @@ def sample_built_in(config):
             f"train_size={train_size} and test_size={test_size} must be at least 10 each, and "
             f"together less than the {len(examples)} examples of {config.data}"
         )
-    # The test is the same for every seed.
+
+    # The test split is the same for every seed.
     rest, test = split(examples, test_size / len(examples), seed=0)
     train, _ = split(rest, 1 - train_size / len(rest), seed=config.seed)
     return {"train": train, "val": [], "test": test}
 
 
 def check_splits(splits):
-    """Raise ValueError unless all have one format, and train and val the same labels."""
+    """
+    Raise ValueError unless all splits have one format, train and val have the same labels, and test
+    has no others.
+    """
     formats = {format_of(examples[0]) for examples in splits.values() if examples}
     if len(formats) > 1:
         raise ValueError(f"the files differ in format: {', '.join(sorted(formats))}")
+
     labels = {
         name: {example.get("label") for example in examples}
         for name, examples in splits.items()
@@ -122,6 +130,7 @@ def check_splits(splits):
             f"all train examples have the label {labels['train'].pop()!r}: "
             f"classification needs two labels or more"
         )
+
     for name, found in labels.items():
         if unseen := found - labels["train"]:
             raise ValueError(f"{name} has the label {sorted(unseen)[0]!r}, which train lacks")
@@ -151,8 +160,8 @@ def tokenize_question(text, tokenizer, label_prompt, labels):
 
 def tokenize_labels(labels, tokenizer):
     """
-    {label: its token ids}. One token a label is best, so no end-of-turn token follows, unless one
-    label begins another ("1" and "10"), where the shorter would always be the likelier.
+    {label: its token ids}. One token per label is fastest, so no end-of-turn token follows, unless
+    one label begins another ("1" and "10"): then the shorter one would always be the likelier.
     """
     ids = {label: tokenizer.encode(label) for label in labels}
     if any(a != b and ids[b][: len(ids[a])] == ids[a] for a in labels for b in labels):
@@ -179,15 +188,14 @@ def segments(example, tokenizer, label_prompt, label_ids):
             {"role": "user", "content": request},
             {"role": "assistant", "content": example["output"]},
         ]
-    else:  # nothing is learnt from what follows the last answer
-        messages = example["messages"]
+    else:
+        messages = example["messages"]  # up to the last answer: nothing is learnt from the rest
         last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
         messages = messages[: last + 1]
     text, spans = tokenizer.chat.conversation(messages)
     pieces = tokenizer.encode_cut(text, [cut for span in spans for cut in span])
-    if (
-        not tokenizer.chat.end_of_turn
-    ):  # the template ends no answer, but a model must learn to stop
+    # The model must learn to stop, also where the template does not mark the end of an answer.
+    if not tokenizer.chat.end_of_turn:
         pieces[-2:] = [pieces[-2] + eos]
     return [(tokens, i % 2 == 1) for i, tokens in enumerate(pieces)]
 
@@ -203,10 +211,9 @@ def encode(
     """
     Turn examples into (list of Encoded, how many were cut).
 
-    block_size: the most tokens of a row. A longer example is cut on the left, its last answer kept
-    whole; plain text fills several rows instead. label_ids: from tokenize_labels, for
-    classification. Raises ValueError, quoting the example, when its answer leaves no room for a
-    prompt, or the chat template refuses it.
+    block_size: most tokens per row. A longer example is cut on the left, so its last answer stays
+    whole; plain text fills several rows. label_ids: from tokenize_labels, for classification.
+    Raises ValueError for an answer without room for a prompt, or if the chat template refuses.
     """
     encoded, cut = [], 0
     for example in examples:
@@ -216,7 +223,8 @@ def encode(
             quoted = json.dumps(example, ensure_ascii=False)
             raise ValueError(f"{error}; the example is {quoted:.80}…") from None
         if len(pieces) > 1 and not pieces[-1][1]:
-            pieces.pop()  # what the template writes after the last answer
+            pieces.pop()  # the end that the template writes after the last answer
+
         ids = [token for tokens, _ in pieces for token in tokens]
         targets = [
             token if supervised or train_on_prompt else -100
@@ -245,12 +253,12 @@ def encode(
 
 
 def check_vocabulary(encoded, vocab_size, folder):
-    """Raise ValueError for splits of rows with a token that the model in `folder` does not have."""
+    """Raise ValueError for a token in any split that the model in `folder` does not have."""
     largest = max(max(row.input_ids) for rows in encoded.values() for row in rows)
     if largest >= vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer writes token {largest}, but the model's vocabulary ends at "
-            f"{vocab_size}"
+            f"{folder}: the tokenizer produced token {largest}, but the model's vocabulary has "
+            f"only {vocab_size} tokens"
         )
 
 
@@ -258,7 +266,7 @@ def check_vocabulary(encoded, vocab_size, folder):
 
 
 def pad(rows, value):
-    """Lists of ids as one tensor, (rows, longest row), filled with value on the right."""
+    """Lists of ids as one tensor, (rows, longest row), padded with value on the right."""
     tensors = [torch.tensor(row) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
@@ -270,9 +278,11 @@ def collate(encoded, pad_id):
 
 def batches(encoded, batch_size, pad_id, seed, skip=0, group_by_length=False):
     """
-    Yield (input_ids, labels) without end: shuffled anew each epoch, in batches of batch_size (fewer
-    if there are fewer rows), from the one after the first `skip` on. group_by_length: each of rows
-    that are next to each other in length, among the rows of 16 batches at a time.
+    Yield batches (input_ids, labels) without end, shuffled anew each epoch.
+
+    batch_size: rows per batch, or all if there are fewer. skip: leave out that many batches, for a
+    resumed run. group_by_length: sort the rows of 16 batches at a time by length, so that each
+    batch has rows of similar length.
     """
     rng = random.Random(seed)
     queue = []
@@ -288,7 +298,10 @@ def batches(encoded, batch_size, pad_id, seed, skip=0, group_by_length=False):
 
 
 def grouped(rows, batch_size, rng):
-    """Shuffled rows in groups of similar length, the groups in random order, a short one first."""
+    """
+    Shuffled rows in groups of similar length, the groups in random order. A group of less than
+    batch_size comes first, since `batches` takes rows from the end: it would shift later groups.
+    """
     size = 16 * batch_size
     groups = []
     for i in range(0, len(rows), size):
@@ -301,17 +314,18 @@ def grouped(rows, batch_size, rng):
 
 def micro_batches(batch, size=0, rank=0, world_size=1):
     """
-    A batch as a list of (input_ids, labels, share), share being the part of the batch's supervised
-    positions, so that losses times shares add up to the batch's loss. size: most rows of each; 0:
-    all.
+    Split a batch into a list of (input_ids, labels, share). share: the fraction of the batch's
+    supervised positions, so that losses times shares add up to the batch's loss. size: most rows
+    per micro-batch; 0 means all.
 
-    Of several processes, number `rank` gets its own rows, in as many micro-batches as the others;
-    where rows are short of that, one is a row whose share is 0, since all must compute in step.
+    With several processes, process `rank` gets its own rows, in as many micro-batches as the others
+    get, since all must compute in step; one without rows gets any row, with share 0.
     """
     total = (batch[1][:, 1:] != -100).sum().item()
     own = [tensor.tensor_split(world_size)[rank] for tensor in batch]
     most = math.ceil(len(batch[0]) / world_size)  # rows of a process
     count = math.ceil(most / (size or most))
+
     found = []
     for ids, labels in zip(*(tensor.tensor_split(count) for tensor in own)):
         share = (labels[:, 1:] != -100).sum().item() / total

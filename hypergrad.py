@@ -6,13 +6,14 @@ F(V*(m), m) on val. So dF/dm = ∂F/∂m + (dV*/dm)ᵀ · ∂F/∂V, and methods
 
     first_order          ignores it
     unrolled             V* is what K steps give; K = 1 is BiDoRA's choice (2410.09758, eq. 8-9)
+    finite_difference    the same, second derivatives by differences (arXiv 1806.09055, section 2.3)
     neumann              -H⁻¹ · ∂²L/∂V∂m, H⁻¹ by K terms of its series (arXiv 1911.02590)
-    conjugate_gradient   the same, H⁻¹ · v solved by K iterations of CG (arXiv 1602.02355)
+    conjugate_gradient   as neumann, H⁻¹ · v solved by K iterations of CG (arXiv 1602.02355)
 
 All have one signature, f(train_loss, val_loss, lower, upper, *, options) -> a tensor per upper
-parameter. The losses are closures without arguments that return a scalar at the parameters' current
-values, or lists of closures whose values add up (micro-batches: one is in memory at a time). They
-must be deterministic (no dropout). Values are put back as found, also when a closure raises.
+parameter. A loss is a closure without arguments that returns a scalar at the parameters' current
+values, or a list of closures whose values add up (micro-batches: one is in memory at a time). It
+must be deterministic (no dropout). Parameters get their values back, also when a closure raises.
 """
 
 import contextlib
@@ -31,13 +32,13 @@ def unrolled_once(train_loss, val_loss, lower, upper, *, lr):
 
         dF/dm = ∂F/∂m(V', m) - lr · ∂²L/∂m∂V(V, m) · ∂F/∂V(V', m)
 
-    For reading: `unrolled` computes the same (a test pins them together), for K steps and less
-    memory.
+    For reading: `unrolled` computes the same for K steps, with less memory; a test compares them.
     """
     g = torch.autograd.grad(train_loss(), lower, create_graph=True)  # ∂L/∂V, differentiable
     with restored(lower):
         assign(lower, [V.detach() - lr * gV.detach() for V, gV in zip(lower, g)])
         v, direct = val_gradients(val_loss, lower, upper)  # ∂F/∂V and ∂F/∂m at V'
+
     cross = torch.autograd.grad(g, upper, grad_outputs=v)  # ∂²L/∂m∂V · v
     return [d - lr * c for d, c in zip(direct, cross)]
 
@@ -47,21 +48,22 @@ def unrolled_once(train_loss, val_loss, lower, upper, *, lr):
 
 def same(tensors):
     """
-    The `reduce` of a single process. Over several, it adds up a list of tensors over them.
+    The `reduce` for a single process, which has nothing to add. For several, give a function that
+    sums each tensor of a list over the processes.
 
-    The cross term multiplies a train by a val quantity, so reducing the finished hypergradient
+    The cross term multiplies a train quantity by a val quantity, so summing finished hypergradients
     would be wrong: v = ∂F/∂V and every product are reduced inside the functions.
     """
     return tensors
 
 
 def closures(loss):
-    """A loss as a list of closures that add up."""
+    """A loss as a list of closures whose values add up."""
     return loss if isinstance(loss, (list, tuple)) else [loss]
 
 
 def add(*lists):
-    """Lists of tensors, added element by element."""
+    """The sum of several lists of tensors, as one list."""
     return [sum(tensors) for tensors in zip(*lists)]
 
 
@@ -90,8 +92,8 @@ class LowerGradient:
     g = ∂L/∂V at V's current values, and its products Σ_i x_i · ∂g_i/∂(parameters): Hessian-vector
     and cross products, by double backward.
 
-    A loss in one micro-batch keeps one graph for all products. A loss in several builds each one's
-    graph anew for each product, so that memory is bounded by one micro-batch.
+    A loss of one micro-batch keeps one graph for all products. A loss of several builds each
+    micro-batch's graph anew for each product, so that only one is in memory at a time.
     """
 
     def __init__(self, train_loss, lower, reduce=same):
@@ -110,12 +112,12 @@ class LowerGradient:
         """Σ vectors · ∂g/∂parameters, at the values that V had. last: the graph may be freed."""
         products = []
         for g in [self.graph] if self.graph else map(self.differentiable, self.losses):
-            # Where g is constant, as in a layer that the loss does not use, there is nothing to
-            # add.
+            # g is constant for a layer that the loss does not use, and adds nothing.
             pairs = [(gV, x) for gV, x in zip(g, vectors) if gV.requires_grad]
             if not pairs:
                 products.append([torch.zeros_like(p) for p in parameters])
                 continue
+
             outputs, weights = map(list, zip(*pairs))
             keep = bool(self.graph) and not last
             with sdpa_kernel(SDPBackend.MATH):  # gradient checkpointing recomputes forwards here
@@ -127,7 +129,7 @@ class LowerGradient:
 
 @contextlib.contextmanager
 def restored(parameters):
-    """Put the parameters' values back at the end, also when the block raises."""
+    """Give the parameters their values back at the end, also when the block raises."""
     found = [p.data for p in parameters]
     try:
         yield
@@ -137,8 +139,8 @@ def restored(parameters):
 
 def assign(parameters, values):
     """
-    Give parameters other values by exchanging tensors, not by writing into them: a graph that was
-    built at the old values is usable again once they are back.
+    Give parameters other values by exchanging tensors, not by writing into them, so that a graph
+    that was built at the old values is usable again once they are back.
     """
     for parameter, value in zip(parameters, values):
         parameter.data = value
@@ -149,14 +151,14 @@ def assign(parameters, values):
 
 @dataclass
 class Step:
-    """A step of the lower level, taken or tried: what it started from, and how it moved V."""
+    """A step of the lower level, real or simulated: what it started from, and how it moved V."""
 
     values: list  # V before it
     g: list  # its gradient ∂L/∂V
     state: list  # the optimizer's state before it
     update: Callable  # (V, g, state) -> (V, state)
-    train_loss: object  # what g is the gradient of: a closure, or a list of closures
-    graph: LowerGradient | None = None  # where g can still be differentiated
+    train_loss: object  # the loss whose gradient g is: a closure, or a list of closures
+    graph: LowerGradient | None = None  # if kept: differentiates g without a new forward pass
 
 
 def gradient_descent(lr):
@@ -175,9 +177,9 @@ def adam_moments(optimizer):
 
 def adamw(optimizer, grad_clip=None, ahead=0):
     """
-    The update that a torch.optim.AdamW makes next, or `ahead` steps later, with its moments and
-    weight decay as they are (arXiv 1711.05101); the gradient is first clipped to the norm
-    grad_clip. Differentiating through the real update is the idea of SAMA (arXiv 2310.05674).
+    The update that a torch.optim.AdamW (arXiv 1711.05101) will make next, or `ahead` steps later,
+    as a differentiable function; the gradient is first clipped to the norm grad_clip.
+    Differentiating through the real update is the idea of SAMA (arXiv 2310.05674).
     """
     group = optimizer.param_groups[0]
     (beta1, beta2), lr = group["betas"], group["lr"]
@@ -211,7 +213,7 @@ def adam_scale(optimizer):
 
 
 def adjoint(step, v, state):
-    """Send derivatives by a step's results, (v, state), back to its inputs: V, g and the state."""
+    """Backpropagate derivatives (v, state) through a step, from its results to V, g and state."""
     inputs = [x.detach().requires_grad_() for x in (*step.values, *step.g, *step.state)]
     n = len(v)
     with torch.enable_grad():
@@ -224,7 +226,7 @@ def adjoint(step, v, state):
 
 
 def first_order(train_loss, val_loss, lower, upper, *, reduce=same):
-    """∂F/∂m at the current V: one gradient. Blind to how V would follow a change of m."""
+    """∂F/∂m at the current V: one gradient, which ignores how V would follow a change of m."""
     return val_gradients(val_loss, [], upper, reduce)[1]
 
 
@@ -246,13 +248,14 @@ def unrolled(
     """
     The gradient through K steps V_{k+1} = U(V_k, g_k), g_k = ∂L/∂V(V_k, m), of the lower level.
 
-    The steps are `steps` ones from the current V on, or those of `past`, a list of Step, that led
-    to it. U is gradient descent with rate lr, or what `adam`, a torch.optim.AdamW over `lower`,
-    does next (grad_clip as in `adamw`). Raises ValueError for another mode than these:
+    The steps are K = `steps` simulated ones from the current V, or those in `past`, a list of Step
+    that led to it. U is gradient descent with rate lr, or the next update of `adam`, a
+    torch.optim.AdamW over `lower` (grad_clip as in `adamw`).
 
     mode='exact' takes products by double backward; 'finite_difference' from ∂L at V ± ε·a with
     ε = radius / ‖a‖ (DARTS, arXiv 1806.09055, section 2.3): two gradients, but noise in bf16.
-    Memory grows by the adapter's size per step, not by activations.
+    Memory grows by the adapter's size per step, not by activations. Raises ValueError for another
+    mode.
     """
     if mode not in ("exact", "finite_difference"):
         raise ValueError(f"unknown mode {mode!r}: choose 'exact' or 'finite_difference'")
@@ -281,7 +284,7 @@ def unrolled(
 
 def through_steps(trajectory, v, h, lower, upper, product):
     """
-    Reverse recursion over a list of Step, from v = ∂F/∂V(V_K) and h = ∂F/∂m. With a = (∂U/∂g)ᵀ·v,
+    Recursion from the last Step to the first, from v = ∂F/∂V(V_K), h = ∂F/∂m. With a = (∂U/∂g)ᵀ·v,
 
         h ← h + ∂²L/∂m∂V(V_k)·a        v ← (∂U/∂V)ᵀ·v + ∂²L/∂V²(V_k)·a
 
@@ -312,7 +315,7 @@ def central_difference(step, a, wanted, lower, radius, reduce):
 def implicit(solve, train_loss, val_loss, lower, upper, *, past, reduce):
     """∂F/∂m - ∂²L/∂m∂V · q with q = solve(v, H), v = ∂F/∂V, and H multiplying by ∂²L/∂V²."""
     with restored(lower):
-        if past:  # at the values before the last step, whose graph is at hand
+        if past:  # the kept graph of the last step is valid at the values before that step
             assign(lower, past[-1].values)
         g = past[-1].graph if past else LowerGradient(train_loss, lower, reduce)
         v, h = val_gradients(val_loss, lower, upper, reduce)
@@ -335,9 +338,9 @@ def neumann(
     """
     ∂F/∂m - ∂²L/∂m∂V · q, q = alpha · Σ_{j<terms} (I - alpha·P·H)^j · P · ∂F/∂V, H = ∂²L/∂V².
 
-    q tends to H⁻¹ · ∂F/∂V as terms grows if alpha < 2 / (largest eigenvalue of P·H); the error
-    falls geometrically. P: precondition, positive tensors like lower's, or the identity. Costs
-    `terms` products. past: as for `unrolled`; its last step is used.
+    With more terms, q converges to H⁻¹ · ∂F/∂V if alpha < 2 / (largest eigenvalue of P·H); the
+    error falls geometrically. precondition: P as positive tensors shaped like lower, by default the
+    identity. Costs `terms` products. past: as for `unrolled`; only its last step is used.
     """
 
     def solve(v, H):
@@ -365,9 +368,10 @@ def conjugate_gradient(
 ):
     """
     ∂F/∂m - ∂²L/∂m∂V · q, with (H + damping·I) · q = ∂F/∂V solved by `iterations` steps of conjugate
-    gradients; preconditioned by P, positive tensors near the diagonal of H⁻¹, if given.
+    gradients. precondition: positive tensors, near the diagonal of H⁻¹. past: as for `neumann`.
 
-    Stops early when solved, or at a direction of negative curvature: H need not be positive.
+    Stops early when solved, or at a direction of negative curvature: H need not be positive
+    definite.
     """
 
     def solve(v, H):
@@ -396,15 +400,14 @@ class Hypergradient:
     """
     An entry of HYPERGRADIENTS: all that the optimizer and train.py need to know about a function.
 
-    options: {its option: the setting in config.py that gives it}. An option named "steps" is how
-    many of the last lower-level steps it looks back on. A function that takes `past` is given these
-    steps.
+    If the function has a parameter `past`, it is given the last lower-level steps: as many as its
+    option "steps" says, or one.
     """
 
     function: Callable
-    options: dict = field(default_factory=dict)
-    second_order: bool = True  # it differentiates gradients of the lower level
-    float32: bool = False  # in bfloat16 its result is rounding noise
+    options: dict = field(default_factory=dict)  # {an option: the setting in config.py for it}
+    second_order: bool = True  # whether it differentiates gradients of the lower level
+    float32: bool = False  # whether it needs float32: in bfloat16 it would be rounding noise
 
 
 HYPERGRADIENTS = {
@@ -434,7 +437,8 @@ CHOICES = {
 
 def check_choices(hypergradient, optimizer, precondition, coarse):
     """
-    Raise ValueError for an unknown choice, or ones that exclude each other. coarse: a 16-bit base.
+    Raise ValueError for an unknown choice, or for choices that exclude each other. coarse: whether
+    the base has 16 bits.
     """
     for name, value in zip(CHOICES, (hypergradient, optimizer, precondition)):
         if value not in CHOICES[name]:
@@ -456,7 +460,7 @@ def check_choices(hypergradient, optimizer, precondition, coarse):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """Without dropout: a hypergradient compares several passes, which must see one function."""
+    """Switch dropout off: all passes of a hypergradient must see the same function."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -469,18 +473,20 @@ def evaluating(model):
 
 class BilevelOptimizer:
     """
-    AdamW at both levels; the upper one is fed a hypergradient. Over the model's lower_parameters
-    and upper_parameters (bidora.py); without upper ones, lower_step alone is plain training.
+    AdamW over a model's lower_parameters, and over its upper_parameters (bidora.py) along a
+    hypergradient. For a model without upper parameters, lower_step alone is plain training.
 
-    hypergradient: a key of HYPERGRADIENTS; options: that function's (`unrolled` steps with lower_lr
-    unless `lr` is given). lower_steps: as in bilevel_step. grad_clip: the largest gradient norm of
-    a level. optimizer: 'adamw', or 'adamw8bit', bitsandbytes' AdamW with 8-bit moments (tensors
-    below 4,096 numbers keep 32 bits). precondition: 'none', or 'adam': unrolled differentiates
-    through AdamW's own update, the implicit ones are preconditioned by its second moments. reduce:
-    as in the functions; it also reduces lower gradients and losses.
+    lower_steps     as in bilevel_step
+    hypergradient   a key of HYPERGRADIENTS; options: that function's own (lr: by default lower_lr)
+    grad_clip       the norm to which the gradient of each level is clipped
+    optimizer       'adamw', or 'adamw8bit', bitsandbytes' AdamW with 8-bit moments (tensors below
+                    4,096 numbers keep 32 bits)
+    precondition    'none', or 'adam': unrolled differentiates through AdamW's own update, neumann
+                    and conjugate_gradient are preconditioned by its second moments
+    reduce          as in the functions; it also reduces lower gradients and losses
 
     A batch may come as micro-batches, whose losses and gradients add up; the activations of one are
-    in memory at a time. Raises ValueError for an unknown choice, options that exclude each other,
+    in memory at a time. Raises ValueError for an unknown choice, choices that exclude each other,
     or a model with nothing to train.
     """
 
@@ -499,7 +505,7 @@ class BilevelOptimizer:
         reduce=same,
         **options,
     ):
-        from bidora import lower_parameters, upper_parameters  # the functions above need no layers
+        from bidora import lower_parameters, upper_parameters  # here: the functions above need none
 
         coarse = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
         check_choices(hypergradient, optimizer, precondition, coarse)
@@ -509,12 +515,13 @@ class BilevelOptimizer:
             raise ValueError(
                 "the model has no trainable lower-level parameters: put in adapters first"
             )
+
         self.function, self.second_order = entry.function, entry.second_order
         self.takes = inspect.signature(entry.function).parameters
         self.options = {"lr": lower_lr} | options if "lr" in entry.options else options
         self.lower_steps, self.grad_clip = lower_steps, grad_clip
         self.precondition, self.reduce = precondition, reduce
-        self.past = []  # kept steps since the last upper one
+        self.past = []  # the lower-level steps kept for the next upper_step
 
         AdamW = functools.partial(torch.optim.AdamW, fused=True)  # one kernel: 5 ms a step, not 19
         if optimizer == "adamw8bit":
@@ -525,13 +532,16 @@ class BilevelOptimizer:
         )
 
     def scale_lr(self, factor):
-        """Set both levels' learning rates to factor × the ones given at the start."""
+        """Set both levels' learning rates to factor × their initial values."""
         for optimizer in filter(None, (self.lower_optimizer, self.upper_optimizer)):
             for group in optimizer.param_groups:
                 group["lr"] = factor * group.setdefault("base_lr", group["lr"])
 
     def step(self, optimizer, parameters, gradients, loss):
-        """One optimizer step. Raises FloatingPointError, changing nothing, if not all is finite."""
+        """
+        One optimizer step. Raises FloatingPointError, and changes nothing, if the loss or the
+        gradient is not finite.
+        """
         for parameter, g in zip(parameters, gradients):
             parameter.grad = g
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip)
@@ -543,7 +553,7 @@ class BilevelOptimizer:
             raise FloatingPointError(f"loss {loss.item():g}, gradient norm {norm.item():g}")
 
     def watched(self, loss_fn, batch, seen):
-        """Closures of the loss, one per micro-batch; each value they compute goes to `seen`."""
+        """Closures of the loss, one per micro-batch; each appends its value to `seen`."""
 
         def loss(micro_batch):
             value = loss_fn(self.model, micro_batch)
@@ -563,12 +573,14 @@ class BilevelOptimizer:
 
     def lower_step_kept(self, loss_fn, *micro_batches):
         """
-        lower_step, kept: the next upper_step without a train batch differentiates through it.
+        A lower_step that is kept: the next upper_step without a train batch differentiates through
+        it, so that one gradient serves both levels.
 
-        So one gradient serves both levels. Of several kept steps only the last keeps its graph.
+        Of several kept steps only the last keeps its graph, to save memory.
         """
         if "past" not in self.takes and not self.second_order:
-            return self.lower_step(loss_fn, *micro_batches)  # nothing of it will be looked at
+            return self.lower_step(loss_fn, *micro_batches)  # nothing needs to be kept
+
         for step in self.past:
             step.graph = None
         seen = []
@@ -586,8 +598,8 @@ class BilevelOptimizer:
         self.past = [*self.past, step][-self.options.get("steps", 1) :]
 
         # The graph refers to V's values, so the optimizer writes into copies of them. Torch would
-        # still count that as a change of V and refuse to use the graph; no public function says
-        # that the old values will be back by then.
+        # still count this as a change of V and refuse to use the graph later. The old values will
+        # be back by then, but no public function can tell torch so.
         assign(self.lower, [V.data.clone() for V in self.lower])
         [total] = self.reduce([sum(seen)])
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.lower)):
@@ -597,23 +609,25 @@ class BilevelOptimizer:
 
     def upper_step(self, loss_fn, train_batch, val_batch):
         """
-        One step of the upper level along the hypergradient; returns the val loss that it saw, a
-        scalar tensor.
+        One step of the upper level along the hypergradient. Returns the val loss from which the
+        hypergradient was computed, a scalar tensor.
 
-        train_batch: None to differentiate through the steps that lower_step_kept took (where their
-        graphs must be built anew, without dropout). A batch that is a list is a list of
-        micro-batches.
+        train_batch: None to differentiate through the steps that lower_step_kept took (a step
+        without its graph builds it anew, without dropout). A batch that is a list is a list of
+        micro-batches. Raises ValueError without upper parameters or without steps to use.
         """
         if not self.upper:
             raise ValueError(
                 "the model has no upper-level parameters: adapt it with method='bidora', "
                 "or take lower_step alone"
             )
+
         needs_train = "past" in self.takes or self.second_order
         if train_batch is None and not self.past and needs_train:
             raise ValueError(
                 "no lower step was kept: give a train batch, or call lower_step_kept first"
             )
+
         batches = [b if isinstance(b, list) else [b] for b in (train_batch, val_batch)]
         seen = []
         train_loss = self.watched(loss_fn, batches[0], [])
@@ -633,7 +647,7 @@ class BilevelOptimizer:
         return total
 
     def adam_options(self):
-        """What precondition='adam' gives the hypergradient, whichever form of it that takes."""
+        """The options that precondition='adam' adds, as far as the hypergradient takes them."""
         if self.precondition == "adam" and "adam" in self.takes:
             return {"adam": self.lower_optimizer, "grad_clip": self.grad_clip}
         if self.precondition == "adam" and "precondition" in self.takes:
@@ -643,10 +657,10 @@ class BilevelOptimizer:
     def bilevel_step(self, loss_fn, train_batch, val_batch):
         """
         `lower_steps` steps of the lower level on train_batch, then one of the upper level on
-        val_batch, through the last of them.
+        val_batch, which differentiates through the last of them.
 
-        loss_fn(model, batch) -> scalar. Returns (train_loss, val_loss) as floats, the train loss
-        before the last lower step.
+        loss_fn(model, batch) -> scalar. Returns (train_loss, val_loss) as floats; the train loss is
+        the one before the last lower step.
         """
         for _ in range(self.lower_steps - 1):
             self.lower_step(loss_fn, train_batch)

@@ -2,10 +2,10 @@
 The transformer: LLaMA, Mistral, Qwen2 and Qwen3 decoders.
 
 What is notable about it:
-- parameter names are Hugging Face's own, so a checkpoint loads without a table of names
+- parameter names are Hugging Face's own, so a checkpoint loads without renaming
 - RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU, no dropout
-- forward(input_ids, labels) computes logits only at supervised positions: with one answer token a
-  row, the vocabulary's head (49k to 150k rows) costs almost nothing
+- forward(input_ids, labels) computes logits only at supervised positions: with one answer token
+  per row, the head (49k to 150k vocabulary entries) costs almost nothing
 - no padding mask: batches are padded on the right, and causal attention never looks there
 - normalisation and loss in fp32, everything else in the weights' dtype
 
@@ -48,8 +48,8 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope: dict  # rope_type, rope_theta, and what the type needs
-    windows: list  # per layer: how many tokens back it sees, itself included, or None: all
+    rope: dict  # rope_type, rope_theta, and the numbers that the type needs
+    windows: list  # per layer: how many tokens back it sees, itself included; None for all
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
@@ -59,7 +59,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config_dict):
-        """From a config.json, given as a dict. Raises ValueError as hf_format.read_config does."""
+        """From the dict of a config.json. Raises ValueError as hf_format.read_config does."""
         return cls(**hf_format.read_config(config_dict))
 
 
@@ -87,6 +87,7 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.c.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(B, T, -1, self.c.head_dim).transpose(1, 2)  # (B, Hkv, T, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H or Hkv, T, head_dim)
+
         if cache is not None:  # this layer's keys and values of earlier tokens
             if cache:
                 k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
@@ -94,9 +95,10 @@ class Attention(nn.Module):
         S = k.size(2)  # all tokens so far: T new ones and those in the cache
 
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and S <= 256:
-            # On CPUs the fused kernel's backward pass is slow in bf16: for 8 × 64 tokens 10 ms a
+            # On CPUs the fused kernel's backward pass is slow in bf16: for 8 × 64 tokens 10 ms per
             # layer, against 2 ms in fp32, which is also more precise.
             q, k, v = q.float(), k.float(), v.float()
+
         mask = self.mask(T, S, x.device)
         y = F.scaled_dot_product_attention(
             q,
@@ -110,7 +112,7 @@ class Attention(nn.Module):
 
     def mask(self, T, S, device):
         """
-        (T, S), True where a new token sees an earlier one; None where plain causality says it.
+        (T, S), True where a new token sees an earlier one; None where is_causal alone says it.
         """
         beyond = self.window is not None and S > self.window
         if T in (1, S) and not beyond:
@@ -146,8 +148,8 @@ class Block(nn.Module):
 class Head(nn.Linear):
     def forward(self, hidden, targets=None):
         """
-        hidden: (..., hidden_size) -> the logits, (..., vocab). With targets (N,) for hidden
-        (N, hidden_size): the loss, over a frozen weight.
+        hidden (..., hidden_size) -> logits (..., vocab). With targets (N,) and hidden
+        (N, hidden_size): the mean cross-entropy, with no gradient for the weight.
         """
         if targets is None:
             return super().forward(hidden)
@@ -156,9 +158,9 @@ class Head(nn.Linear):
 
 class Transformer(nn.Module):
     """
-    The language model. With the attribute gradient_checkpointing, each block's activations are
-    dropped after the forward pass and recomputed in the backward pass: less memory for one more
-    forward pass (arXiv 1604.06174).
+    The language model. With the attribute gradient_checkpointing set, each block's activations are
+    dropped after the forward pass and recomputed in the backward pass, which saves memory at the
+    cost of one more forward pass (arXiv 1604.06174).
     """
 
     def __init__(self, config):
@@ -177,7 +179,8 @@ class Transformer(nn.Module):
 
     def hidden_states(self, input_ids, caches=None):
         """
-        The last layer's normalised output, (B, T, hidden_size). caches: a dict per layer, updated.
+        The last layer's normalised output, (B, T, hidden_size). caches: one dict per layer, empty
+        at first, that collects the keys and values of all tokens so far.
         """
         T = input_ids.size(1)
         past = caches[0]["k"].size(2) if caches and caches[0] else 0
@@ -187,6 +190,7 @@ class Transformer(nn.Module):
                 f"{past + T} tokens: with rope type 'dynamic' only the {trained} that the model "
                 f"was trained on are supported"
             )
+
         x = self.model.embed_tokens(input_ids)  # (B, T, hidden_size)
 
         frequencies, scale = rotary.frequencies(self.config.rope, self.config.head_dim)
@@ -220,7 +224,7 @@ class Transformer(nn.Module):
 
     def supervised(self, input_ids, labels):
         """
-        Of the N supervised positions: the hidden states, (N, hidden_size), and the targets, (N,).
+        The hidden states, (N, hidden_size), and the targets, (N,), of the N supervised positions.
         """
         where = labels[:, 1:] != -100
         return self.hidden_states(input_ids)[:, :-1][where], labels[:, 1:][where]
@@ -228,7 +232,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def totals(self, input_ids, labels):
         """
-        Over the supervised positions: summed cross-entropy in nats, right predictions, positions.
+        (summed cross-entropy in nats, number of right predictions, number of supervised positions).
         """
         hidden, targets = self.supervised(input_ids, labels)
         loss = right = 0
@@ -242,15 +246,17 @@ class Transformer(nn.Module):
     def score(self, prompts, answers):
         """
         log p(answer | prompt) in nats, summed over the answer's tokens: (prompts, answers). Both
-        are lists of token id lists.
+        are lists of lists of token ids.
 
-        What all prompts begin with (a system message, the question) is computed once. Answers that
-        differ in their last token only share a forward pass, so one-token labels cost one in all.
+        The prefix that all prompts share (a system message, the question) is computed once. Answers
+        that differ only in their last token share a forward pass, so one-token labels cost one in
+        all.
         """
         device = self.lm_head.weight.device
         scores = torch.zeros(len(prompts), len(answers), device=device)
         rows = torch.arange(len(prompts), device=device)
-        # Each prompt keeps at least its last token for itself.
+
+        # Each prompt keeps at least its last token, whose output predicts the answer.
         shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
         prefix = [{} for _ in self.model.layers]
         if shared:
@@ -264,8 +270,9 @@ class Transformer(nn.Module):
             ]
             padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
             x = self.hidden_states(padded, caches)  # (P, T, hidden_size)
+
             lengths = torch.tensor([len(prompt) - shared for prompt in prompts], device=device)
-            log_p = [  # of the answer's i-th token, each (P, vocab)
+            log_p = [  # for the answer's i-th token, each (P, vocab)
                 self.lm_head(x[rows, lengths - 1 + i]).float().log_softmax(-1)
                 for i in range(len(head) + 1)
             ]
@@ -279,17 +286,18 @@ class Transformer(nn.Module):
         self, input_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_ids=()
     ):
         """
-        Sample a continuation; returns input_ids followed by the new tokens, (B, T + new).
+        Sample a continuation; return input_ids followed by the new tokens, (B, T + new).
 
-        input_ids: (B, T), rows of equal length. temperature 0 takes the likeliest token. top_k
+        input_ids: (B, T), rows of equal length. temperature=0 takes the likeliest token. top_k
         keeps the k likeliest tokens, top_p the smallest set with this share of the probability
         (nucleus sampling, arXiv 1904.09751). Ends after max_new_tokens, or when every row has
-        produced one of stop_ids; a row that stopped repeats its stop token.
+        produced one of stop_ids; a row that has stopped repeats its stop token.
         """
         caches = [{} for _ in self.model.layers]
         stop = torch.tensor(list(stop_ids), device=input_ids.device)
         stopped = torch.zeros(input_ids.size(0), dtype=torch.bool, device=input_ids.device)
-        new = input_ids  # what the cache has not seen yet
+        new = input_ids  # the tokens that are not in the caches yet
+
         for _ in range(max_new_tokens):
             logits = self.lm_head(self.hidden_states(new, caches)[:, -1]).float()  # (B, vocab)
             new = sample(logits, temperature, top_k, top_p)  # (B, 1)
@@ -308,10 +316,11 @@ class Transformer(nn.Module):
         Load a Hugging Face folder: config.json and model.safetensors, or shards with their index.
 
         quantize: None, or 'nf4', 'fp4', 'int8' for the blocks' linear layers; embeddings, norms and
-        the head stay in dtype. mapped: leave what has this dtype and device in the files' pages,
-        which the system reads on demand, once for all processes. Raises FileNotFoundError when a
-        file is missing, ValueError for an unsupported model, a damaged file, or a missing,
-        unexpected or misshapen tensor.
+        the head stay in dtype. mapped: leave tensors that already have this dtype and device mapped
+        to their files, so that the system reads them on demand and processes share the memory.
+
+        Raises FileNotFoundError when a file is missing, ValueError for an unsupported model, a
+        damaged file, or a missing, unexpected or misshapen tensor.
         """
         folder = Path(folder)
         config = ModelConfig.from_hf(read_json(folder / "config.json"))
@@ -324,7 +333,7 @@ class Transformer(nn.Module):
         """
         Write config.json and model.safetensors, as Hugging Face transformers loads them.
 
-        Raises ValueError for an adapted or a quantised model: `bidora.merge(model)` first.
+        Raises ValueError for an adapted or a quantised model: call `bidora.merge(model)` first.
         """
         hf_format.save(self, folder)
 
@@ -339,6 +348,6 @@ def sample(logits, temperature, top_k, top_p):
         logits[logits < least] = -torch.inf
     if top_p is not None:
         ordered, order = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # the likeliest token always stays
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # never true for the likeliest token
         logits[torch.zeros_like(beyond).scatter(1, order, beyond)] = -torch.inf
     return torch.multinomial(logits.softmax(-1), 1)

@@ -25,29 +25,30 @@ from support.tokenizer import Tokenizer
 
 @dataclass
 class Sample:
-    # what answers
+    # the model (most people set adapter)
     adapter: str = ""  # a run's out_dir, or any adapter folder in PEFT's format
     model: str = ""  # the base model; empty: the one that the adapter was trained on
-    quantize: str = ""  # pack the base: nf4, fp4, int8, none; empty: as in the adapter's training
-    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    quantize: str = ""  # pack the base: nf4, fp4, int8 or none; empty: as the adapter was trained
+    device: str = "auto"  # cpu, cuda, or auto (cuda if there is one)
 
-    # what it is to do
+    # the task (give prompt, or chat)
     prompt: str = ""  # the text to answer, continue or classify
-    chat: bool = False  # hold a conversation, until an empty line
-    raw: bool = False  # continue the prompt as it stands, without the chat template
+    chat: bool = False  # hold a conversation; an empty line ends it
+    raw: bool = False  # continue the prompt itself, without the chat template
     labels: str = ""  # classify among these, separated by commas; empty: the run's own
 
-    # how an answer is generated
+    # generation (unused when classifying)
     max_new_tokens: int = 200  # most tokens of an answer
-    temperature: float = 0.7  # 0 always takes the likeliest token
-    top_k: int = 0  # sample among the k likeliest tokens; 0: among all
-    top_p: float = 0.95  # sample among the likeliest tokens of this total probability
-    seed: int = 0  # of the sampling
+    temperature: float = 0.7  # higher is more random; 0 always takes the likeliest token
+    top_k: int = 0  # sample among the k likeliest tokens; 0 means all
+    top_p: float = 0.95  # sample among the likeliest tokens with this total probability
+    seed: int = 0  # of the random numbers
 
 
 def own_dtype(folder):
     """
-    The dtype that a model's config.json names; float32 for none, and for float16: slow on CPUs.
+    The dtype that a model's config.json names. float32 if it names none, or float16, which is slow
+    on CPUs.
     """
     config = read_json(folder / "config.json")
     named = (config.get("dtype"), config.get("torch_dtype"))
@@ -55,7 +56,7 @@ def own_dtype(folder):
 
 
 def read_run(folder):
-    """The settings of the run that wrote a folder, {} for a folder from elsewhere."""
+    """The settings of the run that wrote a folder; {} for a folder from elsewhere."""
     return read_json(folder / "run.json") if (folder / "run.json").exists() else {}
 
 
@@ -64,14 +65,15 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
     The model, its tokenizer, and the settings of the run that trained it ({} for a model or an
     adapter from elsewhere).
 
-    What is not given is as the run had it. Raises FileNotFoundError or ValueError, saying what is
-    wrong.
+    Arguments left empty are taken from that run. Raises FileNotFoundError or ValueError with a
+    message for the user.
     """
     if not adapter:
         folder = find_model(model_name)
         packed = None if quantize in ("", "none") else quantize
         model = Transformer.from_pretrained(folder, own_dtype(folder), device, packed)
         return model, Tokenizer.from_pretrained(folder), read_run(folder)
+
     adapter = Path(adapter)
     if not adapter.is_dir():
         raise FileNotFoundError(f"no folder {adapter}: give the out_dir of a finished run")
@@ -94,7 +96,7 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
 
 
 def named_base(adapter):
-    """The base model that an adapter_config.json names. Raises ValueError."""
+    """The base model that an adapter_config.json names. Raises ValueError if it names none."""
     config = read_json(adapter / "adapter_config.json")
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base:
@@ -102,16 +104,19 @@ def named_base(adapter):
     return f"{base}@{revision}" if revision else base
 
 
-def answer(model, tokenizer, messages, asked):
-    """The assistant's next turn, as text. messages: the conversation, or a string to continue."""
+def answer(model, tokenizer, messages, config):
+    """
+    The assistant's next turn, as text. messages: the conversation, or a string to continue; config:
+    a Sample.
+    """
     if isinstance(messages, str):
         ids = tokenizer.prefix_ids + tokenizer.encode(messages)
     else:  # a template writes its own prefix
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         ids = tokenizer.encode(text)
     ids = torch.tensor([ids], device=model.lm_head.weight.device)
-    options = (asked.temperature, asked.top_k or None, asked.top_p, tokenizer.stop_ids)
-    out = model.generate(ids, asked.max_new_tokens, *options)
+    options = (config.temperature, config.top_k or None, config.top_p, tokenizer.stop_ids)
+    out = model.generate(ids, config.max_new_tokens, *options)
     return tokenizer.decode(out[0, ids.size(1) :].tolist())
 
 
@@ -123,30 +128,30 @@ def classify(model, tokenizer, text, labels, label_prompt):
     return sorted(zip(p.tolist(), labels), reverse=True)
 
 
-def chat(model, tokenizer, asked):
+def chat(model, tokenizer, config):
     messages = []
     print("An empty line ends the conversation.")
     while text := input("you: ").strip():
         messages.append({"role": "user", "content": text})
-        content = answer(model, tokenizer, messages, asked)
+        content = answer(model, tokenizer, messages, config)
         messages.append({"role": "assistant", "content": content})
         print("model:", content)
 
 
-def check(asked):
+def check(config):
     """Raise ValueError for settings that make no sense."""
-    if not (asked.adapter or asked.model):
+    if not (config.adapter or config.model):
         raise ValueError("give --adapter=out/..., or --model=... for a base model")
-    if asked.chat == bool(asked.prompt):
+    if config.chat == bool(config.prompt):
         raise ValueError('give either --prompt="..." or --chat')
-    if asked.quantize not in ("", "none", *KINDS):
+    if config.quantize not in ("", "none", *KINDS):
         raise ValueError(
-            f"unknown quantize {asked.quantize!r}" + settings.suggest(asked.quantize, KINDS)
+            f"unknown quantize {config.quantize!r}" + settings.suggest(config.quantize, KINDS)
         )
     if (
-        asked.max_new_tokens < 1
-        or min(asked.temperature, asked.top_k) < 0
-        or not 0 < asked.top_p <= 1
+        config.max_new_tokens < 1
+        or min(config.temperature, config.top_k) < 0
+        or not 0 < config.top_p <= 1
     ):
         raise ValueError(
             "max_new_tokens must be positive, temperature and top_k at least 0, top_p above 0 "
@@ -159,26 +164,29 @@ def main(arguments):
         print(__doc__.strip(), settings.help_text(Sample), sep="\n\n")
         return 0
     try:
-        asked, _ = settings.read(Sample, arguments)
-        check(asked)
-        torch.manual_seed(asked.seed)
-        device = asked.device
+        config, _ = settings.read(Sample, arguments)
+        check(config)
+        torch.manual_seed(config.seed)
+        device = config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer, run = load(asked.adapter, asked.model, device, asked.quantize)
-        labels = [label.strip() for label in asked.labels.split(",") if label.strip()]
+
+        model, tokenizer, run = load(config.adapter, config.model, device, config.quantize)
+        labels = [label.strip() for label in config.labels.split(",") if label.strip()]
         labels = labels or run.get("labels", [])
-        if asked.chat:
-            chat(model, tokenizer, asked)
-        elif labels and not asked.raw:
+
+        if config.chat:
+            chat(model, tokenizer, config)
+        elif labels and not config.raw:
             question = run.get("label_prompt", LABEL_PROMPT)
-            for p, label in classify(model, tokenizer, asked.prompt, labels, question):
+            for p, label in classify(model, tokenizer, config.prompt, labels, question):
                 print(f"{p:6.1%}  {label}")
         else:
-            messages = asked.prompt if asked.raw else [{"role": "user", "content": asked.prompt}]
-            print(answer(model, tokenizer, messages, asked))
+            messages = config.prompt if config.raw else [{"role": "user", "content": config.prompt}]
+            print(answer(model, tokenizer, messages, config))
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        print(f"error: {error}", file=sys.stderr)  # torch raises the last two for a missing device
+        # torch raises the last two for a missing device.
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except (EOFError, KeyboardInterrupt):
         print()

@@ -38,11 +38,11 @@ from support.tokenizer import Tokenizer
 
 def train(config):
     """
-    Run all phases as config says; returns the results that summary.json holds.
+    Run all phases of a config; return the results that summary.json holds.
 
     Raises ValueError or OSError for wrong input, before the first step; FloatingPointError for a
-    loss that is not finite; Stopped, a KeyboardInterrupt, at SIGINT or SIGTERM, with the work saved
-    for --resume.
+    loss that is not finite; Stopped, a KeyboardInterrupt, at SIGINT or SIGTERM, after saving the
+    work for --resume.
     """
     check(config)
     device = config.device
@@ -53,14 +53,14 @@ def train(config):
         config = task.config
         run.start(task)
         report.announce(task, METHODS.get(config.method), second_order(config))
-        run.before = run.before or evaluate(task)
+        run.before = run.before or evaluate(task)  # a resumed run knows it already
         report.announce_before(run.before)
 
         train_rows, val_rows = task.encoded["train"], task.encoded["val"]
         if is_bilevel(config):
             # Phases 1 and 2 alternate: the direction on train, the magnitude on val.
             fit(run, task, "search", config.search_steps, train_rows, val_rows)
-            # Phase 3: the magnitude is fixed, the direction learns anew on everything.
+            # Phase 3: the magnitude is fixed; the direction is trained afresh on all the data.
             if config.retrain_steps:
                 begins = "retrain" not in run.done
                 bidora.start_retrain(task.model, fresh=begins and config.final_init == "fresh")
@@ -76,16 +76,19 @@ def fit(run, task, phase, steps, rows, val_rows=()):
     begin, config, pad_id = run.done.get(phase, 0), task.config, task.tokenizer.pad_id
     if begin == steps:
         return
+
     optimizer = build_optimizer(task)
     every, turns = config.upper_every, config.upper_steps if val_rows else 0
-    past = begin // every if val_rows else 0  # the upper level's rounds before a resume
+    # A resumed phase skips the batches that it has used: one per step, and for each past round of
+    # the upper level one val batch per turn and one train batch per turn after the first.
+    past = begin // every if val_rows else 0
     shape, similar = (config.batch_size, pad_id, config.seed), config.group_by_length
     train_batches = data.batches(rows, *shape, begin + past * (turns - 1), similar)
     val_batches = data.batches(val_rows, *shape, past * turns, similar)
 
     def micro_batches(batch):
         if task.device.startswith("cuda"):
-            batch = [tensor.pin_memory() for tensor in batch]  # copied while the GPU is still busy
+            batch = [tensor.pin_memory() for tensor in batch]  # so it is copied while the GPU works
         size, ranks = config.micro_batch_size, (distributed.RANK, distributed.WORLD_SIZE)
         return data.micro_batches(batch, size, *ranks)
 
@@ -105,12 +108,12 @@ def fit(run, task, phase, steps, rows, val_rows=()):
         task.model.train()
         for step in remaining:
             optimizer.scale_lr(learning_rate_scale(step, steps))
-            # The upper level differentiates through the lower level's last steps: these are kept.
+            # The upper level differentiates through the last lower-level steps, so they are kept.
             keep = turns and -step % every < optimizer.options.get("steps", 1)
             lower_step = optimizer.lower_step_kept if keep else optimizer.lower_step
             losses = {"train_loss": lower_step(lower_loss_fn, *micro_batches(next(train_batches)))}
             for turn in range(turns if step % every == 0 else 0):
-                # The kept steps serve the first turn; another one needs a train batch of its own.
+                # The kept steps serve the first turn; each further one needs its own train batch.
                 again = micro_batches(next(train_batches)) if turn else None
                 val_batch = micro_batches(next(val_batches))
                 losses["val_loss"] = optimizer.upper_step(loss_fn, again, val_batch)
@@ -122,7 +125,8 @@ def fit(run, task, phase, steps, rows, val_rows=()):
 
 def learning_rate_scale(step, steps):
     """
-    The rates' factor at step 1 … steps: linear warm-up, then linear decay to 10 % of the peak.
+    The factor on both learning rates at a step, counted from 1 to `steps`: linear warm-up over the
+    first tenth, then linear decay to 10 % of the peak.
     """
     warmup = max(1, round(0.1 * steps))
     if step <= warmup:
@@ -131,8 +135,9 @@ def learning_rate_scale(step, steps):
 
 
 def build_optimizer(task):
-    """The two-level optimizer that the config asks for; options at 0 are left at their defaults."""
+    """The two-level optimizer of the config."""
     config = task.config
+    # An option at 0 keeps the function's default; only for damping is 0 a value of its own.
     options = {
         option: getattr(config, setting)
         for option, setting in HYPERGRADIENTS[config.hypergradient].options.items()
@@ -156,9 +161,10 @@ def build_optimizer(task):
 # ---------------------------------------------------------------------------- evaluation
 
 
-@torch.compiler.set_stance("force_eager")  # not compiled for each of evaluation's shapes
+# Each batch here has a shape of its own, and torch.compile would compile for each.
+@torch.compiler.set_stance("force_eager")
 def evaluate(task):
-    """{"train", "val", "test"} of what evaluate_rows gives, over at most eval_size rows of each."""
+    """The results of evaluate_rows on at most eval_size rows of each split, {split: results}."""
     return {name: evaluate_rows(task, rows) for name, rows in task.evaluated.items()}
 
 
@@ -168,18 +174,21 @@ def evaluate_rows(task, rows):
     Mean loss (nats per token) and accuracy over a list of Encoded; None for an empty list.
 
     With labels: the loss of the right label's tokens, and how often that label is the likeliest.
-    Without: the loss at the supervised positions, and how often the likeliest token is the right
-    one.
+    Without: the loss at the supervised positions, and how often the likeliest token is right.
     """
     if not rows:
         return None
     model, label_ids, sharded = task.model.eval(), task.label_ids, task.config.fsdp
     device = model.lm_head.weight.device
     total = right = tokens = 0
-    own = sorted(rows, key=lambda row: len(row.input_ids))  # rows of similar length: little padding
-    if not sharded:  # there, all processes must call the same blocks in step
+
+    # Each process takes its share of the rows; but with sharded weights all must call the same
+    # blocks in step, so each takes all rows.
+    own = sorted(rows, key=lambda row: len(row.input_ids))  # similar lengths need little padding
+    if not sharded:
         own = own[distributed.RANK :: distributed.WORLD_SIZE]
-    size = max(1, min(32, 8192 // max(len(row.input_ids) for row in rows)))  # rows a forward pass
+    size = max(1, min(32, 8192 // max(len(row.input_ids) for row in rows)))  # rows per forward pass
+
     for start in range(0, len(own), size):
         batch = own[start : start + size]
         if label_ids:
@@ -194,6 +203,7 @@ def evaluate_rows(task, rows):
             tensors = (t.to(device) for t in data.collate(batch, task.tokenizer.pad_id))
             loss, hits, count = model.totals(*tensors)
             total, right, tokens = total + loss, right + hits, tokens + count
+
     sums = torch.tensor([total, right, tokens], dtype=torch.float64, device=device)
     total, right, tokens = (sums if sharded else distributed.add_up([sums])[0]).tolist()
     return {"loss": total / tokens, "accuracy": right / (len(rows) if label_ids else tokens)}
@@ -204,27 +214,27 @@ def evaluate_rows(task, rows):
 
 @dataclass
 class Task:
-    """What a run works on, ready for its first step."""
+    """What a run trains and on which data, ready for its first step."""
 
-    config: Config  # with all that was automatic resolved, but device and dtype
+    config: Config  # its automatic settings resolved, except device and dtype
     device: str
     dtype: str
-    why: str  # this dtype
+    why: str  # the reason for this dtype
     folder: Path  # of the base model
     tokenizer: Tokenizer
     splits: dict  # {"train", "val", "test"}: lists of examples
-    encoded: dict  # the same as lists of data.Encoded
+    encoded: dict  # the same splits, as lists of data.Encoded
     cut: int  # how many examples were too long
-    question: str  # classification: with {text}, where the example's text goes
-    label_ids: dict  # classification: {label: its tokens}, in order
+    question: str  # classification: the prompt, with {text} for the example's text
+    label_ids: dict  # classification: {label: its token ids}, sorted by label
     model: Transformer
-    weight_bytes: int  # of the model
-    local_weight_bytes: int  # of them, what this process holds
-    sizes: dict  # how many parameters each level trains
+    weight_bytes: int  # of the whole model
+    local_weight_bytes: int  # the share of them that this process holds
+    sizes: dict  # {"lower", "upper"}: how many parameters each level trains
 
     @property
     def evaluated(self):
-        """The rows of each split that evaluation looks at, the same ones every time."""
+        """The rows of each split that are evaluated, the same ones every time."""
         most, rng = self.config.eval_size, random.Random
         return {n: rng(0).sample(rows, min(most, len(rows))) for n, rows in self.encoded.items()}
 
@@ -235,12 +245,12 @@ class Task:
         return adapted or bidora.linear_layers(self.model, self.config.target_modules)
 
     def about(self):
-        """What run.json says besides the settings: sample.py reads it."""
+        """What run.json holds besides the settings; sample.py reads it."""
         labels = list(self.label_ids)
         return {"labels": labels, "label_prompt": self.question, "dtype": self.dtype}
 
     def save(self, out):
-        """Write the adapter, or under full fine-tuning the model, into the folder `out`."""
+        """Write the adapter, or for full fine-tuning the model, into the folder `out`."""
         if self.config.method == "ft":
             self.model.save_pretrained(out)
             self.tokenizer.save_pretrained(out)
@@ -249,7 +259,7 @@ class Task:
             bidora.save_adapter(self.model, out, name if is_hub_name(name) else str(self.folder))
 
     def summary(self):
-        """What summary.json says besides the run's own numbers."""
+        """What summary.json holds besides the run's own numbers."""
         names = ("method", "model", "seed", "quantize")
         return {name: getattr(self.config, name) for name in names} | {
             "dtype": self.dtype,
@@ -265,18 +275,18 @@ def prepare(config, device, resuming=False):
     """
     The Task of a config: data, tokens, and the model with its adapters.
 
-    Raises ValueError or FileNotFoundError for what is wrong with the data, the tokenizer or the
-    model.
+    Raises ValueError or FileNotFoundError for data, a tokenizer or a model that can't be used.
     """
     if distributed.LOCAL_RANK > 0:
-        distributed.wait()  # for the first process of this machine, which downloads
+        distributed.wait()  # until this machine's first process has downloaded the files
     splits, question = data.load_splits(config)
     labels = sorted({example["label"] for example in splits["train"] if "label" in example})
     folder = find_model(config.model)
     tokenizer = Tokenizer.from_pretrained(folder)
     label_ids = data.tokenize_labels(labels, tokenizer)
     if distributed.LOCAL_RANK == 0:
-        distributed.wait()
+        distributed.wait()  # lets the others continue
+
     precise = is_bilevel(config) and HYPERGRADIENTS[config.hypergradient].float32
     dtype, why = hardware.choose_dtype(config, device, precise)
     shape = ModelConfig.from_hf(read_json(folder / "config.json"))
@@ -293,6 +303,7 @@ def prepare(config, device, resuming=False):
     config = resolve(config, shape.max_position_embeddings)
     encoded, cut = encode(config.block_size)
     data.check_vocabulary(encoded, shape.vocab_size, folder)
+
     model, weight_bytes, local_weight_bytes, sizes = build_model(config, folder, dtype, device)
     base = dict(folder=folder, tokenizer=tokenizer, model=model, sizes=sizes)
     base |= dict(weight_bytes=weight_bytes, local_weight_bytes=local_weight_bytes)
@@ -302,18 +313,19 @@ def prepare(config, device, resuming=False):
 
 def build_model(config, folder, dtype, device):
     """
-    The model with its adapters, ready to train; the bytes of its weights, in all and in this
-    process; and how many parameters each level trains.
+    Returns the model with its adapters, the bytes of its weights in all and in this process, and
+    how many parameters each level trains.
     """
     torch.manual_seed(config.seed)
     if config.fsdp:
         distributed.give_memory_back()
     quantize = None if config.quantize == "none" else config.quantize
-    place = "cpu" if config.fsdp else device
+    place = "cpu" if config.fsdp else device  # sharded weights move to the device in shares
     dtype = getattr(torch, dtype)
     model = Transformer.from_pretrained(folder, dtype, place, quantize, mapped=config.fsdp)
     model.gradient_checkpointing = config.gradient_checkpointing
     weight_bytes = quantized.nbytes(model)
+
     if config.method != "ft":
         model.requires_grad_(False)
         bidora.replace_linear_with_bidora(
@@ -326,11 +338,13 @@ def build_model(config, folder, dtype, device):
             norm_grad=config.norm_grad,
             magnitude_axis=config.magnitude_axis,
         )
+
     if config.fsdp:
         distributed.shard(model, device)
     if config.compile:
         for block in model.model.layers:
-            block.compile()  # they share their code, so that it is compiled once
+            block.compile()  # the blocks share their code, so it is compiled once
+
     lower, upper = bidora.lower_parameters(model), bidora.upper_parameters(model)
     sizes = {"lower": sum(p.numel() for p in lower), "upper": sum(p.numel() for p in upper)}
     own_bytes = distributed.local_bytes(model) if config.fsdp else weight_bytes
@@ -346,8 +360,9 @@ def main(arguments):
             __doc__.strip(), settings.help_text(Config) if arguments else report.START, sep="\n\n"
         )
         return 0
-    if distributed.RANK > 0:
+    if distributed.RANK > 0:  # of several processes, only the first one prints
         sys.stdout = open(os.devnull, "w")
+
     try:
         config = read_config(arguments)
         results = train(config)
@@ -361,6 +376,7 @@ def main(arguments):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
     prompt = "..." if config.train_file else BUILT_IN[config.data].sample_prompt
     other = "dora" if is_bilevel(config) else "bidora"
     print(report.next_commands(results["out_dir"], arguments, prompt, other, config.fsdp))

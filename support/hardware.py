@@ -1,21 +1,20 @@
 """
-What fits: a run's memory by formula, and the settings that --auto_hardware=True picks by it.
+A run's memory by formula, and the settings that --auto_hardware=True chooses by it.
 
-Bytes, for L layers; h, q, kv, f: the widths of the stream, queries, keys and feed-forward layer:
+In bytes, for L layers with widths h (hidden), q (queries), kv (keys, values), f (feed-forward):
 
-    weights        one dtype each; linear layers in nf4 0.52, in int8 1 a weight; embeddings, norms
+    weights        per number its dtype's size; in linear layers nf4 0.52, int8 1; embeddings, norms
                    and head are never quantised
-    adapters       24 for each trained number (value, gradient, AdamW's two moments, two copies for
-                   recovery), 18 with adamw8bit
-    activations    1.25 · L · (6h + 4q + 4kv + 6f) numbers a token; LoRA and ft, which keep no
-                   layer's output: (4h + 3q + 3kv + 4f)
-    second order   4 times that, and 24 · L · heads · length a token: there is no fused attention
-    logits         12 for each number at supervised positions; over a frozen head for 128 at a time
+    adapters       per trained number 24 (value, gradient, AdamW's two moments, two copies for
+                   recovery); with adamw8bit 18
+    activations    per token 1.25 · L · (6h + 4q + 4kv + 6f) numbers; for LoRA and ft, which keep no
+                   layer's output, 1.25 · L · (4h + 3q + 3kv + 4f)
+    second order   4 times that, and per token 24 · L · heads · length, without fused attention
+    logits         per logit at supervised positions 12; with a frozen head, 128 positions at a time
 
-Of N devices (distributed.py) each sends the trained numbers' gradients once around, 2 (N - 1)/N of
-4 bytes each. With --fsdp=True it keeps 1/N of the weights, with a block and the embeddings or the
-head whole at a time, and sends its share to the others twice a step, (N - 1)/N of all weights'
-bytes each.
+Each of N devices (distributed.py) sends the trained numbers' gradients once, 2 (N - 1)/N of 4 bytes
+per number. With --fsdp=True it keeps 1/N of the weights, plus one whole block, the embeddings or
+the head at a time, and sends (N - 1)/N of all weights' bytes twice per step.
 
 The factors were measured on SmolLM2-135M on a CPU (float32 and bfloat16, 64 to 512 tokens); tests
 hold the formula to within 40 %.
@@ -53,14 +52,15 @@ def peak_memory(device):
 
 def free_memory(device):
     """
-    Memory that a run may take, in bytes; of a CPU, what the system has available or the container
-    allows, or None if unknown.
+    Bytes of memory that a run may still take. On a CPU: what is available in the system, or in the
+    container if that is less; None if unknown.
     """
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
     if not meminfo.exists():
         return None
+
     lines = meminfo.read_text().splitlines()
     free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
     if limit.exists() and limit.read_text().strip().isdigit():
@@ -70,11 +70,13 @@ def free_memory(device):
 
 
 def fast_dtype(device):
-    """float32 or bfloat16, whichever the device is fast in, and in words, why."""
+    """(float32 or bfloat16, whichever is fast on the device; the reason, in words)."""
     if device.startswith("cuda"):
         if torch.cuda.is_bf16_supported():
             return torch.bfloat16, "the GPU supports it"
         return torch.float32, "the GPU has no bfloat16"
+
+    # Many CPUs only emulate bfloat16, so time one matrix product in each dtype.
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, w = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
@@ -84,13 +86,14 @@ def fast_dtype(device):
             torch.nn.functional.linear(x, w)
             times.append(time.perf_counter() - start)
         seconds[dtype] = statistics.median(times[1:])
+
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
     dtype = torch.bfloat16 if ratio > 1.5 else torch.float32
     return dtype, f"a bfloat16 product runs at {ratio:.1f} × float32's speed here"
 
 
 def choose_dtype(config, device, precise):
-    """The base's dtype, as a name, and in words, why. precise: the hypergradient needs float32."""
+    """(the base's dtype, as a name; the reason). precise: the hypergradient needs float32."""
     if config.dtype != "auto":
         return config.dtype, "as set"
     if config.method == "ft":
@@ -107,11 +110,11 @@ def choose_dtype(config, device, precise):
 
 @dataclass
 class Need:
-    """Bytes that a run takes."""
+    """The memory that a run needs, in bytes."""
 
     weights: float
     adapters: float
-    activations: float  # at the step that takes most
+    activations: float  # at the step that needs most
 
     @property
     def total(self):
@@ -127,8 +130,8 @@ def linear_shapes(c):
 
 def score_bytes(c, length):
     """
-    Bytes that second derivatives keep of attention's scores, for a row of `length` tokens: no fused
-    kernel has second derivatives.
+    Bytes of attention scores that second derivatives keep for a row of `length` tokens, since no
+    fused attention kernel has second derivatives.
     """
     return 24 * c.num_hidden_layers * c.num_attention_heads * length**2
 
@@ -148,15 +151,16 @@ def need(
     supervised=1,
 ):
     """
-    The Need of training a model (a ModelConfig) by the file's formula, all seven linear layers
-    adapted.
+    The Need of training a model (c: its ModelConfig) by this file's formula, with all seven linear
+    layers adapted.
 
-    method: an entry of bidora.METHODS, or None for full fine-tuning; itemsize: bytes of the base's
-    dtype; length: tokens a row; supervised: positions of a row.
+    method: an entry of bidora.METHODS, or None for full fine-tuning; itemsize: bytes per number of
+    the base's dtype; length: tokens per row; supervised: supervised positions per row.
     """
     h, f, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     magnitude = method is not None and method.magnitude
+
     shapes = linear_shapes(c)
     linears = L * sum(out * into for out, into in shapes)
     others = c.vocab_size * h * (1 if c.tie_word_embeddings else 2)
@@ -166,7 +170,7 @@ def need(
         trained = linears + others
 
     kept = 6 * h + 4 * q + 4 * kv + 6 * f if magnitude else 4 * h + 3 * q + 3 * kv + 4 * f
-    layer = 1.25 * kept * itemsize  # bytes a token
+    layer = 1.25 * kept * itemsize  # bytes per token
     through = L * h * itemsize + 6 * layer if gradient_checkpointing else L * layer
     rows = micro_batch_size or batch_size
     positions = rows * supervised if method is None else min(rows * supervised, ROWS)
@@ -180,14 +184,17 @@ def need(
 
 
 def sent(c, method, devices, itemsize=2, rank=8, fsdp=False):
-    """Bytes that each of several devices sends in a training step, by the file's formula."""
+    """Bytes that each of several devices sends per training step, by this file's formula."""
     whole = need(c, method, itemsize, 1, 1, rank=rank)
     ring = (devices - 1) / devices
     return ring * (2 * 4 * whole.adapters / 24 + (2 * whole.weights if fsdp else 0))
 
 
 def candidates(c, config, method, data):
-    """As tuples: block_size, quantize, gradient_checkpointing, micro_batch_size."""
+    """
+    The combinations to try, best first: (block_size, quantize, gradient_checkpointing,
+    micro_batch_size).
+    """
     floor = max(128, data["shortest"])
     longest, batch = data["longest"], config.batch_size
     block = min(c.max_position_embeddings, max(floor, 64 * math.ceil(longest / 64)))
@@ -196,7 +203,7 @@ def candidates(c, config, method, data):
     recompute = [True] if config.gradient_checkpointing else [False, True]
     micro = [batch // n for n in range(1, batch + 1) if batch % n == 0]
 
-    # The last changes fastest, so it is given up first.
+    # product varies the last factor fastest, so the cheapest sacrifice comes last.
     return list(
         itertools.product(
             [config.block_size] if config.block_size else blocks,
@@ -209,17 +216,16 @@ def candidates(c, config, method, data):
 
 def choose(c, config, method, itemsize, data, free):
     """
-    What --auto_hardware=True picks: (a dict of settings, lines that say why).
+    What --auto_hardware=True chooses: (a dict of settings, lines that say why).
 
-    The rule: of all choices whose formula fits in 80 % of the free memory, the one that gives up
-    least. First a step's gradient is taken in smaller micro-batches (the same result), then
-    activations are recomputed (one more forward pass), then the base is quantised (other weights),
-    then rows are cut shorter (less text). A setting that is not at its default is not touched; nor
-    is batch_size, so that a run has the same result on any machine.
+    Of all choices whose need fits in 80 % of the free memory, it is the one that sacrifices least:
+    first smaller micro-batches (the same result), then recomputed activations (one more forward
+    pass), then a quantised base (other weights), then shorter rows (less text). A setting that is
+    not at its default stays; so does batch_size, since it changes a run's result.
 
-    c: ModelConfig; config: a train.Config; method: as in `need`; free: bytes. data: a dict of the
-    longest row's tokens ("longest"), most supervised positions of a row ("supervised"), and the
-    least block_size that the answers allow ("shortest").
+    c: ModelConfig; config: a Config; method: as in `need`; free: bytes. data: a dict of the longest
+    row's tokens ("longest"), the most supervised positions of a row ("supervised"), and the least
+    block_size that the answers allow ("shortest").
     """
 
     def needed(choice):
@@ -240,6 +246,7 @@ def choose(c, config, method, itemsize, data, free):
 
     choices = candidates(c, config, method, data)
     best = next((choice for choice in choices if needed(choice).total < 0.8 * free), choices[-1])
+
     names = ("block_size", "quantize", "gradient_checkpointing", "micro_batch_size")
     picked, takes = dict(zip(names, best)), needed(best)
     fits = "fits" if takes.total < 0.8 * free else "does not fit, and nothing leaner is left to try"
@@ -256,8 +263,8 @@ def choose(c, config, method, itemsize, data, free):
 
 def fit_memory(config, method, device, dtype, c, encode):
     """
-    config with what `choose` picks, which is printed. encode: block_size -> (splits of rows, how
-    many were cut). Raises ValueError where the free memory is unknown.
+    config with the settings that `choose` picks, which are also printed. encode: block_size ->
+    (splits of rows, how many were cut). Raises ValueError if the free memory is unknown.
     """
     free = distributed.from_first(lambda: free_memory(device), device)
     if free is None:
@@ -265,12 +272,12 @@ def fit_memory(config, method, device, dtype, c, encode):
             "auto_hardware=True: this system does not say how much memory is free; set quantize, "
             "micro_batch_size, gradient_checkpointing and block_size yourself"
         )
+
     splits, _ = encode(config.block_size or c.max_position_embeddings)
     rows = [row for split in splits.values() for row in split]
     supervised = [sum(label != -100 for label in row.labels) for row in rows]
-    answers = any(
-        label == -100 for row in rows for label in row.labels[1:]
-    )  # never cut, unlike text
+    # Rows with unsupervised positions have answers, which are never cut; plain text may be.
+    answers = any(label == -100 for row in rows for label in row.labels[1:])
     data = {
         "longest": max(len(row.labels) for row in rows),
         "supervised": max(supervised),

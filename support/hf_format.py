@@ -1,10 +1,10 @@
 """
 Models in Hugging Face's layout: config.json, and model.safetensors or shards with their index.
 
-read_config    config.json -> what model.ModelConfig holds
-find_tensors   the tensors of a folder's files, by name
-load_weights   those tensors, into a model; packed on demand
-save           config.json and model.safetensors, as transformers loads them
+    read_config    config.json -> the fields of model.ModelConfig
+    find_tensors   which file holds which tensor
+    load_weights   the files' tensors -> a model, quantised if wanted
+    save           a model -> config.json and model.safetensors, as transformers loads them
 """
 
 import math
@@ -19,7 +19,7 @@ from support import rotary
 from support.files import malformed, read_json, replacing, write_json
 from support.quantized import QuantizedLinear, kind_of, pack
 
-# What transformers takes for a key that config.json leaves out
+# The values that transformers assumes for keys that config.json leaves out
 COMMON = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -53,12 +53,12 @@ SIZES = (
 @malformed("config.json")
 def read_config(config_dict):
     """
-    The fields of a model.ModelConfig, as a dict, of a config.json given as a dict, in the spelling
-    of transformers 4 or 5.
+    The fields of a model.ModelConfig, as a dict, from the dict of a config.json of transformers 4
+    or 5.
 
-    Raises ValueError, naming the key, for what this model does not compute: another model_type, an
-    unknown kind of rotary scaling, another activation, a checkpoint that is quantised already, or a
-    size that is missing or not a number.
+    Raises ValueError, naming the key, for a model that model.py does not support: another
+    model_type, rotary scaling or activation, a checkpoint that is quantised already, or a size that
+    is missing or not a positive integer.
     """
     kind = config_dict.get("model_type")
     if kind not in DEFAULTS:
@@ -73,10 +73,12 @@ def read_config(config_dict):
             "config.json: the checkpoint is quantised already (quantization_config), which is not "
             "supported: take the unquantised one, and quantise it when it is loaded"
         )
+
     rope, sizes = read_rope(c), read_sizes(c)
     head_dim = c["head_dim"] or sizes["hidden_size"] // sizes["num_attention_heads"]
     windows = read_windows(c, kind, sizes["num_hidden_layers"])
     check_numbers(c, rope, head_dim, windows)
+
     biased = bool(c.get("attention_bias"))
     return dict(
         **sizes,
@@ -105,7 +107,7 @@ def check_numbers(c, rope, head_dim, windows):
             f"positive, not {positive}"
         )
     try:
-        rotary.frequencies(rope, head_dim)  # tries the rope's other numbers
+        rotary.frequencies(rope, head_dim)  # fails on the rope's other numbers, if they are wrong
     except (KeyError, TypeError, ArithmeticError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"config.json: rotary positions {rope}: {error} is missing or not a number"
@@ -113,7 +115,7 @@ def check_numbers(c, rope, head_dim, windows):
 
 
 def read_rope(c):
-    """Rotary positions in one spelling: rope_type, rope_theta, and what the type needs."""
+    """The rope settings in one spelling: rope_type, rope_theta, and the numbers the type needs."""
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
     plain = isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values())
     rope = {"rope_theta": c.get("rope_theta") or 10000.0, **rope} if plain else {"rope_type": rope}
@@ -124,6 +126,7 @@ def read_rope(c):
             f"config.json: rotary positions {rope} are not supported; these rope types are, the "
             f"same in all layers and over whole heads: {', '.join(ROPE_TYPES)}"
         )
+
     original = (
         c.get("original_max_position_embeddings")
         or rope.get("original_max_position_embeddings")
@@ -147,7 +150,7 @@ def read_sizes(c):
 
 
 def read_windows(c, kind, layers):
-    """For each layer: how many tokens back it sees, itself included, or None for all of them."""
+    """For each layer: how many tokens back it sees, itself included; None for all of them."""
     if kind not in ("qwen2", "qwen3"):
         return [c["sliding_window"]] * layers
     full = ["full_attention"] * layers  # Qwen's first layers see everything
@@ -160,9 +163,9 @@ def read_windows(c, kind, layers):
 
 def find_tensors(folder):
     """
-    The tensors of a folder's safetensors files, by name: (file, shape).
+    The tensors in a folder's safetensors files, {name: (file, shape)}.
 
-    Raises FileNotFoundError for a missing file, ValueError for a damaged one, each with what to do.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one; both say what to do.
     """
     index = folder / "model.safetensors.index.json"
     tensors = {}
@@ -170,10 +173,11 @@ def find_tensors(folder):
         if not path.exists():
             listed = f", though {index.name} lists it: download it too" if index.exists() else ""
             raise FileNotFoundError(f"{path} is missing{listed}")
+
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():
-                    if not key.endswith("rotary_emb.inv_freq"):  # in old LLaMA files; computed here
+                    if not key.endswith("rotary_emb.inv_freq"):  # in old LLaMA files, not needed
                         tensors[key] = path, tuple(file.get_slice(key).get_shape())
         except SafetensorError as error:
             with open(path, "rb") as file:
@@ -189,7 +193,7 @@ def find_tensors(folder):
 
 
 def weight_files(folder, index):
-    """The paths of a folder's safetensors files, there or not. index: their index's path."""
+    """The paths of a folder's safetensors files, even missing ones. index: their index's path."""
     single = folder / "model.safetensors"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -202,6 +206,7 @@ def weight_files(folder, index):
                     f"{index}: {name!r} does not name a safetensors file in this folder"
                 )
         return [folder / name for name in names]
+
     if not single.exists() and any(folder.glob("*.bin")):
         raise FileNotFoundError(
             f"{folder} holds its weights as .bin files only. Those are pickles, which can run any "
@@ -225,6 +230,7 @@ def check_tensors(found, expected, tied, folder):
                     f"another lm_head.weight: set tie_word_embeddings to false in config.json"
                 )
             del found["lm_head.weight"]
+
     for key, shape in expected.items():
         if key not in found:
             raise ValueError(f"{folder}: tensor {key} is missing")
@@ -239,8 +245,8 @@ def check_tensors(found, expected, tied, folder):
 
 def load_weights(model, folder, dtype, device, quantize=None, mapped=False):
     """
-    Put a folder's weights into a Transformer on the meta device; the arguments are
-    from_pretrained's.
+    Load a folder's weights into a Transformer on the meta device; the arguments are as in
+    Transformer.from_pretrained.
 
     Raises FileNotFoundError or ValueError, naming the file or the tensor.
     """
@@ -248,8 +254,8 @@ def load_weights(model, folder, dtype, device, quantize=None, mapped=False):
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     check_tensors(found, expected, tied, folder)
 
-    # The largest first, and the file closed after each, so that its pages go: beside what is loaded
-    # there is one tensor at most.
+    # To save memory: the largest tensor first, and the file closed after each one, which releases
+    # its pages. So there is at most one tensor more in memory than has been loaded.
     for key in sorted(expected, key=lambda key: -math.prod(expected[key])):
         with safe_open(found[key][0], framework="pt") as file:
             tensor = file.get_tensor(key).to(device, dtype, copy=not mapped)
@@ -261,6 +267,7 @@ def load_weights(model, folder, dtype, device, quantize=None, mapped=False):
             model.set_submodule(path, QuantizedLinear(*sizes, pack(tensor, quantize)))
         else:
             setattr(layer, name, nn.Parameter(tensor))
+
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
 
@@ -275,15 +282,18 @@ def save(model, folder):
             "the model holds adapters or quantised weights, which are not written here: "
             "call merge(model) first"
         )
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     config = {key: value for key, value in model.config.hf.items() if key != "torch_dtype"}
-    config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")  # its newer spelling
+    # "dtype" is the new name of "torch_dtype".
+    config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
+
     with replacing(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(folder / "config.json", config)
-    # An index of shards that lay there does not belong to this model.
+    # An index that was there belongs to another model's shards.
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)

@@ -1,16 +1,16 @@
 """
-JSONL files of examples, checked line by line. The formats, by the keys that they need:
+JSONL files of examples, checked line by line. The keys decide an example's format:
 
     {"text"}, {"code"}                              plain text
     {"messages": [{"role", "content"}, ...]}        a conversation
     {"instruction", "input"?, "output"}             an instruction and its answer
-    {"prompt", "completion"}                        taken as they stand, without a chat template
+    {"prompt", "completion"}                        used without a chat template
     {"text", "label"}                               classification
 """
 
 import json
 
-FORMATS = {  # the first that fits is it
+FORMATS = {  # an example has the first format whose keys it has
     "messages": ("messages",),
     "instruction": ("instruction", "output"),
     "prompt": ("prompt", "completion"),
@@ -30,14 +30,16 @@ def format_of(example):
 
 def read_jsonl(path):
     """
-    The examples of a file, as a list of dicts: UTF-8, one JSON object a line, all of one format.
+    The examples of a file, a list of dicts. The file is UTF-8 with one JSON object per line, all of
+    one format.
 
-    Raises ValueError, naming file and line, for what can't be trained on.
+    Raises ValueError, naming file and line, for an example that can't be trained on.
     """
     examples, kind = [], None
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
+
         where = f"{path}:{number}"
         example = parse(line, where)
         if isinstance(example, dict) and isinstance(example.get("label"), int):  # 0, 1 are common
@@ -46,12 +48,14 @@ def read_jsonl(path):
         if kind not in (None, format_of(example)):
             raise ValueError(
                 f"{where}: format {format_of(example)!r}, but the lines before are {kind!r}: "
-                f"use one format a file"
+                f"use one format per file"
             )
+
         kind = format_of(example)
         if kind != "classification":
-            example.pop("label", None)  # some other note of the file's author
+            example.pop("label", None)  # only classification has labels; here it is a note
         examples.append(example)
+
     if not examples:
         raise ValueError(f"{path} holds no examples")
     return examples
@@ -61,7 +65,8 @@ def parse(line, where):
     """One line's JSON. Raises ValueError, beginning with `where`."""
     try:
         example = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique)
-        if b"\\ud" in line.lower():  # such escapes come in pairs; half a pair encodes no character
+        # Such escapes come in pairs; half a pair encodes no character.
+        if b"\\ud" in line.lower():
             json.dumps(example, ensure_ascii=False).encode()
         return example
     except UnicodeEncodeError:
@@ -74,17 +79,17 @@ def parse(line, where):
             f"{where}: not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}): write one JSON object a line") from None
+        raise ValueError(f"{where}: not JSON ({error}): write one JSON object per line") from None
 
 
 def unique(pairs):
     """
-    A JSON object as a dict. Raises ValueError for a repeated key: which one did the author mean?
+    A JSON object as a dict. Raises ValueError for a repeated key, since one value would be lost.
     """
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
     return found
 
 
@@ -96,7 +101,8 @@ def check_example(example, where):
         have = "is not a JSON object"
         if isinstance(example, dict):
             have = f"has the keys {', '.join(example) or '(none)'}"
-        raise ValueError(f"{where}: the line {have}; needed are: {needed}")
+        raise ValueError(f"{where}: the line {have}; use one of these sets of keys: {needed}")
+
     if kind == "messages":
         answers = assistant_turns(example["messages"], where)
     else:
@@ -105,6 +111,7 @@ def check_example(example, where):
                 name = type(example[key]).__name__
                 raise ValueError(f"{where}: {key!r} is {name}, not a string")
         answers = [example[FORMATS[kind][-1]]]
+
     if not all(answer.strip() for answer in answers):
         raise ValueError(f"{where}: the answer is empty")
 
@@ -119,6 +126,7 @@ def assistant_turns(turns, where):
         raise ValueError(
             f"{where}: messages must be a list of objects with the strings role and content"
         )
+
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
     if not answers:
         raise ValueError(

@@ -32,13 +32,14 @@ class CrossEntropy(torch.autograd.Function):
                 one = torch.full_like(answers, -1, dtype=dtype)
                 log_p.exp_().scatter_add_(1, answers, one).div_(len(targets))
                 torch.mm(logits.copy_(log_p), weight, out=gradient[i : i + rows])
+
         ctx.save_for_backward(hidden, weight, targets, gradient)
         return loss / len(targets)
 
     @staticmethod
     def backward(ctx, g):
         hidden, weight, targets, gradient = ctx.saved_tensors
-        if torch.is_grad_enabled():  # it will be differentiated in turn: the plain form
+        if torch.is_grad_enabled():  # for second derivatives: the plain, differentiable form
             p = F.linear(hidden, weight).to(g.dtype).softmax(-1)
             error = (p - F.one_hot(targets, p.size(1))) / len(targets)
             gradient = error.to(hidden.dtype) @ weight
@@ -50,14 +51,14 @@ def cross_entropy(hidden, weight, targets):
     The mean of -log softmax(hidden·weightᵀ)[target] in nats, a scalar in fp32 or finer; twice
     differentiable with respect to hidden.
 
-    hidden: (N, hidden_size); weight: (vocab, hidden_size), which gets no gradient; targets: (N,), N
-    ≥ 1.
+    hidden: (N, hidden_size), N ≥ 1; weight: (vocab, hidden_size), which gets no gradient; targets:
+    (N,).
 
     All logits at once are often the largest tensors of a step: 512 positions × 49,152 tokens take
-    100 MB in fp32, several times over. Here a chunk's logits are gone before the next one's are
-    made, and since the head is frozen, the gradient with respect to hidden is taken in the forward
-    pass. It needs no more products than the plain form (two CPU cores: 0.65 of its time in bf16,
-    the same in fp32), and equals it up to rounding.
+    100 MB in fp32, several times over. Here the chunks share one buffer, and since the head is
+    frozen, the gradient with respect to hidden is already computed in the forward pass. This needs
+    no more products than the plain form (on two CPU cores: 0.65 of its time in bf16, the same in
+    fp32), and equals it up to rounding.
     """
     differentiable = hidden.requires_grad and torch.is_grad_enabled()
     return CrossEntropy.apply(hidden, weight, targets, differentiable)
@@ -77,20 +78,20 @@ class Rescale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         y, change, bias = ctx.saved_tensors
-        ratio = torch.where(
-            change == -1, 1, 1 + change
-        )  # 0 for a row of zeros, where y - bias is 0
+        # The ratio is 0 for a row of zeros only. There y - bias is 0, so any divisor will do.
+        ratio = torch.where(change == -1, 1, 1 + change)
         own = y if bias is None else y - bias
         product = g * own
         by_change = product.sum(0) / ratio
-        # Into the product's memory, unless this gradient will be differentiated in turn.
+        # The result may overwrite product, unless this gradient will be differentiated itself.
         out = None if torch.is_grad_enabled() else product
         return torch.addcmul(g, g, change.to(g.dtype), out=out), by_change, None
 
 
 def rescale(y, change, bias):
     """
-    b + (1 + change) ⊙ (y - b) in place of y, where y = W·x + b: (N, out), (out,), (out,) or None.
+    b + (1 + change) ⊙ (y - b), written into y = W·x + b. y: (N, out); change: (out,); bias: (out,)
+    or None.
 
     Autograd would keep y beside the result and allocate four more tensors of its size. Here y - b
     is recovered from the result by one division, so only two temporaries are allocated. That took a

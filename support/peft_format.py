@@ -1,10 +1,9 @@
 """
 Adapters as PEFT saves them: adapter_model.safetensors and adapter_config.json.
 
-bidora.save_adapter and bidora.load_adapter are the functions to call; here is the format. The scale
-s is saved as the alpha that gives it, s · rank, so it survives whatever formula a method computes
-it by. A magnitude per column can't be expressed in PEFT's format: such an adapter gets a peft_type
-of ours, which PEFT refuses.
+Call bidora.save_adapter and bidora.load_adapter; this file has the format. The scale s is saved as
+alpha = s · rank, so it is right for any formula by which a method computes s. PEFT's format has no
+magnitude per column: such an adapter gets a peft_type of our own, which PEFT refuses.
 """
 
 import math
@@ -27,9 +26,9 @@ NAMES = {
     "lora_B": "lora_B.weight",
     "lora_magnitude_vector": "lora_magnitude_vector",
 }
-# Settings of PEFT's LoraConfig that these layers know, or that change nothing once an adapter is
-# trained. Any other one that is switched on is a variant of LoRA that computes something else (a
-# number alone switches nothing on).
+# Settings of PEFT's LoraConfig that these layers know, or that have no effect once an adapter is
+# trained. Any other setting that is switched on means a variant of LoRA that computes something
+# else; numbers switch nothing on by themselves.
 KNOWN = set(
     "peft_type peft_version task_type auto_mapping parent_library base_model_name_or_path revision "
     "inference_mode r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern "
@@ -40,18 +39,18 @@ KNOWN = set(
 
 @dataclass
 class Adapter:
-    """A folder's content: {layer: {"lora_A": tensor, …}} and {layer: (rank, alpha)}."""
+    """The content of an adapter folder."""
 
     folder: Path
-    tensors: dict
-    sizes: dict
+    tensors: dict  # {layer: {"lora_A": tensor, …}}
+    sizes: dict  # {layer: (rank, alpha)}
     dropout: float
-    magnitude: bool
-    axis: str
+    magnitude: bool  # whether the layers have one
+    axis: str  # of the magnitude: "row" or "column"
 
 
 def named_tensors(layers):
-    """Every adapter parameter under the name that PEFT saves it by; BiLoRA's λ is folded into B."""
+    """The adapter parameters under PEFT's names for them; BiLoRA's λ is folded into B."""
     return {
         f"{PREFIX}{name}.{NAMES[key]}": (
             layer.folded_B() if key == "lora_B" else getattr(layer, key)
@@ -67,7 +66,7 @@ def write(folder, layers, linears, base_model):
     Write the adapters of layers, {name: BiDoRALinear}, each file atomically.
 
     linears: the names of all the model's linear layers; base_model: name, name@revision or folder.
-    Raises ValueError without layers, or for several kinds; OSError when the folder can't be
+    Raises ValueError without layers, or for several kinds of them; OSError when the folder can't be
     written.
     """
     if not layers:
@@ -78,11 +77,13 @@ def write(folder, layers, linears, base_model):
             "the model's adapters differ in having a magnitude, or in its axis; "
             "one file holds one kind"
         )
+
     [(magnitude, axis)] = kinds
     alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
     rank, alpha, dropout = statistics.mode(
         (layer.rank, alphas[name], layer.dropout.p) for name, layer in layers.items()
     )
+
     base, revision = split_revision(base_model)
     config = {
         "peft_type": COLUMN_DORA if magnitude and axis == "column" else "LORA",
@@ -99,6 +100,7 @@ def write(folder, layers, linears, base_model):
         "bias": "none",
         "inference_mode": True,
     }
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "adapter_model.safetensors") as temporary:
@@ -108,7 +110,7 @@ def write(folder, layers, linears, base_model):
 
 
 def short_names(layers, linears):
-    """The names of layers for target_modules: "q_proj" only where every q_proj is adapted."""
+    """The layers' names for target_modules: short ones ("q_proj") if they match no other layer."""
     ends = {name.rpartition(".")[2] for name in layers}
     others = [name for name in linears if name not in layers]
     if any(name.rpartition(".")[2] in ends for name in others):
@@ -118,8 +120,7 @@ def short_names(layers, linears):
 
 def read(folder, parameters):
     """
-    The Adapter in a folder that `write` or PEFT wrote. parameters: the base model's, {name:
-    tensor}.
+    The Adapter in a folder that `write` or PEFT wrote. parameters: the base's, {name: tensor}.
 
     rsLoRA's scale alpha / √rank (arXiv 2312.03732) becomes the alpha that gives the same scale.
     Raises FileNotFoundError for a missing file, ValueError for a damaged one and for variants of
@@ -144,8 +145,10 @@ def read(folder, parameters):
         raise ValueError(
             f"{folder}: adapter_config.json has use_dora={magnitude}, which the tensors contradict"
         )
+
     sizes = {}
     for name, parts in found.items():
+        # Any rank will do for a damaged file: copy_into reports the misshapen tensor.
         matrix = "lora_A" in parts and parts["lora_A"].dim() == 2
         rank = len(parts["lora_A"]) if matrix else 1
         alpha = alpha_of(name, config, folder / "adapter_config.json")
@@ -155,20 +158,22 @@ def read(folder, parameters):
 
 
 def check_config(config, where):
-    """Raise ValueError for an adapter_config.json that these layers can't follow."""
+    """Raise ValueError for an adapter_config.json that BiDoRALinear does not support."""
     if config.get("peft_type", "LORA") not in ("LORA", COLUMN_DORA):
         raise ValueError(
             f"{where}: peft_type {config['peft_type']!r} is not supported; "
             f"'LORA', with or without use_dora, is"
         )
-    # "pissa", "olora", "loftq" and the like change the base's weights at the start, and the file
-    # does not hold these.
+
+    # "pissa", "olora", "loftq" and the like change the base's weights before training, and the file
+    # does not contain the changed weights.
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
         raise ValueError(
             f"{where}: init_lora_weights {config['init_lora_weights']!r} changes the base itself: "
             f"have PEFT convert it to plain LoRA (save_pretrained with "
             f"path_initial_model_for_weight_conversion)"
         )
+
     unsupported = [
         key
         for key, value in config.items()
@@ -178,6 +183,7 @@ def check_config(config, where):
     ]
     if unsupported:
         raise ValueError(f"{where}: {', '.join(unsupported)} is not supported")
+
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"{where}: lora_dropout={dropout!r} must be at least 0 and below 1")
@@ -193,13 +199,13 @@ def by_layer(tensors, folder, parameters):
     """The file's tensors as {layer: {"lora_A": tensor, …}}."""
     found = {}
     for key, tensor in tensors.items():
-        if key.endswith(
-            ".base_layer.weight"
-        ):  # PEFT adds the weight itself where the head is adapted
+        # PEFT also saves the base weight of an adapted head.
+        if key.endswith(".base_layer.weight"):
             name = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
             if torch.equal(parameters.get(f"{name}.weight", tensor).to(tensor.dtype), tensor):
                 continue
             raise ValueError(f"{folder}: the adapter holds another weight of {name} than the base")
+
         kinds = r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?"
         match = re.fullmatch(re.escape(PREFIX) + kinds, key)
         if not match:
@@ -212,7 +218,7 @@ def by_layer(tensors, folder, parameters):
 
 
 def alpha_of(name, config, where):
-    """A layer's alpha, by PEFT's rule: the first pattern that fits, else lora_alpha."""
+    """A layer's alpha, by PEFT's rule: that of the first pattern that matches, else lora_alpha."""
     patterns = config.get("alpha_pattern") or {}
     try:
         fitting = [key for key in patterns if re.match(rf"(.*\.)?({key})$", name)]
@@ -232,6 +238,7 @@ def copy_into(layers, adapter):
             "the model has BiLoRA adapters, whose λ a saved adapter holds folded: "
             "load it into a model without adapters"
         )
+
     own = named_tensors(layers)
     tensors = {
         f"{PREFIX}{name}.{NAMES[key]}": tensor
@@ -254,5 +261,6 @@ def copy_into(layers, adapter):
                 f"{folder}: the adapter does not fit the model: {name} has alpha {alphas[0]:g} "
                 f"in the file, {alphas[1]:g} in the model"
             )
+
     for name, tensor in own.items():
         tensor.copy_(tensors[name])

@@ -1,5 +1,6 @@
 """
-What keeps a layer's directions apart; times a small weight (gram_weight) it joins the lower loss.
+Regularisers that keep a layer's directions apart; the setting gram_weight is their weight in the
+lower loss.
 
     BiDoRA    ‖C - I‖, C the cosines between the directions (the BiDoRA authors' code, for columns)
     BiLoRA    ‖BᵀB - I‖² + ‖A·Aᵀ - I‖² (arXiv 2403.13037, section 3.2)
@@ -27,10 +28,10 @@ def orthonormal(layer):
 
 def cosines_apart(layer):
     """
-    ‖C - I‖, a scalar, C the cosines between the unit rows (or columns) of W0 + s·B·A.
+    ‖C - I‖, a scalar, C the cosines between the rows (or columns) of W0 + s·B·A.
 
-    From the factors and W0·W0ᵀ, which is computed at the first call and kept in the layer, (out ×
-    out) or (in × in): r products of that size instead of one with W0.
+    It is computed from the factors and W0·W0ᵀ (or W0ᵀ·W0). That matrix, (out × out) or (in × in),
+    is computed at the first call and kept in the layer, so each call needs only products of rank r.
     """
     A, sB = layer.lora_A, layer.scaling * layer.lora_B
     weight, dtype = layer.weight, float_dtype(layer.weight)
@@ -44,6 +45,7 @@ def cosines_apart(layer):
     else:
         low = transposed(sB.T.to(dtype), weight).to(A.dtype).T @ A  # W0ᵀ·(sB)·A
         gram = layer.weight_gram + low + low.T + A.T @ (sB.T @ sB) @ A
+
     norm = gram.diagonal().clamp_min(1e-24).sqrt()
     cosines = gram / (norm[:, None] * norm)
     eye = torch.eye(len(norm), device=A.device, dtype=A.dtype)

@@ -1,4 +1,4 @@
-"""What a run says: what it will do, the final table, the curves, and what to try next."""
+"""What a run prints: its plan, the final table and what to try next. Also draws the loss curves."""
 
 import shlex
 import sys
@@ -8,13 +8,14 @@ from support import distributed, hardware
 from support.files import replacing
 
 START = """Start with:
-    python train.py --config=small.py    (downloads 95 MB, takes some 3 minutes on two CPU cores)
+    python train.py --config=small.py    (downloads 95 MB, takes about 3 minutes on two CPU cores)
     python train.py --config=tiny.py     (downloads nothing, takes seconds)"""
 
 
 def announce(task, method, second_order):
     """
-    Print what a run is about to do, and on what. method: its entry of bidora.METHODS, or None.
+    Print a run's plan: model, data, parameters, phases. method: its entry of bidora.METHODS, or
+    None for ft.
     """
     config, tokenizer = task.config, task.tokenizer
     packed = "" if config.quantize == "none" else f"{config.quantize} and "
@@ -25,6 +26,7 @@ def announce(task, method, second_order):
     if distributed.WORLD_SIZE > 1:
         own = f", and {task.local_weight_bytes / 1e6:.0f} MB of weights" if config.fsdp else ""
         print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{own}")
+
     counts = ", ".join(f"{len(examples)} {name}" for name, examples in task.splits.items())
     labels = f"; labels {', '.join(task.label_ids)}" if task.label_ids else ""
     print(f"data: {config.train_file or config.data}: {counts}{labels}")
@@ -40,6 +42,7 @@ def announce(task, method, second_order):
         )
     if not tokenizer.has_chat_template:
         print("the tokenizer has no chat template: a plain one (User: … Assistant: …) is used")
+
     print(trainable(task.sizes))
     if second_order:
         warn_of_scores(task)
@@ -51,13 +54,13 @@ def trainable(sizes):
 
 
 def warn_of_scores(task):
-    """Say it when attention's scores, which second derivatives keep, take more than a GB."""
+    """Print a warning if the attention scores that second derivatives keep take more than 1 GB."""
     rows = task.config.micro_batch_size or task.config.batch_size
     longest = max(len(row.labels) for row in task.encoded["train"])
     scores = rows * hardware.score_bytes(task.model.config, longest)
     if scores > 1e9:
         print(
-            f"second derivatives keep attention's scores, which grow with the square of the "
+            f"second derivatives keep the attention scores, which grow with the square of the "
             f"length: up to {scores / 1e9:.0f} GB for {rows} rows of {longest} tokens; "
             f"--micro_batch_size=1 or a smaller --block_size lowers that"
         )
@@ -81,7 +84,7 @@ def announce_phases(config, method):
 
 
 def announce_before(before):
-    """Print how good the model is before training."""
+    """Print the results before training."""
     shown = next(name for name in ("test", "val", "train") if before[name])
     accuracy, loss = before[shown]["accuracy"], before[shown]["loss"]
     print(f"before training: {shown} accuracy {accuracy:.1%}, loss {loss:.3f}", flush=True)
@@ -89,7 +92,7 @@ def announce_before(before):
 
 def plot_losses(path, metrics, results):
     """
-    Draw train and val loss over the steps, the phases marked, with the test loss before and after.
+    Draw the train and val losses over the steps, the phases, and the test loss before and after.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, and a notebook's settings stay
 
@@ -102,13 +105,16 @@ def plot_losses(path, metrics, results):
         points = [(line["step"], line[key]) for line in metrics if key in line]
         if points:
             axes.plot(*zip(*points), label=label, color=color, linestyle=style, linewidth=1.2)
+
     if results["after"]["test"]:
         losses = [results[when]["test"]["loss"] for when in ("before", "after")]
         axes.plot([0, len(metrics)], losses, "k^", label="test, before and after")
+
     for phase in dict.fromkeys(line["phase"] for line in metrics):
         first = next(line["step"] for line in metrics if line["phase"] == phase)
         axes.axvline(first - 0.5, color="gray", linewidth=0.8, linestyle=":")
         axes.text(first, 1.01, phase, transform=axes.get_xaxis_transform(), color="gray")
+
     axes.set(xlabel="lower-level step", ylabel="loss (nats per token)", ylim=(0, None))
     axes.legend()
     with replacing(path) as temporary:
@@ -116,7 +122,7 @@ def plot_losses(path, metrics, results):
 
 
 def table(results):
-    """The final table."""
+    """The final table, and the lines below it, from the results in summary.json."""
     splits = [name for name in ("train", "val", "test") if results["after"][name]]
 
     def row(*cells):
@@ -127,6 +133,7 @@ def table(results):
         for when in ("before", "after"):
             values = [form.format(results[when][split][what]) for split in splits]
             lines.append(row(f"{what} {when}", *values))
+
     seconds = ", ".join(f"{phase} {value:.0f}" for phase, value in results["seconds"].items())
     peak, beyond = results["peak_memory_gb"], results["peak_memory_beyond_start_gb"]
     files = ", ".join(sorted(path.name for path in Path(results["out_dir"]).iterdir()))
@@ -144,13 +151,13 @@ def table(results):
 
 
 def without(arguments, *names):
-    """A command line without the settings of these names."""
+    """A command line without the settings in `names`."""
     return [a for a in arguments if a.partition("=")[0].removeprefix("--") not in names]
 
 
 def next_commands(out, arguments, prompt, other, fsdp):
     """
-    What to try after a run. other: another method; fsdp: whether the run was started by torchrun.
+    Commands to try after a run. other: a method to compare with; fsdp: the run's setting.
     """
     kept = without(arguments, "method", "out_dir", "overwrite", "resume", "fsdp")
     again = shlex.join(kept + ["--fsdp=False"] * fsdp)
@@ -163,7 +170,8 @@ def next_commands(out, arguments, prompt, other, fsdp):
 
 def failed(error):
     """
-    Say what was wrong, once for each machine, whose files and network may differ; exit status 2.
+    Print an error, once per machine, since their files and networks may differ. Returns exit status
+    2.
     """
     if distributed.LOCAL_RANK == 0:
         print(f"error: {error}", file=sys.stderr)
@@ -171,7 +179,7 @@ def failed(error):
 
 
 def stopped(error, arguments):
-    """Say how to resume a run that ended at a signal; its exit status."""
+    """Print how to resume a run that ended at a signal. Returns its exit status."""
     command = f"python train.py {shlex.join(without(arguments, 'resume', 'overwrite'))}"
     if distributed.WORLD_SIZE > 1:
         command = "the same torchrun command and"

@@ -1,10 +1,10 @@
 """
 Rotary positions (arXiv 2104.09864) for contexts longer than the model was pretrained on:
 
-    linear    slows all pairs of a head down by a factor
-    llama3    only the slow ones (arXiv 2407.21783, section 3.4.2; formula: its reference code)
-    yarn      too, by a ramp, and sharpens attention (arXiv 2309.00071, section 3.2)
-    dynamic   changes them beyond the trained length only, which model.py does not support
+    linear    slows down the rotation of all pairs of a head by one factor
+    llama3    slows down the slow pairs only (arXiv 2407.21783, section 3.4.2, and its code)
+    yarn      slows down the slow pairs only, and sharpens attention (arXiv 2309.00071, section 3.2)
+    dynamic   changes rotations beyond the trained length only, which model.py does not support
 """
 
 import math
@@ -14,8 +14,8 @@ import torch
 
 def frequencies(rope, head_dim):
     """
-    The angle by which a position turns each pair of a head, (head_dim / 2,) in fp32, and the factor
-    that cos and sin are scaled by. rope: rope_type, rope_theta, and what the type needs.
+    (the angle per position by which each pair of a head turns, (head_dim / 2,) in fp32; the factor
+    by which cos and sin are scaled). rope: rope_type, rope_theta, and the numbers the type needs.
     """
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
     if rope["rope_type"] in ("default", "dynamic"):
@@ -23,20 +23,23 @@ def frequencies(rope, head_dim):
     slowed = plain / rope["factor"]
     if rope["rope_type"] == "linear":
         return slowed, 1.0
+
     if rope["rope_type"] == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)  # in that length
+        trained = rope["original_max_position_embeddings"]
+        turns = trained * plain / (2 * math.pi)  # in the trained length
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - keep) * slowed + keep * plain, 1.0
+
     keep = yarn_ramp(rope, head_dim)
     return (1 - keep) * slowed + keep * plain, yarn_scale(rope)
 
 
 def yarn_ramp(rope, d):
-    """How much of its own frequency each pair keeps, (d / 2,): 1 for fast ones, 0 for slow ones."""
+    """How much of its frequency each pair keeps, (d / 2,): from 1 for fast to 0 for slow pairs."""
     trained = rope["original_max_position_embeddings"]
 
-    def pair_that_turns(times):  # in the trained length; as a fraction of pairs
+    def pair_that_turns(times):  # so often in the trained length; its index, not rounded
         return d * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
 
     first = pair_that_turns(rope.get("beta_fast") or 32)
@@ -48,6 +51,7 @@ def yarn_ramp(rope, d):
 
 
 def yarn_scale(rope):
+    """YaRN's factor on cos and sin: given explicitly, or computed from the scaling factor."""
     factor = rope["factor"]
 
     def sharpening(weight):

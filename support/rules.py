@@ -1,8 +1,8 @@
 """
-The rules for a run's settings: values in range, and the combinations that make no sense.
+The rules for a run's settings: which values and which combinations are refused.
 
-config.check calls these. method, hypergradient: the entries that the config names (None for ft).
-They say what each rule needs to know, so that a new entry needs no rule of its own.
+config.check calls these. method, hypergradient: the entries that the config names (method: None for
+ft). The rules read these entries' fields, so a new entry needs no new rule.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def refuse(problem, message):
 
 
 def check_values(config, choices):
-    """Each setting by itself: one of its choices, {name: choices}, or a number in its range."""
+    """Refuse a value that is none of its setting's choices, {name: choices}, or out of range."""
     for name, known in (choices | {"data": ("", *BUILT_IN)}).items():
         value = getattr(config, name)
         refuse(value not in known, f"unknown {name} {value!r}" + settings.suggest(value, known))
@@ -47,7 +47,7 @@ def check_device(config):
     try:
         torch.empty(1, device=None if config.device == "auto" else config.device)
     except (RuntimeError, AssertionError):  # torch raises the latter when built without CUDA
-        raise ValueError(f"device={config.device} is not there: use device=cpu") from None
+        raise ValueError(f"device={config.device} is not available: use device=cpu") from None
 
 
 def check_budget(config, bilevel, hypergradient):
@@ -65,7 +65,7 @@ def check_budget(config, bilevel, hypergradient):
     refuse(
         "steps" in hypergradient.options and steps > every,
         f"hypergradient_steps={steps} is more than upper_every={every}: an upper-level step can "
-        f"only look back on the lower-level steps since the last one",
+        f"only differentiate through the lower-level steps since the previous one",
     )
     micro, batch = config.micro_batch_size, config.batch_size
     refuse(micro > batch, f"micro_batch_size={micro} is more than batch_size={batch}")
@@ -80,7 +80,7 @@ def check_data(config, bilevel):
     )
     refuse(
         (config.val_file or config.test_file) and not own,
-        "val_file and test_file go with train_file; a built-in data set brings its own",
+        "val_file and test_file need train_file; a built-in data set has its own splits",
     )
     refuse(
         config.label_prompt and "{text}" not in config.label_prompt,
@@ -91,7 +91,7 @@ def check_data(config, bilevel):
         f"method={config.method} needs validation data: its upper level learns from examples that "
         f"the lower level does not train on; give --val_file, or a val_fraction above 0",
     )
-    refuse(config.block_size == 1, "block_size=1 must be at least 2: a token, and the next one")
+    refuse(config.block_size == 1, "block_size=1 must be at least 2: a token and its successor")
 
 
 def check_combinations(config, method, second_order):
@@ -112,16 +112,17 @@ def check_combinations(config, method, second_order):
         "method=ft trains the weights themselves, and in bfloat16 small updates round to nothing: "
         "use dtype=float32",
     )
+
     if not config.compile:
         return
     refuse(
         second_order,
-        "compile=True: torch.compile takes no second derivatives, which this hypergradient needs: "
+        "compile=True: torch.compile has no second derivatives, which this hypergradient needs: "
         "use hypergradient=first_order or finite_difference, or compile=False",
     )
     refuse(
         packed,
-        f"compile=True does not see into bitsandbytes' weights: use quantize=none, not "
+        f"compile=True does not work with bitsandbytes' packed weights: use quantize=none, not "
         f"{config.quantize}, or compile=False",
     )
     on_cpu = config.device in ("auto", "cpu") and not torch.cuda.is_available()
@@ -135,19 +136,19 @@ def check_combinations(config, method, second_order):
 def check_fsdp(config, second_order):
     refuse(
         distributed.WORLD_SIZE == 1,
-        "fsdp=True shares a model out over processes, and there is one: start it by "
+        "fsdp=True shards a model over processes, but there is only one: start it with "
         "torchrun --nproc_per_node=2 (or more) train.py ...",
     )
     for problem, message in (
-        (second_order, "takes no second derivatives: use hypergradient=first_order"),
-        (config.method == "ft", "shares out frozen weights only: use an adapter, not method=ft"),
-        (config.quantize not in ("auto", "none"), "can't cut packed weights: use quantize=none"),
+        (second_order, "has no second derivatives: use hypergradient=first_order"),
+        (config.method == "ft", "shards frozen weights only: use an adapter, not method=ft"),
+        (config.quantize not in ("auto", "none"), "can't shard packed weights: use quantize=none"),
         (config.gram_weight, "has no whole weights to regularise: use gram_weight=0"),
         (
             config.snapshots,
             "has no whole weights for ΔM and ΔD: use snapshots=0, and python -m tools.analysis "
             "--tuned= on the finished run",
         ),
-        (config.compile, "is not compiled here: use compile=False"),
+        (config.compile, "is not supported with torch.compile: use compile=False"),
     ):
         refuse(problem, f"fsdp=True {message}")

@@ -1,13 +1,13 @@
 """
-A run in its folder: how far it is, its log, progress bar, checkpoints, stop at a signal, and
-recovery from a loss that is not finite. Of several processes, only the first writes.
+A run and its folder: step count, log, progress bar, checkpoints, stopping at a signal, and recovery
+from a loss that is not finite. Of several processes, only the first one writes.
 
-    with Run(config, device, may_change) as run:      locks out_dir; run.config: a resumed run's
-        run.start(task)                               writes the folder; restores a resumed run
+    with Run(config, device, may_change) as run:           locks out_dir, reads a resumed run
+        run.start(task)                                    writes the folder, restores a resumed run
         with run.phase("search", 12, optimizer) as steps:
-            for step in steps:                        those still to do
+            for step in steps:                             the steps that are still to do
                 ...
-                run.record(step, losses)              log, snapshot, checkpoint, stop
+                run.record(step, losses)                   logs, takes snapshots, checkpoints, stops
 """
 
 import contextlib
@@ -31,8 +31,8 @@ from support.weight_changes import Trajectory
 
 class Run:
     """
-    config: as given on the command line; may_change: the settings that may differ when a run is
-    resumed.
+    The run of a config as given on the command line; for a resumed run, `config` becomes the one
+    that it started with. may_change: the settings that may differ when a run is resumed.
 
     Raises ValueError or OSError, before any work, for a folder that can't be used.
     """
@@ -44,6 +44,7 @@ class Run:
         self.out, self.asked = Path(config.out_dir or "out/run"), dataclasses.asdict(config)
         self.locks, self.state = contextlib.ExitStack(), None
 
+        # Run by the first process alone, since a folder can be locked only once.
         def find_folder():
             run_folder.check_writable(self.out)
             self.locks.enter_context(run_folder.locked(self.out))
@@ -74,8 +75,7 @@ class Run:
 
     def start(self, task):
         """
-        Open the folder with all that will go into it, the earlier run aside, and restore a resumed
-        run.
+        Set an earlier run aside, write the folder's first files, and restore a resumed run.
 
         task: a train.Task, of which config, model, encoded, layers, about() and save(folder) are
         used. Raises ValueError or OSError.
@@ -86,31 +86,38 @@ class Run:
         self.trajectory = None
         if self.config.snapshots:
             self.trajectory = Trajectory.start(task.layers, self.config.magnitude_axis)
-        # n: steps so far; done: how many of each phase; elapsed: seconds of earlier processes
+
+        # n: steps so far; done: how many of each phase; elapsed: seconds before a resume
         self.n, self.done, self.seconds, self.elapsed = 0, {}, {}, 0.0
         self.before, self.metrics = None, []
         if self.state:
             self.restore(*self.state)
+
         distributed.from_first(lambda: self.open_folder(task.about()), self.device)
         if self.state:
             checkpoint.set_random_states(self.state[1]["random"])
-        if not self.is_first:  # other dropout masks than the first process's, after a resume too
+        # Each process draws dropout masks of its own, after a resume too.
+        if not self.is_first:
             torch.manual_seed(hash((self.config.seed, distributed.RANK, self.n)))
 
     def restore(self, tensors, about):
-        """Put back what a checkpoint holds, but the optimizers' states, which phase() restores."""
+        """Restore a checkpoint, except for the optimizers' states, which phase() restores."""
         if about["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"{self.out} can't be resumed: its data or its tokenizer has changed since"
             )
+
         self.n, self.done, self.before = about["n"], about["done"], about["before"]
         self.seconds, self.elapsed = about["seconds"], about["elapsed"]
+
+        # The log may have lines of later steps than the checkpoint: those will be done again.
         log = self.out / "metrics.jsonl"
         self.metrics = [json.loads(line) for line in log.read_text("utf-8").splitlines()[: self.n]]
         if [line["step"] for line in self.metrics] != list(range(1, self.n + 1)):
             raise ValueError(
                 f"{log} lacks lines of the first {self.n} steps: the run can't be resumed"
             )
+
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(tensors[f"parameter.{name}"])
@@ -118,11 +125,12 @@ class Run:
             self.trajectory = dataclasses.replace(self.trajectory, **about["trajectory"])
 
     def open_folder(self, about):
-        """The folder is tried with all that will go into it: a full disk shows before any work."""
+        """Write every kind of file that the run will write, so that a full disk shows at once."""
         if self.replaces:
             run_folder.set_aside(self.out)
             if not self.out.exists():
-                self.locks.enter_context(run_folder.locked(self.out))  # a new folder
+                self.locks.enter_context(run_folder.locked(self.out))  # the new folder
+
         try:
             settings = dataclasses.asdict(self.config) | about | {"asked": self.asked}
             write_json(self.out / "run.json", settings)
@@ -142,10 +150,10 @@ class Run:
     @contextlib.contextmanager
     def phase(self, name, steps, optimizer):
         """
-        An iterator over the steps of a phase that are still to do, from 1 to `steps`.
+        Yield an iterator over those steps of a phase, 1 to `steps`, that are still to do.
 
-        Raises checkpoint.Stopped at a signal; FloatingPointError, with the weights of the last good
-        step saved, where the block raises one.
+        Raises checkpoint.Stopped at a signal; FloatingPointError if the block raises one, after
+        saving the weights of the last good step.
         """
         begin = self.done.get(name, 0)
         self.name, self.steps, self.step, self.optimizer = name, steps, begin, optimizer
@@ -155,9 +163,11 @@ class Run:
         self.last_kept = begin
         count = self.config.snapshots
         self.marks = {math.ceil(steps * i / count) for i in range(1, count + 1)}
+
         distributed.same_everywhere(p.data for p in self.trained)
         if begin:
             checkpoint.load_optimizer_state(optimizer, self.state[0])
+
         self.bar = tqdm(
             range(begin + 1, steps + 1),
             desc=name,
@@ -196,9 +206,11 @@ class Run:
 
     def record(self, step, losses):
         """
-        Take what a step gave, {"train_loss", and "val_loss" after an upper-level step: tensors}.
+        Log a finished step; take a snapshot, write a checkpoint or stop if it is time for that.
+
+        losses: {"train_loss": a scalar tensor}, and "val_loss" if the upper level took a step.
         """
-        self.last_finite = self.before_step
+        self.last_finite = self.before_step  # their loss was finite, or the step had raised
         rates = {
             f"{level}_lr": optimizer.param_groups[0]["lr"]
             for level, optimizer in checkpoint.levels(self.optimizer).items()
@@ -209,9 +221,10 @@ class Run:
                 line |= {key: losses[key].item(), f"{level}_lr": rates[f"{level}_lr"]}
         if step in self.marks and self.is_first:
             self.trajectory.record(self.model, self.name, self.n)
+
         line["seconds"] = round(time.time() - self.step_start, 4)
         self.metrics.append(line)
-        self.log.write(json.dumps(line) + "\n")  # one whole line at a time
+        self.log.write(json.dumps(line) + "\n")  # one write, so that a kill tears no line
         self.log.flush()
         shown = {"lower": line["train_loss"]}
         if "val_loss" in line:
@@ -220,7 +233,7 @@ class Run:
 
         stop = self.stop_asked()
         due = step - self.last_kept >= self.config.checkpoint_every
-        # Between two turns of the upper level, when no lower-level step waits to be differentiated.
+        # A checkpoint does not hold the kept lower-level steps: it waits until they have been used.
         if not self.optimizer.past and step < self.steps and (stop or due):
             self.last_kept = step
             self.write_checkpoint(step)
@@ -243,7 +256,7 @@ class Run:
 
     def roll_back(self, error):
         """Save the weights of the last good step, if any, and say what happened."""
-        if self.last_finite:  # else the folder holds what the phase before has left
+        if self.last_finite:  # else the folder holds the weights from before this phase
             for parameter, value in zip(self.trained, self.last_finite):
                 parameter.data = value
             self.save()
@@ -253,7 +266,9 @@ class Run:
         ) from None
 
     def stop_asked(self):
-        """The largest signal that any process has got, or 0: all must stop at the same step."""
+        """
+        The highest signal number that any process has received, or 0: all must stop at one step.
+        """
         own = torch.zeros(distributed.WORLD_SIZE, device=self.device)
         own[distributed.RANK] = self.signals[0] if self.signals else 0
         return int(distributed.add_up([own])[0].max())
@@ -268,18 +283,21 @@ class Run:
                 self.trajectory.save(self.out)
 
     def write_checkpoint(self, step, ended=False):
-        """Write what the run needs to resume after that step of this phase."""
+        """Write what the run needs to resume after this step of the phase."""
         self.seconds[self.name] = self.earlier + time.time() - self.phase_start
         self.done[self.name] = step
         if not self.is_first:
             return
+
         tensors = {f"parameter.{name}": p for name, p in self.parameters.items()}
         if not ended:  # the next phase begins with optimizers of its own
             tensors |= checkpoint.optimizer_state(self.optimizer)
+
         points = None
         if self.trajectory:
             keys = ("snapshots", "delta_m", "delta_d")
             points = {key: getattr(self.trajectory, key) for key in keys}
+
         about = {
             "n": self.n,
             "done": self.done,
@@ -294,7 +312,8 @@ class Run:
 
     def finish(self, results):
         """
-        Add the run's own numbers to results, write summary and curves, print the table; returns it.
+        Add the run's own numbers to results, write summary and curves, and print the final table.
+        Returns the results.
         """
         peak = hardware.peak_memory(self.device)
         results |= {

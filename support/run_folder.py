@@ -1,8 +1,8 @@
 """
 The rules for a run's folder: who may write there, what is resumed, replaced and removed.
 
-A folder is locked by the run that writes there. An earlier run is resumed, or kept beside as
-….previous until a new one has finished, or left alone: only --resume and --overwrite touch it.
+A run locks its folder while it writes there. Only --resume and --overwrite touch an earlier run:
+--resume continues it; --overwrite keeps it as FOLDER.previous until the new run has finished.
 """
 
 import contextlib
@@ -38,23 +38,24 @@ RUN_FILES = (
 
 
 def check_writable(out):
-    """Raise ValueError unless the folder can be made or written."""
+    """Raise ValueError unless the folder can be created or written."""
     existing = next(path for path in (out, *out.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         what = "read-only" if existing.is_dir() else "a file"
         raise ValueError(
-            f"out_dir={out} can't be written, since {existing} is {what}: choose another"
+            f"out_dir={out} can't be written, since {existing} is {what}: choose another folder"
         )
 
 
 @contextlib.contextmanager
 def locked(folder):
     """
-    Hold a folder, made if need be, for this run alone; the system releases it when the process
-    ends, however that is. Raises ValueError.
+    Lock a folder for this run, creating it if need be. The system releases the lock when the
+    process ends, even when it is killed. Raises ValueError if another run holds the lock.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+
     handle = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if fcntl:
@@ -62,32 +63,33 @@ def locked(folder):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(
-                    f"{folder} is in use by another run: wait for its end, or choose another "
-                    f"--out_dir"
+                    f"{folder} is in use by another run: wait until it has ended, or choose "
+                    f"another --out_dir"
                 ) from None
         yield
     finally:
         if fcntl:
             os.close(handle)
         with contextlib.suppress(OSError):
-            folder.rmdir()  # nothing was written
+            folder.rmdir()  # works only if nothing was written
 
 
 def find_run(config, out):
     """
-    What the folder `out` is for a new run: (whether it holds a run to resume, where an earlier run
-    is to be kept, or None).
+    Look for an earlier run in the folder `out`. Returns (whether to resume it, the path under which
+    to keep it, or None if there is nothing to keep).
 
-    Raises ValueError where it is not what config.resume and config.overwrite say.
+    Raises ValueError when the folder's content does not fit config.resume and config.overwrite.
     """
-    # Other .tmp files are writes that a kill cut off.
+    # A .tmp file is left over from a write that a kill interrupted.
     begun = out.exists() and any(not path.name.endswith(".tmp") for path in out.iterdir())
     if not begun:
         if config.resume:
             print(f"{out} holds no run to resume: starting one")
         return False, None
+
     if not (out / "run.json").exists():
-        raise ValueError(f"{out} holds files of no run: choose another --out_dir")
+        raise ValueError(f"{out} holds files but no run: choose another --out_dir")
     finished = (out / "summary.json").exists()
     if config.resume:
         if finished:
@@ -99,6 +101,7 @@ def find_run(config, out):
             f"{out} holds an earlier run: choose another --out_dir{more}, or replace it with "
             f"--overwrite=True"
         )
+
     previous = previous_of(out)
     if previous.exists() and not (previous / REPLACED).exists():
         raise ValueError(
@@ -108,16 +111,16 @@ def find_run(config, out):
 
 
 def previous_of(out):
-    """Where an earlier run of a folder is kept until a new one has finished."""
+    """The path under which a folder's earlier run is kept until a new one has finished."""
     return out.with_name(out.name + ".previous")
 
 
 def set_aside(out):
     """
-    Make room in `out` for a new run: the earlier one is kept beside, marked as ours to remove.
+    Move the earlier run in `out` to previous_of(out), marked as removable.
 
-    If one is there already, either `out` holds a run that never finished, which goes, or it has
-    finished, and the one before it goes.
+    If an even earlier run is kept there already: when the run in `out` has finished, it takes that
+    one's place; when it has not, it is removed and the even earlier one stays.
     """
     previous = previous_of(out)
     if previous.exists() and (out / "summary.json").exists():
@@ -130,7 +133,7 @@ def set_aside(out):
 
 
 def put_back(out):
-    """Undo set_aside, where the new run could not even start."""
+    """Undo set_aside when the new run could not start."""
     previous = previous_of(out)
     if previous.exists() and not out.exists():
         os.replace(previous, out)
@@ -138,13 +141,13 @@ def put_back(out):
 
 
 def remove_previous(out):
-    """Remove the earlier run beside `out`, once a newer one has finished."""
+    """Remove the earlier run that set_aside kept, once the new one has finished."""
     if (previous_of(out) / REPLACED).exists():
         remove_run(previous_of(out))
 
 
 def remove_run(folder):
-    """Remove what a run wrote; a folder that holds anything of the user's own stays, with that."""
+    """Remove the files of a run; the folder stays if it also holds files of the user's own."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for path in [*(folder / name for name in RUN_FILES), *folder.glob("*.tmp")]:
         path.unlink(missing_ok=True)
@@ -154,8 +157,8 @@ def remove_run(folder):
 
 def resumed_config(config, out, may_change):
     """
-    config as the run in `out` had it, with all that was automatic resolved. may_change: the
-    settings that may differ. Raises ValueError where others do.
+    The config of the run in `out`, its automatic settings resolved, with the settings in may_change
+    taken from `config`. Raises ValueError when `config` differs in any other setting.
     """
     stored = read_json(out / "run.json")
     now = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -164,6 +167,7 @@ def resumed_config(config, out, may_change):
         raise ValueError(
             f"{out / 'run.json'} was written by another version, or edited: it can't be resumed"
         )
+
     changed = {
         name: f"{name}={value} (it was {asked.get(name)})"
         for name, value in now.items()
@@ -173,6 +177,7 @@ def resumed_config(config, out, may_change):
         raise ValueError(f"{out} can't be resumed with other settings: {', '.join(refused)}")
     if changed:
         print(f"changed since the run began: {', '.join(changed.values())}")
+
     kept = {name: stored[name] for name in now if name not in may_change}
     return dataclasses.replace(
         config, **{name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}

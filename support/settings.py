@@ -1,10 +1,10 @@
 """
 A command line for a dataclass: its fields are the settings, their comments the help.
 
-Values come from the field's default, then from a config file (Python that sets names, or a JSON
-object), then from --name=value, each converted to the field's type. A wrong name gets the closest
-right one suggested. In the dataclass, a line `# …` heads a group, and a line `#: …` continues a
-field's comment.
+A value is the field's default, unless a config file (Python that sets names, or a JSON object) or,
+before that, --name=value sets it; it is converted to the field's type. For an unknown name, the
+closest known one is suggested. In the dataclass, a line `# …` heads a group, and a line `#: …`
+continues a field's comment.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ KINDS = {
 
 
 def suggest(name, known):
-    """The end of a message about an unknown name: the closest known one, or all of them."""
+    """The end of a message about an unknown name: the closest known name, or all known names."""
     close = difflib.get_close_matches(str(name), known, n=1)
     return (
         f"; did you mean {close[0]!r}?"
@@ -40,8 +40,8 @@ def suggest(name, known):
 
 def typed(field, value, where):
     """
-    A value from the command line (a string) or a config file, in the field's type. Raises
-    ValueError.
+    A value from the command line (a string) or a config file, converted to the field's type. Raises
+    ValueError, which begins with `where`.
     """
     kind = field.type
     try:
@@ -68,12 +68,12 @@ def typed(field, value, where):
 
 def read(kind, arguments, renamed=None):
     """
-    Read a command line into an instance of the dataclass `kind`; returns it and its config file's
-    path, or None.
+    Read a command line into an instance of the dataclass `kind`. Returns it, and the path of its
+    config file or None.
 
-    arguments: a list of --name=value, or --name for True; --config=file is looked up as it stands,
-    then in configs/. renamed: {a name of earlier versions: what to write instead}. Raises
-    ValueError or FileNotFoundError with one line that names what is wrong and where.
+    arguments: a list of --name=value, or --name for True; the file of --config=file is looked for
+    here, then in configs/. renamed: {a name of earlier versions: what to write instead}. Raises
+    ValueError or FileNotFoundError, with one line that names what is wrong and where.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
 
@@ -108,7 +108,7 @@ def read(kind, arguments, renamed=None):
 
 
 def find_config(name):
-    """The path of a config file, as it stands or in configs/. Raises FileNotFoundError."""
+    """The path of a config file, here or in configs/. Raises FileNotFoundError."""
     path = Path(name) if Path(name).exists() else CONFIGS / name
     if not path.is_file():
         known = sorted(file.name for file in CONFIGS.iterdir() if file.suffix in (".py", ".json"))
@@ -120,11 +120,12 @@ def find_config(name):
 
 def run(path):
     """
-    The names that a config file sets, but modules and names that begin with _. Raises ValueError.
+    The names that a Python config file sets, without modules and names that begin with _. Raises
+    ValueError, naming the line, if the file fails.
     """
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:  # whatever the user's file does
+    except Exception as error:  # the user's file may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", "?")
@@ -137,7 +138,7 @@ def run(path):
 
 
 def help_text(kind):
-    """Every field with its default and its comment, in groups, from the dataclass's own source."""
+    """Every field with its default and comment, in groups, read from the dataclass's source."""
     lines = []
     for line in inspect.getsource(kind).splitlines()[2:]:
         if match := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):

@@ -159,7 +159,7 @@ def test_jsonl_formats_are_read(tmp_path):
         (b'{"messages": []}', "assistant"),
         (b'{"messages": [{"role": "user"}]}', "role and content"),
         (b'{"messages": [{"role": "assistant", "content": ""}]}', "answer is empty"),
-        (b'{"prompt": "a", "completion": "b"}', "one format a file"),
+        (b'{"prompt": "a", "completion": "b"}', "one format per file"),
         (b"[" * 100000, "not JSON"),
     ],
 )
@@ -192,7 +192,7 @@ def test_split_is_stratified_disjoint_and_repeatable():
     assert (len(train), len(val)) == (80, 20) and sum(e["label"] == "rare" for e in val) == 4
     assert sorted(e["text"] for e in train + val) == sorted(e["text"] for e in examples)
     assert split(examples, 0.2, seed=1) == (train, val) != split(examples, 0.2, seed=2)
-    with pytest.raises(ValueError, match="2 examples of label 'rare' leaves an empty part"):
+    with pytest.raises(ValueError, match="2 examples of label 'rare' leaves an empty split"):
         split(examples[:6], 0.2)
 
 

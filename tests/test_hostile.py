@@ -181,7 +181,7 @@ def test_jsonl_with_changed_bytes(folder, content):
     [
         (b'{"text": ' + b"[" * 100_000, "not JSON"),
         (b'{"text": "' + b"a" * 10_000_000 + b'", "label": ' + b"9" * 5000 + b"}", "data.jsonl:1"),
-        (b'{"text": "a", "text": "b"}', "stands twice"),
+        (b'{"text": "a", "text": "b"}', "occurs twice"),
         (b'{"text": NaN}', "not a string"),
         (b'{"text": "\\ud800"}', "surrogate"),
         (b"\xff\xfe{\x00}", "UTF-8"),

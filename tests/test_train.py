@@ -697,7 +697,7 @@ def test_no_arguments_says_how_to_start(capsys):
         ("--lower_lr=-1", "lower_lr=-1.0 must be at least 0"),
         ("--upper_lr=0", "upper_lr=0.0 must be positive"),
         ("--device=gpu", "unknown device"),
-        ("--device=cuda:99", "is not there"),
+        ("--device=cuda:99", "is not available"),
         ("--device=meta", "unknown device"),
         ("--lower_lr=nan", "lower_lr"),
         ("--dropout=1", "below 1"),
@@ -707,7 +707,7 @@ def test_no_arguments_says_how_to_start(capsys):
         ("--train_file=nowhere.jsonl", "nowhere.jsonl does not exist"),
         ("--train_file=.", "is a folder"),
         ("--val_fraction=0", "needs validation data"),
-        ("--val_file=a.jsonl", "go with train_file"),
+        ("--val_file=a.jsonl", "need train_file"),
         ("--block_size=1000", "512 positions"),
         ("--block_size=2", "raise block_size"),
         ("--block_size=1", "at least 2"),
@@ -725,7 +725,7 @@ def test_no_arguments_says_how_to_start(capsys):
         ("--search_steps=0", "nothing to train"),
         ("--label_prompt=hm", "{text}"),
         ("--config=nowhere.py", "no config file 'nowhere.py'"),
-        ("--val_fraction=0.001", "leaves an empty part"),
+        ("--val_fraction=0.001", "leaves an empty split"),
         ("--out_dir=file/run", "file"),
         ("--quantize=nf3", "did you mean 'nf4'"),
         ("--optimizer=adamw8", "did you mean 'adamw'"),
@@ -764,7 +764,7 @@ def test_a_wrong_config_file_is_named(capsys, text, said):
         ([("a", "x")] * 10, [], "two labels"),
         ([("a", "x"), ("b", "y")] * 5, [("c", "x")], "val lacks the label 'y'"),
         ([("a", "x"), ("b", "y")] * 5, [("c", "x"), ("d", "z")], "label 'z', which train lacks"),
-        ([("a", "x")] * 9 + [("b", "y")], [], "label 'y' leaves an empty part"),
+        ([("a", "x")] * 9 + [("b", "y")], [], "label 'y' leaves an empty split"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(capsys, train_rows, val_rows, said):
@@ -836,7 +836,7 @@ def test_a_folder_with_other_files_is_never_written_to(capsys):
     shutil.copytree(find_model("tiny-random"), model)
     before = contents(model)
     for extra in ([], ["--overwrite=True"], ["--method=ft"]):
-        assert "files of no run" in refused(
+        assert "files but no run" in refused(
             capsys, "--config=tiny.py", "--model=model", "--out_dir=model", *extra
         )
     assert contents(model) == before
