@@ -125,7 +125,7 @@ class Run:
             self.trajectory = dataclasses.replace(self.trajectory, **about["trajectory"])
 
     def open_folder(self, about):
-        """Write every kind of file that the run will write, so that a full disk shows at once."""
+        """Write run.json, the weights and the log, so that a full disk shows before any work."""
         if self.replaces:
             run_folder.set_aside(self.out)
             if not self.out.exists():
