@@ -249,14 +249,15 @@ def choose(c, config, method, itemsize, data, free):
 
     names = ("block_size", "quantize", "gradient_checkpointing", "micro_batch_size")
     picked, takes = dict(zip(names, best)), needed(best)
-    fits = "fits" if takes.total < 0.8 * free else "does not fit, and nothing leaner is left to try"
+    fits = "fits in 80 % of it"
+    if takes.total >= 0.8 * free:
+        fits = "does not fit in 80 % of it, and nothing leaner is left to try"
     weights, state, activations = (
         f"{size / 1e9:.1f}" for size in (takes.weights, takes.adapters, takes.activations)
     )
     return picked, [
         f"auto_hardware: {free / 1e9:.1f} GB free; about {takes.total / 1e9:.1f} GB needed "
-        f"({weights} weights, {state} training state, {activations} activations), which {fits} in "
-        f"80 % of it",
+        f"({weights} weights, {state} training state, {activations} activations), which {fits}",
         f"auto_hardware: {', '.join(f'{name}={value}' for name, value in picked.items())}",
     ]
 
