@@ -361,9 +361,9 @@ def lower_parameters(model):
 
 
 def start_retrain(model, fresh=True):
-    """Phase 3: fix every magnitude and every λ. fresh: also reset the directions."""
+    """Phase 3: fix what the upper level trained, and every magnitude. fresh: reset directions."""
     for layer in adapter_layers(model).values():
-        for parameter in (layer.lora_magnitude_vector, layer.lora_lambda):
+        for parameter in (layer.upper, layer.lora_magnitude_vector):
             if parameter is not None:
                 parameter.requires_grad_(False)
         if fresh:

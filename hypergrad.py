@@ -518,6 +518,8 @@ class BilevelOptimizer:
 
         self.function, self.second_order = entry.function, entry.second_order
         self.takes = inspect.signature(entry.function).parameters
+        self.looks_back = "past" in self.takes  # on the steps that the lower level has taken
+        self.needs_train = self.looks_back or self.second_order
         self.options = {"lr": lower_lr} | options if "lr" in entry.options else options
         self.lower_steps, self.grad_clip = lower_steps, grad_clip
         self.precondition, self.reduce = precondition, reduce
@@ -578,14 +580,14 @@ class BilevelOptimizer:
 
         Of several kept steps only the last keeps its graph, to save memory.
         """
-        if "past" not in self.takes and not self.second_order:
+        if not self.needs_train:
             return self.lower_step(loss_fn, *micro_batches)  # nothing needs to be kept
 
         for step in self.past:
             step.graph = None
         seen = []
         losses = self.watched(loss_fn, micro_batches, seen)
-        keeps_graph = "past" in self.takes and self.second_order
+        keeps_graph = self.looks_back and self.second_order
         graph = LowerGradient(losses, self.lower, self.reduce) if keeps_graph else None
         g = graph.value if graph else total_gradient(losses, self.lower, self.reduce)
 
@@ -622,8 +624,7 @@ class BilevelOptimizer:
                 "or take lower_step alone"
             )
 
-        needs_train = "past" in self.takes or self.second_order
-        if train_batch is None and not self.past and needs_train:
+        if train_batch is None and not self.past and self.needs_train:
             raise ValueError(
                 "no lower step was kept: give a train batch, or call lower_step_kept first"
             )
@@ -635,7 +636,7 @@ class BilevelOptimizer:
         options = self.options | {"reduce": self.reduce} | self.adam_options()
         if train_batch is None and self.past:
             train_loss = self.past[-1].train_loss
-            options |= {"past": self.past} if "past" in self.takes else {}
+            options |= {"past": self.past} if self.looks_back else {}
 
         try:
             with evaluating(self.model):

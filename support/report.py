@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from support import distributed, hardware
+from support.datasets import BUILT_IN
 from support.files import replacing
 
 START = """Start with:
@@ -29,7 +30,10 @@ def announce(task, method, second_order):
 
     counts = ", ".join(f"{len(examples)} {name}" for name, examples in task.splits.items())
     labels = f"; labels {', '.join(task.label_ids)}" if task.label_ids else ""
-    print(f"data: {config.train_file or config.data}: {counts}{labels}")
+    source = config.train_file
+    if not source:
+        source = f"{config.data} (licence: {BUILT_IN[config.data].licence})"
+    print(f"data: {source}: {counts}{labels}")
     if task.cut:
         print(
             f"{task.cut} examples were longer than block_size={config.block_size} tokens: "

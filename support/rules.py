@@ -63,7 +63,7 @@ def check_budget(config, bilevel, hypergradient):
     )
     steps = config.hypergradient_steps
     refuse(
-        "steps" in hypergradient.options and steps > every,
+        bilevel and "steps" in hypergradient.options and steps > every,
         f"hypergradient_steps={steps} is more than upper_every={every}: an upper-level step can "
         f"only differentiate through the lower-level steps since the previous one",
     )

@@ -151,4 +151,8 @@ def help_text(kind):
         elif match := re.fullmatch(r"    # (.*)", line):
             header = lines and not lines[-1].startswith(" ") and lines[-1]
             lines += [match.group(1)] if header else ["", match.group(1)]
-    return "\n".join(["settings:", *lines])
+    files = ", ".join(sorted(path.name for path in CONFIGS.iterdir() if path.suffix == ".py"))
+    first = (
+        f"  --config=file\n        Python or JSON that sets any of these: a path, or one of {files}"
+    )
+    return "\n".join(["settings:", first, *lines])
