@@ -48,8 +48,7 @@ class Run:
         def find_folder():
             run_folder.check_writable(self.out)
             self.locks.enter_context(run_folder.locked(self.out))
-            resuming, previous = run_folder.find_run(config, self.out)
-            return [resuming, previous is not None]
+            return run_folder.find_run(config, self.out)
 
         try:
             self.resuming, self.replaces = distributed.from_first(find_folder, self.device)

@@ -76,8 +76,8 @@ def locked(folder):
 
 def find_run(config, out):
     """
-    Look for an earlier run in the folder `out`. Returns (whether to resume it, the path under which
-    to keep it, or None if there is nothing to keep).
+    Look for an earlier run in the folder `out`. Returns (whether to resume it, whether the new run
+    replaces it).
 
     Raises ValueError when the folder's content does not fit config.resume and config.overwrite.
     """
@@ -86,7 +86,7 @@ def find_run(config, out):
     if not begun:
         if config.resume:
             print(f"{out} holds no run to resume: starting one")
-        return False, None
+        return False, False
 
     if not (out / "run.json").exists():
         raise ValueError(f"{out} holds files but no run: choose another --out_dir")
@@ -94,7 +94,7 @@ def find_run(config, out):
     if config.resume:
         if finished:
             raise ValueError(f"{out} holds a finished run: there is nothing to resume")
-        return True, None
+        return True, False
     if not config.overwrite:
         more = "" if finished else ", resume it with --resume=True"
         raise ValueError(
@@ -107,7 +107,7 @@ def find_run(config, out):
         raise ValueError(
             f"{previous} is in the way, where the earlier run would be kept: move it elsewhere"
         )
-    return False, previous
+    return False, True
 
 
 def previous_of(out):
