@@ -11,8 +11,8 @@ magnitude_axis='column' one per input column, as the papers write it.
 Training never builds W0 + s·B·A. With ratio = m / ‖·‖, y = ratio ⊙ (W0·x + s·B·(A·x)) + bias, and
 the norm comes from the factors:  ‖W0 + sBA‖² = ‖W0‖² + 2s Σ (W0·Aᵀ) ⊙ B + s² Σ (B·(A·Aᵀ)) ⊙ B.
 
-Works on any nn.Module that has nn.Linear layers. All but save_adapter and load_adapter also works
-when this file is copied alone into another project.
+Works on any nn.Module that has nn.Linear layers (or transformers' Conv1D). All but save_adapter and
+load_adapter also works when this file is copied alone into another project.
 """
 
 import math
@@ -29,19 +29,21 @@ try:
     from support.kernels import rescale
 except ImportError:  # copied alone into another project: ordinary weights, plain formulas
     quantized = SimpleNamespace(
-        linear=F.linear,
+        linear=lambda x, weight, bias=None: F.linear(x, weight.to(x.dtype), bias),
         transposed=torch.matmul,
         blocks=lambda weight, dtype: [(0, weight.size(0), weight.to(dtype))],
         dequantize=lambda weight, dtype: weight.to(dtype),
         float_dtype=lambda weight: weight.dtype,
         kind_of=lambda weight: None,
+        complete=lambda module: None,
     )
 
-    def rescale(y, change, bias):
-        return y + change.to(y.dtype) * (y if bias is None else y - bias)
+    def rescale(y, change):
+        return y + change.to(y.dtype) * y
 
 
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,12 @@ class BiDoRALinear(nn.Linear):
     linear             an nn.Linear whose weight and bias are shared, not copied; bitsandbytes may
                        have packed it (support/quantized.py). Without it, W0 is random
 
-    Adapter parameters are fp32 even over a bf16 weight: in bf16, small updates round to nothing.
+    Adapter parameters are fp32 even over a bf16 weight, also after .to(torch.bfloat16): in bf16,
+    small updates round to nothing. Under autocast the products run in autocast's dtype.
     Raises ValueError for a rank below 1 and for an unknown method, magnitude_axis or norm_grad.
     """
+
+    transposed = False  # whether the layer replaced a Conv1D, whose weight is W0ᵀ
 
     def __init__(
         self,
@@ -120,15 +125,17 @@ class BiDoRALinear(nn.Linear):
         self.rank, self.scaling = rank, self.method.scale(lora_alpha, rank)
         self.dropout = nn.Dropout(lora_dropout)
 
-        dtype = torch.promote_types(quantized.float_dtype(self.weight), torch.float32)
-        new = dict(device=self.weight.device, dtype=dtype)
+        self.register_buffer("weight_squares", None, persistent=False)
+        self.measure()
+        self.register_load_state_dict_post_hook(BiDoRALinear.measure)
+
+        new = dict(device=self.weight.device, dtype=self.weight_squares.dtype)
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, **new))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, **new))
         self.reset_direction()
         self.lora_lambda = self.lora_magnitude_vector = None
         if self.method.singular_values:
             self.lora_lambda = nn.Parameter(torch.zeros(rank, **new))
-        self.register_buffer("weight_squares", self.squared_norms(dtype), persistent=False)
 
         # m starts at ‖W0‖, computed exactly as forward computes the norm, so that the ratio starts
         # at exactly 1. A row of zeros has no direction: its m is exactly 0, so that ratio and
@@ -140,18 +147,43 @@ class BiDoRALinear(nn.Linear):
 
     def adopt(self, linear):
         """Share the weight and bias of an nn.Linear."""
+        quantized.complete(linear)
         self.weight, self.bias = linear.weight, linear.bias
-        state = getattr(linear, "state", None)
-        # bitsandbytes' int8 layer moves its scales to `state` when it is first called.
-        if state is not None and state.SCB is not None:
-            self.weight.SCB = state.SCB
 
-    def squared_norms(self, dtype):
-        """‖W0‖² of each row, (out,), or column, (in,)."""
+    def squared_norms(self):
+        """‖W0‖² of each row, (out,), or column, (in,), in fp32 or finer."""
+        dtype = torch.promote_types(quantized.float_dtype(self.weight), torch.float32)
         blocks = (rows for _, _, rows in quantized.blocks(self.weight, dtype))
         if self.magnitude_axis == "row":
             return torch.cat([rows.square().sum(1) for rows in blocks])
         return sum(rows.square().sum(0) for rows in blocks)
+
+    @torch.no_grad()
+    def measure(self, _=None):
+        """Keep ‖W0‖² of the weight that is there now."""
+        self.weight_squares, self.measured = self.squared_norms(), self.weight_version()
+
+    def weight_version(self):
+        """Differs when W0 is another tensor, or was written into."""
+        return id(self.weight), 0 if self.weight.is_inference() else self.weight._version
+
+    def _apply(self, fn, recurse=True):
+        """What .to(), .cuda(), .bfloat16() and the like call: adapters stay in fp32."""
+
+        def move(tensor):
+            moved = fn(tensor)
+            base = tensor is self.weight or tensor is self.bias
+            coarse = moved.is_floating_point() and moved.itemsize < 4
+            return tensor.to(moved.device) if coarse and not base else moved
+
+        super()._apply(move, recurse)
+        self.measure()
+        return self
+
+    @property
+    def magnitude(self):
+        """m, (out,) or (in,), or None: lora_magnitude_vector is PEFT's name for it."""
+        return self.lora_magnitude_vector
 
     @property
     def upper(self):
@@ -171,6 +203,11 @@ class BiDoRALinear(nn.Linear):
         return F.linear(x, W, self.bias)
 
     def forward(self, x):
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):  # the norm stays in fp32
+                return self.forward(x.to(torch.get_autocast_dtype(kind)))
+
         row = self.magnitude_axis == "row"
         if self.method.magnitude:
             norm = self.direction_norm()  # (out,) or (in,)
@@ -187,21 +224,31 @@ class BiDoRALinear(nn.Linear):
             z = z * self.method.singular_values(self.lora_lambda).to(x.dtype)
 
         sB = (self.scaling * self.lora_B).to(x.dtype)  # (out, rank)
-        y = quantized.linear(rows, self.weight, self.bias).addmm_(z, sB.T)  # (N, out), in place
-        if self.method.magnitude and row:
-            y = rescale(y, change, self.bias)  # scales y - bias, not the bias
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if not (self.method.magnitude and row):
+            y = quantized.linear(rows, self.weight, bias).addmm_(z, sB.T)  # (N, out), in place
+        else:
+            y = rescale(quantized.linear(rows, self.weight).addmm_(z, sB.T), change)
+            # The bias comes last: in bf16, a large one would hide y from the gradient of m.
+            y = y if bias is None else y + bias
         return y.view(*x.shape[:-1], self.out_features)
 
     def direction_norm(self):
         """‖W0 + s·B·A‖ of each row, (out,), or column, (in,), without building the product."""
         A, sB = self.lora_A, self.scaling * self.lora_B
-        dtype = quantized.float_dtype(self.weight)
+        dtype, squares = quantized.float_dtype(self.weight), self.weight_squares
+        if self.weight.requires_grad:  # full fine-tuning beside the adapter
+            squares = self.squared_norms()
+        elif not torch.compiler.is_compiling() and self.measured != self.weight_version():
+            self.measure()
+            squares = self.weight_squares
+
         if self.magnitude_axis == "row":
             W0A = quantized.linear(A.to(dtype), self.weight).T.to(A.dtype)  # (out, rank)
-            squares = self.weight_squares + ((2 * W0A + sB @ (A @ A.T)) * sB).sum(dim=1)
+            squares = squares + ((2 * W0A + sB @ (A @ A.T)) * sB).sum(dim=1)
         else:
             BW0 = quantized.transposed(sB.T.to(dtype), self.weight).to(A.dtype)  # (rank, in)
-            squares = self.weight_squares + ((2 * BW0 + (sB.T @ sB) @ A) * A).sum(dim=0)
+            squares = squares + ((2 * BW0 + (sB.T @ sB) @ A) * A).sum(dim=0)
         return squares.clamp_min(1e-24).sqrt()  # a row of zeros must not divide by 0
 
     @torch.no_grad()
@@ -227,12 +274,26 @@ class BiDoRALinear(nn.Linear):
 # ----------------------------------------------------------------------- adapting a model
 
 
+def is_linear(layer):
+    """Whether a layer computes x·Wᵀ + b: an nn.Linear, or transformers' Conv1D, which keeps Wᵀ."""
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+
+
+def as_linear(layer):
+    """A layer for which is_linear holds as an nn.Linear that shares its weight and bias."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    linear = nn.Linear(*layer.weight.shape, device="meta")
+    linear.weight, linear.bias = nn.Parameter(layer.weight.data.T), layer.bias
+    return linear.train(layer.training)
+
+
 def linear_layers(model, targets):
     """
-    The model's nn.Linear layers that match targets, {name: layer}. A target is a layer's name or
-    its end: "q_proj" matches every "….q_proj". Raises ValueError for a target without a match.
+    The model's linear layers that match targets, {name: layer}. A target is a layer's name or its
+    end: "q_proj" matches every "….q_proj". Raises ValueError for a target without a match.
     """
-    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    linears = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
     chosen = {}
     for target in targets:
         found = [name for name in linears if name and f".{name}".endswith(f".{target}")]
@@ -248,26 +309,27 @@ def linear_layers(model, targets):
 def replace_linear_with_bidora(
     module,
     rank=8,
-    target_modules=("q_proj", "v_proj"),
     lora_alpha=16.0,
     lora_dropout=0.0,
+    target_modules=ATTENTION,
     method="bidora",
     **options,
 ):
     """
-    Replace, in place, the nn.Linear layers that match target_modules (as in linear_layers) by
+    Replace, in place, the linear layers that match target_modules (as in linear_layers) by
     BiDoRALinear layers that share their weights; return module. options: norm_grad, magnitude_axis.
 
     Raises ValueError when a target matches no linear layer, or when a layer is adapted already,
-    shares its weight with another layer, or is smaller than the rank.
+    shares its weight with another layer, is smaller than the rank, or is read by its owner without
+    being called.
     """
     chosen = linear_layers(module, target_modules)
     for name, layer in chosen.items():
-        largest = min(layer.in_features, layer.out_features)
-        if not 1 <= rank <= largest:
+        sizes = as_linear(layer).in_features, as_linear(layer).out_features
+        if not 1 <= rank <= min(sizes):
             raise ValueError(
-                f"{name}: rank {rank} does not fit a layer of {layer.in_features} inputs and "
-                f"{layer.out_features} outputs: choose 1 to {largest}"
+                f"{name}: rank {rank} does not fit a layer of {sizes[0]} inputs and {sizes[1]} "
+                f"outputs: choose 1 to {min(sizes)}"
             )
     return adapt(
         module, {name: (rank, lora_alpha) for name in chosen}, lora_dropout, method, **options
@@ -278,66 +340,39 @@ def adapt(module, chosen, lora_dropout, method, **options):
     """
     Replace layers, {name: (rank, lora_alpha)}, by BiDoRALinear ones: all, or after an error none.
     """
+    quantized.complete(module)
     owners = list(module.named_parameters(remove_duplicate=False))
     adapted = {}
     for name, (rank, lora_alpha) in chosen.items():
         layer = module.get_submodule(name)
         if isinstance(layer, BiDoRALinear):
             raise ValueError(f"{name} has an adapter already")
+        if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                f"{name}: nn.MultiheadAttention reads this layer's weight without calling the "
+                f"layer, so an adapter would have no effect: leave it out of the target modules"
+            )
         for owner, parameter in owners:
             if parameter is layer.weight and owner != f"{name}.weight":
                 raise ValueError(
                     f"{name} shares its weight with {owner}, so it can't be adapted by itself"
                 )
 
-        sizes = layer.in_features, layer.out_features, rank, lora_alpha, lora_dropout
+        linear = as_linear(layer)
+        sizes = linear.in_features, linear.out_features, rank, lora_alpha, lora_dropout
         try:
-            new = BiDoRALinear(*sizes, layer.bias is not None, method, linear=layer, **options)
+            new = BiDoRALinear(*sizes, linear.bias is not None, method, linear=linear, **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        new.transposed = linear is not layer
         adapted[name] = new.train(layer.training)
 
     for name, layer in adapted.items():
         module.set_submodule(name, layer)
+    for part in module.modules():
+        if isinstance(part, nn.TransformerEncoderLayer):
+            part.activation_relu_or_gelu = 0  # no fast path, which reads weights in eval mode
     return module
-
-
-@dataclass
-class BiDoRAConfig:
-    """Settings under the names that the `bidora` package uses. use_bidora=False is DoRA."""
-
-    rank: int = 8
-    alpha: float = 16
-    dropout: float = 0.05
-    target_modules: tuple = ("q_proj", "v_proj")
-    use_bidora: bool = True
-    lower_lr_multiplier: float = 1.0  # these three are for create_bilevel_optimizer
-    upper_lr_multiplier: float = 2.0
-    lower_steps: int = 1
-
-
-def prepare_bidora_model(model, config, quantized=False):
-    """
-    Freeze every parameter of model, then add the adapters of a BiDoRAConfig; return model.
-
-    quantized: whether the base is quantised; this is only checked, since a packed weight shows it.
-    Raises ValueError for quantized=True with an ordinary model, and whenever
-    replace_linear_with_bidora does.
-    """
-    packed = any(is_packed(parameter) for parameter in model.parameters())
-    if quantized and not packed:
-        raise ValueError(
-            "quantized=True, but the model's weights are not quantised: load it with quantize='nf4'"
-        )
-    model.requires_grad_(False)
-    method = "bidora" if config.use_bidora else "dora"
-    return replace_linear_with_bidora(
-        model, config.rank, config.target_modules, config.alpha, config.dropout, method
-    )
-
-
-def is_packed(parameter):
-    return bool(quantized.kind_of(parameter)) or not parameter.is_floating_point()
 
 
 # ------------------------------------------------------------------------ who trains what
@@ -375,13 +410,14 @@ def start_retrain(model, fresh=True):
 
 def merge(model):
     """
-    Fold every adapter into its weight, in place, so that plain nn.Linear layers remain. Returns
+    Fold every adapter into its weight, in place, so that ordinary linear layers remain. Returns
     model.
 
     The merged weight has the base weight's dtype: over a bf16 base it is rounded once. A quantised
     base is first dequantised, in all its layers, and a line is printed that says so: an adapter
     fits the weights that it was trained over, not those before quantisation.
     """
+    quantized.complete(model)
     kinds = set()
     for name, layer in list(model.named_modules()):
         adapted = isinstance(layer, BiDoRALinear)
@@ -395,16 +431,28 @@ def merge(model):
             if adapted
             else quantized.dequantize(layer.weight, dtype)
         )
-        linear = nn.Linear(
-            layer.in_features, layer.out_features, layer.bias is not None, device="meta"
-        )
-        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), layer.bias
-        model.set_submodule(name, linear.train(layer.training))
+        model.set_submodule(name, ordinary_layer(layer, weight))
 
     if kinds := sorted(filter(None, kinds)):
         packed, dtype = " and ".join(kinds), str(dtype).removeprefix("torch.")
         print(f"the {packed} base was dequantised to {dtype} to merge the adapter into it")
+        if getattr(model, "hf_quantizer", None):  # transformers must not take it for quantised
+            model.hf_quantizer.remove_quantization_config(model)
+            model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
     return model
+
+
+def ordinary_layer(layer, weight):
+    """The nn.Linear, or Conv1D if that is what an adapter replaced, of a weight (out × in)."""
+    if getattr(layer, "transposed", False):
+        from transformers.pytorch_utils import Conv1D
+
+        new, weight = Conv1D(layer.out_features, layer.in_features), weight.T.contiguous()
+    else:
+        sizes = layer.in_features, layer.out_features, layer.bias is not None
+        new = nn.Linear(*sizes, device="meta")
+    new.weight, new.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+    return new.train(layer.training)
 
 
 def save_adapter(model, folder, base_model=""):
@@ -412,13 +460,14 @@ def save_adapter(model, folder, base_model=""):
     Write adapter_model.safetensors and adapter_config.json as PEFT does, each atomically.
 
     base_model: the name, name@revision or folder of the base, written into the config. For PEFT, a
-    BiDoRA adapter is a DoRA adapter; BiLoRA's λ is folded into B. Raises ValueError for a model
-    without adapters, or with several kinds; OSError when the folder can't be written.
+    BiDoRA adapter is a DoRA adapter; BiLoRA's λ is folded into B. Modules that are trained beside
+    the adapters, such as a classifier, are saved whole. Raises ValueError for a model without
+    adapters, with several kinds, or with trained parameters that the format can't hold; OSError
+    when the folder can't be written.
     """
     from support import peft_format  # imported here, so that the rest of this file works alone
 
-    plain = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    peft_format.write(folder, adapter_layers(model), plain, base_model)
+    peft_format.write(folder, model, adapter_layers(model), base_model)
 
 
 def load_adapter(model, folder):
@@ -432,9 +481,9 @@ def load_adapter(model, folder):
     """
     from support import peft_format
 
-    found = peft_format.read(folder, dict(model.named_parameters()))
+    found = peft_format.read(folder, peft_format.state_of(model))
     if not adapter_layers(model):
-        linears = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+        linears = {name for name, layer in model.named_modules() if is_linear(layer)}
         if missing := sorted(found.tensors.keys() - linears):
             raise ValueError(
                 f"{folder}: the adapter does not fit the model: no linear layer {missing[0]}"
@@ -443,5 +492,16 @@ def load_adapter(model, folder):
         model.requires_grad_(False)
         method = "dora" if found.magnitude else "lora"
         adapt(model, found.sizes, found.dropout, method, magnitude_axis=found.axis)
-    peft_format.copy_into(adapter_layers(model), found)
+    peft_format.copy_into(model, adapter_layers(model), found)
     return model
+
+
+def __getattr__(name):
+    """The other names of the `bidora` package on PyPI (docs/coming-from.md)."""
+    try:
+        from support import bidora_package
+    except ImportError:  # copied alone into another project
+        bidora_package = None
+    if name.startswith("__") or not hasattr(bidora_package, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(bidora_package, name)

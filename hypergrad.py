@@ -19,6 +19,8 @@ must be deterministic (no dropout). Parameters get their values back, also when 
 import contextlib
 import functools
 import inspect
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -62,6 +64,17 @@ def closures(loss):
     return loss if isinstance(loss, (list, tuple)) else [loss]
 
 
+def reached(loss):
+    """The ids of the leaves, such as parameters, whose gradient loss.backward() would compute."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return {id(node.variable) for node in seen if hasattr(node, "variable")}
+
+
 def add(*lists):
     """The sum of several lists of tensors, as one list."""
     return [sum(tensors) for tensors in zip(*lists)]
@@ -94,11 +107,15 @@ class LowerGradient:
 
     A loss of one micro-batch keeps one graph for all products. A loss of several builds each
     micro-batch's graph anew for each product, so that only one is in memory at a time.
+
+    mode: makes a context manager for the products of a kept graph. Gradient checkpointing computes
+    the forward pass again there, and must find the model's dropout as it was.
     """
 
-    def __init__(self, train_loss, lower, reduce=same):
+    def __init__(self, train_loss, lower, reduce=same, mode=contextlib.nullcontext):
         self.losses, self.lower, self.reduce = closures(train_loss), lower, reduce
         self.graph = self.differentiable(self.losses[0]) if len(self.losses) == 1 else None
+        self.mode = mode if self.graph else contextlib.nullcontext
         if self.graph:
             self.value = reduce([g.detach() for g in self.graph])
         else:
@@ -120,7 +137,7 @@ class LowerGradient:
 
             outputs, weights = map(list, zip(*pairs))
             keep = bool(self.graph) and not last
-            with sdpa_kernel(SDPBackend.MATH):  # gradient checkpointing recomputes forwards here
+            with sdpa_kernel(SDPBackend.MATH), self.mode():
                 products.append(
                     gradient(outputs, parameters, grad_outputs=weights, retain_graph=keep)
                 )
@@ -207,6 +224,8 @@ def adamw(optimizer, grad_clip=None, ahead=0):
 def adam_scale(optimizer):
     """AdamW's own preconditioner: 1 / (√second moment + eps), one tensor per parameter."""
     group = optimizer.param_groups[0]
+    if not optimizer.state:
+        raise ValueError("precondition=adam reads AdamW's moments: take a lower step first")
     t = int(optimizer.state[group["params"][0]]["step"])
     second = adam_moments(optimizer)[len(group["params"]) :]
     return [1 / ((m / (1 - group["betas"][1] ** t)).sqrt() + group["eps"]) for m in second]
@@ -339,16 +358,23 @@ def neumann(
     ∂F/∂m - ∂²L/∂m∂V · q, q = alpha · Σ_{j<terms} (I - alpha·P·H)^j · P · ∂F/∂V, H = ∂²L/∂V².
 
     With more terms, q converges to H⁻¹ · ∂F/∂V if alpha < 2 / (largest eigenvalue of P·H); the
-    error falls geometrically. precondition: P as positive tensors shaped like lower, by default the
-    identity. Costs `terms` products. past: as for `unrolled`; only its last step is used.
+    error falls geometrically. Otherwise the terms grow: a warning says so. precondition: P as
+    positive tensors shaped like lower, by default the identity. Costs `terms` products. past: as
+    for `unrolled`; only its last step is used.
     """
 
     def solve(v, H):
         scale = [torch.ones_like(x) for x in v] if precondition is None else precondition
-        power = total = [p * x for p, x in zip(scale, v)]
+        first = power = total = [p * x for p, x in zip(scale, v)]
         for _ in range(terms - 1):
             power = [x - alpha * p * Hx for x, p, Hx in zip(power, scale, H(power))]
             total = add(total, power)
+        if terms > 1 and dot(power, power) > dot(first, first):
+            warnings.warn(
+                f"the terms of the Neumann series grow at alpha = {alpha:g}, so it does not "
+                f"converge: take a smaller alpha, or conjugate_gradient",
+                stacklevel=2,
+            )
         return [alpha * x for x in total]
 
     return implicit(solve, train_loss, val_loss, lower, upper, past=past, reduce=reduce)
@@ -435,6 +461,22 @@ CHOICES = {
 }
 
 
+def check_options(hypergradient, options):
+    """Raise ValueError for options that a hypergradient does not have, or for unfit values."""
+    entry = HYPERGRADIENTS[hypergradient]
+    known = {*entry.options} | ({"radius"} if hypergradient == "finite_difference" else set())
+    if unknown := sorted(options.keys() - known):
+        has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+        raise ValueError(f"hypergradient={hypergradient} has no option {unknown[0]!r}: {has}")
+    for name, value in options.items():
+        whole = name in ("steps", "terms", "iterations")
+        least = 1 if whole else 0
+        number = isinstance(value, int if whole else (int, float)) and math.isfinite(value)
+        if not number or value < least or (value == 0 and name != "damping"):
+            kind = "a whole number of at least 1" if whole else "a positive number"
+            raise ValueError(f"{name}={value!r} must be {kind}")
+
+
 def check_choices(hypergradient, optimizer, precondition, coarse):
     """
     Raise ValueError for an unknown choice, or for choices that exclude each other. coarse: whether
@@ -458,17 +500,27 @@ def check_choices(hypergradient, optimizer, precondition, coarse):
 # --------------------------------------------------------------------- the two-level optimizer
 
 
+class MicroBatches(list):
+    """
+    A batch in parts whose losses add up, so that the activations of one are in memory at a time.
+    Any other batch, also a list, is handed to the loss as it is.
+    """
+
+
 @contextlib.contextmanager
-def evaluating(model):
-    """Switch dropout off: all passes of a hypergradient must see the same function."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+def in_training(model, wanted):
+    """
+    Put exactly the modules in `wanted` into training mode. Without any, dropout is off: all passes
+    of a hypergradient must see the same function.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    for module, _ in before:
+        module.training = module in wanted
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in before:
+            module.training = training
 
 
 class BilevelOptimizer:
@@ -477,7 +529,9 @@ class BilevelOptimizer:
     hypergradient. For a model without upper parameters, lower_step alone is plain training.
 
     lower_steps     as in bilevel_step
-    hypergradient   a key of HYPERGRADIENTS; options: that function's own (lr: by default lower_lr)
+    weight_decay    of the lower level; magnitudes and singular values don't decay
+    hypergradient   a key of HYPERGRADIENTS; options: that function's own (lr: by default the lower
+                    level's rate at the time)
     grad_clip       the norm to which the gradient of each level is clipped
     optimizer       'adamw', or 'adamw8bit', bitsandbytes' AdamW with 8-bit moments (tensors below
                     4,096 numbers keep 32 bits)
@@ -485,20 +539,20 @@ class BilevelOptimizer:
                     and conjugate_gradient are preconditioned by its second moments
     reduce          as in the functions; it also reduces lower gradients and losses
 
-    A batch may come as micro-batches, whose losses and gradients add up; the activations of one are
-    in memory at a time. Raises ValueError for an unknown choice, choices that exclude each other,
-    or a model with nothing to train.
+    A batch is whatever loss_fn(model, batch) -> scalar takes, or MicroBatches of them. Raises
+    ValueError for an unknown choice or option, choices that exclude each other, or a model with
+    nothing to train.
     """
 
     def __init__(
         self,
         model,
-        lower_lr,
-        upper_lr,
+        lower_lr=2e-4,
+        upper_lr=1e-3,
         lower_steps=1,
-        hypergradient="first_order",
+        weight_decay=0.01,
+        hypergradient="unrolled",
         *,
-        weight_decay=0.0,
         grad_clip=1.0,
         optimizer="adamw",
         precondition="none",
@@ -509,6 +563,7 @@ class BilevelOptimizer:
 
         coarse = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
         check_choices(hypergradient, optimizer, precondition, coarse)
+        check_options(hypergradient, options)
         entry = HYPERGRADIENTS[hypergradient]
         self.model, self.lower, self.upper = model, lower_parameters(model), upper_parameters(model)
         if not self.lower:
@@ -520,10 +575,11 @@ class BilevelOptimizer:
         self.takes = inspect.signature(entry.function).parameters
         self.looks_back = "past" in self.takes  # on the steps that the lower level has taken
         self.needs_train = self.looks_back or self.second_order
-        self.options = {"lr": lower_lr} | options if "lr" in entry.options else options
+        self.options, self.kept_steps = options, options.get("steps", 1)
         self.lower_steps, self.grad_clip = lower_steps, grad_clip
         self.precondition, self.reduce = precondition, reduce
         self.past = []  # the lower-level steps kept for the next upper_step
+        self.begun = False
 
         AdamW = functools.partial(torch.optim.AdamW, fused=True)  # one kernel: 5 ms a step, not 19
         if optimizer == "adamw8bit":
@@ -533,11 +589,31 @@ class BilevelOptimizer:
             AdamW(self.upper, lr=upper_lr, weight_decay=0.0) if self.upper else None
         )
 
+    @property
+    def optimizers(self):
+        """The AdamW of each level that has one."""
+        both = {"lower": self.lower_optimizer, "upper": self.upper_optimizer}
+        return {level: optimizer for level, optimizer in both.items() if optimizer}
+
+    def state_dict(self):
+        """Both levels' states, {"lower": …, "upper": …}; kept steps are not part of it."""
+        return {level: optimizer.state_dict() for level, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state):
+        """Continue from a state_dict; the next upper_step needs a step kept after it."""
+        for level, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[level])
+        self.past = []
+
     def scale_lr(self, factor):
         """Set both levels' learning rates to factor × their initial values."""
-        for optimizer in filter(None, (self.lower_optimizer, self.upper_optimizer)):
+        for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = factor * group.setdefault("base_lr", group["lr"])
+
+    @property
+    def lower_lr(self):
+        return self.lower_optimizer.param_groups[0]["lr"]
 
     def step(self, optimizer, parameters, gradients, loss):
         """
@@ -552,6 +628,7 @@ class BilevelOptimizer:
             optimizer.step()
         optimizer.zero_grad()
         if not finite:
+            self.past = []
             raise FloatingPointError(f"loss {loss.item():g}, gradient norm {norm.item():g}")
 
     def watched(self, loss_fn, batch, seen):
@@ -560,20 +637,44 @@ class BilevelOptimizer:
         def loss(micro_batch):
             value = loss_fn(self.model, micro_batch)
             seen.append(value.detach())
+            if not self.begun:
+                self.check_reach(value)
             return value
 
-        return [functools.partial(loss, micro_batch) for micro_batch in batch]
+        parts = batch if isinstance(batch, MicroBatches) else [batch]
+        return [functools.partial(loss, micro_batch) for micro_batch in parts]
 
-    def lower_step(self, loss_fn, *micro_batches):
-        """One step of the lower level on a batch. Returns its loss before the step, a scalar."""
-        seen = []
-        losses = self.watched(loss_fn, micro_batches, seen)
+    def check_reach(self, loss):
+        """At the first step: say which parameters the loss does not depend on."""
+        self.begun, found = True, reached(loss)
+        ours = {id(parameter) for parameter in (*self.lower, *self.upper)}
+        named = [(name, p) for name, p in self.model.named_parameters() if id(p) in ours]
+        layers = {name.rpartition(".")[0]: None for name, p in named if id(p) not in found}
+        if not layers:
+            return
+
+        names = ", ".join([*layers][:5]) + (f" and {len(layers) - 5} more" if layers[5:] else "")
+        problem = (
+            f"no gradient reaches {names}: is the layer's weight read without calling the layer, "
+            f"or is it inside reentrant gradient checkpointing (use_reentrant=False is right)?"
+        )
+        if not ours & found:
+            raise ValueError(problem)
+        warnings.warn(problem, stacklevel=2)
+
+    def lower_step(self, loss_fn, batch):
+        """
+        One step of the lower level on a batch. Returns its loss before the step, a scalar. Steps
+        that were kept before it are dropped, since it moves on from where they led.
+        """
+        self.past, seen = [], []
+        losses = self.watched(loss_fn, batch, seen)
         g = total_gradient(losses, self.lower, self.reduce)
         [total] = self.reduce([sum(seen)])
         self.step(self.lower_optimizer, self.lower, g, total)
         return total
 
-    def lower_step_kept(self, loss_fn, *micro_batches):
+    def lower_step_kept(self, loss_fn, batch):
         """
         A lower_step that is kept: the next upper_step without a train batch differentiates through
         it, so that one gradient serves both levels.
@@ -581,23 +682,26 @@ class BilevelOptimizer:
         Of several kept steps only the last keeps its graph, to save memory.
         """
         if not self.needs_train:
-            return self.lower_step(loss_fn, *micro_batches)  # nothing needs to be kept
+            return self.lower_step(loss_fn, batch)  # nothing needs to be kept
 
         for step in self.past:
             step.graph = None
         seen = []
-        losses = self.watched(loss_fn, micro_batches, seen)
-        keeps_graph = self.looks_back and self.second_order
-        graph = LowerGradient(losses, self.lower, self.reduce) if keeps_graph else None
+        losses = self.watched(loss_fn, batch, seen)
+        graph = None
+        if self.looks_back and self.second_order:
+            training = {module for module in self.model.modules() if module.training}
+            mode = functools.partial(in_training, self.model, training)
+            graph = LowerGradient(losses, self.lower, self.reduce, mode)
         g = graph.value if graph else total_gradient(losses, self.lower, self.reduce)
 
         adam = self.precondition == "adam"
-        update = gradient_descent(self.options.get("lr"))
+        update = gradient_descent(self.options.get("lr", self.lower_lr))
         if adam:
             update = adamw(self.lower_optimizer, self.grad_clip)
         state = adam_moments(self.lower_optimizer) if adam else []
         step = Step([V.data for V in self.lower], g, state, update, losses, graph)
-        self.past = [*self.past, step][-self.options.get("steps", 1) :]
+        self.past = [*self.past, step][-self.kept_steps :]
 
         # The graph refers to V's values, so the optimizer writes into copies of them. Torch would
         # still count this as a change of V and refuse to use the graph later. The old values will
@@ -615,8 +719,8 @@ class BilevelOptimizer:
         hypergradient was computed, a scalar tensor.
 
         train_batch: None to differentiate through the steps that lower_step_kept took (a step
-        without its graph builds it anew, without dropout). A batch that is a list is a list of
-        micro-batches. Raises ValueError without upper parameters or without steps to use.
+        without its graph builds it anew, without dropout). Raises ValueError without upper
+        parameters or without steps to use.
         """
         if not self.upper:
             raise ValueError(
@@ -629,17 +733,16 @@ class BilevelOptimizer:
                 "no lower step was kept: give a train batch, or call lower_step_kept first"
             )
 
-        batches = [b if isinstance(b, list) else [b] for b in (train_batch, val_batch)]
         seen = []
-        train_loss = self.watched(loss_fn, batches[0], [])
-        val_loss = self.watched(loss_fn, batches[1], seen)
-        options = self.options | {"reduce": self.reduce} | self.adam_options()
+        train_loss = self.watched(loss_fn, train_batch, [])
+        val_loss = self.watched(loss_fn, val_batch, seen)
+        options = self.options | {"reduce": self.reduce} | self.moving_options()
         if train_batch is None and self.past:
             train_loss = self.past[-1].train_loss
             options |= {"past": self.past} if self.looks_back else {}
 
         try:
-            with evaluating(self.model):
+            with in_training(self.model, ()):
                 h = self.function(train_loss, val_loss, self.lower, self.upper, **options)
         finally:
             self.past = []
@@ -647,26 +750,49 @@ class BilevelOptimizer:
         self.step(self.upper_optimizer, self.upper, h, total)
         return total
 
-    def adam_options(self):
-        """The options that precondition='adam' adds, as far as the hypergradient takes them."""
-        if self.precondition == "adam" and "adam" in self.takes:
-            return {"adam": self.lower_optimizer, "grad_clip": self.grad_clip}
-        if self.precondition == "adam" and "precondition" in self.takes:
-            return {"precondition": adam_scale(self.lower_optimizer)}
-        return {}
+    def moving_options(self):
+        """The hypergradient's options that change from step to step, as far as it takes them."""
+        adam = self.precondition == "adam"
+        if "lr" in self.takes and "lr" not in self.options:
+            options = {"lr": self.lower_lr}
+        else:
+            options = {}
+        if adam and "adam" in self.takes:
+            options |= {"adam": self.lower_optimizer, "grad_clip": self.grad_clip}
+        if adam and "precondition" in self.takes:
+            options |= {"precondition": adam_scale(self.lower_optimizer)}
+        return options
 
     def bilevel_step(self, loss_fn, train_batch, val_batch):
         """
         `lower_steps` steps of the lower level on train_batch, then one of the upper level on
-        val_batch, which differentiates through the last of them.
+        val_batch, which differentiates through the last of them: as many as the option `steps`.
 
-        loss_fn(model, batch) -> scalar. Returns (train_loss, val_loss) as floats; the train loss is
-        the one before the last lower step.
+        loss_fn(model, batch) -> scalar. Returns (train_loss, val_loss), scalar tensors; the train
+        loss is the one before the last lower step. Raises ValueError for `steps` above lower_steps.
         """
-        for _ in range(self.lower_steps - 1):
+        if self.kept_steps > self.lower_steps:
+            raise ValueError(
+                f"steps={self.kept_steps} looks back on more than lower_steps={self.lower_steps}"
+            )
+        for _ in range(self.lower_steps - self.kept_steps):
             self.lower_step(loss_fn, train_batch)
-        train_loss = self.lower_step_kept(loss_fn, train_batch)
-        return train_loss.item(), self.upper_step(loss_fn, None, [val_batch]).item()
+        for _ in range(self.kept_steps):
+            train_loss = self.lower_step_kept(loss_fn, train_batch)
+        return train_loss, self.upper_step(loss_fn, None, val_batch)
+
+    # The names of these steps in the `bidora` package on PyPI:
+
+    lower_level_step = lower_step
+
+    def upper_level_step(self, loss_fn, val_batch, train_batch=None):
+        return self.upper_step(loss_fn, train_batch, val_batch)
+
+    def final_finetune_step(self, loss_fn, combined_batch):
+        """A lower_step with the upper parameters fixed for good."""
+        for parameter in self.upper:
+            parameter.requires_grad_(False)
+        return self.lower_step(loss_fn, combined_batch)
 
 
 create_bilevel_optimizer = BilevelOptimizer  # its name in the `bidora` package

@@ -24,7 +24,7 @@ import bidora
 import data
 from bidora import METHODS, adapter_layers
 from config import MAY_CHANGE, Config, check, is_bilevel, read_config, resolve, second_order
-from hypergrad import HYPERGRADIENTS, create_bilevel_optimizer
+from hypergrad import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
 from model import ModelConfig, Transformer
 from support import distributed, hardware, quantized, report, settings
 from support.checkpoint import Stopped
@@ -90,7 +90,7 @@ def fit(run, task, phase, steps, rows, val_rows=()):
         if task.device.startswith("cuda"):
             batch = [tensor.pin_memory() for tensor in batch]  # so it is copied while the GPU works
         size, ranks = config.micro_batch_size, (distributed.RANK, distributed.WORLD_SIZE)
-        return data.micro_batches(batch, size, *ranks)
+        return MicroBatches(data.micro_batches(batch, size, *ranks))
 
     def loss_fn(model, micro_batch):
         *tensors, share = micro_batch  # its share of the batch's supervised positions
@@ -109,9 +109,9 @@ def fit(run, task, phase, steps, rows, val_rows=()):
         for step in remaining:
             optimizer.scale_lr(learning_rate_scale(step, steps))
             # The upper level differentiates through the last lower-level steps, so they are kept.
-            keep = turns and -step % every < optimizer.options.get("steps", 1)
+            keep = turns and -step % every < optimizer.kept_steps
             lower_step = optimizer.lower_step_kept if keep else optimizer.lower_step
-            losses = {"train_loss": lower_step(lower_loss_fn, *micro_batches(next(train_batches)))}
+            losses = {"train_loss": lower_step(lower_loss_fn, micro_batches(next(train_batches)))}
             for turn in range(turns if step % every == 0 else 0):
                 # The kept steps serve the first turn; each further one needs its own train batch.
                 again = micro_batches(next(train_batches)) if turn else None
@@ -148,8 +148,8 @@ def build_optimizer(task):
         config.lower_lr,
         config.upper_lr,
         config.upper_every,
+        config.weight_decay,
         config.hypergradient,
-        weight_decay=config.weight_decay,
         grad_clip=config.grad_clip,
         optimizer=config.optimizer,
         precondition=config.precondition,
@@ -302,7 +302,7 @@ def prepare(config, device, resuming=False):
         config = hardware.fit_memory(config, method, device, dtype, shape, encode)
     config = resolve(config, shape.max_position_embeddings)
     encoded, cut = encode(config.block_size)
-    data.check_vocabulary(encoded, shape.vocab_size, folder)
+    data.check_vocabulary(encoded, shape.vocab_size, tokenizer)
 
     model, weight_bytes, local_weight_bytes, sizes = build_model(config, folder, dtype, device)
     base = dict(folder=folder, tokenizer=tokenizer, model=model, sizes=sizes)
@@ -331,9 +331,9 @@ def build_model(config, folder, dtype, device):
         bidora.replace_linear_with_bidora(
             model,
             config.rank,
-            config.target_modules,
             config.alpha,
             config.dropout,
+            config.target_modules,
             config.method,
             norm_grad=config.norm_grad,
             magnitude_axis=config.magnitude_axis,

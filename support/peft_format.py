@@ -3,7 +3,8 @@ Adapters as PEFT saves them: adapter_model.safetensors and adapter_config.json.
 
 Call bidora.save_adapter and bidora.load_adapter; this file has the format. The scale s is saved as
 alpha = s · rank, so it is right for any formula by which a method computes s. PEFT's format has no
-magnitude per column: such an adapter gets a peft_type of our own, which PEFT refuses.
+magnitude per column: such an adapter gets a peft_type of our own, which PEFT refuses. Modules that
+were trained beside the adapters, such as a classifier, are saved whole (PEFT's modules_to_save).
 """
 
 import math
@@ -26,6 +27,14 @@ NAMES = {
     "lora_B": "lora_B.weight",
     "lora_magnitude_vector": "lora_magnitude_vector",
 }
+# PEFT's task types, by the end of a transformers class's name, and the heads that PEFT expects in
+# the file for them.
+TASKS = {
+    "ForSequenceClassification": ("SEQ_CLS", ["classifier", "score"]),
+    "ForTokenClassification": ("TOKEN_CLS", ["classifier", "score"]),
+    "ForQuestionAnswering": ("QUESTION_ANS", ["qa_outputs"]),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", []),
+}
 # Settings of PEFT's LoraConfig that these layers know, or that have no effect once an adapter is
 # trained. Any other setting that is switched on means a variant of LoRA that computes something
 # else; numbers switch nothing on by themselves.
@@ -33,7 +42,8 @@ KNOWN = set(
     "peft_type peft_version task_type auto_mapping parent_library base_model_name_or_path revision "
     "inference_mode r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern "
     "target_modules exclude_modules layers_to_transform layers_pattern init_lora_weights "
-    "eva_config runtime_config megatron_core ensure_weight_tying".split()
+    "eva_config runtime_config megatron_core ensure_weight_tying fan_in_fan_out "
+    "modules_to_save".split()
 )
 
 
@@ -47,6 +57,7 @@ class Adapter:
     dropout: float
     magnitude: bool  # whether the layers have one
     axis: str  # of the magnitude: "row" or "column"
+    saved: dict  # {name: tensor} of the modules that were saved whole
 
 
 def named_tensors(layers):
@@ -61,13 +72,14 @@ def named_tensors(layers):
     }
 
 
-def write(folder, layers, linears, base_model):
+def write(folder, model, layers, base_model):
     """
-    Write the adapters of layers, {name: BiDoRALinear}, each file atomically.
+    Write the adapters of a model's layers, {name: BiDoRALinear}, and the other modules that were
+    trained, each file atomically.
 
-    linears: the names of all the model's linear layers; base_model: name, name@revision or folder.
-    Raises ValueError without layers, or for several kinds of them; OSError when the folder can't be
-    written.
+    base_model: name, name@revision or folder. Raises ValueError without layers, or for several
+    kinds of them; OSError when the folder can't be written; and, after writing the rest, ValueError
+    for trained parameters that the format can't hold.
     """
     if not layers:
         raise ValueError("the model has no adapters to save")
@@ -83,39 +95,109 @@ def write(folder, layers, linears, base_model):
     rank, alpha, dropout = statistics.mode(
         (layer.rank, alphas[name], layer.dropout.p) for name, layer in layers.items()
     )
+    patterns = {
+        name: f"^{name}" if any(other.endswith(f".{name}") for other in layers) else name
+        for name in layers
+    }
 
     base, revision = split_revision(base_model)
+    task, whole, lost = trained_beside(model, layers)
     config = {
         "peft_type": COLUMN_DORA if magnitude and axis == "column" else "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base,
         "revision": revision,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "target_modules": short_names(layers, linears),
+        "target_modules": target_modules(layers, dict(model.named_modules())),
+        "modules_to_save": whole or None,
+        "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
         "use_dora": magnitude,
-        "rank_pattern": {n: layer.rank for n, layer in layers.items() if layer.rank != rank},
-        "alpha_pattern": {name: other for name, other in alphas.items() if other != alpha},
+        "rank_pattern": {patterns[n]: x.rank for n, x in layers.items() if x.rank != rank},
+        "alpha_pattern": {patterns[n]: other for n, other in alphas.items() if other != alpha},
         "bias": "none",
         "inference_mode": True,
     }
 
+    tensors = named_tensors(layers)
+    for name, tensor in model.state_dict().items():
+        if any(module == end for module in parents(name) for end in whole):
+            tensors[f"{PREFIX}{name}"] = tensor.clone()  # tied weights share memory
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "adapter_model.safetensors") as temporary:
-        tensors = {name: t.cpu().contiguous() for name, t in named_tensors(layers).items()}
-        save_file(tensors, temporary)
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
     write_json(folder / "adapter_config.json", config)
 
+    if lost:
+        raise ValueError(
+            f"{folder}: saved without {', '.join(lost)}, trained parameters that belong to the "
+            f"model itself or to a module with adapters, which PEFT's format can't hold: "
+            f"save model.state_dict()"
+        )
 
-def short_names(layers, linears):
-    """The layers' names for target_modules: short ones ("q_proj") if they match no other layer."""
-    ends = {name.rpartition(".")[2] for name in layers}
-    others = [name for name in linears if name not in layers]
-    if any(name.rpartition(".")[2] in ends for name in others):
-        return list(layers)
-    return sorted(ends)
+
+def state_of(model):
+    """A model's parameters and buffers by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def parents(name):
+    """The modules that contain a parameter, from the outermost: "a.b.weight" -> ["a", "a.b"]."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def trained_beside(model, layers):
+    """
+    (PEFT's task type; the modules to save whole; the trained parameters that are in none of them).
+    """
+    endings = [TASKS[end] for end in TASKS if type(model).__name__.endswith(end)]
+    task, heads = (
+        endings[0] if endings else ("CAUSAL_LM" if hasattr(model, "generate") else None, [])
+    )
+    modules = [name for name, _ in model.named_modules()]
+    # PEFT adapts no layer in a head that it expects to find whole.
+    if any(head in f".{name}.".split(".") for name in layers for head in heads):
+        task, heads = None, []
+
+    adapters = {
+        id(getattr(layer, key))
+        for layer in layers.values()
+        for key in layer._parameters
+        if key.startswith("lora_")
+    }
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapters]
+    owners = {name.rpartition(".")[0] for name in trained}
+    held = {
+        owner
+        for owner in owners
+        if owner and not any(f"{name}.".startswith(f"{owner}.") for name in layers)
+    }
+    # PEFT finds these modules by the ends of their names.
+    whole = {m for m in modules if m in held or any(m.endswith(head) for head in heads)}
+    whole = [m for m in sorted(whole) if not whole & set(parents(m))]
+    lost = [
+        n for n in trained if n.rpartition(".")[0] not in held and not set(whole) & set(parents(n))
+    ]
+    return task, whole, lost
+
+
+def target_modules(layers, modules):
+    """
+    PEFT's target_modules for these layers and no other module: short names ("q_proj") if they say
+    it, else whole names, else a regular expression.
+    """
+
+    def matched(targets):
+        return {n for n in modules if any(f".{n}".endswith(f".{target}") for target in targets)}
+
+    short, whole = sorted({name.rpartition(".")[2] for name in layers}), list(layers)
+    for targets in (short, whole):
+        if matched(targets) == set(layers):
+            return targets
+    return "|".join(map(re.escape, layers))
 
 
 def read(folder, parameters):
@@ -139,7 +221,7 @@ def read(folder, parameters):
         raise ValueError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from None
     check_config(config, folder / "adapter_config.json")
 
-    found = by_layer(tensors, folder, parameters)
+    found, saved = by_layer(tensors, folder, parameters, config.get("modules_to_save") or [])
     magnitude = bool(config.get("use_dora"))
     if {"lora_magnitude_vector" in parts for parts in found.values()} != {magnitude}:
         raise ValueError(
@@ -154,7 +236,8 @@ def read(folder, parameters):
         alpha = alpha_of(name, config, folder / "adapter_config.json")
         sizes[name] = rank, alpha * (rank**0.5 if config.get("use_rslora") else 1)
     axis = "column" if config.get("peft_type") == COLUMN_DORA else "row"
-    return Adapter(folder, found, sizes, config.get("lora_dropout") or 0.0, magnitude, axis)
+    dropout = config.get("lora_dropout") or 0.0
+    return Adapter(folder, found, sizes, dropout, magnitude, axis, saved)
 
 
 def check_config(config, where):
@@ -195,9 +278,9 @@ def check_config(config, where):
             )
 
 
-def by_layer(tensors, folder, parameters):
-    """The file's tensors as {layer: {"lora_A": tensor, …}}."""
-    found = {}
+def by_layer(tensors, folder, parameters, modules_to_save):
+    """The file's tensors: ({layer: {"lora_A": tensor, …}}, {name: tensor of a whole module})."""
+    found, saved = {}, {}
     for key, tensor in tensors.items():
         # PEFT also saves the base weight of an adapted head.
         if key.endswith(".base_layer.weight"):
@@ -205,6 +288,11 @@ def by_layer(tensors, folder, parameters):
             if torch.equal(parameters.get(f"{name}.weight", tensor).to(tensor.dtype), tensor):
                 continue
             raise ValueError(f"{folder}: the adapter holds another weight of {name} than the base")
+
+        name = key.removeprefix(PREFIX)
+        if any(module.endswith(end) for module in parents(name) for end in modules_to_save):
+            saved[name] = tensor
+            continue
 
         kinds = r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?"
         match = re.fullmatch(re.escape(PREFIX) + kinds, key)
@@ -214,7 +302,15 @@ def by_layer(tensors, folder, parameters):
                 f"which is not supported"
             )
         found.setdefault(match[1], {})[match[2]] = tensor
-    return found
+
+    for end in modules_to_save:
+        wanted = {n for n in parameters if any(module.endswith(end) for module in parents(n))}
+        if wanted and not wanted & saved.keys():
+            raise ValueError(
+                f"{folder}: modules_to_save names {end}, of which adapter_model.safetensors holds "
+                f"nothing"
+            )
+    return found, saved
 
 
 def alpha_of(name, config, where):
@@ -230,8 +326,11 @@ def alpha_of(name, config, where):
 
 
 @torch.no_grad()
-def copy_into(layers, adapter):
-    """Copy an Adapter's tensors into layers, {name: BiDoRALinear}. Raises ValueError if unfit."""
+def copy_into(model, layers, adapter):
+    """
+    Copy an Adapter's tensors into a model and its layers, {name: BiDoRALinear}; modules that were
+    saved whole stay trainable. Raises ValueError if unfit.
+    """
     folder = adapter.folder
     if any(layer.method.singular_values for layer in layers.values()):
         raise ValueError(
@@ -245,6 +344,10 @@ def copy_into(layers, adapter):
         for name, parts in adapter.tensors.items()
         for key, tensor in parts.items()
     }
+    state = state_of(model)
+    for name, tensor in adapter.saved.items():
+        tensors[name] = tensor
+        own |= {name: state[name]} if name in state else {}
     for name in sorted(own.keys() | tensors.keys()):
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
             shapes = [
@@ -264,3 +367,5 @@ def copy_into(layers, adapter):
 
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
+        if name in adapter.saved and tensor.is_floating_point():
+            tensor.requires_grad_(isinstance(tensor, torch.nn.Parameter))

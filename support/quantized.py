@@ -74,6 +74,21 @@ def float_dtype(weight):
     return getattr(weight, "float_dtype", default)
 
 
+def complete(module):
+    """
+    Write into the int8 weights that transformers loads what bitsandbytes leaves out: their scales,
+    which a layer moves to its `state` when it is first called, and the dtype before packing, which
+    is that of the model's other parameters.
+    """
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    for layer in module.modules():
+        scales = getattr(getattr(layer, "state", None), "SCB", None)
+        if scales is not None:
+            layer.weight.SCB = scales
+        if isinstance(layer, nn.Linear) and kind_of(layer.weight) == "int8":
+            layer.weight.float_dtype = getattr(layer.weight, "float_dtype", dtype)
+
+
 def blocks(weight, dtype):
     """
     Yield (start, stop, rows): the weight's rows from start to stop in dtype, (stop - start, in).
@@ -86,8 +101,8 @@ def blocks(weight, dtype):
     elif kind == "int8":
         for start in range(0, weight.size(0), BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, weight.size(0))
-            scales = (weight.SCB[start:stop, None] / 127).to(dtype)
-            yield start, stop, weight.data[start:stop].to(dtype) * scales
+            rows = weight.data[start:stop] * (weight.SCB[start:stop, None] / 127)  # in fp32
+            yield start, stop, rows.to(dtype)
     else:
         yield from blocks_of_4_bits(weight, dtype)
 
@@ -157,9 +172,9 @@ class Product(torch.autograd.Function):
 
 
 def linear(x, weight, bias=None):
-    """F.linear for a weight of any kind: x·Wᵀ + bias, (..., in) -> (..., out)."""
+    """x·Wᵀ + bias in x's dtype for a weight of any kind and dtype, (..., in) -> (..., out)."""
     if kind_of(weight) is None:
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight.to(x.dtype), bias)
     y = Product.apply(x, weight, False)
     return y if bias is None else y + bias
 

@@ -15,15 +15,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import bidora
-from bidora import (
-    BiDoRAConfig,
-    BiDoRALinear,
-    load_adapter,
-    merge,
-    prepare_bidora_model,
-    replace_linear_with_bidora,
-    save_adapter,
-)
+from bidora import BiDoRALinear, load_adapter, merge, replace_linear_with_bidora, save_adapter
 from hypergrad import create_bilevel_optimizer
 from support import kernels, peft_format, quantized
 from support.regularisers import regulariser
@@ -110,7 +102,9 @@ def test_a_methods_own_scale_survives_saving(tmp_path, monkeypatch):
         bidora.METHODS, "rslora", bidora.Method(scale=lambda alpha, rank: alpha / rank**0.5)
     )
     base, x = mlp(), torch.randn(3, 12)
-    model = replace_linear_with_bidora(copy.deepcopy(base), 4, ["0", "2"], method="rslora")
+    model = replace_linear_with_bidora(
+        copy.deepcopy(base), 4, target_modules=["0", "2"], method="rslora"
+    )
     for layer in bidora.adapter_layers(model).values():
         trained(layer)
     save_adapter(model, tmp_path)
@@ -122,14 +116,14 @@ import sys
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from bidora import BiDoRAConfig, merge, prepare_bidora_model
+from bidora import merge, replace_linear_with_bidora
 from hypergrad import HYPERGRADIENTS, create_bilevel_optimizer
 
 assert "support" not in sys.modules
 x, y = torch.randn(32, 16), torch.randn(32, 8)
 for name in HYPERGRADIENTS:
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8))
-    prepare_bidora_model(model, BiDoRAConfig(rank=4, dropout=0.0, target_modules=["0", "2"]))
+    replace_linear_with_bidora(model.requires_grad_(False), 4, target_modules=["0", "2"])
     optimizer = create_bilevel_optimizer(model, 1e-2, 1e-2, hypergradient=name)
     losses = [
         optimizer.bilevel_step(lambda model, batch: F.mse_loss(model(x), y), None, None)[0]
@@ -156,26 +150,19 @@ def test_inputs_of_any_number_of_dimensions(shape):
     torch.testing.assert_close(layer(x), reference(layer, x).float())
 
 
-@pytest.mark.parametrize("bias", [None, torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)])
-def test_rescaling_in_place_has_right_first_and_second_derivatives(bias):
+def test_rescaling_in_place_has_right_first_and_second_derivatives():
     torch.manual_seed(0)
-    y, change = (
-        torch.randn(4, 3, dtype=torch.float64, requires_grad=True),
-        torch.tensor([0.3, -0.2, 1.5], dtype=torch.float64, requires_grad=True),
-    )
+    y = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    change = torch.tensor([0.3, -0.2, 1.5], dtype=torch.float64, requires_grad=True)
 
     def rescale(y, change):
-        return kernels.rescale(
-            y * 1, change, bias
-        )  # y itself is a leaf, which can't be written into
+        return kernels.rescale(y * 1, change)  # y itself is a leaf, which can't be written into
 
-    plain = (y if bias is None else y - bias) * (1 + change) + (0 if bias is None else bias)
-    torch.testing.assert_close(rescale(y, change), plain)
-    assert torch.autograd.gradcheck(rescale, (y, change)) and torch.autograd.gradgradcheck(
-        rescale, (y, change)
-    )
-    # A row of zeros: y = b and ratio 0.
-    zeros = torch.zeros(4, 3, dtype=torch.float64) if bias is None else bias.expand(4, 3)
+    torch.testing.assert_close(rescale(y, change), y * (1 + change))
+    assert torch.autograd.gradcheck(rescale, (y, change))
+    assert torch.autograd.gradgradcheck(rescale, (y, change))
+    # A row of zeros: y = 0 and ratio 0.
+    zeros = torch.zeros(4, 3, dtype=torch.float64)
     nothing = torch.full((3,), -1.0, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.grad(rescale(zeros, nothing).sum(), nothing)[0].tolist() == [0, 0, 0]
 
@@ -214,8 +201,8 @@ def test_detached_norm_gives_pefts_gradients():
     ours = replace_linear_with_bidora(
         copy.deepcopy(base).requires_grad_(False),
         4,
-        ["q_proj", "up_proj"],
         lora_alpha=8,
+        target_modules=["q_proj", "up_proj"],
         method="dora",
         norm_grad="detach",
     )
@@ -259,14 +246,24 @@ def test_a_magnitude_change_of_half_a_percent_survives_bf16():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_adapted_model_equals_base_before_training(method, dtype):
-    """Bit for bit, with biases, on an MLP and on a transformers model."""
+    """
+    Bit for bit, on an MLP with biases and on a transformers model. Only over a bf16 weight with a
+    bias, a magnitude costs one more rounding: the bias is added after it.
+    """
     model = mlp().to(dtype)
     x = torch.randn(8, 12).to(dtype)
     before = model(x)
-    assert torch.equal(replace_linear_with_bidora(model, 4, ["0", "2"], method=method)(x), before)
+    replace_linear_with_bidora(model, 4, target_modules=["0", "2"], method=method)
+    if method != "lora" and dtype == torch.bfloat16:
+        torch.testing.assert_close(model(x), before, rtol=0, atol=2**-7 * before.abs().max().item())
+    else:
+        assert torch.equal(model(x), before)
+
     model, ids = tiny_llama().to(dtype), torch.randint(0, 97, (2, 9))
     before = model(ids).logits
-    replace_linear_with_bidora(model, 4, ["q_proj", "v_proj", "down_proj"], method=method)
+    replace_linear_with_bidora(
+        model, 4, target_modules=["q_proj", "v_proj", "down_proj"], method=method
+    )
     assert torch.equal(model(ids).logits, before)
 
 
@@ -316,7 +313,7 @@ def test_adapter_parameters_are_fp32_over_a_bf16_base():
 def test_merge_reproduces_the_adapted_outputs(method):
     """1e-5 in fp32: the same products in another order."""
     model, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
-    replace_linear_with_bidora(model, 4, ["q_proj", "up_proj"], method=method)
+    replace_linear_with_bidora(model, 4, target_modules=["q_proj", "up_proj"], method=method)
     for layer in bidora.adapter_layers(model).values():
         trained(layer)
     adapted = model(ids).logits
@@ -329,7 +326,7 @@ def test_merge_reproduces_the_adapted_outputs(method):
 def test_saved_adapter_loads_bit_for_bit(tmp_path, method):
     model = mlp()
     plain = copy.deepcopy(model)
-    replace_linear_with_bidora(model, 4, ["0", "2"], method=method)
+    replace_linear_with_bidora(model, 4, target_modules=["0", "2"], method=method)
     for layer in bidora.adapter_layers(model).values():
         trained(layer)
     save_adapter(model, tmp_path)
@@ -345,7 +342,9 @@ def test_peft_loads_what_we_save(tmp_path, method):
     """1e-4 in fp32: PEFT builds the matrix for its norm, we don't."""
     model, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
     base = copy.deepcopy(model)
-    replace_linear_with_bidora(model, 4, ["q_proj", "v_proj", "gate_proj"], method=method)
+    replace_linear_with_bidora(
+        model, 4, target_modules=["q_proj", "v_proj", "gate_proj"], method=method
+    )
     for layer in bidora.adapter_layers(model).values():
         trained(layer)
     save_adapter(model, tmp_path)
@@ -426,7 +425,7 @@ def test_column_magnitudes_scale_the_inputs(method):
 
 def test_column_adapters_are_ours_to_load_and_peft_refuses_them(tmp_path):
     model, x = (
-        replace_linear_with_bidora(mlp(), 2, ["0", "2"], magnitude_axis="column"),
+        replace_linear_with_bidora(mlp(), 2, target_modules=["0", "2"], magnitude_axis="column"),
         torch.randn(3, 12),
     )
     again = copy.deepcopy(merge(copy.deepcopy(model)))
@@ -446,7 +445,10 @@ def test_bilora_puts_singular_values_between_the_factors(tmp_path, method, start
     """Against the built matrix; PEFT loads it as LoRA, λ folded in, with equal logits."""
     base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
     model = replace_linear_with_bidora(
-        copy.deepcopy(base).requires_grad_(False), 4, ["q_proj", "up_proj"], method=method
+        copy.deepcopy(base).requires_grad_(False),
+        4,
+        target_modules=["q_proj", "up_proj"],
+        method=method,
     )
     torch.testing.assert_close(model(ids).logits, base(ids).logits, rtol=1e-5, atol=1e-5)
     for layer in bidora.adapter_layers(model).values():
@@ -537,8 +539,11 @@ def test_each_method_trains_the_right_parameters_at_each_level():
         return {own[id(p)] for p in parameters}
 
     for use_bidora in (True, False):
-        model = prepare_bidora_model(
-            mlp(), BiDoRAConfig(rank=2, target_modules=["0"], use_bidora=use_bidora)
+        model = replace_linear_with_bidora(
+            mlp().requires_grad_(False),
+            2,
+            target_modules=["0"],
+            method="bidora" if use_bidora else "dora",
         )
         direction, magnitude = {"0.lora_A", "0.lora_B"}, {"0.lora_magnitude_vector"}
         assert names(bidora.upper_parameters(model), model) == (magnitude if use_bidora else set())
@@ -554,35 +559,36 @@ def test_each_method_trains_the_right_parameters_at_each_level():
 
 def test_what_cannot_be_adapted_is_refused():
     with pytest.raises(ValueError, match="no_such.*there are: 0, 2"):
-        replace_linear_with_bidora(mlp(), 2, ["0", "no_such"])
+        replace_linear_with_bidora(mlp(), 2, target_modules=["0", "no_such"])
     model = mlp()
     with pytest.raises(ValueError, match="2: rank 6 does not fit"):
-        replace_linear_with_bidora(model, 6, ["0", "2"])
+        replace_linear_with_bidora(model, 6, target_modules=["0", "2"])
     assert not bidora.adapter_layers(model)  # not half adapted
     with pytest.raises(ValueError, match="rank 0 does not fit"):
-        replace_linear_with_bidora(mlp(), 0, ["2"])
+        replace_linear_with_bidora(mlp(), 0, target_modules=["2"])
     with pytest.raises(ValueError, match="already"):
-        replace_linear_with_bidora(replace_linear_with_bidora(mlp(), 2, ["0"]), 2, ["0"])
-    with pytest.raises(ValueError, match="not quantised: load it with quantize='nf4'"):
-        prepare_bidora_model(mlp(), BiDoRAConfig(target_modules=["0"]), quantized=True)
+        adapted = replace_linear_with_bidora(mlp(), 2, target_modules=["0"])
+        replace_linear_with_bidora(adapted, 2, target_modules=["0"])
     tied = tiny_llama()
     tied.lm_head.weight = tied.model.embed_tokens.weight
     with pytest.raises(ValueError, match="shares its weight"):
-        replace_linear_with_bidora(tied, 2, ["lm_head"])
+        replace_linear_with_bidora(tied, 2, target_modules=["lm_head"])
 
 
 def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path):
-    model = replace_linear_with_bidora(mlp(), 2, ["0"])
+    model = replace_linear_with_bidora(mlp().requires_grad_(False), 2, target_modules=["0"])
     save_adapter(model, tmp_path)
     with pytest.raises(ValueError, match=r"0\.lora_A.*\(2, 12\).*\(2, 13\)"):
         load_adapter(nn.Sequential(nn.Linear(13, 20)), tmp_path)
     with pytest.raises(ValueError, match="no linear layer 0"):
         load_adapter(nn.Sequential(nn.ReLU()), tmp_path)
     with pytest.raises(ValueError, match="0 has alpha 16 in the file, 8 in the model"):
-        load_adapter(replace_linear_with_bidora(mlp(), 2, ["0"], lora_alpha=8.0), tmp_path)
+        load_adapter(
+            replace_linear_with_bidora(mlp(), 2, target_modules=["0"], lora_alpha=8.0), tmp_path
+        )
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     for change, named in (
-        ({"modules_to_save": ["2"]}, "modules_to_save is not supported"),
+        ({"modules_to_save": ["2"]}, "modules_to_save names 2, of which .* holds nothing"),
         ({"kasa_config": {"beta": 1}}, "kasa_config"),
         ({"bias": "all"}, "bias"),
         ({"use_dora": False}, "contradict"),

@@ -329,7 +329,7 @@ def test_saved_model_loads_in_transformers(tmp_path, family, changes, dtype, ada
     ours = Transformer.from_pretrained(tmp_path / "peer", dtype)
     if adapted:
         for layer in bidora.adapter_layers(
-            bidora.replace_linear_with_bidora(ours, 4, ["q_proj", "down_proj"])
+            bidora.replace_linear_with_bidora(ours, 4, target_modules=["q_proj", "down_proj"])
         ).values():
             torch.nn.init.normal_(layer.lora_B, std=0.1)
             layer.lora_magnitude_vector.data *= 1.1

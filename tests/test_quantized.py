@@ -17,15 +17,7 @@ import transformers
 from test_model import checkpoint
 
 import bidora
-from bidora import (
-    BiDoRAConfig,
-    adapter_layers,
-    load_adapter,
-    merge,
-    prepare_bidora_model,
-    replace_linear_with_bidora,
-    save_adapter,
-)
+from bidora import adapter_layers, load_adapter, merge, replace_linear_with_bidora, save_adapter
 from hypergrad import HYPERGRADIENTS, create_bilevel_optimizer
 from model import Transformer
 from support import quantized
@@ -67,7 +59,7 @@ def test_blocks_are_codes_times_scales(kind, shape):
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_and_both_derivatives_are_those_of_the_dequantised_weight(kind):
     packed = pack(torch.randn(1100, 24), kind)
-    x, bias = torch.randn(2, 3, 24, requires_grad=True), torch.randn(1100)
+    x = torch.randn(2, 3, 24, requires_grad=True)
     weight = dequantize(packed, torch.float32)
 
     def derivatives(y):
@@ -75,8 +67,8 @@ def test_products_and_both_derivatives_are_those_of_the_dequantised_weight(kind)
         (gg,) = torch.autograd.grad((g**2).sum(), x)
         return y, g, gg
 
-    ours = derivatives(linear(x, packed, bias))
-    expected = derivatives(nn.functional.linear(x, weight, bias))
+    ours = derivatives(linear(x, packed))
+    expected = derivatives(nn.functional.linear(x, weight))
     for a, b in zip(ours, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
@@ -90,7 +82,7 @@ def models(folder, kind, method="bidora", **options):
         torch.manual_seed(1)
         model.requires_grad_(False)
         replace_linear_with_bidora(
-            model, 4, ["q_proj", "v_proj", "down_proj"], method=method, **options
+            model, 4, target_modules=["q_proj", "v_proj", "down_proj"], method=method, **options
         )
         for layer in adapter_layers(model).values():
             nn.init.normal_(layer.lora_B, std=0.05)
@@ -200,7 +192,7 @@ def test_layers_that_bitsandbytes_made_are_adapted_too(tmp_path, kind, called):
 
     # The adapted model starts as the one with the dequantised weights.
     weights = [dequantised(layer) for layer in (model[0], model[2])]
-    prepare_bidora_model(model, BiDoRAConfig(rank=4, target_modules=["0", "2"]), quantized=True)
+    replace_linear_with_bidora(model.requires_grad_(False), 4, target_modules=["0", "2"])
     hidden = torch.relu(nn.functional.linear(x, weights[0], model[0].bias))
     expected = nn.functional.linear(hidden, weights[1], model[2].bias)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
@@ -215,15 +207,9 @@ def test_layers_that_bitsandbytes_made_are_adapted_too(tmp_path, kind, called):
     # Its adapter is refused by a model with other layers.
     save_adapter(model, tmp_path)
     others = nn.Sequential(*(nn.Linear(*weight.T.shape) for weight in weights))
-    prepare_bidora_model(others, BiDoRAConfig(rank=4, target_modules=["0", "1"]))
+    replace_linear_with_bidora(others.requires_grad_(False), 4, target_modules=["0", "1"])
     with pytest.raises(ValueError, match="does not fit"):
         load_adapter(others, tmp_path)
-
-
-def test_quantized_must_be_true_of_the_model():
-    model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="not quantised"):
-        prepare_bidora_model(model, BiDoRAConfig(target_modules=["0"]), quantized=True)
 
 
 def test_an_unknown_kind_is_refused(tmp_path):

@@ -94,7 +94,7 @@ def adapted(folder, dtype):
     torch.manual_seed(0)
     model = Transformer.from_pretrained(folder, dtype).requires_grad_(False)
     targets = ("q_proj", "v_proj", "o_proj", "down_proj")
-    return bidora.replace_linear_with_bidora(model, 8, targets)
+    return bidora.replace_linear_with_bidora(model, 8, target_modules=targets)
 
 
 def products(model, train, val, v=None):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import bidora
 import data
-from hypergrad import HYPERGRADIENTS, create_bilevel_optimizer
+from hypergrad import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
 from model import ModelConfig, Transformer
 from support import settings
 from support.files import read_json, replacing, write_json
@@ -201,11 +201,11 @@ def step(bench, name, base):
     size = 2 if "micro-batch" in name else 0
 
     def lower():
-        optimizer.lower_step(loss_fn, *data.micro_batches(batch()))
+        optimizer.lower_step(loss_fn, MicroBatches(data.micro_batches(batch())))
 
     def search():
-        optimizer.lower_step_kept(loss_fn, *data.micro_batches(batch(), size))
-        optimizer.upper_step(loss_fn, None, data.micro_batches(batch()))
+        optimizer.lower_step_kept(loss_fn, MicroBatches(data.micro_batches(batch(), size)))
+        optimizer.upper_step(loss_fn, None, MicroBatches(data.micro_batches(batch())))
 
     return search if name in SEARCH else lower
 
