@@ -10,10 +10,12 @@ The answer is supervised (a completion, an output, a label, the assistant's turn
 everything is.
 """
 
+import bisect
 import itertools
 import json
 import math
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,25 +55,36 @@ def load_examples(path_or_name):
 
 def split(examples, val_fraction=0.2, seed=0):
     """
-    Shuffle and split into (train, val), label by label (stratified).
+    Shuffle and split into (train, val), label by label (stratified). Examples with the same "group"
+    (sentences of one review) stay together, so val may be a little smaller than asked.
 
     Raises ValueError when train or val would be empty, or would lack a label that the other has.
     """
-    groups = {}
-    for example in random.Random(seed).sample(examples, len(examples)):
-        groups.setdefault(example.get("label"), []).append(example)
+    labels, groups = {}, {}
+    for i, example in enumerate(random.Random(seed).sample(examples, len(examples))):
+        label, group = example.get("label"), example.get("group", i)
+        labels.setdefault(label, []).append((group, example))
+        groups.setdefault(group, Counter())[label] += 1
+
+    # Groups go to val in random order, as long as they fit into what it lacks of each label.
+    lacking = Counter({label: round(val_fraction * len(rows)) for label, rows in labels.items()})
+    chosen = set()
+    for group, counts in groups.items():
+        if counts <= lacking:
+            lacking -= counts
+            chosen.add(group)
 
     train, val = [], []
-    for label, group in groups.items():
-        count = round(val_fraction * len(group))
-        if not 0 < count < len(group):
+    for label, rows in labels.items():
+        count = sum(group in chosen for group, _ in rows)
+        if not 0 < count < len(rows):
             what = f"label {label!r}" if label is not None else "the data"
             raise ValueError(
-                f"val_fraction={val_fraction} of the {len(group)} examples of {what} leaves an "
-                f"empty split: give more examples, or another val_fraction"
+                f"val_fraction={val_fraction} of the {len(rows)} examples of {what} leaves an "
+                f"empty split: give more examples (groups stay whole), or another val_fraction"
             )
-        val += group[:count]
-        train += group[count:]
+        val += [example for group, example in rows if group in chosen]
+        train += [example for group, example in rows if group not in chosen]
     return train, val
 
 
@@ -151,11 +164,45 @@ class Encoded:
     prompt_ids: list = field(default_factory=list)  # classification: the prompt alone
 
 
-def tokenize_question(text, tokenizer, label_prompt, labels):
-    """The prompt of a classification example, up to where the label goes, as token ids."""
-    message = label_prompt.replace("{labels}", ", ".join(labels)).replace("{text}", text)
-    messages = [{"role": "user", "content": message}]
-    return tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+def prefix_of(tokenizer):
+    """The token ids before a conversation: a chat template writes its own, the plain one none."""
+    return [] if tokenizer.has_chat_template else tokenizer.prefix_ids
+
+
+def tokenize_prompt(messages, tokenizer):
+    """A conversation up to where the assistant's next turn goes, as token ids."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return prefix_of(tokenizer) + tokenizer.encode(text)
+
+
+def tokenize_question(text, tokenizer, label_prompt, label_ids, block_size):
+    """
+    The prompt of a classification example, up to where the label goes: (token ids, whether it was
+    cut). label_ids: from tokenize_labels.
+
+    Of a prompt that leaves no room for every label in block_size tokens, the left of the text is
+    cut, and nothing else. Raises ValueError if that is not enough.
+    """
+
+    def prompt(start):
+        question = label_prompt.replace("{labels}", ", ".join(label_ids))
+        question = question.replace("{text}", text[start:])
+        return tokenize_prompt([{"role": "user", "content": question}], tokenizer)
+
+    room = block_size - max(map(len, label_ids.values()))
+    ids = prompt(0)
+    if len(ids) <= room:
+        return ids, False
+
+    start = bisect.bisect_left(range(len(text)), True, key=lambda i: len(prompt(i)) <= room)
+    ids = prompt(start)
+    if len(ids) > room:
+        raise ValueError(
+            f"block_size={block_size} must hold the classification question, which takes "
+            f"{len(ids)} tokens without any text, and a label ({block_size - room}): raise "
+            f"block_size, or shorten label_prompt"
+        )
+    return ids, True
 
 
 def tokenize_labels(labels, tokenizer):
@@ -169,8 +216,8 @@ def tokenize_labels(labels, tokenizer):
     return ids
 
 
-def segments(example, tokenizer, label_prompt, label_ids):
-    """The example as a list of (token ids, whether they are supervised)."""
+def segments(example, tokenizer):
+    """An example of any format but classification, as a list of (token ids, if supervised)."""
     kind, eos = format_of(example), [tokenizer.eos_id]
     if kind in ("text", "code"):
         return [(tokenizer.prefix_ids, False), (tokenizer.encode(example[kind]) + eos, True)]
@@ -178,9 +225,6 @@ def segments(example, tokenizer, label_prompt, label_ids):
         whole, cut = example["prompt"] + example["completion"], len(example["prompt"])
         prompt, completion = tokenizer.encode_cut(whole, [cut])
         return [(tokenizer.prefix_ids + prompt, False), (completion + eos, True)]
-    if kind == "classification":
-        question = tokenize_question(example["text"], tokenizer, label_prompt, label_ids)
-        return [(question, False), (label_ids[example["label"]], True)]
 
     if kind == "instruction":
         request = "\n\n".join(filter(None, (example["instruction"], example.get("input"))))
@@ -192,11 +236,18 @@ def segments(example, tokenizer, label_prompt, label_ids):
         messages = example["messages"]  # up to the last answer: nothing is learnt from the rest
         last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
         messages = messages[: last + 1]
-    text, spans = tokenizer.chat.conversation(messages)
+    try:
+        text, spans = tokenizer.chat.conversation(messages)
+    except ValueError as error:
+        quoted = json.dumps(example, ensure_ascii=False)
+        raise ValueError(f"{error}; the example is {quoted:.80}…") from None
+
     pieces = tokenizer.encode_cut(text, [cut for span in spans for cut in span])
+    pieces[0] = prefix_of(tokenizer) + pieces[0]
+    pieces.pop()  # the end that the template writes after the last answer
     # The model must learn to stop, also where the template does not mark the end of an answer.
     if not tokenizer.chat.end_of_turn:
-        pieces[-2:] = [pieces[-2] + eos]
+        pieces[-1] += eos
     return [(tokens, i % 2 == 1) for i, tokens in enumerate(pieces)]
 
 
@@ -212,18 +263,20 @@ def encode(
     Turn examples into (list of Encoded, how many were cut).
 
     block_size: most tokens per row. A longer example is cut on the left, so its last answer stays
-    whole; plain text fills several rows. label_ids: from tokenize_labels, for classification.
-    Raises ValueError for an answer without room for a prompt, or if the chat template refuses.
+    whole; of a classification example, only the text is cut; plain text fills several rows.
+    label_ids: from tokenize_labels, for classification. Raises ValueError for an answer without
+    room for a prompt, for a question without room, or if the chat template refuses.
     """
     encoded, cut = [], 0
     for example in examples:
-        try:
-            pieces = segments(example, tokenizer, label_prompt, label_ids)
-        except ValueError as error:
-            quoted = json.dumps(example, ensure_ascii=False)
-            raise ValueError(f"{error}; the example is {quoted:.80}…") from None
-        if len(pieces) > 1 and not pieces[-1][1]:
-            pieces.pop()  # the end that the template writes after the last answer
+        kind, question, shortened = format_of(example), [], False
+        if kind == "classification":
+            question, shortened = tokenize_question(
+                example["text"], tokenizer, label_prompt, label_ids, block_size
+            )
+            pieces = [(question, False), (label_ids[example["label"]], True)]
+        else:
+            pieces = segments(example, tokenizer)
 
         ids = [token for tokens, _ in pieces for token in tokens]
         targets = [
@@ -231,7 +284,7 @@ def encode(
             for tokens, supervised in pieces
             for token in tokens
         ]
-        if format_of(example) in ("text", "code"):
+        if kind in ("text", "code"):
             # A row's first token is the last of the row before, so that each is predicted once.
             for start in range(0, len(ids) - 1, block_size - 1):
                 row = slice(start, start + block_size)
@@ -245,20 +298,26 @@ def encode(
                 f"the answer that begins with {begin!r} has {answer} tokens, and "
                 f"block_size={block_size} must hold it and some prompt: raise block_size"
             )
-        cut += len(ids) > block_size
-        ids, targets = ids[-block_size:], targets[-block_size:]
-        label = example["label"] if format_of(example) == "classification" else None
-        encoded.append(Encoded(ids, targets, label, ids[:-answer] if label is not None else []))
+        cut += shortened or len(ids) > block_size
+        label = example["label"] if kind == "classification" else None
+        encoded.append(Encoded(ids[-block_size:], targets[-block_size:], label, question))
     return encoded, cut
 
 
-def check_vocabulary(encoded, vocab_size, folder):
-    """Raise ValueError for a token in any split that the model in `folder` does not have."""
+def check_vocabulary(encoded, vocab_size, tokenizer):
+    """Raise ValueError for a token in any split, or for padding, that the model does not have."""
     largest = max(max(row.input_ids) for rows in encoded.values() for row in rows)
     if largest >= vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer produced token {largest}, but the model's vocabulary has "
-            f"only {vocab_size} tokens"
+            f"{tokenizer.folder}: the tokenizer produced token {largest}, but the model's "
+            f"vocabulary has only {vocab_size} tokens"
+        )
+    if tokenizer.pad_id >= vocab_size:
+        token = next(text for text, i in tokenizer.added.items() if i == tokenizer.pad_id)
+        raise ValueError(
+            f"{tokenizer.folder}: the padding token {token!r} has the id {tokenizer.pad_id}, but "
+            f"the model's vocabulary has only {vocab_size} tokens: set pad_token in "
+            f"tokenizer_config.json to an added token with a lower id"
         )
 
 

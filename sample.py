@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bidora import load_adapter
-from data import LABEL_PROMPT, tokenize_labels, tokenize_question
+from data import LABEL_PROMPT, tokenize_labels, tokenize_prompt, tokenize_question
 from model import Transformer
 from support import settings
 from support.files import read_json
@@ -111,20 +111,22 @@ def answer(model, tokenizer, messages, config):
     """
     if isinstance(messages, str):
         ids = tokenizer.prefix_ids + tokenizer.encode(messages)
-    else:  # a template writes its own prefix
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        ids = tokenizer.encode(text)
+    else:
+        ids = tokenize_prompt(messages, tokenizer)
     ids = torch.tensor([ids], device=model.lm_head.weight.device)
     options = (config.temperature, config.top_k or None, config.top_p, tokenizer.stop_ids)
     out = model.generate(ids, config.max_new_tokens, *options)
     return tokenizer.decode(out[0, ids.size(1) :].tolist())
 
 
-def classify(model, tokenizer, text, labels, label_prompt):
-    """(probability, label) of every label, likeliest first; the probabilities sum to 1."""
-    prompt = tokenize_question(text, tokenizer, label_prompt, labels)
-    answers = list(tokenize_labels(labels, tokenizer).values())
-    p = model.score([prompt], answers)[0].softmax(-1)
+def classify(model, tokenizer, text, labels, label_prompt, block_size):
+    """
+    (probability, label) of every label, likeliest first; the probabilities sum to 1. A text too
+    long for block_size tokens is cut as in training.
+    """
+    label_ids = tokenize_labels(labels, tokenizer)
+    prompt, _ = tokenize_question(text, tokenizer, label_prompt, label_ids, block_size)
+    p = model.score([prompt], list(label_ids.values()))[0].softmax(-1)
     return sorted(zip(p.tolist(), labels), reverse=True)
 
 
@@ -178,8 +180,11 @@ def main(arguments):
         if config.chat:
             chat(model, tokenizer, config)
         elif labels and not config.raw:
-            question = run.get("label_prompt", LABEL_PROMPT)
-            for p, label in classify(model, tokenizer, config.prompt, labels, question):
+            options = (
+                run.get("label_prompt", LABEL_PROMPT),
+                run.get("block_size", model.config.max_position_embeddings),
+            )
+            for p, label in classify(model, tokenizer, config.prompt, labels, *options):
                 print(f"{p:6.1%}  {label}")
         else:
             messages = config.prompt if config.raw else [{"role": "user", "content": config.prompt}]

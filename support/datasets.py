@@ -38,6 +38,9 @@ def rated_snippets(name):
     """
     Snippets labelled 'positive' or 'negative' by the sign of their mean human rating (-4 to 4; less
     than ±0.5 is left out): 10,070 from movie reviews, or 2,977 sentences from product reviews.
+
+    The product reviews' ids say which sentences belong together: 12_3 is the third of review 12,
+    so its group is "12". The film snippets' ids are plain numbers.
     """
     with tarfile.open(fetch(**SNIPPETS)) as outer:
         path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -45,16 +48,16 @@ def rated_snippets(name):
             file = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
             lines = file.read().decode("utf-8").splitlines()
 
-    ratings = {}  # by text, so that no snippet occurs twice
+    examples = {}  # by text, so that no snippet occurs twice
     for line in lines:
-        _, rating, text = line.split("\t")
-        if abs(float(rating)) >= 0.5:
-            ratings.setdefault(text.strip(), float(rating))
-
-    return [
-        {"text": text, "label": "positive" if rating > 0 else "negative"}
-        for text, rating in ratings.items()
-    ]
+        name, rating, text = line.split("\t")
+        if abs(float(rating)) < 0.5:
+            continue
+        example = {"text": text.strip(), "label": "positive" if float(rating) > 0 else "negative"}
+        if "_" in name:
+            example["group"] = name.partition("_")[0]
+        examples.setdefault(example["text"], example)
+    return list(examples.values())
 
 
 def toy_sentiment(size=2000):

@@ -20,12 +20,7 @@ from support.files import malformed, read_json, replacing, write_json
 from support.quantized import QuantizedLinear, kind_of, pack
 
 # The values that transformers assumes for keys that config.json leaves out
-COMMON = {
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "sliding_window": None,
-    "rms_norm_eps": 1e-6,
-}
+COMMON = {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6}
 MISTRAL = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
 QWEN = {
     "max_position_embeddings": 32768,
@@ -101,10 +96,11 @@ def check_numbers(c, rope, head_dim, windows):
     for name in ("rope_theta", "factor", "original_max_position_embeddings"):
         positive += [rope[name]] if name in rope else []
     numbers = all(isinstance(value, (int, float)) and value > 0 for value in positive)
-    if not numbers or len(windows) != c["num_hidden_layers"]:
+    whole = all(isinstance(window, int | None) for window in windows)
+    if not numbers or not whole or len(windows) != c["num_hidden_layers"]:
         raise ValueError(
-            f"config.json: rms_norm_eps, head_dim, sliding_window and the rope's numbers must be "
-            f"positive, not {positive}"
+            f"config.json: rms_norm_eps, head_dim, sliding_window (an integer) and the rope's "
+            f"numbers must be positive, not {positive}"
         )
     try:
         rotary.frequencies(rope, head_dim)  # fails on the rope's other numbers, if they are wrong
@@ -150,13 +146,23 @@ def read_sizes(c):
 
 
 def read_windows(c, kind, layers):
-    """For each layer: how many tokens back it sees, itself included; None for all of them."""
-    if kind not in ("qwen2", "qwen3"):
-        return [c["sliding_window"]] * layers
+    """
+    For each layer: how many tokens back it sees, itself included; None for all of them.
+
+    As in transformers, llama has no windows, whatever else its config.json holds, and mistral has
+    the same one in all layers. Raises ValueError for another kind of layer.
+    """
+    if kind in ("llama", "mistral"):
+        return [c["sliding_window"] if kind == "mistral" else None] * layers
     full = ["full_attention"] * layers  # Qwen's first layers see everything
     types = c.get("layer_types") or [
         full[i] if i < c["max_window_layers"] else "sliding_attention" for i in range(layers)
     ]
+    if unknown := [t for t in types if t not in ("full_attention", "sliding_attention")]:
+        raise ValueError(
+            f"config.json: layer_types holds {unknown[0]!r}, which is not supported; "
+            f"'full_attention' and 'sliding_attention' are"
+        )
     slides = bool(c.get("use_sliding_window"))
     return [c["sliding_window"] if slides and t == "sliding_attention" else None for t in types]
 

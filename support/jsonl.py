@@ -6,6 +6,8 @@ JSONL files of examples, checked line by line. The keys decide an example's form
     {"instruction", "input"?, "output"}             an instruction and its answer
     {"prompt", "completion"}                        used without a chat template
     {"text", "label"}                               classification
+
+Any of them may also have a "group": data.split keeps the examples of a group together.
 """
 
 import json
@@ -42,8 +44,9 @@ def read_jsonl(path):
 
         where = f"{path}:{number}"
         example = parse(line, where)
-        if isinstance(example, dict) and isinstance(example.get("label"), int):  # 0, 1 are common
-            example["label"] = str(example["label"])
+        for key in ("label", "group"):  # 0, 1 are common
+            if isinstance(example, dict) and isinstance(example.get(key), int):
+                example[key] = str(example[key])
         check_example(example, where)
         if kind not in (None, format_of(example)):
             raise ValueError(
@@ -59,6 +62,17 @@ def read_jsonl(path):
     if not examples:
         raise ValueError(f"{path} holds no examples")
     return examples
+
+
+def count_shared(examples, others):
+    """How many of the examples are also among the others, by the keys that training uses."""
+
+    def used(example):
+        keys = (*FORMATS[format_of(example)], "input")
+        return json.dumps([example.get(key) for key in keys], sort_keys=True)
+
+    known = set(map(used, others))
+    return sum(used(example) in known for example in examples)
 
 
 def parse(line, where):
@@ -103,13 +117,14 @@ def check_example(example, where):
             have = f"has the keys {', '.join(example) or '(none)'}"
         raise ValueError(f"{where}: the line {have}; use one of these sets of keys: {needed}")
 
+    for key in (*FORMATS[kind], "input", "group"):
+        if key in example and key != "messages" and not isinstance(example[key], str):
+            name = type(example[key]).__name__
+            raise ValueError(f"{where}: {key!r} is {name}, not a string")
+
     if kind == "messages":
         answers = assistant_turns(example["messages"], where)
     else:
-        for key in [*FORMATS[kind], *(["input"] if "input" in example else [])]:
-            if not isinstance(example[key], str):
-                name = type(example[key]).__name__
-                raise ValueError(f"{where}: {key!r} is {name}, not a string")
         answers = [example[FORMATS[kind][-1]]]
 
     if not all(answer.strip() for answer in answers):

@@ -1,5 +1,6 @@
 """What a run prints: its plan, the final table and what to try next. Also draws the loss curves."""
 
+import itertools
 import shlex
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from support import distributed, hardware
 from support.datasets import BUILT_IN
 from support.files import replacing
+from support.jsonl import count_shared
 
 START = """Start with:
     python train.py --config=small.py    (downloads 95 MB, takes about 3 minutes on two CPU cores)
@@ -34,10 +36,12 @@ def announce(task, method, second_order):
     if not source:
         source = f"{config.data} (licence: {BUILT_IN[config.data].licence})"
     print(f"data: {source}: {counts}{labels}")
+    announce_shared(config, task.splits)
     if task.cut:
+        cut = "their texts were" if task.label_ids else "they were"
         print(
             f"{task.cut} examples were longer than block_size={config.block_size} tokens: "
-            f"cut on the left, their answers kept"
+            f"{cut} cut on the left, their answers kept"
         )
     if tokenizer.library_reason:
         print(
@@ -51,6 +55,18 @@ def announce(task, method, second_order):
     if second_order:
         warn_of_scores(task)
     announce_phases(config, method)
+
+
+def announce_shared(config, splits):
+    """Print how many lines of val_file and test_file are also in the files before them."""
+    files = {f"{name}_file": rows for name, rows in splits.items()}
+    if not config.val_file:  # then val is a part of train_file
+        files["train_file"] = splits["train"] + files.pop("val_file")
+    if not config.test_file:
+        del files["test_file"]
+    for (name, rows), (later, later_rows) in itertools.combinations(files.items(), 2):
+        if shared := count_shared(later_rows, rows):
+            print(f"{shared} of {len(later_rows)} lines of {later} are also in {name}")
 
 
 def trainable(sizes):
