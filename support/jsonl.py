@@ -117,8 +117,9 @@ def check_example(example, where):
             have = f"has the keys {', '.join(example) or '(none)'}"
         raise ValueError(f"{where}: the line {have}; use one of these sets of keys: {needed}")
 
-    for key in (*FORMATS[kind], "input", "group"):
-        if key in example and key != "messages" and not isinstance(example[key], str):
+    strings = () if kind == "messages" else (*FORMATS[kind], "input")
+    for key in (*strings, "group"):
+        if key in example and not isinstance(example[key], str):
             name = type(example[key]).__name__
             raise ValueError(f"{where}: {key!r} is {name}, not a string")
 

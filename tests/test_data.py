@@ -2,13 +2,21 @@
 
 import collections
 import itertools
+import json
+import random
+import shutil
+import tarfile
 
 import pytest
 import torch
-from test_tokenizer import trained_tokenizer
+from test_tokenizer import Listener, trained_tokenizer
 
 import data
+import sample
+import train
+from config import Config
 from data import Tokenizer, batches, encode, load_examples, split
+from support import datasets
 from support.pretrained import find_model
 
 # -------------------------------------------------------------------------------------------- loss
@@ -88,6 +96,54 @@ def test_long_examples_lose_the_left_of_the_prompt_never_the_answer(tiny):
     assert tiny.decode(rows[0].input_ids, skip_special=False) == "p" * 13 + "answer<|im_end|>"
     with pytest.raises(ValueError, match="begins with 'aaaa.*block_size=20"):
         encode([{"prompt": "p", "completion": "a" * 30}], tiny, 20)
+
+
+# A question with the text in its middle, and the tiny model's chat template around a question
+QUESTION, SCAFFOLD = "ok, bad? {text}!", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def with_room_for(room, tokenizer):
+    """(block_size, label_ids) that leave `room` tokens for a text: "bad" is the longest label."""
+    label_ids = data.tokenize_labels(["bad", "ok"], tokenizer)
+    around = tokenizer.encode(SCAFFOLD.format(QUESTION.replace("{text}", "")))
+    return len(around) + len("bad") + room, label_ids
+
+
+def test_a_long_classification_example_loses_the_left_of_its_text_and_nothing_else(tiny):
+    """The tiny model has one token a byte, so what is left can be counted."""
+    block_size, label_ids = with_room_for(16, tiny)
+    examples = [{"text": "x" * 30 + "0123456789abcdef", "label": label} for label in ("bad", "ok")]
+    examples.append({"text": "0123456789abcdef", "label": "ok"})
+    rows, cut = encode(examples, tiny, block_size, QUESTION, label_ids)
+    kept = SCAFFOLD.format(QUESTION.replace("{text}", "0123456789abcdef"))
+    for row, example in zip(rows, examples):
+        assert tiny.decode(row.prompt_ids, skip_special=False) == kept
+        assert tiny.decode(row.input_ids, skip_special=False) == kept + example["label"]
+        assert tiny.decode([t for t in row.labels if t != -100]) == example["label"]
+    assert cut == 2
+
+
+def test_a_text_is_cut_between_characters(tiny):
+    """Of 16 tokens, each a byte, five euro signs take 15; a sixth would be cut in two."""
+    block_size, label_ids = with_room_for(16, tiny)
+    [row], _ = encode([{"text": "€" * 8, "label": "ok"}], tiny, block_size, QUESTION, label_ids)
+    kept = SCAFFOLD.format(QUESTION.replace("{text}", "€" * 5))
+    assert tiny.decode(row.prompt_ids, skip_special=False) == kept
+
+
+def test_sample_cuts_a_long_text_as_training_does(tiny):
+    block_size, label_ids = with_room_for(16, tiny)
+    text, model = "a longer text than there is room for", Listener()
+    sample.classify(model, tiny, text, list(label_ids), QUESTION, block_size)
+    [row], _ = encode([{"text": text, "label": "ok"}], tiny, block_size, QUESTION, label_ids)
+    assert model.heard == [row.prompt_ids]
+
+
+def test_a_question_that_leaves_no_room_is_refused(tiny):
+    block_size, label_ids = with_room_for(-1, tiny)
+    for text in ("", "x" * 30):
+        with pytest.raises(ValueError, match=f"block_size={block_size} must hold .* question"):
+            encode([{"text": text, "label": "ok"}], tiny, block_size, QUESTION, label_ids)
 
 
 def test_long_plain_text_is_laid_out_in_rows(tiny):
@@ -196,6 +252,74 @@ def test_split_is_stratified_disjoint_and_repeatable():
         split(examples[:6], 0.2)
 
 
+def test_a_split_keeps_groups_whole_and_nearly_its_size_and_its_labels():
+    """
+    200 examples in 60 groups of one to eight. A quarter of 120 with label a, and of 80 with b, may
+    miss three each: a group of four, say, may be the smallest that is left.
+    """
+    rng = random.Random(0)
+    examples = [
+        {"text": str(i), "label": "a" if i % 5 < 3 else "b", "group": str(rng.randrange(60))}
+        for i in range(200)
+    ]
+    for seed in range(20):
+        parts = split(examples, 0.25, seed)
+        groups = [{example["group"] for example in part} for part in parts]
+        assert not groups[0] & groups[1]
+        assert sorted(e["text"] for e in sum(parts, [])) == sorted(e["text"] for e in examples)
+        found = collections.Counter(example["label"] for example in parts[1])
+        assert 27 <= found["a"] <= 30 and 17 <= found["b"] <= 20
+        assert split(examples, 0.25, seed) == parts
+
+
+def test_groups_that_are_too_large_to_be_split_are_refused():
+    examples = [{"text": str(i), "group": str(i % 2)} for i in range(20)]
+    with pytest.raises(ValueError, match="groups stay whole"):
+        split(examples, 0.2)
+
+
+@pytest.fixture
+def cache(monkeypatch, request):
+    """One cache for the whole session."""
+    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+
+
+def test_no_product_review_has_sentences_in_two_splits(cache):
+    """The archive says which review a sentence is of: 1_3 is the third sentence of review 1."""
+    path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    with tarfile.open(datasets.fetch(**datasets.SNIPPETS)) as outer:
+        with tarfile.open(fileobj=outer.extractfile(path)) as inner:
+            file = inner.extractfile("hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt")
+            lines = [line.split("\t") for line in file.read().decode().splitlines()]
+    reviews = collections.defaultdict(set)
+    for name, rating, text in lines:
+        if abs(float(rating)) >= 0.5:
+            reviews[text.strip()].add(name.split("_")[0])
+
+    for seed in (0, 1):
+        config = Config(data="product-sentiment", train_size=200, test_size=300, seed=seed)
+        splits, _ = data.load_splits(config)
+        assert [len(splits[name]) for name in ("train", "val", "test")] == pytest.approx(
+            [160, 40, 300], abs=3
+        )
+        for one, other in itertools.combinations(splits.values(), 2):
+            # "great phone." may be a sentence of two reviews.
+            sole = [reviews[e["text"]] for e in one if len(reviews[e["text"]]) == 1]
+            others = [reviews[e["text"]] for e in other if len(reviews[e["text"]]) == 1]
+            assert not set.union(*sole) & set.union(*others)
+
+
+def test_a_group_in_a_file_is_a_string_or_an_integer(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "group": 1}\n{"text": "b", "group": "x"}\n')
+    assert [example["group"] for example in load_examples(path)] == ["1", "x"]
+    turns = [{"role": "assistant", "content": "a"}]
+    for line in ({"text": "c", "group": [2]}, {"messages": turns, "group": 0.5}):
+        path.write_text(json.dumps(line))
+        with pytest.raises(ValueError, match=r"a.jsonl:1: 'group' is (list|float), not a string"):
+            load_examples(path)
+
+
 def test_toy_sentiment_is_balanced():
     labels = [example["label"] for example in data.BUILT_IN["toy-sentiment"].load()]
     assert labels.count("yes") == labels.count("no") == 1000
@@ -222,3 +346,69 @@ def test_batches_grouped_by_length_hold_every_row_once_an_epoch_with_less_paddin
     assert [ids.shape for ids, _ in epoch(seed=1, group_by_length=True)] != [
         ids.shape for ids, _ in grouped
     ]
+
+
+# -------------------------------------------------------------------------------- what a run says
+
+
+class Begins(Exception):
+    """Training would begin now."""
+
+
+@pytest.fixture
+def begin(cache, tmp_path, monkeypatch):
+    """A function that prepares a run of the tiny model, up to its first step."""
+
+    def stop(*arguments):
+        raise Begins
+
+    def begin(**settings):
+        monkeypatch.setattr(train, "fit", stop)
+        settings = dict(model="tiny-random", dtype="float32", out_dir="run") | settings
+        settings["overwrite"] = True
+        with pytest.raises(Begins):
+            train.train(Config(**settings))
+
+    monkeypatch.chdir(tmp_path)
+    return begin
+
+
+def test_lines_of_a_test_or_val_file_that_are_also_in_another_file_are_counted(begin, capsys):
+    """Examples are compared: not the order of their keys, spaces, or keys that nobody reads."""
+
+    def write(name, numbers, form):
+        lines = [form.format(number, ("no", "yes")[number % 2]) for number in numbers]
+        with open(name, "w") as file:
+            file.write("\n".join(lines))
+
+    write("train.jsonl", range(20), '{{"text": "{}", "label": "{}"}}')
+    write("val.jsonl", range(18, 28), '{{"label":  "{1}", "text": "{0}"}}')
+    write("test.jsonl", [1, 2, 3, 20, 40, 41], '{{"text": "{}", "label": "{}", "source": "me"}}')
+
+    begin(train_file="train.jsonl", val_file="val.jsonl", test_file="test.jsonl")
+    out = capsys.readouterr().out
+    assert "2 of 10 lines of val_file are also in train_file" in out
+    assert "3 of 6 lines of test_file are also in train_file" in out
+    assert "1 of 6 lines of test_file are also in val_file" in out
+
+    begin(train_file="train.jsonl", test_file="test.jsonl")  # val is split off from train_file
+    assert "3 of 6 lines of test_file are also in train_file" in capsys.readouterr().out
+    begin(train_file="train.jsonl")
+    assert "are also in" not in capsys.readouterr().out
+
+
+def test_a_padding_token_that_the_model_lacks_is_named(begin, tmp_path):
+    shutil.copytree(find_model("tiny-random"), "model")
+    vocab_size = json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"]
+    token = {"id": vocab_size, "content": "<pad>", "special": True}
+    for name, key, value in (
+        ("tokenizer.json", "added_tokens", [token]),
+        ("tokenizer_config.json", "pad_token", "<pad>"),
+    ):
+        path = tmp_path / "model" / name
+        content = json.loads(path.read_text())
+        content[key] = content[key] + value if isinstance(value, list) else value
+        path.write_text(json.dumps(content))
+    said = rf"'<pad>' has the id {vocab_size}, .* only {vocab_size} tokens: set pad_token"
+    with pytest.raises(ValueError, match=said):
+        begin(model="model", data="toy-sentiment", test_size=40)

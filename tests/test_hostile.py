@@ -164,7 +164,7 @@ def test_jsonl_with_changed_values(folder, lines, more):
         label_ids = data.tokenize_labels(
             sorted({example["label"] for example in examples if "label" in example}), tokenizer
         )
-        data.encode(examples, tokenizer, 64, data.LABEL_PROMPT, label_ids)
+        data.encode(examples, tokenizer, 256, data.LABEL_PROMPT, label_ids)
 
     survives(read, "data.jsonl", "label", "block_size", "example")
 

@@ -256,6 +256,48 @@ def test_edited_and_shortened_configs_mean_what_they_mean_to_transformers(tmp_pa
         )
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(sliding_window=7),
+        dict(sliding_window=7, use_sliding_window=True, max_window_layers=1),
+        dict(sliding_window=7, use_sliding_window=False, max_window_layers=1),
+        dict(sliding_window=7, use_sliding_window=True, layer_types=[SLIDING, FULL, SLIDING]),
+        dict(sliding_window=None, use_sliding_window=True, max_window_layers=1),
+    ],
+)
+def test_a_window_counts_where_it_counts_in_transformers(tmp_path, family, change):
+    """
+    Within 1e-4 in fp32, as above. A leftover window that counts would change llama's logits by 3.
+    """
+    checkpoint(tmp_path, family)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    ids = torch.randint(0, 131, (2, 30))
+    with torch.no_grad():
+        expected = FAMILIES[family][1].from_pretrained(tmp_path).eval()(ids).logits
+        torch.testing.assert_close(
+            Transformer.from_pretrained(tmp_path)(ids), expected, atol=1e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(layer_types=[FULL, "chunked_attention", FULL]), "holds 'chunked_attention'"),
+        (dict(layer_types=[SLIDING] * 3, sliding_window=7.0), "sliding_window .an integer."),
+    ],
+)
+def test_windows_that_transformers_cannot_compute_are_refused(change, said):
+    config = LLAMA | {"model_type": "qwen2", "use_sliding_window": True}
+    with pytest.raises(ValueError, match=said):
+        ModelConfig.from_hf(config | change)
+
+
 def test_a_head_that_is_said_to_be_tied_but_differs_is_refused(tmp_path):
     checkpoint(tmp_path, tie_word_embeddings=False)
     path = tmp_path / "config.json"

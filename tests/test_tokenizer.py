@@ -6,6 +6,7 @@ import sys
 import unicodedata
 
 import pytest
+import torch
 import transformers
 from tokenizers import (
     AddedToken,
@@ -20,6 +21,7 @@ from tokenizers import (
 from tokenizers import Tokenizer as Peer
 
 import data
+import sample
 from support.tokenizer import Tokenizer
 from support.tokenizer_files import QWEN2_SPLIT
 
@@ -731,3 +733,71 @@ def test_a_cut_inside_a_token_tokenizes_both_sides_as_generation_does(tmp_path):
     ]
     assert ours.encode_cut("the film", [4]) == [ours.encode("the "), ours.encode("film")]
     assert ours.encode_cut("the film", [3]) == [ours.encode("the"), ours.encode(" film")]
+
+
+PLAIN = "User:\nfilm<|im_end|>\nAssistant:\n"  # the plain template, up to an answer
+CONVERSATIONS = {
+    "messages": {
+        "messages": [{"role": "user", "content": "film"}, {"role": "assistant", "content": "good"}]
+    },
+    "instruction": {"instruction": "film", "output": "good"},
+    "classification": {"text": "film", "label": "good"},
+}
+
+
+@pytest.mark.parametrize("kind", ["llama3", "smollm"])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_without_a_chat_template_rows_begin_as_the_tokenizer_begins_a_text(tmp_path, kind, name):
+    """Here llama3's tokenizer puts <|im_start|> before a text, and smollm's puts nothing."""
+    peer = trained_tokenizer(tmp_path, kind, template=None)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    label_ids = data.tokenize_labels(["bad", "good"], ours)
+    [row], _ = data.encode([CONVERSATIONS[name]], ours, 400, "{text}", label_ids)
+    end = "" if name == "classification" else "<|im_end|>"
+    assert row.input_ids == peer.encode(f"{PLAIN}good{end}").ids
+    counted = [token for token in row.labels if token != -100]
+    assert counted == peer.encode(f"good{end}", add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_chat_template_decides_alone_how_a_row_begins(tmp_path, name):
+    peer = trained_tokenizer(
+        tmp_path,
+        "llama3",
+        template="{% for m in messages %}" + "{{ m.content }}<|im_end|>{% endfor %}",
+    )
+    ours = Tokenizer.from_pretrained(tmp_path)
+    label_ids = data.tokenize_labels(["bad", "good"], ours)
+    [row], _ = data.encode([CONVERSATIONS[name]], ours, 400, "{text}", label_ids)
+    begin = peer.encode("film<|im_end|>good", add_special_tokens=False).ids
+    assert row.input_ids[: len(begin)] == begin
+
+
+class Listener(torch.nn.Module):
+    """In a model's place: keeps the prompts that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm_head, self.heard = torch.nn.Linear(1, 1), []
+
+    def generate(self, ids, *options):
+        self.heard += ids.tolist()
+        return ids
+
+    def score(self, prompts, answers):
+        self.heard += prompts
+        return torch.zeros(len(prompts), len(answers))
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_sample_prompts_a_model_as_training_did(tmp_path, template):
+    trained_tokenizer(tmp_path, "llama3", template=template)
+    ours, model = Tokenizer.from_pretrained(tmp_path), Listener()
+    labels = data.tokenize_labels(["bad", "good"], ours)
+    turns = CONVERSATIONS["messages"]["messages"]
+    sample.answer(model, ours, turns[:1], sample.Sample())
+    sample.classify(model, ours, "film", list(labels), "{text}", 400)
+    for name, heard in zip(("messages", "classification"), model.heard, strict=True):
+        [row], _ = data.encode([CONVERSATIONS[name]], ours, 400, "{text}", labels)
+        answer = sum(label != -100 for label in row.labels)
+        assert heard == row.input_ids[:-answer]
