@@ -116,9 +116,7 @@ class BiDoRALinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device)
         if linear is not None:
             self.adopt(linear)
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        self.requires_grad_(False)  # the weight and the bias
 
         self.method, self.norm_grad = METHODS[method], norm_grad
         self.magnitude_axis = magnitude_axis

@@ -572,7 +572,7 @@ class BilevelOptimizer:
             )
 
         self.function, self.second_order = entry.function, entry.second_order
-        self.takes = inspect.signature(entry.function).parameters
+        self.takes = set(inspect.signature(entry.function).parameters)
         self.looks_back = "past" in self.takes  # on the steps that the lower level has taken
         self.needs_train = self.looks_back or self.second_order
         self.options, self.kept_steps = options, options.get("steps", 1)
@@ -649,11 +649,12 @@ class BilevelOptimizer:
         self.begun, found = True, reached(loss)
         ours = {id(parameter) for parameter in (*self.lower, *self.upper)}
         named = [(name, p) for name, p in self.model.named_parameters() if id(p) in ours]
-        layers = {name.rpartition(".")[0]: None for name, p in named if id(p) not in found}
+        layers = [name.rpartition(".")[0] for name, p in named if id(p) not in found]
+        layers = list(dict.fromkeys(layers))
         if not layers:
             return
 
-        names = ", ".join([*layers][:5]) + (f" and {len(layers) - 5} more" if layers[5:] else "")
+        names = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if layers[5:] else "")
         problem = (
             f"no gradient reaches {names}: is the layer's weight read without calling the layer, "
             f"or is it inside reentrant gradient checkpointing (use_reentrant=False is right)?"

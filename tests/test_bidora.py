@@ -613,3 +613,168 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path):
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
         load_adapter(mlp(), tmp_path)
+
+
+# -------------------------------------------------------------- the norm follows the weight
+
+
+def other_and_expected():
+    """An adapted model, another one to be given its state, an input, and the right output."""
+    model, other = (
+        replace_linear_with_bidora(mlp(), 2, target_modules=["0", "2"]) for _ in range(2)
+    )
+    for layer in bidora.adapter_layers(model).values():
+        trained(layer)
+    x = torch.randn(6, 12)
+    return model, other, x, model(x)
+
+
+def test_the_norm_follows_a_weight_that_is_loaded_or_written():
+    model, other, x, expected = other_and_expected()
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(x), expected)
+    with torch.no_grad():
+        for ours, theirs in zip(model, mlp()):
+            if isinstance(ours, nn.Linear):
+                ours.weight.copy_(theirs.weight)
+    torch.testing.assert_close(model(x), merge(copy.deepcopy(model))(x))
+
+
+def test_the_norm_follows_a_weight_that_is_loaded_into_a_compiled_model():
+    model, other, x, expected = other_and_expected()
+    compiled = torch.compile(other, backend="eager")
+    compiled(x)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(compiled(x), expected)
+
+
+def test_a_model_adapted_on_the_meta_device_is_right_once_loaded():
+    model, _, x, expected = other_and_expected()
+    with torch.device("meta"):
+        empty = replace_linear_with_bidora(mlp(), 2, target_modules=["0", "2"])
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    torch.testing.assert_close(empty(x), expected)
+
+
+def test_adapters_stay_in_fp32_when_the_model_is_cast():
+    """The starting ratio is then 1 to the rounding of one weight in bf16, not of the norm."""
+    model = replace_linear_with_bidora(mlp(), 2, target_modules=["0", "2"])
+    model.to(torch.bfloat16)
+    for layer in bidora.adapter_layers(model).values():
+        assert layer.weight.dtype == torch.bfloat16
+        adapter = layer.lora_A, layer.lora_B, layer.magnitude, layer.weight_squares
+        assert {tensor.dtype for tensor in adapter} == {torch.float32}
+        # Rounding errors of 2^-9 at most in each of 12 or 20 numbers.
+        torch.testing.assert_close(layer.magnitude, layer.direction_norm(), rtol=2**-9, atol=0)
+        torch.testing.assert_close(layer.direction_norm(), layer.weight.float().norm(dim=1))
+    assert {p.dtype for p in model.double().parameters()} == {torch.float64}
+
+
+def test_a_base_weight_that_is_trained_gets_its_gradient_through_the_norm():
+    layer = trained(BiDoRALinear(10, 7, rank=3, linear=nn.Linear(10, 7).double()))
+    x = torch.randn(5, 10, dtype=torch.float64)
+    layer.weight.requires_grad_(True)
+    expected = torch.autograd.grad(reference(layer, x).sin().sum(), layer.weight)
+    torch.testing.assert_close(torch.autograd.grad(layer(x).sin().sum(), layer.weight), expected)
+
+
+# ------------------------------------------------------------------- precision and autocast
+
+
+@pytest.mark.parametrize("size", [1, 10, 100])
+def test_a_large_bias_does_not_spoil_the_gradient_of_m_in_bf16(size):
+    """Within 1 % of float64, on average over m; y's own rounding in bf16 leaves 0.4 %."""
+    linear = nn.Linear(64, 32).bfloat16()
+    nn.init.normal_(linear.bias, std=size)
+    layer = trained(BiDoRALinear(64, 32, rank=4, linear=linear))
+    x, g = torch.randn(128, 64).bfloat16(), torch.randn(128, 32).bfloat16()
+    exact = torch.autograd.grad((reference(layer, x) * g.double()).sum(), layer.magnitude)[0]
+    ours = torch.autograd.grad((layer(x) * g).float().sum(), layer.magnitude)[0]
+    assert (ours - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("axis", bidora.CHOICES["magnitude_axis"])
+@pytest.mark.parametrize("method", bidora.METHODS)
+def test_autocast_computes_in_bf16_with_norms_and_gradients_in_fp32(method, axis):
+    """Within 2 % of fp32: three roundings of 2^-8 each."""
+    layer = BiDoRALinear(64, 32, method=method, magnitude_axis=axis)
+    nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(16, 64)
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    expected = layer(x)
+    gradients = torch.autograd.grad(expected.sum(), parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert (y - expected).norm() < 0.02 * expected.norm()
+    for got, g in zip(torch.autograd.grad(y.float().sum(), parameters), gradients):
+        assert got.dtype == torch.float32 and (got - g).norm() < 0.02 * g.norm()
+
+
+# --------------------------------------------------------------------- layers of other kinds
+
+
+def test_a_layer_that_its_owner_reads_without_calling_it_is_refused():
+    with pytest.raises(ValueError, match="out_proj: nn.MultiheadAttention reads"):
+        replace_linear_with_bidora(nn.MultiheadAttention(8, 2), 2, target_modules=["out_proj"])
+
+
+class Named(nn.Module):
+    """Modules whose names end alike: two linear ones, and two of other kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(6, 6)
+        self.inner = nn.Module()
+        self.inner.proj = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.outer = nn.Module()
+        self.outer.inner = nn.Module()
+        self.outer.inner.proj = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.outer.inner.proj(self.inner.proj(self.proj(x)))
+
+
+@pytest.mark.parametrize("targets", [["proj"], ["inner.proj"], ["inner.proj.0", "proj"]])
+def test_peft_adapts_the_same_layers_whatever_other_modules_are_called(targets, tmp_path):
+    base = Named().requires_grad_(False)
+    model = replace_linear_with_bidora(copy.deepcopy(base), 2, target_modules=targets)
+    for layer in bidora.adapter_layers(model).values():
+        trained(layer)
+    save_adapter(model, tmp_path)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "name, config, task",
+    [
+        ("LlamaForCausalLM", "LlamaConfig", "CAUSAL_LM"),
+        ("BertForSequenceClassification", "BertConfig", "SEQ_CLS"),
+        ("BertForTokenClassification", "BertConfig", "TOKEN_CLS"),
+        ("BertForQuestionAnswering", "BertConfig", "QUESTION_ANS"),
+        ("BertForMaskedLM", "BertConfig", None),
+        ("BertModel", "BertConfig", None),
+        ("T5ForConditionalGeneration", "T5Config", "SEQ_2_SEQ_LM"),
+    ],
+)
+def test_the_task_type_is_the_models(name, config, task, tmp_path):
+    sizes = dict(vocab_size=31, num_hidden_layers=1, hidden_size=8, num_attention_heads=2)
+    if config == "T5Config":
+        sizes = dict(vocab_size=31, num_layers=1, d_model=8, num_heads=2, d_kv=4, d_ff=8)
+    with torch.device("meta"):
+        model = getattr(transformers, name)(getattr(transformers, config)(**sizes))
+    model.to_empty(device="cpu").requires_grad_(False)
+    targets = {"LlamaConfig": ["q_proj"], "T5Config": ["q"]}.get(config, ["query"])
+    save_adapter(replace_linear_with_bidora(model, 2, target_modules=targets), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == task
+
+
+def test_trained_parameters_that_no_file_of_pefts_can_hold_are_named_after_saving(tmp_path):
+    model = replace_linear_with_bidora(mlp().requires_grad_(False), 2, target_modules=["0"])
+    model[0].bias.requires_grad_(True)
+    model[2].bias.requires_grad_(True)
+    with pytest.raises(ValueError, match="saved without 0.bias, trained parameters"):
+        save_adapter(model, tmp_path)
+    saved = load_adapter(mlp(), tmp_path)
+    torch.testing.assert_close(saved[2].bias, model[2].bias)

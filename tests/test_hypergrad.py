@@ -4,12 +4,14 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from test_model import checkpoint
 
 import bidora
@@ -1020,3 +1022,209 @@ def test_8_bit_adamw_follows_adamw_at_both_levels():
         )
     with pytest.raises(ValueError, match="'sgd'.*adamw, adamw8bit"):
         create_bilevel_optimizer(ours.model, 1e-2, 1e-2, optimizer="sgd")
+
+
+# ------------------------------------------------- what the optimizer must not do in silence
+
+
+def hypergradients_taken(optimizer):
+    """A list that collects the hypergradient of each upper step from now on."""
+    taken, real = [], optimizer.step
+
+    def step(of, parameters, gradients, loss):
+        if of is optimizer.upper_optimizer:
+            taken.append([g.clone() for g in gradients])
+        real(of, parameters, gradients, loss)
+
+    optimizer.step = step
+    return taken
+
+
+@pytest.mark.parametrize("steps, lower_steps", [(1, 3), (3, 3), (2, 4)])
+def test_bilevel_step_differentiates_through_as_many_steps_as_asked(steps, lower_steps):
+    """Autograd through AdamW's last steps, from the state before them."""
+    c = Curved()
+    options = dict(hypergradient="unrolled", precondition="adam", steps=steps)
+    optimizer = warmed_up(c, lower_steps=lower_steps, **options)
+    twin = copy.deepcopy((c, optimizer))
+    for _ in range(lower_steps - steps):
+        twin[1].lower_step(c.loss, c.train)
+    expected = adam_by_hand(twin[0], twin[1].lower_optimizer, 0.3, steps)
+    taken = hypergradients_taken(optimizer)
+    optimizer.bilevel_step(c.loss, c.train, c.val)
+    torch.testing.assert_close(tuple(taken[0]), expected, rtol=1e-8, atol=1e-11)
+
+
+def test_looking_back_on_more_steps_than_are_taken_is_refused():
+    c = Curved()
+    optimizer = create_bilevel_optimizer(c.model, hypergradient="unrolled", steps=3)
+    with pytest.raises(ValueError, match="steps=3 looks back on more than lower_steps=1"):
+        optimizer.bilevel_step(c.loss, c.train, c.val)
+
+
+def test_a_batch_that_is_a_list_is_one_batch():
+    """As a DataLoader gives it; only MicroBatches are parts."""
+    c = Curved()
+    optimizer = create_bilevel_optimizer(c.model)
+    twin, other = copy.deepcopy((c, optimizer))
+    loss = optimizer.upper_step(c.loss, list(c.train), list(c.val))
+    assert loss == other.upper_step(c.loss, tuple(c.train), tuple(c.val))
+    assert all(torch.equal(m, n) for m, n in zip(c.upper, twin.upper))
+
+
+def test_a_step_that_is_not_kept_drops_those_that_were():
+    c = Curved()
+    optimizer = create_bilevel_optimizer(c.model)
+    optimizer.lower_step_kept(c.loss, c.train)
+    optimizer.lower_step(c.loss, c.train)
+    with pytest.raises(ValueError, match="no lower step was kept"):
+        optimizer.upper_step(c.loss, None, c.val)
+
+
+def test_a_step_that_fails_is_not_kept():
+    c = Curved()
+    optimizer = create_bilevel_optimizer(c.model)
+    with pytest.raises(FloatingPointError):
+        optimizer.lower_step_kept(lambda m, batch: c.loss(m, batch) * float("inf"), c.train)
+    with pytest.raises(ValueError, match="no lower step was kept"):
+        optimizer.upper_step(c.loss, None, c.val)
+
+
+def test_the_rate_of_a_simulated_step_is_the_one_that_a_step_would_take():
+    c = Curved()
+    optimizer = create_bilevel_optimizer(c.model, 0.5, grad_clip=float("inf"))
+    optimizer.scale_lr(0.1)
+    expected, taken = c.through_autograd(0.05, 1), hypergradients_taken(optimizer)
+    optimizer.upper_step(c.loss, c.train, c.val)
+    torch.testing.assert_close(tuple(taken[0]), expected)
+
+
+def test_the_rate_of_a_kept_step_is_the_one_at_its_time():
+    c = Curved()
+    optimizer = create_bilevel_optimizer(c.model, 0.5, grad_clip=float("inf"))
+    optimizer.scale_lr(0.1)
+    twin = copy.deepcopy(c)
+    optimizer.lower_step_kept(c.loss, c.train)
+    optimizer.scale_lr(0.01)  # as a schedule may, before the upper step
+
+    both = torch.autograd.grad(c.loss(c.model, c.val), c.lower + c.upper)
+    g = torch.autograd.grad(twin.loss(twin.model, twin.train), twin.lower, create_graph=True)
+    cross = torch.autograd.grad(g, twin.upper, grad_outputs=both[: len(g)])
+    taken = hypergradients_taken(optimizer)
+    optimizer.upper_step(c.loss, None, c.val)
+    expected = [h - 0.05 * x for h, x in zip(both[len(g) :], cross)]
+    torch.testing.assert_close(taken[0], expected)
+
+
+# At alpha = 10 the terms grow for the network's curvature; at 1e-3 they shrink.
+@pytest.mark.parametrize("alpha, grows", [(10.0, True), (1e-3, False)])
+def test_a_neumann_series_whose_terms_grow_says_so(alpha, grows, recwarn):
+    q = Quadratic()
+    neumann(*q.arguments, alpha=alpha, terms=5)
+    assert any("terms of the Neumann series grow" in str(w.message) for w in recwarn) == grows
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(hypergradient="neumann", steps=3), "neumann has no option 'steps': .*alpha, terms"),
+        (dict(hypergradient="first_order", lr=0.1), "no option 'lr': it has none"),
+        (dict(steps=0), "steps=0 must be a whole number of at least 1"),
+        (dict(steps=1.5), "steps=1.5 must be a whole number"),
+        (dict(lr=-0.1), "lr=-0.1 must be a positive number"),
+        (dict(hypergradient="neumann", alpha="small"), "alpha='small' must be"),
+        (dict(hypergradient="conjugate_gradient", damping=float("nan")), "damping=nan must be"),
+    ],
+)
+def test_wrong_options_of_a_hypergradient_are_refused_at_once(options, said):
+    with pytest.raises(ValueError, match=said):
+        create_bilevel_optimizer(Curved().model, **options)
+
+
+def test_preconditioning_by_moments_needs_a_lower_step_first():
+    c = Curved()
+    optimizer = create_bilevel_optimizer(
+        c.model, hypergradient="neumann", precondition="adam", grad_clip=1.0
+    )
+    with pytest.raises(ValueError, match="take a lower step first"):
+        optimizer.upper_step(c.loss, c.train, c.val)
+
+
+def test_an_optimizers_state_can_be_saved_and_loaded():
+    """Bit for bit the same steps after it, schedule included."""
+    c = Curved()
+    optimizer = create_bilevel_optimizer(c.model, 1e-2, 1e-2)
+    optimizer.scale_lr(0.5)
+    optimizer.bilevel_step(c.loss, c.train, c.val)
+    twin = copy.deepcopy(c)
+    other = create_bilevel_optimizer(twin.model, 1e-2, 1e-2)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, o in ((c, optimizer), (twin, other)):
+        o.scale_lr(0.7)
+        o.bilevel_step(each.loss, each.train, each.val)
+    assert all(torch.equal(a, b) for a, b in zip(c.lower + c.upper, twin.lower + twin.upper))
+
+
+# ------------------------------------------------------------------ parameters out of reach
+
+
+class Checkpointed(nn.Module):
+    """Linear layers, each under gradient checkpointing of a kind; dropout in the adapters."""
+
+    def __init__(self, *reentrant, dropout=0.0):
+        super().__init__()
+        layers = nn.ModuleList(nn.Linear(5, 5) for _ in reentrant).double().requires_grad_(False)
+        self.layers, self.reentrant = layers, reentrant
+        replace_linear_with_bidora(
+            self, 2, lora_dropout=dropout, target_modules=[str(i) for i in range(len(layers))]
+        )
+
+    def forward(self, x):
+        for layer, reentrant in zip(self.layers, self.reentrant):
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).tanh()
+        return x
+
+
+def square(model, x):
+    return model(x).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_model_whose_adapters_no_gradient_reaches_is_refused_at_the_first_step():
+    model, x = Checkpointed(True, True), torch.randn(4, 5, dtype=torch.float64)
+    for step in ("lower_step", "lower_step_kept"):
+        optimizer = create_bilevel_optimizer(model)
+        with pytest.raises(ValueError, match=r"no gradient reaches layers.0, layers.1"):
+            getattr(optimizer, step)(square, x)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_layers_that_no_gradient_reaches_are_named_once():
+    model, x = Checkpointed(True, False), torch.randn(4, 5, dtype=torch.float64)
+    optimizer = create_bilevel_optimizer(model)
+    with pytest.warns(UserWarning, match="no gradient reaches layers.0: "):
+        optimizer.bilevel_step(square, x, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "None of the inputs")
+        optimizer.bilevel_step(square, x, x)
+
+
+@pytest.mark.parametrize("name", HYPERGRADIENTS)
+def test_dropout_under_gradient_checkpointing_gives_the_same_steps_as_without(name, monkeypatch):
+    """1e-12: the same operations in float64, with the same dropout mask."""
+    results = []
+    for recompute in (True, False):
+        torch.manual_seed(0)
+        model, x = Checkpointed(False, False, dropout=0.5), torch.randn(4, 5).double()
+        if not recompute:
+            monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", direct_call)
+        optimizer = create_bilevel_optimizer(model.train(), 1e-2, 1e-2, hypergradient=name)
+        for _ in range(2):
+            optimizer.bilevel_step(square, x, x + 1)
+        results.append([p.detach().clone() for p in optimizer.lower + optimizer.upper])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+
+def direct_call(function, *arguments, use_reentrant):
+    return function(*arguments)

@@ -253,3 +253,70 @@ print(status("VmHWM") - start)
         ).stdout
     )
     assert grown < 150, grown
+
+
+def test_int8_is_rounded_once_to_bf16():
+    packed = pack(torch.randn(300, 64).bfloat16(), "int8")
+    exact = packed.data.float() * (packed.SCB[:, None] / 127)
+    assert torch.equal(dequantize(packed, torch.bfloat16), exact.bfloat16())
+
+
+LOADED = {
+    "nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "int8": dict(load_in_8bit=True),
+}
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("kind", LOADED)
+def test_models_that_transformers_quantised_are_adapted_and_merged(kind, called, tmp_path):
+    """
+    After merging, all is ordinary and bf16, and transformers saves and loads it. Within 2 % of the
+    adapted model: merged weights are rounded to bf16. `called`: bitsandbytes' int8 layers move
+    their scales when they are first called.
+    """
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
+    packing = transformers.BitsAndBytesConfig(**LOADED[kind])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.bfloat16, quantization_config=packing
+    )
+    ids = torch.arange(12).view(2, 6)
+    if called:
+        model(ids)
+    every = list(bidora.linear_layers(model.model, bidora.ALL_LINEAR))
+    replace_linear_with_bidora(model.requires_grad_(False), 4, target_modules=every)
+    for layer in bidora.adapter_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    with torch.no_grad():
+        expected = model(ids).logits.float()
+
+    merged = merge(model)
+    assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for each in (merged, loaded):
+        with torch.no_grad():
+            error = (each(ids).logits.float() - expected).norm() / expected.norm()
+        assert error < 0.02
+
+
+@pytest.mark.parametrize("kind", LOADED)
+def test_layers_without_an_adapter_are_dequantised_too(kind, tmp_path):
+    checkpoint(tmp_path, "Llama")
+    packing = transformers.BitsAndBytesConfig(**LOADED[kind])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=packing
+    )
+    model(torch.arange(6)[None])
+    replace_linear_with_bidora(model.requires_grad_(False), 2, target_modules=["q_proj"])
+    assert {p.dtype for p in merge(model).parameters()} == {torch.bfloat16}
+    assert not hasattr(model.config, "quantization_config")

@@ -1,0 +1,341 @@
+"""
+Adapters and hypergradients on models that this project did not write: tiny random ones of
+transformers and of torch, with float64 finite differences and PEFT as references.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import transformers
+from peft import PeftModel
+from scipy.sparse.linalg import LinearOperator, minres
+from torch.nn import functional as F
+
+import bidora
+from bidora import load_adapter, merge, replace_linear_with_bidora, save_adapter
+from hypergrad import HYPERGRADIENTS, first_order
+
+DECODER = dict(
+    vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4
+)
+ENCODER = DECODER | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=1)
+
+
+def transformer(name, config, **settings):
+    """A tiny transformers model and its inputs for a seed."""
+    settings = dict(initializer_range=0.1) | settings
+    model = getattr(transformers, name)(getattr(transformers, config)(**settings))
+
+    def inputs(seed):
+        ids = torch.randint(2, 41, (3, 7), generator=torch.Generator().manual_seed(seed))
+        if name == "T5ForConditionalGeneration":
+            return {"input_ids": ids, "labels": ids.flip(1)}
+        return {"input_ids": ids}
+
+    return model, inputs
+
+
+def encoder():
+    """torch's own encoder, with dropout 0."""
+    layer = nn.TransformerEncoderLayer(16, 4, 24, 0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    return model, lambda seed: {
+        "src": torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(seed))
+    }
+
+
+# name: (how to build it, its target modules, the head that is trained beside the adapters)
+ARCHITECTURES = {
+    "llama": (
+        lambda: transformer("LlamaForCausalLM", "LlamaConfig", **DECODER, num_key_value_heads=2),
+        ["q_proj", "v_proj", "down_proj"],
+        None,
+    ),
+    "qwen2": (
+        lambda: transformer("Qwen2ForCausalLM", "Qwen2Config", **DECODER, num_key_value_heads=2),
+        ["q_proj", "k_proj", "up_proj"],
+        None,
+    ),
+    "roberta": (
+        lambda: transformer("RobertaForSequenceClassification", "RobertaConfig", **ENCODER),
+        ["query", "value", "intermediate.dense"],
+        "classifier",
+    ),
+    "bert": (
+        lambda: transformer("BertForSequenceClassification", "BertConfig", **ENCODER),
+        ["query", "value", "intermediate.dense"],
+        "classifier",
+    ),
+    "esm": (
+        lambda: transformer(
+            "EsmForTokenClassification",
+            "EsmConfig",
+            **ENCODER,
+            position_embedding_type="rotary",
+            mask_token_id=0,
+        ),
+        ["query", "value"],
+        "classifier",
+    ),
+    "t5": (
+        lambda: transformer(
+            "T5ForConditionalGeneration",
+            "T5Config",
+            vocab_size=41,
+            d_model=16,
+            d_kv=4,
+            d_ff=24,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        ),
+        ["q", "v", "wo"],
+        None,
+    ),
+    "gpt2": (
+        lambda: transformer(
+            "GPT2LMHeadModel",
+            "GPT2Config",
+            vocab_size=41,
+            n_embd=16,
+            n_layer=2,
+            n_head=4,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        ),
+        ["c_attn", "c_proj"],
+        None,
+    ),
+    "distilbert": (
+        lambda: transformer(
+            "DistilBertForSequenceClassification",
+            "DistilBertConfig",
+            vocab_size=41,
+            dim=16,
+            hidden_dim=24,
+            n_layers=2,
+            n_heads=4,
+            dropout=0.0,
+            attention_dropout=0.0,
+            seq_classif_dropout=0.0,
+        ),
+        ["q_lin", "v_lin", "lin1"],
+        "classifier",
+    ),
+    "nn.TransformerEncoder": (encoder, ["linear1", "linear2"], None),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request):
+    """(base in eval mode, its inputs for a seed, target modules, head)."""
+    torch.manual_seed(0)
+    build, targets, head = ARCHITECTURES[request.param]
+    model, inputs = build()
+    return model.eval().requires_grad_(False), inputs, targets, head
+
+
+def outputs(model, inputs):
+    """The logits, or torch's own encoder's output."""
+    with torch.no_grad():
+        result = model(**inputs)
+    return getattr(result, "logits", result)
+
+
+def adapted(base, targets, method="bidora"):
+    """A copy of base with adapters that have been moved."""
+    model = replace_linear_with_bidora(
+        copy.deepcopy(base), 2, 8, target_modules=targets, method=method
+    )
+    for layer in bidora.adapter_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+        if layer.magnitude is not None:
+            layer.magnitude.data.mul_(torch.linspace(0.8, 1.2, len(layer.magnitude)))
+    return model
+
+
+def test_new_adapters_change_nothing(architecture):
+    """Within 1e-6: a bias is added after the magnitude, in another order than the base's."""
+    base, inputs, targets, _ = architecture
+    before = outputs(base, inputs(0))
+    model = replace_linear_with_bidora(copy.deepcopy(base), 2, target_modules=targets)
+    torch.testing.assert_close(outputs(model, inputs(0)), before, rtol=0, atol=1e-6)
+
+
+def test_training_and_evaluation_mode_agree(architecture):
+    """
+    Within a thousandth of what the adapters change. Dropout is 0, so the modes differ only in the
+    code paths that a model takes, such as a fast one.
+    """
+    base, inputs, targets, _ = architecture
+    model = adapted(base, targets)
+    training, evaluating = outputs(model.train(), inputs(0)), outputs(model.eval(), inputs(0))
+    change = (training - outputs(base, inputs(0))).abs().max()
+    assert (training - evaluating).abs().max() < 1e-3 * change
+
+
+def test_saved_loaded_merged_and_read_by_peft(architecture, tmp_path):
+    """A trained head is saved along. Within 1e-5 of logits of about 1."""
+    base, inputs, targets, head = architecture
+    model = adapted(base, targets)
+    if head:
+        for parameter in getattr(model, head).parameters():
+            parameter.requires_grad_(True).data.add_(0.1)
+    expected = outputs(model, inputs(0))
+    save_adapter(model, tmp_path)
+
+    loaded = load_adapter(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(outputs(loaded, inputs(0)), expected, rtol=0, atol=1e-5)
+    merged = merge(loaded)
+    torch.testing.assert_close(outputs(merged, inputs(0)), expected, rtol=0, atol=1e-5)
+    shapes = {name: p.shape for name, p in base.named_parameters()}
+    assert {name: p.shape for name, p in merged.named_parameters()} == shapes
+
+    # In training mode, since PEFT's adapters vanish in torch's fast path; dropout is 0.
+    peer = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).train()
+    torch.testing.assert_close(outputs(peer, inputs(0)), expected, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------- hypergradients
+
+
+class Problem:
+    """A float64 bi-level problem, with all derivatives by finite differences of gradients."""
+
+    def __init__(self, base, inputs, targets):
+        self.model = adapted(base, targets).double()
+        self.lower = bidora.lower_parameters(self.model)
+        self.upper = bidora.upper_parameters(self.model)
+        self.train, self.val = (self.loss(inputs(seed)) for seed in (0, 1))
+
+    def loss(self, inputs):
+        inputs = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+
+        def loss():
+            result = self.model(**inputs)
+            y = getattr(result, "logits", result)
+            return F.cross_entropy(y.flatten(0, -2), y.new_zeros(y[..., 0].numel()).long())
+
+        return loss
+
+    def at(self, function, moves):
+        """function() with parameters moved by {parameter: change}."""
+        for p, change in moves:
+            p.data = p.data + change
+        value = function()
+        for p, change in moves:
+            p.data = p.data - change
+        return value
+
+    def gradient(self, loss, parameters):
+        return torch.autograd.grad(loss(), parameters)
+
+    def along(self, xs, epsilon=1e-5):
+        """(H·x, the first entry of ∂²L/∂m∂V · x), from train gradients at V ± ε·x."""
+        wanted = [*self.lower, self.upper[0]]
+        scale = epsilon / sum(x.square().sum() for x in xs).sqrt()
+        plus, minus = (
+            self.at(
+                lambda: self.gradient(self.train, wanted),
+                [(p, sign * scale * x) for p, x in zip(self.lower, xs)],
+            )
+            for sign in (1, -1)
+        )
+        difference = [(p - q) / (2 * scale) for p, q in zip(plus, minus)]
+        return difference[:-1], difference[-1][0].item()
+
+    def slope(self, function, epsilon=1e-5):
+        """d function / d (first magnitude) by a central difference."""
+        one = torch.zeros_like(self.upper[0])
+        one[0] = epsilon
+        plus, minus = (self.at(function, [(self.upper[0], sign * one)]).item() for sign in (1, -1))
+        return (plus - minus) / (2 * epsilon)
+
+    def after_steps(self, steps, lr):
+        """The val loss after gradient steps on the train loss, as a function of the magnitudes."""
+        before = [p.data for p in self.lower]
+        for _ in range(steps):
+            for p, g in zip(self.lower, self.gradient(self.train, self.lower)):
+                p.data = p.data - lr * g
+        value = self.val().detach()
+        for p, data in zip(self.lower, before):
+            p.data = data
+        return value
+
+    def implicit(self, solve):
+        """∂F/∂m - ∂²L/∂m∂V · solve(∂F/∂V), its first entry."""
+        q = solve(self.gradient(self.val, self.lower))
+        return self.slope(lambda: self.val().detach()) - self.along(q)[1]
+
+    def series(self, v, terms, alpha):
+        """alpha · Σ_{j<terms} (I - alpha·H)^j · v."""
+        power = total = list(v)
+        for _ in range(terms - 1):
+            power = [x - alpha * h for x, h in zip(power, self.along(power)[0])]
+            total = [a + b for a, b in zip(total, power)]
+        return [alpha * x for x in total]
+
+    def solution(self, v, damping):
+        """The q of (H + damping·I)·q = v, by scipy's MINRES."""
+
+        def shaped(flat):
+            parts = torch.from_numpy(flat.copy()).split([x.numel() for x in v])
+            return [part.view_as(x) for part, x in zip(parts, v)]
+
+        def product(flat):
+            xs = shaped(flat)
+            return flatten([h + damping * x for h, x in zip(self.along(xs)[0], xs)])
+
+        flatten = lambda xs: torch.cat([x.flatten() for x in xs]).numpy()  # noqa: E731
+        b = flatten(v)
+        system = LinearOperator((len(b), len(b)), product, dtype=b.dtype)
+        return shaped(minres(system, b, rtol=1e-10)[0])
+
+
+VARIANTS = {
+    "first_order": ({}, lambda p: p.slope(lambda: p.val().detach())),
+    "unrolled": (dict(lr=0.5), lambda p: p.slope(lambda: p.after_steps(1, 0.5))),
+    "unrolled, two steps": (
+        dict(lr=0.5, steps=2),
+        lambda p: p.slope(lambda: p.after_steps(2, 0.5)),
+    ),
+    "finite_difference": (
+        dict(lr=0.5, radius=1e-4),
+        lambda p: p.slope(lambda: p.after_steps(1, 0.5)),
+    ),
+    "neumann": (dict(terms=3, alpha=0.5), lambda p: p.implicit(lambda v: p.series(v, 3, 0.5))),
+    "conjugate_gradient": (
+        dict(iterations=30, damping=20.0),
+        lambda p: p.implicit(lambda v: p.solution(v, 20.0)),
+    ),
+}
+
+
+@pytest.fixture
+def all_in_float64(monkeypatch):
+    """The models' norms and softmaxes say torch.float32, which leaves differences only noise."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.mark.filterwarnings("ignore:the terms of the Neumann series grow")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hypergradients_equal_finite_differences(architecture, variant, all_in_float64):
+    """
+    On the first magnitude, relative to the largest hypergradient: 1e-6, what central differences
+    in float64 with steps of 1e-5 leave. The cross term is far above it.
+    """
+    problem = Problem(*architecture[:3])
+    options, truth = VARIANTS[variant]
+    function = HYPERGRADIENTS[variant.partition(",")[0]].function
+    h = function(problem.train, problem.val, problem.lower, problem.upper, **options)
+    scale = max(x.abs().max().item() for x in h)
+    assert abs(h[0][0].item() - truth(problem)) < 1e-6 * scale
+
+    direct = first_order(problem.train, problem.val, problem.lower, problem.upper)
+    cross = max((a - b).abs().max().item() for a, b in zip(h, direct))
+    assert variant == "first_order" or cross > 1e-4 * scale
