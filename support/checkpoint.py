@@ -24,14 +24,17 @@ from support.files import read_json, write_json
 
 
 def random_states():
-    """The states of the random generators of torch, numpy and Python, in a form for JSON."""
+    """
+    The states of the random generators of torch, numpy and Python, in a form for JSON. Of the GPUs
+    only the current one is asked, and only if it is in use.
+    """
     numbers = numpy.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return {
         "torch": torch.get_rng_state().tolist(),
         "numpy": [numbers[0], numbers[1].tolist(), *numbers[2:]],
         "python": random.getstate(),
-        "cuda": [state.tolist() for state in cuda],
+        "cuda": None if cuda is None else cuda.tolist(),
     }
 
 
@@ -41,8 +44,7 @@ def set_random_states(states):
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     if states["cuda"]:
-        cuda = [torch.tensor(state, dtype=torch.uint8) for state in states["cuda"]]
-        torch.cuda.set_rng_state_all(cuda)
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
 
 
 def levels(bilevel_optimizer):
@@ -74,11 +76,9 @@ def load_optimizer_state(bilevel_optimizer, tensors):
         for key in [key for key in tensors if key.startswith(f"{level}.")]:
             _, i, name = key.split(".")
             value, parameter = tensors[key], parameters[int(i)]
-            if value.dim() > 0:
-                value = value.to(parameter.device)
-            elif not value.is_floating_point():  # steps: torch keeps a tensor, bitsandbytes an int
-                value = value.item()
-            optimizer.state[parameter][name] = value
+            # The number of steps: torch keeps a tensor where the parameter is, bitsandbytes an int.
+            whole = value.dim() == 0 and not value.is_floating_point()
+            optimizer.state[parameter][name] = value.item() if whole else value.to(parameter.device)
 
 
 def save(run, step, tensors, about):

@@ -4,9 +4,10 @@ products and losses are summed over all processes.
 
     torchrun --standalone --nproc_per_node=2 train.py --config=small.py
 
-torchrun sets RANK, LOCAL_RANK and WORLD_SIZE. Without them there is one process, and the functions
-here do nothing. A loss is weighted by its rows' share of the labels in the whole batch, so the sum
-over the processes is what one process would have computed.
+torchrun sets RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE, this machine's processes. Without
+them there is one process, and the functions here do nothing. A loss is weighted by its rows' share
+of the labels in the whole batch, so the sum over the processes is what one process would have
+computed.
 
 With --fsdp=True (FSDP2) each process keeps only its share of the frozen weights. It collects a
 whole block, the embeddings or the head only while it computes them.
@@ -23,19 +24,25 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-RANK, LOCAL_RANK, WORLD_SIZE = (
-    int(os.environ.get(name, default))
-    for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE, LOCAL_WORLD_SIZE = (
+    int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
 )
 
 
 def start(device):
     """
-    Join the other processes, once, and return this process's device.
+    Join the other processes, once, and return this process's device; a GPU becomes torch's current
+    one.
 
-    device: 'cpu', 'cuda', ... The processes talk by NCCL between GPUs, by gloo between CPUs. Raises
-    ValueError where torchrun could not restart them.
+    device: 'cpu', 'cuda', or one GPU such as 'cuda:1', for a single process only. The processes
+    talk by NCCL between GPUs, by gloo between CPUs. Raises ValueError where there is no GPU for
+    each process, or where torchrun could not restart them.
     """
+    if WORLD_SIZE > 1 and device.startswith("cuda"):
+        device = own_gpu(device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # pinned memory, for one, belongs to the current GPU
     if WORLD_SIZE == 1:
         return device
 
@@ -49,11 +56,28 @@ def start(device):
         )
 
     if not dist.is_initialized():
-        backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        gpu = torch.device(device) if device.startswith("cuda") else None
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=gpu)
         # Otherwise a thread of gloo's may outlive the interpreter, which then aborts at exit.
         atexit.register(dist.destroy_process_group)
-    return f"cuda:{LOCAL_RANK}" if device == "cuda" else device
+    return device
+
+
+def own_gpu(device):
+    """The GPU of this process, one of several. Raises ValueError as start does."""
+    if device != "cuda":
+        raise ValueError(
+            f"device={device} is one GPU, and each process needs its own: use device=cuda, and "
+            f"choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
+    count = torch.cuda.device_count()
+    if LOCAL_WORLD_SIZE > count:
+        raise ValueError(
+            f"{LOCAL_WORLD_SIZE} processes on this machine need a GPU each, and it has {count}: "
+            f"use torchrun --nproc_per_node={count}, or device=cpu"
+        )
+    return f"cuda:{LOCAL_RANK}"
 
 
 def add_up(tensors):
@@ -64,6 +88,15 @@ def add_up(tensors):
     dist.all_reduce(flat)
     sums = flat.split([tensor.numel() for tensor in tensors])
     return [total.view_as(tensor) for total, tensor in zip(sums, tensors)]
+
+
+def highest(number):
+    """The highest of the processes' integers, sent between CPUs: no process waits for its GPU."""
+    if WORLD_SIZE == 1:
+        return number
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.item()
 
 
 def same_everywhere(tensors):
@@ -122,7 +155,7 @@ def local_bytes(model):
     return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in frozen)
 
 
-def from_first(function, device="cpu"):
+def from_first(function):
     """
     Call a function in the first process alone, and return its result in all processes.
 
@@ -132,7 +165,7 @@ def from_first(function, device="cpu"):
     if WORLD_SIZE == 1:
         return function()
 
-    size = torch.zeros(1, dtype=torch.int64, device=device)
+    size = torch.zeros(1, dtype=torch.int64)
     if RANK == 0:
         try:
             content = {"value": function()}
@@ -140,13 +173,13 @@ def from_first(function, device="cpu"):
             kind = "ValueError" if isinstance(error, ValueError) else "OSError"
             content = {"error": str(error), "kind": kind}
         message = list(json.dumps(content).encode())
-        message = torch.tensor(message, dtype=torch.uint8, device=device)
+        message = torch.tensor(message, dtype=torch.uint8)
         size[0] = len(message)
 
     # The length first: the others need it to receive the message.
     dist.broadcast(size, 0)
     if RANK != 0:
-        message = torch.zeros(size.item(), dtype=torch.uint8, device=device)
+        message = torch.zeros(size.item(), dtype=torch.uint8)
     dist.broadcast(message, 0)
 
     content = json.loads(bytes(message.tolist()))

@@ -52,8 +52,8 @@ def peak_memory(device):
 
 def free_memory(device):
     """
-    Bytes of memory that a run may still take. On a CPU: what is available in the system, or in the
-    container if that is less; None if unknown.
+    Bytes of memory that this process may still take. On a CPU: its share of what is available in
+    the system, or in the container if that is less; None if unknown.
     """
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
@@ -66,15 +66,15 @@ def free_memory(device):
     if limit.exists() and limit.read_text().strip().isdigit():
         used = int((limit.parent / "memory.current").read_text())
         free = min(free, int(limit.read_text()) - used)
-    return free
+    return free // distributed.LOCAL_WORLD_SIZE
 
 
 def fast_dtype(device):
     """(float32 or bfloat16, whichever is fast on the device; the reason, in words)."""
     if device.startswith("cuda"):
-        if torch.cuda.is_bf16_supported():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU supports it"
-        return torch.float32, "the GPU has no bfloat16"
+        return torch.float32, "the GPU has no bfloat16, or only emulates it"
 
     # Many CPUs only emulate bfloat16, so time one matrix product in each dtype.
     seconds = {}
@@ -105,7 +105,7 @@ def choose_dtype(config, device, precise):
         dtype, why = fast_dtype(device)
         return str(dtype).removeprefix("torch."), why
 
-    return distributed.from_first(measured, device)
+    return distributed.from_first(measured)
 
 
 @dataclass
@@ -199,7 +199,8 @@ def candidates(c, config, method, data):
     longest, batch = data["longest"], config.batch_size
     block = min(c.max_position_embeddings, max(floor, 64 * math.ceil(longest / 64)))
     blocks = [max(min(block, floor), block >> i) for i in range(8)]
-    kinds = ["none"] if method is None else ["none", "int8", "nf4"]
+    packs = not (method is None or config.fsdp or config.compile)
+    kinds = ["none", "int8", "nf4"] if packs else ["none"]
     recompute = [True] if config.gradient_checkpointing else [False, True]
     micro = [batch // n for n in range(1, batch + 1) if batch % n == 0]
 
@@ -267,12 +268,13 @@ def fit_memory(config, method, device, dtype, c, encode):
     config with the settings that `choose` picks, which are also printed. encode: block_size ->
     (splits of rows, how many were cut). Raises ValueError if the free memory is unknown.
     """
-    free = distributed.from_first(lambda: free_memory(device), device)
+    free = free_memory(device)
     if free is None:
         raise ValueError(
             "auto_hardware=True: this system does not say how much memory is free; set quantize, "
             "micro_batch_size, gradient_checkpointing and block_size yourself"
         )
+    free = -distributed.highest(-free)  # the least, so that all processes choose alike
 
     splits, _ = encode(config.block_size or c.max_position_embeddings)
     rows = [row for split in splits.values() for row in split]

@@ -28,6 +28,8 @@ from support import checkpoint, distributed, hardware, report, run_folder
 from support.files import replacing, write_json
 from support.weight_changes import Trajectory
 
+LOG_EVERY = 0.25  # least seconds between writes: to read a loss, Python waits for the GPU
+
 
 class Run:
     """
@@ -51,7 +53,7 @@ class Run:
             return run_folder.find_run(config, self.out)
 
         try:
-            self.resuming, self.replaces = distributed.from_first(find_folder, self.device)
+            self.resuming, self.replaces = distributed.from_first(find_folder)
             if self.resuming:
                 config = run_folder.resumed_config(config, self.out, may_change)
                 self.state = checkpoint.load(self.out)
@@ -92,7 +94,7 @@ class Run:
         if self.state:
             self.restore(*self.state)
 
-        distributed.from_first(lambda: self.open_folder(task.about()), self.device)
+        distributed.from_first(lambda: self.open_folder(task.about()))
         if self.state:
             checkpoint.set_random_states(self.state[1]["random"])
         # Each process draws dropout masks of its own, after a resume too.
@@ -176,12 +178,8 @@ class Run:
             disable=not self.is_first,
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
-        log_path = self.out / "metrics.jsonl" if self.is_first else os.devnull
         try:
-            with (
-                open(log_path, "a", encoding="utf-8") as self.log,
-                checkpoint.stop_signals() as self.signals,
-            ):
+            with self.open_log(), checkpoint.stop_signals() as self.signals:
                 yield self.remaining()
                 self.end_phase()
         except FloatingPointError as error:
@@ -205,7 +203,8 @@ class Run:
 
     def record(self, step, losses):
         """
-        Log a finished step; take a snapshot, write a checkpoint or stop if it is time for that.
+        Log a finished step; take a snapshot, write the log or a checkpoint, or stop, if it is time
+        for that.
 
         losses: {"train_loss": a scalar tensor}, and "val_loss" if the upper level took a step.
         """
@@ -217,18 +216,14 @@ class Run:
         line = {"step": self.n, "phase": self.name}
         for key, level in (("train_loss", "lower"), ("val_loss", "upper")):
             if key in losses:
-                line |= {key: losses[key].item(), f"{level}_lr": rates[f"{level}_lr"]}
+                line |= {key: losses[key], f"{level}_lr": rates[f"{level}_lr"]}
         if step in self.marks and self.is_first:
             self.trajectory.record(self.model, self.name, self.n)
 
         line["seconds"] = round(time.time() - self.step_start, 4)
-        self.metrics.append(line)
-        self.log.write(json.dumps(line) + "\n")  # one write, so that a kill tears no line
-        self.log.flush()
-        shown = {"lower": line["train_loss"]}
-        if "val_loss" in line:
-            shown["upper"] = line["val_loss"]
-        self.bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
+        self.unwritten.append(line)
+        if time.time() - self.last_written >= LOG_EVERY:
+            self.write_log()
 
         stop = self.stop_asked()
         due = step - self.last_kept >= self.config.checkpoint_every
@@ -268,11 +263,39 @@ class Run:
         """
         The highest signal number that any process has received, or 0: all must stop at one step.
         """
-        own = torch.zeros(distributed.WORLD_SIZE, device=self.device)
-        own[distributed.RANK] = self.signals[0] if self.signals else 0
-        return int(distributed.add_up([own])[0].max())
+        return distributed.highest(self.signals[0] if self.signals else 0)
 
     # ------------------------------------------------------------------------- files
+
+    @contextlib.contextmanager
+    def open_log(self):
+        """The log of a phase; however the block ends, the lines of its steps are written."""
+        path = self.out / "metrics.jsonl" if self.is_first else os.devnull
+        self.unwritten, self.last_written = [], 0.0
+        # Buffered by line, so that a kill tears none.
+        with open(path, "a", buffering=1, encoding="utf-8") as self.log:
+            try:
+                yield
+            finally:
+                self.write_log()
+
+    def write_log(self):
+        """Write the lines of the steps since the last call; show the last one's losses."""
+        lines, self.unwritten, self.last_written = self.unwritten, [], time.time()
+        if not lines:
+            return
+
+        keys = [(line, key) for line in lines for key in ("train_loss", "val_loss") if key in line]
+        values = torch.stack([line[key] for line, key in keys]).tolist()  # one copy from the GPU
+        for (line, key), value in zip(keys, values):
+            line[key] = value
+        self.metrics += lines
+        for line in lines:
+            self.log.write(json.dumps(line) + "\n")
+
+        shown = {"lower": "train_loss", "upper": "val_loss"}
+        shown = {level: f"{line[key]:.3f}" for level, key in shown.items() if key in line}
+        self.bar.set_postfix(shown, refresh=False)
 
     def save(self):
         """Write the weights as they are now, and the trajectory."""
@@ -282,7 +305,8 @@ class Run:
                 self.trajectory.save(self.out)
 
     def write_checkpoint(self, step, ended=False):
-        """Write what the run needs to resume after this step of the phase."""
+        """Write what the run needs to resume after this step of the phase, the log first."""
+        self.write_log()
         self.seconds[self.name] = self.earlier + time.time() - self.phase_start
         self.done[self.name] = step
         if not self.is_first:

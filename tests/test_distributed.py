@@ -19,7 +19,7 @@ import data
 import train
 from bidora import METHODS
 from model import ModelConfig
-from support import hardware
+from support import distributed, hardware
 from support.files import read_json, write_json
 from support.pretrained import find_model
 from train import Config
@@ -120,6 +120,61 @@ def test_two_processes_give_what_one_gives_with_the_whole_batch():
                 results["after"][part]["loss"], rel=1e-4
             ), name
         assert len(Path(f"{name}-two/metrics.jsonl").read_text().splitlines()) == 20
+
+
+def start_on_gpus(monkeypatch, device, gpus=2):
+    """
+    What distributed.start calls in the second of two processes, in order, and its result: on a
+    machine without a GPU, torch's functions are replaced.
+    """
+    calls = []
+
+    def joined(backend, *, timeout, device_id):
+        calls.append(("init_process_group", backend, device_id))
+
+    for name, value in (("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2), ("LOCAL_RANK", 1)):
+        monkeypatch.setattr(distributed, name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: calls.append(("set_device", gpu)))
+    monkeypatch.setattr(distributed.dist, "init_process_group", joined)
+    monkeypatch.setattr(distributed.atexit, "register", lambda function: None)
+    return distributed.start(device), calls
+
+
+def test_each_process_makes_its_own_gpu_torchs_current_one_before_it_joins_the_others(monkeypatch):
+    """CPU tensors go by gloo, GPU tensors by NCCL, which is bound to that GPU."""
+    device, calls = start_on_gpus(monkeypatch, "cuda")
+    assert device == "cuda:1"
+    assert calls == [
+        ("set_device", "cuda:1"),
+        ("init_process_group", "cpu:gloo,cuda:nccl", torch.device("cuda:1")),
+    ]
+
+
+@pytest.mark.parametrize(
+    "device, gpus, message", [("cuda:1", 2, "device=cuda:1 is one GPU"), ("cuda", 1, "it has 1")]
+)
+def test_processes_that_would_share_a_gpu_are_refused(device, gpus, message, monkeypatch):
+    """NCCL would fail later, and on a missing GPU set_device with no ValueError."""
+    with pytest.raises(ValueError, match=message):
+        start_on_gpus(monkeypatch, device, gpus)
+
+
+def test_one_process_makes_the_gpu_that_it_is_given_torchs_current_one(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.cuda, "set_device", given.append)
+    assert distributed.start("cuda:1") == "cuda:1" and given == ["cuda:1"]
+
+
+def test_all_processes_learn_the_highest_of_their_numbers():
+    script = """
+import sys
+sys.path.insert(0, {root!r})
+from support import distributed
+distributed.start("cpu")
+sys.stdout.write(f"{distributed.highest([-3, 15][distributed.RANK])}\\n")
+"""
+    assert torchrun(script).stdout.split() == ["15", "15"]
 
 
 def test_shares_of_a_batch_add_up_to_one_whatever_the_sizes():

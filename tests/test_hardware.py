@@ -1,21 +1,27 @@
 """The memory formula against measured peaks, and the rule that picks settings by it."""
 
+import json
+import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
+import hypergrad
 from bidora import METHODS
 from model import ModelConfig
-from support import hardware
+from support import checkpoint, distributed, hardware, run
 from support.files import read_json
 from support.hardware import choose, need
 from support.pretrained import find_model
 from tools import memory
-from train import Config
+from train import Config, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -216,3 +222,118 @@ def test_the_table_for_several_devices(capsys):
         and float(sends) < 0.2
     )
     assert memory.main(["--devices=1"]) == 2 and "above 1" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- CUDA,
+# read and replaced, since no test machine has a GPU
+
+
+@pytest.mark.parametrize("major, dtype", [(7, torch.float32), (8, torch.bfloat16)])
+def test_a_gpu_that_only_emulates_bfloat16_gets_float32(major, dtype, monkeypatch):
+    """Before Ampere (compute capability 8), bfloat16 tensors work, but slowly."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    found = SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert hardware.fast_dtype("cuda")[0] == dtype
+
+
+class Reads(TorchFunctionMode):
+    """Counts, for each file, the numbers that Python reads from tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.files = Counter()
+
+    def __torch_function__(self, function, kinds, arguments=(), options=None):
+        if function.__name__ in ("item", "tolist", "__bool__", "__int__", "__float__", "numpy"):
+            self.files[Path(sys._getframe(1).f_code.co_filename).name] += 1
+        return function(*arguments, **(options or {}))
+
+
+def test_a_search_step_reads_few_numbers_from_tensors(monkeypatch, tmp_path):
+    """
+    On a GPU, Python waits for each number until the GPU has done all its work. The optimizer reads
+    whether a loss is finite; data.py reads from tensors that are always on the CPU.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "LOG_EVERY", math.inf)
+    found = []
+    for steps in (5, 15):
+        settings = dict(model="tiny-random", data="toy-sentiment", test_size=20, eval_size=20)
+        with Reads() as reads:
+            train(Config(search_steps=steps, retrain_steps=0, out_dir=f"{steps}", **settings))
+        found.append(reads.files)
+    ten_steps = found[1] - found[0]
+    assert sum(ten_steps.values()) - ten_steps.pop("data.py") <= 10 * 4
+    assert set(ten_steps) == {"hypergrad.py"}
+
+
+def test_a_run_that_fails_has_logged_every_step_before(monkeypatch, tmp_path):
+    """Losses stay on the GPU until the log is written: here never, while the steps last."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "LOG_EVERY", math.inf)
+    losses, step = [], hypergrad.BilevelOptimizer.lower_step
+
+    def fails(self, *arguments):
+        if len(losses) == 3:
+            raise FloatingPointError
+        losses.append(step(self, *arguments))
+        return losses[-1]
+
+    monkeypatch.setattr(hypergrad.BilevelOptimizer, "lower_step", fails)
+    settings = dict(model="tiny-random", data="toy-sentiment", test_size=20, eval_size=20)
+    with pytest.raises(FloatingPointError):
+        train(Config(method="lora", out_dir="run", **settings))
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [line["train_loss"] for line in lines] == [loss.item() for loss in losses]
+
+
+def test_a_resumed_optimizer_counts_its_steps_where_the_parameter_is():
+    """
+    Fused AdamW's kernel reads the count on the GPU (torch.optim.Optimizer.load_state_dict moves it,
+    too). The device "meta" stands for the GPU here.
+    """
+    parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    optimizer = torch.optim.AdamW([parameter])
+    both = SimpleNamespace(lower_optimizer=optimizer, upper_optimizer=None)
+    saved = {"lower.0.step": torch.tensor(7.0), "lower.0.exp_avg": torch.zeros(3)}
+    checkpoint.load_optimizer_state(both, saved)
+    assert {value.device.type for value in optimizer.state[parameter].values()} == {"meta"}
+
+
+def test_a_checkpoint_asks_no_gpu_that_the_run_does_not_use(monkeypatch):
+    """Another run may have it, and refuse; the machine that resumes may have fewer GPUs."""
+    asked, state = [], torch.arange(16, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda gpu="cuda": asked.append(gpu) or state)
+    checkpoint.random_states()
+    assert asked == []
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    states = checkpoint.random_states()
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, gpu="cuda": asked.append((gpu, state.tolist()))
+    )
+    checkpoint.set_random_states(states)
+    assert asked == ["cuda", ("cuda", state.tolist())]  # "cuda" is the current one
+
+
+# ----------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads Linux's /proc")
+def test_processes_on_one_cpu_share_its_memory(monkeypatch):
+    """Up to a tenth, by which other programs may change what is free meanwhile."""
+    whole = hardware.free_memory("cpu")
+    monkeypatch.setattr(distributed, "LOCAL_WORLD_SIZE", 4)
+    assert hardware.free_memory("cpu") == pytest.approx(whole / 4, rel=0.1)
+
+
+@pytest.mark.parametrize("setting", ["fsdp", "compile"])
+def test_the_base_is_not_packed_where_packed_weights_are_refused(smollm2, setting):
+    config = Config(method="dora", batch_size=8, **{setting: True})
+    picked, lines = choose(smollm2, config, METHODS["dora"], 2, LONG, free=1e8)
+    assert picked["quantize"] == "none" and "nothing leaner is left" in lines[0]
