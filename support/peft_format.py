@@ -101,7 +101,8 @@ def write(folder, model, layers, base_model):
     }
 
     base, revision = split_revision(base_model)
-    task, whole, lost = trained_beside(model, layers)
+    task, heads = task_of(model, layers)
+    whole, lost = trained_beside(model, layers, heads)
     config = {
         "peft_type": COLUMN_DORA if magnitude and axis == "column" else "LORA",
         "task_type": task,
@@ -122,7 +123,7 @@ def write(folder, model, layers, base_model):
 
     tensors = named_tensors(layers)
     for name, tensor in model.state_dict().items():
-        if any(module == end for module in parents(name) for end in whole):
+        if set(whole) & set(parents(name)):
             tensors[f"{PREFIX}{name}"] = tensor.clone()  # tied weights share memory
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,39 +150,33 @@ def parents(name):
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def trained_beside(model, layers):
-    """
-    (PEFT's task type; the modules to save whole; the trained parameters that are in none of them).
-    """
-    endings = [TASKS[end] for end in TASKS if type(model).__name__.endswith(end)]
-    task, heads = (
-        endings[0] if endings else ("CAUSAL_LM" if hasattr(model, "generate") else None, [])
-    )
-    modules = [name for name, _ in model.named_modules()]
-    # PEFT adapts no layer in a head that it expects to find whole.
-    if any(head in f".{name}.".split(".") for name in layers for head in heads):
-        task, heads = None, []
+def task_of(model, layers):
+    """PEFT's task type for a model, or None; and the heads that it then expects in the file."""
+    name = type(model).__name__
+    for end, (task, heads) in TASKS.items():
+        # PEFT adapts no layer in a head that it expects to find whole.
+        adapted = any(head in layer.split(".") for layer in layers for head in heads)
+        if name.endswith(end) and not adapted:
+            return task, heads
+    return "CAUSAL_LM" if hasattr(model, "generate") else None, []
 
-    adapters = {
-        id(getattr(layer, key))
-        for layer in layers.values()
-        for key in layer._parameters
-        if key.startswith("lora_")
-    }
-    trained = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapters]
-    owners = {name.rpartition(".")[0] for name in trained}
-    held = {
-        owner
-        for owner in owners
-        if owner and not any(f"{name}.".startswith(f"{owner}.") for name in layers)
-    }
-    # PEFT finds these modules by the ends of their names.
-    whole = {m for m in modules if m in held or any(m.endswith(head) for head in heads)}
-    whole = [m for m in sorted(whole) if not whole & set(parents(m))]
-    lost = [
-        n for n in trained if n.rpartition(".")[0] not in held and not set(whole) & set(parents(n))
-    ]
-    return task, whole, lost
+
+def trained_beside(model, layers, heads):
+    """
+    The modules to save whole: the heads, and those that own a trained parameter which is not an
+    adapter's; and the names of the trained parameters that are in none of them.
+    """
+    adapters = {f"{name}.{key}" for name in layers for key in NAMES}
+    adapters |= {f"{name}.lora_lambda" for name in layers}
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and n not in adapters]
+    around = {module for name in adapters for module in parents(name)}
+    owners = {name.rpartition(".")[0] for name in trained} - around - {""}
+
+    # PEFT finds heads by the ends of their names.
+    modules = [name for name, _ in model.named_modules()]
+    found = owners | {m for m in modules if any(m.endswith(head) for head in heads)}
+    whole = [m for m in sorted(found) if not found & set(parents(m))]
+    return whole, [name for name in trained if not set(whole) & set(parents(name))]
 
 
 def target_modules(layers, modules):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.sparse.linalg import LinearOperator, minres
 from torch.nn import functional as F
 
@@ -198,6 +198,26 @@ def test_saved_loaded_merged_and_read_by_peft(architecture, tmp_path):
     # In training mode, since PEFT's adapters vanish in torch's fast path; dropout is 0.
     peer = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).train()
     torch.testing.assert_close(outputs(peer, inputs(0)), expected, rtol=0, atol=1e-5)
+
+
+def test_what_peft_trained_is_loaded(architecture, tmp_path):
+    """Heads included, within 1e-5 of logits of about 1."""
+    base, inputs, targets, head = architecture
+    config = LoraConfig(
+        task_type=head and ("TOKEN_CLS" if "Token" in type(base).__name__ else "SEQ_CLS"),
+        target_modules=targets,
+        use_dora=True,
+        fan_in_fan_out="c_attn" in targets,
+    )
+    peer = get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    expected = outputs(peer.train(), inputs(0))
+    peer.save_pretrained(tmp_path)
+    loaded = load_adapter(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(outputs(loaded, inputs(0)), expected, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------- hypergradients
