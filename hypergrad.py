@@ -192,6 +192,12 @@ def adam_moments(optimizer):
     ]
 
 
+def steps_taken(optimizer):
+    """How often an AdamW has stepped: a float64 scalar, which stays on its device."""
+    state = optimizer.state.get(optimizer.param_groups[0]["params"][0])
+    return state["step"].double() if state else torch.zeros((), dtype=torch.float64)
+
+
 def adamw(optimizer, grad_clip=None, ahead=0):
     """
     The update that a torch.optim.AdamW (arXiv 1711.05101) will make next, or `ahead` steps later,
@@ -201,7 +207,7 @@ def adamw(optimizer, grad_clip=None, ahead=0):
     group = optimizer.param_groups[0]
     (beta1, beta2), lr = group["betas"], group["lr"]
     eps, decay = group["eps"], group["weight_decay"]
-    t = int(optimizer.state.get(group["params"][0], {"step": 0})["step"]) + 1 + ahead
+    t = steps_taken(optimizer) + 1 + ahead
 
     def update(V, g, moments):
         if grad_clip is not None:  # as torch.nn.utils.clip_grad_norm_
@@ -226,7 +232,7 @@ def adam_scale(optimizer):
     group = optimizer.param_groups[0]
     if not optimizer.state:
         raise ValueError("precondition=adam reads AdamW's moments: take a lower step first")
-    t = int(optimizer.state[group["params"][0]]["step"])
+    t = steps_taken(optimizer)
     second = adam_moments(optimizer)[len(group["params"]) :]
     return [1 / ((m / (1 - group["betas"][1] ** t)).sqrt() + group["eps"]) for m in second]
 
@@ -623,7 +629,7 @@ class BilevelOptimizer:
         for parameter, g in zip(parameters, gradients):
             parameter.grad = g
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip)
-        finite = torch.isfinite(loss + norm)
+        finite = bool(torch.isfinite(loss + norm))  # the only number that a step reads from a GPU
         if finite:
             optimizer.step()
         optimizer.zero_grad()

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from test_model import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bidora
 import data
@@ -1228,3 +1229,23 @@ def test_dropout_under_gradient_checkpointing_gives_the_same_steps_as_without(na
 
 def direct_call(function, *arguments, use_reentrant):
     return function(*arguments)
+
+
+class NumbersRead(TorchDispatchMode):
+    """Counts the numbers that leave tensors, each of which waits for a GPU to finish."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("precondition", ["none", "adam"])
+@pytest.mark.parametrize("name", ["first_order", "unrolled", "finite_difference"])
+def test_a_bilevel_step_reads_one_number_per_level(name, precondition):
+    c = Curved()
+    optimizer = warmed_up(c, hypergradient=name, precondition=precondition)
+    with NumbersRead() as numbers:
+        optimizer.bilevel_step(c.loss, c.train, c.val)
+    assert numbers.count == 2
