@@ -339,7 +339,7 @@ mapped = distributed.WORLD_SIZE > 1
 model = Transformer.from_pretrained(find_model("smollm2-135m"), torch.bfloat16, mapped=mapped)
 model.requires_grad_(False)
 loaded = megabytes()
-bidora.replace_linear_with_bidora(model, 8, bidora.ALL_LINEAR, method="dora")
+bidora.replace_linear_with_bidora(model, 8, target_modules=bidora.ALL_LINEAR, method="dora")
 adapted = megabytes()
 if distributed.WORLD_SIZE > 1:
     distributed.shard(model, device)

@@ -68,7 +68,8 @@ folder = find_model("smollm2-135m")
 model = Transformer.from_pretrained(folder, {dtype}, quantize=quantize)
 model.gradient_checkpointing = {checkpointing}
 model.requires_grad_(False)
-bidora.replace_linear_with_bidora(model, 8, train.Config.target_modules, method={method!r})
+targets = train.Config.target_modules
+bidora.replace_linear_with_bidora(model, 8, target_modules=targets, method={method!r})
 optimizer = create_bilevel_optimizer(model, 1e-3, 1e-2, hypergradient="unrolled")
 ids = torch.randint(0, 49152, (4, {length}))
 labels = torch.full_like(ids, -100)
