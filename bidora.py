@@ -158,8 +158,9 @@ class BiDoRALinear(nn.Linear):
 
     @torch.no_grad()
     def measure(self, _=None):
-        """Keep ‖W0‖² of the weight that is there now."""
+        """Keep ‖W0‖² of the weight that is there now, and drop what else was kept of an old one."""
         self.weight_squares, self.measured = self.squared_norms(), self.weight_version()
+        self.weight_gram = None  # support/regularisers.py
 
     def weight_version(self):
         """Differs when W0 is another tensor, or was written into."""

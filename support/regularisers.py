@@ -36,7 +36,7 @@ def cosines_apart(layer):
     A, sB = layer.lora_A, layer.scaling * layer.lora_B
     weight, dtype = layer.weight, float_dtype(layer.weight)
     row = layer.magnitude_axis == "row"
-    if not hasattr(layer, "weight_gram"):
+    if layer.weight_gram is None:
         layer.weight_gram = weight_gram(weight, A.dtype, row)
 
     if row:

@@ -640,6 +640,14 @@ def test_the_norm_follows_a_weight_that_is_loaded_or_written():
     torch.testing.assert_close(model(x), merge(copy.deepcopy(model))(x))
 
 
+def test_the_regulariser_follows_a_weight_that_is_loaded():
+    model, other, _, _ = other_and_expected()
+    regulariser(bidora.adapter_layers(other).values())  # keeps products of the old weights
+    other.load_state_dict(model.state_dict())
+    ours, theirs = (regulariser(bidora.adapter_layers(m).values()) for m in (model, other))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_the_norm_follows_a_weight_that_is_loaded_into_a_compiled_model():
     model, other, x, expected = other_and_expected()
     compiled = torch.compile(other, backend="eager")
