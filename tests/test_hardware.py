@@ -225,8 +225,7 @@ def test_the_table_for_several_devices(capsys):
     assert memory.main(["--devices=1"]) == 2 and "above 1" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------- CUDA,
-# read and replaced, since no test machine has a GPU
+# --------------------------------------------- CUDA: no GPU here, so torch's functions are replaced
 
 
 @pytest.mark.parametrize("major, dtype", [(7, torch.float32), (8, torch.bfloat16)])
@@ -267,7 +266,7 @@ def test_a_search_step_reads_few_numbers_from_tensors(monkeypatch, tmp_path):
             train(Config(search_steps=steps, retrain_steps=0, out_dir=f"{steps}", **settings))
         found.append(reads.files)
     ten_steps = found[1] - found[0]
-    assert sum(ten_steps.values()) - ten_steps.pop("data.py") <= 10 * 4
+    assert sum(ten_steps.values()) - ten_steps.pop("data.py") <= 10 * 2
     assert set(ten_steps) == {"hypergrad.py"}
 
 
