@@ -53,38 +53,41 @@ def load_examples(path_or_name):
 # ---------------------------------------------------------------------------------- splits
 
 
-def split(examples, val_fraction=0.2, seed=0):
+def split(examples, val_fraction=0.2, seed=0, grouped=True):
     """
-    Shuffle and split into (train, val), label by label (stratified). Examples with the same "group"
-    (sentences of one review) stay together, so val may be a little smaller than asked.
+    Shuffle and split into (train, val), label by label (stratified).
 
-    Raises ValueError when train or val would be empty, or would lack a label that the other has.
+    grouped: keep examples with the same "group" (sentences of one review) together; val may then be
+    a little smaller than asked. Raises ValueError when train or val would be empty, or would lack a
+    label that the other has.
     """
-    labels, groups = {}, {}
-    for i, example in enumerate(random.Random(seed).sample(examples, len(examples))):
-        label, group = example.get("label"), example.get("group", i)
-        labels.setdefault(label, []).append((group, example))
-        groups.setdefault(group, Counter())[label] += 1
+    order = random.Random(seed).sample(range(len(examples)), len(examples))
+    labels, groups, first = {}, {}, {}
+    for i in order:
+        labels.setdefault(examples[i].get("label"), []).append(i)
+    for i, example in enumerate(examples):
+        leader = first.setdefault(example.get("group", i), i) if grouped else i
+        groups.setdefault(leader, []).append(i)
 
-    # Groups go to val in random order, as long as they fit into what it lacks of each label.
+    # Groups go to val in the order of their first examples, unless val has enough of a label.
     lacking = Counter({label: round(val_fraction * len(rows)) for label, rows in labels.items()})
     chosen = set()
-    for group, counts in groups.items():
+    for members in (groups[i] for i in order if i in groups):
+        counts = Counter(examples[i].get("label") for i in members)
         if counts <= lacking:
             lacking -= counts
-            chosen.add(group)
+            chosen.update(members)
 
     train, val = [], []
     for label, rows in labels.items():
-        count = sum(group in chosen for group, _ in rows)
-        if not 0 < count < len(rows):
+        if not 0 < len(chosen.intersection(rows)) < len(rows):
             what = f"label {label!r}" if label is not None else "the data"
             raise ValueError(
                 f"val_fraction={val_fraction} of the {len(rows)} examples of {what} leaves an "
                 f"empty split: give more examples (groups stay whole), or another val_fraction"
             )
-        val += [example for group, example in rows if group in chosen]
-        train += [example for group, example in rows if group not in chosen]
+        val += [examples[i] for i in rows if i in chosen]
+        train += [examples[i] for i in rows if i not in chosen]
     return train, val
 
 
@@ -120,7 +123,7 @@ def sample_built_in(config):
 
     # The test split is the same for every seed.
     rest, test = split(examples, test_size / len(examples), seed=0)
-    train, _ = split(rest, 1 - train_size / len(rest), seed=config.seed)
+    train, _ = split(rest, 1 - train_size / len(rest), config.seed, grouped=False)
     return {"train": train, "val": [], "test": test}
 
 

@@ -77,7 +77,7 @@ def write_examples(compare, domain, size, seed, tuning):
     examples = data.load_examples(domain)
     rest, kept = data.split(examples, 300 / len(examples), seed=0)
     rest, tune = data.split(rest, 200 / len(rest), seed=0)
-    _, sample = data.split(rest, size / len(rest), seed)
+    _, sample = data.split(rest, size / len(rest), seed, grouped=False)  # from any other review
 
     for path, chosen in ((train, sample), (test, tune if tuning else kept)):
         lines = "".join(json.dumps(example) + "\n" for example in chosen)
