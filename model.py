@@ -195,7 +195,7 @@ class Transformer(nn.Module):
 
         frequencies, scale = rotary.frequencies(self.config.rope, self.config.head_dim)
         positions = torch.arange(past, past + T, device=x.device).float()
-        angles = torch.outer(positions, frequencies.to(x.device))  # (T, head_dim / 2)
+        angles = torch.outer(positions, frequencies.to(x.device, non_blocking=True))  # (T, head_dim / 2)
         angles = torch.cat((angles, angles), dim=-1)  # (T, head_dim)
         cos, sin = (scale * angles.cos()).to(x.dtype), (scale * angles.sin()).to(x.dtype)
 
@@ -226,8 +226,9 @@ class Transformer(nn.Module):
         """
         The hidden states, (N, hidden_size), and the targets, (N,), of the N supervised positions.
         """
-        where = labels[:, 1:] != -100
-        return self.hidden_states(input_ids)[:, :-1][where], labels[:, 1:][where]
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # one per position
+        where = (targets != -100).nonzero()[:, 0]
+        return self.hidden_states(input_ids).flatten(0, 1)[where], targets[where]
 
     @torch.no_grad()
     def totals(self, input_ids, labels):
