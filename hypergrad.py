@@ -790,7 +790,8 @@ class BilevelOptimizer:
 
     # The names of these steps in the `bidora` package on PyPI:
 
-    lower_level_step = lower_step
+    def lower_level_step(self, loss_fn, train_batch):
+        return self.lower_step(loss_fn, train_batch)
 
     def upper_level_step(self, loss_fn, val_batch, train_batch=None):
         return self.upper_step(loss_fn, train_batch, val_batch)

@@ -195,7 +195,8 @@ class Transformer(nn.Module):
 
         frequencies, scale = rotary.frequencies(self.config.rope, self.config.head_dim)
         positions = torch.arange(past, past + T, device=x.device).float()
-        angles = torch.outer(positions, frequencies.to(x.device, non_blocking=True))  # (T, head_dim / 2)
+        frequencies = frequencies.to(x.device, non_blocking=True)
+        angles = torch.outer(positions, frequencies)  # (T, head_dim / 2)
         angles = torch.cat((angles, angles), dim=-1)  # (T, head_dim)
         cos, sin = (scale * angles.cos()).to(x.dtype), (scale * angles.sin()).to(x.dtype)
 

@@ -176,10 +176,14 @@ def shelf(module):
 
 
 def modules():
-    """{name: path} of all modules of the three shelves."""
+    """
+    {name: path} of all modules of the three shelves, but for the one that bidora.py looks names of
+    another package up in.
+    """
     found = {path.stem: path for path in ROOT.glob("*.py")}
     for folder in ("support", "tools"):
         found |= {f"{folder}.{path.stem}": path for path in (ROOT / folder).glob("*.py")}
+    del found["support.bidora_package"]
     return found
 
 
