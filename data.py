@@ -69,7 +69,7 @@ def split(examples, val_fraction=0.2, seed=0, grouped=True):
         leader = first.setdefault(example.get("group", i), i) if grouped else i
         groups.setdefault(leader, []).append(i)
 
-    # Groups go to val in the order of their first examples, unless val has enough of a label.
+    # A group's turn comes with its first example; it joins val if that lacks as many of each label.
     lacking = Counter({label: round(val_fraction * len(rows)) for label, rows in labels.items()})
     chosen = set()
     for members in (groups[i] for i in order if i in groups):
@@ -282,11 +282,8 @@ def encode(
             pieces = segments(example, tokenizer)
 
         ids = [token for tokens, _ in pieces for token in tokens]
-        targets = [
-            token if supervised or train_on_prompt else -100
-            for tokens, supervised in pieces
-            for token in tokens
-        ]
+        learnt = [supervised or train_on_prompt for tokens, supervised in pieces for _ in tokens]
+        targets = [token if yes else -100 for token, yes in zip(ids, learnt)]
         if kind in ("text", "code"):
             # A row's first token is the last of the row before, so that each is predicted once.
             for start in range(0, len(ids) - 1, block_size - 1):
