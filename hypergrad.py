@@ -652,11 +652,12 @@ class BilevelOptimizer:
 
     def check_reach(self, loss):
         """At the first step: say which parameters the loss does not depend on."""
-        self.begun, found = True, reached(loss)
+        found = reached(loss)
         ours = {id(parameter) for parameter in (*self.lower, *self.upper)}
         named = [(name, p) for name, p in self.model.named_parameters() if id(p) in ours]
         layers = [name.rpartition(".")[0] for name, p in named if id(p) not in found]
         layers = list(dict.fromkeys(layers))
+        self.begun = bool(ours & found)
         if not layers:
             return
 
@@ -665,7 +666,7 @@ class BilevelOptimizer:
             f"no gradient reaches {names}: is the layer's weight read without calling the layer, "
             f"or is it inside reentrant gradient checkpointing (use_reentrant=False is right)?"
         )
-        if not ours & found:
+        if not self.begun:
             raise ValueError(problem)
         warnings.warn(problem, stacklevel=2)
 
@@ -759,11 +760,9 @@ class BilevelOptimizer:
 
     def moving_options(self):
         """The hypergradient's options that change from step to step, as far as it takes them."""
-        adam = self.precondition == "adam"
+        options, adam = {}, self.precondition == "adam"
         if "lr" in self.takes and "lr" not in self.options:
-            options = {"lr": self.lower_lr}
-        else:
-            options = {}
+            options |= {"lr": self.lower_lr}
         if adam and "adam" in self.takes:
             options |= {"adam": self.lower_optimizer, "grad_clip": self.grad_clip}
         if adam and "precondition" in self.takes:
