@@ -439,7 +439,7 @@ class Hypergradient:
     function: Callable
     options: dict = field(default_factory=dict)  # {an option: the setting in config.py for it}
     second_order: bool = True  # whether it differentiates gradients of the lower level
-    float32: bool = False  # whether it needs float32: in bfloat16 it would be rounding noise
+    float32: bool = False  # whether it needs float32: bfloat16 has too few digits
 
 
 HYPERGRADIENTS = {
@@ -498,7 +498,7 @@ def check_choices(hypergradient, optimizer, precondition, coarse):
         )
     if HYPERGRADIENTS[hypergradient].float32 and coarse:
         raise ValueError(
-            f"hypergradient={hypergradient} is rounding noise in bfloat16 and float16: "
+            f"hypergradient={hypergradient} loses too many digits in bfloat16 and float16: "
             f"use hypergradient=unrolled, or float32"
         )
 

@@ -50,7 +50,7 @@ def test_bench_trains_the_same_as_its_peer():
     model = bidora.replace_linear_with_bidora(
         copy.deepcopy(base, {id(p): p for p in base.parameters()}),
         2,
-        bidora.ALL_LINEAR,
+        target_modules=bidora.ALL_LINEAR,
         method="lora",
     )
     mine, other = (

@@ -810,7 +810,7 @@ def test_adams_derivative_is_finite_where_gradient_and_moments_are_zero():
         (dict(hypergradient="newton"), "unknown hypergradient"),
         (dict(precondition="diag"), "unknown precondition"),
         (dict(precondition="adam", optimizer="adamw8bit"), "8 bits"),
-        (dict(hypergradient="finite_difference"), "rounding noise"),
+        (dict(hypergradient="finite_difference"), "loses too many digits"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused(options, said):

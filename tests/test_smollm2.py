@@ -137,7 +137,7 @@ def test_second_derivatives_survive_bfloat16(folder):
     whole hypergradient; 0.999 each was measured. With the scaling written as ratio·y in bf16 it is
     0.998; with a norm and a weight built in bf16, 0.995 to 0.997. Finite differences of gradients
     at radius 0.01 agree with the double backward pass in fp32 (0.99999998 was measured); in bf16
-    they are half noise (0.53).
+    they lose digits, and how many depends on the processor: 0.53 to 0.986 were measured.
     """
     tokenizer, examples = Tokenizer.from_pretrained(folder), load_examples("movie-sentiment")
     labels = data.tokenize_labels(["negative", "positive"], tokenizer)
@@ -165,4 +165,5 @@ def test_second_derivatives_survive_bfloat16(folder):
         assert cosine(whole, whole_low) >= 0.99
 
     assert cosine(cross, differences(exact, train, v)) > 0.99
-    assert cosine(cross, differences(low, train, v)) < 0.9
+    by_differences, by_double_backward = differences(low, train, v), cross_low
+    assert 1 - cosine(cross, by_differences) > 2 * (1 - cosine(cross, by_double_backward))

@@ -147,7 +147,7 @@ def model_of(bench, name, base):
         model = bidora.replace_linear_with_bidora(
             copy.deepcopy(base, shared),
             bench.rank,
-            bidora.ALL_LINEAR,
+            target_modules=bidora.ALL_LINEAR,
             method=method,
             norm_grad="detach" if "detached" in name else "exact",
         )
