@@ -57,7 +57,14 @@ def own_dtype(folder):
 
 def read_run(folder):
     """The settings of the run that wrote a folder; {} for a folder from elsewhere."""
-    return read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    if not (folder / "run.json").exists():
+        return {}
+    run = read_json(folder / "run.json")
+    kinds = dict.fromkeys(("model", "dtype", "quantize", "label_prompt"), str)
+    for name, kind in (kinds | {"block_size": int, "labels": list}).items():
+        if not isinstance(run.get(name, kind()), kind):
+            raise ValueError(f"{folder / 'run.json'}: {name} has a value of the wrong type")
+    return run
 
 
 def load(adapter="", model_name="", device="cpu", quantize=""):

@@ -49,6 +49,7 @@ def train(config):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with Run(config, device, MAY_CHANGE) as run:
+        check(run.config)  # that of a resumed run comes from a file
         task = prepare(run.config, run.device, run.resuming)
         config = task.config
         run.start(task)
@@ -366,11 +367,10 @@ def main(arguments):
     try:
         config = read_config(arguments)
         results = train(config)
-    except torch.OutOfMemoryError as error:
-        hint = "lower batch_size, micro_batch_size or block_size, or try --auto_hardware=True"
-        return report.failed(f"out of memory ({str(error).splitlines()[0]}): {hint}")
     except (ValueError, OSError, FloatingPointError) as error:
         return report.failed(error)
+    except RuntimeError as error:
+        return report.failed_in_torch(error)
     except Stopped as error:
         return report.stopped(error, arguments)
     except KeyboardInterrupt:
@@ -384,4 +384,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    distributed.leave(main(sys.argv[1:]))

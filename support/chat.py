@@ -1,17 +1,17 @@
 """
 Chat templates: conversations to text, and where in that text the assistant's answers are.
 
-A template is a program in jinja2's language that comes with a model, so it runs in a sandbox.
+A template is a program in jinja2's language that comes with a model, so it runs in a sandbox, in a
+process of its own (support/render.py).
 Source: https://huggingface.co/docs/transformers/chat_templating
 """
 
-import datetime
 import json
+import subprocess
+import sys
+import threading
 from functools import cached_property
-
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
+from pathlib import Path
 
 # For a model without a template
 PLAIN_TEMPLATE = (
@@ -41,51 +41,17 @@ class ChatTemplate:
         messages: list of {"role", "content"}; add_generation_prompt: open the assistant's turn.
         Raises ValueError when the template rejects the messages.
         """
-        try:
-            return self.compiled.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.tokens,
-            )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-        ) as error:
-            raise ValueError(f"the chat template rejects the conversation: {error}") from None
-
-    @cached_property
-    def compiled(self):
-        """The template, compiled, with the functions that transformers gives to templates."""
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", GenerationBlock],
-        )
-
-        def raise_exception(message):
-            raise jinja2.TemplateError(message)
-
-        def strftime_now(form):
-            return datetime.datetime.now().strftime(form)
-
-        # jinja2's own tojson escapes HTML.
-        def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-            return json.dumps(
-                x,
-                ensure_ascii=ensure_ascii,
-                indent=indent,
-                separators=separators,
-                sort_keys=sort_keys,
-            )
-
-        environment.filters["tojson"] = to_json
-        environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-        return environment.from_string(self.source)
+        variables = {
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+            **self.tokens,
+        }
+        answer = ask(json.dumps({"source": self.source, "variables": variables}))
+        if "error" in answer:
+            raise ValueError(f"the chat template rejects the conversation: {answer['error']}")
+        return answer["text"]
 
     def conversation(self, messages):
         """
@@ -97,12 +63,41 @@ class ChatTemplate:
         messages, or when an answer can't be found in the text.
         """
         text = self.render(messages)
-        spans = [
-            self.answer_span(text, messages, i)
-            for i, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        places = self.places(text, messages, answers) if len(answers) > 3 else None
+        if not places:
+            return text, [self.answer_span(text, messages, i) for i in answers]
+
+        # answer_span renders the whole conversation three times, which a long one can't afford for
+        # each answer: where the template opens an answer as it does the first, the span is known.
+        before = messages[: answers[0]]
+        opened = self.render(before, add_generation_prompt=True).removeprefix(self.render(before))
+        gap = text[self.answer_span(text, messages, answers[0])[0] : places[0][0]]
+        spans = []
+        for i, (begin, end) in zip(answers, places):
+            start = begin - len(gap)
+            if opened and text.startswith(gap, start) and text.endswith(opened, 0, start):
+                closed = text.startswith(self.end_of_turn, end)
+                spans.append((start, end + len(self.end_of_turn) * closed))
+            else:
+                spans.append(self.answer_span(text, messages, i))
         return text, spans
+
+    def places(self, text, messages, answers):
+        """Where the answers' contents are in the text: [(begin, end)]; None if they are changed."""
+        marks = {i: f"{MARK}{i};" for i in answers}
+        marked = self.render(
+            [m | {"content": marks.get(i, m["content"])} for i, m in enumerate(messages)]
+        )
+        places, begin = [], 0
+        for i in answers:
+            piece, _, marked = marked.partition(marks[i])
+            end = begin + len(piece) + len(messages[i]["content"])
+            if text[begin:end] != piece + messages[i]["content"]:
+                return None
+            places.append((begin + len(piece), end))
+            begin = end
+        return places if text[begin:] == marked else None
 
     def answer_span(self, text, messages, i):
         """Where message i, an answer, is in the text of the conversation: (start, end)."""
@@ -142,15 +137,30 @@ class ChatTemplate:
         return after[: len(after) - len(stripped)] + max(tokens, key=len) if tokens else ""
 
 
-class GenerationBlock(jinja2.ext.Extension):
-    """
-    {% generation %} … {% endgeneration %}, by which some templates mark the assistant's text.
+# ------------------------------------------------------------------------ the renderer's process
 
-    It changes nothing here: ChatTemplate.conversation finds that text in any template.
-    """
+renderer = None  # started when a template is first rendered; it ends with this process
 
-    tags = {"generation"}
 
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+def ask(request, seconds=5):
+    """The answer of support/render.py to a request; an error if it takes too long."""
+    global renderer
+    if renderer is None or renderer.poll() is not None:
+        command = [sys.executable, str(Path(__file__).with_name("render.py"))]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        renderer = subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
+
+    late = threading.Timer(seconds, renderer.kill)
+    late.start()
+    try:
+        renderer.stdin.write(request + "\n")
+        renderer.stdin.flush()
+        line = renderer.stdout.readline()
+    except BrokenPipeError:
+        line = ""
+    finally:
+        late.cancel()
+    if not line:
+        renderer.wait()
+        return {"error": f"it needs more than {seconds} seconds, or more than 1 GB of memory"}
+    return json.loads(line)

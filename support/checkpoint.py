@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from support.files import read_json, write_json
+from support.files import read_sealed, seal, write_json
 
 
 def random_states():
@@ -98,8 +98,8 @@ def save(run, step, tensors, about):
 
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary / "state.safetensors")
-        found = {"sha256": digest(temporary / "state.safetensors")}
-        write_json(temporary / "state.json", about | found)
+        found = digest(temporary / "state.safetensors")
+        write_json(temporary / "state.json", seal(about | {"tensors": found}))
 
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -135,8 +135,8 @@ def load(run):
     """
     for folder in reversed(names(run)):
         try:
-            about = read_json(folder / "state.json")
-            if digest(folder / "state.safetensors") != about.get("sha256"):
+            about = read_sealed(folder / "state.json")
+            if digest(folder / "state.safetensors") != about.get("tensors"):
                 raise ValueError("state.safetensors has changed since it was written")
             return load_file(folder / "state.safetensors"), about
         except (ValueError, OSError, SafetensorError) as error:

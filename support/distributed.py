@@ -59,9 +59,21 @@ def start(device):
         gpu = torch.device(device) if device.startswith("cuda") else None
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=gpu)
-        # Otherwise a thread of gloo's may outlive the interpreter, which then aborts at exit.
         atexit.register(dist.destroy_process_group)
     return device
+
+
+def leave(status):
+    """
+    End this process. One of several ends at once: a thread of gloo's may outlive the interpreter,
+    which then aborts.
+    """
+    if not dist.is_initialized():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    dist.destroy_process_group()
+    os._exit(status)
 
 
 def own_gpu(device):

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -116,21 +117,52 @@ def replacing(path):
     """
     Yield a temporary path to write to; a rename makes it `path` once the block has ended.
 
-    If the block fails, the temporary file is deleted and `path` stays as it was. Raises OSError,
-    also in place of safetensors' own error.
+    It lies in a new folder beside `path`, named after it, so that no link that someone put there is
+    followed, and all that a killed write leaves is in one place; the next write removes it. If the
+    block fails, the folder is deleted and `path` stays as it was. Raises OSError, also in place of
+    safetensors' own error.
     """
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    path = Path(path)
+    folder = path.with_name(path.name + ".tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        remove(folder)
+        folder.mkdir(mode=0o700)
+        yield folder / path.name
+        mask = os.umask(0)  # reading it means setting it
+        os.umask(mask)
+        os.chmod(folder / path.name, 0o666 & ~mask)  # safetensors' own writer says 0600
+        os.replace(folder / path.name, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(
             f"could not write {path} ({reason}): free some disk space, or choose another folder"
         ) from None
     finally:
-        with contextlib.suppress(OSError):  # the folder itself may be gone
-            temporary.unlink(missing_ok=True)
+        remove(folder)
+
+
+def remove(path):
+    """Remove a file, a link or a folder with its content, if it is there and can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def seal(content):
+    """A dict for JSON with its own digest, which read_sealed checks."""
+    text = json.dumps(content, sort_keys=True)
+    return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_sealed(path):
+    """The dict that was sealed and written to a JSON file. Raises ValueError if it has changed."""
+    content = read_json(path)
+    found = {name: value for name, value in content.items() if name != "sha256"}
+    if seal(found) != content:
+        raise ValueError(f"{path} was edited, damaged, or written by another version")
+    return found
 
 
 def write_json(path, content):

@@ -95,6 +95,8 @@ def check_numbers(c, rope, head_dim, windows):
     positive = [c["rms_norm_eps"], head_dim, *(w for w in windows if w is not None)]
     for name in ("rope_theta", "factor", "original_max_position_embeddings"):
         positive += [rope[name]] if name in rope else []
+    if type(head_dim) is not int or head_dim % 2:  # rotary positions turn pairs
+        raise ValueError(f"config.json: head_dim={head_dim!r} is not an even integer")
     numbers = all(isinstance(value, (int, float)) and value > 0 for value in positive)
     whole = all(isinstance(window, int | None) for window in windows)
     if not numbers or not whole or len(windows) != c["num_hidden_layers"]:
@@ -142,6 +144,13 @@ def read_sizes(c):
             raise ValueError(f"config.json: {name!r} is missing")
         if type(value) is not int or value < 1:
             raise ValueError(f"config.json: {name}={value!r} must be a positive integer")
+    heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    if heads % groups:
+        raise ValueError(f"config.json: {groups} key-value heads do not divide {heads} heads")
+    if sizes["num_hidden_layers"] > 1000:
+        raise ValueError(
+            f"config.json: num_hidden_layers={sizes['num_hidden_layers']} is more than 1000"
+        )
     return sizes
 
 

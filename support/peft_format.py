@@ -13,6 +13,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import regex
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -265,12 +266,18 @@ def check_config(config, where):
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"{where}: lora_dropout={dropout!r} must be at least 0 and below 1")
-    for alpha in (config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()):
-        if not isinstance(alpha, (int, float)):
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{where}: alpha_pattern is not a JSON object")
+    for alpha in (config.get("lora_alpha"), *patterns.values()):
+        if not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
             raise ValueError(
                 f"{where}: lora_alpha, or a value of alpha_pattern, is missing or not a number "
-                f"({alpha!r})"
+                f"below 1e9 ({str(alpha)[:40]})"
             )
+    heads = config.get("modules_to_save") or []
+    if not isinstance(heads, list) or not all(isinstance(head, str) for head in heads):
+        raise ValueError(f"{where}: modules_to_save is not a list of names")
 
 
 def by_layer(tensors, folder, parameters, modules_to_save):
@@ -312,10 +319,12 @@ def alpha_of(name, config, where):
     """A layer's alpha, by PEFT's rule: that of the first pattern that matches, else lora_alpha."""
     patterns = config.get("alpha_pattern") or {}
     try:
-        fitting = [key for key in patterns if re.match(rf"(.*\.)?({key})$", name)]
-    except re.error as error:
+        # A pattern is anybody's: it may take for ever.
+        fitting = [key for key in patterns if regex.match(rf"(.*\.)?({key})$", name, timeout=1)]
+    except (regex.error, TimeoutError, RecursionError) as error:
         raise ValueError(
-            f"{where}: alpha_pattern holds an invalid regular expression ({error})"
+            f"{where}: alpha_pattern holds an invalid regular expression "
+            f"({str(error) or 'it takes more than a second'})"
         ) from None
     return patterns[fitting[0]] if fitting else config["lora_alpha"]
 

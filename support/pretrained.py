@@ -9,6 +9,7 @@ Where weights come from. `find_model(name)` returns a folder in Hugging Face's l
     tiny-random            a two-layer model with random weights, without a download
 """
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -109,3 +110,39 @@ def from_hub(name, revision):
             return folder
         problem = f"contains no model: config.json is missing in {folder}"
     raise FileNotFoundError(f"model {name!r} {problem}")
+
+
+def fingerprints(folder):
+    """
+    Digests of a model's folder, {"config.json", "the weights", "the tokenizer"}: SHA-256 of whole
+    files up to 64 MB; of larger ones, so that it takes no time, their size, their first MB (with
+    safetensors' header) and a thousand blocks of 4 KB, evenly spaced.
+    """
+    folder = Path(folder)
+    parts = {
+        "config.json": [folder / "config.json"],
+        "the weights": [*folder.glob("*.safetensors"), *folder.glob("*.index.json")],
+        "the tokenizer": [folder / name for name in TOKENIZER_FILES],
+    }
+    found = {}
+    for part, paths in parts.items():
+        digest = hashlib.sha256()
+        for path in sorted(path for path in paths if path.exists()):
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+            for block in sampled(path):
+                digest.update(block)
+        found[part] = digest.hexdigest()
+    return found
+
+
+def sampled(path, whole=64 * 2**20, blocks=1000):
+    """Yield the bytes of a file, or of one larger than `whole` those that `fingerprints` names."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= whole:
+            yield file.read()
+            return
+        yield file.read(2**20)
+        for i in range(blocks):
+            file.seek(i * (size - 4096) // (blocks - 1))
+            yield file.read(4096)

@@ -5,6 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
+
 from support import distributed, hardware
 from support.datasets import BUILT_IN
 from support.files import replacing
@@ -154,6 +156,10 @@ def table(results):
             values = [form.format(results[when][split][what]) for split in splits]
             lines.append(row(f"{what} {when}", *values))
 
+    worse = [s for s in splits if results["after"][s]["loss"] > results["before"][s]["loss"]]
+    if worse:
+        lines.append(f"the loss on {', '.join(worse)} is higher than before: try a lower lower_lr")
+
     seconds = ", ".join(f"{phase} {value:.0f}" for phase, value in results["seconds"].items())
     peak, beyond = results["peak_memory_gb"], results["peak_memory_beyond_start_gb"]
     files = ", ".join(sorted(path.name for path in Path(results["out_dir"]).iterdir()))
@@ -194,8 +200,23 @@ def failed(error):
     2.
     """
     if distributed.LOCAL_RANK == 0:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line
     return 2
+
+
+def failed_in_torch(error):
+    """
+    Print what a RuntimeError of torch's means: memory is short, or another process has ended. Any
+    other one is raised again. Returns exit status 2.
+    """
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        hint = "lower batch_size, micro_batch_size or block_size, or try --auto_hardware=True"
+        return failed(f"out of memory ({text.splitlines()[0]}): {hint}")
+    lost = isinstance(error, torch.distributed.DistError) or "gloo" in text
+    if distributed.WORLD_SIZE > 1 and lost:
+        return failed("another process of this run has ended; --resume=True resumes the run")
+    raise error
 
 
 def stopped(error, arguments):

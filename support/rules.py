@@ -21,6 +21,7 @@ MAY_BE_ZERO = set(
     "snapshots".split()
 )
 BELOW_ONE = {"dropout", "val_fraction"}
+MOST = {"snapshots": 1000}
 
 
 def refuse(problem, message):
@@ -38,6 +39,11 @@ def check_values(config, choices):
         wrong = value < 0 or (value == 0 and least == "positive") or not math.isfinite(value)
         refuse(wrong, f"{name}={value} must be {least}")
         refuse(name in BELOW_ONE and value >= 1, f"{name}={value} must be below 1")
+        most = MOST.get(name, 2**62)
+        refuse(value > most, f"{name}={value} must be at most {most}")
+    out = os.path.basename(config.out_dir.rstrip("/"))
+    here = config.out_dir and out in ("", ".", "..")
+    refuse(here, f"out_dir={config.out_dir}: name a folder for this run alone")
 
 
 def check_device(config):

@@ -25,8 +25,15 @@ import torch
 from tqdm import tqdm
 
 from support import checkpoint, distributed, hardware, report, run_folder
-from support.files import replacing, write_json
+from support.files import read_sealed, replacing, seal, write_json
+from support.pretrained import fingerprints
 from support.weight_changes import Trajectory
+
+
+def digest_of(lines):
+    """A digest of the log's lines, in bytes."""
+    return hashlib.sha256(b"\n".join(lines)).hexdigest()
+
 
 LOG_EVERY = 0.25  # least seconds between writes: to read a loss, Python waits for the GPU
 
@@ -44,7 +51,7 @@ class Run:
         self.device = distributed.start(device)
         self.is_first = distributed.RANK == 0
         self.out, self.asked = Path(config.out_dir or "out/run"), dataclasses.asdict(config)
-        self.locks, self.state = contextlib.ExitStack(), None
+        self.locks, self.state, self.earlier_run = contextlib.ExitStack(), None, {}
 
         # Run by the first process alone, since a folder can be locked only once.
         def find_folder():
@@ -55,7 +62,8 @@ class Run:
         try:
             self.resuming, self.replaces = distributed.from_first(find_folder)
             if self.resuming:
-                config = run_folder.resumed_config(config, self.out, may_change)
+                self.earlier_run = read_sealed(self.out / "run.json")
+                config = run_folder.resumed_config(config, self.out, self.earlier_run, may_change)
                 self.state = checkpoint.load(self.out)
                 if self.state:
                     print(f"resuming {self.out} after step {self.state[1]['n']}")
@@ -78,10 +86,11 @@ class Run:
         """
         Set an earlier run aside, write the folder's first files, and restore a resumed run.
 
-        task: a train.Task, of which config, model, encoded, layers, about() and save(folder) are
-        used. Raises ValueError or OSError.
+        task: a train.Task, of which config, folder, model, encoded, layers, about() and
+        save(folder) are used. Raises ValueError or OSError.
         """
         self.config, self.model, self.save_weights = task.config, task.model, task.save
+        self.base_folder = task.folder
         self.fingerprint = hashlib.sha256(repr(task.encoded).encode()).hexdigest()
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.trajectory = None
@@ -113,11 +122,13 @@ class Run:
 
         # The log may have lines of later steps than the checkpoint: those will be done again.
         log = self.out / "metrics.jsonl"
-        self.metrics = [json.loads(line) for line in log.read_text("utf-8").splitlines()[: self.n]]
-        if [line["step"] for line in self.metrics] != list(range(1, self.n + 1)):
+        lines = log.read_bytes().splitlines()[: self.n]
+        if digest_of(lines) != about["log"]:
             raise ValueError(
-                f"{log} lacks lines of the first {self.n} steps: the run can't be resumed"
+                f"{log} lacks lines of the first {self.n} steps, or was edited: the run can't be "
+                f"resumed"
             )
+        self.metrics = [json.loads(line) for line in lines]
 
         with torch.no_grad():
             for name, p in self.parameters.items():
@@ -127,6 +138,16 @@ class Run:
 
     def open_folder(self, about):
         """Write run.json, the weights and the log, so that a full disk shows before any work."""
+        base = fingerprints(self.base_folder)
+        if changed := [
+            part
+            for part, kept in self.earlier_run.get("base", base).items()
+            if base.get(part) != kept
+        ]:
+            raise ValueError(
+                f"{self.out} can't be resumed: {', '.join(changed)} of {self.base_folder} "
+                f"changed since the run began"
+            )
         if self.replaces:
             run_folder.set_aside(self.out)
             if not self.out.exists():
@@ -134,8 +155,13 @@ class Run:
 
         try:
             settings = dataclasses.asdict(self.config) | about | {"asked": self.asked}
-            write_json(self.out / "run.json", settings)
+            settings |= {"base": base, "files": self.earlier_run.get("files")}
+            write_json(self.out / "run.json", seal(settings))
+            before = set(self.out.iterdir())
             self.save()
+            if not self.resuming:  # so that --overwrite removes these and no others
+                settings["files"] = sorted(path.name for path in {*self.out.iterdir()} - before)
+                write_json(self.out / "run.json", seal(settings))
             with replacing(self.out / "metrics.jsonl") as temporary:
                 lines = "".join(json.dumps(line) + "\n" for line in self.metrics)
                 temporary.write_text(lines, encoding="utf-8")
@@ -330,6 +356,7 @@ class Run:
             "elapsed": self.elapsed + time.time() - self.started,
             "trajectory": points,
             "random": checkpoint.random_states(),
+            "log": digest_of(json.dumps(line).encode() for line in self.metrics),
         }
         checkpoint.save(self.out, self.n, tensors, about)
 

@@ -9,11 +9,9 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 
-from support.files import read_json
-from support.tokenizer import FILES as TOKENIZER_FILES
+from support.files import read_json, remove
 
 try:
     import fcntl
@@ -21,19 +19,15 @@ except ImportError:  # Windows has no such locks: there, two runs in one folder 
     fcntl = None
 
 REPLACED = "replaced-by-a-newer-run"  # marks a run that is ours to remove
-RUN_FILES = (
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+RUN_FILES = (  # beside the weights, which run.json names
     "run.json",
     "metrics.jsonl",
     "summary.json",
     "loss.png",
-    "adapter_config.json",
-    "adapter_model.safetensors",
     "trajectory.json",
     "trajectory.safetensors",
-    "config.json",
-    "model.safetensors",
     REPLACED,
-    *TOKENIZER_FILES,
 )
 
 
@@ -54,24 +48,49 @@ def locked(folder):
     process ends, even when it is killed. Raises ValueError if another run holds the lock.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    handle = take_lock(folder)
     try:
-        if fcntl:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{folder} is in use by another run: wait until it has ended, or choose "
-                    f"another --out_dir"
-                ) from None
         yield
     finally:
-        if fcntl:
+        # While the lock is held, so that nobody else takes this folder in between.
+        if handle is None or is_at(handle, folder):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # works only if nothing was written
+        if handle is not None:
             os.close(handle)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # works only if nothing was written
+
+
+def take_lock(folder):
+    """Create and lock a folder. Returns a handle whose closing ends the lock; None on Windows."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY) if fcntl else None
+        except (FileExistsError, FileNotFoundError):
+            if folder.is_file():
+                raise
+            continue  # another run has just removed it
+        if handle is None:
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(
+                f"{folder} is in use by another run: wait until it has ended, or choose "
+                f"another --out_dir"
+            ) from None
+        if is_at(handle, folder):
+            return handle
+        os.close(handle)  # the lock of a folder that another run has removed or moved
+
+
+def is_at(handle, folder):
+    """Whether an open folder is the one that is now at a path."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(folder))
+    except FileNotFoundError:
+        return False
 
 
 def find_run(config, out):
@@ -148,25 +167,39 @@ def remove_previous(out):
 
 def remove_run(folder):
     """Remove the files of a run; the folder stays if it also holds files of the user's own."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for path in [*(folder / name for name in RUN_FILES), *folder.glob("*.tmp")]:
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+    for name in own_files(folder):
+        remove(folder / name)
+        remove(folder / f"{name}.tmp")
+    for path in (folder / "checkpoints").glob("*"):
+        if path.stem.isdigit():
+            remove(path)
+    for left in (folder / "checkpoints", folder):
+        with contextlib.suppress(OSError):
+            left.rmdir()
 
 
-def resumed_config(config, out, may_change):
+def own_files(folder):
+    """The names of the files that the run in a folder wrote, as it recorded them."""
+    try:
+        recorded = read_json(folder / "run.json").get("files")
+    except (OSError, ValueError):
+        recorded = None
+    if not isinstance(recorded, list):
+        recorded = ADAPTER_FILES
+    plain = {name for name in recorded if isinstance(name, str) and Path(name).name == name}
+    return plain | set(RUN_FILES)
+
+
+def resumed_config(config, out, stored, may_change):
     """
-    The config of the run in `out`, its automatic settings resolved, with the settings in may_change
-    taken from `config`. Raises ValueError when `config` differs in any other setting.
+    The config of the run in `out`, of which run.json stored this, its automatic settings resolved,
+    with the settings in may_change taken from `config`. Raises ValueError when `config` differs in
+    any other setting.
     """
-    stored = read_json(out / "run.json")
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     asked = stored.get("asked")
     if not isinstance(asked, dict) or now.keys() - stored.keys():
-        raise ValueError(
-            f"{out / 'run.json'} was written by another version, or edited: it can't be resumed"
-        )
+        raise ValueError(f"{out / 'run.json'} was written by another version: it can't be resumed")
 
     changed = {
         name: f"{name}={value} (it was {asked.get(name)})"

@@ -58,7 +58,8 @@ def typed(field, value, where):
                 return str(value).lower() == "true"
         elif kind is str:
             if isinstance(value, (str, Path)):
-                return str(value)
+                home = str(value).startswith("~/")  # the shell leaves it alone after --name=
+                return str(Path(value).expanduser()) if home else str(value)
         elif not isinstance(value, bool) and kind(value) == float(value):  # 8.5 is not an int
             return kind(value)
     except (TypeError, ValueError, OverflowError):
@@ -94,12 +95,14 @@ def read(kind, arguments, renamed=None):
             value = "True"  # --chat is --chat=True
         elif not equals:
             raise ValueError(f"argument {argument!r}: write --name=value")
+        if name in given:
+            raise ValueError(f"--{name} is given twice, as {given[name]!r} and as {value!r}")
         given[name] = value
 
     values, path = {}, None
     if "config" in given:
         path = find_config(given.pop("config"))
-        contents = read_json(path) if path.suffix == ".json" else run(path)
+        contents = read_json(path) if path.suffix.lower() == ".json" else run(path)
         for name, value in contents.items():
             known(name, f"{path}: ", repr(name))
             values[name] = typed(fields[name], value, path)
@@ -109,12 +112,15 @@ def read(kind, arguments, renamed=None):
 
 def find_config(name):
     """The path of a config file, here or in configs/. Raises FileNotFoundError."""
-    path = Path(name) if Path(name).exists() else CONFIGS / name
+    path = Path(name).expanduser()
+    path = path if path.exists() else CONFIGS / name
     if not path.is_file():
         known = sorted(file.name for file in CONFIGS.iterdir() if file.suffix in (".py", ".json"))
         raise FileNotFoundError(
             f"no config file {path.name!r}, here or in {CONFIGS.name}/" + suggest(path.name, known)
         )
+    if path.suffix.lower() not in (".py", ".json"):
+        raise ValueError(f"config file {path}: its name must end in .py or .json")
     return path
 
 
@@ -125,7 +131,7 @@ def run(path):
     """
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:  # the user's file may raise anything
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", "?")

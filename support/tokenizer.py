@@ -159,14 +159,20 @@ class Tokenizer:
         if self.library:
             ids = self.library.encode(text, add_special_tokens=False).ids
         else:
-            ids = []
-            for outer, token in self.added_raw.cut(text):
-                if token is not None:
-                    ids.append(token)
-                    continue
-                for piece, token in self.added_normalised.cut(self.normalise(outer)):
-                    ids += self.encode_ordinary(piece) if token is None else [token]
+            ids = [i for _, _, part in self.parts(text) for i in part]
         return self.prefix_ids + ids + self.suffix_ids if add_special_tokens else ids
+
+    def parts(self, text):
+        """Step 1: (where it begins, whether it is an added token, ids) of each part of a text."""
+        begin = 0
+        for outer, token in self.added_raw.cut(text):
+            ids = [token]
+            if token is None:
+                ids = []
+                for piece, inner in self.added_normalised.cut(self.normalise(outer)):
+                    ids += self.encode_ordinary(piece) if inner is None else [inner]
+            yield begin, token is not None, ids
+            begin += len(outer)
 
     def encode_ordinary(self, text):
         """Steps 3 and 4, for a text without added tokens."""
@@ -197,12 +203,21 @@ class Tokenizer:
                 segments[bisect.bisect_right(cuts, end - 1)].append(token)
             return segments
 
-        whole, edges = self.encode(text), [0]
+        # The text before a cut is encoded from an added token on: what comes before one is the same
+        # whatever follows.
+        whole, begins, counts, edges = [], [0], [0], [0]
+        for begin, added, ids in self.parts(text):
+            if added:
+                begins.append(begin)
+                counts.append(len(whole))
+            whole += ids
         for cut in cuts:
-            head = self.encode(text[:cut])
-            if whole[: len(head)] != head:
+            last = max(0, bisect.bisect_left(begins, cut) - 1)
+            head = self.encode(text[begins[last] : cut])
+            end = counts[last] + len(head)
+            if whole[counts[last] : end] != head:
                 return [self.encode(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)])]
-            edges.append(len(head))
+            edges.append(end)
         return [whole[a:b] for a, b in zip(edges, [*edges[1:], len(whole)])]
 
     def decode(self, ids, skip_special=True):

@@ -14,9 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import train
 from support import checkpoint, run_folder
+from support.files import replacing, seal, write_json
+from support.pretrained import find_model
 from train import Config
 
 ROOT = Path(train.__file__).parent
@@ -242,11 +246,12 @@ def test_changed_settings_and_data_are_refused_and_harmless_ones_named(monkeypat
     ):
         train.train(Config(out_dir="run", **TINY))
     state = checkpoint.names("run")[-1] / "state.json"
-    about = json.loads(state.read_text())
-    state.write_text(json.dumps(about | {"fingerprint": "other"}))
+    sealed = state.read_text()
+    about = {n: value for n, value in json.loads(sealed).items() if n != "sha256"}
+    state.write_text(json.dumps(seal(about | {"fingerprint": "other"})))
     with pytest.raises(ValueError, match="its data or its tokenizer has changed"):
         train.train(Config(out_dir="run", resume=True, **TINY))
-    state.write_text(json.dumps(about))
+    state.write_text(sealed)
     metrics = Path("run/metrics.jsonl").read_text()
     Path("run/metrics.jsonl").write_text(metrics.split("\n", 1)[1])
     with pytest.raises(ValueError, match="lacks lines"):
@@ -276,6 +281,144 @@ def test_what_an_earlier_run_left_goes_when_the_newer_one_has_ended_however_it_w
     Path("run.previous").mkdir()  # somebody's own
     with pytest.raises(ValueError, match="run.previous is in the way"):
         train.train(Config(out_dir="run", overwrite=True, **TINY))
+
+
+@pytest.mark.parametrize(
+    "path, change, said",
+    [
+        ("run.json", lambda text: text.replace('"lower_lr": 0.001', '"lower_lr": 0.5'), "edited"),
+        (
+            "run.json",
+            lambda text: text.replace('"retrain_steps": ', '"retrain_steps": 9'),
+            "edited",
+        ),
+        ("metrics.jsonl", lambda text: text.replace('"phase": "', '"phase": "x', 1), "was edited"),
+    ],
+)
+def test_a_run_whose_files_were_edited_is_not_resumed(path, change, said, monkeypatch):
+    stopped_run("run", monkeypatch)
+    file = Path("run") / path
+    assert change(file.read_text()) != file.read_text()
+    file.write_text(change(file.read_text()))
+    with pytest.raises(ValueError, match=said):
+        train.train(Config(out_dir="run", resume=True, **TINY))
+
+
+@pytest.mark.parametrize("key", ["random", "n", "done", "log"])
+def test_a_checkpoint_whose_state_was_edited_gives_way_to_the_one_before(key, monkeypatch, capsys):
+    """The resumed run ends like one that was never stopped, bit for bit."""
+    train.train(Config(out_dir="whole", **TINY))
+    stopped_run("run", monkeypatch)
+    states = [folder / "state.json" for folder in checkpoint.names("run")]
+    about = json.loads(states[-1].read_text())
+    del about[key]
+    states[-1].write_text(json.dumps(about))
+    train.train(Config(out_dir="run", resume=True, **TINY))
+    said = capsys.readouterr().out
+    assert "edited, damaged, or written by another version" in said
+    weights = [Path(f"{run}/adapter_model.safetensors").read_bytes() for run in ("whole", "run")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("part", ["config.json", "the weights", "the tokenizer"])
+def test_a_run_whose_base_has_changed_is_not_resumed(part, monkeypatch):
+    base = Path(shutil.copytree(find_model("tiny-random"), "base"))
+    monkeypatch.setitem(TINY, "model", "base")
+    stopped_run("run", monkeypatch)
+    if part == "the weights":
+        tensors = load_file(base / "model.safetensors")
+        tensors["model.embed_tokens.weight"] *= 1.5
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    else:
+        path = base / {"config.json": "config.json", "the tokenizer": "tokenizer.json"}[part]
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"rope_theta": 12345.0, "version": "1.1"}))
+    with pytest.raises(ValueError, match=f"can't be resumed: {part} of base changed since"):
+        train.train(Config(out_dir="run", resume=True, **TINY))
+
+
+@pytest.mark.parametrize("method", ["bidora", "ft"])
+def test_overwriting_removes_what_the_run_wrote_and_nothing_else(method):
+    settings = TINY | dict(method=method)
+    train.train(Config(out_dir="run", **settings))
+    mine = ["draft.tmp", "checkpoints/mine.txt", "vocab.json", "merges.txt", "notes/a.txt"]
+    for name in mine:
+        path = Path("run") / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    train.train(Config(out_dir="run", overwrite=True, **settings))
+    left = [name for name in mine if (Path("run.previous") / name).exists()]
+    assert left == mine
+    others = {str(p.relative_to("run.previous")) for p in Path("run.previous").rglob("*")}
+    assert others - {*mine, "checkpoints", "notes"} == set()
+
+
+# ---------------------------------------------------------------------------------- locks
+
+
+HOLD = """
+import os, sys, time
+from support import run_folder
+folder, marks, turns = sys.argv[1], sys.argv[2], int(sys.argv[3])
+held = 0
+for _ in range(turns):
+    try:
+        with run_folder.locked(folder):
+            mark = os.open(marks, os.O_CREAT | os.O_EXCL)  # fails if another one holds the lock
+            os.close(mark)
+            os.unlink(marks)
+            held += 1
+    except ValueError:
+        pass
+print(held)
+"""
+
+
+def test_two_processes_never_hold_the_same_folder():
+    """Each of three takes and gives back the lock thousands of times; the folder comes and goes."""
+    command = [sys.executable, "-c", HOLD, "run", "mark", "4000"]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": ROOT})
+        for _ in range(3)
+    ]
+    held = [int(process.communicate()[0] or -1) for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    assert all(count > 100 for count in held)
+
+
+def test_a_refused_second_start_leaves_the_first_one_alone():
+    """Also while the first has written nothing yet."""
+    with run_folder.locked("run"):
+        with pytest.raises(ValueError, match="in use by another run"):
+            with run_folder.locked("run"):
+                pass
+        assert Path("run").exists()
+    assert not Path("run").exists()
+
+
+# ---------------------------------------------------------------------------------- writes
+
+
+def test_a_planted_link_is_not_followed_and_leftovers_go():
+    Path("precious").write_text("mine")
+    os.symlink("precious", "x.json.tmp")
+    write_json("x.json", {"a": 1})
+    assert Path("precious").read_text() == "mine" and json.loads(Path("x.json").read_text())
+    Path("y.json.tmp").mkdir()
+    (Path("y.json.tmp") / ".tmp123").write_text("left by a killed write")
+    write_json("y.json", {"a": 1})
+    assert sorted(p.name for p in Path(".").iterdir()) == ["precious", "x.json", "y.json"]
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_written_weights_have_the_permissions_that_others_files_have(mask, mode):
+    before = os.umask(mask)
+    try:
+        with replacing("w.safetensors") as temporary:
+            save_file({"a": torch.ones(3)}, temporary)
+    finally:
+        os.umask(before)
+    assert os.stat("w.safetensors").st_mode & 0o777 == mode
 
 
 def test_a_copy_of_a_run_stands_alone(monkeypatch):

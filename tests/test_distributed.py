@@ -207,6 +207,8 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on_from_the_checkpo
         done.returncode != 0 and time.time() - start < 60 + 30
     )  # half a minute to start on a slow machine
     assert "exitcode  : -9" in done.stderr and "rank      : 1" in done.stderr
+    assert "error: another process of this run has ended; --resume=True" in done.stderr
+    assert "train.py" not in done.stderr  # no traceback of a survivor
     done = torchrun(
         DIES, *arguments, "--out_dir=restarted", restarts=1, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"
     )

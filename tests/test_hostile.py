@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import numpy
@@ -21,8 +22,10 @@ from hypothesis import strategies as st
 from test_model import LLAMA
 
 import data
+import sample
 import train
 from bidora import load_adapter, replace_linear_with_bidora, save_adapter
+from config import read_config
 from model import ModelConfig, Transformer
 from support.built_in_models import convert_gguf
 from support.pretrained import find_model
@@ -437,3 +440,106 @@ def test_nothing_here_unpickles():
             r"torch\.load\(|import pickle|import marshal|weights_only|(?<!\.)\b(eval|exec)\(",
             path.read_text(),
         ), path
+
+
+# ------------------------------------------------------------ hostile on purpose, one by one
+
+
+def last_line(capsys):
+    """What a failed command has printed on stderr, which must be one line."""
+    [line] = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is not a JSON object"),
+        ({"lora_alpha": 10**400}, "not a number below 1e9"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "not a number below 1e9"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is not a list of names"),
+    ],
+)
+def test_adapters_that_are_hostile_on_purpose(tmp_path, change, said):
+    model = Transformer.from_pretrained(find_model("tiny-random")).requires_grad_(False)
+    save_adapter(replace_linear_with_bidora(model, 2), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=said) as caught:
+        load_adapter(Transformer.from_pretrained(find_model("tiny-random")), tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_pattern_that_backtracks_for_ever_does_not(tmp_path):
+    """Python's own `re` would take 2^20 times as long for each twenty characters."""
+    model = Transformer.from_pretrained(find_model("tiny-random")).requires_grad_(False)
+    save_adapter(replace_linear_with_bidora(model, 2), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    hostile = {"alpha_pattern": {r"((\w|\.)+)+X": 4}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | hostile))
+    start = time.time()
+    load_adapter(Transformer.from_pretrained(find_model("tiny-random")), tmp_path)
+    assert time.time() - start < 20
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(num_hidden_layers=10**9), "num_hidden_layers=1000000000 is more than 1000"),
+        (dict(num_attention_heads=6, num_key_value_heads=4), "4 key-value heads do not divide 6"),
+        (dict(head_dim=7), "head_dim=7 is not an even integer"),
+        (dict(head_dim=8.5), "head_dim=8.5 is not an even integer"),
+    ],
+)
+def test_models_whose_sizes_make_no_sense(change, said):
+    with pytest.raises(ValueError, match=said):
+        ModelConfig.from_hf(LLAMA | {"model_type": "llama"} | change)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--snapshots=1000000000"], "snapshots=1000000000 must be at most 1000"),
+        (["--seed=18446744073709551616"], "seed=18446744073709551616 must be at most"),
+        (["--rank=4", "--rank=8"], "--rank is given twice, as '4' and as '8'"),
+        (["--out_dir=."], "out_dir=.: name a folder for this run alone"),
+        (["--out_dir=a/.."], "out_dir=a/..: name a folder for this run alone"),
+        (["--config=c.jsonc"], "config file c.jsonc: its name must end in .py or .json"),
+        (["--config=c"], "config file c: its name must end in .py or .json"),
+        (["--config=exits.py"], "exits.py, line 1: SystemExit: 0"),
+    ],
+)
+def test_command_lines_that_are_refused_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("c", "c.jsonc"):
+        Path(name).write_text('{"rank": 4}')
+    Path("exits.py").write_text("raise SystemExit(0)")
+    assert train.main(["--data=toy-sentiment", "--model=tiny-random", *arguments]) == 2
+    assert said in last_line(capsys)
+    assert not Path("out").exists()
+
+
+def test_config_files_in_capitals_are_read_as_what_they_are(tmp_path):
+    for name, text in (("a.JSON", '{"rank": 3}'), ("b.Py", "rank = 3")):
+        (tmp_path / name).write_text(text)
+        assert read_config([f"--config={tmp_path / name}"]).rank == 3
+
+
+def test_a_home_folder_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_config(["--out_dir=~/x"]).out_dir == str(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name, value", [("model", 256), ("labels", "yes"), ("block_size", "256")])
+def test_a_run_json_with_values_of_another_type(name, value, tmp_path, capsys):
+    (tmp_path / "run.json").write_text(json.dumps({name: value}))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert sample.main([f"--adapter={tmp_path}", "--prompt=x"]) == 2
+    assert f"{name} has a value of the wrong type" in last_line(capsys)
+
+
+def test_a_loss_that_grew_is_named_below_the_table(tmp_path, capsys):
+    options = ["--data=toy-sentiment", "--model=tiny-random", "--lower_lr=1e3", "--grad_clip=1e9"]
+    budget = ["--search_steps=4", "--retrain_steps=4", "--test_size=20", "--eval_size=20"]
+    assert train.main([*options, *budget, f"--out_dir={tmp_path / 'run'}"]) == 0
+    assert re.search(r"the loss on .*test is higher than before: try", capsys.readouterr().out)

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+import time
 import unicodedata
 
 import pytest
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer as Peer
 
 import data
 import sample
+from support.chat import ChatTemplate
 from support.tokenizer import Tokenizer
 from support.tokenizer_files import QWEN2_SPLIT
 
@@ -801,3 +803,95 @@ def test_sample_prompts_a_model_as_training_did(tmp_path, template):
         [row], _ = data.encode([CONVERSATIONS[name]], ours, 400, "{text}", labels)
         answer = sum(label != -100 for label in row.labels)
         assert heard == row.input_ids[:-answer]
+
+
+# --------------------------------------------------------------------- long conversations
+
+
+def each_by_itself(tokenizer, text, cuts):
+    """encode_cut in its plainest form: each head of the text is encoded from the beginning."""
+    whole, edges = tokenizer.encode(text), [0]
+    for cut in cuts:
+        head = tokenizer.encode(text[:cut])
+        if whole[: len(head)] != head:
+            return [tokenizer.encode(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        edges.append(len(head))
+    return [whole[a:b] for a, b in zip(edges, [*edges[1:], len(whole)])]
+
+
+@pytest.mark.parametrize("kind", ["smollm", "qwen", "llama3"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_conversations_are_cut_as_when_each_answer_is_looked_for_by_itself(tmp_path, kind, name):
+    """Random talks of 8 to 20 turns, with contents that templates trim or that hold tokens."""
+    trained_tokenizer(tmp_path, kind, template=TEMPLATES[name])
+    tokenizer, rng = Tokenizer.from_pretrained(tmp_path), random.Random(0)
+    pieces = [
+        " film",
+        "Hello",
+        "\n",
+        " ",
+        "<|im_end|>",
+        "<|im_start|>",
+        "é",
+        "e\u0301",
+        "a 12",
+        ".",
+    ]
+    for _ in range(12):
+        roles = ["user", "assistant"] * rng.randint(4, 10)
+        talk = [
+            {"role": role, "content": "x" + "".join(rng.choices(pieces, k=rng.randint(0, 6)))}
+            for role in roles
+        ]
+        text, chat = tokenizer.chat.render(talk), tokenizer.chat
+        try:
+            expected = [chat.answer_span(text, talk, i) for i in range(1, len(talk), 2)]
+        except ValueError:
+            with pytest.raises(ValueError, match="can't be told"):
+                chat.conversation(talk)
+            continue
+        assert chat.conversation(talk) == (text, expected)
+        cuts = [cut for span in expected for cut in span]
+        assert tokenizer.encode_cut(text, cuts) == each_by_itself(tokenizer, text, cuts)
+
+
+def test_a_conversation_of_many_turns_renders_the_template_a_few_times(tmp_path, monkeypatch):
+    trained_tokenizer(tmp_path)
+    tokenizer, renders = Tokenizer.from_pretrained(tmp_path), []
+    talk = [{"role": ("user", "assistant")[i % 2], "content": f"film {i}"} for i in range(1000)]
+    real = tokenizer.chat.render
+    monkeypatch.setattr(
+        tokenizer.chat, "render", lambda *a, **o: renders.append(a) or real(*a, **o)
+    )
+    text, spans = tokenizer.chat.conversation(talk)
+    assert [text[a:b] for a, b in spans] == [f"film {i}<|im_end|>" for i in range(1, 1000, 2)]
+    assert len(renders) < 10
+
+
+# A template is anybody's program.
+HOSTILE = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "lorem ipsum": "{{ lipsum(n=10**8) }}",
+    "doubling": "{% set n = namespace(s='aa') %}{% for i in range(60) %}"
+    "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+    "product": "{{ 'a' * 10**10 }}",
+    "format": "{{ '%1000000000d' % 1 }}",
+    "much text": "{% for i in range(99999) %}" + "a" * 1000 + "{% endfor %}",
+    "itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "syntax": "{% if %}",
+    "no such name": "{{ nothing.at.all }}",
+    "no such block": "{% nothing %}",
+    "a module": "{{ ().__class__.__mro__[1].__subclasses__() }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates_end_in_one_line_and_within_limits(name):
+    start = time.time()
+    with pytest.raises(ValueError, match="the chat template rejects") as caught:
+        ChatTemplate(HOSTILE[name], {"eos_token": "</s>"}, []).render(TALK)
+    assert "\n" not in str(caught.value)
+    assert time.time() - start < 20
+    # The next template is rendered as ever.
+    assert ChatTemplate("{{ messages | length }}", {}, []).render(TALK) == "5"
