@@ -6,7 +6,8 @@ What is notable about it:
 - RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU, no dropout
 - forward(input_ids, labels) computes logits only at supervised positions: with one answer token
   per row, the head (49k to 150k vocabulary entries) costs almost nothing
-- no padding mask: batches are padded on the right, and causal attention never looks there
+- in training, rows lie end to end and what they all begin with passes once: in classification,
+  the question; norms, linears and MLPs see no padding and no token twice (class Rows)
 - normalisation and loss in fp32, everything else in the weights' dtype
 
 LLaMA: arXiv 2302.13971; grouped queries: 2305.13245; sliding windows (Mistral): 2310.06825;
@@ -63,10 +64,60 @@ class ModelConfig:
         return cls(**hf_format.read_config(config_dict))
 
 
+class Rows:
+    """
+    Token sequences laid end to end, (N,); the P tokens that all begin with stand there once, first.
+
+    Causal attention computes the same for a shared beginning in every row, so its keys and values
+    serve all rows. rows: B lists of token ids of any lengths.
+    """
+
+    WORTH = 8  # shared tokens; for fewer, a second attention call costs more than it saves
+
+    def __init__(self, rows, device):
+        shared = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
+        self.shared = shared if len(rows) > 1 and shared >= self.WORTH else 0  # P
+        own = [row[self.shared :] for row in rows]
+        lengths = torch.tensor([len(row) for row in own])
+        self.longest = max(map(len, own))  # S
+
+        columns = torch.arange(self.longest)
+        real = columns < lengths[:, None]  # (B, S), False where a row would be padded
+        self.starts = lengths.cumsum(0) - lengths + self.shared  # of each row's own tokens, (B,)
+        self.ragged = not real.all()
+        if self.ragged:
+            places = (self.starts - self.shared)[:, None] + columns * real
+            self.padded = places.flatten().to(device)  # (B·S,) own token of each place
+            self.packed = real.flatten().nonzero()[:, 0].to(device)  # place of each own token
+
+        ids = [*rows[0][: self.shared], *(token for row in own for token in row)]
+        positions = torch.cat(
+            (torch.arange(self.shared), (self.shared + columns).expand_as(real)[real])
+        )
+        self.ids, self.positions = torch.tensor(ids).to(device), positions.to(device)  # (N,)
+
+    def find(self, row, position):
+        """Where tokens are: rows and positions, both (n,), -> places in ids, (n,)."""
+        own = self.starts[row] + position - self.shared
+        return torch.where(position < self.shared, position, own)
+
+    def unpack(self, x):
+        """The rows' own part of x, (N, heads, head_dim), as (B, heads, S, head_dim), padded."""
+        own = x[self.shared :]
+        if self.ragged:
+            own = own.index_select(0, self.padded)
+        return own.unflatten(0, (-1, self.longest)).transpose(1, 2)
+
+    def pack(self, y):
+        """The inverse of unpack, (N - P, heads, head_dim)."""
+        own = y.transpose(1, 2).flatten(0, 1)
+        return own.index_select(0, self.packed) if self.ragged else own
+
+
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + head_dim/2]) by its position's angle. x: (B, H, T, head_dim)."""
+    """Turn each pair (x[i], x[i + head_dim/2]) by its position's angle. x: (…, T, H, head_dim)."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin  # cos, sin: (T, head_dim)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin  # cos, sin: (T, 1, head_dim)
 
 
 class Attention(nn.Module):
@@ -81,34 +132,54 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, cache):
-        B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.c.head_dim)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.c.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, -1, self.c.head_dim).transpose(1, 2)  # (B, Hkv, T, head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H or Hkv, T, head_dim)
+    def forward(self, x, cos, sin, cache=None, rows=None):
+        """x: (B, T, hidden_size), maybe with a cache; of Rows (N, hidden_size)."""
+        heads = (-1, self.c.head_dim)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, heads))
+        k = self.k_norm(self.k_proj(x).unflatten(-1, heads))
+        v = self.v_proj(x).unflatten(-1, heads)  # (B, T, Hkv, head_dim) or (N, Hkv, head_dim)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
+        if rows is not None:
+            return self.o_proj(self.over_rows(q, k, v, rows).flatten(-2))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or Hkv, T, head_dim)
         if cache is not None:  # this layer's keys and values of earlier tokens
             if cache:
                 k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
             cache.update(k=k, v=v)
-        S = k.size(2)  # all tokens so far: T new ones and those in the cache
+        return self.o_proj(self.attention(q, k, v).transpose(1, 2).flatten(-2))
 
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and S <= 256:
+    def over_rows(self, q, k, v, rows):
+        """Each row's own tokens see the shared ones and their own. q: (N, H, head_dim)."""
+        own_q, own_k, own_v = (rows.unpack(t) for t in (q, k, v))  # (B, H or Hkv, S, head_dim)
+        if not rows.shared:
+            return rows.pack(self.attention(own_q, own_k, own_v))
+
+        first_q, first_k, first_v = (t[None, : rows.shared].transpose(1, 2) for t in (q, k, v))
+        shared = self.attention(first_q, first_k, first_v)  # (1, H, P, head_dim)
+        every = (len(own_k), -1, -1, -1)
+        k = torch.cat((first_k.expand(every), own_k), dim=2)  # (B, Hkv, P + S, head_dim)
+        v = torch.cat((first_v.expand(every), own_v), dim=2)
+        own = self.attention(own_q, k, v)
+        return torch.cat((shared[0].transpose(0, 1), rows.pack(own)))
+
+    def attention(self, q, k, v):
+        """The last T of S tokens see all before them: (B, H, T, head_dim), in q's dtype."""
+        (T, S), dtype = (q.size(2), k.size(2)), q.dtype
+        if q.device.type == "cpu" and dtype == torch.bfloat16 and S <= 256:
             # On CPUs the fused kernel's backward pass is slow in bf16: for 8 × 64 tokens 10 ms per
             # layer, against 2 ms in fp32, which is also more precise.
             q, k, v = q.float(), k.float(), v.float()
 
-        mask = self.mask(T, S, x.device)
-        y = F.scaled_dot_product_attention(
+        mask = self.mask(T, S, q.device)
+        return F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
             is_causal=mask is None and T > 1,
             enable_gqa=self.c.num_key_value_heads != self.c.num_attention_heads,
-        )  # (B, H, T, head_dim)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
+        ).to(dtype)
 
     def mask(self, T, S, device):
         """
@@ -140,8 +211,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x, cos, sin, cache=None, rows=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -182,29 +253,36 @@ class Transformer(nn.Module):
         The last layer's normalised output, (B, T, hidden_size). caches: one dict per layer, empty
         at first, that collects the keys and values of all tokens so far.
         """
-        T = input_ids.size(1)
         past = caches[0]["k"].size(2) if caches and caches[0] else 0
+        positions = torch.arange(past, past + input_ids.size(1), device=input_ids.device)
+        return self.through_blocks(input_ids, positions, past + input_ids.size(1), caches)
+
+    def over_rows(self, rows):
+        """hidden_states of Rows, (N, hidden_size)."""
+        return self.through_blocks(rows.ids, rows.positions, rows.shared + rows.longest, rows=rows)
+
+    def through_blocks(self, input_ids, positions, length, caches=None, rows=None):
+        """What hidden_states and over_rows share. positions: (T,) or (N,), all below length."""
         trained = self.config.max_position_embeddings
-        if self.config.rope["rope_type"] == "dynamic" and past + T > trained:
+        if self.config.rope["rope_type"] == "dynamic" and length > trained:
             raise ValueError(
-                f"{past + T} tokens: with rope type 'dynamic' only the {trained} that the model "
+                f"{length} tokens: with rope type 'dynamic' only the {trained} that the model "
                 f"was trained on are supported"
             )
 
-        x = self.model.embed_tokens(input_ids)  # (B, T, hidden_size)
+        x = self.model.embed_tokens(input_ids)  # (..., hidden_size)
 
         frequencies, scale = rotary.frequencies(self.config.rope, self.config.head_dim)
-        positions = torch.arange(past, past + T, device=x.device).float()
         frequencies = frequencies.to(x.device, non_blocking=True)
-        angles = torch.outer(positions, frequencies)  # (T, head_dim / 2)
-        angles = torch.cat((angles, angles), dim=-1)  # (T, head_dim)
+        angles = torch.outer(positions.float(), frequencies)  # (T, head_dim / 2)
+        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (T, 1, head_dim)
         cos, sin = (scale * angles.cos()).to(x.dtype), (scale * angles.sin()).to(x.dtype)
 
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, None, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, None, rows, use_reentrant=False)
             else:
-                x = block(x, cos, sin, caches[i] if caches else None)
+                x = block(x, cos, sin, caches[i] if caches else None, rows)
         return self.model.norm(x)
 
     def forward(self, input_ids, labels=None):
@@ -226,10 +304,17 @@ class Transformer(nn.Module):
     def supervised(self, input_ids, labels):
         """
         The hidden states, (N, hidden_size), and the targets, (N,), of the N supervised positions.
+        Tokens that no target depends on, such as padding, are left out.
         """
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # one per position
-        where = (targets != -100).nonzero()[:, 0]
-        return self.hidden_states(input_ids).flatten(0, 1)[where], targets[where]
+        device, input_ids, labels = self.lm_head.weight.device, input_ids.cpu(), labels.cpu()
+        wanted = labels[:, 1:] != -100  # (B, T - 1)
+        row, position = wanted.nonzero().T
+        needed = (wanted * torch.arange(1, labels.size(1))).amax(1).clamp_min(1)  # (B,)
+
+        ids = [row[:length] for row, length in zip(input_ids.tolist(), needed.tolist())]
+        rows = Rows(ids, device)
+        where = rows.find(row, position).to(device)
+        return self.over_rows(rows)[where], labels[row, position + 1].to(device)
 
     @torch.no_grad()
     def totals(self, input_ids, labels):
@@ -250,32 +335,20 @@ class Transformer(nn.Module):
         log p(answer | prompt) in nats, summed over the answer's tokens: (prompts, answers). Both
         are lists of lists of token ids.
 
-        The prefix that all prompts share (a system message, the question) is computed once. Answers
-        that differ only in their last token share a forward pass, so one-token labels cost one in
-        all.
+        Answers that differ only in their last token share a forward pass, so one-token labels cost
+        one in all.
         """
         device = self.lm_head.weight.device
         scores = torch.zeros(len(prompts), len(answers), device=device)
-        rows = torch.arange(len(prompts), device=device)
-
-        # Each prompt keeps at least its last token, whose output predicts the answer.
-        shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        prefix = [{} for _ in self.model.layers]
-        if shared:
-            self.hidden_states(torch.tensor([prompts[0][:shared]], device=device), prefix)
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
 
         for head in {tuple(answer[:-1]) for answer in answers}:
-            ids = [torch.tensor([*prompt[shared:], *head], device=device) for prompt in prompts]
-            caches = [
-                {name: t.expand(len(prompts), -1, -1, -1) for name, t in layer.items()}
-                for layer in prefix
-            ]
-            padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
-            x = self.hidden_states(padded, caches)  # (P, T, hidden_size)
+            rows = Rows([[*prompt, *head] for prompt in prompts], device)
+            x = self.over_rows(rows)  # (N, hidden_size)
 
-            lengths = torch.tensor([len(prompt) - shared for prompt in prompts], device=device)
+            every = torch.arange(len(prompts))
             log_p = [  # for the answer's i-th token, each (P, vocab)
-                self.lm_head(x[rows, lengths - 1 + i]).float().log_softmax(-1)
+                self.lm_head(x[rows.find(every, ends + i).to(device)]).float().log_softmax(-1)
                 for i in range(len(head) + 1)
             ]
             for column, answer in enumerate(answers):

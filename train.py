@@ -88,14 +88,11 @@ def fit(run, task, phase, steps, rows, val_rows=()):
     val_batches = data.batches(val_rows, *shape, past * turns, similar)
 
     def micro_batches(batch):
-        if task.device.startswith("cuda"):
-            batch = [tensor.pin_memory() for tensor in batch]  # so it is copied while the GPU works
         size, ranks = config.micro_batch_size, (distributed.RANK, distributed.WORLD_SIZE)
         return MicroBatches(data.micro_batches(batch, size, *ranks))
 
     def loss_fn(model, micro_batch):
-        *tensors, share = micro_batch  # its share of the batch's supervised positions
-        input_ids, labels = (tensor.to(task.device, non_blocking=True) for tensor in tensors)
+        input_ids, labels, share = micro_batch  # its share of the batch's supervised positions
         return model(input_ids, labels) * share
 
     def lower_loss_fn(model, micro_batch):
@@ -201,8 +198,7 @@ def evaluate_rows(task, rows):
             right += (scores.argmax(1) == answers).sum().item()
             tokens += sum(len(label_ids[row.label]) for row in batch)
         else:
-            tensors = (t.to(device) for t in data.collate(batch, task.tokenizer.pad_id))
-            loss, hits, count = model.totals(*tensors)
+            loss, hits, count = model.totals(*data.collate(batch, task.tokenizer.pad_id))
             total, right, tokens = total + loss, right + hits, tokens + count
 
     sums = torch.tensor([total, right, tokens], dtype=torch.float64, device=device)

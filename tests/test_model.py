@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bidora
 from model import ModelConfig, Transformer
@@ -343,6 +345,71 @@ def test_loss_equals_transformers_where_labels_ask(tmp_path):
     )
 
 
+BATCHES = {  # rows of (what they begin with, their own length), and what is supervised
+    "padded, shared": ([(12, 9), (12, 4), (12, 1)], "last"),
+    "ragged, nothing shared": ([(0, 11), (0, 5), (0, 17)], "last"),
+    "even, nothing shared": ([(0, 9), (0, 9)], "all"),
+    "even, shared": ([(10, 6), (10, 6), (10, 6)], "all"),
+    "one row": ([(0, 20)], "all"),
+    "nothing but what is shared": ([(14, 0), (14, 0)], "all"),
+    "few shared": ([(3, 9), (3, 5)], "all"),
+    "a row without a target": ([(10, 5), (10, 0), (10, 7)], "all but row 1"),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_rows_laid_end_to_end_give_the_loss_and_the_derivatives_of_padded_ones(
+    tmp_path, name, batch
+):
+    """
+    The loss, its gradient, and the gradient of that gradient's square, within 1e-10 in float64, of
+    cross-entropy on the logits of the padded batch.
+    """
+    family, changes = CHECKPOINTS[name]
+    checkpoint(tmp_path, family, **changes)
+    model = Transformer.from_pretrained(tmp_path, torch.float64).requires_grad_(False)
+    bidora.replace_linear_with_bidora(model, 2, target_modules=["q_proj", "v_proj", "down_proj"])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        torch.nn.init.normal_(p, mean=p.mean().item(), std=0.1)
+
+    rows, supervised = BATCHES[batch]
+    beginning = torch.randint(3, 131, (20,))
+    ids = [torch.cat((beginning[:n], torch.randint(3, 131, (m,)))) for n, m in rows]
+    labels = [row.clone() for row in ids]
+    for i, row in enumerate(labels):
+        if supervised == "last":
+            row[:-1] = -100
+        elif supervised == f"all but row {i}":
+            row[:] = -100
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+
+    def derivatives(loss):
+        g = torch.autograd.grad(loss, parameters, create_graph=True)
+        return loss, g, torch.autograd.grad(sum((x * x).sum() for x in g), parameters)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        ours = derivatives(model(ids, labels))
+        plain = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        expected = derivatives(plain)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_tokens_that_rows_share_and_padding_never_reach_a_linear_layer(tmp_path):
+    """8 rows of 30 tokens, of which 20 are the same: 20 + 8 · 9 pass, the last being targets."""
+    checkpoint(tmp_path)
+    model, seen = Transformer.from_pretrained(tmp_path), []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *a: seen.append(a[1][0].shape))
+    ids = torch.randint(3, 131, (8, 35))
+    ids[:, :20] = ids[0, :20]
+    labels = torch.full_like(ids, -100)
+    labels[:, 29] = 7
+    model(ids, labels)
+    assert [shape[:-1].numel() for shape in seen] == [20 + 8 * 9]
+
+
 def test_sharded_checkpoint_loads_as_one(tmp_path):
     peer = checkpoint(tmp_path / "one")
     peer.save_pretrained(tmp_path / "many", max_shard_size="50KB")
@@ -520,6 +587,7 @@ def test_loading_never_holds_the_weights_twice(tmp_path, file_dtype, dtype, laye
     code = f"""
 import re, sys
 import torch
+import torch.nn.functional as F
 sys.path.insert(0, {str(ROOT)!r})
 from model import Transformer
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
