@@ -7,6 +7,8 @@ Source: https://huggingface.co/docs/transformers/chat_templating
 """
 
 import json
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -39,19 +41,17 @@ class ChatTemplate:
         The conversation as text.
 
         messages: list of {"role", "content"}; add_generation_prompt: open the assistant's turn.
-        Raises ValueError when the template rejects the messages.
+        Raises ValueError when the template rejects the messages, or goes beyond its limits.
         """
-        variables = {
-            "messages": messages,
-            "add_generation_prompt": add_generation_prompt,
-            "tools": None,
-            "documents": None,
-            **self.tokens,
-        }
-        answer = ask(json.dumps({"source": self.source, "variables": variables}))
-        if "error" in answer:
-            raise ValueError(f"the chat template rejects the conversation: {answer['error']}")
-        return answer["text"]
+        return self.render_all((messages, add_generation_prompt))[0]
+
+    def render_all(self, *conversations):
+        """Several (messages, add_generation_prompt) as a list of texts, in one request."""
+        request = {"source": self.source, "tokens": self.tokens, "conversations": conversations}
+        answers = ask(json.dumps(request))
+        for error in (answer["error"] for answer in answers if "error" in answer):
+            raise ValueError(f"the chat template rejects the conversation: {error}")
+        return [answer["text"] for answer in answers]
 
     def conversation(self, messages):
         """
@@ -64,40 +64,57 @@ class ChatTemplate:
         """
         text = self.render(messages)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        places = self.places(text, messages, answers) if len(answers) > 3 else None
-        if not places:
+        places = self.places(text, messages) if len(answers) > 2 else None
+        if places is None:
             return text, [self.answer_span(text, messages, i) for i in answers]
 
-        # answer_span renders the whole conversation three times, which a long one can't afford for
-        # each answer: where the template opens an answer as it does the first, the span is known.
-        before = messages[: answers[0]]
-        opened = self.render(before, add_generation_prompt=True).removeprefix(self.render(before))
-        gap = text[self.answer_span(text, messages, answers[0])[0] : places[0][0]]
-        spans = []
-        for i, (begin, end) in zip(answers, places):
-            start = begin - len(gap)
-            if opened and text.startswith(gap, start) and text.endswith(opened, 0, start):
-                closed = text.startswith(self.end_of_turn, end)
-                spans.append((start, end + len(self.end_of_turn) * closed))
-            else:
+        # answer_span renders the whole conversation, which a long one can't afford for each answer.
+        # Where the same text stands between a message and an answer, the template opens it alike.
+        spans, openings = [], {}
+        for i in answers:
+            past, (begin, end) = places[i - 1][1] if i else 0, places[i]
+            between = text[past:begin]
+            if between not in openings:
+                openings[between] = self.opening(text[:past], messages[:i])
+            if openings[between] is None:
+                del openings[between]
                 spans.append(self.answer_span(text, messages, i))
+                continue
+            start = after_prompt(text, past, *openings[between], begin)
+            closed = text.startswith(self.end_of_turn, end)
+            spans.append((start, end + len(self.end_of_turn) * closed))
         return text, spans
 
-    def places(self, text, messages, answers):
-        """Where the answers' contents are in the text: [(begin, end)]; None if they are changed."""
-        marks = {i: f"{MARK}{i};" for i in answers}
-        marked = self.render(
-            [m | {"content": marks.get(i, m["content"])} for i, m in enumerate(messages)]
-        )
-        places, begin = [], 0
-        for i in answers:
-            piece, _, marked = marked.partition(marks[i])
-            end = begin + len(piece) + len(messages[i]["content"])
-            if text[begin:end] != piece + messages[i]["content"]:
+    def places(self, text, messages):
+        """
+        Where each message's content is in the text: a list of (begin, end). None for a template
+        that omits, moves or changes contents, except for white space around them.
+        """
+        marked = [m | {"content": f"\ue000message {i}\ue000"} for i, m in enumerate(messages)]
+        parts = re.split("\ue000message ([0-9]+)\ue000", self.render(marked))
+        if parts[1::2] != [str(i) for i in range(len(messages))]:
+            return None
+
+        places, end = [], 0
+        for message, before, after in zip(messages, parts[::2], parts[2::2]):
+            contents = message["content"], message["content"].strip()
+            fitting = [c for c in contents if text.startswith(before + c + after, end)]
+            if not fitting:
                 return None
-            places.append((begin + len(piece), end))
-            begin = end
-        return places if text[begin:] == marked else None
+            begin = end + len(before)
+            end = begin + len(fitting[0])
+            places.append((begin, end))
+        return places if end + len(parts[-1]) == len(text) else None
+
+    def opening(self, text, messages):
+        """
+        The prompt for an answer after `messages`, from the end of `text`, which ends with the last
+        one's content; and whether it ends with a generation prompt. None if it begins otherwise.
+        """
+        if not messages:
+            return "", False
+        prompt, plain = self.render_all((messages, True), (messages, False))
+        return (prompt[len(text) :], prompt != plain) if prompt.startswith(text) else None
 
     def answer_span(self, text, messages, i):
         """Where message i, an answer, is in the text of the conversation: (start, end)."""
@@ -107,14 +124,7 @@ class ChatTemplate:
         start = len(before) if text.startswith(before) else None
         end = len(text) - len(after)
 
-        # The model starts to write where the generation prompt ends. A template without such a
-        # prompt (not `opened`) may put a space before the answer: the model writes that, too.
-        prompt = self.render(messages[:i], add_generation_prompt=True) if i > 0 else ""
-        if prompt and text.startswith(prompt):
-            opened = prompt != self.render(messages[:i])
-            if start is None or opened or not text[len(prompt) : start].strip():
-                start = len(prompt)
-
+        start = after_prompt(text, 0, *self.opening("", messages[:i]), start)
         if not found or start is None or not text.endswith(after) or start >= end:
             raise ValueError(
                 "the chat template omits an answer, or changes the rest of the conversation along "
@@ -137,30 +147,44 @@ class ChatTemplate:
         return after[: len(after) - len(stripped)] + max(tokens, key=len) if tokens else ""
 
 
+def after_prompt(text, past, prompt, opened, start):
+    """
+    Where the model starts to write: after the prompt, which is at text[past:], or else at `start`.
+    A template without a generation prompt (not `opened`) may put a space before the answer: the
+    model writes that, too.
+    """
+    end = past + len(prompt)
+    if not prompt or not text.startswith(prompt, past):
+        return start
+    return end if start is None or opened or not text[end:start].strip() else start
+
+
 # ------------------------------------------------------------------------ the renderer's process
 
-renderer = None  # started when a template is first rendered; it ends with this process
+LOCK = threading.Lock()  # threads take turns
+renderers = {}  # {a process's id: its renderer}: one that was forked starts its own
 
 
-def ask(request, seconds=5):
-    """The answer of support/render.py to a request; an error if it takes too long."""
-    global renderer
-    if renderer is None or renderer.poll() is not None:
-        command = [sys.executable, str(Path(__file__).with_name("render.py"))]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        renderer = subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
-
-    late = threading.Timer(seconds, renderer.kill)
-    late.start()
-    try:
-        renderer.stdin.write(request + "\n")
-        renderer.stdin.flush()
-        line = renderer.stdout.readline()
-    except BrokenPipeError:
-        line = ""
-    finally:
-        late.cancel()
-    if not line:
-        renderer.wait()
-        return {"error": f"it needs more than {seconds} seconds, or more than 1 GB of memory"}
-    return json.loads(line)
+def ask(request):
+    """The answers of support/render.py to a request; it is started when it does not run yet."""
+    with LOCK:
+        renderer = renderers.get(os.getpid())
+        if renderer is None or renderer.poll() is not None:
+            command = [sys.executable, str(Path(__file__).with_name("render.py"))]
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            renderer = subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
+            renderers[os.getpid()] = renderer
+        try:
+            renderer.stdin.write(request + "\n")
+            renderer.stdin.flush()
+            line = renderer.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        except BaseException:  # Ctrl-C: its answer must not become that to the next request
+            renderer.kill()
+            raise
+        if not line:
+            renderer.kill()
+            renderer.wait()
+            return [{"error": "rendering takes more than 5 seconds or 1 GB of memory, or crashes"}]
+        return json.loads(line)

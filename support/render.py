@@ -1,21 +1,25 @@
 """
-Renders chat templates in a process of its own, which has limits of memory and output; support/
-chat.py, which starts it, adds one of time. A template is a program that comes with a model.
+Renders chat templates in a process of its own, within limits of time, memory and output, since a
+template is a program that comes with a model. support/chat.py starts it.
 
-Reads requests from stdin and writes answers to stdout, a JSON object a line:
+Reads requests from stdin and writes answers to stdout, one a line, in JSON:
 
-    {"source", "variables"}  ->  {"text"} or {"error"}
+    {"source", "tokens", "conversations": [[messages, add_generation_prompt], …]}
+    ->  [{"text"} or {"error"}, …]
 """
 
 import datetime
+import faulthandler
 import functools
 import json
+import signal
 import sys
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
+MOST_SECONDS = 5  # for one request
 MOST_MEMORY = 2**30  # bytes, Python's own included
 MOST_TEXT = 10**7  # characters
 
@@ -62,17 +66,24 @@ def compiled(source):
     return environment.from_string(source)
 
 
-def answer(request):
+def render(source, messages, add_generation_prompt, tokens):
     try:
-        text = compiled(request["source"]).render(**request["variables"])
+        text = compiled(source).render(
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=None,
+            documents=None,
+            **tokens,
+        )
     except Exception as error:  # the template is anybody's program
-        return {"error": f"{type(error).__name__}: {error}"[:1000]}
+        return {"error": " ".join(f"{type(error).__name__} {error}".split())[:500]}
     if len(text) > MOST_TEXT:
         return {"error": f"it writes more than {MOST_TEXT} characters"}
     return {"text": text}
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     try:
         import resource
 
@@ -80,4 +91,9 @@ if __name__ == "__main__":
     except (ImportError, ValueError, OSError):  # Windows, macOS: the limit of time is left
         pass
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), flush=True)
+        faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
+        request = json.loads(line)
+        tokens, conversations = request["tokens"], request["conversations"]
+        answers = [render(request["source"], *each, tokens) for each in conversations]
+        faulthandler.cancel_dump_traceback_later()
+        print(json.dumps(answers), flush=True)

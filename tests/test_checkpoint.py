@@ -24,6 +24,7 @@ from support.pretrained import find_model
 from train import Config
 
 ROOT = Path(train.__file__).parent
+STRESS = int(os.environ.get("BIDORA_STRESS", 1))  # how many times as many kills and mutations
 TINY = dict(
     model="tiny-random",
     data="toy-sentiment",
@@ -100,15 +101,16 @@ def assert_same_run(one, other):
     assert not (Path(other) / "checkpoints").exists() and not list(Path(other).glob("*.tmp"))
 
 
+@pytest.mark.parametrize("again", range(STRESS))
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(name):
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(name, again):
     settings = TINY | RUNS[name]
     train.train(Config(out_dir="whole", **settings))
     arguments = [f"--{key}={value}" for key, value in settings.items()] + [
         "--out_dir=killed",
         "--resume=True",
     ]
-    rng, kills = random.Random(name), 0
+    rng, kills = random.Random(f"{name} {again}" if again else name), 0
     while kills < 4:
         target, delay = (
             rng.randint(1, 14),
@@ -351,6 +353,45 @@ def test_overwriting_removes_what_the_run_wrote_and_nothing_else(method):
     assert left == mine
     others = {str(p.relative_to("run.previous")) for p in Path("run.previous").rglob("*")}
     assert others - {*mine, "checkpoints", "notes"} == set()
+
+
+def mutated(content, rng):
+    """Bytes with one change: some overwritten, inserted or deleted, or all cut off from there."""
+    at, size = rng.randrange(len(content)), rng.choice((1, 1, 4, 50))
+    kind = rng.choice(("overwrite", "insert", "delete", "cut"))
+    new = rng.randbytes(size) if rng.random() < 0.5 else rng.choice((b"0", b"1", b"9", b'"', b"}"))
+    rest = content[at + len(new) :] if kind == "overwrite" else content[at + size :]
+    if kind == "insert":
+        rest = content[at:]
+    return (
+        content[:at]
+        + (b"" if kind in ("delete", "cut") else new)
+        + (b"" if kind == "cut" else rest)
+    )
+
+
+def test_mutated_files_of_a_run_change_nothing_or_are_refused(monkeypatch, capsys):
+    """Any file of a stopped run: resumed, it ends bit for bit as one never stopped, or is refused."""
+    train.train(Config(out_dir="whole", **TINY))
+    expected = Path("whole/adapter_model.safetensors").read_bytes()
+    stopped_run("run", monkeypatch, after=4)
+    files = sorted(str(p.relative_to("run")) for p in Path("run").rglob("*") if p.is_file())
+    rng, resumed, refused = random.Random(0), 0, 0
+    for i in range(30 * STRESS):
+        shutil.copytree("run", "mutated")
+        path = Path("mutated") / files[i % len(files)]
+        path.write_bytes(mutated(path.read_bytes(), rng))
+        try:
+            train.train(Config(out_dir="mutated", resume=True, **TINY))
+            assert Path("mutated/adapter_model.safetensors").read_bytes() == expected, path
+            resumed += 1
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error) and len(str(error)) < 400
+            refused += 1
+        shutil.rmtree("mutated")
+    with capsys.disabled():
+        print(f" {resumed} resumed, {refused} refused", end="")
+    assert resumed and refused
 
 
 # ---------------------------------------------------------------------------------- locks
