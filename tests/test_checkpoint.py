@@ -371,7 +371,10 @@ def mutated(content, rng):
 
 
 def test_mutated_files_of_a_run_change_nothing_or_are_refused(monkeypatch, capsys):
-    """Any file of a stopped run: resumed, it ends bit for bit as one never stopped, or is refused."""
+    """
+    Any file of a stopped run: resumed, it ends bit for bit as one that never stopped, or is
+    refused.
+    """
     train.train(Config(out_dir="whole", **TINY))
     expected = Path("whole/adapter_model.safetensors").read_bytes()
     stopped_run("run", monkeypatch, after=4)
