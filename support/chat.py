@@ -74,13 +74,12 @@ class ChatTemplate:
         for i in answers:
             past, (begin, end) = places[i - 1][1] if i else 0, places[i]
             between = text[past:begin]
-            if between not in openings:
-                openings[between] = self.opening(text[:past], messages[:i])
-            if openings[between] is None:
-                del openings[between]
+            opening = openings.get(between) or self.opening(text[:past], messages[:i])
+            openings[between] = opening
+            start = after_prompt(text, past, *opening, begin) if opening else end
+            if start >= end:  # not so simple, or empty
                 spans.append(self.answer_span(text, messages, i))
                 continue
-            start = after_prompt(text, past, *openings[between], begin)
             closed = text.startswith(self.end_of_turn, end)
             spans.append((start, end + len(self.end_of_turn) * closed))
         return text, spans
@@ -91,7 +90,10 @@ class ChatTemplate:
         that omits, moves or changes contents, except for white space around them.
         """
         marked = [m | {"content": f"\ue000message {i}\ue000"} for i, m in enumerate(messages)]
-        parts = re.split("\ue000message ([0-9]+)\ue000", self.render(marked))
+        try:
+            parts = re.split("\ue000message ([0-9]+)\ue000", self.render(marked))
+        except ValueError:
+            return None
         if parts[1::2] != [str(i) for i in range(len(messages))]:
             return None
 
@@ -174,17 +176,19 @@ def ask(request):
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             renderer = subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
             renderers[os.getpid()] = renderer
+        line = ""
         try:
             renderer.stdin.write(request + "\n")
             renderer.stdin.flush()
             line = renderer.stdout.readline()
         except BrokenPipeError:
-            line = ""
-        except BaseException:  # Ctrl-C: its answer must not become that to the next request
-            renderer.kill()
-            raise
-        if not line:
-            renderer.kill()
-            renderer.wait()
-            return [{"error": "rendering takes more than 5 seconds or 1 GB of memory, or crashes"}]
-        return json.loads(line)
+            pass
+        finally:
+            if (
+                not line
+            ):  # ended by a limit; or Ctrl-C here, and no later request may get its answer
+                renderer.kill()
+                renderer.wait()
+    if not line:
+        return [{"error": "rendering takes more than 5 seconds or 1 GB of memory, or crashes"}]
+    return json.loads(line)

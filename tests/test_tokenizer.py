@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import sys
 import time
 import unicodedata
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer as Peer
 
 import data
 import sample
+from support import chat as chat_module
 from support.chat import ChatTemplate
 from support.tokenizer import Tokenizer
 from support.tokenizer_files import QWEN2_SPLIT
@@ -819,35 +821,80 @@ def each_by_itself(tokenizer, text, cuts):
     return [whole[a:b] for a, b in zip(edges, [*edges[1:], len(whole)])]
 
 
-@pytest.mark.parametrize("kind", ["smollm", "qwen", "llama3"])
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_conversations_are_cut_as_when_each_answer_is_looked_for_by_itself(tmp_path, kind, name):
-    """Random talks of 8 to 20 turns, with contents that templates trim or that hold tokens."""
-    trained_tokenizer(tmp_path, kind, template=TEMPLATES[name])
-    tokenizer, rng = Tokenizer.from_pretrained(tmp_path), random.Random(0)
-    pieces = [
-        " film",
-        "Hello",
-        "\n",
-        " ",
-        "<|im_end|>",
-        "<|im_start|>",
-        "é",
-        "e\u0301",
-        "a 12",
-        ".",
+def spans_by_themselves(chat, text, messages):
+    """The spans of ChatTemplate.conversation in their plainest form: each renders everything."""
+    spans, mark = [], "\ue000the answer\ue000"
+    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+        marked = [*messages[:i], messages[i] | {"content": mark}, *messages[i + 1 :]]
+        before, found, after = chat.render(marked).partition(mark)
+        start = len(before) if text.startswith(before) else None
+        end = len(text) - len(after)
+        prompt = chat.render(messages[:i], add_generation_prompt=True) if i > 0 else ""
+        if prompt and text.startswith(prompt):
+            opened = prompt != chat.render(messages[:i])
+            if start is None or opened or not text[len(prompt) : start].strip():
+                start = len(prompt)
+        if not found or start is None or not text.endswith(after) or start >= end:
+            raise ValueError("the answers can't be told from the rest")
+        spans.append((start, end + len(chat.end_of_turn) * after.startswith(chat.end_of_turn)))
+    return spans
+
+
+# Like those of LLaMA 2 (the system message inside the first question), Gemma (other roles) and R1
+# (the generation prompt begins the thoughts, which only the last answer keeps)
+LONG_TEMPLATES = TEMPLATES | {
+    "system inside": (
+        "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}"
+        "{% set system = '<<SYS>>' + messages[0].content + '<</SYS>>' %}"
+        "{% else %}{% set rest = messages %}{% set system = '' %}{% endif %}{% for m in rest %}"
+        "{% if loop.index0 == 0 %}{% set c = system + m.content %}{% else %}"
+        "{% set c = m.content %}{% endif %}{% if m.role == 'user' %}{{ '[INST] ' + c.strip() + "
+        "' [/INST]' }}{% else %}{{ ' ' + c.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "model": (
+        "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+        "{{ '<|im_start|>' + role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
+    ),
+    "prompted thoughts": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
+        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    ),
+}
+PIECES = " film,Hello,\n, ,<|im_end|>,<|im_start|>,é,e\u0301,a 12,.,<think>\n,</think>\n,[/INST]"
+PIECES = [*PIECES.split(","), "<|im_start|>assistant\n"]
+
+
+def random_talk(rng):
+    """3 to 20 turns, with contents that templates trim or that hold tokens."""
+    roles = ["user", "assistant"] * rng.randint(1, 10)
+    if rng.random() < 0.5:
+        roles = [rng.choice(["user", "assistant", "tool"]) for _ in roles]
+    roles = rng.choice([[], ["system"], ["assistant"]]) + roles + ["assistant"]
+    few = rng.sample(PIECES, rng.randint(1, len(PIECES)))
+    return [
+        {
+            "role": role,
+            "content": rng.choice(few + ["x"]) + "".join(rng.choices(few, k=rng.randint(0, 5))),
+        }
+        for role in roles
     ]
-    for _ in range(12):
-        roles = ["user", "assistant"] * rng.randint(4, 10)
-        talk = [
-            {"role": role, "content": "x" + "".join(rng.choices(pieces, k=rng.randint(0, 6)))}
-            for role in roles
-        ]
-        text, chat = tokenizer.chat.render(talk), tokenizer.chat
+
+
+@pytest.mark.parametrize("kind", ["smollm", "qwen", "llama3"])
+@pytest.mark.parametrize("name", LONG_TEMPLATES)
+def test_conversations_are_cut_as_when_each_answer_is_looked_for_by_itself(tmp_path, kind, name):
+    trained_tokenizer(tmp_path, kind, template=LONG_TEMPLATES[name])
+    tokenizer, rng = Tokenizer.from_pretrained(tmp_path), random.Random(f"{kind} {name}")
+    chat = tokenizer.chat
+    for talk in (random_talk(rng) for _ in range(30)):
         try:
-            expected = [chat.answer_span(text, talk, i) for i in range(1, len(talk), 2)]
+            text = chat.render(talk)
+            expected = spans_by_themselves(chat, text, talk)
         except ValueError:
-            with pytest.raises(ValueError, match="can't be told"):
+            with pytest.raises(ValueError, match="can't be told|rejects"):
                 chat.conversation(talk)
             continue
         assert chat.conversation(talk) == (text, expected)
@@ -855,17 +902,46 @@ def test_conversations_are_cut_as_when_each_answer_is_looked_for_by_itself(tmp_p
         assert tokenizer.encode_cut(text, cuts) == each_by_itself(tokenizer, text, cuts)
 
 
-def test_a_conversation_of_many_turns_renders_the_template_a_few_times(tmp_path, monkeypatch):
-    trained_tokenizer(tmp_path)
-    tokenizer, renders = Tokenizer.from_pretrained(tmp_path), []
-    talk = [{"role": ("user", "assistant")[i % 2], "content": f"film {i}"} for i in range(1000)]
-    real = tokenizer.chat.render
-    monkeypatch.setattr(
-        tokenizer.chat, "render", lambda *a, **o: renders.append(a) or real(*a, **o)
-    )
-    text, spans = tokenizer.chat.conversation(talk)
-    assert [text[a:b] for a, b in spans] == [f"film {i}<|im_end|>" for i in range(1, 1000, 2)]
-    assert len(renders) < 10
+def test_a_cut_after_tokens_with_flags_is_as_when_everything_is_encoded(tmp_path):
+    """Such a token takes spaces from its sides, or counts only as a word."""
+    flags = [{"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}]
+    added = [AddedToken(f"<{i}>", special=False, **flag) for i, flag in enumerate(flags)]
+    trained_tokenizer(tmp_path, added=added)
+    tokenizer, rng = Tokenizer.from_pretrained(tmp_path), random.Random(0)
+    pieces = ["<0>", "<1>", "<2>", "<3>", " ", "  ", "film", "<", "2>", "<|im_end|>", "."]
+    for _ in range(2000):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 12)))
+        cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randint(1, 4)))
+        assert tokenizer.encode_cut(text, cuts) == each_by_itself(tokenizer, text, cuts)
+
+
+@pytest.mark.parametrize("name", ["chatml", "trimmed, dated", "alternating", "system inside"])
+def test_the_work_of_a_conversation_grows_with_its_length_not_with_its_square(
+    tmp_path, monkeypatch, name
+):
+    """Counted in messages rendered and characters encoded, not in seconds."""
+    trained_tokenizer(tmp_path, template=LONG_TEMPLATES[name])
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    real, encode, work = chat_module.ask, tokenizer.encode, []
+
+    def ask(request):
+        work.append(sum(len(each[0]) for each in json.loads(request)["conversations"]))
+        return real(request)
+
+    def counted(text):
+        work.append(len(text) / 100)
+        return encode(text)
+
+    monkeypatch.setattr(chat_module, "ask", ask)
+    monkeypatch.setattr(tokenizer, "encode", counted)
+    for turns in (250, 1000):
+        talk = [
+            {"role": ("user", "assistant")[i % 2], "content": f"film {i} "} for i in range(turns)
+        ]
+        [row], _ = data.encode([{"messages": talk}], tokenizer, 10**6)
+        assert sum(label != -100 for label in row.labels) > turns
+        assert sum(work) < 10 * turns
+        work.clear()
 
 
 # A template is anybody's program.
@@ -895,3 +971,20 @@ def test_hostile_templates_end_in_one_line_and_within_limits(name):
     assert time.time() - start < 20
     # The next template is rendered as ever.
     assert ChatTemplate("{{ messages | length }}", {}, []).render(TALK) == "5"
+
+
+def test_ctrl_c_while_a_template_is_rendered_leaves_no_answer_for_the_next_one():
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    slow = "{% for a in range(99) %}{% for b in range(9999) %}{% endfor %}{% endfor %}slow"
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(100):
+                ChatTemplate(slow, {}, []).render(TALK)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert ChatTemplate("quick", {}, []).render(TALK) == "quick"
