@@ -184,9 +184,7 @@ def ask(request):
         except BrokenPipeError:
             pass
         finally:
-            if (
-                not line
-            ):  # ended by a limit; or Ctrl-C here, and no later request may get its answer
+            if not line:  # a limit ended it; or at Ctrl-C, so that no later request gets its line
                 renderer.kill()
                 renderer.wait()
     if not line:

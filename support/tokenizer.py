@@ -12,8 +12,11 @@ tokenizers library takes over if it is installed.
 """
 
 import bisect
+import contextlib
 import json
+import os
 import shutil
+import sys
 import unicodedata
 from functools import cached_property
 from pathlib import Path
@@ -157,7 +160,8 @@ class Tokenizer:
         <|begin_of_text|>). Chat templates write such tokens themselves.
         """
         if self.library:
-            ids = self.library.encode(text, add_special_tokens=False).ids
+            with quiet_panics():
+                ids = self.library.encode(text, add_special_tokens=False).ids
         else:
             ids = [i for _, _, part in self.parts(text) for i in part]
         return self.prefix_ids + ids + self.suffix_ids if add_special_tokens else ids
@@ -176,16 +180,21 @@ class Tokenizer:
 
     def encode_ordinary(self, text):
         """Steps 3 and 4, for a text without added tokens."""
-        ids = self.encoding.encode_ordinary(text)
-        if not self.missing or max(ids, default=0) < self.vocab_size:
-            return ids
+        try:
+            # Unlike encode_ordinary, this says so where the regular expression takes too long.
+            ids = self.encoding.encode(text, disallowed_special=())
+            if not self.missing or max(ids, default=0) < self.vocab_size:
+                return ids
 
-        # Rare: drop the bytes that have no token first, then merge the rest of each piece.
-        ids = []
-        for match in regex.finditer(self.pattern, text):
-            kept = b"".join(bytes([b]) for b in match[0].encode() if bytes([b]) not in self.missing)
-            ids += self.encoding._encode_single_piece(kept) if kept else []
-        return ids
+            # Rare: drop the bytes that have no token first, then merge the rest of each piece.
+            ids = []
+            for match in regex.finditer(self.pattern, text, timeout=5):
+                known = (bytes([b]) for b in match[0].encode() if bytes([b]) not in self.missing)
+                kept = b"".join(known)
+                ids += self.encoding._encode_single_piece(kept) if kept else []
+            return ids
+        except (ValueError, regex.error, TimeoutError) as error:
+            raise ValueError(f"{self.folder}: the tokenizer fails: {error}") from None
 
     def encode_cut(self, text, cuts):
         """
@@ -197,7 +206,8 @@ class Tokenizer:
         segment that it ends in.)
         """
         if self.library:
-            encoding = self.library.encode(text, add_special_tokens=False)
+            with quiet_panics():
+                encoding = self.library.encode(text, add_special_tokens=False)
             segments = [[] for _ in range(len(cuts) + 1)]
             for token, (_, end) in zip(encoding.ids, encoding.offsets):
                 segments[bisect.bisect_right(cuts, end - 1)].append(token)
@@ -223,7 +233,8 @@ class Tokenizer:
     def decode(self, ids, skip_special=True):
         """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids without a token vanish."""
         if self.library:
-            return self.library.decode(ids, skip_special_tokens=skip_special)
+            with quiet_panics():
+                return self.library.decode(ids, skip_special_tokens=skip_special)
         skipped = self.unused | (self.special_ids if skip_special else set())
         kept = [i for i in ids if i not in skipped and i < self.vocab_size]
         return self.encoding.decode(kept, errors="replace")
@@ -254,7 +265,8 @@ def open_library(path, spec, reason):
     try:
         import tokenizers
 
-        library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        with quiet_panics():
+            library = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except ImportError:
         raise ValueError(
             f"{path}: {reason}, so tiktoken can't reproduce it exactly; the tokenizers library "
@@ -267,6 +279,27 @@ def open_library(path, spec, reason):
     library.no_truncation()
     library.no_padding()
     return library
+
+
+@contextlib.contextmanager
+def quiet_panics():
+    """
+    Turn a panic in the tokenizers library, of a regular expression that takes too long, into a
+    ValueError. Rust reports panics on file descriptor 2 itself, which is closed in the meantime.
+    """
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer fails: {error}") from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 class AddedTokens:

@@ -807,6 +807,30 @@ def test_sample_prompts_a_model_as_training_did(tmp_path, template):
         assert heard == row.input_ids[:-answer]
 
 
+@pytest.mark.parametrize(
+    "pattern, text, said",
+    [
+        ("(", "film", "unmatched parenthesis"),
+        (r"\p{Foo}", "film", "invalid character property"),
+        ("(a|aa)+(?=b)|[^a]+", "a" * 100, "tokenizer.* Max limit for backtracking"),  # tiktoken
+        ("^(a|aa)+(?=b)", "a" * 100, "tokenizer fails.*retry-limit"),  # the tokenizers library
+        ("a{99999}{99999}", "film", "tokenizer"),
+        ("(" * 5000 + "a" + ")" * 5000, "film", "tokenizer"),
+    ],
+)
+def test_split_patterns_that_fail_or_never_end_are_one_line(tmp_path, capfd, pattern, text, said):
+    trained_tokenizer(tmp_path, "qwen")
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    start = time.time()
+    with pytest.raises(ValueError, match=said) as caught:
+        Tokenizer.from_pretrained(tmp_path).encode(text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert capfd.readouterr().err == ""
+    assert time.time() - start < 20
+
+
 # --------------------------------------------------------------------- long conversations
 
 
