@@ -14,6 +14,7 @@ import bisect
 import itertools
 import json
 import math
+import os
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ def load_examples(path_or_name):
     """
     if path_or_name in BUILT_IN:
         return BUILT_IN[path_or_name].load()
-    path = Path(path_or_name).expanduser()
+    path = Path(os.path.expanduser(path_or_name))
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a JSONL file")
     if not path.exists():

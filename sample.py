@@ -62,8 +62,12 @@ def read_run(folder):
     run = read_json(folder / "run.json")
     kinds = dict.fromkeys(("model", "dtype", "quantize", "label_prompt"), str)
     for name, kind in (kinds | {"block_size": int, "labels": list}).items():
-        if not isinstance(run.get(name, kind()), kind):
+        if type(run.get(name, kind())) is not kind:  # True is no size
             raise ValueError(f"{folder / 'run.json'}: {name} has a value of the wrong type")
+    if not all(isinstance(label, str) and label for label in run.get("labels", [])):
+        raise ValueError(f"{folder / 'run.json'}: labels holds something that is not a name")
+    if run.get("quantize", "none") not in ("none", *KINDS):
+        raise ValueError(f"{folder / 'run.json'}: unknown quantize {run['quantize']!r}")
     return run
 
 
@@ -157,6 +161,8 @@ def check(config):
         raise ValueError(
             f"unknown quantize {config.quantize!r}" + settings.suggest(config.quantize, KINDS)
         )
+    if not 0 <= config.seed <= 2**62:
+        raise ValueError(f"seed={config.seed} must be at least 0 and at most 2^62")
     if (
         config.max_new_tokens < 1
         or min(config.temperature, config.top_k) < 0
@@ -198,7 +204,7 @@ def main(arguments):
             print(answer(model, tokenizer, messages, config))
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         # torch raises the last two for a missing device.
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line
         return 2
     except (EOFError, KeyboardInterrupt):
         print()

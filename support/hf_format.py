@@ -95,17 +95,20 @@ def check_numbers(c, rope, head_dim, windows):
     positive = [c["rms_norm_eps"], head_dim, *(w for w in windows if w is not None)]
     for name in ("rope_theta", "factor", "original_max_position_embeddings"):
         positive += [rope[name]] if name in rope else []
-    if type(head_dim) is not int or head_dim % 2:  # rotary positions turn pairs
-        raise ValueError(f"config.json: head_dim={head_dim!r} is not an even integer")
-    numbers = all(isinstance(value, (int, float)) and value > 0 for value in positive)
+    if type(head_dim) is not int or head_dim % 2 or head_dim > 10**5:  # rotary: pairs
+        raise ValueError(
+            f"config.json: head_dim={head_dim!r:.40} is not an even integer up to 100,000"
+        )
+    numbers = all(isinstance(value, (int, float)) and 0 < value < 1e12 for value in positive)
     whole = all(isinstance(window, int | None) for window in windows)
     if not numbers or not whole or len(windows) != c["num_hidden_layers"]:
         raise ValueError(
             f"config.json: rms_norm_eps, head_dim, sliding_window (an integer) and the rope's "
-            f"numbers must be positive, not {positive}"
+            f"numbers must be positive and below 1e12, not {str(positive):.200}"
         )
     try:
-        rotary.frequencies(rope, head_dim)  # fails on the rope's other numbers, if they are wrong
+        _, scale = rotary.frequencies(rope, head_dim)  # fails on the rope's other numbers
+        float(scale)
     except (KeyError, TypeError, ArithmeticError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"config.json: rotary positions {rope}: {error} is missing or not a number"
@@ -143,14 +146,14 @@ def read_sizes(c):
         if name not in c:
             raise ValueError(f"config.json: {name!r} is missing")
         if type(value) is not int or value < 1:
-            raise ValueError(f"config.json: {name}={value!r} must be a positive integer")
+            raise ValueError(f"config.json: {name}={value!r:.40} must be a positive integer")
+        # No model is as large; tensors of such sizes can't even be described.
+        most = 1000 if name == "num_hidden_layers" else 10**8
+        if value > most:
+            raise ValueError(f"config.json: {name}={value} is more than {most}")
     heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if heads % groups:
         raise ValueError(f"config.json: {groups} key-value heads do not divide {heads} heads")
-    if sizes["num_hidden_layers"] > 1000:
-        raise ValueError(
-            f"config.json: num_hidden_layers={sizes['num_hidden_layers']} is more than 1000"
-        )
     return sizes
 
 

@@ -10,6 +10,7 @@ Where weights come from. `find_model(name)` returns a folder in Hugging Face's l
 """
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def split_revision(name):
 
     A folder may have an @ in its path: the path of an existing folder is never split.
     """
-    if Path(name).expanduser().exists():
+    if Path(os.path.expanduser(name)).exists():
         return name, None
     base, _, revision = name.partition("@")
     return (base, revision) if revision else (name, None)
@@ -48,14 +49,14 @@ def find_model(name):
     if is_hub_name(name):
         return from_hub(base, revision)
 
-    if revision and (base in BUILT_IN or Path(base).expanduser().exists()):
+    if revision and (base in BUILT_IN or Path(os.path.expanduser(base)).exists()):
         raise ValueError(
             f"revision={revision} goes with a name on the hub (owner/name); {base!r} is not one"
         )
     if name in BUILT_IN:
         return built_in(name)
 
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # Path's own fails for an unknown user
     if not folder.is_dir():
         raise FileNotFoundError(
             f"no model {name!r}: give a folder in Hugging Face's layout, a name on its hub "

@@ -40,7 +40,8 @@ def check_values(config, choices):
         refuse(wrong, f"{name}={value} must be {least}")
         refuse(name in BELOW_ONE and value >= 1, f"{name}={value} must be below 1")
         most = MOST.get(name, 2**62)
-        refuse(value > most, f"{name}={value} must be at most {most}")
+        large = isinstance(value, int) and value > most
+        refuse(large, f"{name}={value} must be at most {most}")
     out = os.path.basename(config.out_dir.rstrip("/"))
     here = config.out_dir and out in ("", ".", "..")
     refuse(here, f"out_dir={config.out_dir}: name a folder for this run alone")

@@ -10,6 +10,8 @@ continues a field's comment.
 import dataclasses
 import difflib
 import inspect
+import math
+import os
 import re
 import runpy
 import traceback
@@ -19,6 +21,7 @@ from pathlib import Path
 from support.files import read_json
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+TEXTS = ("prompt", "label_prompt")  # settings in which ~ is no home folder
 KINDS = {
     tuple: "a list of names",
     bool: "True or False",
@@ -57,11 +60,13 @@ def typed(field, value, where):
             if str(value).lower() in ("true", "false"):
                 return str(value).lower() == "true"
         elif kind is str:
-            if isinstance(value, (str, Path)):
-                home = str(value).startswith("~/")  # the shell leaves it alone after --name=
-                return str(Path(value).expanduser()) if home else str(value)
-        elif not isinstance(value, bool) and kind(value) == float(value):  # 8.5 is not an int
-            return kind(value)
+            if isinstance(value, (str, Path)) and "\0" not in str(value):
+                # The shell leaves ~ alone after --name=.
+                return str(value) if field.name in TEXTS else os.path.expanduser(value)
+        elif not isinstance(value, bool):
+            number = kind(value)
+            if math.isfinite(number) and (isinstance(value, str) or number == value):
+                return number  # 8.5 is not an int
     except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"{where}: {field.name}={value!r} is not {KINDS[kind]}")
@@ -112,7 +117,7 @@ def read(kind, arguments, renamed=None):
 
 def find_config(name):
     """The path of a config file, here or in configs/. Raises FileNotFoundError."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     path = path if path.exists() else CONFIGS / name
     if not path.is_file():
         known = sorted(file.name for file in CONFIGS.iterdir() if file.suffix in (".py", ".json"))
@@ -135,7 +140,8 @@ def run(path):
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", "?")
-        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {said}") from None
     return {
         name: value
         for name, value in names.items()

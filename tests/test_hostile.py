@@ -1,14 +1,18 @@
 """
-Damaged and hostile input, ten thousand cases.
+Damaged and hostile input, ten thousand cases, and BIDORA_STRESS times as many if that is set.
 
 Every reader either accepts the input, or raises ValueError or FileNotFoundError with one line that
 names the file. Mutations start from valid files: bytes are overwritten, deleted and inserted; JSON
 values are replaced, and keys removed.
 """
 
+import contextlib
 import copy
+import io
 import json
+import os
 import re
+import resource
 import shutil
 import tempfile
 import time
@@ -34,7 +38,7 @@ from support.tokenizer import Tokenizer
 
 def cases(count):
     return settings(
-        max_examples=count,
+        max_examples=count * int(os.environ.get("BIDORA_STRESS", 1)),
         deadline=None,
         suppress_health_check=list(HealthCheck),
         derandomize=True,
@@ -489,6 +493,13 @@ def test_a_pattern_that_backtracks_for_ever_does_not(tmp_path):
         (dict(num_attention_heads=6, num_key_value_heads=4), "4 key-value heads do not divide 6"),
         (dict(head_dim=7), "head_dim=7 is not an even integer"),
         (dict(head_dim=8.5), "head_dim=8.5 is not an even integer"),
+        (dict(head_dim=10**12), "head_dim=1000000000000 is not an even integer up to"),
+        (dict(hidden_size=2**62), "hidden_size=4611686018427387904 is more than 100000000"),
+        (dict(rms_norm_eps=10**400), "rms_norm_eps.* must be positive and below"),
+        (
+            dict(rope_scaling=dict(rope_type="yarn", factor=2.0, attention_factor="much")),
+            "much.* is missing or not a number",
+        ),
     ],
 )
 def test_models_whose_sizes_make_no_sense(change, said):
@@ -507,6 +518,10 @@ def test_models_whose_sizes_make_no_sense(change, said):
         (["--config=c.jsonc"], "config file c.jsonc: its name must end in .py or .json"),
         (["--config=c"], "config file c: its name must end in .py or .json"),
         (["--config=exits.py"], "exits.py, line 1: SystemExit: 0"),
+        (["--config=fails.py"], "fails.py, line 1: ValueError: two lines"),
+        (["--config=null.json"], "null.json: out_dir='a\\x00b' is not text"),
+        (["--lower_lr=nan"], "lower_lr='nan' is not a number"),
+        (["--rank=1e3"], "rank='1e3' is not an integer"),
     ],
 )
 def test_command_lines_that_are_refused_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
@@ -514,6 +529,8 @@ def test_command_lines_that_are_refused_in_one_line(arguments, said, tmp_path, m
     for name in ("c", "c.jsonc"):
         Path(name).write_text('{"rank": 4}')
     Path("exits.py").write_text("raise SystemExit(0)")
+    Path("fails.py").write_text("raise ValueError('two\\n   lines')")
+    Path("null.json").write_text(json.dumps({"out_dir": "a\0b"}))
     assert train.main(["--data=toy-sentiment", "--model=tiny-random", *arguments]) == 2
     assert said in last_line(capsys)
     assert not Path("out").exists()
@@ -527,15 +544,43 @@ def test_config_files_in_capitals_are_read_as_what_they_are(tmp_path):
 
 def test_a_home_folder_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert read_config(["--out_dir=~/x"]).out_dir == str(tmp_path / "x")
+    config = read_config(["--out_dir=~/x", "--label_prompt=~/{text}"])
+    assert config.out_dir == str(tmp_path / "x")
+    assert config.label_prompt == "~/{text}"
 
 
-@pytest.mark.parametrize("name, value", [("model", 256), ("labels", "yes"), ("block_size", "256")])
-def test_a_run_json_with_values_of_another_type(name, value, tmp_path, capsys):
+def test_the_home_folder_of_nobody_is_not_found():
+    for find in (find_model, data.load_examples):
+        with pytest.raises(FileNotFoundError, match="~nobody-of-that-name/x"):
+            find("~nobody-of-that-name/x")
+
+
+def test_large_integers_are_read_digit_by_digit():
+    """2^53 + 1 is no float."""
+    assert read_config(["--seed=9007199254740993"]).seed == 2**53 + 1
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("model", 256, "model has a value of the wrong type"),
+        ("labels", "yes", "labels has a value of the wrong type"),
+        ("labels", ["yes", None], "labels holds something that is not a name"),
+        ("block_size", "256", "block_size has a value of the wrong type"),
+        ("block_size", True, "block_size has a value of the wrong type"),
+        ("quantize", "nf5", "unknown quantize 'nf5'"),
+    ],
+)
+def test_a_run_json_with_wrong_values(name, value, said, tmp_path, capsys):
     (tmp_path / "run.json").write_text(json.dumps({name: value}))
     (tmp_path / "adapter_config.json").write_text("{}")
     assert sample.main([f"--adapter={tmp_path}", "--prompt=x"]) == 2
-    assert f"{name} has a value of the wrong type" in last_line(capsys)
+    assert f"run.json: {said}" in last_line(capsys)
+
+
+def test_a_seed_that_torch_refuses_is_named_by_sample(capsys):
+    assert sample.main(["--model=tiny-random", "--prompt=x", f"--seed={2**64}"]) == 2
+    assert f"seed={2**64} must be" in last_line(capsys)
 
 
 def test_a_loss_that_grew_is_named_below_the_table(tmp_path, capsys):
@@ -543,3 +588,99 @@ def test_a_loss_that_grew_is_named_below_the_table(tmp_path, capsys):
     budget = ["--search_steps=4", "--retrain_steps=4", "--test_size=20", "--eval_size=20"]
     assert train.main([*options, *budget, f"--out_dir={tmp_path / 'run'}"]) == 0
     assert re.search(r"the loss on .*test is higher than before: try", capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------- whole programs, and limits
+
+TEMPLATES = [  # what a template may hold; the loops take all of their five seconds
+    "{{ messages | tojson }}",
+    "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
+    "{% for m in messages %}{{ m.role ~ ': ' ~ m.content | trim }}\n{% endfor %}",
+    "{% if add_generation_prompt %}Assistant:{% endif %}",
+    "{{ raise_exception('no\nsuch talk') }}",
+    "{{ messages[0] + 1 }}",
+    "{{ 'a' * 10**10 }}",
+    "{{ 'a' * 10**9 }}",
+    "{{ '%*d' % (10**9, 1) }}",
+    "{{ range(10**9) | list }}",
+    "{{ messages.__class__.__mro__ }}",
+    "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% for i in range(10**9) %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ ' '.join(['a' * 999] * 99999) }}",
+    "{% include 'x' %}",
+    "{% import 'os' as os %}",
+    "{% if %}",
+    "{{ [" * 999,
+    "\ue000message 0\ue000",
+    "{{ messages | map('upper') | first }}",
+    "{% generation %}",
+    "\0",
+]
+PATTERNS = [r"\s+|\S+", "(a|aa)+(?=b)|[^a]+", "^(a|aa)+(?=b)", "(", "a{99999}{99999}", r"\p{F}"]
+KINDS = ["config", "tokenizer", "template", "adapter", "run", "split"]
+SETTINGS = [name for name in train.Config.__dataclass_fields__ if not name.endswith("_steps")]
+
+
+def hostile_file(more, base):
+    """Change one file of a model's folder, of an adapter's, or of a run's."""
+    kind = more.draw(st.sampled_from(KINDS))
+    name = {
+        "config": "model/config.json",
+        "adapter": "adapter/adapter_config.json",
+        "run": "adapter/run.json",
+        "template": "model/tokenizer_config.json",
+    }.get(kind, "model/tokenizer.json")
+    path = base / name
+    content = json.loads(path.read_text()) if path.exists() else {"model": "model", "labels": ["a"]}
+    if kind == "template":
+        pieces = st.lists(st.sampled_from(TEMPLATES), min_size=1, max_size=3)
+        content["chat_template"] = "".join(more.draw(pieces))
+    elif kind == "split":
+        split = {"Regex": more.draw(st.sampled_from(PATTERNS))}
+        split = {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False}
+        steps = [split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    else:
+        content = more.draw(changed_json(content))
+    path.write_text(json.dumps(content))
+
+
+@cases(150)
+@given(st.data())
+def test_programs_end_well_or_in_one_line_within_20_seconds_and_3_gb(folder, more):
+    """sample.py, or train.py, on folders of which one file or one setting was changed."""
+    shutil.rmtree(folder / "whole", ignore_errors=True)
+    for name in ("model", "adapter"):
+        shutil.copytree(folder / name, folder / "whole" / name)
+    base = folder / "whole"
+    if more.draw(st.integers(0, 2)):
+        hostile_file(more, base)
+        arguments = []
+    else:
+        values = ["", "~", "nan", "1e999", "-1", "2", "9" * 20, "a" * 300]
+        value = more.draw(st.sampled_from(values))
+        arguments = [f"--{more.draw(st.sampled_from(SETTINGS))}={value}"]
+
+    program, prompt = more.draw(st.sampled_from([sample, train])), "a" * 99 + " <|im_end|>"
+    if program is sample:
+        arguments = ["--adapter=whole/adapter", "--model=whole/model", f"--prompt={prompt}"]
+        arguments += ["--max_new_tokens=2"]
+    else:
+        talk = [{"role": role, "content": prompt} for role in ("user", "assistant") * 3]
+        defaults = dict(model="whole/model", out_dir="whole/run", train_file="whole/data.jsonl")
+        defaults |= dict(method="lora", search_steps=1, retrain_steps=0, val_fraction=0)
+        given_ = {argument.partition("=")[0] for argument in arguments}
+        arguments += [f"--{k}={v}" for k, v in defaults.items() if f"--{k}" not in given_]
+        (base / "data.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+
+    said, start = io.StringIO(), time.time()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        status = program.main(arguments)
+    assert status in (0, 2)
+    if status == 2:
+        [line] = said.getvalue().splitlines()
+        assert line.startswith("error: ") and len(line) < 2000
+    assert time.time() - start < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3e6  # KB, of all cases so far

@@ -4,6 +4,7 @@ What a training step costs, by each method and each hypergradient, side by side.
     python -m tools.bench                    SmolLM2-135M; about 8 minutes on two CPU cores
     python -m tools.bench --quick=True       the main methods in under a minute, with more noise
     python -m tools.bench --peer=True        transformers and PEFT too, on equal weights and batches
+    python -m tools.bench --peer=True --data=movie-sentiment     the same on rows of a data set
     python -m tools.bench --scaling=True     time and memory over rank, length and depth
 
 All kinds of step share the frozen weights and are timed in turn, round by round, in one process, so
@@ -15,8 +16,10 @@ lower-level and an upper-level step.
 
 import copy
 import dataclasses
+import functools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -33,9 +36,11 @@ import data
 from hypergrad import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
 from model import ModelConfig, Transformer
 from support import settings
+from support.datasets import BUILT_IN
 from support.files import read_json, replacing, write_json
 from support.hardware import fast_dtype, peak_memory
 from support.pretrained import find_model
+from support.tokenizer import Tokenizer
 from tools.memory import QWEN25, published
 
 
@@ -48,6 +53,7 @@ class Bench:
     batch_size: int = 8  # rows a step, at either level
     length: int = 64  # tokens a row
     labels: str = "last"  # supervised positions: all, or last, as in classification
+    data: str = ""  # rows of this built-in data set, instead of random ones of one length
     rank: int = 8  # of the adapters, in all seven linear layers
     layers: int = 0  # keep only this many blocks; 0: all
     dtype: str = "auto"  # float32, bfloat16, or auto: what is fast here
@@ -159,8 +165,20 @@ def model_of(bench, name, base):
     return model
 
 
-def make_batch(bench, name, vocab_size):
-    """Random token ids and their labels, (batch_size, length) each."""
+@functools.cache
+def rows_of(name, model):
+    """The rows of a built-in data set as train.py encodes them, and the padding's id."""
+    tokenizer, examples = Tokenizer.from_pretrained(find_model(model)), data.load_examples(name)
+    labels = data.tokenize_labels(sorted({e["label"] for e in examples}), tokenizer)
+    question = BUILT_IN[name].question
+    return data.encode(examples[:400], tokenizer, 256, question, labels)[0], tokenizer.pad_id
+
+
+def make_batch(bench, name, vocab_size, rng):
+    """Random token ids and their labels, (batch_size, length) each, or rows of the data set."""
+    if bench.data:
+        rows, pad_id = rows_of(bench.data, bench.model)
+        return data.collate(rng.sample(rows, bench.batch_size), pad_id)
     ids = torch.randint(vocab_size, (bench.batch_size, bench.length))
     if bench.labels == "all" and "one label" not in name:
         return ids, ids
@@ -177,10 +195,10 @@ def loss_fn(model, micro_batch):
 def step(bench, name, base):
     """A function that takes one step, or one iteration of search, of a kind on a random batch."""
     method, options = KINDS[name]
-    model = model_of(bench, name, base)
+    model, rng = model_of(bench, name, base), random.Random(0)  # each kind sees the same rows
 
     def batch():
-        return make_batch(bench, name, base.config.vocab_size)
+        return make_batch(bench, name, base.config.vocab_size, rng)
 
     if method == "none":
         return torch.no_grad()(lambda: model(*batch()))
@@ -250,11 +268,12 @@ def table(bench, seconds, peaks):
         search = name in SEARCH
         spread = f"{min(seconds[name]):.2f}–{max(seconds[name]):.2f}"
         tokens = bench.batch_size * bench.length * (2 if search else 1)
+        speed = "" if bench.data else f"{tokens / value:.0f}"
         bound = f"{value / 2 / forward:.2f}" if forward and not search else ""
         steps = f"{value / dora:.2f}" if dora else ""
         amortised = f"{(value / dora + every - 1) / every:.2f}" if dora and search else ""
         lines.append(
-            f"{name:24}{value:9.2f}{spread:>14}{tokens / value:10.0f}{bound:>12}"
+            f"{name:24}{value:9.2f}{spread:>14}{speed:>10}{bound:>12}"
             f"{steps:>12}{amortised:>11}{peaks[name]:9.2f}"
         )
 
@@ -376,6 +395,7 @@ def check(bench):
         ("kinds", KINDS),
         ("only", ("", *KINDS)),
         ("labels", ("all", "last")),
+        ("data", ("", *BUILT_IN)),
         ("dtype", ("auto", "float32", "bfloat16")),
     ):
         for value in bench.kinds if name == "kinds" else [getattr(bench, name)]:
@@ -401,7 +421,7 @@ def run(bench):
 
     what = (
         f"{bench.model}, {str(dtype).removeprefix('torch.')}, {bench.batch_size} rows of "
-        f"{bench.length} tokens, {bench.labels} labels, rank {bench.rank}"
+        f"{bench.data or f'{bench.length} tokens, {bench.labels} labels'}, rank {bench.rank}"
         f"{', compiled' if bench.compile else ''}"
     )
     print(what, flush=True)
