@@ -10,6 +10,7 @@ were trained beside the adapters, such as a classifier, are saved whole (PEFT's 
 import math
 import re
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -224,13 +225,12 @@ def read(folder, parameters):
             f"{folder}: adapter_config.json has use_dora={magnitude}, which the tensors contradict"
         )
 
-    sizes = {}
+    sizes, alphas = {}, alphas_of(found, config, folder / "adapter_config.json")
     for name, parts in found.items():
         # Any rank will do for a damaged file: copy_into reports the misshapen tensor.
         matrix = "lora_A" in parts and parts["lora_A"].dim() == 2
         rank = len(parts["lora_A"]) if matrix else 1
-        alpha = alpha_of(name, config, folder / "adapter_config.json")
-        sizes[name] = rank, alpha * (rank**0.5 if config.get("use_rslora") else 1)
+        sizes[name] = rank, alphas[name] * (rank**0.5 if config.get("use_rslora") else 1)
     axis = "column" if config.get("peft_type") == COLUMN_DORA else "row"
     dropout = config.get("lora_dropout") or 0.0
     return Adapter(folder, found, sizes, dropout, magnitude, axis, saved)
@@ -267,8 +267,10 @@ def check_config(config, where):
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"{where}: lora_dropout={dropout!r} must be at least 0 and below 1")
     patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise ValueError(f"{where}: alpha_pattern is not a JSON object")
+    if not isinstance(patterns, dict) or any(len(pattern) > 1000 for pattern in patterns):
+        raise ValueError(
+            f"{where}: alpha_pattern is not a JSON object, or a pattern exceeds 1000 characters"
+        )
     for alpha in (config.get("lora_alpha"), *patterns.values()):
         if not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
             raise ValueError(
@@ -315,18 +317,28 @@ def by_layer(tensors, folder, parameters, modules_to_save):
     return found, saved
 
 
-def alpha_of(name, config, where):
-    """A layer's alpha, by PEFT's rule: that of the first pattern that matches, else lora_alpha."""
-    patterns = config.get("alpha_pattern") or {}
+def alphas_of(names, config, where, seconds=5):
+    """
+    {layer: its alpha}, by PEFT's rule: that of the first pattern that matches, else lora_alpha.
+
+    Raises ValueError for invalid patterns, and for some that together take more than `seconds`.
+    """
+    patterns, end = config.get("alpha_pattern") or {}, time.monotonic() + seconds
+    compiled, alphas = {}, {}
     try:
-        # A pattern is anybody's: it may take for ever.
-        fitting = [key for key in patterns if regex.match(rf"(.*\.)?({key})$", name, timeout=1)]
-    except (regex.error, TimeoutError, RecursionError) as error:
+        for key in patterns:
+            compiled[key] = regex.compile(rf"(.*\.)?({key})$")
+        for name in names:
+            alphas[name] = config["lora_alpha"]
+            for key, pattern in compiled.items():
+                if pattern.match(name, timeout=max(1e-6, end - time.monotonic())):
+                    alphas[name] = patterns[key]
+                    break
+    except (regex.error, RecursionError, TimeoutError) as error:
         raise ValueError(
-            f"{where}: alpha_pattern holds an invalid regular expression "
-            f"({str(error) or 'it takes more than a second'})"
+            f"{where}: alpha_pattern holds an invalid regular expression, or slow ones ({error})"
         ) from None
-    return patterns[fitting[0]] if fitting else config["lora_alpha"]
+    return alphas
 
 
 @torch.no_grad()

@@ -462,6 +462,9 @@ def last_line(capsys):
         ({"lora_alpha": 10**400}, "not a number below 1e9"),
         ({"alpha_pattern": {"q_proj": float("nan")}}, "not a number below 1e9"),
         ({"modules_to_save": "lm_head"}, "modules_to_save is not a list of names"),
+        ({"alpha_pattern": {"a" * 10**6: 4}}, "a pattern exceeds 1000 characters"),
+        ({"alpha_pattern": {"(" * 900 + ")" * 900: 4}}, "a pattern exceeds 1000 characters"),
+        ({"alpha_pattern": {"(" * 450 + ")" * 450: 4}}, "invalid regular expression"),
     ],
 )
 def test_adapters_that_are_hostile_on_purpose(tmp_path, change, said):
@@ -472,6 +475,19 @@ def test_adapters_that_are_hostile_on_purpose(tmp_path, change, said):
     with pytest.raises(ValueError, match=said) as caught:
         load_adapter(Transformer.from_pretrained(find_model("tiny-random")), tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_patterns_that_backtrack_are_refused_after_seconds(tmp_path):
+    """Each of them takes ages, for each of fourteen layers."""
+    model = Transformer.from_pretrained(find_model("tiny-random")).requires_grad_(False)
+    save_adapter(replace_linear_with_bidora(model, 2), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    hostile = {r"(\w|\.|[a-z]|[a-p])+\s" + str(i): 4 for i in range(99)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": hostile}))
+    start = time.time()
+    with pytest.raises(ValueError, match="alpha_pattern .*slow ones .*timed out"):
+        load_adapter(Transformer.from_pretrained(find_model("tiny-random")), tmp_path)
+    assert time.time() - start < 20
 
 
 def test_a_pattern_that_backtracks_for_ever_does_not(tmp_path):

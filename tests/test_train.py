@@ -905,6 +905,27 @@ def test_a_full_disk_is_one_line_before_training():
     assert "search:" not in done.stderr and not list(Path("out").iterdir())
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 4398046511104 bytes. Error code 12 (Cannot allocate memory)\nmore",
+        None,
+    ],
+)
+def test_too_little_memory_on_a_cpu_is_one_line_as_on_a_gpu(capsys, monkeypatch, message):
+    """As torch says it, and as it says it here when asked for 4 EB."""
+
+    def prepare(*_):
+        if message:
+            raise RuntimeError(message)
+        torch.empty(2**60)
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    said = refused(capsys, *(f"--{name}={value}" for name, value in TINY.items()), "--out_dir=run")
+    assert "out of memory" in said and "lower batch_size" in said
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(capsys):
     assert "/proc" in refused(
         capsys, *(f"--{name}={value}" for name, value in TINY.items()), "--out_dir=/proc/run"
