@@ -49,8 +49,9 @@ class ChatTemplate:
         """Several (messages, add_generation_prompt) as a list of texts, in one request."""
         request = {"source": self.source, "tokens": self.tokens, "conversations": conversations}
         answers = ask(json.dumps(request))
-        for error in (answer["error"] for answer in answers if "error" in answer):
-            raise ValueError(f"the chat template rejects the conversation: {error}")
+        errors = [answer["error"] for answer in answers if "error" in answer]
+        if errors:
+            raise ValueError(f"the chat template rejects the conversation: {errors[0]}")
         return [answer["text"] for answer in answers]
 
     def conversation(self, messages):
@@ -73,7 +74,7 @@ class ChatTemplate:
         spans, openings = [], {}
         for i in answers:
             past, (begin, end) = places[i - 1][1] if i else 0, places[i]
-            between = text[past:begin]
+            between = i > 0, text[past:begin]
             opening = openings.get(between) or self.opening(text[:past], messages[:i])
             openings[between] = opening
             start = after_prompt(text, past, *opening, begin) if opening else end
