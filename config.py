@@ -75,7 +75,7 @@ class Config:
 
     # speed and memory
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
-    group_by_length: bool = False  # batches of similarly long rows: less padding, but less random
+    group_by_length: bool = False  # batches of similarly long rows: faster, but less random
     compile: bool = False  # torch.compile the blocks (half a minute); not with second derivatives
     fsdp: bool = False  # under torchrun: shard the frozen weights over the processes (FSDP2)
     auto_hardware: bool = False  # choose quantize, micro_batch_size, gradient_checkpointing and
