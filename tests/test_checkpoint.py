@@ -201,8 +201,12 @@ def stopped_run(folder, monkeypatch, after=3, **settings):
     return str(caught.value)
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_elsewhere(monkeypatch):
-    message = stopped_run("full", monkeypatch)
+@pytest.mark.parametrize("method", ["bidora", "ft"])
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_elsewhere(
+    method, monkeypatch
+):
+    settings = TINY | dict(method=method)
+    message = stopped_run("full", monkeypatch, method=method)
     assert (
         "full/checkpoints/000006" in message
         and "No space left on device" in message
@@ -211,8 +215,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_elsewhe
     )
     assert sorted(path.name for path in Path("full/checkpoints").iterdir()) == ["000002", "000004"]
     shutil.copytree("full", "elsewhere")
-    train.train(Config(out_dir="elsewhere", resume=True, **TINY))
-    train.train(Config(out_dir="whole", **TINY))
+    train.train(Config(out_dir="elsewhere", resume=True, **settings))
+    train.train(Config(out_dir="whole", **settings))
     assert_same_run("whole", "elsewhere")
     assert not (Path("full") / "summary.json").exists()
 
