@@ -95,7 +95,7 @@ def read(kind, arguments, renamed=None):
         if not argument.startswith("--"):
             raise ValueError(f"argument {argument!r}: write --name=value")
         if name != "config":
-            known(name, "", f"--{name}" if name.isprintable() else repr(name))
+            known(name, "", f"--{name}" if name.isprintable() else repr(f"--{name}"))
         if not equals and name in fields and fields[name].type is bool:
             value = "True"  # --chat is --chat=True
         elif not equals:
