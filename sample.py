@@ -7,6 +7,8 @@ Use a trained model: classify, answer a prompt, or hold a conversation.
     python sample.py --model=smollm2-135m --chat                    the base model, for comparison
 """
 
+import support.interrupt  # noqa: F401  (Ctrl-C in one line, during these imports too)
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,6 +12,8 @@ hypergradient; (3) *retrain* fixes the magnitude and trains the direction on tra
 The other methods train once on train and val together, for as many lower-level steps in total.
 """
 
+import support.interrupt  # noqa: F401  (Ctrl-C in one line, during these imports too)
+
 import os
 import random
 import sys

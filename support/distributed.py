@@ -66,13 +66,14 @@ def start(device):
 def leave(status):
     """
     End this process. One of several ends at once: a thread of gloo's may outlive the interpreter,
-    which then aborts.
+    which then aborts. After a failure it does not wait for the others, which may have ended.
     """
     if not dist.is_initialized():
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
-    dist.destroy_process_group()
+    if status == 0:
+        dist.destroy_process_group()
     os._exit(status)
 
 

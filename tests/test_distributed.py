@@ -6,6 +6,7 @@ torchrun's restart goes on.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -92,9 +93,21 @@ def torchrun(script, *arguments, restarts=0, processes=2, **environment):
         "script.py",
         *arguments,
     ]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env=os.environ | environment
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+        start_new_session=True,
     )
+    try:
+        output, errors = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun's processes hold the pipes, too
+        output, errors = process.communicate()
+        pytest.fail(f"no end after ten minutes:\n{output}\n{errors}")
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def distance(one, other):

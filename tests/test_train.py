@@ -1,5 +1,6 @@
 """The main job end to end on configs/tiny.py, its command line, and what it says to wrong input."""
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -930,6 +931,69 @@ def test_a_folder_that_cannot_be_written_is_one_line(capsys):
     assert "/proc" in refused(
         capsys, *(f"--{name}={value}" for name, value in TINY.items()), "--out_dir=/proc/run"
     )
+
+
+def as_ordinary_user():
+    """In a new process: root is bound by permissions, too."""
+    if os.geteuid() == 0:
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+            assert ctypes.CDLL(None).prctl(24, capability, 0, 0, 0) == 0  # 24: PR_CAPBSET_DROP
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no permission bits for folders")
+def test_read_only_folders_are_one_line_for_an_ordinary_user(tmp_path):
+    settings = [f"--{name}={value}" for name, value in TINY.items()]
+    assert train.main([*settings, "--out_dir=mine/run"]) == 0
+    Path("readable").mkdir()
+    for path in (Path("readable"), Path("mine/run"), Path("mine")):
+        path.chmod(0o555)
+
+    programs = {
+        "new": ["train.py", *settings, "--out_dir=readable/run"],
+        "again": ["train.py", *settings, "--out_dir=mine/run", "--overwrite=True"],
+        "cache": ["train.py", "--config=small.py"],
+        "merge": ["-m", "tools.merge", "--adapter=mine/run", "--out_dir=readable/merged"],
+        "analysis": ["-m", "tools.analysis", "mine/run"],
+    }
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for name, program in programs.items():
+        if program[0].endswith(".py"):
+            program[0] = str(ROOT / program[0])
+        cache = {"BIDORA_CACHE": str(tmp_path / "readable")} if name == "cache" else {}
+        done = subprocess.run(
+            [sys.executable, *program],
+            capture_output=True,
+            text=True,
+            env=environment | cache,
+            preexec_fn=as_ordinary_user,
+        )
+        error = done.stderr.strip()
+        assert done.returncode == 2 and error.startswith("error: "), (name, done)
+        assert "\n" not in error and ("readable" in error or "mine" in error), (name, error)
+    assert not list(Path("readable").iterdir())
+
+
+PROGRAMS = ["train.py", "sample.py", *(f"tools.{p.stem}" for p in ROOT.glob("tools/[a-z]*.py"))]
+INTERRUPTED = """
+import runpy, sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+run = runpy.run_path if sys.argv[1].endswith(".py") else runpy.run_module
+run(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_an_interrupt_while_torch_is_imported_is_one_line(program):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGINT and done.stderr == "interrupted\n"
 
 
 # -----------------------------------------------------------------------------------------------
