@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import stat
 from pathlib import Path
 
 from support.files import read_json, remove
@@ -62,14 +63,18 @@ def locked(folder):
 
 def take_lock(folder):
     """Create and lock a folder. Returns a handle whose closing ends the lock; None on Windows."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder, os.O_RDONLY) if fcntl else None
-        except (FileExistsError, FileNotFoundError):
-            if folder.is_file():
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            if is_something_else(folder):
                 raise
             continue  # another run has just removed it
+        try:
+            handle = os.open(folder, os.O_RDONLY) if fcntl else None
+        except FileNotFoundError:
+            continue  # likewise
         if handle is None:
             return None
         try:
@@ -83,6 +88,14 @@ def take_lock(folder):
         if is_at(handle, folder):
             return handle
         os.close(handle)  # the lock of a folder that another run has removed or moved
+
+
+def is_something_else(path):
+    """Whether there is a file or a link that leads nowhere, rather than a folder or nothing."""
+    try:
+        return not stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def is_at(handle, folder):

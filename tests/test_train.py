@@ -927,10 +927,11 @@ def test_too_little_memory_on_a_cpu_is_one_line_as_on_a_gpu(capsys, monkeypatch,
     assert "out of memory" in said and "lower batch_size" in said
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(capsys):
-    assert "/proc" in refused(
-        capsys, *(f"--{name}={value}" for name, value in TINY.items()), "--out_dir=/proc/run"
-    )
+@pytest.mark.parametrize("out", ["/proc/run", "link", "link/run", "/dev/null", "/dev/null/run"])
+def test_a_folder_that_cannot_be_written_is_one_line(out, capsys):
+    Path("link").symlink_to("nowhere")
+    settings = [f"--{name}={value}" for name, value in TINY.items()]
+    assert out.removesuffix("/run") in refused(capsys, *settings, f"--out_dir={out}")
 
 
 def as_ordinary_user():
