@@ -14,6 +14,7 @@ LLaMA: arXiv 2302.13971; grouped queries: 2305.13245; sliding windows (Mistral):
 Qwen2: 2407.10671; norms on queries and keys (Qwen3): 2505.09388.
 """
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from support import hf_format, rotary
+from support import distributed, hf_format, rotary
 from support.files import read_json
-from support.kernels import ROWS, cross_entropy
+from support.kernels import QUERIES, ROWS, cross_entropy, recompute
 
 
 class RMSNorm(nn.Module):
@@ -166,9 +166,18 @@ class Attention(nn.Module):
     def attention(self, q, k, v):
         """The last T of S tokens see all before them: (B, H, T, head_dim), in q's dtype."""
         (T, S), dtype = (q.size(2), k.size(2)), q.dtype
-        if q.device.type == "cpu" and dtype == torch.bfloat16 and S <= 256:
+        fused = torch.backends.cuda.flash_sdp_enabled()  # not for second derivatives: hypergrad.py
+        if T > QUERIES and not fused:  # the scores would be kept
+            ends = [*range(QUERIES, T, QUERIES), T]
+            parts = [
+                recompute(self.attention, part, k[:, :, : S - T + end], v[:, :, : S - T + end])
+                for part, end in zip(q.split(QUERIES, dim=2), ends)
+            ]
+            return torch.cat(parts, dim=2)
+
+        if q.device.type == "cpu" and dtype == torch.bfloat16 and (S <= 256 or not fused):
             # On CPUs the fused kernel's backward pass is slow in bf16: for 8 × 64 tokens 10 ms per
-            # layer, against 2 ms in fp32, which is also more precise.
+            # layer, against 2 ms in fp32, which is also more precise. Unfused, all of it is slow.
             q, k, v = q.float(), k.float(), v.float()
 
         mask = self.mask(T, S, q.device)
@@ -280,7 +289,10 @@ class Transformer(nn.Module):
 
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, None, rows, use_reentrant=False)
+                run = functools.partial(block, cos=cos, sin=sin, rows=rows)
+                trained = [p for p in block.parameters() if p.requires_grad]
+                twice = functools.partial(distributed.kept_whole, block)
+                x = recompute(run, x, parameters=trained, twice=twice)
             else:
                 x = block(x, cos, sin, caches[i] if caches else None, rows)
         return self.model.norm(x)

@@ -55,7 +55,7 @@ def train(config):
         task = prepare(run.config, run.device, run.resuming)
         config = task.config
         run.start(task)
-        report.announce(task, METHODS.get(config.method), second_order(config))
+        report.announce(task, METHODS.get(config.method))
         run.before = run.before or evaluate(task)  # a resumed run knows it already
         report.announce_before(run.before)
 
@@ -339,7 +339,7 @@ def build_model(config, folder, dtype, device):
         )
 
     if config.fsdp:
-        distributed.shard(model, device)
+        distributed.shard(model, device, second_order(config))
     if config.compile:
         for block in model.model.layers:
             block.compile()  # the blocks share their code, so it is compiled once

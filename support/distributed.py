@@ -132,13 +132,16 @@ def give_memory_back():
             ctypes.CDLL(None).mallopt(-3, 1 << 20)
 
 
-def shard(model, device):
+def shard(model, device, twice=False):
     """
     Keep only this process's share of a Transformer's frozen weights, on its device.
 
     Blocks, embeddings and head collect the other processes' shares when they are called. Adapters
-    are small and stay whole in each process, so gradients and checkpoints need no special care. A
-    second backward pass does not work: the first one gives the collected weights back.
+    are small and stay whole in each process, so gradients and checkpoints need no special care.
+
+    twice: whether second derivatives will be taken. A backward pass gives the collected weights
+    back, but the second one needs them, too. So the blocks must be recomputed (kept_whole), and the
+    head stays whole from a backward pass to the next forward pass.
     """
     # Imported here, since these modules take a second to load and few runs need them.
     from torch.distributed.device_mesh import init_device_mesh
@@ -146,20 +149,36 @@ def shard(model, device):
 
     mesh = init_device_mesh(device.partition(":")[0], (WORLD_SIZE,))
     trained = {p for p in model.parameters() if p.requires_grad}
+    whole = trained | set(model.model.norm.parameters())
 
     # Tied embeddings and head share one weight: they form one unit, which is collected at the
     # embeddings and kept until the head is done.
     ends = [model.model.embed_tokens, model.lm_head]
     tied = ends[0].weight is ends[1].weight
     units = [*model.model.layers, *([ends] if tied else ends)]
-    for unit in [*units, model]:  # the model itself last, for what is left: a norm
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+    for unit in [*units, model]:  # the model itself last: its call begins and ends a pass
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    model.lm_head.set_reshard_after_backward(not twice)
     for name in ("score", "totals"):
         register_fsdp_forward_method(model, name)  # called from outside, as forward is
 
     for tensor in [*model.parameters(), *model.buffers()]:
         if not hasattr(tensor, "to_local"):  # whole in each process
             tensor.data = tensor.data.to(device)
+
+
+@contextlib.contextmanager
+def kept_whole(unit):
+    """For two backward passes through a sharded module: keep its weights after the first one."""
+    if not hasattr(unit, "set_reshard_after_backward"):
+        yield
+        return
+    unit.set_reshard_after_backward(False)
+    try:
+        yield
+    finally:
+        unit.set_reshard_after_backward(True)
+        unit.reshard()
 
 
 def local_bytes(model):

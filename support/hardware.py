@@ -9,7 +9,10 @@ In bytes, for L layers with widths h (hidden), q (queries), kv (keys, values), f
                    recovery); with adamw8bit 18
     activations    per token 1.25 · L · (6h + 4q + 4kv + 6f) numbers; for LoRA and ft, which keep no
                    layer's output, 1.25 · L · (4h + 3q + 3kv + 4f)
-    second order   4 times that, and per token 24 · L · heads · length, without fused attention
+    second order   4 times that, and per token 24 · L · heads · length: attention is not fused. Of
+                   rows above 256 tokens, only one layer's scores of 256 tokens at a time are there
+    checkpointed   per token L · h numbers and 6 blocks' 1.25 · (…); in second order 2 · L · h
+                   numbers, 5 blocks' 1.25 · (…) and the scores of one layer
     logits         per logit at supervised positions 12; with a frozen head, 128 positions at a time
 
 Each of N devices (distributed.py) sends the trained numbers' gradients once, 2 (N - 1)/N of 4 bytes
@@ -32,7 +35,7 @@ from pathlib import Path
 import torch
 
 from support import distributed
-from support.kernels import ROWS
+from support.kernels import QUERIES, ROWS
 
 
 def peak_memory(device):
@@ -48,6 +51,23 @@ def peak_memory(device):
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts bytes
+
+
+def processor():
+    """The CPU in words: its name, the threads that torch uses, and the vector units that matter."""
+    name, flags, info = platform.processor() or platform.machine(), "", Path("/proc/cpuinfo")
+    if info.exists():
+        entries = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        entries = {key.strip(): value.strip() for key, value in entries.items()}
+        name, flags = entries.get("model name", name), entries.get("flags", "")
+    units = {
+        "avx2": "AVX2",
+        "avx512f": "AVX-512",
+        "avx512_bf16": "bf16 products",
+        "amx_bf16": "AMX (bf16 matrices)",
+    }
+    found = [unit for flag, unit in units.items() if flag in flags.split()]
+    return ", ".join((name, f"{torch.get_num_threads()} threads", *found))
 
 
 def free_memory(device):
@@ -130,10 +150,10 @@ def linear_shapes(c):
 
 def score_bytes(c, length):
     """
-    Bytes of attention scores that second derivatives keep for a row of `length` tokens, since no
-    fused attention kernel has second derivatives.
+    Bytes of a layer's attention scores in second derivatives, for a row of `length` tokens: no
+    fused kernel has second derivatives. Long rows are computed again, in parts.
     """
-    return 24 * c.num_hidden_layers * c.num_attention_heads * length**2
+    return 24 * c.num_attention_heads * min(length, QUERIES) * length
 
 
 def need(
@@ -176,9 +196,12 @@ def need(
     positions = rows * supervised if method is None else min(rows * supervised, ROWS)
     activations = rows * length * through + 12 * c.vocab_size * positions
     if method is not None and method.upper:
-        second = 4 * L * layer * length + score_bytes(c, length)
-        second *= 0.75 if gradient_checkpointing else 1
-        activations = max(activations, rows * (second + 12 * supervised * c.vocab_size))
+        scores = score_bytes(c, length)
+        if gradient_checkpointing:
+            second = (2 * L * h * itemsize + 5 * layer) * length + scores
+        else:
+            second = 4 * L * layer * length + (L if length <= QUERIES else 1) * scores
+        activations = max(activations, rows * second + 12 * c.vocab_size * positions)
     state = trained * (18 if optimizer == "adamw8bit" else 24)
     return Need(linears * linear_bytes + others * itemsize, state, activations)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from support import distributed, hardware
+from support import distributed
 from support.datasets import BUILT_IN
 from support.files import replacing
 from support.jsonl import count_shared
@@ -17,7 +17,7 @@ START = """Start with:
     python train.py --config=tiny.py     (downloads nothing, takes seconds)"""
 
 
-def announce(task, method, second_order):
+def announce(task, method):
     """
     Print a run's plan: model, data, parameters, phases. method: its entry of bidora.METHODS, or
     None for ft.
@@ -54,8 +54,6 @@ def announce(task, method, second_order):
         print("the tokenizer has no chat template: a plain one (User: … Assistant: …) is used")
 
     print(trainable(task.sizes))
-    if second_order:
-        warn_of_scores(task)
     announce_phases(config, method)
 
 
@@ -73,19 +71,6 @@ def announce_shared(config, splits):
 
 def trainable(sizes):
     return f"trainable parameters: {sizes['lower']:,} lower level, {sizes['upper']:,} upper level"
-
-
-def warn_of_scores(task):
-    """Print a warning if the attention scores that second derivatives keep take more than 1 GB."""
-    rows = task.config.micro_batch_size or task.config.batch_size
-    longest = max(len(row.labels) for row in task.encoded["train"])
-    scores = rows * hardware.score_bytes(task.model.config, longest)
-    if scores > 1e9:
-        print(
-            f"second derivatives keep the attention scores, which grow with the square of the "
-            f"length: up to {scores / 1e9:.0f} GB for {rows} rows of {longest} tokens; "
-            f"--micro_batch_size=1 or a smaller --block_size lowers that"
-        )
 
 
 def announce_phases(config, method):

@@ -147,7 +147,11 @@ def check_fsdp(config, second_order):
         "torchrun --nproc_per_node=2 (or more) train.py ...",
     )
     for problem, message in (
-        (second_order, "has no second derivatives: use hypergradient=first_order"),
+        (
+            second_order and not config.gradient_checkpointing,
+            "gives the collected weights back before second derivatives need them: use "
+            "gradient_checkpointing=True, which collects them again, or hypergradient=first_order",
+        ),
         (config.method == "ft", "shards frozen weights only: use an adapter, not method=ft"),
         (config.quantize not in ("auto", "none"), "can't shard packed weights: use quantize=none"),
         (config.gram_weight, "has no whole weights to regularise: use gram_weight=0"),

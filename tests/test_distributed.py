@@ -237,7 +237,11 @@ SHARED_OUT = {
     "first_order": dict(hypergradient="first_order", magnitude_axis="column"),
     "differences": dict(hypergradient="finite_difference"),
     "bilora": dict(method="bilora", hypergradient="first_order", upper_steps=2, batch_size=1),
-    "tied": dict(method="dora", model="tied-model"),
+    "tied": dict(gradient_checkpointing=True, model="tied-model"),
+    "unrolled": dict(gradient_checkpointing=True, upper_every=2, hypergradient_steps=2),
+    "neumann": dict(gradient_checkpointing=True, hypergradient="neumann"),
+    "cg": dict(gradient_checkpointing=True, hypergradient="conjugate_gradient", damping=100.0),
+    "adam": dict(gradient_checkpointing=True, precondition="adam", micro_batch_size=1),
     "head": dict(method="lora", target_modules=("q_proj", "lm_head")),
     "sentences": dict(method="lora", train_file="mine.jsonl"),
 }

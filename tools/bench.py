@@ -38,7 +38,7 @@ from model import ModelConfig, Transformer
 from support import settings
 from support.datasets import BUILT_IN
 from support.files import read_json, replacing, write_json
-from support.hardware import fast_dtype, peak_memory
+from support.hardware import fast_dtype, peak_memory, processor
 from support.pretrained import find_model
 from support.tokenizer import Tokenizer
 from tools.memory import QWEN25, published
@@ -74,9 +74,11 @@ KINDS = {  # name: (method, options of create_bilevel_optimizer)
     "lora one label": ("lora", {}),  # a row, whatever `labels` says
     "dora one label": ("dora", {}),
     "dora norm detached": ("dora", {}),
+    "dora recomputed": ("dora", {}),  # with gradient checkpointing
     "retrain": ("bidora", {}),
     "first_order": ("bidora", {"hypergradient": "first_order"}),
     "unrolled": ("bidora", {"hypergradient": "unrolled"}),
+    "unrolled recomputed": ("bidora", {"hypergradient": "unrolled"}),
     "unrolled adam": ("bidora", {"hypergradient": "unrolled", "precondition": "adam"}),
     "unrolled differences": ("bidora", {"hypergradient": "finite_difference"}),
     "neumann 3 terms": ("bidora", {"hypergradient": "neumann", "terms": 3}),
@@ -159,6 +161,8 @@ def model_of(bench, name, base):
         )
     if name == "retrain":
         bidora.start_retrain(model)
+    if "recomputed" in name:
+        model.gradient_checkpointing = True
     if bench.compile and name not in SECOND:
         for block in (model.get_base_model() if method == "peft" else model).model.layers:
             block.compile()
@@ -331,7 +335,7 @@ def scaling(bench, dtype):
             cells = ""
             for name in kinds:
                 if name == "unrolled" and changes.get("length", 0) > 512:
-                    cells += f"{'':21}"  # the attention scores would fill the memory
+                    cells += f"{'':21}"  # minutes a step
                     continue
                 found = alone(bench, name, dtype, **changes)
                 results.append({"kind": name, **changes, **found})
@@ -424,7 +428,7 @@ def run(bench):
         f"{bench.data or f'{bench.length} tokens, {bench.labels} labels'}, rank {bench.rank}"
         f"{', compiled' if bench.compile else ''}"
     )
-    print(what, flush=True)
+    print(what, processor(), sep="\n", flush=True)
     chart, saved = Path(bench.out).with_suffix(".png"), bench.out
     if bench.scaling:
         found = {"scaling": scaling(bench, dtype)}
@@ -434,7 +438,8 @@ def run(bench):
         print("", *table(bench, seconds, peaks), sep="\n")
         draw(chart, what, seconds)
         saved = f"{bench.out} and {chart}"
-    write_json(bench.out, {"settings": vars(bench) | {"dtype": str(dtype)}, **found})
+    about = {"settings": vars(bench) | {"dtype": str(dtype)}, "processor": processor()}
+    write_json(bench.out, about | found)
     return f"\nsaved in {saved}"
 
 

@@ -53,7 +53,7 @@ class Memory:
     length: int = 512  # tokens a row
     batch_size: int = 4  # rows a step
     micro_batch_size: int = 0  # rows whose activations are in memory at once; 0: all
-    gradient_checkpointing: bool = False  # compute activations twice
+    gradient_checkpointing: bool = True  # keep one activation a block, compute the others again
     optimizer: str = "adamw"  # or adamw8bit
     devices: tuple = ()  # a table over these numbers of devices, for LLaMA 2 or the model
 
@@ -124,6 +124,9 @@ def print_methods(models, memory):
     for name, c in models.items():
         needs = [need(c, METHODS[m], 2, quantize=kind, **options) for m, kind in columns]
         print(f"{name:14}" + "".join(f"{n.weights / 1e9:8.1f}{n.total / 1e9:8.1f}" for n in needs))
+    print(
+        "\nbidora: with exact second derivatives. --hypergradient=first_order takes as much as dora"
+    )
 
 
 def main(arguments):
