@@ -165,11 +165,13 @@ def build_optimizer(task):
 @torch.compiler.set_stance("force_eager")
 def evaluate(task):
     """The results of evaluate_rows on at most eval_size rows of each split, {split: results}."""
-    return {name: evaluate_rows(task, rows) for name, rows in task.evaluated.items()}
+    splits = task.evaluated
+    with report.bar("evaluate", sum(map(len, splits.values())), "row") as bar:
+        return {name: evaluate_rows(task, rows, bar) for name, rows in splits.items()}
 
 
 @torch.no_grad()
-def evaluate_rows(task, rows):
+def evaluate_rows(task, rows, bar=None):
     """
     Mean loss (nats per token) and accuracy over a list of Encoded; None for an empty list.
 
@@ -185,8 +187,8 @@ def evaluate_rows(task, rows):
     # Each process takes its share of the rows; but with sharded weights all must call the same
     # blocks in step, so each takes all rows.
     own = sorted(rows, key=lambda row: len(row.input_ids))  # similar lengths need little padding
-    if not sharded:
-        own = own[distributed.RANK :: distributed.WORLD_SIZE]
+    share = 1 if sharded else distributed.WORLD_SIZE
+    own = own[distributed.RANK % share :: share]
     size = max(1, min(32, 8192 // max(len(row.input_ids) for row in rows)))  # rows per forward pass
 
     for start in range(0, len(own), size):
@@ -202,6 +204,8 @@ def evaluate_rows(task, rows):
         else:
             loss, hits, count = model.totals(*data.collate(batch, task.tokenizer.pad_id))
             total, right, tokens = total + loss, right + hits, tokens + count
+        if bar is not None:
+            bar.update(min(share * len(batch), bar.total - bar.n))
 
     sums = torch.tensor([total, right, tokens], dtype=torch.float64, device=device)
     total, right, tokens = (sums if sharded else distributed.add_up([sums])[0]).tolist()

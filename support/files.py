@@ -72,6 +72,17 @@ def download(requirement, path, sha256):
         os.replace(Path(folder) / path.name, path)
 
 
+def unique(pairs):
+    """
+    A JSON object as a dict. Raises ValueError for a repeated key, since one value would be lost.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
+    return found
+
+
 def read_json(path):
     """
     The JSON object in a file, a dict.
@@ -80,7 +91,8 @@ def read_json(path):
     name the file.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=unique)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path} is missing") from None
     except (ValueError, RecursionError) as error:

@@ -12,6 +12,8 @@ Any of them may also have a "group": data.split keeps the examples of a group to
 
 import json
 
+from support.files import unique
+
 FORMATS = {  # an example has the first format whose keys it has
     "messages": ("messages",),
     "instruction": ("instruction", "output"),
@@ -94,17 +96,6 @@ def parse(line, where):
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}): write one JSON object per line") from None
-
-
-def unique(pairs):
-    """
-    A JSON object as a dict. Raises ValueError for a repeated key, since one value would be lost.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
-    return found
 
 
 def check_example(example, where):

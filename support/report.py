@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from support import distributed
 from support.datasets import BUILT_IN
@@ -88,6 +89,18 @@ def announce_phases(config, method):
             f"retrain: {config.retrain_steps} steps, {lower} on train + val from {start}, "
             f"{upper} fixed"
         )
+
+
+def bar(name, total, unit, begin=0):
+    """A progress bar on stderr, of the first process alone; rarely drawn where it is a log."""
+    return tqdm(
+        desc=name,
+        unit=unit,
+        initial=begin,
+        total=total,
+        disable=distributed.RANK > 0,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    )
 
 
 def announce_before(before):

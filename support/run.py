@@ -17,12 +17,10 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from support import checkpoint, distributed, hardware, report, run_folder
 from support.files import read_sealed, replacing, seal, write_json
@@ -195,15 +193,7 @@ class Run:
         if begin:
             checkpoint.load_optimizer_state(optimizer, self.state[0])
 
-        self.bar = tqdm(
-            range(begin + 1, steps + 1),
-            desc=name,
-            unit="step",
-            initial=begin,
-            total=steps,
-            disable=not self.is_first,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
-        )
+        self.bar = report.bar(name, steps, "step", begin)
         try:
             with self.open_log(), checkpoint.stop_signals() as self.signals:
                 yield self.remaining()
@@ -222,10 +212,11 @@ class Run:
             self.bar.close()  # before anything else is printed
 
     def remaining(self):
-        for step in self.bar:
+        for step in range(self.step + 1, self.steps + 1):
             self.step, self.step_start, self.n = step, time.time(), self.n + 1
             self.before_step = [p.detach().clone() for p in self.trained]
             yield step
+            self.bar.update()
 
     def record(self, step, losses):
         """

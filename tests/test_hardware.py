@@ -41,7 +41,8 @@ def smollm2():
         ("dora", "nf4", False, 96),
         ("dora", "none", True, 128),
         ("bidora", "none", False, 48),
-        ("bidora", "int8", True, 64),
+        ("bidora", "int8", True, 128),
+        ("bidora", "none", True, 128),
     ],
 )
 def test_the_formula_is_within_40_percent_of_the_measured_peak(

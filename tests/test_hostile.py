@@ -535,6 +535,7 @@ def test_models_whose_sizes_make_no_sense(change, said):
         (["--config=c"], "config file c: its name must end in .py or .json"),
         (["--config=exits.py"], "exits.py, line 1: SystemExit: 0"),
         (["--config=fails.py"], "fails.py, line 1: ValueError: two lines"),
+        (["--config=twice.json"], "twice.json is not valid JSON: the key 'rank' occurs twice"),
         (["--config=null.json"], "null.json: out_dir='a\\x00b' is not text"),
         (["--lower_lr=nan"], "lower_lr='nan' is not a number"),
         (["--rank=1e3"], "rank='1e3' is not an integer"),
@@ -546,6 +547,7 @@ def test_command_lines_that_are_refused_in_one_line(arguments, said, tmp_path, m
         Path(name).write_text('{"rank": 4}')
     Path("exits.py").write_text("raise SystemExit(0)")
     Path("fails.py").write_text("raise ValueError('two\\n   lines')")
+    Path("twice.json").write_text('{"rank": 4, "rank": 8}')
     Path("null.json").write_text(json.dumps({"out_dir": "a\0b"}))
     assert train.main(["--data=toy-sentiment", "--model=tiny-random", *arguments]) == 2
     assert said in last_line(capsys)

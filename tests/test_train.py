@@ -301,22 +301,6 @@ def test_what_cannot_be_compiled_is_refused(capsys, monkeypatch):
     assert "C++ compiler" in refused(capsys, "--config=tiny.py", "--compile=True", "--method=dora")
 
 
-def test_second_derivatives_of_long_rows_announce_their_memory(capsys, monkeypatch):
-    monkeypatch.setattr(train, "fit", lambda *arguments: 1 / 0)  # this run is not to begin
-    Path("long.jsonl").write_text(
-        "".join(json.dumps({"text": "word " * 600, "label": str(i % 2)}) + "\n" for i in range(60))
-    )
-    with pytest.raises(ZeroDivisionError):
-        train.train(
-            Config(
-                **TINY
-                | dict(data="", train_file="long.jsonl", block_size=512, batch_size=40, eval_size=1)
-            )
-        )
-    out = capsys.readouterr().out
-    assert "GB for 40 rows of 512 tokens" in out and "micro_batch_size" in out
-
-
 def test_dropout_is_the_same_when_computed_twice():
     results = [
         train.train(
