@@ -104,7 +104,8 @@ def test_hidden_and_pooled_states_equal_transformers(name, tmp_path):
     assert encoder.pooler is not None
     inputs = batch(peer)
     assert_alike(encoder, peer, inputs)
-    assert_alike(encoder, peer, {"input_ids": inputs["input_ids"][:1]})
+    # Without a mask, padding is a token like others.
+    assert_alike(encoder, peer, {"input_ids": inputs["input_ids"]})
 
 
 @pytest.mark.parametrize("name", BASIC)
