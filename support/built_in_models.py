@@ -293,8 +293,4 @@ def write_minilm(folder):
 
 
 # A name, and the function that writes its folder
-BUILT_IN = {
-    "smollm2-135m": write_smollm2,
-    "tiny-random": write_tiny_random,
-    "minilm": write_minilm,
-}
+BUILT_IN = {"smollm2-135m": write_smollm2, "tiny-random": write_tiny_random, "minilm": write_minilm}
