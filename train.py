@@ -285,6 +285,7 @@ def prepare(config, device, resuming=False):
     splits, question = data.load_splits(config)
     labels = sorted({example["label"] for example in splits["train"] if "label" in example})
     folder = find_model(config.model)
+    shape = ModelConfig.from_hf(read_json(folder / "config.json"))
     tokenizer = Tokenizer.from_pretrained(folder)
     label_ids = data.tokenize_labels(labels, tokenizer)
     if distributed.LOCAL_RANK == 0:
@@ -292,7 +293,6 @@ def prepare(config, device, resuming=False):
 
     precise = is_bilevel(config) and HYPERGRADIENTS[config.hypergradient].float32
     dtype, why = hardware.choose_dtype(config, device, precise)
-    shape = ModelConfig.from_hf(read_json(folder / "config.json"))
 
     def encode(block_size):
         options = (tokenizer, block_size, question, label_ids, config.train_on_prompt)

@@ -481,4 +481,4 @@ def test_programs_for_decoders_refuse_an_encoder_in_one_line(command, tmp_path):
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
+    assert line.startswith("error: ") and "model_type 'bert' is not supported" in line
