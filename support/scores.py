@@ -1,0 +1,211 @@
+"""
+The field's metrics, computed by the field's libraries: {name: number} from predictions and
+references.
+
+    classification   accuracy, F1 of one class, macro F1, Matthews correlation   scikit-learn
+    regression       Pearson's and Spearman's correlation                        scipy
+    multi_label      micro and macro F1                                          scikit-learn
+    tagging          precision, recall and F1 of whole entities                  seqeval
+    generation       BLEU, chrF, ROUGE-L, NIST, METEOR               sacrebleu, rouge-score, nltk
+    glue             those of them that a GLUE task is judged by
+
+A library is imported when a score needs it. Every score is a float, or None where it is undefined,
+as each function says. All functions raise ValueError for lists of unequal or no length, and for a
+library that is not installed.
+"""
+
+import contextlib
+import importlib
+import math
+import warnings
+from itertools import zip_longest
+from statistics import fmean
+
+PACKAGES = {"sklearn": "scikit-learn", "rouge_score": "rouge-score"}  # where pip's name differs
+BIO = ("B-", "I-")
+
+GLUE = {  # by task, as the GLUE paper says in its Table 1 (arXiv 1804.07461)
+    "cola": ("matthews",),
+    "sst2": ("accuracy",),
+    "mrpc": ("accuracy", "f1"),
+    "stsb": ("pearson", "spearman"),
+    "qqp": ("accuracy", "f1"),
+    "mnli": ("accuracy",),
+    "qnli": ("accuracy",),
+    "rte": ("accuracy",),
+    "wnli": ("accuracy",),
+}
+
+
+def library(name):
+    """An imported module. Raises ValueError with the pip command where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        package = PACKAGES.get(package, package)
+        raise ValueError(f"this score needs {package} ({error}): pip install {package}") from None
+
+
+def check_lengths(predictions, references):
+    if not references or len(predictions) != len(references):
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(references)} references: give one "
+            f"prediction for each reference, and at least one"
+        )
+
+
+def glue(task, predictions, references):
+    """The scores of a GLUE task, a key of GLUE: of labels as strings, or for stsb of numbers."""
+    if task not in GLUE:
+        raise ValueError(f"unknown GLUE task {task!r}: choose {', '.join(GLUE)}")
+    if task == "stsb":
+        return regression(predictions, references)
+    scores = classification(predictions, references, positive="1")
+    return {name: scores[name] for name in GLUE[task]}
+
+
+def classification(predictions, references, positive=None):
+    """
+    accuracy, f1_macro and matthews of labels, one an example; and the f1 of the label `positive`.
+
+    f1_macro is the mean over all labels that are predicted or right. An F1 whose label is neither
+    is 0; so is Matthews correlation where all predictions, or all references, are the same.
+    """
+    check_lengths(predictions, references)
+    metrics = library("sklearn.metrics")
+    scores = {
+        "accuracy": metrics.accuracy_score(references, predictions),
+        "f1_macro": metrics.f1_score(references, predictions, average="macro", zero_division=0.0),
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A single label was found")
+        scores["matthews"] = metrics.matthews_corrcoef(references, predictions)
+    if positive is not None:
+        found = [label == positive for label in predictions]
+        right = [label == positive for label in references]
+        scores["f1"] = metrics.f1_score(right, found, zero_division=0.0)
+    return {name: float(score) for name, score in scores.items()}
+
+
+def regression(predictions, references):
+    """
+    pearson and spearman of numbers, one an example.
+
+    They are None where they are undefined: for fewer than two examples, for predictions or
+    references that are all the same (pearson: but for rounding), and for numbers that are not
+    finite.
+    """
+    check_lengths(predictions, references)
+    stats = library("scipy.stats")
+    scores = {"pearson": None, "spearman": None}
+    if len(references) < 2 or not all(map(math.isfinite, (*predictions, *references))):
+        return scores
+
+    for name, correlation in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+        # scipy warns of (nearly) constant numbers, and of ones whose squares overflow.
+        with warnings.catch_warnings(), contextlib.suppress(Warning):
+            warnings.simplefilter("error")
+            scores[name] = float(correlation(predictions, references).statistic)
+    return scores
+
+
+def multi_label(predictions, references):
+    """
+    f1_micro and f1_macro of collections of labels, one an example.
+
+    The mean of f1_macro is over all labels that are predicted or right. Both are None where no
+    example has a label or gets one.
+    """
+    check_lengths(predictions, references)
+    metrics, preprocessing = library("sklearn.metrics"), library("sklearn.preprocessing")
+    columns = preprocessing.MultiLabelBinarizer().fit([*predictions, *references])
+    if not len(columns.classes_):
+        return {"f1_micro": None, "f1_macro": None}
+
+    found, right = columns.transform(predictions), columns.transform(references)
+    # Of one column, scikit-learn would count 0 and 1 as two labels.
+    options = {"labels": [1]} if len(columns.classes_) == 1 else {}
+    return {
+        f"f1_{kind}": float(
+            metrics.f1_score(right, found, average=kind, zero_division=0.0, **options)
+        )
+        for kind in ("micro", "macro")
+    }
+
+
+def tagging(predictions, references):
+    """
+    precision, recall and f1 (micro) of entities, from lists of BIO tags, one a sentence.
+
+    An entity counts if its first word, last word and type are right. As in conlleval, I-X without
+    an entity of type X before it begins one. A ratio over no entity is 0; all are None where
+    neither predictions nor references hold an entity.
+    """
+    check_lengths(predictions, references)
+    for number, (found, right) in enumerate(zip(predictions, references), start=1):
+        if len(found) != len(right):
+            raise ValueError(f"sentence {number}: {len(found)} tags for {len(right)} words")
+        if strange := [tag for tag in (*found, *right) if tag != "O" and tag[:2] not in BIO]:
+            raise ValueError(f"sentence {number}: the tag {strange[0]!r} is not O, B-… or I-…")
+
+    names = ("precision", "recall", "f1")
+    if all(tag == "O" for tags in (*predictions, *references) for tag in tags):
+        return dict.fromkeys(names)
+    score = library("seqeval.metrics.sequence_labeling").precision_recall_fscore_support
+    found = score(references, predictions, average="micro", zero_division=0)
+    return {name: float(value) for name, value in zip(names, found)}
+
+
+def generation(predictions, references):
+    """
+    bleu, chrf, rougeL, nist and meteor of texts, each with a list of one or more references.
+
+    bleu and chrf are from 0 to 100, rougeL (F-measure, unstemmed) and meteor from 0 to 1, means
+    over the examples with the best reference of each; nist is 0 or more. NIST and METEOR count
+    BLEU's tokens (mteval-v13a). rouge-score's tokens are a-z and 0-9 alone: other scripts get 0.
+    An empty prediction is worth 0. nist is None where no prediction has five tokens, its longest
+    n-gram, or no reference has any; meteor where NLTK's WordNet is not on this machine (nothing is
+    downloaded).
+    """
+    check_lengths(predictions, references)
+    for number, texts in enumerate(references, start=1):
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"example {number}: give a list of one or more references")
+
+    sacrebleu, rouge = library("sacrebleu.metrics"), library("rouge_score.rouge_scorer")
+    streams = list(zip_longest(*references))  # all first references, all second ones …; or None
+    bleu = sacrebleu.BLEU(force=True)  # silent about texts that look tokenized
+    rouge_l = rouge.RougeScorer(["rougeL"])
+    best = [rouge_l.score_multi(texts, found) for found, texts in zip(predictions, references)]
+
+    tokens = library("sacrebleu.tokenizers.tokenizer_13a").Tokenizer13a()
+    found = [tokens(text).split() for text in predictions]
+    right = [[tokens(text).split() for text in texts] for texts in references]
+    return {
+        "bleu": bleu.corpus_score(predictions, streams).score,
+        "chrf": sacrebleu.CHRF().corpus_score(predictions, streams).score,
+        "rougeL": fmean(score["rougeL"].fmeasure for score in best),
+        "nist": nist(found, right),
+        "meteor": meteor(found, right),
+    }
+
+
+def nist(predictions, references):
+    """NIST-5 of lists of tokens, or None where no prediction has five, or no reference any."""
+    try:
+        return float(library("nltk.translate.nist_score").corpus_nist(references, predictions, n=5))
+    except ZeroDivisionError:
+        return None
+
+
+def meteor(predictions, references):
+    """The mean METEOR of lists of tokens, or None where NLTK's WordNet is not on this machine."""
+    score = library("nltk.translate.meteor_score").meteor_score
+    wordnet = library("nltk.corpus").wordnet
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        return None
+    pairs = zip(references, predictions)
+    return fmean(score(texts, found, wordnet=wordnet) for texts, found in pairs)
