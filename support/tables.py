@@ -190,7 +190,7 @@ def examples_of(path, rows, layouts, optional=(), broken=0):
     layout = next((layout for layout in layouts if layout.keys() <= set(names)), None)
     if layout is None:
         needed = "; ".join(" + ".join(layout) for layout in layouts)
-        have = ", ".join(names) or "(none)"
+        have = " ".join(", ".join(names).split()) or "(none)"  # a quoted name may have line breaks
         raise ValueError(f"{where}: the columns are {have:.300}; these are needed: {needed}")
     layout = layout | {name: name for name in optional if name in names}
 
