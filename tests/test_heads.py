@@ -99,14 +99,16 @@ def test_losses_equal_transformers(name, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", PROBLEMS)
 @pytest.mark.parametrize("name", BASIC)
-def test_head_and_loss_are_float32_over_a_bfloat16_encoder(name, kind, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_head_and_loss_are_in_float32_or_finer(dtype, name, kind, tmp_path):
     inputs = batch(checkpoint(tmp_path, name))
     labels = 1 if kind == "regression" else LABELS
-    model = EncoderWithHead.from_pretrained(tmp_path, kind, labels, dtype=torch.bfloat16)
-    assert model.encoder.embeddings.word_embeddings.weight.dtype == torch.bfloat16
-    assert {p.dtype for p in model.classifier.parameters()} == {torch.float32}
+    model = EncoderWithHead.from_pretrained(tmp_path, kind, labels, dtype=dtype)
+    fine = torch.promote_types(dtype, torch.float32)
+    assert model.encoder.embeddings.word_embeddings.weight.dtype == dtype
+    assert {p.dtype for p in model.classifier.parameters()} == {fine}
     loss = model(**inputs, targets=targets_for(kind, inputs["attention_mask"]))
-    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert loss.dtype == fine and loss.shape == ()
 
 
 def test_predictions_are_what_a_kind_says(tmp_path):
