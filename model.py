@@ -14,7 +14,6 @@ LLaMA: arXiv 2302.13971; grouped queries: 2305.13245; sliding windows (Mistral):
 Qwen2: 2407.10671; norms on queries and keys (Qwen3): 2505.09388.
 """
 
-import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support import distributed, hf_format, rotary
+from support import hf_format, rotary
 from support.files import read_json
-from support.kernels import QUERIES, ROWS, cross_entropy, recompute
+from support.kernels import QUERIES, ROWS, cross_entropy, recompute, recompute_module
 
 
 class RMSNorm(nn.Module):
@@ -114,12 +113,6 @@ class Rows:
         return own.index_select(0, self.packed) if self.ragged else own
 
 
-def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + head_dim/2]) by its position's angle. x: (…, T, H, head_dim)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin  # cos, sin: (T, 1, head_dim)
-
-
 class Attention(nn.Module):
     def __init__(self, c, window):
         super().__init__()
@@ -138,7 +131,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, heads))
         k = self.k_norm(self.k_proj(x).unflatten(-1, heads))
         v = self.v_proj(x).unflatten(-1, heads)  # (B, T, Hkv, head_dim) or (N, Hkv, head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotary.rotate(q, cos, sin), rotary.rotate(k, cos, sin)
 
         if rows is not None:
             return self.o_proj(self.over_rows(q, k, v, rows).flatten(-2))
@@ -283,16 +276,11 @@ class Transformer(nn.Module):
 
         frequencies, scale = rotary.frequencies(self.config.rope, self.config.head_dim)
         frequencies = frequencies.to(x.device, non_blocking=True)
-        angles = torch.outer(positions.float(), frequencies)  # (T, head_dim / 2)
-        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (T, 1, head_dim)
-        cos, sin = (scale * angles.cos()).to(x.dtype), (scale * angles.sin()).to(x.dtype)
+        cos, sin = rotary.angles(positions, frequencies, scale, x.dtype)  # (T, 1, head_dim) each
 
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                run = functools.partial(block, cos=cos, sin=sin, rows=rows)
-                trained = [p for p in block.parameters() if p.requires_grad]
-                twice = functools.partial(distributed.kept_whole, block)
-                x = recompute(run, x, parameters=trained, twice=twice)
+                x = recompute_module(block, x, cos=cos, sin=sin, rows=rows)
             else:
                 x = block(x, cos, sin, caches[i] if caches else None, rows)
         return self.model.norm(x)

@@ -23,11 +23,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from support import distributed, hf_format, rotary
-from support.files import malformed, read_json, replacing, write_json
-from support.kernels import QUERIES, recompute
+from support import hf_format, rotary
+from support.files import malformed, read_json
+from support.kernels import QUERIES, recompute, recompute_module
 
 # The values that transformers assumes for keys that config.json leaves out
 COMMON = {
@@ -173,12 +172,6 @@ class Packing:
         return x.unflatten(0, self.shape)
 
 
-def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + head_dim/2]) by its position's angle. x: (N, H, head_dim)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin  # cos, sin: (N, 1, head_dim)
-
-
 def attention(q, k, v, mask):
     """Every token sees all real ones. q, k, v: (B, H, T, head_dim)."""
     if q.size(2) > QUERIES and not torch.backends.cuda.flash_sdp_enabled():
@@ -202,7 +195,7 @@ class Attention(nn.Module):
             layer(x).unflatten(-1, self.heads) for layer in (self.query, self.key, self.value)
         )
         if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
+            q, k = rotary.rotate(q, *angles), rotary.rotate(k, *angles)
         q, k, v = (packing.unpack(t).transpose(1, 2) for t in (q, k, v))  # (B, H, T, head_dim)
         return packing.pack(attention(q, k, v, packing.mask).transpose(1, 2)).flatten(-2)
 
@@ -330,10 +323,7 @@ class Encoder(nn.Module):
         angles = self.angles(real, packing, x.dtype)
         for layer in self.encoder.layer:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                run = functools.partial(layer, packing=packing, angles=angles)
-                trained = [p for p in layer.parameters() if p.requires_grad]
-                twice = functools.partial(distributed.kept_whole, layer)
-                x = recompute(run, x, parameters=trained, twice=twice)
+                x = recompute_module(layer, x, packing=packing, angles=angles)
             else:
                 x = layer(x, packing, angles)
         if self.config.pre_norm:
@@ -345,9 +335,7 @@ class Encoder(nn.Module):
         if self.inv_freq is None:
             return None
         positions = torch.arange(real.size(1), device=real.device).expand_as(real)
-        angles = torch.outer(packing.pack(positions).float(), self.inv_freq.to(real.device))
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return rotary.angles(packing.pack(positions), self.inv_freq.to(real.device), 1.0, dtype)
 
     def pooled(self, hidden):
         """
@@ -398,23 +386,14 @@ class Encoder(nn.Module):
             raise ValueError(
                 "the encoder holds adapters, which are not written here: call merge(encoder) first"
             )
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        tensors = dict(state)
         if self.inv_freq is not None:
             for i in range(self.config.num_hidden_layers):
                 tensors[f"encoder.layer.{i}.{INV_FREQ}"] = self.inv_freq.clone()
-        # The architecture may be one with a head; "dtype" is the new name of "torch_dtype".
-        old = ("architectures", "torch_dtype")
-        config = {key: value for key, value in self.config.hf.items() if key not in old}
+        # The architecture may be one with a head.
+        config = {key: x for key, x in self.config.hf.items() if key != "architectures"}
         dtype = self.embeddings.word_embeddings.weight.dtype
-        config["dtype"] = str(dtype).removeprefix("torch.")
-
-        with replacing(folder / "model.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        write_json(folder / "config.json", config)
-        # An index that was there belongs to another model's shards.
-        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        hf_format.write(folder, config, tensors, dtype)
 
 
 def find_tensors(folder, config):

@@ -57,8 +57,8 @@ def processor():
     """The CPU in words: its name, the threads that torch uses, and the vector units that matter."""
     name, flags, info = platform.processor() or platform.machine(), "", Path("/proc/cpuinfo")
     if info.exists():
-        entries = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        entries = {key.strip(): value.strip() for key, value in entries.items()}
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        entries = {key.strip(): value.strip() for key, _, value in lines}
         name, flags = entries.get("model name", name), entries.get("flags", "")
     units = {
         "avx2": "AVX2",
@@ -148,14 +148,6 @@ def linear_shapes(c):
     return [(q, h), (kv, h), (kv, h), (h, q), (f, h), (f, h), (h, f)]
 
 
-def score_bytes(c, length):
-    """
-    Bytes of a layer's attention scores in second derivatives, for a row of `length` tokens: no
-    fused kernel has second derivatives. Long rows are computed again, in parts.
-    """
-    return 24 * c.num_attention_heads * min(length, QUERIES) * length
-
-
 def need(
     c,
     method,
@@ -196,7 +188,7 @@ def need(
     positions = rows * supervised if method is None else min(rows * supervised, ROWS)
     activations = rows * length * through + 12 * c.vocab_size * positions
     if method is not None and method.upper:
-        scores = score_bytes(c, length)
+        scores = 24 * c.num_attention_heads * min(length, QUERIES) * length  # of a layer
         if gradient_checkpointing:
             second = (2 * L * h * itemsize + 5 * layer) * length + scores
         else:

@@ -301,14 +301,19 @@ def save(model, folder):
             "call merge(model) first"
         )
 
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    write(folder, model.config.hf, state, model.lm_head.weight.dtype)
+
+
+def write(folder, config, tensors, dtype):
+    """Write config.json, from its dict, and model.safetensors. dtype: of the model as a whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    config = {key: value for key, value in model.config.hf.items() if key != "torch_dtype"}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    config = {key: value for key, value in config.items() if key != "torch_dtype"}
     # "dtype" is the new name of "torch_dtype".
-    config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    config["dtype"] = str(dtype).removeprefix("torch.")
 
     with replacing(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})

@@ -3,15 +3,19 @@ Autograd functions that trade a plain formula for speed or memory, all twice dif
 
     cross_entropy   the mean cross-entropy from hidden states and the head's weight, in chunks
     rescale         a magnitude applied in place
-    recompute       a block whose activations are dropped, also in second derivatives
+    recompute       a block whose activations are dropped, also in second derivatives;
+                    recompute_module calls it for a module
 """
 
 import contextlib
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from support import distributed
 
 ROWS = 128  # positions at a time, whose logits are computed
 QUERIES = 256  # tokens at a time, whose attention scores are computed for second derivatives
@@ -63,9 +67,8 @@ class CrossEntropyGradient(torch.autograd.Function):
     def backward(ctx, v):
         """∂(v · gradient)/∂hidden = p ⊙ (v̇ - Σ p ⊙ v̇) · weight / N, v̇ = v · weightᵀ."""
         hidden, weight = ctx.saved_tensors
-        out = torch.empty_like(hidden)
+        out, dtype = torch.empty_like(hidden), torch.promote_types(hidden.dtype, torch.float32)
         for part, direction, into in zip(*(t.split(ROWS) for t in (hidden, v, out))):
-            dtype = torch.promote_types(hidden.dtype, torch.float32)
             p = F.linear(part, weight).to(dtype)  # (rows, vocab)
             torch.softmax(p, -1, out=p)
             change = F.linear(direction, weight).to(dtype).mul_(p)
@@ -205,3 +208,11 @@ def recompute(function, *arguments, parameters=(), twice=contextlib.nullcontext)
     """
     replay = Replay(function, arguments[0], len(arguments), twice)
     return Recomputed.apply(replay, *arguments, *parameters)
+
+
+def recompute_module(module, x, **options):
+    """module(x, **options) by recompute; sharded weights stay whole between two backward passes."""
+    run = functools.partial(module, **options)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    twice = functools.partial(distributed.kept_whole, module)
+    return recompute(run, x, parameters=trained, twice=twice)

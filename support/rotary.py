@@ -1,5 +1,5 @@
 """
-Rotary positions (arXiv 2104.09864) for contexts longer than the model was pretrained on:
+Rotary positions (arXiv 2104.09864), also for contexts longer than the model was pretrained on:
 
     linear    slows down the rotation of all pairs of a head by one factor
     llama3    slows down the slow pairs only (arXiv 2407.21783, section 3.4.2, and its code)
@@ -62,3 +62,16 @@ def yarn_scale(rope):
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         return sharpening(rope["mscale"]) / sharpening(rope["mscale_all_dim"])
     return sharpening(1)
+
+
+def angles(positions, frequencies, scale, dtype):
+    """cos and sin of the angles by which tokens at positions, (T,), turn: (T, 1, head_dim) each."""
+    turned = torch.outer(positions.float(), frequencies)  # (T, head_dim / 2)
+    turned = torch.cat((turned, turned), dim=-1)[:, None]  # (T, 1, head_dim)
+    return (scale * turned.cos()).to(dtype), (scale * turned.sin()).to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + head_dim/2]) by its position's angle. x: (…, T, H, head_dim)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

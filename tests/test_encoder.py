@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 
 import bidora
 import support.encoder
-from hypergrad import HYPERGRADIENTS, first_order
 from support.encoder import Encoder, EncoderConfig
 from support.pretrained import find_model
 
@@ -275,22 +274,12 @@ def test_peft_reads_the_adapter_over_transformers_model(name, tmp_path):
 @pytest.mark.filterwarnings("ignore:the terms of the Neumann series grow")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_hypergradients_equal_finite_differences(name, variant, tmp_path):
-    """
-    On the first magnitude, over padded rows, relative to the largest hypergradient: 1e-6, what
-    central differences in float64 with steps of 1e-5 leave. The cross term is far above it.
-    """
+    """Over padded rows."""
     peer = checkpoint(tmp_path, name)
     encoder = Encoder.from_pretrained(tmp_path).requires_grad_(False)
     problem = Problem(encoder, functools.partial(batch, peer), ["query", "value"])
     options, truth = VARIANTS[variant]
-    function = HYPERGRADIENTS[variant.partition(",")[0]].function
-    h = function(problem.train, problem.val, problem.lower, problem.upper, **options)
-    scale = max(x.abs().max().item() for x in h)
-    assert abs(h[0][0].item() - truth(problem)) < 1e-6 * scale
-
-    direct = first_order(problem.train, problem.val, problem.lower, problem.upper)
-    cross = max((a - b).abs().max().item() for a, b in zip(h, direct))
-    assert variant == "first_order" or cross > 1e-4 * scale
+    problem.check(problem.hypergradient(variant, options), truth(problem), variant != "first_order")
 
 
 @pytest.mark.parametrize("name", BASIC)
@@ -305,17 +294,13 @@ def test_recomputing_leaves_hypergradients_as_they_are(
     encoder = Encoder.from_pretrained(tmp_path).requires_grad_(False)
     problem = Problem(encoder, functools.partial(batch, peer), ["query", "value"])
     options, _ = VARIANTS[variant]
-    function = HYPERGRADIENTS[variant.partition(",")[0]].function
-    run = functools.partial(
-        function, problem.train, problem.val, problem.lower, problem.upper, **options
-    )
-    plain = run()
+    plain = problem.hypergradient(variant, options)
     if change == "gradient_checkpointing":
         problem.model.gradient_checkpointing = True
     else:
         monkeypatch.setattr(support.encoder, "QUERIES", 4)
     scale = max(x.abs().max().item() for x in plain)
-    for a, b in zip(run(), plain):
+    for a, b in zip(problem.hypergradient(variant, options), plain):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * scale)
 
 

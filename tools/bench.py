@@ -335,7 +335,7 @@ def scaling(bench, dtype):
             cells = ""
             for name in kinds:
                 if name == "unrolled" and changes.get("length", 0) > 512:
-                    cells += f"{'':21}"  # minutes a step
+                    cells += f"{'':21}"  # it would take too long
                     continue
                 found = alone(bench, name, dtype, **changes)
                 results.append({"kind": name, **changes, **found})
@@ -428,7 +428,8 @@ def run(bench):
         f"{bench.data or f'{bench.length} tokens, {bench.labels} labels'}, rank {bench.rank}"
         f"{', compiled' if bench.compile else ''}"
     )
-    print(what, processor(), sep="\n", flush=True)
+    about = {"settings": vars(bench) | {"dtype": str(dtype)}, "processor": processor()}
+    print(what, about["processor"], sep="\n", flush=True)
     chart, saved = Path(bench.out).with_suffix(".png"), bench.out
     if bench.scaling:
         found = {"scaling": scaling(bench, dtype)}
@@ -438,7 +439,6 @@ def run(bench):
         print("", *table(bench, seconds, peaks), sep="\n")
         draw(chart, what, seconds)
         saved = f"{bench.out} and {chart}"
-    about = {"settings": vars(bench) | {"dtype": str(dtype)}, "processor": processor()}
     write_json(bench.out, about | found)
     return f"\nsaved in {saved}"
 
