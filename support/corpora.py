@@ -150,13 +150,10 @@ def metaphors():
 
 
 def restaurants():
-    """
-    213 meaning representations, each with the descriptions that people wrote of it. " ||" ends a
-    prompt, so that a model sees where the description begins.
-    """
+    """213 meaning representations, each with the descriptions that people wrote of it."""
     references = {}
     for example in big_bench("gem/e2e_nlg"):
-        found = references.setdefault(f"{example['input']} ||", [])
+        found = references.setdefault(example["input"], [])
         if example["target"] not in found:
             found.append(example["target"])
     return [{"prompt": prompt, "references": found} for prompt, found in references.items()]

@@ -142,7 +142,7 @@ BUILT_IN = {
     "e2e": DataSet(
         corpora.restaurants,
         "",
-        "name: Blue Spice, eatType: pub, food: Italian, area: riverside ||",
+        "name: Blue Spice, eatType: pub, food: Italian, area: riverside",
         "CC BY-SA 4.0",
     ),
     "peptides": DataSet(

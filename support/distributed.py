@@ -112,6 +112,15 @@ def highest(number):
     return found.item()
 
 
+def gather(items):
+    """The processes' lists as one, in every process."""
+    if WORLD_SIZE == 1:
+        return items
+    found = [None] * WORLD_SIZE
+    dist.all_gather_object(found, items)
+    return [item for own in found for item in own]
+
+
 def same_everywhere(tensors):
     """Overwrite tensors with those of the first process."""
     if WORLD_SIZE > 1:

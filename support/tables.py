@@ -20,6 +20,8 @@ import math
 import re
 from pathlib import Path
 
+from support.jsonl import Example
+
 LAYOUTS = (  # {column: key}; a file has the first layout whose columns it has
     {"instruction": "instruction", "output": "output"},
     {"prompt": "prompt", "completion": "completion"},
@@ -32,6 +34,7 @@ LAYOUTS = (  # {column: key}; a file has the first layout whose columns it has
     {"text": "text", "score": "score"},
 )
 OPTIONAL = ("input", "group")  # kept beside any layout of LAYOUTS
+LISTS = ("words", "tags", "labels")  # of texts; references may be one
 ANSWERS = ("output", "completion", "references", "label", "score")
 
 # The TSV files that the GLUE benchmark gives out (arXiv 1804.07461). Each has more columns than
@@ -62,15 +65,7 @@ def read_table(path):
     reader = readers.get(Path(path).suffix.lower())
     if reader is None:
         raise ValueError(f"{path}: the name of a table must end in {' or '.join(readers)}")
-    examples = list(examples_of(path, reader(path), LAYOUTS, OPTIONAL))
-    if "references" not in examples[0]:
-        return examples
-
-    joined = {}
-    for example in examples:
-        first = joined.setdefault(example["prompt"], example | {"references": []})
-        first["references"].append(example["references"])
-    return list(joined.values())
+    return join_references(examples_of(path, reader(path), LAYOUTS, OPTIONAL))
 
 
 def read_glue(path, task):
@@ -93,20 +88,21 @@ def read_conll(path):
     """
     Sentences as {"words", "tags"}, from a file in the layout of CoNLL-2003 (Tjong Kim Sang & De
     Meulder, 2003): a word a line, blanks between its columns, the tag in the last one; an empty
-    line after each sentence, and a line -DOCSTART- before each document.
+    line after each sentence, and a line -DOCSTART- before each document (JNLPBA: ###MEDLINE:…).
 
     Tags are given as BIO. The original files are IOB1, where B- only parts two neighbours of one
     type; so I-X becomes B-X unless an entity of type X precedes it, which leaves BIO as it is.
     """
-    sentences, words, tags, width = [], [], ["O"], None
+    sentences, words, tags, width, first = [], [], ["O"], None, 1
     for number, line in enumerate([*read_text(path).split("\n"), ""], start=1):
         cells = re.findall(r"[^ \t\r]+", line)
-        if not cells or cells[0] == "-DOCSTART-":
+        if not cells or cells[0] == "-DOCSTART-" or cells[0].startswith("###MEDLINE:"):
             if words:
-                sentences.append({"words": words, "tags": tags[1:]})
+                sentences.append(Example({"words": words, "tags": tags[1:]}, f"{path}:{first}"))
             words, tags = [], ["O"]
             continue
 
+        first = first if words else number
         width, tag = width or len(cells), cells[-1]
         if len(cells) < 2 or len(cells) != width:
             raise ValueError(
@@ -204,7 +200,8 @@ def examples_of(path, rows, layouts, optional=(), broken=0):
                 )
             continue
         row = dict(zip(names, cells))
-        yield {key: value_of(row[name], key, name, where) for name, key in layout.items()}
+        values = {key: value_of(row[name], key, name, where) for name, key in layout.items()}
+        yield Example(values, where)
         read += 1
 
     if left_out > broken * (read + left_out):
@@ -213,15 +210,35 @@ def examples_of(path, rows, layouts, optional=(), broken=0):
         raise ValueError(f"{path} holds no examples")
 
 
+def join_references(examples):
+    """A list of the examples; those with references joined, so that each prompt occurs once."""
+    examples, joined = list(examples), {}
+    if "references" not in examples[0]:
+        return examples
+    for example in examples:
+        whole = Example(example | {"references": []}, example.where)
+        first = joined.setdefault(example["prompt"], whole)
+        found = example["references"]
+        first["references"] += [found] if isinstance(found, str) else found
+    return list(joined.values())
+
+
 def value_of(cell, key, name, where):
-    """A cell's text, or number if the key is "score". Raises ValueError, beginning with `where`."""
+    """
+    A cell's text; or its number, if the key is "score"; or its list of texts, if the key is one of
+    LISTS. Raises ValueError, beginning with `where`.
+    """
     if isinstance(cell, int):  # parquet: 0, 1 are common labels
         cell = str(cell)
     if key == "score" and isinstance(cell, float):
         cell = repr(cell)
-    if not isinstance(cell, str):
-        raise ValueError(f"{where}: {name!r} is {type(cell).__name__}, not text")
-    if key in ANSWERS and not cell.strip():
+    if key in LISTS and not isinstance(cell, list):
+        raise ValueError(f"{where}: {name!r} is {type(cell).__name__}, not a list of texts")
+    texts = cell if isinstance(cell, list) and key in (*LISTS, "references") else [cell]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {name!r} is {type(text).__name__}, not text")
+    if key in ANSWERS and not "".join(texts).strip():
         raise ValueError(f"{where}: {name!r} is empty: fill it in, or remove the row")
     if key != "score":
         return cell

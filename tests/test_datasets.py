@@ -298,10 +298,10 @@ def test_pairs_have_both_texts_the_source_s_label_and_no_repeats(archive):
 def test_a_meaning_has_each_of_its_descriptions_once(archive):
     assert BUILT_IN["e2e"].load() == [
         {
-            "prompt": "name: Blue, area: city ||",
+            "prompt": "name: Blue, area: city",
             "references": ["Blue is in the city.", "In the city you find Blue."],
         },
-        {"prompt": "name: Red, area: riverside ||", "references": ["Red is by the river."]},
+        {"prompt": "name: Red, area: riverside", "references": ["Red is by the river."]},
     ]
 
 
