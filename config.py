@@ -9,13 +9,14 @@ import hypergrad
 from bidora import METHODS
 from hypergrad import HYPERGRADIENTS
 from support import quantized, rules, settings
+from tasks import TASKS, is_encoder
 
 
 @dataclass
 class Config:
     # the model and the method (most people set model and method)
     model: str = "smollm2-135m"  # a folder, owner/name or owner/name@revision on the hub, or the
-    #: built-in smollm2-135m or tiny-random
+    #: built-in smollm2-135m, minilm (an encoder) or tiny-random
     method: str = "bidora"  # bidora, dora, lora, bilora, bilora_softmax, bilora_binary, or ft
     #: (full fine-tuning: every weight)
     dtype: str = "auto"  # of the base: float32, bfloat16, or auto (whichever is fast here)
@@ -24,23 +25,39 @@ class Config:
     seed: int = 0  # of the data sample, the split, the adapter's initial values and the batches
 
     # the data (most people set train_file, or data)
-    data: str = ""  # a built-in data set: movie-sentiment, product-sentiment, toy-sentiment
-    train_file: str = ""  # or your own data: a JSONL file (docs/using.md shows the formats)
-    val_file: str = ""  # a JSONL file; without it, val_fraction of train_file is split off
-    test_file: str = ""  # a JSONL file, used for evaluation only
-    train_size: int = 200  # examples taken from a built-in set, train and val together
-    test_size: int = 400  # examples of a built-in set kept for testing, the same for every seed
-    val_fraction: float = 0.2  # the upper level's share of the training data; the paper's is 0.2
-    block_size: int = 0  # most tokens of an example; longer ones are cut on the left; 0 means 256
+    data: str = ""  # a built-in data set, such as movie-sentiment (docs/using.md names all); a
+    #: folder in an official layout (GLUE, CoNLL-2003, E2E, Reuters); owner/name:config on the hub
+    train_file: str = ""  # or your own data: a JSONL, CSV or parquet file (docs/using.md: formats)
+    val_file: str = ""  # without it, val_fraction of train_file is split off
+    test_file: str = ""  # used for evaluation only
+    train_size: int = 0  # examples that are drawn, train and val together; 0: 200 of a built-in
+    #: set, all of another
+    test_size: int = 0  # examples kept for testing, the same for every seed; 0: 400 of a built-in
+    #: set, all of another
+    tune_size: int = 0  # other examples of a built-in set, which are tested instead, to choose
+    #: settings on
+    val_fraction: float = 0.2  # the upper level's share of the training data; the paper's is 0.2;
+    #: 0: the data set's own validation set, which otherwise is the test set where there is no other
+    task: str = "auto"  # label_words, language_model, generation, classification, multi_label,
+    #: regression, tagging; auto: what fits the examples (the last four train a head on the model)
+    block_size: int = 0  # most tokens of an example; longer ones are cut; 0 means 256, or the
+    #: fewer that the model can take
     label_prompt: str = ""  # a classification question with {text}, and {labels} if wanted; empty:
     #: the data set's own
     train_on_prompt: bool = False  # count the prompt in the loss too, not only the answer
+
+    # generated texts, of task=generation
+    max_new_tokens: int = 64  # most tokens of a text
+    num_beams: int = 1  # beams of the search; 1 always takes the likeliest token
+    length_penalty: float = 1.0  # a text's log-probability is divided by its length to this power
+    no_repeat_ngram_size: int = 0  # no sequence of so many tokens occurs twice in a text; 0: any
 
     # the adapter (most people set rank)
     rank: int = 8  # of the update B·A; a higher rank can learn more, and overfit more
     alpha: float = 16.0  # the update is scaled by alpha / rank
     dropout: float = 0.0  # on the update's input; off while a hypergradient is computed
-    target_modules: tuple = bidora.ALL_LINEAR  # the adapted layers
+    target_modules: tuple = bidora.ALL_LINEAR  # the adapted layers; of an encoder, by default
+    #: query,key,value,intermediate.dense,output.dense
     magnitude_axis: str = "row"  # one magnitude per output (row, as in PEFT) or per input (column,
     #: as in the papers)
     norm_grad: str = "exact"  # exact, or detach: a constant norm in the backward pass, as in PEFT
@@ -55,10 +72,16 @@ class Config:
     #: memory and give the same result; 0 means the whole batch
     lower_lr: float = 0.0  # AdamW's peak learning rate, lower level; 0 means 1e-3, or 2e-5 for ft
     upper_lr: float = 1e-2  # AdamW's peak learning rate, upper level
+    retrain_lr: float = 0.0  # AdamW's peak learning rate in the final phase; 0 means lower_lr
+    lr_floor: float = 0.1  # each learning rate falls to this share of its peak
     weight_decay: float = 0.0  # AdamW's, lower level only
+    adam_beta2: float = 0.999  # AdamW's, both levels
     grad_clip: float = 1.0  # the norm to which each level's gradient is clipped
     optimizer: str = "adamw"  # of both levels: adamw, or adamw8bit (bitsandbytes, 8-bit moments)
     final_init: str = "fresh"  # retrain from a fresh direction, as in the paper, or continue
+    two_phases: bool = False  # dora: train A, B and m for search_steps, then fix m and retrain A, B
+    #: afresh, as a control for bidora
+    upper_data: str = "val"  # what the upper level learns from: val, or train, as a control
 
     # the hypergradient (hypergrad.py)
     hypergradient: str = "unrolled"  # unrolled (the paper's), first_order, finite_difference,
@@ -87,15 +110,19 @@ class Config:
     resume: bool = False  # resume the run in out_dir from its last checkpoint
     checkpoint_every: int = 100  # steps between checkpoints; each phase also ends with one
     eval_size: int = 400  # most examples evaluated per split, the same ones before and after
+    eval_before: bool = True  # evaluate before training, too
     snapshots: int = 0  # how often per phase the weights' ΔM and ΔD are recorded
 
 
+ENCODER_LINEAR = ("query", "key", "value", "intermediate.dense", "output.dense")
 CHOICES = {
     **bidora.CHOICES,
     **hypergrad.CHOICES,
     "dtype": ("auto", "float32", "bfloat16"),
     "quantize": ("auto", "none", *quantized.KINDS),
     "final_init": ("fresh", "continue"),
+    "upper_data": ("val", "train"),
+    "task": ("auto", *TASKS),
 }
 MAY_CHANGE = {"out_dir", "overwrite", "resume", "checkpoint_every", "fsdp"}  # when a run is resumed
 RENAMED = {  # settings of earlier versions
@@ -132,12 +159,17 @@ def second_order(config):
     return is_bilevel(config) and HYPERGRADIENTS[config.hypergradient].second_order
 
 
-def resolve(config, positions):
+def resolve(config, shape):
     """
-    config with values in place of its automatic settings. positions: the most tokens that the
-    model can take; raises ValueError for a larger block_size.
+    config with values in place of its automatic settings. shape: the model's, from
+    tasks.read_shape. Raises ValueError for a block_size that is larger than its positions.
     """
-    block_size = config.block_size or 256
+    encoder = is_encoder(shape)
+    positions = shape.positions if encoder else shape.max_position_embeddings
+    targets = config.target_modules
+    if encoder and targets == bidora.ALL_LINEAR:
+        targets = ENCODER_LINEAR
+    block_size = config.block_size or min(256, positions)
     rules.refuse(
         block_size > positions,
         f"block_size={block_size} is more than the {positions} positions of {config.model}",
@@ -146,6 +178,7 @@ def resolve(config, positions):
         config,
         lower_lr=config.lower_lr or (2e-5 if config.method == "ft" else 1e-3),
         quantize="none" if config.quantize == "auto" else config.quantize,
+        target_modules=targets,
         block_size=block_size,
     )
 

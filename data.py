@@ -2,7 +2,7 @@
 From examples to batches: the splits, what counts in the loss, padding.
 
     load_examples(path or name)  ->  list of dicts, all of one format (support/jsonl.py)
-    load_splits(config)          ->  {"train", "val", "test"} of them, and the question
+    load_splits(config)          ->  {"train", "val", "test"} of them, the question and the labels
     encode(examples, ...)        ->  list of Encoded: token ids, and labels (-100: not supervised)
     batches(encoded, ...)        ->  (input_ids, labels), padded on the right
 
@@ -16,12 +16,15 @@ import json
 import math
 import os
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from support import official, tables
 from support.datasets import BUILT_IN
 from support.jsonl import format_of, read_jsonl
 from support.tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer)
@@ -33,7 +36,8 @@ LABEL_PROMPT = (
 
 def load_examples(path_or_name):
     """
-    Read a JSONL file, or a built-in data set (a key of BUILT_IN), as a list of dicts.
+    Read a file (JSONL; CSV or parquet; CoNLL's columns, if its name ends in .conll or .bio), or a
+    built-in data set (a key of BUILT_IN), as a list of dicts.
 
     Raises FileNotFoundError for a missing file; ValueError, naming file and line, for content that
     can't be trained on.
@@ -42,13 +46,15 @@ def load_examples(path_or_name):
         return BUILT_IN[path_or_name].load()
     path = Path(os.path.expanduser(path_or_name))
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: give a JSONL file")
+        raise ValueError(f"{path} is a folder: give a file, or --data={path_or_name} for all of it")
     if not path.exists():
         names = ", ".join(BUILT_IN)
         raise FileNotFoundError(
-            f"{path} does not exist: give a JSONL file or a built-in set ({names})"
+            f"{path} does not exist: give a JSONL, CSV or parquet file, or a built-in set ({names})"
         )
-    return read_jsonl(path)
+    readers = {".csv": tables.read_table, ".parquet": tables.read_table}
+    readers |= {".conll": tables.read_conll, ".bio": tables.read_conll}
+    return readers.get(path.suffix.lower(), read_jsonl)(path)
 
 
 # ---------------------------------------------------------------------------------- splits
@@ -92,69 +98,121 @@ def split(examples, val_fraction=0.2, seed=0, grouped=True):
     return train, val
 
 
+class Splits(NamedTuple):
+    """What load_splits returns."""
+
+    splits: dict  # {"train", "val", "test"}: lists of examples, all of one format
+    question: str  # the prompt of a classification example, with {text}
+    labels: list  # all labels or tags, sorted; [] where there are none
+    glue: str | None  # the key of scores.GLUE, if the data is one of its tasks
+
+
 def load_splits(config):
     """
-    A config's examples as {"train", "val", "test"}, and its classification question.
+    A config's Splits. Where the data has no val split, val_fraction of train becomes val.
 
     Raises ValueError when the splits don't fit together.
     """
+    question, glue, whole = LABEL_PROMPT, None, []
     if config.train_file:
         files = {"train": config.train_file, "val": config.val_file, "test": config.test_file}
         splits = {name: load_examples(file) if file else [] for name, file in files.items()}
-        question = LABEL_PROMPT
+    elif config.data in BUILT_IN:
+        whole, question = load_examples(config.data), BUILT_IN[config.data].question
+        splits = sample_built_in(config, whole)
     else:
-        splits = sample_built_in(config)
-        question = BUILT_IN[config.data].question
+        folder = os.path.isdir(os.path.expanduser(config.data))
+        parts, glue = (official.read_folder if folder else official.read_hub)(config.data)
+        parts.pop("mismatched", None)  # MNLI's second dev set
+        splits, whole = sample_official(config, parts), [e for part in parts.values() for e in part]
 
-    if not config.val_file and config.val_fraction > 0:
+    if not splits["val"] and config.val_fraction > 0:
         splits["train"], splits["val"] = split(splits["train"], config.val_fraction, config.seed)
-    check_splits(splits)
-    return splits, config.label_prompt or question
+    # Of a published data set, all labels are known; a small sample may lack some.
+    labels = sorted({label for example in whole or splits["train"] for label in labels_of(example)})
+    check_splits(splits, labels)
+    for name in ("train", "val"):
+        splits[name] = [single for example in splits[name] for single in one_reference(example)]
+    return Splits(splits, config.label_prompt or question, labels, glue)
 
 
-def sample_built_in(config):
+def sample_built_in(config, examples):
     """A built-in data set's train and test examples; val is split off later."""
-    examples = load_examples(config.data)
-    train_size, test_size = config.train_size, config.test_size
-    if train_size + test_size >= len(examples) or min(train_size, test_size) < 10:
+    train_size, test_size = config.train_size or 200, config.test_size or 400
+    taken = train_size + test_size + config.tune_size
+    if taken >= len(examples) or min(train_size, test_size) < 10:
         raise ValueError(
-            f"train_size={train_size} and test_size={test_size} must be at least 10 each, and "
-            f"together less than the {len(examples)} examples of {config.data}"
+            f"train_size={train_size} and test_size={test_size} must be at least 10 each, and, "
+            f"with tune_size, together less than the {len(examples)} examples of {config.data}"
         )
 
     # The test split is the same for every seed.
     rest, test = split(examples, test_size / len(examples), seed=0)
+    if config.tune_size:
+        rest, test = split(rest, config.tune_size / len(rest), seed=0)
     train, _ = split(rest, 1 - train_size / len(rest), config.seed, grouped=False)
     return {"train": train, "val": [], "test": test}
 
 
-def check_splits(splits):
+def sample_official(config, parts):
     """
-    Raise ValueError unless all splits have one format, train and val have the same labels, and test
-    has no others.
+    The splits of a data set that has its own: {"train", "dev", "test"}. With a val_fraction, the
+    papers' rule: val is a part of train, and dev, unless there is a test set, is the test. Without
+    one, val is dev.
     """
-    formats = {format_of(examples[0]) for examples in splits.values() if examples}
+    if config.val_fraction > 0:
+        splits = {"train": parts["train"], "val": [], "test": parts["test"] or parts["dev"]}
+    else:
+        splits = {"train": parts["train"], "val": parts["dev"], "test": parts["test"]}
+
+    sizes = {"train": (config.train_size, config.seed), "test": (config.test_size, 0)}
+    for name, (size, seed) in sizes.items():
+        if 0 < size < len(splits[name]):
+            rows = splits[name]
+            _, splits[name] = split(rows, size / len(rows), seed, grouped=False)
+    return splits
+
+
+def labels_of(example):
+    """The labels or tags of an example, a list."""
+    label = [example["label"]] if "label" in example else []
+    return label or example.get("labels") or example.get("tags") or []
+
+
+def one_reference(example):
+    """Copies of an example, each with one of its references; of another format, the example."""
+    if "references" not in example:
+        return [example]
+    return [example | {"references": [text]} for text in example["references"]]
+
+
+def check_splits(splits, labels):
+    """
+    Raise ValueError unless all splits have one format and no label that is not among `labels`; and,
+    for classification, train has two of them or more, and val has all that train has.
+    """
+    formats = {format_of(example) for examples in splits.values() for example in examples[:1]}
     if len(formats) > 1:
         raise ValueError(f"the files differ in format: {', '.join(sorted(formats))}")
+    if len({"text_b" in example for examples in splits.values() for example in examples[:1]}) > 1:
+        raise ValueError("some files hold pairs, with text_b, and others don't")
 
-    labels = {
-        name: {example.get("label") for example in examples}
-        for name, examples in splits.items()
-        if examples
-    }
-    if formats == {"classification"} and len(labels["train"]) < 2:
+    for name, example in ((name, e) for name, part in splits.items() for e in part):
+        if unseen := set(labels_of(example)).difference(labels):
+            where = f"{example.where}: " if hasattr(example, "where") else ""
+            raise ValueError(f"{where}{name} has the label {min(unseen)!r}, which train lacks")
+
+    if formats != {"classification"}:
+        return
+    found = {label for example in splits["train"] for label in labels_of(example)}
+    if len(found) < 2:
         raise ValueError(
-            f"all train examples have the label {labels['train'].pop()!r}: "
+            f"all train examples have the label {found.pop()!r}: "
             f"classification needs two labels or more"
         )
-
-    for name, found in labels.items():
-        if unseen := found - labels["train"]:
-            raise ValueError(f"{name} has the label {sorted(unseen)[0]!r}, which train lacks")
-        if name == "val" and (lacking := labels["train"] - found):
-            raise ValueError(
-                f"val lacks the label {sorted(lacking)[0]!r}: give it examples of every label"
-            )
+    lacking = found.difference(*(labels_of(example) for example in splits["val"]))
+    if splits["val"] and lacking:
+        raise ValueError(f"val lacks the label {min(lacking)!r}: give it examples of every label")
 
 
 # ----------------------------------------------------------------------- tokens and labels
@@ -165,7 +223,8 @@ class Encoded:
     input_ids: list  # prompt and answer
     labels: list  # as long; -100 where not supervised
     label: str = None  # classification: the right answer
-    prompt_ids: list = field(default_factory=list)  # classification: the prompt alone
+    prompt_ids: list = field(default_factory=list)  # the prompt alone, unless plain text
+    references: list = field(default_factory=list)  # data to text: the right answers
 
 
 def prefix_of(tokenizer):
@@ -179,18 +238,22 @@ def tokenize_prompt(messages, tokenizer):
     return prefix_of(tokenizer) + tokenizer.encode(text)
 
 
-def tokenize_question(text, tokenizer, label_prompt, label_ids, block_size):
+def tokenize_question(text, tokenizer, label_prompt, label_ids, block_size, text_b=""):
     """
     The prompt of a classification example, up to where the label goes: (token ids, whether it was
-    cut). label_ids: from tokenize_labels.
+    cut). label_ids: from tokenize_labels. text_b: the second text of a pair, which follows the
+    first one where label_prompt has no {text_b}.
 
     Of a prompt that leaves no room for every label in block_size tokens, the left of the text is
     cut, and nothing else. Raises ValueError if that is not enough.
     """
 
+    if text_b and "{text_b}" not in label_prompt:
+        label_prompt = label_prompt.replace("{text}", "{text}\n{text_b}")
+
     def prompt(start):
-        question = label_prompt.replace("{labels}", ", ".join(label_ids))
-        question = question.replace("{text}", text[start:])
+        values = {"labels": ", ".join(label_ids), "text": text[start:], "text_b": text_b}
+        question = re.sub(r"\{(labels|text|text_b)\}", lambda m: values[m[1]], label_prompt)
         return tokenize_prompt([{"role": "user", "content": question}], tokenizer)
 
     room = block_size - max(map(len, label_ids.values()))
@@ -225,8 +288,9 @@ def segments(example, tokenizer):
     kind, eos = format_of(example), [tokenizer.eos_id]
     if kind in ("text", "code"):
         return [(tokenizer.prefix_ids, False), (tokenizer.encode(example[kind]) + eos, True)]
-    if kind == "prompt":
-        whole, cut = example["prompt"] + example["completion"], len(example["prompt"])
+    if kind in ("prompt", "generation"):
+        answer = example["completion"] if kind == "prompt" else "\n" + example["references"][0]
+        whole, cut = example["prompt"] + answer, len(example["prompt"])
         prompt, completion = tokenizer.encode_cut(whole, [cut])
         return [(tokenizer.prefix_ids + prompt, False), (completion + eos, True)]
 
@@ -271,13 +335,12 @@ def encode(
     label_ids: from tokenize_labels, for classification. Raises ValueError for an answer without
     room for a prompt, for a question without room, or if the chat template refuses.
     """
-    encoded, cut = [], 0
+    encoded, cut, asking = [], 0, (tokenizer, label_prompt, label_ids, block_size)
     for example in examples:
         kind, question, shortened = format_of(example), [], False
         if kind == "classification":
-            question, shortened = tokenize_question(
-                example["text"], tokenizer, label_prompt, label_ids, block_size
-            )
+            text_b = example.get("text_b", "")
+            question, shortened = tokenize_question(example["text"], *asking, text_b)
             pieces = [(question, False), (label_ids[example["label"]], True)]
         else:
             pieces = segments(example, tokenizer)
@@ -300,8 +363,11 @@ def encode(
                 f"block_size={block_size} must hold it and some prompt: raise block_size"
             )
         cut += shortened or len(ids) > block_size
-        label = example["label"] if kind == "classification" else None
-        encoded.append(Encoded(ids[-block_size:], targets[-block_size:], label, question))
+        row = Encoded(ids[-block_size:], targets[-block_size:], example.get("label"), question)
+        if kind in ("prompt", "generation"):
+            row.prompt_ids = row.input_ids[:-answer]
+            row.references = example.get("references") or [example["completion"].strip()]
+        encoded.append(row)
     return encoded, cut
 
 
@@ -336,9 +402,9 @@ def collate(encoded, pad_id):
     return pad([e.input_ids for e in encoded], pad_id), pad([e.labels for e in encoded], -100)
 
 
-def batches(encoded, batch_size, pad_id, seed, skip=0, group_by_length=False):
+def batches(rows, batch_size, collate, seed, skip=0, group_by_length=False):
     """
-    Yield batches (input_ids, labels) without end, shuffled anew each epoch.
+    Yield batches without end, collate(list of rows) each, shuffled anew each epoch.
 
     batch_size: rows per batch, or all if there are fewer. skip: leave out that many batches, for a
     resumed run. group_by_length: sort the rows of 16 batches at a time by length, so that each
@@ -348,13 +414,13 @@ def batches(encoded, batch_size, pad_id, seed, skip=0, group_by_length=False):
     queue = []
     for number in itertools.count():
         batch = []
-        while len(batch) < min(batch_size, len(encoded)):
+        while len(batch) < min(batch_size, len(rows)):
             if not queue:
-                queue = rng.sample(encoded, len(encoded))
+                queue = rng.sample(rows, len(rows))
                 queue = grouped(queue, batch_size, rng) if group_by_length else queue
             batch.append(queue.pop())
         if number >= skip:
-            yield collate(batch, pad_id)
+            yield collate(batch)
 
 
 def grouped(rows, batch_size, rng):
@@ -372,22 +438,29 @@ def grouped(rows, batch_size, rng):
     return list(itertools.chain(*short, *(g for g in groups if len(g) == batch_size)))
 
 
-def micro_batches(batch, size=0, rank=0, world_size=1):
+def supervised(batch):
+    """How many positions of a batch, (input_ids, labels), count in its mean loss."""
+    return (batch[1][:, 1:] != -100).sum().item()
+
+
+def micro_batches(batch, size=0, rank=0, world_size=1, count=supervised):
     """
-    Split a batch into a list of (input_ids, labels, share). share: the fraction of the batch's
-    supervised positions, so that losses times shares add up to the batch's loss. size: most rows
-    per micro-batch; 0 means all.
+    Split a batch, a tuple of tensors, into a list of (*tensors, share). share: the fraction of the
+    batch's supervised positions, so that losses times shares add up to the batch's loss. size: most
+    rows per micro-batch; 0 means all. count: counts the supervised positions.
 
     With several processes, process `rank` gets its own rows, in as many micro-batches as the others
     get, since all must compute in step; one without rows gets any row, with share 0.
     """
-    total = (batch[1][:, 1:] != -100).sum().item()
+    total = count(batch)
     own = [tensor.tensor_split(world_size)[rank] for tensor in batch]
     most = math.ceil(len(batch[0]) / world_size)  # rows of a process
-    count = math.ceil(most / (size or most))
+    number = math.ceil(most / (size or most))
 
     found = []
-    for ids, labels in zip(*(tensor.tensor_split(count) for tensor in own)):
-        share = (labels[:, 1:] != -100).sum().item() / total
-        found.append((ids, labels, share) if len(ids) else (batch[0][:1], batch[1][:1], 0.0))
+    for part in zip(*(tensor.tensor_split(number) for tensor in own)):
+        if len(part[0]):
+            found.append((*part, count(part) / total))
+        else:
+            found.append((*(tensor[:1] for tensor in batch), 0.0))
     return found

@@ -2,6 +2,7 @@
 Use a trained model: classify, answer a prompt, or hold a conversation.
 
     python sample.py --adapter=out/small --prompt="Dull, clumsy and far too long."
+    python sample.py --adapter=out/pairs --prompt="A man sleeps." --prompt_b="Nobody is awake."
     python sample.py --adapter=out/mine --prompt="Explain rainbows."
     python sample.py --adapter=out/mine --chat
     python sample.py --model=smollm2-135m --chat                    the base model, for comparison
@@ -15,11 +16,14 @@ from pathlib import Path
 
 import torch
 
+import tasks
 from bidora import load_adapter
 from data import LABEL_PROMPT, tokenize_labels, tokenize_prompt, tokenize_question
 from model import Transformer
 from support import settings
 from support.files import read_json
+from support.head_task import HeadTask, load_tokenizer
+from support.heads import EncoderWithHead
 from support.pretrained import find_model
 from support.quantized import KINDS
 from support.tokenizer import Tokenizer
@@ -34,7 +38,8 @@ class Sample:
     device: str = "auto"  # cpu, cuda, or auto (cuda if there is one)
 
     # the task (give prompt, or chat)
-    prompt: str = ""  # the text to answer, continue or classify
+    prompt: str = ""  # the text to answer, continue, classify, rate or tag
+    prompt_b: str = ""  # the second text of a pair
     chat: bool = False  # hold a conversation; an empty line ends it
     raw: bool = False  # continue the prompt itself, without the chat template
     labels: str = ""  # classify among these, separated by commas; empty: the run's own
@@ -62,30 +67,36 @@ def read_run(folder):
     if not (folder / "run.json").exists():
         return {}
     run = read_json(folder / "run.json")
-    kinds = dict.fromkeys(("model", "dtype", "quantize", "label_prompt"), str)
+    kinds = dict.fromkeys(("model", "dtype", "quantize", "label_prompt", "task"), str)
     for name, kind in (kinds | {"block_size": int, "labels": list}).items():
         if type(run.get(name, kind())) is not kind:  # True is no size
             raise ValueError(f"{folder / 'run.json'}: {name} has a value of the wrong type")
     if not all(isinstance(label, str) and label for label in run.get("labels", [])):
         raise ValueError(f"{folder / 'run.json'}: labels holds something that is not a name")
-    if run.get("quantize", "none") not in ("none", *KINDS):
-        raise ValueError(f"{folder / 'run.json'}: unknown quantize {run['quantize']!r}")
+    for name, known in (("quantize", ("none", *KINDS)), ("task", tasks.TASKS)):
+        if name in run and run[name] not in known:
+            raise ValueError(f"{folder / 'run.json'}: unknown {name} {run[name]!r}")
     return run
 
 
 def load(adapter="", model_name="", device="cpu", quantize=""):
     """
-    The model, its tokenizer, and the settings of the run that trained it ({} for a model or an
-    adapter from elsewhere).
+    The model, its tokenizer (with a head: its HeadTask), and the settings of the run that trained
+    it ({} for a model or an adapter from elsewhere).
 
     Arguments left empty are taken from that run. Raises FileNotFoundError or ValueError with a
     message for the user.
     """
     if not adapter:
         folder = find_model(model_name)
+        run = read_run(folder)
+        if run.get("task") in tasks.HEADS:  # full fine-tuning of an encoder
+            kind = HeadTask(run["task"], run["labels"], *load_tokenizer(folder))
+            labels = len(kind.names) or 1
+            return EncoderWithHead.from_pretrained(folder, kind.kind, labels), kind, run
         packed = None if quantize in ("", "none") else quantize
         model = Transformer.from_pretrained(folder, own_dtype(folder), device, packed)
-        return model, Tokenizer.from_pretrained(folder), read_run(folder)
+        return model, Tokenizer.from_pretrained(folder), run
 
     adapter = Path(adapter)
     if not adapter.is_dir():
@@ -104,8 +115,13 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
     dtype = dtypes.get(str(run.get("dtype")), own_dtype(folder))
     quantize = quantize or run.get("quantize", "none")
     packed = None if quantize == "none" else quantize
-    model = Transformer.from_pretrained(folder, dtype, device, packed)
-    return load_adapter(model, adapter).eval(), Tokenizer.from_pretrained(folder), run
+    model = tasks.load_backbone(folder, dtype, device, packed)
+    if run.get("task") in tasks.HEADS:
+        tokenizer = HeadTask(run["task"], run["labels"], *load_tokenizer(folder))
+        model = tokenizer.attach(model)
+    else:
+        tokenizer = Tokenizer.from_pretrained(folder)
+    return load_adapter(model, adapter).eval(), tokenizer, run
 
 
 def named_base(adapter):
@@ -132,13 +148,13 @@ def answer(model, tokenizer, messages, config):
     return tokenizer.decode(out[0, ids.size(1) :].tolist())
 
 
-def classify(model, tokenizer, text, labels, label_prompt, block_size):
+def classify(model, tokenizer, text, labels, label_prompt, block_size, text_b=""):
     """
-    (probability, label) of every label, likeliest first; the probabilities sum to 1. A text too
-    long for block_size tokens is cut as in training.
+    (probability, label) of every label, likeliest first; the probabilities sum to 1. text_b: the
+    second text of a pair. A text too long for block_size tokens is cut as in training.
     """
     label_ids = tokenize_labels(labels, tokenizer)
-    prompt, _ = tokenize_question(text, tokenizer, label_prompt, label_ids, block_size)
+    prompt, _ = tokenize_question(text, tokenizer, label_prompt, label_ids, block_size, text_b)
     p = model.score([prompt], list(label_ids.values()))[0].softmax(-1)
     return sorted(zip(p.tolist(), labels), reverse=True)
 
@@ -176,6 +192,29 @@ def check(config):
         )
 
 
+def respond(model, tokenizer, run, config):
+    """Print what is asked for. Arguments: what load returns, and a Sample."""
+    labels = [label.strip() for label in config.labels.split(",") if label.strip()]
+    labels = labels or run.get("labels", [])
+    size, task = run.get("block_size"), run.get("task")
+    if isinstance(tokenizer, HeadTask):
+        if config.chat:
+            raise ValueError(f"{config.adapter} holds no conversation: give --prompt=...")
+        print(*tokenizer.describe(model, config.prompt, config.prompt_b, size), sep="\n")
+    elif config.chat:
+        chat(model, tokenizer, config)
+    elif labels and not config.raw:
+        size = size or model.config.max_position_embeddings
+        options = (labels, run.get("label_prompt") or LABEL_PROMPT, size, config.prompt_b)
+        for p, label in classify(model, tokenizer, config.prompt, *options):
+            print(f"{p:6.1%}  {label}")
+    elif config.raw or task == "generation":
+        prompt = config.prompt + "\n" * (task == "generation")  # as in training
+        print(answer(model, tokenizer, prompt, config))
+    else:
+        print(answer(model, tokenizer, [{"role": "user", "content": config.prompt}], config))
+
+
 def main(arguments):
     if not arguments or {"--help", "-h"} & set(arguments):
         print(__doc__.strip(), settings.help_text(Sample), sep="\n\n")
@@ -189,21 +228,7 @@ def main(arguments):
             device = "cuda" if torch.cuda.is_available() else "cpu"
 
         model, tokenizer, run = load(config.adapter, config.model, device, config.quantize)
-        labels = [label.strip() for label in config.labels.split(",") if label.strip()]
-        labels = labels or run.get("labels", [])
-
-        if config.chat:
-            chat(model, tokenizer, config)
-        elif labels and not config.raw:
-            options = (
-                run.get("label_prompt", LABEL_PROMPT),
-                run.get("block_size", model.config.max_position_embeddings),
-            )
-            for p, label in classify(model, tokenizer, config.prompt, labels, *options):
-                print(f"{p:6.1%}  {label}")
-        else:
-            messages = config.prompt if config.raw else [{"role": "user", "content": config.prompt}]
-            print(answer(model, tokenizer, messages, config))
+        respond(model, tokenizer, run, config)
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         # torch raises the last two for a missing device.
         print("error:", *str(error).split(), file=sys.stderr)  # in one line

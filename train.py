@@ -1,5 +1,5 @@
 """
-Fine-tune a language model with BiDoRA or one of its relatives.
+Fine-tune a language model, or an encoder, with BiDoRA or one of its relatives.
 
     python train.py --config=small.py                  the settings in configs/small.py
     python train.py --config=small.py --method=dora    any setting can be given as --name=value
@@ -21,21 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 import bidora
 import data
+import tasks
 from bidora import METHODS, adapter_layers
 from config import MAY_CHANGE, Config, check, is_bilevel, read_config, resolve, second_order
 from hypergrad import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
-from model import ModelConfig, Transformer
-from support import distributed, hardware, quantized, report, settings
+from support import distributed, hardware, quantized, report, rules, settings
 from support.checkpoint import Stopped
 from support.datasets import BUILT_IN
-from support.files import read_json
 from support.pretrained import find_model, is_hub_name
 from support.regularisers import regulariser
 from support.run import Run
-from support.tokenizer import Tokenizer
 
 
 def train(config):
@@ -56,58 +55,65 @@ def train(config):
         config = task.config
         run.start(task)
         report.announce(task, METHODS.get(config.method))
-        run.before = run.before or evaluate(task)  # a resumed run knows it already
-        report.announce_before(run.before)
+        if config.eval_before:
+            run.before = run.before or evaluate(task)  # a resumed run knows it already
+            report.announce_before(run.before, task.kind.metric)
 
         train_rows, val_rows = task.encoded["train"], task.encoded["val"]
         if is_bilevel(config):
             # Phases 1 and 2 alternate: the direction on train, the magnitude on val.
-            fit(run, task, "search", config.search_steps, train_rows, val_rows)
+            upper_rows = train_rows if config.upper_data == "train" else val_rows
+            fit(run, task, "search", config.search_steps, train_rows, upper_rows)
+        elif config.two_phases:
+            fit(run, task, "search", config.search_steps, train_rows + val_rows)
+        else:
+            steps = config.search_steps + config.retrain_steps
+            fit(run, task, "train", steps, train_rows + val_rows)
+
+        if is_bilevel(config) or config.two_phases:
             # Phase 3: the magnitude is fixed; the direction is trained afresh on all the data.
             if config.retrain_steps:
                 begins = "retrain" not in run.done
                 bidora.start_retrain(task.model, fresh=begins and config.final_init == "fresh")
             fit(run, task, "retrain", config.retrain_steps, train_rows + val_rows)
-        else:
-            steps = config.search_steps + config.retrain_steps
-            fit(run, task, "train", steps, train_rows + val_rows)
         return run.finish(task.summary() | {"after": evaluate(task)})
 
 
 def fit(run, task, phase, steps, rows, val_rows=()):
     """Train one phase: the lower level on rows and, if there are val_rows, the upper on them."""
-    begin, config, pad_id = run.done.get(phase, 0), task.config, task.tokenizer.pad_id
+    begin, config, kind = run.done.get(phase, 0), task.config, task.kind
     if begin == steps:
         return
 
-    optimizer = build_optimizer(task)
+    optimizer = build_optimizer(task, phase)
     every, turns = config.upper_every, config.upper_steps if val_rows else 0
     # A resumed phase skips the batches that it has used: one per step, and for each past round of
     # the upper level one val batch per turn and one train batch per turn after the first.
     past = begin // every if val_rows else 0
-    shape, similar = (config.batch_size, pad_id, config.seed), config.group_by_length
+    shape = (config.batch_size, kind.collate, config.seed)
+    similar = config.group_by_length
     train_batches = data.batches(rows, *shape, begin + past * (turns - 1), similar)
     val_batches = data.batches(val_rows, *shape, past * turns, similar)
 
     def micro_batches(batch):
         size, ranks = config.micro_batch_size, (distributed.RANK, distributed.WORLD_SIZE)
-        return MicroBatches(data.micro_batches(batch, size, *ranks))
+        return MicroBatches(data.micro_batches(batch, size, *ranks, kind.supervised))
 
     def loss_fn(model, micro_batch):
-        input_ids, labels, share = micro_batch  # its share of the batch's supervised positions
-        return model(input_ids, labels) * share
+        *tensors, share = micro_batch  # its share of the batch's supervised positions
+        return model(*tensors) * share
 
     def lower_loss_fn(model, micro_batch):
         loss = loss_fn(model, micro_batch)
         if config.gram_weight:
             layers = adapter_layers(model).values()
-            loss = loss + config.gram_weight * micro_batch[2] * regulariser(layers)
+            loss = loss + config.gram_weight * micro_batch[-1] * regulariser(layers)
         return loss
 
     with run.phase(phase, steps, optimizer) as remaining:
         task.model.train()
         for step in remaining:
-            optimizer.scale_lr(learning_rate_scale(step, steps))
+            optimizer.scale_lr(learning_rate_scale(step, steps, config.lr_floor))
             # The upper level differentiates through the last lower-level steps, so they are kept.
             keep = turns and -step % every < optimizer.kept_steps
             lower_step = optimizer.lower_step_kept if keep else optimizer.lower_step
@@ -123,29 +129,30 @@ def fit(run, task, phase, steps, rows, val_rows=()):
         run.check_finite(distributed.add_up([last])[0])
 
 
-def learning_rate_scale(step, steps):
+def learning_rate_scale(step, steps, floor=0.1):
     """
     The factor on both learning rates at a step, counted from 1 to `steps`: linear warm-up over the
-    first tenth, then linear decay to 10 % of the peak.
+    first tenth, then linear decay to `floor` times the peak.
     """
     warmup = max(1, round(0.1 * steps))
     if step <= warmup:
         return step / warmup
-    return 1 - 0.9 * (step - warmup) / max(1, steps - warmup)
+    return 1 - (1 - floor) * (step - warmup) / max(1, steps - warmup)
 
 
-def build_optimizer(task):
+def build_optimizer(task, phase):
     """The two-level optimizer of the config."""
     config = task.config
+    lower_lr = (phase == "retrain" and config.retrain_lr) or config.lower_lr
     # An option at 0 keeps the function's default; only for damping is 0 a value of its own.
     options = {
         option: getattr(config, setting)
         for option, setting in HYPERGRADIENTS[config.hypergradient].options.items()
         if getattr(config, setting) or setting == "damping"
     }
-    return create_bilevel_optimizer(
+    optimizer = create_bilevel_optimizer(
         task.model,
-        config.lower_lr,
+        lower_lr,
         config.upper_lr,
         config.upper_every,
         config.weight_decay,
@@ -156,6 +163,10 @@ def build_optimizer(task):
         reduce=distributed.add_up,
         **options,
     )
+    for level in optimizer.optimizers.values():
+        for group in level.param_groups:
+            group["betas"] = (0.9, config.adam_beta2)
+    return optimizer
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -166,23 +177,24 @@ def build_optimizer(task):
 def evaluate(task):
     """The results of evaluate_rows on at most eval_size rows of each split, {split: results}."""
     splits = task.evaluated
+    # Generated texts take long: only those of the last split are scored.
+    last = [name for name, rows in splits.items() if rows][-1]
     with report.bar("evaluate", sum(map(len, splits.values())), "row") as bar:
-        return {name: evaluate_rows(task, rows, bar) for name, rows in splits.items()}
+        return {
+            name: evaluate_rows(task, rows, bar, scored=name == last)
+            for name, rows in splits.items()
+        }
 
 
-@torch.no_grad()
-def evaluate_rows(task, rows, bar=None):
+def evaluate_rows(task, rows, bar=None, scored=True):
     """
-    Mean loss (nats per token) and accuracy over a list of Encoded; None for an empty list.
-
-    With labels: the loss of the right label's tokens, and how often that label is the likeliest.
-    Without: the loss at the supervised positions, and how often the likeliest token is right.
+    {"loss": the mean loss, and the task's scores} over a list of rows; None for an empty list.
     """
     if not rows:
         return None
-    model, label_ids, sharded = task.model.eval(), task.label_ids, task.config.fsdp
-    device = model.lm_head.weight.device
-    total = right = tokens = 0
+    model, kind, sharded = task.model.eval(), task.kind, task.config.fsdp
+    total = count = 0
+    found = []
 
     # Each process takes its share of the rows; but with sharded weights all must call the same
     # blocks in step, so each takes all rows.
@@ -193,23 +205,15 @@ def evaluate_rows(task, rows, bar=None):
 
     for start in range(0, len(own), size):
         batch = own[start : start + size]
-        if label_ids:
-            prompts = [row.prompt_ids for row in batch]
-            scores = model.score(prompts, list(label_ids.values()))  # (B, labels)
-            answers = [list(label_ids).index(row.label) for row in batch]
-            answers = torch.tensor(answers, device=device)
-            total -= scores.gather(1, answers[:, None]).sum().item()
-            right += (scores.argmax(1) == answers).sum().item()
-            tokens += sum(len(label_ids[row.label]) for row in batch)
-        else:
-            loss, hits, count = model.totals(*data.collate(batch, task.tokenizer.pad_id))
-            total, right, tokens = total + loss, right + hits, tokens + count
+        loss, targets, answers = kind.evaluate(model, batch, scored)
+        total, count, found = total + loss, count + targets, found + answers
         if bar is not None:
             bar.update(min(share * len(batch), bar.total - bar.n))
 
-    sums = torch.tensor([total, right, tokens], dtype=torch.float64, device=device)
-    total, right, tokens = (sums if sharded else distributed.add_up([sums])[0]).tolist()
-    return {"loss": total / tokens, "accuracy": right / (len(rows) if label_ids else tokens)}
+    if not sharded:
+        sums = torch.tensor([total, count], dtype=torch.float64, device=task.device)
+        (total, count), found = distributed.add_up([sums])[0].tolist(), distributed.gather(found)
+    return {"loss": total / count} | kind.scores(found)
 
 
 # --------------------------------------------------------------------------- preparation
@@ -224,13 +228,13 @@ class Task:
     dtype: str
     why: str  # the reason for this dtype
     folder: Path  # of the base model
-    tokenizer: Tokenizer
+    name: str  # a key of tasks.TASKS
+    kind: tasks.LanguageTask | tasks.HeadTask
     splits: dict  # {"train", "val", "test"}: lists of examples
-    encoded: dict  # the same splits, as lists of data.Encoded
+    encoded: dict  # the same splits, as lists of rows
     cut: int  # how many examples were too long
-    question: str  # classification: the prompt, with {text} for the example's text
-    label_ids: dict  # classification: {label: its token ids}, sorted by label
-    model: Transformer
+    labels: list  # sorted; [] where there are none
+    model: nn.Module
     weight_bytes: int  # of the whole model
     local_weight_bytes: int  # the share of them that this process holds
     sizes: dict  # {"lower", "upper"}: how many parameters each level trains
@@ -249,14 +253,15 @@ class Task:
 
     def about(self):
         """What run.json holds besides the settings; sample.py reads it."""
-        labels = list(self.label_ids)
-        return {"labels": labels, "label_prompt": self.question, "dtype": self.dtype}
+        question = self.kind.question if self.name == "label_words" else ""
+        labels = self.labels if self.name in ("label_words", *tasks.HEADS) else []
+        about = {"task": self.name, "labels": labels, "label_prompt": question}
+        return about | {"dtype": self.dtype}
 
     def save(self, out):
         """Write the adapter, or for full fine-tuning the model, into the folder `out`."""
         if self.config.method == "ft":
-            self.model.save_pretrained(out)
-            self.tokenizer.save_pretrained(out)
+            self.kind.save_pretrained(self.model, self.folder, out)
         else:
             name = self.config.model
             bidora.save_adapter(self.model, out, name if is_hub_name(name) else str(self.folder))
@@ -265,6 +270,8 @@ class Task:
         """What summary.json holds besides the run's own numbers."""
         names = ("method", "model", "seed", "quantize")
         return {name: getattr(self.config, name) for name in names} | {
+            "task": self.name,
+            "metric": self.kind.metric,
             "dtype": self.dtype,
             "weight_bytes": self.weight_bytes,
             "local_weight_bytes": self.local_weight_bytes,
@@ -282,55 +289,53 @@ def prepare(config, device, resuming=False):
     """
     if distributed.LOCAL_RANK > 0:
         distributed.wait()  # until this machine's first process has downloaded the files
-    splits, question = data.load_splits(config)
-    labels = sorted({example["label"] for example in splits["train"] if "label" in example})
+    splits, question, labels, glue = data.load_splits(config)
     folder = find_model(config.model)
-    shape = ModelConfig.from_hf(read_json(folder / "config.json"))
-    tokenizer = Tokenizer.from_pretrained(folder)
-    label_ids = data.tokenize_labels(labels, tokenizer)
+    shape = tasks.read_shape(folder)
+    name = tasks.choose(config.task, splits["train"][0], shape)
+    kind = tasks.build(name, config, folder, question, labels, glue)
     if distributed.LOCAL_RANK == 0:
         distributed.wait()  # lets the others continue
 
+    rules.check_task(config, name in tasks.HEADS, tasks.is_encoder(shape))
     precise = is_bilevel(config) and HYPERGRADIENTS[config.hypergradient].float32
     dtype, why = hardware.choose_dtype(config, device, precise)
 
     def encode(block_size):
-        options = (tokenizer, block_size, question, label_ids, config.train_on_prompt)
-        found = {name: data.encode(examples, *options) for name, examples in splits.items()}
-        rows = {name: rows for name, (rows, _) in found.items()}
+        found = {part: kind.encode(examples, block_size) for part, examples in splits.items()}
+        rows = {part: rows for part, (rows, _) in found.items()}
         return rows, sum(cut for _, cut in found.values())
 
     if config.auto_hardware and not resuming:
         method = METHODS.get(config.method)
         config = hardware.fit_memory(config, method, device, dtype, shape, encode)
-    config = resolve(config, shape.max_position_embeddings)
+    config = resolve(config, shape)
     encoded, cut = encode(config.block_size)
-    data.check_vocabulary(encoded, shape.vocab_size, tokenizer)
+    kind.check_vocabulary(encoded, shape)
 
-    model, weight_bytes, local_weight_bytes, sizes = build_model(config, folder, dtype, device)
-    base = dict(folder=folder, tokenizer=tokenizer, model=model, sizes=sizes)
-    base |= dict(weight_bytes=weight_bytes, local_weight_bytes=local_weight_bytes)
-    rows = dict(splits=splits, encoded=encoded, cut=cut, question=question, label_ids=label_ids)
-    return Task(config, device, dtype, why, **base, **rows)
+    model = build_model(config, folder, dtype, device, kind, encoded["train"])
+    about = (config, device, dtype, why, folder, name, kind)
+    return Task(*about, splits, encoded, cut, labels, *model)
 
 
-def build_model(config, folder, dtype, device):
+def build_model(config, folder, dtype, device, kind, rows):
     """
     Returns the model with its adapters, the bytes of its weights in all and in this process, and
-    how many parameters each level trains.
+    how many parameters each level trains. rows: the train split's.
     """
     torch.manual_seed(config.seed)
     if config.fsdp:
         distributed.give_memory_back()
-    quantize = None if config.quantize == "none" else config.quantize
     place = "cpu" if config.fsdp else device  # sharded weights move to the device in shares
-    dtype = getattr(torch, dtype)
-    model = Transformer.from_pretrained(folder, dtype, place, quantize, mapped=config.fsdp)
+    quantize = None if config.quantize == "none" else config.quantize
+    model = tasks.load_backbone(folder, getattr(torch, dtype), place, quantize, config.fsdp)
     model.gradient_checkpointing = config.gradient_checkpointing
     weight_bytes = quantized.nbytes(model)
+    model = kind.attach(model, rows)
 
-    if config.method != "ft":
-        model.requires_grad_(False)
+    if config.method == "ft":
+        model.requires_grad_(True)
+    else:
         bidora.replace_linear_with_bidora(
             model,
             config.rank,
@@ -379,7 +384,8 @@ def main(arguments):
         print("interrupted", file=sys.stderr)
         return 130
 
-    prompt = "..." if config.train_file else BUILT_IN[config.data].sample_prompt
+    built_in = BUILT_IN.get(config.data)
+    prompt = built_in.sample_prompt if built_in and not config.train_file else "..."
     other = "dora" if is_bilevel(config) else "bidora"
     print(report.next_commands(results["out_dir"], arguments, prompt, other, config.fsdp))
     return 0

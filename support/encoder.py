@@ -72,6 +72,12 @@ class EncoderConfig:
     mask_token_id: int | None  # of ESM's token dropout; None without it
     hf: dict  # the whole config.json, so that save_pretrained loses nothing
 
+    @property
+    def positions(self):
+        """The most tokens a row; RoBERTa counts from the padding token's number on."""
+        skipped = 0 if self.pad_token_id is None else self.pad_token_id + 1
+        return self.max_position_embeddings - skipped
+
     @classmethod
     @malformed("config.json")
     def from_hf(cls, config_dict):
@@ -381,19 +387,22 @@ class Encoder(nn.Module):
 
         Raises ValueError for an adapted model: call `bidora.merge(model)` first.
         """
-        state = self.state_dict()
-        if any("lora_" in name for name in state):
-            raise ValueError(
-                "the encoder holds adapters, which are not written here: call merge(encoder) first"
-            )
-        tensors = dict(state)
-        if self.inv_freq is not None:
-            for i in range(self.config.num_hidden_layers):
-                tensors[f"encoder.layer.{i}.{INV_FREQ}"] = self.inv_freq.clone()
         # The architecture may be one with a head.
         config = {key: x for key, x in self.config.hf.items() if key != "architectures"}
         dtype = self.embeddings.word_embeddings.weight.dtype
-        hf_format.write(folder, config, tensors, dtype)
+        hf_format.write(folder, config, self.tensors(), dtype)
+
+    def tensors(self):
+        """Everything that a file of the encoder holds, by name. Raises as save_pretrained."""
+        tensors = self.state_dict()
+        if any("lora_" in name for name in tensors):
+            raise ValueError(
+                "the encoder holds adapters, which are not written here: call merge(encoder) first"
+            )
+        if self.inv_freq is not None:
+            for i in range(self.config.num_hidden_layers):
+                tensors[f"encoder.layer.{i}.{INV_FREQ}"] = self.inv_freq.clone()
+        return dict(tensors)
 
 
 def find_tensors(folder, config):

@@ -1,17 +1,19 @@
 """
-Heads on encoders: from hidden states to classes, numbers or tags, and to the loss of each.
+Heads: from hidden states to classes, numbers or tags, and to the loss of each.
 
     model = EncoderWithHead.from_pretrained(find_model("minilm"), "classification", labels=2)
     bidora.replace_linear_with_bidora(model, target_modules=["query", "value"])
     loss = model(input_ids, attention_mask, token_type_ids, targets=targets)
 
-Parameter names are those of transformers' …ForSequenceClassification and …ForTokenClassification,
-so their checkpoints load with the head, and PEFT's adapters keep it (modules_to_save).
+    model = DecoderWithHead(Transformer.from_pretrained(folder), "classification", labels=2)
 
-What trains, besides adapters, is the head: `classifier`, as when the papers' experiments, and
-PEFT's, fine-tune such models. BERT's pooler, which stands before it, stays as it was pretrained; it
-trains only where the checkpoint has none. All of it is a lower-level parameter (bidora.py), in fp32
-or finer, since small updates round to nothing in bf16.
+Parameter names are those of transformers' …ForSequenceClassification and …ForTokenClassification,
+so PEFT's adapters keep the head (modules_to_save), and the encoders' checkpoints load with it.
+
+What trains, besides adapters, is the head, as when the papers' experiments, and PEFT's, fine-tune
+such models. BERT's pooler, which stands before it, stays as it was pretrained; it trains only where
+the checkpoint has none. All of it is a lower-level parameter (bidora.py), in fp32 or finer, since
+small updates round to nothing in bf16.
 """
 
 from pathlib import Path
@@ -33,6 +35,17 @@ KINDS = {  # the numbers of labels that each can have
 }
 IGNORED = -100  # the target of a token that has none
 MODULES = {"bert": "bert", "esm": "esm"}  # transformers' name of the encoder; others: "roberta"
+ARCHITECTURES = {  # how transformers' names of models with a head begin
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "camembert": "Camembert",
+    "xlm-roberta": "XLMRoberta",
+    "esm": "Esm",
+}
+PROBLEMS = {  # transformers' names
+    "classification": "single_label_classification",
+    "multi_label": "multi_label_classification",
+}
 
 
 class TwoLayers(nn.Module):
@@ -58,47 +71,26 @@ def fresh(module):
     return module
 
 
-class EncoderWithHead(nn.Module):
+class Head(nn.Module):
     """
-    An encoder, used as it is and frozen but for adapters, with a fresh head on it, drawn by torch's
-    generator. No dropout, as in the encoder.
-
-    kind: a key of KINDS. labels: the number of classes; 1 for regression. Raises ValueError for
-    others.
+    What the two classes below share. They compute `logits`; kind: a key of KINDS. labels: the
+    number of classes; 1 for regression. Raises ValueError for others.
     """
 
-    def __init__(self, encoder, kind, labels):
+    def __init__(self, kind, labels):
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r}: choose {', '.join(KINDS)}")
         if type(labels) is not int or labels not in KINDS[kind]:
             least, most = KINDS[kind][0], KINDS[kind][-1]
             needed = f"an integer from {least} to {most}" if most > least else str(least)
             raise ValueError(f"labels={labels!r:.40} must be {needed} for {kind}")
-
         super().__init__()
         self.kind, self.labels = kind, labels
-        self.module = MODULES.get(encoder.config.hf["model_type"], "roberta")
-        self.add_module(self.module, encoder)
-        for name, parameter in encoder.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and "lora_" in name)
-
-        width, pooled = encoder.config.hidden_size, self.module == "bert" and kind != "tagging"
-        if not pooled:
-            encoder.pooler = None
-        elif encoder.pooler is None:
-            encoder.pooler = fresh(dense(width, width))
-        layers = nn.Linear if pooled or kind == "tagging" else TwoLayers
-        self.classifier = fresh(layers(width, labels))
-
-        weight = encoder.embeddings.word_embeddings.weight
-        self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.classifier.to(weight.device, self.dtype)
-        if pooled:
-            encoder.pooler.to(weight.device, self.dtype)
 
     @property
-    def encoder(self):
-        return getattr(self, self.module)
+    def task_type(self):
+        """PEFT's name of such a model, for the adapter's file."""
+        return "TOKEN_CLS" if self.kind == "tagging" else "SEQ_CLS"
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, targets=None):
         """
@@ -110,18 +102,15 @@ class EncoderWithHead(nn.Module):
             regression       squared error            (B,), finite numbers
             tagging          cross-entropy            (B, T), as in classification, or -100: none
 
-        Other arguments as in Encoder.forward. Raises ValueError for targets that don't fit, and,
-        where the first token is read, for a row that is padded on the left.
+        Other arguments as in Encoder.forward; a decoder has no token types. Raises ValueError for
+        targets that don't fit, and, unless for tagging, for a row that is padded on the left.
         """
         if targets is not None:
             self.check_targets(targets, input_ids)
-        if self.kind != "tagging" and attention_mask is not None and not attention_mask[:, 0].all():
-            raise ValueError("a row begins with padding, but its first token is read: pad the end")
-
-        hidden = self.encoder(input_ids, attention_mask, token_type_ids).to(self.dtype)
-        if self.encoder.pooler is not None:
-            hidden = self.encoder.pooled(hidden)
-        logits = self.classifier(hidden)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if self.kind != "tagging" and not real[:, 0].all():
+            raise ValueError("a row begins with padding: pad the end")
+        logits = self.logits(input_ids, real.bool(), token_type_ids)
         return logits if targets is None else self.loss(logits, targets)
 
     def check_targets(self, targets, input_ids):
@@ -165,6 +154,50 @@ class EncoderWithHead(nn.Module):
             return logits[:, 0]
         return (logits > 0).long() if self.kind == "multi_label" else logits.argmax(-1)
 
+
+class EncoderWithHead(Head):
+    """
+    An encoder, used as it is and frozen but for adapters, with a fresh head on it, drawn by torch's
+    generator. No dropout, as in the encoder. kind, labels: as in Head.
+    """
+
+    def __init__(self, encoder, kind, labels):
+        super().__init__(kind, labels)
+        self.module = MODULES.get(encoder.config.hf["model_type"], "roberta")
+        self.add_module(self.module, encoder)
+        freeze(encoder)
+
+        width, pooled = encoder.config.hidden_size, self.module == "bert" and kind != "tagging"
+        if not pooled:
+            encoder.pooler = None
+        elif encoder.pooler is None:
+            encoder.pooler = fresh(dense(width, width))
+        layers = nn.Linear if pooled or kind == "tagging" else TwoLayers
+        self.classifier = fresh(layers(width, labels))
+
+        weight = encoder.embeddings.word_embeddings.weight
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.classifier.to(weight.device, self.dtype)
+        if pooled:
+            encoder.pooler.to(weight.device, self.dtype)
+
+    @property
+    def encoder(self):
+        return getattr(self, self.module)
+
+    @property
+    def output(self):
+        """The layer that gives the logits."""
+        head = self.classifier
+        return head.out_proj if isinstance(head, TwoLayers) else head
+
+    def logits(self, input_ids, real, token_type_ids):
+        """As in forward; the first token stands for a row."""
+        hidden = self.encoder(input_ids, real, token_type_ids).to(self.dtype)
+        if self.encoder.pooler is not None:
+            hidden = self.encoder.pooled(hidden)
+        return self.classifier(hidden)
+
     @classmethod
     def from_pretrained(cls, folder, kind, labels, dtype=torch.float32, device="cpu"):
         """
@@ -188,48 +221,64 @@ class EncoderWithHead(nn.Module):
                 tensor.copy_(file.get_tensor(name))
         return model.eval()
 
+    def save_pretrained(self, folder, names=()):
+        """
+        Write config.json and model.safetensors, as transformers' …ForSequenceClassification or
+        …ForTokenClassification loads them. names: of the labels.
 
-# ------------------------------------------------------------------------------ from text
+        Raises ValueError for an adapted model: call `bidora.merge(model)` first.
+        """
+        hf = self.encoder.config.hf
+        end = "ForTokenClassification" if self.kind == "tagging" else "ForSequenceClassification"
+        names = list(names) or [f"LABEL_{i}" for i in range(self.labels)]
+        config = hf | {"architectures": [ARCHITECTURES[hf["model_type"]] + end]}
+        config |= {"id2label": dict(enumerate(names))}
+        config |= {"label2id": {name: i for i, name in enumerate(names)}}
+        if self.kind != "tagging":
+            config["problem_type"] = PROBLEMS.get(self.kind, self.kind)
+
+        tensors = {f"{self.module}.{name}": x for name, x in self.encoder.tensors().items()}
+        head = self.classifier.state_dict()
+        tensors |= {f"classifier.{name}": tensor for name, tensor in head.items()}
+        hf_format.write(folder, config, tensors, self.dtype)
 
 
-def truncate(tokenizer, block_size, pair):
-    """Set the tokenizer to rows of at most block_size tokens, unpadded. Raises ValueError."""
-    special = tokenizer.num_special_tokens_to_add(pair)
-    if block_size <= special:  # the library would silently not truncate
-        raise ValueError(f"block_size={block_size} leaves no room beside {special} special tokens")
-    tokenizer.enable_truncation(block_size)  # the longest text first
-    tokenizer.no_padding()
-
-
-def encode_pair(tokenizer, text, text_b=None, block_size=512):
+class DecoderWithHead(Head):
     """
-    (token ids, token types) of a text or a pair, with special tokens. Of a pair that is longer than
-    block_size tokens, the longer text is cut first.
-
-    tokenizer: a tokenizers.Tokenizer, whose truncation and padding are set. Raises ValueError for a
-    block_size that holds special tokens only.
+    A model.Transformer, frozen but for adapters, with a fresh head in place of its output layer.
+    kind, labels: as in Head.
     """
-    truncate(tokenizer, block_size, text_b is not None)
-    encoding = tokenizer.encode(text, text_b)
-    return encoding.ids, encoding.type_ids
+
+    def __init__(self, decoder, kind, labels):
+        super().__init__(kind, labels)
+        freeze(decoder)
+        self.model = decoder.model
+        self.__dict__["decoder"] = decoder  # not as a module: all names would begin with it
+        width, weight = decoder.config.hidden_size, decoder.model.embed_tokens.weight
+        self.score = fresh(nn.Linear(width, labels, bias=kind == "tagging"))
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.score.to(weight.device, self.dtype)
+
+    @property
+    def output(self):
+        """The layer that gives the logits."""
+        return self.score
+
+    def logits(self, input_ids, real, token_type_ids=None):
+        """As in forward; the last token, which has seen all others, stands for a row."""
+        ends = real & ~F.pad(real[:, 1:], (0, 1))
+        wanted = real if self.kind == "tagging" else ends  # (B, T)
+        # `supervised` gives the hidden states before each token that has a label.
+        labels = F.pad(torch.where(wanted, 0, IGNORED), (1, 0), value=IGNORED)
+        hidden, _ = self.decoder.supervised(F.pad(input_ids, (0, 1)), labels)
+        logits = self.score(hidden.to(self.dtype))
+        if self.kind != "tagging":
+            return logits
+        every = logits.new_zeros(*real.shape, self.labels)
+        return every.masked_scatter(real[..., None].to(logits.device), logits)
 
 
-def encode_words(tokenizer, words, targets, block_size=512):
-    """
-    (token ids, a target a token) of a row of words: a word's target is on its first token, and -100
-    on all others. Words without a token, such as "", and words beyond block_size have no place.
-
-    tokenizer: as in encode_pair; a byte-level one is set to begin each word with a space. Raises
-    ValueError as there, and unless there is one target a word.
-    """
-    if len(words) != len(targets):
-        raise ValueError(f"{len(targets)} targets for {len(words)} words: give one a word")
-    truncate(tokenizer, block_size, pair=False)
-    if hasattr(tokenizer.pre_tokenizer, "add_prefix_space"):
-        tokenizer.pre_tokenizer.add_prefix_space = True
-    encoding = tokenizer.encode(words, is_pretokenized=True)
-    places = encoding.word_ids  # each token's word; None for special tokens
-    return encoding.ids, [
-        IGNORED if word in (None, before) else targets[word]
-        for before, word in zip([None, *places], places)
-    ]
+def freeze(model):
+    """Leave only adapters trainable."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "lora_" in name)

@@ -154,11 +154,11 @@ def parents(name):
 
 def task_of(model, layers):
     """PEFT's task type for a model, or None; and the heads that it then expects in the file."""
-    name = type(model).__name__
+    name, own = type(model).__name__, getattr(model, "task_type", None)  # that of heads.py
     for end, (task, heads) in TASKS.items():
         # PEFT adapts no layer in a head that it expects to find whole.
         adapted = any(head in layer.split(".") for layer in layers for head in heads)
-        if name.endswith(end) and not adapted:
+        if (name.endswith(end) or task == own) and not adapted:
             return task, heads
     return "CAUSAL_LM" if hasattr(model, "generate") else None, []
 

@@ -13,6 +13,7 @@ from support.datasets import BUILT_IN
 from support.files import replacing
 from support.jsonl import count_shared
 
+SHARES = ("accuracy", "f1", "f1_micro", "f1_macro", "precision", "recall")  # shown in percent
 START = """Start with:
     python train.py --config=small.py    (downloads 95 MB, takes about 3 minutes on two CPU cores)
     python train.py --config=tiny.py     (downloads nothing, takes seconds)"""
@@ -23,7 +24,7 @@ def announce(task, method):
     Print a run's plan: model, data, parameters, phases. method: its entry of bidora.METHODS, or
     None for ft.
     """
-    config, tokenizer = task.config, task.tokenizer
+    config = task.config
     packed = "" if config.quantize == "none" else f"{config.quantize} and "
     print(
         f"{config.method} on {config.model}, {packed}{task.dtype} on {task.device} ({task.why}): "
@@ -34,25 +35,15 @@ def announce(task, method):
         print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{own}")
 
     counts = ", ".join(f"{len(examples)} {name}" for name, examples in task.splits.items())
-    labels = f"; labels {', '.join(task.label_ids)}" if task.label_ids else ""
-    source = config.train_file
-    if not source:
-        source = f"{config.data} (licence: {BUILT_IN[config.data].licence})"
-    print(f"data: {source}: {counts}{labels}")
+    labels = f"; labels {', '.join(task.labels)}" if task.labels else ""
+    source = config.train_file or config.data
+    if source in BUILT_IN:
+        source += f" (licence: {BUILT_IN[source].licence})"
+    print(f"data: {source}: {counts}{labels:.300}")
     announce_shared(config, task.splits)
-    if task.cut:
-        cut = "their texts were" if task.label_ids else "they were"
-        print(
-            f"{task.cut} examples were longer than block_size={config.block_size} tokens: "
-            f"{cut} cut on the left, their answers kept"
-        )
-    if tokenizer.library_reason:
-        print(
-            f"the tokenizers library splits the text, since tiktoken can't: "
-            f"{tokenizer.library_reason}"
-        )
-    if not tokenizer.has_chat_template:
-        print("the tokenizer has no chat template: a plain one (User: … Assistant: …) is used")
+    print(f"task: {task.name}, scored by {task.kind.metric}")
+    for line in task.kind.notes(task.cut, config.block_size):
+        print(line)
 
     print(trainable(task.sizes))
     announce_phases(config, method)
@@ -75,14 +66,18 @@ def trainable(sizes):
 
 
 def announce_phases(config, method):
-    if method is None or method.upper is None:
+    bilevel = method is not None and method.upper is not None
+    if not bilevel and not config.two_phases:
         print(f"train: {config.search_steps + config.retrain_steps} steps, on train + val")
         return
     lower, upper = method.names
-    print(
-        f"search: {config.search_steps} steps, {lower} on train, {upper} on val by the "
-        f"{config.hypergradient} hypergradient"
-    )
+    if bilevel:
+        print(
+            f"search: {config.search_steps} steps, {lower} on train, {upper} on "
+            f"{config.upper_data} by the {config.hypergradient} hypergradient"
+        )
+    else:
+        print(f"search: {config.search_steps} steps, {lower} and {upper} on train + val")
     if config.retrain_steps:
         start = "a fresh start" if config.final_init == "fresh" else "where search ended"
         print(
@@ -103,11 +98,20 @@ def bar(name, total, unit, begin=0):
     )
 
 
-def announce_before(before):
-    """Print the results before training."""
+def announce_before(before, metric):
+    """Print the results before training. metric: the name of the score that is shown."""
     shown = next(name for name in ("test", "val", "train") if before[name])
-    accuracy, loss = before[shown]["accuracy"], before[shown]["loss"]
-    print(f"before training: {shown} accuracy {accuracy:.1%}, loss {loss:.3f}", flush=True)
+    score, loss = in_form(metric, before[shown][metric]), before[shown]["loss"]
+    print(f"before training: {shown} {metric} {score}, loss {loss:.3f}", flush=True)
+
+
+def in_form(name, score):
+    """A score as text; one that is undefined, or was not computed, is a dash."""
+    if score is None:
+        return "–"
+    if name in ("bleu", "chrf"):
+        return f"{score:.1f}"
+    return f"{score:.1%}" if name in SHARES else f"{score:.3f}"
 
 
 def plot_losses(path, metrics, results):
@@ -126,7 +130,7 @@ def plot_losses(path, metrics, results):
         if points:
             axes.plot(*zip(*points), label=label, color=color, linestyle=style, linewidth=1.2)
 
-    if results["after"]["test"]:
+    if results["after"]["test"] and results["before"]:
         losses = [results[when]["test"]["loss"] for when in ("before", "after")]
         axes.plot([0, len(metrics)], losses, "k^", label="test, before and after")
 
@@ -149,12 +153,14 @@ def table(results):
         return "".join(f"{cell:>16}" for cell in cells)
 
     lines = ["", row("", *splits), row("examples", *(results["evaluated"][s] for s in splits))]
-    for what, form in (("accuracy", "{:.1%}"), ("loss", "{:.3f}")):
-        for when in ("before", "after"):
-            values = [form.format(results[when][split][what]) for split in splits]
+    names = [name for name in results["after"][splits[-1]] if name != "loss"]
+    for what in (*names, "loss"):
+        for when in ("before", "after") if results["before"] else ("after",):
+            values = [in_form(what, results[when][split].get(what)) for split in splits]
             lines.append(row(f"{what} {when}", *values))
 
-    worse = [s for s in splits if results["after"][s]["loss"] > results["before"][s]["loss"]]
+    before = results["before"] or results["after"]
+    worse = [s for s in splits if results["after"][s]["loss"] > before[s]["loss"]]
     if worse:
         lines.append(f"the loss on {', '.join(worse)} is higher than before: try a lower lower_lr")
 

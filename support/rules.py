@@ -14,14 +14,16 @@ import torch
 
 from support import distributed, settings
 from support.datasets import BUILT_IN
+from support.official import HUB_NAME
 
 MAY_BE_ZERO = set(
-    "seed dropout weight_decay gram_weight val_fraction lower_lr damping block_size "
+    "seed dropout weight_decay gram_weight val_fraction lower_lr retrain_lr lr_floor damping "
+    "block_size train_size test_size tune_size length_penalty no_repeat_ngram_size "
     "micro_batch_size hypergradient_steps hypergradient_lr search_steps retrain_steps "
     "snapshots".split()
 )
-BELOW_ONE = {"dropout", "val_fraction"}
-MOST = {"snapshots": 1000}
+BELOW_ONE = {"dropout", "val_fraction", "adam_beta2", "lr_floor"}
+MOST = {"snapshots": 1000, "num_beams": 1000, "length_penalty": 100}
 
 
 def refuse(problem, message):
@@ -31,7 +33,7 @@ def refuse(problem, message):
 
 def check_values(config, choices):
     """Refuse a value that is none of its setting's choices, {name: choices}, or out of range."""
-    for name, known in (choices | {"data": ("", *BUILT_IN)}).items():
+    for name, known in choices.items():
         value = getattr(config, name)
         refuse(value not in known, f"unknown {name} {value!r}" + settings.suggest(value, known))
     for name in (field.name for field in dataclasses.fields(config) if field.type in (int, float)):
@@ -40,7 +42,7 @@ def check_values(config, choices):
         refuse(wrong, f"{name}={value} must be {least}")
         refuse(name in BELOW_ONE and value >= 1, f"{name}={value} must be below 1")
         most = MOST.get(name, 2**62)
-        large = isinstance(value, int) and value > most
+        large = (name in MOST or isinstance(value, int)) and value > most
         refuse(large, f"{name}={value} must be at most {most}")
     out = os.path.basename(config.out_dir.rstrip("/"))
     here = config.out_dir and out in ("", ".", "..")
@@ -79,11 +81,16 @@ def check_budget(config, bilevel, hypergradient):
 
 
 def check_data(config, bilevel):
-    own = config.train_file
-    names = "|".join(BUILT_IN)
+    own, names = config.train_file, "|".join(BUILT_IN)
     refuse(
         not own and not config.data,
         f"no data: give --train_file=yours.jsonl, or a built-in set with --data={names}",
+    )
+    elsewhere = os.path.isdir(config.data) or HUB_NAME.fullmatch(config.data)
+    refuse(
+        config.data and not own and config.data not in BUILT_IN and not elsewhere,
+        f"unknown data {config.data!r}: no folder, no owner/name on the hub, and no built-in set"
+        + settings.suggest(config.data, BUILT_IN),
     )
     refuse(
         (config.val_file or config.test_file) and not own,
@@ -94,7 +101,7 @@ def check_data(config, bilevel):
         "label_prompt must contain {text}, where the example's text goes",
     )
     refuse(
-        bilevel and not config.val_file and config.val_fraction == 0,
+        bilevel and not config.val_file and config.val_fraction == 0 and (own or not elsewhere),
         f"method={config.method} needs validation data: its upper level learns from examples that "
         f"the lower level does not train on; give --val_file, or a val_fraction above 0",
     )
@@ -102,6 +109,11 @@ def check_data(config, bilevel):
 
 
 def check_combinations(config, method, second_order):
+    refuse(
+        config.two_phases and (method is None or method.upper or not method.magnitude),
+        f"two_phases=True is for method=dora; {config.method} has no magnitude to fix, or has two "
+        f"phases anyway",
+    )
     packed, ft = config.quantize not in ("auto", "none"), method is None
     regularised = not ft and (method.magnitude or method.singular_values)
     refuse(
@@ -138,6 +150,30 @@ def check_combinations(config, method, second_order):
         "compile=True needs a C++ compiler on a CPU, and there is no g++: install one, or use "
         "compile=False",
     )
+
+
+def check_task(config, head, encoder):
+    """head: whether the task trains one; encoder: whether the model is one."""
+    what = "an encoder" if encoder else "a head"
+    for problem, message in (
+        (head and config.fsdp, f"fsdp=True shards language models only, not {what}: leave it out"),
+        (
+            head and config.auto_hardware,
+            f"auto_hardware=True knows the memory of language models only, not of {what}: set "
+            f"micro_batch_size or gradient_checkpointing yourself",
+        ),
+        (
+            encoder and config.quantize not in ("auto", "none"),
+            f"quantize={config.quantize} packs language models only: use quantize=none",
+        ),
+        (head and config.compile, f"compile=True does not work with {what}: use compile=False"),
+        (
+            head and not encoder and config.method == "ft",
+            "method=ft does not train a head on a language model: use an adapter (bidora, dora, "
+            "lora), or task=label_words",
+        ),
+    ):
+        refuse(problem, message)
 
 
 def check_fsdp(config, second_order):

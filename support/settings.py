@@ -21,7 +21,7 @@ from pathlib import Path
 from support.files import read_json
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-TEXTS = ("prompt", "label_prompt")  # settings in which ~ is no home folder
+TEXTS = ("prompt", "prompt_b", "label_prompt")  # settings in which ~ is no home folder
 KINDS = {
     tuple: "a list of names",
     bool: "True or False",

@@ -1,6 +1,7 @@
 """Loss masks by hand and against transformers, and the readers' messages."""
 
 import collections
+import functools
 import itertools
 import json
 import random
@@ -170,7 +171,8 @@ def test_a_label_that_begins_another_gets_an_end(tiny):
 
 def test_batches_pad_on_the_right_and_show_every_row_each_epoch(tiny):
     rows, _ = encode([{"prompt": "p" * n, "completion": "c"} for n in range(1, 11)], tiny, 64)
-    stream = batches(rows, 5, pad_id=0, seed=0)
+    padded = functools.partial(data.collate, pad_id=0)
+    stream = batches(rows, 5, padded, seed=0)
     seen = []
     for _ in range(4):
         input_ids, labels = next(stream)
@@ -186,8 +188,9 @@ def test_batches_pad_on_the_right_and_show_every_row_each_epoch(tiny):
         sorted(seen[:10]) == sorted(seen[10:]) == [n + 2 for n in range(1, 11)]
         and seen[:10] != seen[10:]
     )
-    assert torch.equal(next(batches(rows, 5, 0, seed=3))[0], next(batches(rows, 5, 0, seed=3))[0])
-    assert next(batches(rows, 100, 0, 0))[0].size(0) == 10
+    first, again = (next(batches(rows, 5, padded, seed=3))[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert next(batches(rows, 100, padded, 0))[0].size(0) == 10
 
 
 # ------------------------------------------------------------------------------------- files and
@@ -315,7 +318,7 @@ def test_no_product_review_has_sentences_in_two_splits(cache):
 
     for seed in (0, 1):
         config = Config(data="product-sentiment", train_size=200, test_size=300, seed=seed)
-        splits, _ = data.load_splits(config)
+        splits = data.load_splits(config).splits
         assert [len(splits[name]) for name in ("train", "val", "test")] == pytest.approx(
             [160, 40, 300], abs=3
         )
@@ -345,9 +348,11 @@ def test_toy_sentiment_is_balanced():
 def test_batches_grouped_by_length_hold_every_row_once_an_epoch_with_less_padding():
     rows = [data.Encoded([i] * (5 + i * 7 % 40), [1] * (5 + i * 7 % 40)) for i in range(1, 43)]
 
+    padded = functools.partial(data.collate, pad_id=0)
+
     def epoch(seed=0, skip=0, **options):
         return list(
-            itertools.islice(data.batches(rows, 4, 0, seed, skip, **options), 21 - skip)
+            itertools.islice(data.batches(rows, 4, padded, seed, skip, **options), 21 - skip)
         )  # two epochs of 42 rows
 
     grouped = epoch(group_by_length=True)

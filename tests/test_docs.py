@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOP = {"train", "bidora", "hypergrad", "model", "data", "config", "sample"}
+TOP = {"train", "bidora", "hypergrad", "model", "data", "tasks", "config", "sample"}
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

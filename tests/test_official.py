@@ -510,12 +510,21 @@ def test_a_set_that_is_neither_here_nor_reachable_is_said_in_one_line(hub):
     one_line(error, "data set 'nobody/nothing' could not be read: ", "Hub")
 
 
+def test_a_damaged_file_s_own_reason_is_given(hub, tmp_path):
+    columns = {"text": ["a"], "label": ["x"]}
+    hub("me/set", "default", {"train": columns}, dict.fromkeys(columns, kind("string")))
+    (tmp_path / "me/set/default/train-00000-of-00001.parquet").write_bytes(b"PAR1, cut off")
+    with pytest.raises(ValueError) as error:
+        read_hub("me/set")
+    one_line(error, "data set 'me/set' could not be read: ", "magic bytes not found")
+
+
 def test_a_label_outside_its_classes_is_named(hub):
     features = {"text": kind("string"), "label": classes("no", "yes")}
     hub("me/set", "default", {"train": {"text": ["a", "b"], "label": [0, 7]}}, features)
     with pytest.raises(ValueError) as error:
         read_hub("me/set")
-    one_line(error, "me/set", "7")
+    one_line(error, "me/set, train, row 2: 'label' is 7, but its classes are 0 to 1")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from model import Transformer
 from support import quantized, run_folder
 from support.pretrained import find_model
 from support.regularisers import regulariser
+from tasks import LanguageTask
 from tools import merge
 from train import Config
 
@@ -165,7 +166,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another():
 def test_the_test_examples_never_change_and_are_never_trained_on():
     texts = []
     for seed in (0, 1):
-        parts, _ = data.load_splits(Config(**TINY, seed=seed))
+        parts = data.load_splits(Config(**TINY, seed=seed)).splits
         sets = {name: {example["text"] for example in part} for name, part in parts.items()}
         assert not sets["test"] & (sets["train"] | sets["val"]) and not sets["train"] & sets["val"]
         texts.append(sets)
@@ -231,7 +232,7 @@ def test_each_level_sees_its_own_examples_only(monkeypatch, method):
     monkeypatch.setattr(data, "batches", spy)
     config = Config(**TINY, method=method, out_dir="run")
     train.train(config)
-    parts, question = data.load_splits(config)
+    parts, question, *_ = data.load_splits(config)
     tokenizer = data.Tokenizer.from_pretrained(find_model("tiny-random"))
     sets = {
         name: {
@@ -506,14 +507,13 @@ def test_evaluation_against_plain_forward_passes():
         total -= scores[row.label]
         tokens += len(label_ids[row.label])
         right += max(scores, key=scores.get) == row.label
-    task = SimpleNamespace(
-        model=model, tokenizer=tokenizer, label_ids=label_ids, config=Config(), device="cpu"
-    )
+    kind = LanguageTask(tokenizer, "{text}", label_ids, False, {}, None)
+    task = SimpleNamespace(model=model, kind=kind, config=Config(), device="cpu")
     result = train.evaluate_rows(task, rows)
     assert result["loss"] == pytest.approx(total / tokens, rel=1e-4) and result[
         "accuracy"
     ] == right / len(rows)
-    task.label_ids = {}
+    kind.label_ids = {}
     plain = train.evaluate_rows(task, rows)  # the same loss by the other branch
     assert plain["loss"] == pytest.approx(result["loss"], rel=1e-4)
 

@@ -1,0 +1,28 @@
+"""
+Data to text: the E2E challenge (arXiv 1706.09254), on a decoder of GPT-2's size. Put trainset.csv,
+devset.csv and testset_w_refs.csv into the folder e2e. Rank, alpha, batches and the beam search are
+those of LoRA's experiments on GPT-2 (arXiv 2106.09685, table 11), which the papers on BiDoRA and
+BiLoRA follow; 26,000 steps are five epochs.
+"""
+
+model = "HuggingFaceTB/SmolLM2-360M"
+data = "e2e"
+task = "generation"
+target_modules = ("q_proj", "v_proj")
+rank = 4
+alpha = 32.0
+magnitude_axis = "column"
+
+batch_size = 8
+block_size = 512
+lower_lr = upper_lr = 2e-4
+weight_decay = 0.01
+search_steps = 5000
+retrain_steps = 21000
+checkpoint_every = 1000
+eval_size = 100000
+
+num_beams = 10
+length_penalty = 0.9
+no_repeat_ngram_size = 4
+max_new_tokens = 64

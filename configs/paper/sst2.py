@@ -1,0 +1,9 @@
+"""GLUE's SST-2 (accuracy) with the settings of paper/glue.py; search alone, as in the script."""
+
+from configs.paper.glue import *  # noqa: F403
+
+data = "nyu-mll/glue:sst2"
+lower_lr = upper_lr = 1e-5
+search_steps = 12000
+retrain_steps = 0
+weight_decay = 0.12

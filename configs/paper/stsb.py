@@ -1,0 +1,8 @@
+"""GLUE's STS-B with the settings of paper/glue.py; search alone, as in the script."""
+
+from configs.paper.glue import *  # noqa: F403
+
+data = "nyu-mll/glue:stsb"
+lower_lr = upper_lr = 1e-5
+search_steps = 12000
+retrain_steps = 0

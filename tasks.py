@@ -1,0 +1,201 @@
+"""
+From examples to rows, a loss, predictions and scores: one class for each family of tasks.
+
+    LanguageTask    a language model writes the answer: a label's name (label_words), any text
+                    (language_model), or a text that is compared with references (generation)
+    HeadTask        a head on an encoder or a decoder chooses classes (classification,
+                    multi_label), a number (regression) or a tag a word (tagging):
+                    support/head_task.py
+
+Both have the same methods, in the order in which train.py calls them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import data
+from model import ModelConfig, Transformer
+from support import scores
+from support.beam_search import beam_search
+from support.encoder import DEFAULTS, Encoder, EncoderConfig
+from support.files import read_json
+from support.head_task import HeadTask, load_tokenizer
+from support.jsonl import format_of
+from support.tokenizer import Tokenizer
+
+# The formats of examples (support/jsonl.py) that each task takes. By default, the first task that
+# takes an example's format is chosen; on an encoder, the first one with a head.
+LANGUAGE = {
+    "label_words": ("classification",),
+    "language_model": ("text", "code", "prompt", "instruction", "messages"),
+    "generation": ("generation", "prompt"),
+}
+HEADS = {
+    "classification": ("classification",),
+    "multi_label": ("multi_label",),
+    "regression": ("regression",),
+    "tagging": ("tagging",),
+}
+TASKS = LANGUAGE | HEADS
+
+
+def read_shape(folder):
+    """The sizes of a folder's model: a ModelConfig, or an EncoderConfig. Raises as from_hf."""
+    hf = read_json(folder / "config.json")
+    kind = EncoderConfig if hf.get("model_type") in DEFAULTS else ModelConfig
+    return kind.from_hf(hf)
+
+
+def is_encoder(shape):
+    return isinstance(shape, EncoderConfig)
+
+
+def choose(name, example, shape):
+    """
+    The name of a task, a key of TASKS, for examples like this one. name: one of them, or "auto";
+    shape: from read_shape. Raises ValueError where nothing fits.
+    """
+    form, encoder = format_of(example), is_encoder(shape)
+    fitting = [task for task, formats in TASKS.items() if form in formats]
+    possible = [task for task in fitting if task in HEADS or not encoder]
+    if name == "auto" and possible:
+        return possible[0]
+    if name in possible:
+        return name
+    if encoder and name in ("auto", *fitting):
+        raise ValueError(
+            f"examples of the format {form!r} need a model that writes, which an encoder does not: "
+            f"choose a language model, or examples for {', '.join(HEADS)}"
+        )
+    raise ValueError(
+        f"task={name} does not take examples of the format {form!r}; use task="
+        f"{' or '.join(possible)}"
+    )
+
+
+def build(name, config, folder, question, labels, glue):
+    """
+    The task `name`, from choose. folder: the model's; question, labels, glue: from
+    data.load_splits. Raises FileNotFoundError or ValueError for a tokenizer that can't be used.
+    """
+    if name in HEADS:
+        return HeadTask(name, labels, *load_tokenizer(folder), glue)
+
+    tokenizer = Tokenizer.from_pretrained(folder)
+    label_ids = data.tokenize_labels(labels, tokenizer) if name == "label_words" else {}
+    search = {}
+    if name == "generation":
+        search = dict(
+            max_new_tokens=config.max_new_tokens,
+            beams=config.num_beams,
+            length_penalty=config.length_penalty,
+            no_repeat_ngram=config.no_repeat_ngram_size,
+            within_prompt=False,  # an answer has to name what the prompt names
+        )
+    return LanguageTask(tokenizer, question, label_ids, config.train_on_prompt, search, glue)
+
+
+def load_backbone(folder, dtype, device, quantize=None, mapped=False):
+    """The model of a folder, an Encoder or a Transformer. Arguments and errors are theirs."""
+    if is_encoder(read_shape(folder)):
+        return Encoder.from_pretrained(folder, dtype, device)
+    return Transformer.from_pretrained(folder, dtype, device, quantize, mapped)
+
+
+@dataclass
+class LanguageTask:
+    """
+    question, label_ids: of label_words, else "" and {}. search: of generation, the options of
+    beam_search, else {}. glue: the key of scores.GLUE that says which scores are shown, or None.
+    """
+
+    tokenizer: Tokenizer
+    question: str  # the prompt, with {text} for the example's text
+    label_ids: dict  # {label: its token ids}, sorted by label
+    train_on_prompt: bool
+    search: dict
+    glue: str | None
+
+    @property
+    def metric(self):
+        """The score that a run is judged by."""
+        if self.glue:
+            return scores.GLUE[self.glue][0]
+        return "bleu" if self.search else "accuracy"
+
+    def notes(self, cut, block_size):
+        """Lines about the data and the tokenizer. cut: how many examples were too long."""
+        if cut:
+            what = "their texts were" if self.label_ids else "they were"
+            yield (
+                f"{cut} examples were longer than block_size={block_size} tokens: {what} cut on "
+                f"the left, their answers kept"
+            )
+        if reason := self.tokenizer.library_reason:
+            yield f"the tokenizers library splits the text, since tiktoken can't: {reason}"
+        if not self.tokenizer.has_chat_template:
+            yield "the tokenizer has no chat template: a plain one (User: … Assistant: …) is used"
+
+    def encode(self, examples, block_size):
+        """As data.encode."""
+        options = (self.question, self.label_ids, self.train_on_prompt)
+        return data.encode(examples, self.tokenizer, block_size, *options)
+
+    def collate(self, rows):
+        """As data.collate."""
+        return data.collate(rows, self.tokenizer.pad_id)
+
+    def supervised(self, batch):
+        """As data.supervised."""
+        return data.supervised(batch)
+
+    def check_vocabulary(self, encoded, shape):
+        """As data.check_vocabulary."""
+        data.check_vocabulary(encoded, shape.vocab_size, self.tokenizer)
+
+    def attach(self, backbone, rows):
+        """The model itself: a language model has its head."""
+        return backbone.requires_grad_(False)
+
+    def save_pretrained(self, model, base, folder):
+        """Write a trained model and its tokenizer. base: the folder that it was loaded from."""
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @torch.no_grad()
+    def evaluate(self, model, rows, scored=True):
+        """
+        (summed loss in nats, number of tokens, a list of what `scores` takes) of a few rows.
+
+        label_words: the loss of the right label's tokens, and (likeliest label, right label).
+        generation: that of the answers, and, if scored, (generated text, references). Otherwise the
+        loss at the supervised positions, and (how often the likeliest token is right, how many).
+        """
+        if self.label_ids:
+            labels = list(self.label_ids)
+            found = model.score([row.prompt_ids for row in rows], list(self.label_ids.values()))
+            answers = torch.tensor([labels.index(row.label) for row in rows], device=found.device)
+            loss = -found.gather(1, answers[:, None]).sum().item()
+            pairs = [(labels[i], row.label) for i, row in zip(found.argmax(1).tolist(), rows)]
+            return loss, sum(len(self.label_ids[row.label]) for row in rows), pairs
+
+        loss, right, count = model.totals(*self.collate(rows))
+        if not self.search:
+            return loss, count, [(right, count)]
+        if not scored:
+            return loss, count, []
+        prompts = [row.prompt_ids for row in rows]
+        found = beam_search(model, prompts, stop_ids=self.tokenizer.stop_ids, **self.search)
+        texts = [self.tokenizer.decode(ids).strip() for ids in found]
+        return loss, count, list(zip(texts, (row.references for row in rows)))
+
+    def scores(self, found):
+        """The task's metrics, {name: number}, of the lists that `evaluate` returns, joined."""
+        if self.search:
+            return scores.generation(*zip(*found)) if found else {}
+        if self.glue:
+            return scores.glue(self.glue, *zip(*found))
+        if self.label_ids:
+            return {"accuracy": sum(label == right for label, right in found) / len(found)}
+        return {"accuracy": sum(n for n, _ in found) / sum(n for _, n in found)}

@@ -1,0 +1,492 @@
+"""Each task, from examples to a trained and reloaded model, against transformers and peft."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy
+import peft
+import pytest
+import sklearn.metrics
+import torch
+import transformers
+from test_encoder import checkpoint
+from test_heads import tokenizers as write_tokenizer
+from test_train import TINY
+
+import data
+import sample
+import tasks
+import train
+from config import Config
+from support.files import read_json
+from support.head_task import HeadTask, load_tokenizer
+from support.pretrained import find_model
+
+ROOT = Path(train.__file__).parent
+WORDS = ["ab", "cd", "abc", "de", "e", "a", "cab", "bed"]
+STEPS = dict(search_steps=3, retrain_steps=2, dtype="float32", batch_size=4, out_dir="run")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+
+
+def make(kind, count=24, seed=0):
+    """Examples of a kind of task, with something to learn."""
+    rng = random.Random(seed)
+    found = []
+    for i in range(count):
+        words = rng.choices(WORDS, k=rng.randint(2, 7))
+        text = {"text": " ".join(words), "text_b": rng.choice(WORDS)}
+        tags = ["B-X" if word == "ab" else "I-X" if word == "cd" else "O" for word in words]
+        tags[0] = ("B-X", "I-X", "O")[i % 3]
+        found.append(
+            {
+                "classification": text | {"label": "pqr"[i % 3]},
+                "multi_label": text | {"labels": [x for x in "pqr" if x == "pqr"[i % 3] or i % 4]},
+                "regression": text | {"score": len(words) / 2},
+                "tagging": {"words": words, "tags": tags},
+                "generation": {"prompt": words[0], "references": [" ".join(words), words[-1]]},
+            }[kind]
+        )
+    return found
+
+
+def write(path, examples):
+    Path(path).write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return str(path)
+
+
+def encoder(name="bert"):
+    """A folder with a small random encoder of 300 tokens and a tokenizer of its family."""
+    folder = Path(name)
+    checkpoint(folder, name, vocab_size=400)
+    write_tokenizer(folder, name)
+    return str(folder)
+
+
+def files(kind):
+    train_file = write("train.jsonl", make(kind))
+    return dict(train_file=train_file, test_file=write("test.jsonl", make(kind, 12, seed=1)))
+
+
+HEADS = ["classification", "multi_label", "regression", "tagging"]
+CLASSES = {"tagging": "AutoModelForTokenClassification"}
+MODELS = ["bert", "roberta", "tiny-random"]
+
+
+def model_of(name):
+    return name if name == "tiny-random" else encoder(name)
+
+
+# ------------------------------------------------------------------------------ the choice
+
+CHOICES = [  # format of the example, encoder?, chosen
+    ({"text": "a", "label": "b"}, False, "label_words"),
+    ({"text": "a", "label": "b"}, True, "classification"),
+    ({"text": "a", "labels": ["b"]}, False, "multi_label"),
+    ({"text": "a", "score": 1.0}, True, "regression"),
+    ({"words": ["a"], "tags": ["O"]}, True, "tagging"),
+    ({"prompt": "a", "completion": "b"}, False, "language_model"),
+    ({"prompt": "a", "references": ["b"]}, False, "generation"),
+    ({"text": "a"}, False, "language_model"),
+]
+
+
+@pytest.mark.parametrize("example, is_encoder, expected", CHOICES)
+def test_the_task_follows_from_the_data_and_the_model(example, is_encoder, expected):
+    folder = find_model("tiny-random")
+    if is_encoder:
+        checkpoint(folder := Path("bert"), "bert")
+    assert tasks.choose("auto", example, tasks.read_shape(folder)) == expected
+
+
+@pytest.mark.parametrize(
+    "task, example, message",
+    [
+        ("auto", {"prompt": "a", "completion": "b"}, "'prompt' need a model that writes, which an"),
+        ("label_words", {"text": "a", "label": "b"}, "need a model that writes"),
+        ("tagging", {"text": "a", "label": "b"}, "task=tagging does not take examples of .*; use "
+         "task=classification"),
+    ],
+)  # fmt: skip
+def test_a_task_that_does_not_fit_is_refused(task, example, message):
+    checkpoint(Path("bert"), "bert")
+    with pytest.raises(ValueError, match=message):
+        tasks.choose(task, example, tasks.read_shape(Path("bert")))
+
+
+# ------------------------------------------------------------------------------ the heads
+
+
+def peer_of(kind, model, labels):
+    """Transformers' model with the run's adapter in it, loaded by peft."""
+    name = CLASSES.get(kind, "AutoModelForSequenceClassification")
+    base = getattr(transformers, name).from_pretrained(
+        find_model(model), num_labels=labels, dtype=torch.float32
+    )
+    if model == "tiny-random":
+        base.config.pad_token_id = 0
+    return peft.PeftModel.from_pretrained(base, "run").eval()
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_trained_head_gives_the_same_logits_in_transformers_and_peft(name, kind):
+    """From examples to the saved adapter. Within 1e-4 of logits of about 1: fp32, another norm."""
+    model = model_of(name)
+    config = Config(model=model, task=kind, method="dora", lower_lr=1e-2, **files(kind), **STEPS)
+    train.train(config)
+    ours, task, _ = sample.load("run")
+    peer = peer_of(kind, model, len(task.names) or 1)
+    rows, _ = task.encode(make(kind, 12, seed=1), 64)
+    *inputs, _ = task.collate(rows)
+    with torch.no_grad():
+        together = ours(*inputs)
+    for place, row in enumerate(rows):
+        ids, mask, types, _ = task.collate([row])
+        with torch.no_grad():
+            expected = peer(input_ids=ids, attention_mask=mask).logits
+            if name == "bert":
+                expected = peer(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+            found = ours(ids, mask, types)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        padded = together[place] if kind != "tagging" else together[place, : ids.size(1)]
+        torch.testing.assert_close(padded, expected[0], rtol=0, atol=1e-4)
+
+
+def test_the_losses_and_scores_of_a_run_are_those_of_its_reloaded_model():
+    """By scikit-learn, from the logits row by row. On the test split, which no seed shuffles."""
+    for kind in HEADS:
+        config = Config(model=encoder(), method="lora", lower_lr=1e-2, **files(kind), **STEPS)
+        config.out_dir = kind
+        after = train.train(config)["after"]["test"]
+        model, task, _ = sample.load(kind)
+        rows, _ = task.encode(make(kind, 12, seed=1), 64)
+        logits = []
+        with torch.no_grad():
+            for row in rows:
+                *inputs, _ = task.collate([row])
+                logits.append(model(*inputs)[0])
+        if kind == "classification":
+            right = [row.target for row in rows]
+            p = torch.stack(logits).softmax(-1)
+            assert after["loss"] == pytest.approx(sklearn.metrics.log_loss(right, p), abs=1e-5)
+            assert after["accuracy"] == sklearn.metrics.accuracy_score(right, p.argmax(-1))
+        elif kind == "regression":
+            right = [row.target for row in rows]
+            found = torch.cat(logits).tolist()
+            assert after["loss"] == pytest.approx(
+                sklearn.metrics.mean_squared_error(right, found), rel=1e-5
+            )
+            assert after["pearson"] == pytest.approx(numpy.corrcoef(right, found)[0, 1], abs=1e-6)
+        elif kind == "multi_label":
+            right = numpy.array([row.target for row in rows])
+            found = torch.stack(logits) > 0
+            expected = sklearn.metrics.f1_score(right, found, average="micro")
+            assert after["f1_micro"] == pytest.approx(expected)
+        else:
+            pairs = [
+                (target, scores)
+                for row, part in zip(rows, logits)
+                for target, scores in zip(row.target, part)
+                if target != -100
+            ]
+            p = torch.stack([scores for _, scores in pairs]).softmax(-1)
+            expected = sklearn.metrics.log_loss([x for x, _ in pairs], p, labels=[0, 1, 2])
+            assert after["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_micro_batches_add_up_to_the_batch(kind):
+    """Their losses times shares, within fp32's rounding: rows differ in tags, and one is alone."""
+    folder = Path(encoder())
+    names = {"tagging": ["B-X", "I-X", "O"], "regression": []}.get(kind, ["p", "q", "r"])
+    task = HeadTask(kind, names, *load_tokenizer(folder))
+    rows, _ = task.encode(make(kind, 7), 64)
+    torch.manual_seed(0)
+    model = task.attach(tasks.load_backbone(folder, torch.float32, "cpu"), rows)
+    batch = task.collate(rows)
+    parts = data.micro_batches(batch, 2, count=task.supervised)
+    whole = model(*batch).item()
+    assert sum(model(*tensors).item() * share for *tensors, share in parts) == pytest.approx(
+        whole, rel=1e-5
+    )
+
+
+def test_a_regression_begins_at_the_mean_score_of_train():
+    folder = Path(encoder())
+    task = HeadTask("regression", [], *load_tokenizer(folder))
+    rows, _ = task.encode(make("regression"), 64)
+    model = task.attach(tasks.load_backbone(folder, torch.float32, "cpu"), rows)
+    expected = numpy.mean([example["score"] for example in make("regression")])
+    assert model.output.bias.item() == pytest.approx(expected)
+
+
+def test_words_that_do_not_fit_are_predicted_as_outside():
+    folder = Path(encoder())
+    task = HeadTask("tagging", ["B-X", "O"], *load_tokenizer(folder))
+    example = {"words": ["ab"] * 9, "tags": ["B-X"] * 9}
+    [row], cut = task.encode([example], 6)  # [CLS], four words, [SEP]
+    assert cut == 1 and len(row.input_ids) == 6
+    assert task.in_words(row, [0] * 6) == ["B-X"] * 4 + ["O"] * 5
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_full_fine_tuning_of_an_encoder_loads_in_transformers_with_the_labels_names(kind):
+    config = Config(model=encoder(), method="ft", lower_lr=1e-3, **files(kind), **STEPS)
+    train.train(config)
+    name = CLASSES.get(kind, "AutoModelForSequenceClassification")
+    peer = getattr(transformers, name).from_pretrained("run").eval()
+    ours, task, _ = sample.load("run")
+    ids = torch.tensor([task.tokenizer.encode("abc cab").ids])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), peer(ids).logits, rtol=0, atol=1e-5)
+    if kind != "regression":
+        assert [peer.config.id2label[i] for i in range(len(task.names))] == task.names
+
+
+def test_letters_of_proteins_become_the_tokens_of_transformers():
+    """Also letters that it does not know, spaces, special tokens, and pairs."""
+    special = ["<cls>", "<pad>", "<eos>", "<unk>"]
+    vocabulary = [*special, *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
+    folder = Path("esm")
+    checkpoint(folder, "esm", vocab_size=len(vocabulary))
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    peer = transformers.EsmTokenizer(str(folder / "vocab.txt"))
+    ours, pad_id = load_tokenizer(folder)
+    assert pad_id == peer.pad_token_id
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choices("LAGVSERTIDPKQNFYMHWCXBUZO JJ", k=rng.randint(1, 20)))
+        text = text.replace("JJ", "<mask>")
+        assert ours.encode(text).ids == peer(text)["input_ids"], text
+    assert ours.encode("LAG", "VS").ids == peer("LAG", "VS")["input_ids"]
+
+
+# ------------------------------------------------------------------------------ generation
+
+
+def test_generated_texts_are_scored_on_the_last_split_and_train_takes_each_reference():
+    config = Config(model="tiny-random", max_new_tokens=8, **files("generation"), **STEPS)
+    results = train.train(config)
+    assert results["metric"] == "bleu" and results["examples"]["test"] == 12
+    assert results["examples"]["train"] + results["examples"]["val"] == 48
+    assert results["after"]["test"].keys() >= {"loss", "bleu", "chrf", "rougeL"}
+    assert results["after"]["val"].keys() == {"loss"}
+
+
+def test_a_greedy_text_is_what_generate_writes():
+    """On a model that has learnt to copy a word; beams are tested in test_beam_search.py."""
+    config = Config(model="tiny-random", max_new_tokens=8, **files("generation"), **STEPS)
+    config.lower_lr = 1e-2
+    train.train(config)
+    model, tokenizer, _ = sample.load("run")
+    search = dict(max_new_tokens=8, beams=1, length_penalty=1.0, no_repeat_ngram=0)
+    task = tasks.LanguageTask(tokenizer, "", {}, False, search, None)
+    rows, _ = task.encode(make("generation", 5), 64)
+    _, _, pairs = task.evaluate(model, rows)
+    for row, (text, references) in zip(rows, pairs):
+        ids = torch.tensor([row.prompt_ids])
+        out = model.generate(ids, 8, temperature=0, stop_ids=tokenizer.stop_ids)[0, ids.size(1) :]
+        assert tokenizer.decode(out.tolist()).strip() == text
+        assert references == row.references
+
+
+# ---------------------------------------------------------------------------- the controls
+
+
+def magnitudes():
+    """The magnitudes in the run's adapter, as one tensor."""
+    from safetensors.torch import load_file
+
+    tensors = load_file("run/adapter_model.safetensors")
+    return torch.cat([tensors[n] for n in sorted(tensors) if "magnitude" in n])
+
+
+def test_dora_in_two_phases_fixes_the_magnitude_of_its_first_phase():
+    ends = []
+    for retrain in (0, 5):
+        config = Config(**TINY | {"retrain_steps": retrain}, method="dora", two_phases=True)
+        config.out_dir, config.overwrite = "run", True
+        train.train(config)
+        ends.append(magnitudes())
+    assert torch.equal(*ends)
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == ["search"] * 4 + ["retrain"] * 5
+    assert not any("val_loss" in line for line in lines)
+
+
+def test_the_upper_level_can_learn_from_train_as_a_control(monkeypatch):
+    seen, batches = [], data.batches
+
+    def spy(rows, *arguments):
+        seen.append(rows)
+        return batches(rows, *arguments)
+
+    monkeypatch.setattr(data, "batches", spy)
+    train.train(Config(**TINY, upper_data="train", out_dir="run"))
+    lower, upper, retrain, _ = seen
+    assert upper is lower and len(retrain) > len(lower)
+
+
+def test_rates_of_their_own_for_the_final_phase_and_its_end():
+    train.train(Config(**TINY, retrain_lr=5e-4, lr_floor=0.0, out_dir="run"))
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    search, retrain = (
+        [line["lower_lr"] for line in lines if line["phase"] == phase]
+        for phase in ("search", "retrain")
+    )
+    assert max(search) == 1e-3 and max(retrain) == 5e-4
+    assert search[-1] == retrain[-1] == 0
+
+
+# -------------------------------------------------------------------------------- sample.py
+
+
+@pytest.mark.parametrize(
+    "kind, lines", [("classification", 3), ("multi_label", 3), ("regression", 1), ("tagging", 2)]
+)
+def test_sample_says_what_a_head_finds(kind, lines, capsys):
+    train.train(Config(model=encoder(), method="lora", **files(kind), **STEPS))
+    capsys.readouterr()
+    pair = [] if kind == "tagging" else ["--prompt_b=de"]
+    assert sample.main(["--adapter=run", "--prompt=ab cd", *pair]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == lines
+    if kind == "classification":
+        assert sum(float(line.split("%")[0]) for line in printed) == pytest.approx(100, abs=0.2)
+    if kind == "tagging":
+        assert [line.split("\t")[0] for line in printed] == ["ab", "cd"]
+
+
+def test_sample_writes_what_a_run_on_data_to_text_has_learnt(capsys):
+    """One answer, learnt by heart: without the line break after the prompt it is another one."""
+    examples = [{"prompt": f"{word} {i}", "references": ["yes"]} for word in WORDS for i in "123"]
+    settings = STEPS | {"search_steps": 20, "retrain_steps": 40}
+    file = write("train.jsonl", examples)
+    train.train(Config(model="tiny-random", train_file=file, lower_lr=2e-2, **settings))
+    capsys.readouterr()
+    assert sample.main(["--adapter=run", "--prompt=ab 2", "--temperature=0"]) == 0
+    assert capsys.readouterr().out.strip() == "yes"
+
+
+# ---------------------------------------------------------------------------- wrong input
+
+GOOD = {
+    "c": {"text": "ab", "label": "p"},
+    "d": {"text": "cd", "label": "q"},
+    "t": {"words": ["ab"], "tags": ["B-X"]},
+    "r": {"text": "ab", "score": 1},
+}
+BAD = [  # lines of train, lines of test, the message
+    ([*"cd"] * 5, ["c", {"text": "ab", "label": "z"}], "test.jsonl:2: test has the label 'z'"),
+    (["t"] * 9, [{"words": ["ab"], "tags": ["B-Y"]}], "test.jsonl:1: test has the label 'B-Y'"),
+    (["t", {"words": ["ab", "cd"], "tags": ["O"]}], [], "train.jsonl:2: 2 words and 1 tags: give"),
+    (["t", {"words": ["ab"], "tags": ["X"]}], [], "train.jsonl:2: the tag 'X' is not O, B-"),
+    (["t", {"words": "ab", "tags": ["O"]}], [], "train.jsonl:2: 'words' is str, not a list"),
+    (["r", {"text": "ab", "score": "high"}], [], "train.jsonl:2: 'score' is 'high', not a"),
+    (["r", {"text": "ab", "score": True}], [], "train.jsonl:2: 'score' is True, not a number"),
+    (["r", {"text": "ab"}], [], "train.jsonl:2: format 'text', but the lines before are"),
+    (["c", {"text": "ab", "text_b": "cd", "label": "q"}], [], "train.jsonl:1: text_b is missing"),
+    (["c", {"text": "ab", "text_b": 3, "label": "q"}], [], "train.jsonl:2: 'text_b' is int, not a"),
+    ([{"text": "ab", "labels": ["p", "p"]}], [], "train.jsonl:1: a label occurs twice"),
+    ([{"text": "ab", "labels": "p"}], [], "train.jsonl:1: 'labels' is str, not a list"),
+    ([{"prompt": "ab", "references": []}], [], "train.jsonl:1: the answer is empty"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lines, test_lines, message", BAD)
+def test_a_wrong_example_is_refused_by_file_and_line_before_any_work(
+    lines, test_lines, message, capsys
+):
+    write("train.jsonl", [GOOD.get(x, x) if isinstance(x, str) else x for x in lines])
+    arguments = [f"--model={encoder()}", "--train_file=train.jsonl", "--out_dir=run"]
+    if test_lines:
+        write("test.jsonl", [GOOD.get(x, x) if isinstance(x, str) else x for x in test_lines])
+        arguments.append("--test_file=test.jsonl")
+    capsys.readouterr()
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--quantize=nf4"], "quantize=nf4 packs language models only: use quantize=none"),
+        (["--auto_hardware=True"], "auto_hardware=True knows the memory of language models only"),
+        (["--compile=True", "--hypergradient=first_order"], "compile=True does not work with an"),
+        (["--task=tagging"], "task=tagging does not take examples of the format 'classification'"),
+        (["--task=label_words"], "need a model that writes"),
+        (["--block_size=900"], "block_size=900 is more than the 64 positions of bert"),
+        (["--block_size=2"], "block_size=2 leaves no room beside 3 special tokens"),
+        (["--target_modules=q_proj"], "target module 'q_proj' matches no linear layer"),
+    ],
+)
+def test_a_setting_that_an_encoder_can_not_have_is_refused(arguments, message, capsys):
+    write("train.jsonl", make("classification"))
+    start = [f"--model={encoder()}", "--train_file=train.jsonl", "--out_dir=run"]
+    capsys.readouterr()
+    assert train.main([*start, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not Path("run").exists()
+
+
+# ------------------------------------------------------------------------ the papers' runs
+
+CONFIGS = sorted(path.stem for path in (ROOT / "configs" / "paper").glob("*.py"))
+GLUE = {  # the columns of GLUE's files; a row of each
+    "cola": (None, ["x", "{i}", "", "ab cd"]),
+    "sst2": (["sentence", "label"], ["ab cd", "{i}"]),
+    "mrpc": (["Quality", "#1 ID", "#1 String", "#2 String"], ["{i}", "1", "ab", "cd"]),
+    "stsb": (["index", "sentence1", "sentence2", "score"], ["1", "ab", "cd", "{i}.5"]),
+    "qqp": (["id", "question1", "question2", "is_duplicate"], ["1", "ab", "cd", "{i}"]),
+    "mnli": (["sentence1", "sentence2", "gold_label"], ["ab", "cd", "{i}"]),
+    "qnli": (["index", "question", "sentence", "label"], ["1", "ab", "cd", "{i}"]),
+    "rte": (["index", "sentence1", "sentence2", "label"], ["1", "ab", "cd", "{i}"]),
+}  # fmt: skip
+
+
+def write_official(name):
+    """A folder in the official layout of a config's data; returns its path."""
+    folder = Path({"sst2": "SST-2", "stsb": "STS-B"}.get(name, name.upper()))
+    folder.mkdir()
+    if name == "conll2003":
+        for part in ("eng.train", "eng.testa", "eng.testb"):
+            lines = ["ab NN B-NP I-LOC", "cd NN I-NP O", ""] * 10
+            (folder / part).write_text("\n".join(["-DOCSTART- -X- O O", "", *lines]))
+    elif name == "e2e":
+        for part in ("trainset.csv", "devset.csv", "testset_w_refs.csv"):
+            rows = [f'"name[ab{i}], food[cd]",a restaurant' for i in range(10)]
+            (folder / part).write_text("\n".join(["mr,ref", *rows]))
+    else:
+        header, row = GLUE[name]
+        rows = [[cell.replace("{i}", str(i % 2)) for cell in row] for i in range(20)]
+        lines = ["\t".join(cells) for cells in ([header] if header else []) + rows]
+        dev = "dev_matched.tsv" if name == "mnli" else "dev.tsv"
+        for part in ("train.tsv", dev):
+            (folder / part).write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "glue"])
+def test_each_of_the_papers_runs_works_on_a_small_stand_in(name, capsys):
+    """Its own settings, but for the model, the data's place, the steps and the row lengths."""
+    model = "tiny-random" if name == "e2e" else encoder("roberta")
+    config = train.read_config(
+        [f"--config=paper/{name}.py", f"--model={model}", f"--data={write_official(name)}"]
+        + ["--block_size=48", "--search_steps=2", "--batch_size=4", "--max_new_tokens=4"]
+    )
+    config.retrain_steps = min(config.retrain_steps, 1)
+    results = train.train(config)
+    expected = {"cola": "matthews", "stsb": "pearson", "conll2003": "f1", "e2e": "bleu"}
+    assert results["metric"] == expected.get(name, "accuracy")
+    assert results["after"]["test"][results["metric"]] is not None or name == "stsb"
+    run = read_json(Path(results["out_dir"]) / "run.json")
+    assert run["magnitude_axis"] == "column" and run["rank"] == 4
