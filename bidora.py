@@ -395,7 +395,10 @@ def lower_parameters(model):
 
 
 def start_retrain(model, fresh=True):
-    """Phase 3: fix what the upper level trained, and every magnitude. fresh: reset directions."""
+    """
+    Phase 3: fix what the upper level trained, and every magnitude. fresh: reset directions; what is
+    trained beside them, such as a head, goes on.
+    """
     for layer in adapter_layers(model).values():
         for parameter in (layer.upper, layer.lora_magnitude_vector):
             if parameter is not None:

@@ -2,7 +2,7 @@
 From examples to batches: the splits, what counts in the loss, padding.
 
     load_examples(path or name)  ->  list of dicts, all of one format (support/jsonl.py)
-    load_splits(config)          ->  {"train", "val", "test"} of them, the question and the labels
+    load_splits(config)          ->  Splits: {"train", "val", "test"} of them, and what is asked
     encode(examples, ...)        ->  list of Encoded: token ids, and labels (-100: not supervised)
     batches(encoded, ...)        ->  (input_ids, labels), padded on the right
 
@@ -113,10 +113,11 @@ def load_splits(config):
 
     Raises ValueError when the splits don't fit together.
     """
-    question, glue, whole = LABEL_PROMPT, None, []
+    question, glue = LABEL_PROMPT, None
     if config.train_file:
         files = {"train": config.train_file, "val": config.val_file, "test": config.test_file}
         splits = {name: load_examples(file) if file else [] for name, file in files.items()}
+        whole = splits["train"]
     elif config.data in BUILT_IN:
         whole, question = load_examples(config.data), BUILT_IN[config.data].question
         splits = sample_built_in(config, whole)
@@ -124,12 +125,12 @@ def load_splits(config):
         folder = os.path.isdir(os.path.expanduser(config.data))
         parts, glue = (official.read_folder if folder else official.read_hub)(config.data)
         parts.pop("mismatched", None)  # MNLI's second dev set
-        splits, whole = sample_official(config, parts), [e for part in parts.values() for e in part]
+        splits, whole = sample_official(config, parts), parts["train"]
 
     if not splits["val"] and config.val_fraction > 0:
         splits["train"], splits["val"] = split(splits["train"], config.val_fraction, config.seed)
     # Of a published data set, all labels are known; a small sample may lack some.
-    labels = sorted({label for example in whole or splits["train"] for label in labels_of(example)})
+    labels = sorted({label for example in whole for label in labels_of(example)})
     check_splits(splits, labels)
     for name in ("train", "val"):
         splits[name] = [single for example in splits[name] for single in one_reference(example)]
@@ -169,14 +170,21 @@ def sample_official(config, parts):
     for name, (size, seed) in sizes.items():
         if 0 < size < len(splits[name]):
             rows = splits[name]
-            _, splits[name] = split(rows, size / len(rows), seed, grouped=False)
+            try:
+                _, splits[name] = split(rows, size / len(rows), seed, grouped=False)
+            except ValueError:
+                raise ValueError(
+                    f"{name}_size={size} of {len(rows)} examples, drawn label by label, leaves "
+                    f"out a label, or takes all examples of one: choose another {name}_size"
+                ) from None
     return splits
 
 
 def labels_of(example):
-    """The labels or tags of an example, a list."""
-    label = [example["label"]] if "label" in example else []
-    return label or example.get("labels") or example.get("tags") or []
+    """The labels or tags of an example, a list; [] where its format has none."""
+    key = {"classification": "label", "multi_label": "labels", "tagging": "tags"}
+    found = example.get(key.get(format_of(example)), [])
+    return [found] if isinstance(found, str) else found
 
 
 def one_reference(example):
@@ -245,14 +253,20 @@ def tokenize_question(text, tokenizer, label_prompt, label_ids, block_size, text
     first one where label_prompt has no {text_b}.
 
     Of a prompt that leaves no room for every label in block_size tokens, the left of the text is
-    cut, and nothing else. Raises ValueError if that is not enough.
+    cut, of a pair that of the longer one first, and nothing else. Raises ValueError if that is not
+    enough.
     """
 
     if text_b and "{text_b}" not in label_prompt:
         label_prompt = label_prompt.replace("{text}", "{text}\n{text_b}")
+    longer, both = len(text) - len(text_b), len(text) + len(text_b)
 
-    def prompt(start):
-        values = {"labels": ", ".join(label_ids), "text": text[start:], "text_b": text_b}
+    def prompt(cut):
+        """With `cut` characters less."""
+        first = min(cut, abs(longer))  # all of these from the longer text
+        start, start_b = (cut - first + 1) // 2, (cut - first) // 2
+        start, start_b = (start + first, start_b) if longer > 0 else (start, start_b + first)
+        values = {"text": text[start:], "text_b": text_b[start_b:], "labels": ", ".join(label_ids)}
         question = re.sub(r"\{(labels|text|text_b)\}", lambda m: values[m[1]], label_prompt)
         return tokenize_prompt([{"role": "user", "content": question}], tokenizer)
 
@@ -261,8 +275,8 @@ def tokenize_question(text, tokenizer, label_prompt, label_ids, block_size, text
     if len(ids) <= room:
         return ids, False
 
-    start = bisect.bisect_left(range(len(text)), True, key=lambda i: len(prompt(i)) <= room)
-    ids = prompt(start)
+    cut = bisect.bisect_left(range(both), True, key=lambda i: len(prompt(i)) <= room)
+    ids = prompt(cut)
     if len(ids) > room:
         raise ValueError(
             f"block_size={block_size} must hold the classification question, which takes "

@@ -93,7 +93,8 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
         if run.get("task") in tasks.HEADS:  # full fine-tuning of an encoder
             kind = HeadTask(run["task"], run["labels"], *load_tokenizer(folder))
             labels = len(kind.names) or 1
-            return EncoderWithHead.from_pretrained(folder, kind.kind, labels), kind, run
+            model = EncoderWithHead.from_pretrained(folder, kind.kind, labels, device=device)
+            return model, kind, run
         packed = None if quantize in ("", "none") else quantize
         model = Transformer.from_pretrained(folder, own_dtype(folder), device, packed)
         return model, Tokenizer.from_pretrained(folder), run
@@ -198,8 +199,10 @@ def respond(model, tokenizer, run, config):
     labels = labels or run.get("labels", [])
     size, task = run.get("block_size"), run.get("task")
     if isinstance(tokenizer, HeadTask):
-        if config.chat:
-            raise ValueError(f"{config.adapter} holds no conversation: give --prompt=...")
+        if config.chat or config.raw or config.labels:
+            raise ValueError(
+                f"the run's task is {task}: give --prompt alone (and --prompt_b for a pair)"
+            )
         print(*tokenizer.describe(model, config.prompt, config.prompt_b, size), sep="\n")
     elif config.chat:
         chat(model, tokenizer, config)
@@ -208,9 +211,12 @@ def respond(model, tokenizer, run, config):
         options = (labels, run.get("label_prompt") or LABEL_PROMPT, size, config.prompt_b)
         for p, label in classify(model, tokenizer, config.prompt, *options):
             print(f"{p:6.1%}  {label}")
-    elif config.raw or task == "generation":
-        prompt = config.prompt + "\n" * (task == "generation")  # as in training
-        print(answer(model, tokenizer, prompt, config))
+    elif task == "generation":
+        writer = tasks.LanguageTask(tokenizer, "", {}, False, tasks.search_options(run), None)
+        ids = tokenizer.prefix_ids + tokenizer.encode(config.prompt)
+        print(*writer.write(model, [ids]))
+    elif config.raw:
+        print(answer(model, tokenizer, config.prompt, config))
     else:
         print(answer(model, tokenizer, [{"role": "user", "content": config.prompt}], config))
 

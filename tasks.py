@@ -63,7 +63,7 @@ def choose(name, example, shape):
         return possible[0]
     if name in possible:
         return name
-    if encoder and name in ("auto", *fitting):
+    if encoder and (name in LANGUAGE or not possible):
         raise ValueError(
             f"examples of the format {form!r} need a model that writes, which an encoder does not: "
             f"choose a language model, or examples for {', '.join(HEADS)}"
@@ -84,16 +84,19 @@ def build(name, config, folder, question, labels, glue):
 
     tokenizer = Tokenizer.from_pretrained(folder)
     label_ids = data.tokenize_labels(labels, tokenizer) if name == "label_words" else {}
-    search = {}
-    if name == "generation":
-        search = dict(
-            max_new_tokens=config.max_new_tokens,
-            beams=config.num_beams,
-            length_penalty=config.length_penalty,
-            no_repeat_ngram=config.no_repeat_ngram_size,
-            within_prompt=False,  # an answer has to name what the prompt names
-        )
+    search = search_options(vars(config)) if name == "generation" else {}
     return LanguageTask(tokenizer, question, label_ids, config.train_on_prompt, search, glue)
+
+
+def search_options(settings):
+    """beam_search's options, of a run's settings as a dict."""
+    return dict(
+        max_new_tokens=settings["max_new_tokens"],
+        beams=settings["num_beams"],
+        length_penalty=settings["length_penalty"],
+        no_repeat_ngram=settings["no_repeat_ngram_size"],
+        within_prompt=False,  # an answer has to name what the prompt names
+    )
 
 
 def load_backbone(folder, dtype, device, quantize=None, mapped=False):
@@ -154,6 +157,13 @@ class LanguageTask:
         """As data.check_vocabulary."""
         data.check_vocabulary(encoded, shape.vocab_size, self.tokenizer)
 
+    def rehearse(self, rows):
+        """Raise ValueError now if a library is missing that the scores will need."""
+        if self.search:
+            self.scores([(row.references[0], row.references) for row in rows[:1]])
+        elif self.glue:
+            self.scores([(row.label, row.label) for row in rows[:1]])
+
     def attach(self, backbone, rows):
         """The model itself: a language model has its head."""
         return backbone.requires_grad_(False)
@@ -185,10 +195,13 @@ class LanguageTask:
             return loss, count, [(right, count)]
         if not scored:
             return loss, count, []
-        prompts = [row.prompt_ids for row in rows]
-        found = beam_search(model, prompts, stop_ids=self.tokenizer.stop_ids, **self.search)
-        texts = [self.tokenizer.decode(ids).strip() for ids in found]
+        texts = self.write(model, [row.prompt_ids for row in rows])
         return loss, count, list(zip(texts, (row.references for row in rows)))
+
+    def write(self, model, prompts):
+        """The texts that follow prompts, lists of token ids, by the search of a generation task."""
+        found = beam_search(model, prompts, stop_ids=self.tokenizer.stop_ids, **self.search)
+        return [self.tokenizer.decode(ids).strip() for ids in found]
 
     def scores(self, found):
         """The task's metrics, {name: number}, of the lists that `evaluate` returns, joined."""

@@ -298,6 +298,10 @@ def prepare(config, device, resuming=False):
         distributed.wait()  # lets the others continue
 
     rules.check_task(config, name in tasks.HEADS, tasks.is_encoder(shape))
+    rules.refuse(
+        is_bilevel(config) and not splits["val"] and config.upper_data == "val",
+        f"{config.data} has no dev set for the upper level: give a val_fraction above 0",
+    )
     precise = is_bilevel(config) and HYPERGRADIENTS[config.hypergradient].float32
     dtype, why = hardware.choose_dtype(config, device, precise)
 
@@ -312,6 +316,7 @@ def prepare(config, device, resuming=False):
     config = resolve(config, shape)
     encoded, cut = encode(config.block_size)
     kind.check_vocabulary(encoded, shape)
+    kind.rehearse(encoded["train"])
 
     model = build_model(config, folder, dtype, device, kind, encoded["train"])
     about = (config, device, dtype, why, folder, name, kind)
@@ -385,9 +390,11 @@ def main(arguments):
         return 130
 
     built_in = BUILT_IN.get(config.data)
-    prompt = built_in.sample_prompt if built_in and not config.train_file else "..."
+    prompts = ["..."]
+    if built_in and not config.train_file:
+        prompts = [built_in.sample_prompt, built_in.sample_prompt_b]
     other = "dora" if is_bilevel(config) else "bidora"
-    print(report.next_commands(results["out_dir"], arguments, prompt, other, config.fsdp))
+    print(report.next_commands(results["out_dir"], arguments, prompts, other, config.fsdp))
     return 0
 
 

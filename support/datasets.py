@@ -35,6 +35,7 @@ class DataSet:
     # and {text_b} for the second one of a pair; otherwise ""
     sample_prompt: str  # a text to try with sample.py
     licence: str
+    sample_prompt_b: str = ""  # the second text of a pair
 
 
 def read_snippets(name):
@@ -115,6 +116,7 @@ BUILT_IN = {
         "Passage: {text}\nClaim: {text_b}",
         "Paris: Paris is the capital of France .",
         "CC BY-SA 3.0",
+        "Paris is in Italy.",
     ),
     "nli": DataSet(
         corpora.presuppositions,
@@ -122,6 +124,7 @@ BUILT_IN = {
         "\n\n1: {text}\n2: {text_b}",
         "She stopped singing when the door opened.",
         "Apache 2.0",
+        "She had been singing.",
     ),
     "epistemic-nli": DataSet(
         corpora.epistemic_reasoning,
@@ -129,6 +132,7 @@ BUILT_IN = {
         "\n\n1: {text}\n2: {text_b}",
         "Ann knows that Bob thinks that it rains.",
         "Apache 2.0",
+        "Bob thinks that it rains.",
     ),
     "paraphrase": DataSet(
         corpora.metaphors,
@@ -136,8 +140,9 @@ BUILT_IN = {
         "\n\n1: {text}\n2: {text_b}",
         "Her words were knives.",
         "Apache 2.0",
+        "What she said hurt.",
     ),
-    "similarity": DataSet(corpora.related_words, "", "coast", "none stated"),
+    "similarity": DataSet(corpora.related_words, "", "coast", "none stated", "shore"),
     "tweet-entities": DataSet(corpora.tweets, "", "Anna flies from Oslo to Chicago .", "GPL 3.0"),
     "e2e": DataSet(
         corpora.restaurants,

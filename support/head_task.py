@@ -70,6 +70,8 @@ class HeadTask:
     def encode_text(self, example, block_size):
         text, text_b = example["text"], example.get("text_b")
         ids, types, cut = encode_pair(self.tokenizer, text, text_b, block_size)
+        if not ids:
+            raise ValueError(f"{place_of(example)}: the tokenizer leaves nothing of {text!r:.60}")
         if self.kind == "classification":
             answer = example["label"]
             target = self.names.index(answer)
@@ -84,8 +86,7 @@ class HeadTask:
         words, tags = example["words"], example["tags"]
         ids, places = encode_words(self.tokenizer, words, range(len(words)), block_size)
         if all(place == IGNORED for place in places):
-            where = getattr(example, "where", "an example")
-            raise ValueError(f"{where}: the tokenizer leaves nothing of the words {words!r:.60}")
+            raise ValueError(f"{place_of(example)}: the tokenizer leaves nothing of {words!r:.60}")
         targets = [IGNORED if i == IGNORED else self.names.index(tags[i]) for i in places]
         return Row(ids, [0] * len(ids), targets, tags, places), max(places) < len(words) - 1
 
@@ -117,10 +118,16 @@ class HeadTask:
                 f"{shape.vocab_size} tokens: take the model's own tokenizer"
             )
 
+    def rehearse(self, rows):
+        """Raise ValueError now if a library is missing that the scores will need."""
+        if self.kind == "tagging":
+            scores.library("seqeval")
+        self.scores([(row.answer, row.answer) for row in rows[:2]])
+
     def attach(self, backbone, rows=()):
         """
-        An Encoder or a model.Transformer with a fresh head. A regression begins at the mean of the
-        rows' scores: it would take many steps to learn.
+        An Encoder or a model.Transformer with a fresh head. An encoder's regression begins at the
+        mean of the rows' scores, which would take many steps to learn; decoders' have no bias.
         """
         build = EncoderWithHead if isinstance(backbone, Encoder) else DecoderWithHead
         model = build(backbone, self.kind, len(self.names) or 1)
@@ -129,7 +136,15 @@ class HeadTask:
         return model
 
     def save_pretrained(self, model, base, folder):
-        """Write a trained model with its head, and the tokenizer of the folder `base`."""
+        """
+        Write a trained encoder with its head, and the tokenizer of the folder `base`. Raises
+        ValueError for a language model with a head.
+        """
+        if isinstance(model, DecoderWithHead):
+            raise ValueError(
+                "a language model with a head can't be written as a whole: keep the adapter, which "
+                "holds the head, and use it with its base"
+            )
         model.save_pretrained(folder, self.names)
         for name in FILES:
             if (base / name).exists():
@@ -139,7 +154,7 @@ class HeadTask:
     def evaluate(self, model, rows, scored=True):
         """(summed loss, number of targets, a list of (prediction, answer)) of a few rows."""
         batch = self.collate(rows)
-        *inputs, targets = (tensor.to(device_of(model)) for tensor in batch)
+        *inputs, targets = batch
         logits, count = model(*inputs), self.supervised(batch)
         found = model.predict(logits).tolist()
         pairs = [(self.in_words(row, values), row.answer) for row, values in zip(rows, found)]
@@ -165,13 +180,12 @@ class HeadTask:
         if self.kind == "tagging":
             words = text.split()
             ids, places = encode_words(self.tokenizer, words, range(len(words)), block_size)
-            found = model.predict(model(torch.tensor([ids], device=device_of(model))))[0].tolist()
+            found = model.predict(model(torch.tensor([ids])))[0].tolist()
             row = Row(ids, None, None, words, places)
             return [f"{w}\t{tag}" for w, tag in zip(words, self.in_words(row, found))]
 
         ids, types, _ = encode_pair(self.tokenizer, text, text_b or None, block_size)
-        ids, types = (torch.tensor([each], device=device_of(model)) for each in (ids, types))
-        logits = model(ids, None, types)[0]
+        logits = model(torch.tensor([ids]), None, torch.tensor([types]))[0]
         if self.kind == "regression":
             return [f"{logits.item():.3f}"]
         p = logits.softmax(-1) if self.kind == "classification" else logits.sigmoid()
@@ -186,8 +200,8 @@ class HeadTask:
         return getattr(scores, self.kind)(predictions, answers)
 
 
-def device_of(model):
-    return next(model.parameters()).device
+def place_of(example):
+    return getattr(example, "where", "an example")
 
 
 # --------------------------------------------------------------------------------- from text
@@ -263,15 +277,13 @@ def encode_words(tokenizer, words, targets, block_size=512):
     (token ids, a target a token) of a row of words: a word's target is on its first token, and -100
     on all others. Words without a token, such as "", and words beyond block_size have no place.
 
-    tokenizer: as in encode_pair; a byte-level one is set to begin each word with a space. Raises
-    ValueError as there, and unless there is one target a word.
+    tokenizer: as in encode_pair. Each word begins with a space, as within a text. Raises ValueError
+    as there, and unless there is one target a word.
     """
     if len(words) != len(targets):
         raise ValueError(f"{len(targets)} targets for {len(words)} words: give one a word")
     truncate(tokenizer, block_size, pair=False)
-    if hasattr(tokenizer.pre_tokenizer, "add_prefix_space"):
-        tokenizer.pre_tokenizer.add_prefix_space = True
-    encoding = tokenizer.encode(words, is_pretokenized=True)
+    encoding = tokenizer.encode([f" {word}" for word in words], is_pretokenized=True)
     places = encoding.word_ids  # each token's word; None for special tokens
     return encoding.ids, [
         IGNORED if word in (None, before) else targets[word]

@@ -102,7 +102,8 @@ class Head(nn.Module):
             regression       squared error            (B,), finite numbers
             tagging          cross-entropy            (B, T), as in classification, or -100: none
 
-        Other arguments as in Encoder.forward; a decoder has no token types. Raises ValueError for
+        Other arguments as in Encoder.forward; token types are left out where the model has none, as
+        ESM and decoders; tensors are moved to the model's device. Raises ValueError for
         targets that don't fit, and, unless for tagging, for a row that is padded on the left.
         """
         if targets is not None:
@@ -110,7 +111,9 @@ class Head(nn.Module):
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.kind != "tagging" and not real[:, 0].all():
             raise ValueError("a row begins with padding: pad the end")
-        logits = self.logits(input_ids, real.bool(), token_type_ids)
+        device, types = self.output.weight.device, token_type_ids
+        types = None if types is None else types.to(device)
+        logits = self.logits(input_ids.to(device), real.bool().to(device), types)
         return logits if targets is None else self.loss(logits, targets)
 
     def check_targets(self, targets, input_ids):
@@ -193,6 +196,8 @@ class EncoderWithHead(Head):
 
     def logits(self, input_ids, real, token_type_ids):
         """As in forward; the first token stands for a row."""
+        if not self.encoder.config.type_vocab_size:
+            token_type_ids = None
         hidden = self.encoder(input_ids, real, token_type_ids).to(self.dtype)
         if self.encoder.pooler is not None:
             hidden = self.encoder.pooled(hidden)

@@ -68,7 +68,8 @@ def trainable(sizes):
 def announce_phases(config, method):
     bilevel = method is not None and method.upper is not None
     if not bilevel and not config.two_phases:
-        print(f"train: {config.search_steps + config.retrain_steps} steps, on train + val")
+        unused = "; retrain_lr is for a final phase" if config.retrain_lr else ""
+        print(f"train: {config.search_steps + config.retrain_steps} steps, on train + val{unused}")
         return
     lower, upper = method.names
     if bilevel:
@@ -139,7 +140,7 @@ def plot_losses(path, metrics, results):
         axes.axvline(first - 0.5, color="gray", linewidth=0.8, linestyle=":")
         axes.text(first, 1.01, phase, transform=axes.get_xaxis_transform(), color="gray")
 
-    axes.set(xlabel="lower-level step", ylabel="loss (nats per token)", ylim=(0, None))
+    axes.set(xlabel="lower-level step", ylabel="loss", ylim=(0, None))
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
@@ -185,14 +186,18 @@ def without(arguments, *names):
     return [a for a in arguments if a.partition("=")[0].removeprefix("--") not in names]
 
 
-def next_commands(out, arguments, prompt, other, fsdp):
+def next_commands(out, arguments, prompts, other, fsdp):
     """
-    Commands to try after a run. other: a method to compare with; fsdp: the run's setting.
+    Commands to try after a run. prompts: a text, and for pairs a second one; other: a method to
+    compare with; fsdp: the run's setting.
     """
-    kept = without(arguments, "method", "out_dir", "overwrite", "resume", "fsdp")
+    names = zip(("prompt", "prompt_b"), prompts)
+    shown = " ".join(f'--{name}="{text}"' for name, text in names if text)
+    controls = ("two_phases", "upper_data")  # of one method alone
+    kept = without(arguments, "method", "out_dir", "overwrite", "resume", "fsdp", *controls)
     again = shlex.join(kept + ["--fsdp=False"] * fsdp)
     return (
-        f'next:\n  python sample.py --adapter={out} --prompt="{prompt}"\n'
+        f"next:\n  python sample.py --adapter={out} {shown}\n"
         f"  python train.py {again} --method={other} --out_dir={out}-{other}"
         f"    # the same data and budget"
     )

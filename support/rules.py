@@ -96,6 +96,16 @@ def check_data(config, bilevel):
         (config.val_file or config.test_file) and not own,
         "val_file and test_file need train_file; a built-in data set has its own splits",
     )
+    drawn = [n for n in ("train_size", "test_size", "tune_size") if getattr(config, n)]
+    refuse(
+        drawn and own,
+        f"{', '.join(drawn)}: train_file and test_file are taken whole; make the files as small as "
+        f"you want, or use --data",
+    )
+    refuse(
+        config.tune_size and config.data not in BUILT_IN,
+        "tune_size is for a built-in set: give your tuning examples as --test_file",
+    )
     refuse(
         config.label_prompt and "{text}" not in config.label_prompt,
         "label_prompt must contain {text}, where the example's text goes",
@@ -109,10 +119,20 @@ def check_data(config, bilevel):
 
 
 def check_combinations(config, method, second_order):
+    bilevel = method is not None and method.upper is not None
+    refuse(
+        config.upper_data != "val" and not bilevel,
+        f"upper_data={config.upper_data} is for bidora and bilora; {config.method} has no upper "
+        f"level",
+    )
     refuse(
         config.two_phases and (method is None or method.upper or not method.magnitude),
         f"two_phases=True is for method=dora; {config.method} has no magnitude to fix, or has two "
         f"phases anyway",
+    )
+    refuse(
+        config.two_phases and config.search_steps == 0,
+        "two_phases=True needs search_steps, in which the magnitude learns",
     )
     packed, ft = config.quantize not in ("auto", "none"), method is None
     regularised = not ft and (method.magnitude or method.singular_values)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy
@@ -20,8 +21,9 @@ import tasks
 import train
 from config import Config
 from support.files import read_json
-from support.head_task import HeadTask, load_tokenizer
+from support.head_task import HeadTask, encode_words, load_tokenizer
 from support.pretrained import find_model
+from tools import merge
 
 ROOT = Path(train.__file__).parent
 WORDS = ["ab", "cd", "abc", "de", "e", "a", "cab", "bed"]
@@ -60,11 +62,25 @@ def write(path, examples):
     return str(path)
 
 
+ESM_TOKENS = [
+    "<cls>",
+    "<pad>",
+    "<eos>",
+    "<unk>",
+    *"LAGVSERTIDPKQNFYMHWCXBUZO.-",
+    "<null_1>",
+    "<mask>",
+]
+
+
 def encoder(name="bert"):
-    """A folder with a small random encoder of 300 tokens and a tokenizer of its family."""
+    """A folder with a small random encoder and a tokenizer of its family."""
     folder = Path(name)
     checkpoint(folder, name, vocab_size=400)
-    write_tokenizer(folder, name)
+    if name == "esm":
+        (folder / "vocab.txt").write_text("\n".join(ESM_TOKENS))
+    else:
+        write_tokenizer(folder, name)
     return str(folder)
 
 
@@ -75,7 +91,7 @@ def files(kind):
 
 HEADS = ["classification", "multi_label", "regression", "tagging"]
 CLASSES = {"tagging": "AutoModelForTokenClassification"}
-MODELS = ["bert", "roberta", "tiny-random"]
+MODELS = ["bert", "roberta", "esm", "tiny-random"]
 
 
 def model_of(name):
@@ -251,11 +267,7 @@ def test_full_fine_tuning_of_an_encoder_loads_in_transformers_with_the_labels_na
 
 def test_letters_of_proteins_become_the_tokens_of_transformers():
     """Also letters that it does not know, spaces, special tokens, and pairs."""
-    special = ["<cls>", "<pad>", "<eos>", "<unk>"]
-    vocabulary = [*special, *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
-    folder = Path("esm")
-    checkpoint(folder, "esm", vocab_size=len(vocabulary))
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    folder = Path(encoder("esm"))
     peer = transformers.EsmTokenizer(str(folder / "vocab.txt"))
     ours, pad_id = load_tokenizer(folder)
     assert pad_id == peer.pad_token_id
@@ -361,16 +373,18 @@ def test_sample_says_what_a_head_finds(kind, lines, capsys):
         assert sum(float(line.split("%")[0]) for line in printed) == pytest.approx(100, abs=0.2)
     if kind == "tagging":
         assert [line.split("\t")[0] for line in printed] == ["ab", "cd"]
+    assert sample.main(["--adapter=run", "--prompt=ab", "--labels=x,y"]) == 2
+    assert f"the run's task is {kind}: give --prompt alone" in capsys.readouterr().err
 
 
 def test_sample_writes_what_a_run_on_data_to_text_has_learnt(capsys):
-    """One answer, learnt by heart: without the line break after the prompt it is another one."""
+    """One answer, learnt by heart, by the run's own search."""
     examples = [{"prompt": f"{word} {i}", "references": ["yes"]} for word in WORDS for i in "123"]
     settings = STEPS | {"search_steps": 20, "retrain_steps": 40}
     file = write("train.jsonl", examples)
     train.train(Config(model="tiny-random", train_file=file, lower_lr=2e-2, **settings))
     capsys.readouterr()
-    assert sample.main(["--adapter=run", "--prompt=ab 2", "--temperature=0"]) == 0
+    assert sample.main(["--adapter=run", "--prompt=ab 2"]) == 0
     assert capsys.readouterr().out.strip() == "yes"
 
 
@@ -436,6 +450,129 @@ def test_a_setting_that_an_encoder_can_not_have_is_refused(arguments, message, c
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not Path("run").exists()
+
+
+def test_a_folder_without_a_dev_set_can_not_serve_the_upper_level(capsys):
+    Path("folder").mkdir()
+    write("folder/train.jsonl", make("classification"))
+    arguments = [f"--model={encoder()}", "--data=folder", "--val_fraction=0", "--out_dir=run"]
+    capsys.readouterr()
+    assert train.main(arguments) == 2
+    assert "folder has no dev set for the upper level" in capsys.readouterr().err
+
+
+def test_a_tag_that_occurs_once_is_learnt_wherever_the_split_puts_it():
+    rare = {"words": ["de"], "tags": ["B-RARE"]}
+    for place in range(3):
+        write(
+            "train.jsonl",
+            make("tagging", 9)[: 3 * place] + [rare] + make("tagging", 9)[3 * place :],
+        )
+        splits = data.load_splits(Config(train_file="train.jsonl"))
+        assert splits.labels == ["B-RARE", "B-X", "I-X", "O"]
+
+
+def test_a_text_without_a_token_is_named(capsys):
+    """The tiny model's tokenizer adds no special tokens."""
+    write("train.jsonl", [*make("regression", 9), {"text": "", "text_b": "", "score": 1}])
+    arguments = ["--model=tiny-random", "--train_file=train.jsonl", "--out_dir=run"]
+    assert train.main(arguments) == 2
+    assert "train.jsonl:10: the tokenizer leaves nothing of ''" in capsys.readouterr().err
+
+
+def test_a_library_that_the_scores_need_is_missed_before_training(monkeypatch, capsys):
+    """Also where nothing is scored before training."""
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    write("train.jsonl", make("classification"))
+    arguments = [f"--model={encoder()}", "--train_file=train.jsonl", "--eval_before=False"]
+    capsys.readouterr()
+    assert train.main([*arguments, "--out_dir=run"]) == 2
+    assert "pip install scikit-learn" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(train_file="train.jsonl", train_size=9), "train_size: train_file and test_file are"),
+        (dict(data="folder", tune_size=9), "tune_size is for a built-in set"),
+        (dict(data="toy-sentiment", method="lora", upper_data="train"), "lora has no upper level"),
+        (dict(data="toy-sentiment", method="lora", two_phases=True), "two_phases=True is for met"),
+        (
+            dict(data="toy-sentiment", method="dora", two_phases=True, search_steps=0),
+            "two_phases=True needs search_steps",
+        ),
+        (dict(data="toy-sentiment", length_penalty=1e9), "length_penalty=1000000000.0 must be at"),
+        (dict(data="toys"), "unknown data 'toys'"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(settings, message):
+    Path("folder").mkdir()
+    with pytest.raises(ValueError, match=message):
+        train.check(Config(**settings))
+
+
+def test_tags_and_labels_of_other_formats_are_notes():
+    """Instruction data often has fields of these names."""
+    train_file = write(
+        "train.jsonl",
+        [{"instruction": "a", "output": "b", "tags": tags} for tags in (["x"], 3, ["y"], ["z"])],
+    )
+    test_file = write("test.jsonl", [{"instruction": "a", "output": "b", "labels": ["other"]}])
+    assert data.load_splits(Config(train_file=train_file, test_file=test_file)).labels == []
+
+
+# ------------------------------------------------------------------------ words and pairs
+
+
+@pytest.mark.parametrize("name", ["bert", "tiny-random"])
+def test_words_are_the_tokens_that_they_are_within_a_text(name):
+    """By the tokenizers library itself, on a text that begins with a space."""
+    folder = find_model(name) if name == "tiny-random" else Path(encoder())
+    tokenizer, _ = load_tokenizer(folder)
+    words = ["ab", "cab", "de"]
+    ids, places = encode_words(tokenizer, words, range(3), 64)
+    assert ids == tokenizer.encode(" ab cab de").ids
+    assert [place for place in places if place >= 0] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("sizes", [(300, 5), (5, 300), (200, 150)])
+def test_of_a_long_pair_the_left_of_the_longer_text_is_cut_first(sizes):
+    """One token a byte: what is kept is counted in characters."""
+    tokenizer = data.Tokenizer.from_pretrained(find_model("tiny-random"))
+    label_ids = data.tokenize_labels(["no", "yes"], tokenizer)
+    text, text_b = "a" * sizes[0], "b" * sizes[1]
+    ids, cut = data.tokenize_question(text, tokenizer, "{text}|{text_b}", label_ids, 150, text_b)
+    before, after = tokenizer.decode(ids).split("|")
+    kept = before.count("a"), after.count("b")
+    assert cut and len(ids) == 150 - 3  # room for "yes"
+    if min(sizes) == 5:
+        assert min(kept) == 5 and max(kept) < 300
+    else:
+        assert abs(kept[0] - kept[1]) <= 1
+
+
+# ------------------------------------------------------------------------------- merging
+
+
+def test_an_encoder_with_a_head_is_merged_for_transformers_and_for_sample(capsys):
+    train.train(Config(model=encoder(), method="bidora", **files("classification"), **STEPS))
+    assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
+    ours, task, _ = sample.load("run")
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained("merged").eval()
+    again, _, _ = sample.load("", "merged")
+    ids = torch.tensor([task.tokenizer.encode("abc cab").ids])
+    with torch.no_grad():
+        for model in (lambda x: peer(x).logits, again):
+            torch.testing.assert_close(model(ids), ours(ids), rtol=0, atol=1e-5)
+    assert peer.config.id2label == {0: "p", 1: "q", 2: "r"}
+
+
+def test_a_language_model_with_a_head_is_not_merged(capsys):
+    train.train(Config(model="tiny-random", **files("regression"), **STEPS))
+    capsys.readouterr()
+    assert merge.main(["--adapter=run", "--out_dir=merged"]) == 2
+    assert "keep the adapter, which holds the head" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------ the papers' runs

@@ -11,6 +11,8 @@ from pathlib import Path
 from bidora import adapter_layers, merge
 from sample import load
 from support.files import write_json
+from support.head_task import HeadTask
+from support.pretrained import find_model
 from support.quantized import KINDS
 
 HELP = {
@@ -32,8 +34,12 @@ def write_merged(args):
     if not adapter_layers(model):
         raise ValueError(f"{args.adapter} is a whole model already: there is nothing to merge")
 
-    merge(model).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    if isinstance(tokenizer, HeadTask):
+        base = find_model(args.model or run["model"])
+        tokenizer.save_pretrained(merge(model), base, out)
+    else:
+        merge(model).save_pretrained(out)
+        tokenizer.save_pretrained(out)
     if run:  # sample.py reads its labels and its question
         write_json(out / "run.json", run)
     return out

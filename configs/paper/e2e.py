@@ -1,12 +1,12 @@
 """
 Data to text: the E2E challenge (arXiv 1706.09254), on a decoder of GPT-2's size. Put trainset.csv,
-devset.csv and testset_w_refs.csv into the folder e2e. Rank, alpha, batches and the beam search are
-those of LoRA's experiments on GPT-2 (arXiv 2106.09685, table 11), which the papers on BiDoRA and
-BiLoRA follow; 26,000 steps are five epochs.
+devset.csv and testset_w_refs.csv into the folder e2e-dataset. Rank, alpha, batches and the beam
+search are those of LoRA's experiments on GPT-2 (arXiv 2106.09685, table 11), which the papers on
+BiDoRA and BiLoRA follow; 26,000 steps are five epochs.
 """
 
 model = "HuggingFaceTB/SmolLM2-360M"
-data = "e2e"
+data = "e2e-dataset"
 task = "generation"
 target_modules = ("q_proj", "v_proj")
 rank = 4
