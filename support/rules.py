@@ -96,11 +96,10 @@ def check_data(config, bilevel):
         (config.val_file or config.test_file) and not own,
         "val_file and test_file need train_file; a built-in data set has its own splits",
     )
-    drawn = [n for n in ("train_size", "test_size", "tune_size") if getattr(config, n)]
     refuse(
-        drawn and own,
-        f"{', '.join(drawn)}: train_file and test_file are taken whole; make the files as small as "
-        f"you want, or use --data",
+        config.train_size and own,
+        f"train_size={config.train_size}: train_file is taken whole; make it as small as you want, "
+        f"or use --data",
     )
     refuse(
         config.tune_size and config.data not in BUILT_IN,

@@ -434,3 +434,46 @@ def test_a_padding_token_that_the_model_lacks_is_named(begin, tmp_path):
     said = rf"'<pad>' has the id {vocab_size}, .* only {vocab_size} tokens: set pad_token"
     with pytest.raises(ValueError, match=said):
         begin(model="model", data="toy-sentiment", test_size=40)
+
+
+def test_files_are_read_by_the_ends_of_their_names(tmp_path):
+    """The same example each time, with its place; an empty line ends a sentence."""
+    import pyarrow
+    import pyarrow.parquet
+
+    example = {"text": "ab", "text_b": "cd", "label": "p"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(example))
+    (tmp_path / "a.csv").write_text("text,text_b,label\nab,cd,p\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([example]), tmp_path / "a.parquet")
+    places = {"jsonl": "a.jsonl:1", "csv": "a.csv:2", "parquet": "a.parquet, row 1"}
+    for ending, place in places.items():
+        [found] = load_examples(tmp_path / f"a.{ending}")
+        assert found == example and found.where == f"{tmp_path}/{place}"
+    for ending in ("conll", "bio"):
+        (tmp_path / f"a.{ending}").write_text("ab B-X\ncd O\n\n")
+        assert load_examples(tmp_path / f"a.{ending}") == [
+            {"words": ["ab", "cd"], "tags": ["B-X", "O"]}
+        ]
+
+
+def test_samples_of_a_published_set_are_drawn_and_its_dev_set_is_the_test(tmp_path):
+    """By the papers' rule; with val_fraction=0 the dev set is val, and nothing is tested."""
+    for name, count in (("train", 50), ("dev", 30)):
+        lines = [json.dumps({"text": f"{name} {i}", "label": "pq"[i % 2]}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+
+    def sizes(**settings):
+        splits = data.load_splits(Config(data=str(tmp_path), **settings)).splits
+        return {part: len(rows) for part, rows in splits.items()}, splits
+
+    counts, splits = sizes()
+    assert counts == {"train": 40, "val": 10, "test": 30}
+    assert all(row["text"].startswith("dev") for row in splits["test"])
+    counts, _ = sizes(train_size=20, test_size=10, seed=3)
+    assert counts == {"train": 16, "val": 4, "test": 10}
+    assert sizes(train_size=20, seed=3)[1]["train"] != sizes(train_size=20, seed=4)[1]["train"]
+    assert sizes(test_size=10, seed=3)[1]["test"] == sizes(test_size=10, seed=4)[1]["test"]
+    counts, splits = sizes(val_fraction=0.0)
+    assert counts == {"train": 50, "val": 30, "test": 0}
+    with pytest.raises(ValueError, match="train_size=1 of 50 examples, drawn label by label"):
+        sizes(train_size=1)

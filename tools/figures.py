@@ -1,11 +1,12 @@
 """
 The pictures of README.md and docs/, drawn from committed files in a few seconds.
 
-    python -m tools.figures               phases.png, gap.png and speed.png, into docs/
+    python -m tools.figures               phases, gap, study and speed.png, into docs/
     python -m tools.figures --only=gap    one of them
 
 phases.png: who trains on what in BiDoRA's three phases. gap.png: train minus test accuracy over the
-number of training examples, from results/. speed.png: two tables of docs/speed.md, as bars.
+number of training examples, from results/. study.png: BiDoRA minus each other method on an encoder,
+from results/study/. speed.png: two tables of docs/speed.md, as bars.
 Colours are Okabe and Ito's. Line styles, markers and hatching serve black and white.
 """
 
@@ -23,7 +24,8 @@ from PIL import Image
 
 from support import settings
 from support.files import replacing
-from tools.compare import load_results
+from tools.results import load_results
+from tools.study import ARMS, MEASURES, differences
 
 ORANGE, SKY, GREEN, BLUE, VERMILION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 METHODS = {  # method: name, colour, marker, line style, a factor in x that keeps bars apart
@@ -39,7 +41,7 @@ PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text t
 
 @dataclass
 class Figures:
-    only: str = ""  # one picture: phases, gap or speed; empty: all of them
+    only: str = ""  # one picture: phases, gap, study or speed; empty: all of them
     results: str = "results"  # what gap.png is drawn from
     docs: str = "docs"  # where speed.md is read and the pictures are written
 
@@ -206,6 +208,39 @@ def gap(results):
     return figure
 
 
+def study(results):
+    """
+    BiDoRA minus each other arm at the smallest size: the mean over all domains with its 95 %
+    interval, and each domain's mean.
+    """
+    size = min(result["size"] for result in results)
+    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    markers = {}
+    for axes, measure in zip(panels, MEASURES):
+        found = differences(results, size, measure)
+        arms = [arm for arm in ARMS if ("all", arm) in found]
+        for (domain, arm), (_, mean, half, *_) in found.items():
+            y = arms.index(arm)
+            if domain == "all":
+                style = {"color": BLUE, "markersize": 7, "linewidth": 2, "zorder": 3}
+                axes.errorbar(mean, y, xerr=half, fmt="D", label="mean of the tasks", **style)
+                continue
+            marker = markers.setdefault(domain, "ov^sPX*"[len(markers) % 7])
+            style = {"color": "none", "markeredgecolor": "#767676", "markersize": 6}
+            axes.plot(mean, y, marker, label=domain, **style)
+        axes.axvline(0, color="black", linewidth=1, linestyle=":")
+        axes.set_xlabel(f"{measure}: BiDoRA minus the other, points")
+        axes.set_yticks(range(len(arms)), arms)
+        axes.spines[["top", "right"]].set_visible(False)
+
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles))
+    figure.legend(unique.values(), unique, loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
 def rows(path, section):
     """The first table below a heading of a Markdown file: {first cell: list of the others}."""
     lines = path.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].splitlines()
@@ -282,6 +317,7 @@ def main(arguments):
     pictures = {
         "phases": lambda figures: phases(),
         "gap": lambda figures: gap(load_results(figures.results)),
+        "study": lambda figures: study(load_results(Path(figures.results) / "study")),
         "speed": lambda figures: speed(Path(figures.docs) / "speed.md"),
     }
     try:

@@ -1,0 +1,196 @@
+"""The study on an encoder: its choice of rates, its statistics, its jobs, and resuming it."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import scipy.stats
+
+from tools import study
+from tools.results import read_results, save
+from tools.study import Study
+
+TOY = [
+    "--model=tiny-random",
+    "--target_modules=q_proj,v_proj",
+    "--domains=toy-sentiment",
+    "--sizes=20",
+    "--arms=lora",
+    "--seeds=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+
+
+def result(domain, arm, seed, test, train=0.9, size=100, metric="accuracy"):
+    after = {"test": {metric: test, "loss": 0.5}, "train": {metric: train, "loss": 0.1}}
+    found = {"name": f"{domain}-{size}-{arm}-{seed}", "domain": domain, "size": size}
+    return found | {"method": arm, "seed": seed, "metric": metric, "after": after, "set": "main"}
+
+
+def draws(seed=0, seeds=8):
+    """Results of two arms on two domains."""
+    rng = random.Random(seed)
+    return [
+        result(domain, arm, s, rng.random())
+        for domain in ("a", "b")
+        for arm in ("bidora", "dora")
+        for s in range(seeds)
+    ]
+
+
+def test_differences_are_paired_by_seed_with_scipy_s_interval_and_p():
+    results = draws()
+    random.Random(1).shuffle(results)
+    n, mean, half, p, _ = study.differences(results, 100, "test")["a", "dora"]
+    scores = {
+        (r["domain"], r["method"], r["seed"]): 100 * r["after"]["test"]["accuracy"] for r in results
+    }
+    pairs = [scores["a", "bidora", s] - scores["a", "dora", s] for s in range(8)]
+    interval = scipy.stats.ttest_1samp(pairs, 0).confidence_interval(0.95)
+    assert n == 8 and mean == pytest.approx(numpy.mean(pairs))
+    assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
+    assert p == pytest.approx(scipy.stats.wilcoxon(pairs).pvalue)
+
+
+def test_all_is_the_mean_over_domains_seed_by_seed():
+    results = draws()
+    _, mean, _, p, _ = study.differences(results, 100, "test")["all", "dora"]
+    by = {(r["domain"], r["method"], r["seed"]): r["after"]["test"]["accuracy"] for r in results}
+    pairs = [
+        numpy.mean([100 * (by[d, "bidora", s] - by[d, "dora", s]) for d in "ab"]) for s in range(8)
+    ]
+    assert mean == pytest.approx(numpy.mean(pairs))
+    assert p == pytest.approx(scipy.stats.wilcoxon(pairs).pvalue)
+
+
+def test_the_gap_is_train_minus_test_and_what_is_undefined_counts_as_0():
+    run = result("a", "dora", 0, None, train=0.75)
+    assert study.MEASURES["train - test"](run) == 75 and study.MEASURES["test"](run) == 0
+
+
+def test_holm_s_correction_on_a_worked_example():
+    """4 · 0.005, 3 · 0.01, 2 · 0.03, and 0.04 raised to the one before it."""
+    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert study.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_fewer_than_six_pairs_have_no_p():
+    assert ("a", "dora") not in study.differences(draws(seeds=5), 100, "test")
+
+
+def bowl(monkeypatch, best, floor=0.0):
+    """Runs whose loss is the squared distance from the rates `best` in places of the grid."""
+    tried = []
+
+    def run(_study, pool, name, domain, size, arm, seed, rates, **more):
+        tried.append(tuple(rates.values()))
+        away = [study.GRID.index(r) - study.GRID.index(b) for r, b in zip(rates.values(), best)]
+        return {"after": {"test": {"loss": 1 + max(floor, sum(d * d for d in away))}}}
+
+    monkeypatch.setattr(study, "run", run)
+    return tried
+
+
+@pytest.mark.parametrize("best", [(1e-4, 0.1), (1e-2, 1e-3)])
+def test_the_choice_of_rates_reaches_the_optimum_and_has_tried_all_its_neighbours(
+    best, monkeypatch
+):
+    tried = bowl(monkeypatch, best)
+    found = study.climb(Study(), None, "a", "bidora")
+    assert tuple(found.values()) == best
+    assert {tuple(near.values()) for near in study.neighbours(found)} <= set(tried)
+
+
+def test_the_choice_of_rates_stays_on_a_plateau(monkeypatch):
+    bowl(monkeypatch, (1e-4, 0.1), floor=1e9)
+    assert study.climb(Study(), None, "a", "bidora") == study.ARMS["bidora"][1]
+
+
+def test_controls_take_bidora_s_rates_and_only_those_that_they_have(monkeypatch):
+    bowl(monkeypatch, (1e-2, 1e-2))
+    for arm, expected in (("dora-at-bidora-rate", 1), ("bidora-5:5", 2), ("bidora-on-train", 2)):
+        assert len(study.tuned(Study(), None, "a", arm)) == expected
+
+
+def test_every_arm_is_a_run_that_train_accepts():
+    import train
+
+    for arm, (_, rates) in study.ARMS.items():
+        rates = rates if isinstance(rates, dict) else {"lower_lr": 1e-3}
+        options = study.options_of(Study(), "x", "peptides", 100, arm, 0, rates)
+        train.check(train.read_config([f"--{name}={value}" for name, value in options.items()]))
+
+
+def test_a_study_tunes_trains_resumes_and_lists_what_is_left(capfd):
+    assert study.main([*TOY, "--list"]) == 0
+    first = capfd.readouterr().out.splitlines()
+    assert [line.split("--job=")[1] for line in first] == ["tune-toy-sentiment-lora"]
+    assert study.main([*TOY, "--job=tune-toy-sentiment-lora"]) == 0
+    assert study.main([*TOY, "--list"]) == 0
+    listed = capfd.readouterr().out.splitlines()
+    names = ["toy-sentiment-20-lora-0", "toy-sentiment-20-lora-1"]
+    assert [line.split("--job=")[1] for line in listed] == names
+    assert study.main([*TOY, f"--job={names[0]}"]) == 0
+
+    before = Path("results/study/runs.jsonl").read_bytes()
+    assert study.main(TOY) == 0
+    after = Path("results/study/runs.jsonl").read_bytes()
+    assert after.startswith(before) and after.count(b"\n") == before.count(b"\n") + 1
+    assert names[1] in read_results("results/study")
+    assert study.main([*TOY, "--list"]) == 0
+    assert "--job" not in capfd.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sigterm_ends_the_workers_and_the_same_command_resumes():
+    root = Path(study.__file__).parents[1]
+    command = [sys.executable, "-m", "tools.study", *TOY]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while not Path("results/study/runs.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        threads = Path(f"/proc/{process.pid}/task").glob("*/children")
+        children = [pid for thread in threads for pid in thread.read_text().split()]
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the same command resumes" in errors
+    assert len(children) >= 2 and not any(Path(f"/proc/{pid}/exe").exists() for pid in children)
+
+
+def test_the_picture_and_the_tables_are_drawn_from_results():
+    from tools import figures
+
+    for found in draws():
+        save("results/study", found, None)
+    assert any("a" in line and "dora" in line for line in study.tables(draws()))
+    Path("docs").mkdir()
+    assert figures.main(["--only=study"]) == 0
+    assert Path("docs/study.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--arms=dorra"], "did you mean 'dora'"),
+        (["--domains=films"], "unknown domains 'films'"),
+        (["--sizes=ten"], "integers of at least 20"),
+        (["--seeds=0"], "positive"),
+        (["--report"], "no results in results/study"),
+        ([*TOY, "--job=nothing"], "unknown job 'nothing'"),
+    ],
+)
+def test_wrong_input_gets_one_line(arguments, message, capsys):
+    assert study.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

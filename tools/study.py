@@ -1,0 +1,405 @@
+"""
+The methods side by side on a small encoder: five tasks, many seeds, and controls.
+
+    python -m tools.study                 make every run that has no result yet
+    python -m tools.study --report        print the tables of the results so far
+    python -m tools.study --list          one command a job that is still to do, for GNU parallel or
+                                          a job array: ... --list | parallel -j 2. First it lists
+                                          the choices of rates; when these are done, the runs
+    python -m tools.study --job=NAME      do one job
+
+Stop it at any time: the same command resumes. Several machines may work on one folder: a run that
+another process holds is left to it. In each domain 300 examples are the test set, the same for all
+runs; the seed draws a training sample from the rest. With n examples every arm takes
+50·√(n/100) lower-level steps, those with two phases a fifth of them in search.
+
+Rates are chosen for each arm and domain by the loss on 200 other examples, at 100 training
+examples: from a first guess the search goes to the best neighbour on a grid, half a decade apart,
+until none is better by half a percent. So no choice lies at an edge. A run is one call of
+train.py; its result and command are one line of results/study/runs.jsonl.
+"""
+
+import contextlib
+import io
+import itertools
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy
+from scipy.stats import t, wilcoxon
+from tqdm import tqdm
+
+from support import settings
+from support.datasets import BUILT_IN
+from tools.results import mend, read_results, save
+
+DOMAINS = ("similarity", "movie-sentiment", "bbc-topics", "movie-ratings", "peptides")
+GRID = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]  # of every rate
+LOWER, BOTH = {"lower_lr": 3e-3}, {"lower_lr": 3e-3, "upper_lr": 1e-2}
+ARMS = {  # name: (settings, the first guess of its rates, or the arm whose rates it takes)
+    "bidora": ({"method": "bidora"}, BOTH),
+    "dora": ({"method": "dora"}, LOWER),
+    "lora": ({"method": "lora"}, LOWER),
+    "bilora": ({"method": "bilora"}, BOTH),
+    "ft": ({"method": "ft"}, {"lower_lr": 1e-4}),
+    # Controls: BiDoRA's parts, one at a time
+    "bidora-on-train": ({"method": "bidora", "upper_data": "train"}, "bidora"),
+    "dora-two-phases": ({"method": "dora", "two_phases": True}, LOWER),
+    "dora-at-bidora-rate": ({"method": "dora"}, "bidora"),
+    "bidora-9:1": ({"method": "bidora", "val_fraction": 0.1}, "bidora"),
+    "bidora-7:3": ({"method": "bidora", "val_fraction": 0.3}, "bidora"),
+    "bidora-6:4": ({"method": "bidora", "val_fraction": 0.4}, "bidora"),
+    "bidora-5:5": ({"method": "bidora", "val_fraction": 0.5}, "bidora"),
+}
+METHODS = tuple(ARMS)[:5]
+
+
+@dataclass
+class Study:
+    domains: tuple = DOMAINS  # built-in data sets
+    sizes: tuple = ("100", "400")  # training examples, train and val together
+    arms: tuple = tuple(ARMS)  # what is compared; controls at the first size alone
+    seeds: int = 20  # each draws the sample, the split, the initial adapter and the batches
+    model: str = "minilm"  # the base model
+    target_modules: tuple = ("query", "value")  # the adapted layers, as in the paper
+    dtype: str = "float32"  # of the base
+    workers: int = 2  # runs at a time, which share the CPU's cores
+    results: str = "results/study"  # folder of the results
+    out_dir: str = "out/study"  # folder of the runs
+    report: bool = False  # only print the tables
+    list: bool = False  # only print the jobs that are still to do
+    job: str = ""  # do this one alone
+
+
+def options_of(study, name, domain, size, arm, seed, rates):
+    """The settings of a run, {name: value}."""
+    steps = round(50 * (size / 100) ** 0.5)
+    options = {"model": study.model, "data": domain, "train_size": size, "test_size": 300}
+    options |= ARMS[arm][0] | rates
+    options |= {"seed": seed, "search_steps": steps // 5, "retrain_steps": steps - steps // 5}
+    options |= {"target_modules": ",".join(study.target_modules), "rank": 4, "alpha": 8.0}
+    options |= {"batch_size": 8, "block_size": 48, "dtype": study.dtype}
+    options |= {"eval_size": 300, "eval_before": False, "checkpoint_every": 10**6}
+    return options | {"out_dir": f"{study.out_dir}/{name}", "overwrite": True}
+
+
+def train_once(arguments):
+    """One run, in a worker process: (its summary, ""), or (None, why it failed)."""
+    import train
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return train.train(train.read_config(arguments)), ""
+        except (ValueError, OSError, FloatingPointError) as error:
+            return None, str(error)
+
+
+def run(study, pool, name, domain, size, arm, seed, rates, **more):
+    """
+    Train once, unless there is a result already; returns the result, or None if another process
+    makes it. Raises RuntimeError for a run that fails, unless it diverges: {"diverged": message};
+    LookupError without a pool.
+    """
+    if found := read_results(study.results).get(name):
+        return found
+    if pool is None:
+        raise LookupError(name)
+    options = options_of(study, name, domain, size, arm, seed, rates) | more
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    summary, error = pool.submit(train_once, arguments).result()
+
+    result = {"name": name, "set": "tune" if "tune_size" in more else "main", "domain": domain}
+    result |= {"size": size, "method": arm, "seed": seed, **rates}
+    result |= {"command": shlex.join(["python", "train.py", *arguments])}
+    if error:
+        if "another run" in error:  # it holds the folder
+            return None
+        if "not finite" not in error:
+            raise RuntimeError(f"{name}: {error}")
+        result["diverged"] = error
+    else:
+        for key in ("metric", "after", "seconds", "dtype"):
+            result[key] = summary[key]
+    save(study.results, result, None)
+    return result
+
+
+# ------------------------------------------------------------------------------ learning rates
+
+
+def neighbours(rates):
+    """The points of the grid around one, each with one rate moved by one place."""
+    for name, value in rates.items():
+        place = GRID.index(value)
+        for near in (place - 1, place + 1):
+            yield rates | {name: GRID[near]}
+
+
+def climb(study, pool, domain, arm):
+    """
+    The rates of an arm on a domain, {name: rate}: from the first guess to a local optimum. Without
+    a pool, LookupError is raised where a run is missing.
+    """
+
+    def loss(rates):
+        shown = "-".join(f"{rate:g}" for rate in rates.values())
+        name = f"tune-{domain}-{arm}-{shown}"
+        while True:
+            found = run(study, pool, name, domain, 100, arm, 1000, rates, tune_size=200)
+            if found:
+                break
+            time.sleep(5)  # another process makes it
+        return numpy.inf if "diverged" in found else found["after"]["test"]["loss"]
+
+    best = ARMS[arm][1]
+    while True:
+        near = min(neighbours(best), key=loss)
+        if loss(near) > 0.995 * loss(best):  # or it would wander over a plateau
+            return best
+        best = near
+
+
+def tuned(study, pool, domain, arm):
+    """The rates of an arm, which may be those of another one."""
+    options, start = ARMS[arm]
+    if not isinstance(start, str):
+        return climb(study, pool, domain, arm)
+    rates = climb(study, pool, domain, start)
+    return rates if options["method"] == start else {"lower_lr": rates["lower_lr"]}
+
+
+# ---------------------------------------------------------------------------------- the jobs
+
+
+def jobs(study):
+    """{name: (domain, size, arm, seed)} of all runs, in the order in which they are made."""
+    found = {}
+    for size, seed in itertools.product(map(int, study.sizes), range(study.seeds)):
+        for domain, arm in itertools.product(study.domains, study.arms):
+            if arm in METHODS or str(size) == study.sizes[0]:
+                found[f"{domain}-{size}-{arm}-{seed}"] = (domain, size, arm, seed)
+    return found
+
+
+def to_do(study):
+    """The jobs without a result."""
+    done = read_results(study.results)
+    return {name: job for name, job in jobs(study).items() if name not in done}
+
+
+def to_tune(study):
+    """{name: (domain, arm)} of the choices of rates that are not finished."""
+    found = {}
+    for domain, arm in itertools.product(study.domains, study.arms):
+        own = arm if isinstance(ARMS[arm][1], dict) else ARMS[arm][1]
+        try:
+            climb(study, None, domain, own)
+        except LookupError:
+            found[f"tune-{domain}-{own}"] = (domain, own)
+    return found
+
+
+@contextlib.contextmanager
+def ended_with(pool):
+    """End the pool's processes with the block, at once if it fails or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def interrupt(signum, frame):
+    raise KeyboardInterrupt
+
+
+def work(study, chosen, tuning=()):
+    """
+    Do the chosen jobs, {name: job}. The rates that they need are chosen first, and those of the
+    (domain, arm) in tuning.
+    """
+    mend(study.results)
+    # Of the workers, which start afresh: they read it when torch is imported.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // study.workers))
+    context = multiprocessing.get_context("spawn")
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process, which ends the workers
+    pool = ProcessPoolExecutor(study.workers, context, signal.signal, ignore)
+
+    def do(job, rates):
+        name, (domain, size, arm, seed) = job
+        return run(study, pool, name, domain, size, arm, seed, rates[domain, arm])
+
+    with ThreadPoolExecutor(study.workers) as threads, ended_with(pool):  # a thread a worker
+        pairs = (*tuning, *((domain, arm) for domain, _, arm, _ in chosen.values()))
+        needed = list(dict.fromkeys(pairs))
+        found = threads.map(lambda pair: tuned(study, pool, *pair), needed)
+        rates = dict(zip(needed, tqdm(found, desc="tuning", total=len(needed))))
+        made = threads.map(lambda job: do(job, rates), chosen.items())
+        skipped = sum(result is None for result in tqdm(made, desc="runs", total=len(chosen)))
+    if skipped:
+        print(f"{skipped} runs are being made by other processes; the same command adds them")
+
+
+# -------------------------------------------------------------------------------- the tables
+
+
+def points(result, split):
+    """A run's score on a split, in points of 100; what was undefined counts as 0."""
+    return 100 * (result["after"][split][result["metric"]] or 0)
+
+
+MEASURES = {
+    "test": lambda result: points(result, "test"),
+    "train - test": lambda result: points(result, "train") - points(result, "test"),
+}
+
+
+def collect(results, size, measure):
+    """{(domain, arm): {seed: value}} of one size, and as domain "all" the means over domains."""
+    found = {}
+    for r in results:
+        if r["size"] == size and "diverged" not in r:
+            key = r["domain"], r["method"]
+            found.setdefault(key, {})[r["seed"]] = MEASURES[measure](r)
+    domains = list(dict.fromkeys(domain for domain, _ in found))
+    for arm in dict.fromkeys(arm for _, arm in found):
+        parts = [found.get((domain, arm), {}) for domain in domains]
+        seeds = set.intersection(*map(set, parts))
+        found["all", arm] = {s: numpy.mean([part[s] for part in parts]) for s in sorted(seeds)}
+    return found
+
+
+def compare(ours, other):
+    """
+    Of two {seed: value}: the number of pairs, the mean difference, the half-width of its 95 %
+    interval (Student's t), and p by Wilcoxon's signed-rank test. None for fewer than six pairs.
+    """
+    # rounded, so that equal differences tie whatever their last digits are
+    differences = [round(ours[seed] - other[seed], 9) for seed in ours if seed in other]
+    n = len(differences)
+    if n < 6:  # no p below 0.05 is possible
+        return None
+    half = t.ppf(0.975, n - 1) * numpy.std(differences, ddof=1) / n**0.5
+    p = wilcoxon(differences).pvalue if any(differences) else 1.0
+    return n, float(numpy.mean(differences)), float(half), float(p)
+
+
+def holm(p_values):
+    """Holm's correction of p for their number (Scandinavian Journal of Statistics 6, 1979)."""
+    order, worst, found = numpy.argsort(p_values), 0.0, [0.0] * len(p_values)
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
+        found[i] = worst
+    return found
+
+
+def differences(results, size, measure):
+    """
+    BiDoRA minus each other arm, {(domain, arm): (pairs, mean, half-width, p, Holm's p)}; p is
+    corrected for the number of arms and domains, "all" apart.
+    """
+    values = collect(results, size, measure)
+    found = {}
+    for (domain, arm), other in values.items():
+        if arm != "bidora" and (domain, "bidora") in values:
+            if row := compare(values[domain, "bidora"], other):
+                found[domain, arm] = row
+    for together in (False, True):
+        keys = [key for key in found if (key[0] == "all") == together]
+        for key, p in zip(keys, holm([found[key][3] for key in keys])):
+            found[key] += (p,)
+    return found
+
+
+def tables(results):
+    """Lines of text: for each size and measure, the arms' means and BiDoRA's differences."""
+    for size, measure in itertools.product(sorted({r["size"] for r in results}), MEASURES):
+        values = collect(results, size, measure)
+        domains = list(dict.fromkeys(domain for domain, _ in values))
+        yield f"{measure}, points of 100, {size} examples: mean ± standard deviation"
+        yield f"{'':22}{'seeds':>6}" + "".join(f"{domain:>20}" for domain in domains)
+        for arm in (arm for arm in ARMS if any((d, arm) in values for d in domains)):
+            cells = [list(values.get((domain, arm), {}).values()) for domain in domains]
+            texts = [f"{numpy.mean(c):.1f} ± {numpy.std(c):.1f}" if c else "–" for c in cells]
+            seeds = max(map(len, cells))
+            yield f"{arm:22}{seeds:6}" + "".join(f"{text:>20}" for text in texts)
+        yield ""
+        yield "bidora minus each other: mean [95 % interval], p by Wilcoxon (by Holm)"
+        for (domain, arm), (n, mean, half, p, corrected) in sorted(
+            differences(results, size, measure).items(), key=lambda item: item[0][0]
+        ):
+            yield (
+                f"    {domain:20}{arm:22}{n:4} pairs {mean:+6.2f} [{mean - half:+.2f}, "
+                f"{mean + half:+.2f}]  p = {p:.2g} ({corrected:.2g})"
+            )
+        yield ""
+
+
+def work_on(study, missing, untuned):
+    """Do the job that study.job names, unless it is done. Raises ValueError for an unknown one."""
+    name = study.job
+    if name in untuned:
+        work(study, {}, [untuned[name]])
+    elif name in missing:
+        work(study, {name: missing[name]})
+    elif name not in jobs(study) and not name.startswith("tune-"):
+        raise ValueError(f"unknown job {name!r}: --list shows those that are still to do")
+
+
+def check(study):
+    """Raises ValueError for settings that make no sense."""
+    for name, known in (("arms", ARMS), ("domains", BUILT_IN)):
+        for value in set(getattr(study, name)) - set(known):
+            raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
+    if not all(size.isdigit() and int(size) >= 20 for size in study.sizes):
+        raise ValueError(f"sizes={','.join(study.sizes)} must be integers of at least 20")
+    if min(study.seeds, study.workers) < 1:
+        raise ValueError("seeds and workers must be positive integers")
+
+
+def main(arguments):
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__.strip(), settings.help_text(Study), sep="\n\n")
+        return 0
+    try:
+        study, _ = settings.read(Study, arguments)
+        check(study)
+        missing, untuned = to_do(study), to_tune(study)
+        if study.list:
+            kept = [a for a in arguments if a.partition("=")[0] != "--list"]
+            for name in untuned or missing:
+                print(shlex.join(["python", "-m", "tools.study", *kept, f"--job={name}"]))
+            return 0
+        if study.job:
+            work_on(study, missing, untuned)
+            return 0
+        if not study.report:
+            work(study, missing)
+        results = [r for r in read_results(study.results).values() if r["set"] == "main"]
+        if not results:
+            raise FileNotFoundError(
+                f"no results in {study.results}: run python -m tools.study first"
+            )
+        print(*tables(results), sep="\n")
+    except (ValueError, OSError, RuntimeError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line
+        return 2
+    except (KeyboardInterrupt, BrokenProcessPool):
+        print("interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.exit(main(sys.argv[1:]))
