@@ -192,10 +192,13 @@ def check_tags(words, tags, where):
             f"one word"
         )
     for tag in tags:
-        if not re.fullmatch("O|[BI]-.+", tag):
-            raise ValueError(
-                f"{where}: the tag {tag!r} is not O, B-… or I-…: convert the tags to BIO"
-            )
+        check_tag(tag, where)
+
+
+def check_tag(tag, where):
+    """Raise ValueError, beginning with `where`, for a text that is no BIO tag."""
+    if not re.fullmatch("O|[BI]-.+", tag):
+        raise ValueError(f"{where}: the tag {tag!r} is not O, B-… or I-…: convert the tags to BIO")
 
 
 def check_score(score, where):

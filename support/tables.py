@@ -20,7 +20,7 @@ import math
 import re
 from pathlib import Path
 
-from support.jsonl import Example
+from support.jsonl import Example, check_tag
 
 LAYOUTS = (  # {column: key}; a file has the first layout whose columns it has
     {"instruction": "instruction", "output": "output"},
@@ -109,10 +109,7 @@ def read_conll(path):
                 f"{path}:{number}: {len(cells)} columns, not {max(width, 2)}: give every line a "
                 f"word, as many columns as the first line, and a tag in the last one"
             )
-        if not re.fullmatch("O|[BI]-.+", tag):
-            raise ValueError(
-                f"{path}:{number}: the tag {tag!r} is not O, B-… or I-…: convert the tags to BIO"
-            )
+        check_tag(tag, f"{path}:{number}")
         begins = tag[0] == "I" and tag[2:] != tags[-1][2:]
         words.append(cells[0])
         tags.append("B" + tag[1:] if begins else tag)

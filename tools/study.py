@@ -166,13 +166,18 @@ def climb(study, pool, domain, arm):
         best = near
 
 
+def source_of(arm):
+    """The arm whose rates an arm takes: most take their own."""
+    start = ARMS[arm][1]
+    return start if isinstance(start, str) else arm
+
+
 def tuned(study, pool, domain, arm):
-    """The rates of an arm, which may be those of another one."""
-    options, start = ARMS[arm]
-    if not isinstance(start, str):
-        return climb(study, pool, domain, arm)
-    rates = climb(study, pool, domain, start)
-    return rates if options["method"] == start else {"lower_lr": rates["lower_lr"]}
+    """The rates of an arm, those of its source; of them, DoRA takes the lower level's alone."""
+    source = source_of(arm)
+    rates = climb(study, pool, domain, source)
+    other = source != arm and ARMS[arm][0]["method"] != source
+    return {"lower_lr": rates["lower_lr"]} if other else rates
 
 
 # ---------------------------------------------------------------------------------- the jobs
@@ -197,12 +202,11 @@ def to_do(study):
 def to_tune(study):
     """{name: (domain, arm)} of the choices of rates that are not finished."""
     found = {}
-    for domain, arm in itertools.product(study.domains, study.arms):
-        own = arm if isinstance(ARMS[arm][1], dict) else ARMS[arm][1]
+    for domain, arm in itertools.product(study.domains, map(source_of, study.arms)):
         try:
-            climb(study, None, domain, own)
+            climb(study, None, domain, arm)
         except LookupError:
-            found[f"tune-{domain}-{own}"] = (domain, own)
+            found[f"tune-{domain}-{arm}"] = (domain, arm)
     return found
 
 
@@ -374,7 +378,8 @@ def main(arguments):
     try:
         study, _ = settings.read(Study, arguments)
         check(study)
-        missing, untuned = to_do(study), to_tune(study)
+        missing = to_do(study)
+        untuned = to_tune(study) if study.list or study.job else {}
         if study.list:
             kept = [a for a in arguments if a.partition("=")[0] != "--list"]
             for name in untuned or missing:
