@@ -70,7 +70,12 @@ METHODS = {
 }
 
 
-CHOICES = {"method": METHODS, "norm_grad": ("exact", "detach"), "magnitude_axis": ("row", "column")}
+CHOICES = {
+    "method": METHODS,
+    "norm_grad": ("exact", "detach"),
+    "magnitude_axis": ("row", "column"),
+    "init": ("kaiming", "normal", "normal_b"),
+}
 
 
 class BiDoRALinear(nn.Linear):
@@ -82,12 +87,15 @@ class BiDoRALinear(nn.Linear):
     method             a key of METHODS
     magnitude_axis     'row' (one m per output) or 'column' (one per input)
     norm_grad          'exact', or 'detach': a constant in the backward pass (DoRA, section 4.3)
+    init               of A, with B = 0: 'kaiming' (uniform, as in LoRA) or 'normal' (N(0, 1));
+                       'normal_b': of B, with A = 0
     linear             an nn.Linear whose weight and bias are shared, not copied; bitsandbytes may
                        have packed it (support/quantized.py). Without it, W0 is random
 
     Adapter parameters are fp32 even over a bf16 weight, also after .to(torch.bfloat16): in bf16,
     small updates round to nothing. Under autocast the products run in autocast's dtype.
-    Raises ValueError for a rank below 1 and for an unknown method, magnitude_axis or norm_grad.
+    Raises ValueError for a rank below 1 and for an unknown method, magnitude_axis, norm_grad or
+    init.
     """
 
     transposed = False  # whether the layer replaced a Conv1D, whose weight is W0ᵀ
@@ -104,11 +112,12 @@ class BiDoRALinear(nn.Linear):
         *,
         norm_grad="exact",
         magnitude_axis="row",
+        init="kaiming",
         linear=None,
     ):
         if rank < 1:
             raise ValueError(f"rank {rank} must be at least 1")
-        for name, value in zip(CHOICES, (method, norm_grad, magnitude_axis)):
+        for name, value in zip(CHOICES, (method, norm_grad, magnitude_axis, init)):
             if value not in CHOICES[name]:
                 raise ValueError(f"unknown {name} {value!r}: choose {', '.join(CHOICES[name])}")
 
@@ -119,7 +128,7 @@ class BiDoRALinear(nn.Linear):
         self.requires_grad_(False)  # the weight and the bias
 
         self.method, self.norm_grad = METHODS[method], norm_grad
-        self.magnitude_axis = magnitude_axis
+        self.magnitude_axis, self.init = magnitude_axis, init
         self.rank, self.scaling = rank, self.method.scale(lora_alpha, rank)
         self.dropout = nn.Dropout(lora_dropout)
 
@@ -190,9 +199,15 @@ class BiDoRALinear(nn.Linear):
         return getattr(self, self.method.upper) if self.method.upper else None
 
     def reset_direction(self):
-        """Start the direction afresh: A Kaiming-uniform, B zero, so that B·A = 0."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        """Start the direction afresh: one factor random, the other zero, so that B·A = 0."""
+        random, zero = self.lora_A, self.lora_B
+        if self.init == "normal_b":
+            random, zero = zero, random
+        if self.init == "kaiming":
+            nn.init.kaiming_uniform_(random, a=math.sqrt(5))
+        else:
+            nn.init.normal_(random)
+        nn.init.zeros_(zero)
 
     def reference_forward(self, x):
         """BiDoRA's equation, for reading: `forward` computes the same without building V or W."""
@@ -316,7 +331,8 @@ def replace_linear_with_bidora(
 ):
     """
     Replace, in place, the linear layers that match target_modules (as in linear_layers) by
-    BiDoRALinear layers that share their weights; return module. options: norm_grad, magnitude_axis.
+    BiDoRALinear layers that share their weights; return module. options: norm_grad, magnitude_axis,
+    init.
 
     Raises ValueError when a target matches no linear layer, or when a layer is adapted already,
     shares its weight with another layer, is smaller than the rank, or is read by its owner without

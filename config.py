@@ -60,6 +60,8 @@ class Config:
     #: query,key,value,intermediate.dense,output.dense
     magnitude_axis: str = "row"  # one magnitude per output (row, as in PEFT) or per input (column,
     #: as in the papers)
+    init: str = "kaiming"  # of A, while B is 0: kaiming (as in LoRA) or normal (N(0, 1)); normal_b:
+    #: of B, while A is 0
     norm_grad: str = "exact"  # exact, or detach: a constant norm in the backward pass, as in PEFT
     gram_weight: float = 0.0  # weight of a regulariser in the lower loss: it keeps directions apart
 
@@ -74,7 +76,8 @@ class Config:
     upper_lr: float = 1e-2  # AdamW's peak learning rate, upper level
     retrain_lr: float = 0.0  # AdamW's peak learning rate in the final phase; 0 means lower_lr
     lr_floor: float = 0.1  # each learning rate falls to this share of its peak
-    weight_decay: float = 0.0  # AdamW's, lower level only
+    weight_decay: float = 0.0  # AdamW's, lower level
+    upper_weight_decay: float = 0.0  # AdamW's, upper level
     adam_beta2: float = 0.999  # AdamW's, both levels
     grad_clip: float = 1.0  # the norm to which each level's gradient is clipped
     optimizer: str = "adamw"  # of both levels: adamw, or adamw8bit (bitsandbytes, 8-bit moments)
@@ -85,7 +88,7 @@ class Config:
 
     # the hypergradient (hypergrad.py)
     hypergradient: str = "unrolled"  # unrolled (the paper's), first_order, finite_difference,
-    #: neumann, conjugate_gradient
+    #: neumann, conjugate_gradient, identity and identity_difference (the authors' program's)
     hypergradient_steps: int = 0  # steps to differentiate through (unrolled, finite_difference),
     #: terms of the series (neumann) or iterations (conjugate_gradient); 0 means 1, 3 and 3
     hypergradient_lr: float = 0.0  # learning rate of these steps (0 means lower_lr), or neumann's
@@ -98,6 +101,7 @@ class Config:
 
     # speed and memory
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
+    shuffle: bool = True  # the order of the batches is drawn anew each epoch, or once
     group_by_length: bool = False  # batches of similarly long rows: faster, but less random
     compile: bool = False  # torch.compile the blocks (half a minute); not with second derivatives
     fsdp: bool = False  # under torchrun: shard the frozen weights over the processes (FSDP2)

@@ -416,22 +416,24 @@ def collate(encoded, pad_id):
     return pad([e.input_ids for e in encoded], pad_id), pad([e.labels for e in encoded], -100)
 
 
-def batches(rows, batch_size, collate, seed, skip=0, group_by_length=False):
+def batches(rows, batch_size, collate, seed, skip=0, group_by_length=False, shuffle=True):
     """
-    Yield batches without end, collate(list of rows) each, shuffled anew each epoch.
+    Yield batches without end, collate(list of rows) each, shuffled anew each epoch, or without
+    shuffle once for all epochs.
 
     batch_size: rows per batch, or all if there are fewer. skip: leave out that many batches, for a
     resumed run. group_by_length: sort the rows of 16 batches at a time by length, so that each
     batch has rows of similar length.
     """
     rng = random.Random(seed)
-    queue = []
+    queue, order = [], None
     for number in itertools.count():
         batch = []
         while len(batch) < min(batch_size, len(rows)):
             if not queue:
-                queue = rng.sample(rows, len(rows))
-                queue = grouped(queue, batch_size, rng) if group_by_length else queue
+                if shuffle or order is None:
+                    order = rng.sample(rows, len(rows))
+                queue = grouped(order, batch_size, rng) if group_by_length else order.copy()
             batch.append(queue.pop())
         if number >= skip:
             yield collate(batch)

@@ -9,6 +9,7 @@ F(V*(m), m) on val. So dF/dm = ∂F/∂m + (dV*/dm)ᵀ · ∂F/∂V, and methods
     finite_difference    the same, second derivatives by differences (arXiv 1806.09055, section 2.3)
     neumann              -H⁻¹ · ∂²L/∂V∂m, H⁻¹ by K terms of its series (arXiv 1911.02590)
     conjugate_gradient   as neumann, H⁻¹ · v solved by K iterations of CG (arXiv 1602.02355)
+    identity             as neumann, H⁻¹ replaced by I: what BiDoRA's published program computes
 
 All have one signature, f(train_loss, val_loss, lower, upper, *, options) -> a tensor per upper
 parameter. A loss is a closure without arguments that returns a scalar at the parameters' current
@@ -282,8 +283,7 @@ def unrolled(
     Memory grows by the adapter's size per step, not by activations. Raises ValueError for another
     mode.
     """
-    if mode not in ("exact", "finite_difference"):
-        raise ValueError(f"unknown mode {mode!r}: choose 'exact' or 'finite_difference'")
+    check_mode(mode)
     with restored(lower):
         trajectory = list(past or [])
         state = adam_moments(adam) if adam else []
@@ -305,6 +305,11 @@ def unrolled(
 
         v, h = val_gradients(val_loss, lower, upper, reduce)
         return through_steps(trajectory, v, h, lower, upper, product)
+
+
+def check_mode(mode):
+    if mode not in ("exact", "finite_difference"):
+        raise ValueError(f"unknown mode {mode!r}: choose 'exact' or 'finite_difference'")
 
 
 def through_steps(trajectory, v, h, lower, upper, product):
@@ -427,6 +432,26 @@ def conjugate_gradient(
     return implicit(solve, train_loss, val_loss, lower, upper, past=past, reduce=reduce)
 
 
+def identity(train_loss, val_loss, lower, upper, *, mode="exact", radius=0.01, reduce=same):
+    """
+    ∂F/∂m - ∂²L/∂m∂V · ∂F/∂V at the current V: the implicit gradient with H⁻¹ replaced by I.
+
+    BiDoRA's published program (github.com/t2ance/BiDoRA, commit e7922af) computes this in the mode
+    'finite_difference': it is `darts` of Betty 0.1.1 (arXiv 2207.02849). The paper's equation, as
+    in `unrolled`, has the lower level's rate before the second term; here that coefficient is 1.
+    """
+    check_mode(mode)
+    if mode == "exact":
+        return implicit(
+            lambda v, H: v, train_loss, val_loss, lower, upper, past=None, reduce=reduce
+        )
+    with restored(lower):
+        v, h = val_gradients(val_loss, lower, upper, reduce)
+        here = Step([V.data for V in lower], [], [], None, train_loss)
+        cross = central_difference(here, v, upper, lower, radius, reduce)
+    return [hm - c for hm, c in zip(h, cross)]
+
+
 @dataclass(frozen=True)
 class Hypergradient:
     """
@@ -457,6 +482,10 @@ HYPERGRADIENTS = {
     "conjugate_gradient": Hypergradient(
         conjugate_gradient, {"iterations": "hypergradient_steps", "damping": "damping"}
     ),
+    "identity": Hypergradient(identity),
+    "identity_difference": Hypergradient(
+        functools.partial(identity, mode="finite_difference"), second_order=False, float32=True
+    ),
 }
 
 
@@ -470,7 +499,7 @@ CHOICES = {
 def check_options(hypergradient, options):
     """Raise ValueError for options that a hypergradient does not have, or for unfit values."""
     entry = HYPERGRADIENTS[hypergradient]
-    known = {*entry.options} | ({"radius"} if hypergradient == "finite_difference" else set())
+    known = {*entry.options} | ({"radius"} if hypergradient.endswith("difference") else set())
     if unknown := sorted(options.keys() - known):
         has = f"it has {', '.join(sorted(known))}" if known else "it has none"
         raise ValueError(f"hypergradient={hypergradient} has no option {unknown[0]!r}: {has}")
@@ -497,9 +526,10 @@ def check_choices(hypergradient, optimizer, precondition, coarse):
             "use optimizer=adamw"
         )
     if HYPERGRADIENTS[hypergradient].float32 and coarse:
+        exact = "identity" if hypergradient.startswith("identity") else "unrolled"
         raise ValueError(
             f"hypergradient={hypergradient} loses too many digits in bfloat16 and float16: "
-            f"use hypergradient=unrolled, or float32"
+            f"use hypergradient={exact}, or float32"
         )
 
 
@@ -535,7 +565,7 @@ class BilevelOptimizer:
     hypergradient. For a model without upper parameters, lower_step alone is plain training.
 
     lower_steps     as in bilevel_step
-    weight_decay    of the lower level; magnitudes and singular values don't decay
+    weight_decay    of the lower level; upper_weight_decay: of magnitudes or singular values
     hypergradient   a key of HYPERGRADIENTS; options: that function's own (lr: by default the lower
                     level's rate at the time)
     grad_clip       the norm to which the gradient of each level is clipped
@@ -562,6 +592,7 @@ class BilevelOptimizer:
         grad_clip=1.0,
         optimizer="adamw",
         precondition="none",
+        upper_weight_decay=0.0,
         reduce=same,
         **options,
     ):
@@ -580,7 +611,7 @@ class BilevelOptimizer:
         self.function, self.second_order = entry.function, entry.second_order
         self.takes = set(inspect.signature(entry.function).parameters)
         self.looks_back = "past" in self.takes  # on the steps that the lower level has taken
-        self.needs_train = self.looks_back or self.second_order
+        self.needs_train = entry.function is not first_order
         self.options, self.kept_steps = options, options.get("steps", 1)
         self.lower_steps, self.grad_clip = lower_steps, grad_clip
         self.precondition, self.reduce = precondition, reduce
@@ -592,7 +623,7 @@ class BilevelOptimizer:
             from bitsandbytes.optim import AdamW8bit as AdamW
         self.lower_optimizer = AdamW(self.lower, lr=lower_lr, weight_decay=weight_decay)
         self.upper_optimizer = (
-            AdamW(self.upper, lr=upper_lr, weight_decay=0.0) if self.upper else None
+            AdamW(self.upper, lr=upper_lr, weight_decay=upper_weight_decay) if self.upper else None
         )
 
     @property

@@ -91,9 +91,9 @@ def fit(run, task, phase, steps, rows, val_rows=()):
     # the upper level one val batch per turn and one train batch per turn after the first.
     past = begin // every if val_rows else 0
     shape = (config.batch_size, kind.collate, config.seed)
-    similar = config.group_by_length
-    train_batches = data.batches(rows, *shape, begin + past * (turns - 1), similar)
-    val_batches = data.batches(val_rows, *shape, past * turns, similar)
+    order = (config.group_by_length, config.shuffle)
+    train_batches = data.batches(rows, *shape, begin + past * (turns - 1), *order)
+    val_batches = data.batches(val_rows, *shape, past * turns, *order)
 
     def micro_batches(batch):
         size, ranks = config.micro_batch_size, (distributed.RANK, distributed.WORLD_SIZE)
@@ -160,6 +160,7 @@ def build_optimizer(task, phase):
         grad_clip=config.grad_clip,
         optimizer=config.optimizer,
         precondition=config.precondition,
+        upper_weight_decay=config.upper_weight_decay,
         reduce=distributed.add_up,
         **options,
     )
@@ -350,6 +351,7 @@ def build_model(config, folder, dtype, device, kind, rows):
             config.method,
             norm_grad=config.norm_grad,
             magnitude_axis=config.magnitude_axis,
+            init=config.init,
         )
 
     if config.fsdp:

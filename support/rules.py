@@ -17,10 +17,10 @@ from support.datasets import BUILT_IN
 from support.official import HUB_NAME
 
 MAY_BE_ZERO = set(
-    "seed dropout weight_decay gram_weight val_fraction lower_lr retrain_lr lr_floor damping "
-    "block_size train_size test_size tune_size length_penalty no_repeat_ngram_size "
-    "micro_batch_size hypergradient_steps hypergradient_lr search_steps retrain_steps "
-    "snapshots".split()
+    "seed dropout weight_decay upper_weight_decay gram_weight val_fraction lower_lr retrain_lr "
+    "lr_floor damping block_size train_size test_size tune_size length_penalty "
+    "no_repeat_ngram_size micro_batch_size hypergradient_steps hypergradient_lr search_steps "
+    "retrain_steps snapshots".split()
 )
 BELOW_ONE = {"dropout", "val_fraction", "adam_beta2", "lr_floor"}
 MOST = {"snapshots": 1000, "num_beams": 1000, "length_penalty": 100}
@@ -132,6 +132,15 @@ def check_combinations(config, method, second_order):
     refuse(
         config.two_phases and config.search_steps == 0,
         "two_phases=True needs search_steps, in which the magnitude learns",
+    )
+    refuse(
+        config.group_by_length and not config.shuffle,
+        "group_by_length=True draws a new order each epoch, and shuffle=False keeps one: choose",
+    )
+    refuse(
+        config.upper_weight_decay and not bilevel,
+        f"upper_weight_decay={config.upper_weight_decay} is for bidora and bilora; {config.method} "
+        f"has no upper level",
     )
     packed, ft = config.quantize not in ("auto", "none"), method is None
     regularised = not ft and (method.magnitude or method.singular_values)

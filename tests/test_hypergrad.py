@@ -33,6 +33,8 @@ from hypergrad import (
 from model import Transformer
 
 UNROLLED = ("unrolled", "finite_difference")  # look back on steps of the lower level
+HERE = ("first_order", "identity", "identity_difference")  # are taken at the current values
+DIFFERENCES = ("finite_difference", "identity_difference")
 
 
 class Quadratic:
@@ -295,8 +297,8 @@ def test_parameters_are_left_as_found_also_after_an_error(name):
 def test_bilevel_step_moves_each_level_along_its_own_gradient(name):
     """
     The lower parameters move by AdamW on the train loss alone, the upper ones by Adam on the
-    hypergradient alone: for `unrolled` through the step just taken, for the implicit ones where
-    that step began, whose graph they share.
+    hypergradient alone: for `unrolled` through the step just taken, for `identity` at its end, for
+    the other implicit ones where it began, whose graph they share.
     """
     c = Curved()
     options = {"lr": 0.05} if name in UNROLLED else {}
@@ -332,7 +334,7 @@ def test_bilevel_step_moves_each_level_along_its_own_gradient(name):
             p.data = value
         cross = torch.autograd.grad(g, twin.upper, grad_outputs=both[: len(g)])
         h = [hm - 0.05 * x for hm, x in zip(both[len(g) :], cross)]
-    elif name == "first_order":  # nothing is shared: the current values
+    elif name in HERE:
         for p, moved in zip(twin.lower, adam.param_groups[0]["params"]):
             p.data = moved
         h = HYPERGRADIENTS[name].function(*twin.arguments())
@@ -340,7 +342,7 @@ def test_bilevel_step_moves_each_level_along_its_own_gradient(name):
         m.grad = g
     torch.optim.AdamW(twin.upper, lr=1e-3, weight_decay=0.0).step()
     # Central differences are exact up to ε²: 1e-5 of a step that is 1e-3 long.
-    tolerance = dict(rtol=0, atol=1e-6) if name == "finite_difference" else {}
+    tolerance = dict(rtol=0, atol=1e-6) if name in DIFFERENCES else {}
     torch.testing.assert_close(c.upper, twin.upper, **tolerance)
     assert val_loss.shape == ()
 
@@ -843,9 +845,7 @@ def test_losses_in_micro_batches_give_the_hypergradient_of_the_whole(name, steps
         ]
 
     split = HYPERGRADIENTS[name].function(parts(c.train), parts(c.val), c.lower, c.upper, **options)
-    torch.testing.assert_close(
-        split, whole, rtol=1e-6 if name == "finite_difference" else 1e-8, atol=1e-9
-    )
+    torch.testing.assert_close(split, whole, rtol=1e-6 if name in DIFFERENCES else 1e-8, atol=1e-9)
 
 
 PROCESS = """
@@ -884,6 +884,8 @@ def distributed_cases():
         ("finite_difference", {"lr": 0.1, "radius": 1e-4}),
         ("neumann", {"terms": 3, "alpha": 0.1}),
         ("conjugate_gradient", {"iterations": 3}),
+        ("identity", {}),
+        ("identity_difference", {"radius": 1e-4}),
     ]
 
 
@@ -1307,7 +1309,7 @@ class NumbersRead(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precondition", ["none", "adam"])
-@pytest.mark.parametrize("name", ["first_order", "unrolled", "finite_difference"])
+@pytest.mark.parametrize("name", ["first_order", "unrolled", "finite_difference", "identity"])
 def test_a_bilevel_step_reads_one_number_per_level(name, precondition):
     c = Curved()
     optimizer = warmed_up(c, hypergradient=name, precondition=precondition)

@@ -11,7 +11,7 @@ import numpy
 import pytest
 import scipy.stats
 
-from tools import study
+from tools import arms, study
 from tools.results import read_results, save
 from tools.study import Study
 
@@ -37,12 +37,12 @@ def result(domain, arm, seed, test, train=0.9, size=100, metric="accuracy"):
     return found | {"method": arm, "seed": seed, "metric": metric, "after": after, "set": "main"}
 
 
-def draws(seed=0, seeds=8):
+def draws(seed=0, seeds=8, domains=("a", "b")):
     """Results of two arms on two domains."""
     rng = random.Random(seed)
     return [
         result(domain, arm, s, rng.random())
-        for domain in ("a", "b")
+        for domain in domains
         for arm in ("bidora", "dora")
         for s in range(seeds)
     ]
@@ -113,7 +113,7 @@ def test_the_choice_of_rates_reaches_the_optimum_and_has_tried_all_its_neighbour
 
 def test_the_choice_of_rates_stays_on_a_plateau(monkeypatch):
     bowl(monkeypatch, (1e-4, 0.1), floor=1e9)
-    assert study.climb(Study(), None, "a", "bidora") == study.ARMS["bidora"][1]
+    assert study.climb(Study(), None, "a", "bidora") == study.ARMS["bidora"].rates
 
 
 def test_controls_take_bidora_s_rates_and_only_those_that_they_have(monkeypatch):
@@ -125,10 +125,26 @@ def test_controls_take_bidora_s_rates_and_only_those_that_they_have(monkeypatch)
 def test_every_arm_is_a_run_that_train_accepts():
     import train
 
-    for arm, (_, rates) in study.ARMS.items():
-        rates = rates if isinstance(rates, dict) else {"lower_lr": 1e-3}
-        options = study.options_of(Study(), "x", "peptides", 100, arm, 0, rates)
+    for name, arm in study.ARMS.items():
+        rates = arm.rates if isinstance(arm.rates, dict) else {"lower_lr": 1e-3}
+        options = study.options_of(Study(), "x", "peptides", 100, name, 0, rates)
+        for effect in arms.EFFECTS:
+            options.pop(effect, None)
         train.check(train.read_config([f"--{name}={value}" for name, value in options.items()]))
+
+
+def test_an_arm_s_factor_is_on_the_upper_rate_alone(monkeypatch):
+    bowl(monkeypatch, (1e-2, 1e-2))
+    assert study.tuned(Study(), None, "a", "m-rate-10") == {"lower_lr": 1e-2, "upper_lr": 1e-1}
+
+
+def test_each_published_arm_undoes_one_change():
+    """Of the published program's settings, as many differ as that change has."""
+    for name, settings in arms.CHANGES.items():
+        undone = arms.ARMS[f"published-{name}"].settings
+        assert not settings.items() & undone.items() or name == "transposed"
+        for other in arms.CHANGES.keys() - {name, "normal", "transposed"}:
+            assert arms.CHANGES[other].items() <= undone.items()
 
 
 def test_a_study_tunes_trains_resumes_and_lists_what_is_left(capfd):
@@ -171,9 +187,11 @@ def test_sigterm_ends_the_workers_and_the_same_command_resumes():
 def test_the_picture_and_the_tables_are_drawn_from_results():
     from tools import figures
 
-    for found in draws():
+    results = draws(domains=("peptides", "bbc-topics"))
+    for found in results:
         save("results/study", found, None)
-    assert any("a" in line and "dora" in line for line in study.tables(draws()))
+    lines = list(study.tables(results, ["bidora", "dora"]))
+    assert any("peptides" in line and "dora" in line for line in lines)
     Path("docs").mkdir()
     assert figures.main(["--only=study"]) == 0
     assert Path("docs/study.png").stat().st_size > 5000

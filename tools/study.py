@@ -1,7 +1,7 @@
 """
-The methods side by side on a small encoder: five tasks, many seeds, and controls.
+Arms side by side on a small encoder, over tasks and many seeds: --group says which (tools/arms.py).
 
-    python -m tools.study                 make every run that has no result yet
+    python -m tools.study                 make every run of the group that has no result yet
     python -m tools.study --report        print the tables of the results so far
     python -m tools.study --list          one command a job that is still to do, for GNU parallel or
                                           a job array: ... --list | parallel -j 2. First it lists
@@ -14,9 +14,10 @@ runs; the seed draws a training sample from the rest. With n examples every arm 
 50·√(n/100) lower-level steps, those with two phases a fifth of them in search.
 
 Rates are chosen for each arm and domain by the loss on 200 other examples, at 100 training
-examples: from a first guess the search goes to the best neighbour on a grid, half a decade apart,
-until none is better by half a percent. So no choice lies at an edge. A run is one call of
-train.py; its result and command are one line of results/study/runs.jsonl.
+examples, mean over three seeds: from a first guess the search goes to the best neighbour on a grid,
+half a decade apart, until none is better by half a percent. So no choice lies at an edge. Arms
+without rates of their own take another's. A run is one call of train.py, or of tools.published; its
+result and command are one line of results/study/runs.jsonl.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 from scipy.stats import t, wilcoxon
@@ -38,34 +39,20 @@ from tqdm import tqdm
 
 from support import settings
 from support.datasets import BUILT_IN
+from tools.arms import ARMS, EFFECTS, GROUPS
 from tools.results import mend, read_results, save
 
-DOMAINS = ("similarity", "movie-sentiment", "bbc-topics", "movie-ratings", "peptides")
 GRID = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]  # of every rate
-LOWER, BOTH = {"lower_lr": 3e-3}, {"lower_lr": 3e-3, "upper_lr": 1e-2}
-ARMS = {  # name: (settings, the first guess of its rates, or the arm whose rates it takes)
-    "bidora": ({"method": "bidora"}, BOTH),
-    "dora": ({"method": "dora"}, LOWER),
-    "lora": ({"method": "lora"}, LOWER),
-    "bilora": ({"method": "bilora"}, BOTH),
-    "ft": ({"method": "ft"}, {"lower_lr": 1e-4}),
-    # Controls: BiDoRA's parts, one at a time
-    "bidora-on-train": ({"method": "bidora", "upper_data": "train"}, "bidora"),
-    "dora-two-phases": ({"method": "dora", "two_phases": True}, LOWER),
-    "dora-at-bidora-rate": ({"method": "dora"}, "bidora"),
-    "bidora-9:1": ({"method": "bidora", "val_fraction": 0.1}, "bidora"),
-    "bidora-7:3": ({"method": "bidora", "val_fraction": 0.3}, "bidora"),
-    "bidora-6:4": ({"method": "bidora", "val_fraction": 0.4}, "bidora"),
-    "bidora-5:5": ({"method": "bidora", "val_fraction": 0.5}, "bidora"),
-}
-METHODS = tuple(ARMS)[:5]
+TUNING_SEEDS = (1000, 1001, 1002)
 
 
 @dataclass
 class Study:
-    domains: tuple = DOMAINS  # built-in data sets
-    sizes: tuple = ("100", "400")  # training examples, train and val together
-    arms: tuple = tuple(ARMS)  # what is compared; controls at the first size alone
+    group: str = "methods"  # the comparison: methods, paper or hypergradients
+    arms: tuple = ()  # what is compared; empty: the group's
+    domains: tuple = ()  # built-in data sets; empty: the group's
+    sizes: tuple = ("100", "400")  # training examples, train and val together; most arms take the
+    #: first alone
     seeds: int = 20  # each draws the sample, the split, the initial adapter and the batches
     model: str = "minilm"  # the base model
     target_modules: tuple = ("query", "value")  # the adapted layers, as in the paper
@@ -82,9 +69,9 @@ def options_of(study, name, domain, size, arm, seed, rates):
     """The settings of a run, {name: value}."""
     steps = round(50 * (size / 100) ** 0.5)
     options = {"model": study.model, "data": domain, "train_size": size, "test_size": 300}
-    options |= ARMS[arm][0] | rates
+    options |= {"rank": 4, "alpha": 8.0} | ARMS[arm].settings | rates
     options |= {"seed": seed, "search_steps": steps // 5, "retrain_steps": steps - steps // 5}
-    options |= {"target_modules": ",".join(study.target_modules), "rank": 4, "alpha": 8.0}
+    options |= {"target_modules": ",".join(study.target_modules)}
     options |= {"batch_size": 8, "block_size": 48, "dtype": study.dtype}
     options |= {"eval_size": 300, "eval_before": False, "checkpoint_every": 10**6}
     return options | {"out_dir": f"{study.out_dir}/{name}", "overwrite": True}
@@ -92,11 +79,11 @@ def options_of(study, name, domain, size, arm, seed, rates):
 
 def train_once(arguments):
     """One run, in a worker process: (its summary, ""), or (None, why it failed)."""
-    import train
+    from tools import published
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
-            return train.train(train.read_config(arguments)), ""
+            return published.train(arguments), ""
         except (ValueError, OSError, FloatingPointError) as error:
             return None, str(error)
 
@@ -113,11 +100,13 @@ def run(study, pool, name, domain, size, arm, seed, rates, **more):
         raise LookupError(name)
     options = options_of(study, name, domain, size, arm, seed, rates) | more
     arguments = [f"--{key}={value}" for key, value in options.items()]
+    own = set(EFFECTS) & ARMS[arm].settings.keys()
+    program = ["-m", "tools.published"] if own else ["train.py"]
     summary, error = pool.submit(train_once, arguments).result()
 
     result = {"name": name, "set": "tune" if "tune_size" in more else "main", "domain": domain}
     result |= {"size": size, "method": arm, "seed": seed, **rates}
-    result |= {"command": shlex.join(["python", "train.py", *arguments])}
+    result |= {"command": shlex.join(["python", *program, *arguments])}
     if error:
         if "another run" in error:  # it holds the folder
             return None
@@ -125,8 +114,9 @@ def run(study, pool, name, domain, size, arm, seed, rates, **more):
             raise RuntimeError(f"{name}: {error}")
         result["diverged"] = error
     else:
-        for key in ("metric", "after", "seconds", "dtype"):
-            result[key] = summary[key]
+        for key in ("metric", "after", "seconds", "dtype", "trace"):
+            if key in summary:
+                result[key] = summary[key]
     save(study.results, result, None)
     return result
 
@@ -148,17 +138,20 @@ def climb(study, pool, domain, arm):
     a pool, LookupError is raised where a run is missing.
     """
 
-    def loss(rates):
+    def loss_of(seed, rates):
         shown = "-".join(f"{rate:g}" for rate in rates.values())
-        name = f"tune-{domain}-{arm}-{shown}"
+        name = f"tune-{domain}-{arm}-{shown}-{seed}"
         while True:
-            found = run(study, pool, name, domain, 100, arm, 1000, rates, tune_size=200)
+            found = run(study, pool, name, domain, 100, arm, seed, rates, tune_size=200)
             if found:
                 break
             time.sleep(5)  # another process makes it
         return numpy.inf if "diverged" in found else found["after"]["test"]["loss"]
 
-    best = ARMS[arm][1]
+    def loss(rates):
+        return numpy.mean([loss_of(seed, rates) for seed in TUNING_SEEDS])
+
+    best = ARMS[arm].rates
     while True:
         near = min(neighbours(best), key=loss)
         if loss(near) > 0.995 * loss(best):  # or it would wander over a plateau
@@ -168,16 +161,18 @@ def climb(study, pool, domain, arm):
 
 def source_of(arm):
     """The arm whose rates an arm takes: most take their own."""
-    start = ARMS[arm][1]
-    return start if isinstance(start, str) else arm
+    rates = ARMS[arm].rates
+    return rates if isinstance(rates, str) else arm
 
 
 def tuned(study, pool, domain, arm):
     """The rates of an arm, those of its source; of them, DoRA takes the lower level's alone."""
-    source = source_of(arm)
-    rates = climb(study, pool, domain, source)
-    other = source != arm and ARMS[arm][0]["method"] != source
-    return {"lower_lr": rates["lower_lr"]} if other else rates
+    rates = dict(climb(study, pool, domain, source_of(arm)))
+    if ARMS[arm].settings["method"] == "dora":
+        rates.pop("upper_lr", None)
+    else:
+        rates |= {n: v * ARMS[arm].upper_factor for n, v in rates.items() if n == "upper_lr"}
+    return rates
 
 
 # ---------------------------------------------------------------------------------- the jobs
@@ -188,7 +183,7 @@ def jobs(study):
     found = {}
     for size, seed in itertools.product(map(int, study.sizes), range(study.seeds)):
         for domain, arm in itertools.product(study.domains, study.arms):
-            if arm in METHODS or str(size) == study.sizes[0]:
+            if arm in GROUPS[study.group].wide or str(size) == study.sizes[0]:
                 found[f"{domain}-{size}-{arm}-{seed}"] = (domain, size, arm, seed)
     return found
 
@@ -268,6 +263,12 @@ MEASURES = {
 }
 
 
+def of_group(results, arms, domains):
+    """The results of the arms on the domains, without those that chose the rates."""
+    main = [r for r in results if r["set"] == "main"]
+    return [r for r in main if r["method"] in arms and r["domain"] in domains]
+
+
 def collect(results, size, measure):
     """{(domain, arm): {seed: value}} of one size, and as domain "all" the means over domains."""
     found = {}
@@ -307,16 +308,16 @@ def holm(p_values):
     return found
 
 
-def differences(results, size, measure):
+def differences(results, size, measure, first="bidora"):
     """
-    BiDoRA minus each other arm, {(domain, arm): (pairs, mean, half-width, p, Holm's p)}; p is
+    The first arm minus each other, {(domain, arm): (pairs, mean, half-width, p, Holm's p)}; p is
     corrected for the number of arms and domains, "all" apart.
     """
     values = collect(results, size, measure)
     found = {}
     for (domain, arm), other in values.items():
-        if arm != "bidora" and (domain, "bidora") in values:
-            if row := compare(values[domain, "bidora"], other):
+        if arm != first and (domain, first) in values:
+            if row := compare(values[domain, first], other):
                 found[domain, arm] = row
     for together in (False, True):
         keys = [key for key in found if (key[0] == "all") == together]
@@ -325,22 +326,22 @@ def differences(results, size, measure):
     return found
 
 
-def tables(results):
-    """Lines of text: for each size and measure, the arms' means and BiDoRA's differences."""
+def tables(results, arms):
+    """Lines of text: for each size and measure, the arms' means and the first's differences."""
     for size, measure in itertools.product(sorted({r["size"] for r in results}), MEASURES):
         values = collect(results, size, measure)
         domains = list(dict.fromkeys(domain for domain, _ in values))
         yield f"{measure}, points of 100, {size} examples: mean ± standard deviation"
         yield f"{'':22}{'seeds':>6}" + "".join(f"{domain:>20}" for domain in domains)
-        for arm in (arm for arm in ARMS if any((d, arm) in values for d in domains)):
+        for arm in (arm for arm in arms if any((d, arm) in values for d in domains)):
             cells = [list(values.get((domain, arm), {}).values()) for domain in domains]
             texts = [f"{numpy.mean(c):.1f} ± {numpy.std(c):.1f}" if c else "–" for c in cells]
             seeds = max(map(len, cells))
             yield f"{arm:22}{seeds:6}" + "".join(f"{text:>20}" for text in texts)
         yield ""
-        yield "bidora minus each other: mean [95 % interval], p by Wilcoxon (by Holm)"
+        yield f"{arms[0]} minus each other: mean [95 % interval], p by Wilcoxon (by Holm)"
         for (domain, arm), (n, mean, half, p, corrected) in sorted(
-            differences(results, size, measure).items(), key=lambda item: item[0][0]
+            differences(results, size, measure, arms[0]).items(), key=lambda item: item[0][0]
         ):
             yield (
                 f"    {domain:20}{arm:22}{n:4} pairs {mean:+6.2f} [{mean - half:+.2f}, "
@@ -361,7 +362,11 @@ def work_on(study, missing, untuned):
 
 
 def check(study):
-    """Raises ValueError for settings that make no sense."""
+    """The study with its group's arms and domains. Raises ValueError for unfit settings."""
+    if study.group not in GROUPS:
+        raise ValueError(f"unknown group {study.group!r}" + settings.suggest(study.group, GROUPS))
+    group = GROUPS[study.group]
+    study = replace(study, arms=study.arms or group.arms, domains=study.domains or group.domains)
     for name, known in (("arms", ARMS), ("domains", BUILT_IN)):
         for value in set(getattr(study, name)) - set(known):
             raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
@@ -369,6 +374,7 @@ def check(study):
         raise ValueError(f"sizes={','.join(study.sizes)} must be integers of at least 20")
     if min(study.seeds, study.workers) < 1:
         raise ValueError("seeds and workers must be positive integers")
+    return study
 
 
 def main(arguments):
@@ -377,7 +383,7 @@ def main(arguments):
         return 0
     try:
         study, _ = settings.read(Study, arguments)
-        check(study)
+        study = check(study)
         missing = to_do(study)
         untuned = to_tune(study) if study.list or study.job else {}
         if study.list:
@@ -390,12 +396,13 @@ def main(arguments):
             return 0
         if not study.report:
             work(study, missing)
-        results = [r for r in read_results(study.results).values() if r["set"] == "main"]
+        results = read_results(study.results).values()
+        results = of_group(results, study.arms, study.domains)
         if not results:
             raise FileNotFoundError(
                 f"no results in {study.results}: run python -m tools.study first"
             )
-        print(*tables(results), sep="\n")
+        print(*tables(results, study.arms), sep="\n")
     except (ValueError, OSError, RuntimeError) as error:
         print("error:", *str(error).split(), file=sys.stderr)  # in one line
         return 2

@@ -1,0 +1,100 @@
+"""
+What tools/study.py compares: the arms, each a run's settings, and the groups of them.
+
+    methods          the methods, and controls: BiDoRA's parts, one at a time
+    paper            BiDoRA as written, its published program, and what differs, one at a time
+    hypergradients   BiDoRA along each of them, and at other rates of its magnitudes
+"""
+
+from dataclasses import dataclass
+
+EFFECTS = ("transposed", "drift", "trace")  # settings of tools.published alone
+
+
+@dataclass(frozen=True)
+class Arm:
+    settings: dict  # of train.py or, with EFFECTS, of tools.published
+    rates: dict | str  # the first guess of its rates, or the arm whose rates it takes
+    upper_factor: float = 1.0  # on that arm's upper_lr
+
+
+@dataclass(frozen=True)
+class Group:
+    arms: tuple  # the others' results are subtracted from the first one's
+    domains: tuple  # built-in data sets
+    wide: tuple = ()  # the arms that are run at every size; the others at the first one alone
+
+
+LOWER, BOTH = {"lower_lr": 3e-3}, {"lower_lr": 3e-3, "upper_lr": 1e-2}
+BIDORA = {"method": "bidora"}
+METHODS = {
+    "bidora": Arm(BIDORA, BOTH),
+    "dora": Arm({"method": "dora"}, LOWER),
+    "lora": Arm({"method": "lora"}, LOWER),
+    "bilora": Arm({"method": "bilora"}, BOTH),
+    "ft": Arm({"method": "ft"}, {"lower_lr": 1e-4}),
+}
+CONTROLS = {
+    "bidora-on-train": Arm(BIDORA | {"upper_data": "train"}, "bidora"),
+    "dora-two-phases": Arm({"method": "dora", "two_phases": True}, LOWER),
+    "dora-at-bidora-rate": Arm({"method": "dora"}, "bidora"),
+    "bidora-9:1": Arm(BIDORA | {"val_fraction": 0.1}, "bidora"),
+    "bidora-7:3": Arm(BIDORA | {"val_fraction": 0.3}, "bidora"),
+    "bidora-6:4": Arm(BIDORA | {"val_fraction": 0.4}, "bidora"),
+    "bidora-5:5": Arm(BIDORA | {"val_fraction": 0.5}, "bidora"),
+}
+
+TRACED = BIDORA | {"trace": True}
+WRITTEN = TRACED | {"magnitude_axis": "column"}
+CHANGES = {  # what the published program does instead
+    "identity": {"hypergradient": "identity_difference"},
+    "transposed": {"transposed": True, "magnitude_axis": "row"},  # its columns scale outputs
+    "unscaled": {"alpha": 4.0},  # as the rank, so that s = 1
+    "normal": {"init": "normal"},
+    "unshuffled": {"shuffle": False},
+    "decay": {"upper_weight_decay": 0.1},
+    "drift": {"drift": True},
+}
+
+
+def changed(*names):
+    """The settings of the written algorithm with some of CHANGES."""
+    settings = WRITTEN.copy()
+    for name in names:
+        settings |= CHANGES[name]
+    if {"transposed", "normal"} <= set(names):  # A of the transposed layer is B of its weight
+        settings["init"] = "normal_b"
+    return settings
+
+
+PAPER = {"as-written": Arm(WRITTEN, "bidora")}
+PAPER |= {f"written+{name}": Arm(changed(name), "bidora") for name in CHANGES}
+PAPER |= {"as-published": Arm(changed(*CHANGES), BOTH)}
+PAPER |= {
+    f"published-{name}": Arm(changed(*(CHANGES.keys() - {name})), "as-published")
+    for name in CHANGES
+}
+
+HYPERGRADIENTS = {
+    "first-order": Arm(TRACED | {"hypergradient": "first_order"}, "bidora"),
+    "identity": Arm(TRACED | {"hypergradient": "identity"}, "bidora"),
+    "unrolled-adam": Arm(TRACED | {"precondition": "adam"}, "bidora"),
+    "unrolled-5": Arm(TRACED | {"hypergradient_steps": 5, "upper_every": 5}, "bidora"),
+    "first-order-5": Arm(TRACED | {"hypergradient": "first_order", "upper_every": 5}, "bidora"),
+    "neumann-10": Arm(TRACED | {"hypergradient": "neumann", "hypergradient_steps": 10}, "bidora"),
+    "cg-10": Arm(
+        TRACED | {"hypergradient": "conjugate_gradient", "hypergradient_steps": 10}, "bidora"
+    ),
+    "m-rate-0.1": Arm(TRACED, "bidora", 0.1),
+    "m-rate-10": Arm(TRACED, "bidora", 10.0),
+}
+
+ARMS = METHODS | CONTROLS | PAPER | HYPERGRADIENTS
+SOME = ("movie-sentiment", "bbc-topics", "peptides")
+GROUPS = {
+    "methods": Group(
+        (*METHODS, *CONTROLS), ("similarity", *SOME[:2], "movie-ratings", "peptides"), (*METHODS,)
+    ),
+    "paper": Group((*PAPER, "bidora", "dora-two-phases"), SOME),
+    "hypergradients": Group(("bidora", *HYPERGRADIENTS, "dora-two-phases"), SOME),
+}

@@ -1,0 +1,172 @@
+"""
+train.py with what BiDoRA's published program does beside its paper, for comparison only.
+
+    python -m tools.published --config=paper/as_published.py --transposed --drift
+    python -m tools.published --config=small.py --trace       any of train.py's settings, and:
+
+    --transposed   the adapted layers compute x·W where the base computes x·Wᵀ, as loralib/bidora.py
+                   does (github.com/t2ance/BiDoRA, commit e7922af); they must be square
+    --drift        each upper-level step leaves every weight, the base's too, 0.01 further down the
+                   val loss; retraining begins at the original weights. So it is with Betty 0.1.1,
+                   which the program uses: hypergradient/darts.py takes a finite difference at
+                   θ ± ε·v, and goes back with p.data.add(…), which changes nothing, not add_(…)
+    --trace        print how the indirect part of the hypergradient compares with the direct one,
+                   ∂F/∂m, and how far m moves; summary.json has it for each upper-level step
+
+The adapter of a run with --transposed or --drift does not fit its base, so it is not kept.
+"""
+
+import contextlib
+import functools
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy
+import torch
+
+import train as program
+from bidora import linear_layers
+from hypergrad import BilevelOptimizer, MicroBatches, dot, in_training, val_gradients
+from support import report
+from support.files import read_json, write_json
+from tools.arms import EFFECTS
+
+RADIUS = 0.01  # Betty's darts_alpha
+
+
+class ObservedOptimizer(BilevelOptimizer):
+    """
+    BilevelOptimizer that drifts as Betty does, or keeps a trace, a list of numbers each, one an
+    upper-level step: {"indirect": ‖indirect‖ / ‖direct‖ of the hypergradient's parts, "cosine": of
+    their angle, "moved": ‖m - m0‖ / ‖m0‖}.
+
+    base: the model's frozen weights and their original values, a list of pairs.
+    """
+
+    def __init__(self, model, *arguments, drift, trace, base, **options):
+        super().__init__(model, *arguments, **options)
+        self.drift, self.trace = drift, trace
+        self.start = [m.detach().clone() for m in self.upper]
+        self.base = [weight for weight, _ in base] if drift else []
+        function = self.function
+
+        def watched(*arguments, **options):
+            h = function(*arguments, **options)
+            self.h = [x.clone() for x in h]  # before it is clipped
+            return h
+
+        self.function = watched
+        if drift and not self.upper:  # retraining
+            with torch.no_grad():
+                for weight, value in base:
+                    weight.copy_(value)
+
+    def upper_step(self, loss_fn, train_batch, val_batch):
+        parts = val_batch if isinstance(val_batch, MicroBatches) else [val_batch]
+        losses = [functools.partial(loss_fn, self.model, part) for part in parts]
+        weights = [*self.lower, *self.base] if self.drift else []
+        with in_training(self.model, ()), differentiable(self.base):
+            v, direct = val_gradients(losses, weights, self.upper, self.reduce)
+
+        loss = super().upper_step(loss_fn, train_batch, val_batch)
+        if self.trace is not None:
+            indirect = [h - d for h, d in zip(self.h, direct)]
+            moved = [m.detach() - start for m, start in zip(self.upper, self.start)]
+            sizes = [dot(x, x).sqrt() for x in (direct, indirect, moved, self.start)]
+            self.trace["indirect"].append((sizes[1] / sizes[0]).item())
+            self.trace["cosine"].append((dot(direct, indirect) / (sizes[0] * sizes[1])).item())
+            self.trace["moved"].append((sizes[2] / sizes[3]).item())
+        if self.drift:
+            with torch.no_grad():
+                for weight, x in zip(weights, v):
+                    weight.sub_(x, alpha=(RADIUS / dot(v, v).sqrt()).item())
+        return loss
+
+
+@contextlib.contextmanager
+def differentiable(weights):
+    """Let frozen weights have gradients."""
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+
+
+def transposed(load, targets, *arguments):
+    """load_backbone, with the weights of the layers that match `targets` transposed."""
+    model = load(*arguments)
+    for name, layer in linear_layers(model, targets).items():
+        if layer.in_features != layer.out_features:
+            raise ValueError(f"--transposed: {name} is not square; choose other target_modules")
+        layer.weight.data = layer.weight.data.T.contiguous()
+    return model
+
+
+def train(arguments):
+    """
+    train.train for a command line that may hold EFFECTS, bare or with =True; without them it is
+    that function. Returns its summary, with "trace" if asked for. Raises as train.train does.
+    """
+    names = {f"--{name}": name for name in EFFECTS} | {f"--{name}=True": name for name in EFFECTS}
+    effects = {names[argument] for argument in arguments if argument in names}
+    config = program.read_config([a for a in arguments if a not in names])
+    altered = effects & {"transposed", "drift"}
+    if altered and (config.resume or config.method == "ft"):
+        raise ValueError(f"--{min(altered)} works neither with resume=True nor with method=ft")
+
+    trace = {"indirect": [], "cosine": [], "moved": []} if "trace" in effects else None
+    base = []
+
+    def build(model, *arguments, **options):
+        if not base:
+            frozen = [p for p in model.parameters() if not p.requires_grad]
+            base.extend((p, p.detach().clone()) for p in frozen if "drift" in effects)
+        observed = dict(drift="drift" in effects, trace=trace, base=base)
+        return ObservedOptimizer(model, *arguments, **observed, **options)
+
+    with contextlib.ExitStack() as patches:
+        if "transposed" in effects:
+            load = functools.partial(transposed, program.tasks.load_backbone, config.target_modules)
+            patches.enter_context(mock.patch.object(program.tasks, "load_backbone", load))
+        if effects - {"transposed"}:
+            patches.enter_context(mock.patch.object(program, "create_bilevel_optimizer", build))
+        summary = program.train(config)
+
+    out = Path(summary["out_dir"])
+    if altered:
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (out / name).unlink()
+    if trace:
+        summary = summary | {"trace": trace}
+        write_json(out / "summary.json", read_json(out / "summary.json") | {"trace": trace})
+    return summary
+
+
+def main(arguments):
+    if not arguments or {"--help", "-h"} & set(arguments):
+        print(__doc__.strip())
+        return 0
+    try:
+        summary = train(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        return report.failed(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    if not (Path(summary["out_dir"]) / "adapter_config.json").exists():
+        print("the adapter was removed: it does not fit the base model's file")
+    if trace := summary.get("trace"):
+        print(
+            f"of {len(trace['moved'])} upper-level steps, mean: the indirect part is "
+            f"{numpy.mean(trace['indirect']):.2g} of the direct one, at a cosine of "
+            f"{numpy.mean(trace['cosine']):+.2f}; m moved by {trace['moved'][-1]:.2%}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
