@@ -26,7 +26,7 @@ import torch
 
 from support import official, tables
 from support.datasets import BUILT_IN
-from support.jsonl import format_of, read_jsonl
+from support.jsonl import Example, format_of, read_jsonl
 from support.tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer)
 
 LABEL_PROMPT = (
@@ -191,7 +191,8 @@ def one_reference(example):
     """Copies of an example, each with one of its references; of another format, the example."""
     if "references" not in example:
         return [example]
-    return [example | {"references": [text]} for text in example["references"]]
+    where = getattr(example, "where", "an example")
+    return [Example(example | {"references": [text]}, where) for text in example["references"]]
 
 
 def check_splits(splits, labels):

@@ -298,7 +298,7 @@ def prepare(config, device, resuming=False):
     if distributed.LOCAL_RANK == 0:
         distributed.wait()  # lets the others continue
 
-    rules.check_task(config, name in tasks.HEADS, tasks.is_encoder(shape))
+    rules.check_task(config, name, name in tasks.HEADS, tasks.is_encoder(shape))
     rules.refuse(
         is_bilevel(config) and not splits["val"] and config.upper_data == "val",
         f"{config.data} has no dev set for the upper level: give a val_fraction above 0",

@@ -102,6 +102,10 @@ def check_data(config, bilevel):
         f"or use --data",
     )
     refuse(
+        config.test_size and own,
+        f"test_size={config.test_size}: test_file is taken whole; make it as small as you want",
+    )
+    refuse(
         config.tune_size and config.data not in BUILT_IN,
         "tune_size is for a built-in set: give your tuning examples as --test_file",
     )
@@ -180,8 +184,9 @@ def check_combinations(config, method, second_order):
     )
 
 
-def check_task(config, head, encoder):
-    """head: whether the task trains one; encoder: whether the model is one."""
+def check_task(config, name, head, encoder):
+    """name: the task's; head: whether it trains one; encoder: whether the model is one."""
+    searched = config.num_beams > 1 or config.no_repeat_ngram_size
     what = "an encoder" if encoder else "a head"
     for problem, message in (
         (head and config.fsdp, f"fsdp=True shards language models only, not {what}: leave it out"),
@@ -195,6 +200,14 @@ def check_task(config, head, encoder):
             f"quantize={config.quantize} packs language models only: use quantize=none",
         ),
         (head and config.compile, f"compile=True does not work with {what}: use compile=False"),
+        (
+            head and config.label_prompt,
+            f"label_prompt is a question to a language model; task={name} reads the text alone",
+        ),
+        (
+            searched and name != "generation",
+            f"num_beams and no_repeat_ngram_size are for task=generation, not task={name}",
+        ),
         (
             head and not encoder and config.method == "ft",
             "method=ft does not train a head on a language model: use an adapter (bidora, dora, "

@@ -7,7 +7,7 @@ Examples from tables: CSV and parquet files, GLUE's TSV files, CoNLL-2003's colu
 
 Each returns a list of dicts: {"text", "label"}, {"text", "text_b", "label"} for pairs, {"text",
 "score"} or {"text", "text_b", "score"} for regression, {"prompt", "completion"}, {"prompt",
-"references"}, {"instruction", "input"?, "output"}, or {"words", "tags"}.
+"references"}, {"instruction", "input"?, "output"}, {"text", "labels"}, or {"words", "tags"}.
 
 Each raises FileNotFoundError for a missing file; ValueError, naming file and line, for one that
 can't be read. Names of columns are matched in any case; columns with other names are left out.
@@ -20,7 +20,7 @@ import math
 import re
 from pathlib import Path
 
-from support.jsonl import Example, check_tag
+from support.jsonl import Example, check_tag, check_tags
 
 LAYOUTS = (  # {column: key}; a file has the first layout whose columns it has
     {"instruction": "instruction", "output": "output"},
@@ -32,6 +32,8 @@ LAYOUTS = (  # {column: key}; a file has the first layout whose columns it has
     {"text_a": "text", "text_b": "text_b", "score": "score"},
     {"text": "text", "text_b": "text_b", "score": "score"},
     {"text": "text", "score": "score"},
+    {"text": "text", "labels": "labels"},  # lists, which parquet has
+    {"words": "words", "tags": "tags"},
 )
 OPTIONAL = ("input", "group")  # kept beside any layout of LAYOUTS
 LISTS = ("words", "tags", "labels")  # of texts; references may be one
@@ -198,6 +200,8 @@ def examples_of(path, rows, layouts, optional=(), broken=0):
             continue
         row = dict(zip(names, cells))
         values = {key: value_of(row[name], key, name, where) for name, key in layout.items()}
+        if "tags" in values:
+            check_tags(values["words"], values["tags"], where)
         yield Example(values, where)
         read += 1
 

@@ -129,6 +129,15 @@ def test_parquet_columns_become_texts_and_numbers(tmp_path):
     assert read_table(path) == [{"text": "a", "text_b": "b", "score": 2.5}]
 
 
+def test_parquet_holds_words_with_tags_and_lists_of_labels(tmp_path):
+    path = parquet(tmp_path, words=[["a", "b"]], tags=[["O", "B-X"]])
+    assert read_table(path) == [{"words": ["a", "b"], "tags": ["O", "B-X"]}]
+    path = parquet(tmp_path, text=["a", "b"], labels=[["x", "y"], []])
+    assert [example["labels"] for example in read_table(path)] == [["x", "y"], []]
+    with pytest.raises(ValueError, match="row 1: 2 words and 1 tags"):
+        read_table(parquet(tmp_path, words=[["a", "b"]], tags=[["O"]]))
+
+
 def test_a_parquet_file_s_folder_adds_no_column(tmp_path):
     folder = tmp_path / "label=1"
     folder.mkdir()

@@ -495,6 +495,7 @@ def test_a_library_that_the_scores_need_is_missed_before_training(monkeypatch, c
     "settings, message",
     [
         (dict(train_file="train.jsonl", train_size=9), "train_size=9: train_file is taken whole"),
+        (dict(train_file="train.jsonl", test_size=9), "test_size=9: test_file is taken whole"),
         (dict(data="folder", tune_size=9), "tune_size is for a built-in set"),
         (dict(data="toy-sentiment", method="lora", upper_data="train"), "lora has no upper level"),
         (dict(data="toy-sentiment", method="lora", two_phases=True), "two_phases=True is for met"),
@@ -510,6 +511,20 @@ def test_a_setting_that_would_do_nothing_is_refused(settings, message):
     Path("folder").mkdir()
     with pytest.raises(ValueError, match=message):
         train.check(Config(**settings))
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("--label_prompt=Is {text} good?", "label_prompt is a question"),
+        ("--num_beams=2", "are for"),
+    ],
+)
+def test_a_setting_that_a_head_does_not_use_is_refused(setting, message, capsys):
+    write("train.jsonl", make("classification"))
+    arguments = [f"--model={encoder()}", "--train_file=train.jsonl", "--out_dir=run", setting]
+    assert train.main(arguments) == 2
+    assert message in capsys.readouterr().err and not Path("run").exists()
 
 
 def test_tags_and_labels_of_other_formats_are_notes():
