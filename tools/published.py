@@ -78,9 +78,10 @@ class ObservedOptimizer(BilevelOptimizer):
             self.trace["cosine"].append((dot(direct, indirect) / (sizes[0] * sizes[1])).item())
             self.trace["moved"].append((sizes[2] / sizes[3]).item())
         if self.drift:
+            length = (RADIUS / dot(v, v).sqrt()).item()
             with torch.no_grad():
                 for weight, x in zip(weights, v):
-                    weight.sub_(x, alpha=(RADIUS / dot(v, v).sqrt()).item())
+                    weight.sub_(x, alpha=length)
         return loss
 
 
