@@ -113,8 +113,8 @@ class Config:
     overwrite: bool = False  # replace an earlier run in out_dir
     resume: bool = False  # resume the run in out_dir from its last checkpoint
     checkpoint_every: int = 100  # steps between checkpoints; each phase also ends with one
-    eval_size: int = 400  # most examples evaluated per split, the same ones before and after
-    eval_before: bool = True  # evaluate before training, too
+    eval_size: int = 400  # most examples evaluated per split
+    eval_before: bool = True  # evaluate the test examples before training, too
     snapshots: int = 0  # how often per phase the weights' ΔM and ΔD are recorded
 
 
@@ -129,7 +129,30 @@ CHOICES = {
     "task": ("auto", *TASKS),
 }
 MAY_CHANGE = {"out_dir", "overwrite", "resume", "checkpoint_every", "fsdp"}  # when a run is resumed
-RENAMED = {  # settings of earlier versions
+OTHER_NAMES = {  # of other programs and of earlier versions
+    "lr": "use --lower_lr (and --upper_lr for the upper level)",
+    "learning_rate": "use --lower_lr (and --upper_lr for the upper level)",
+    "epochs": "set --search_steps and --retrain_steps, each with --batch_size examples a step",
+    "num_epochs": "set --search_steps and --retrain_steps, each with --batch_size examples a step",
+    "num_train_epochs": "set --search_steps and --retrain_steps",
+    "steps": "set --search_steps and --retrain_steps",
+    "max_steps": "set --search_steps and --retrain_steps",
+    "max_iters": "set --search_steps and --retrain_steps",
+    "r": "use --rank",
+    "lora_r": "use --rank",
+    "lora_rank": "use --rank",
+    "lora_alpha": "use --alpha",
+    "lora_dropout": "use --dropout",
+    "output_dir": "use --out_dir",
+    "dataset": "use --data, or --train_file for a file of your own",
+    "model_name_or_path": "use --model",
+    "per_device_train_batch_size": "use --batch_size, of all processes together",
+    "gradient_accumulation_steps": "use --micro_batch_size, the examples in memory at once",
+    "max_length": "use --block_size, in tokens",
+    "max_seq_length": "use --block_size, in tokens",
+    "resume_from_checkpoint": "use --resume",
+    "bf16": "use --dtype=bfloat16",
+    "load_in_4bit": "use --quantize=nf4",
     "revision": "write --model=owner/name@revision",
     "accumulate": "use --micro_batch_size, the examples in memory at once",
     "hvp_batch": "use --micro_batch_size",
@@ -147,9 +170,9 @@ RENAMED = {  # settings of earlier versions
 
 def read_config(arguments):
     """The Config of a command line; see settings.read. Raises ValueError or FileNotFoundError."""
-    config, path = settings.read(Config, arguments, RENAMED)
+    config, path = settings.read(Config, arguments, OTHER_NAMES)
     if path and not config.out_dir:
-        chosen = any(argument.startswith("--method=") for argument in arguments)
+        chosen = any(a.startswith("--method=") for a in settings.split(Config, arguments))
         config.out_dir = str(Path("out") / (path.stem + f"-{config.method}" * chosen))
     return config
 

@@ -2,9 +2,9 @@
 A command line for a dataclass: its fields are the settings, their comments the help.
 
 A value is the field's default, unless a config file (Python that sets names, or a JSON object) or,
-before that, --name=value sets it; it is converted to the field's type. For an unknown name, the
-closest known one is suggested. In the dataclass, a line `# …` heads a group, and a line `#: …`
-continues a field's comment.
+before that, --name=value or --name value sets it; it is converted to the field's type. For an
+unknown name, the closest known ones are suggested. In the dataclass, a line `# …` heads a group,
+and a line `#: …` continues a field's comment.
 """
 
 import dataclasses
@@ -32,13 +32,12 @@ KINDS = {
 
 
 def suggest(name, known):
-    """The end of a message about an unknown name: the closest known name, or all known names."""
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return (
-        f"; did you mean {close[0]!r}?"
-        if close
-        else f"; there are: {', '.join(filter(None, known))}"
-    )
+    """The end of a message about an unknown name: the closest of the known names, or all if few."""
+    many = len(known) > 20
+    close = difflib.get_close_matches(str(name), known, n=3 if many else 1)
+    if close:
+        return f"; did you mean {' or '.join(map(repr, close))}?"
+    return "; --help lists them all" if many else f"; there are: {', '.join(filter(None, known))}"
 
 
 def typed(field, value, where):
@@ -72,34 +71,53 @@ def typed(field, value, where):
     raise ValueError(f"{where}: {field.name}={value!r} is not {KINDS[kind]}")
 
 
-def read(kind, arguments, renamed=None):
+def split(kind, arguments):
+    """
+    A command line for the dataclass `kind` as a list of --name=value: `--name value` becomes one
+    argument, `--name` of a bool --name=True, and out-dir out_dir. Raises ValueError for others.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    found, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--"):
+            raise ValueError(f"argument {argument!r}: write --name=value or --name value")
+        name = name.replace("-", "_")
+        follows = bool(rest) and not rest[0].startswith("--")
+        if types.get(name) is bool and not equals:
+            truth = follows and rest[0].lower() in ("true", "false")
+            value = rest.pop(0) if truth else "True"
+        elif not equals and follows:
+            value = rest.pop(0)
+        elif not equals and name in {*types, "config"}:
+            raise ValueError(f"--{name} needs a value: write --{name}=value or --{name} value")
+        found.append(f"--{name}={value}")
+    return found
+
+
+def read(kind, arguments, other_names=None):
     """
     Read a command line into an instance of the dataclass `kind`. Returns it, and the path of its
     config file or None.
 
-    arguments: a list of --name=value, or --name for True; the file of --config=file is looked for
-    here, then in configs/. renamed: {a name of earlier versions: what to write instead}. Raises
+    arguments: as for split; the file of --config=file is looked for here, then in configs/.
+    other_names: {a name that others or earlier versions use: what to write instead}. Raises
     ValueError or FileNotFoundError, with one line that names what is wrong and where.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
 
     def known(name, where, shown):
-        if name in (renamed or {}):
-            raise ValueError(f"{where}{shown} is a setting of earlier versions: {renamed[name]}")
+        if name in (other_names or {}):
+            raise ValueError(f"{where}{shown} is not a setting here: {other_names[name]}")
         if name not in fields:
             raise ValueError(f"{where}unknown setting {shown}" + suggest(name, ["config", *fields]))
 
     given = {}
-    for argument in arguments:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--"):
-            raise ValueError(f"argument {argument!r}: write --name=value")
+    for argument in split(kind, arguments):
+        name, _, value = argument.removeprefix("--").partition("=")
         if name != "config":
             known(name, "", f"--{name}" if name.isprintable() else repr(f"--{name}"))
-        if not equals and name in fields and fields[name].type is bool:
-            value = "True"  # --chat is --chat=True
-        elif not equals:
-            raise ValueError(f"argument {argument!r}: write --name=value")
         if name in given:
             raise ValueError(f"--{name} is given twice, as {given[name]!r} and as {value!r}")
         given[name] = value

@@ -4,38 +4,42 @@ Fold a trained adapter into its base model: a plain Hugging Face folder, for tra
     python -m tools.merge --adapter=out/small --out_dir=out/small-merged
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from bidora import adapter_layers, merge
 from sample import load
+from support import rules, settings
 from support.files import write_json
 from support.head_task import HeadTask
 from support.pretrained import find_model
 from support.quantized import KINDS
 
-HELP = {
-    "adapter": "out_dir of a run, or any LoRA or DoRA adapter folder in PEFT's format",
-    "out_dir": "the folder to write; it must be new or empty",
-    "model": "the base model, a folder or owner/name@revision; by default as in training",
-    "quantize": "how to pack the base; by default as in training, because an adapter fits the base "
-    "that it was trained on",
-}
+
+@dataclass
+class Merge:
+    adapter: str = ""  # out_dir of a run, or any LoRA or DoRA adapter folder in PEFT's format
+    out_dir: str = ""  # the folder to write; it must be new or empty
+    model: str = ""  # the base model, a folder or owner/name@revision; empty: as in training
+    quantize: str = (
+        ""  # how to pack the base: nf4, fp4, int8 or none; empty: as in training, because
+    )
+    #: an adapter fits the base that it was trained on
 
 
-def write_merged(args):
+def write_merged(config):
     """Write the merged folder and return its path. Raises ValueError or OSError."""
-    out = Path(args.out_dir)
+    out = Path(config.out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out_dir")
 
-    model, tokenizer, run = load(args.adapter, args.model, "cpu", args.quantize)
+    model, tokenizer, run = load(config.adapter, config.model, "cpu", config.quantize)
     if not adapter_layers(model):
-        raise ValueError(f"{args.adapter} is a whole model already: there is nothing to merge")
+        raise ValueError(f"{config.adapter} is a whole model already: there is nothing to merge")
 
     if isinstance(tokenizer, HeadTask):
-        base = find_model(args.model or run["model"])
+        base = find_model(config.model or run["model"])
         tokenizer.save_pretrained(merge(model), base, out)
     else:
         merge(model).save_pretrained(out)
@@ -46,22 +50,16 @@ def write_merged(args):
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for name in ("adapter", "out_dir"):
-        parser.add_argument(f"--{name}", required=True, help=HELP[name])
-    parser.add_argument("--model", default="", help=HELP["model"])
-    choices = ["", "none", *KINDS]
-    parser.add_argument("--quantize", default="", choices=choices, help=HELP["quantize"])
-
-    args = parser.parse_args(arguments)
+    if not arguments or {"--help", "-h"} & set(arguments):
+        print(__doc__.strip(), settings.help_text(Merge), sep="\n\n")
+        return 0
     try:
-        out = write_merged(args)
+        config, _ = settings.read(Merge, arguments)
+        rules.refuse(not config.adapter or not config.out_dir, "give --adapter and --out_dir")
+        rules.check_values(config, {"quantize": ("", "none", *KINDS)})
+        out = write_merged(config)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line
         return 2
 
     files = ", ".join(sorted(path.name for path in out.iterdir()))
