@@ -10,6 +10,7 @@ Use a trained model: classify, answer a prompt, or hold a conversation.
 
 import support.interrupt  # noqa: F401  (Ctrl-C in one line, during these imports too)
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import tasks
 from bidora import load_adapter
 from data import LABEL_PROMPT, tokenize_labels, tokenize_prompt, tokenize_question
 from model import Transformer
-from support import settings
+from support import progress, settings
 from support.files import read_json
 from support.head_task import HeadTask, load_tokenizer
 from support.heads import EncoderWithHead
@@ -145,7 +146,10 @@ def answer(model, tokenizer, messages, config):
         ids = tokenize_prompt(messages, tokenizer)
     ids = torch.tensor([ids], device=model.lm_head.weight.device)
     options = (config.temperature, config.top_k or None, config.top_p, tokenizer.stop_ids)
-    out = model.generate(ids, config.max_new_tokens, *options)
+    with progress.bar("answer", config.max_new_tokens, "token", delay=3, leave=False) as bar:
+        hook = model.lm_head.register_forward_hook(lambda *_: bar.update() and None)
+        out = model.generate(ids, config.max_new_tokens, *options)
+        hook.remove()
     return tokenizer.decode(out[0, ids.size(1) :].tolist())
 
 
@@ -163,11 +167,12 @@ def classify(model, tokenizer, text, labels, label_prompt, block_size, text_b=""
 def chat(model, tokenizer, config):
     messages = []
     print("An empty line ends the conversation.")
-    while text := input("you: ").strip():
-        messages.append({"role": "user", "content": text})
-        content = answer(model, tokenizer, messages, config)
-        messages.append({"role": "assistant", "content": content})
-        print("model:", content)
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while text := input("you: ").strip():
+            messages.append({"role": "user", "content": text})
+            content = answer(model, tokenizer, messages, config)
+            messages.append({"role": "assistant", "content": content})
+            print("model:", content)
 
 
 def check(config):
@@ -239,8 +244,6 @@ def main(arguments):
         # torch raises the last two for a missing device.
         print("error:", *str(error).split(), file=sys.stderr)  # in one line
         return 2
-    except (EOFError, KeyboardInterrupt):
-        print()
     return 0
 
 

@@ -29,8 +29,7 @@ import tasks
 from bidora import METHODS, adapter_layers
 from config import MAY_CHANGE, Config, check, is_bilevel, read_config, resolve, second_order
 from hypergrad import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
-from support import distributed, hardware, quantized, report, rules, settings
-from support.checkpoint import Stopped
+from support import distributed, hardware, progress, quantized, report, rules, settings
 from support.datasets import BUILT_IN
 from support.pretrained import find_model, is_hub_name
 from support.regularisers import regulariser
@@ -56,7 +55,8 @@ def train(config):
         run.start(task)
         report.announce(task, METHODS.get(config.method))
         if config.eval_before:
-            run.before = run.before or evaluate(task)  # a resumed run knows it already
+            # Only what is held out, since the wait is long; a resumed run knows it already.
+            run.before = run.before or evaluate(task, task.held_out)
             report.announce_before(run.before, task.kind.metric)
 
         train_rows, val_rows = task.encoded["train"], task.encoded["val"]
@@ -76,7 +76,7 @@ def train(config):
                 begins = "retrain" not in run.done
                 bidora.start_retrain(task.model, fresh=begins and config.final_init == "fresh")
             fit(run, task, "retrain", config.retrain_steps, train_rows + val_rows)
-        return run.finish(task.summary() | {"after": evaluate(task)})
+        return run.finish(task.summary() | {"after": evaluate(task, task.evaluated)})
 
 
 def fit(run, task, phase, steps, rows, val_rows=()):
@@ -175,12 +175,11 @@ def build_optimizer(task, phase):
 
 # Each batch here has a shape of its own, and torch.compile would compile for each.
 @torch.compiler.set_stance("force_eager")
-def evaluate(task):
-    """The results of evaluate_rows on at most eval_size rows of each split, {split: results}."""
-    splits = task.evaluated
+def evaluate(task, splits):
+    """The results of evaluate_rows on each of the splits, {split: rows}, as {split: results}."""
     # Generated texts take long: only those of the last split are scored.
     last = [name for name, rows in splits.items() if rows][-1]
-    with report.bar("evaluate", sum(map(len, splits.values())), "row") as bar:
+    with progress.bar("evaluate", sum(map(len, splits.values())), "row") as bar:
         return {
             name: evaluate_rows(task, rows, bar, scored=name == last)
             for name, rows in splits.items()
@@ -242,9 +241,14 @@ class Task:
 
     @property
     def evaluated(self):
-        """The rows of each split that are evaluated, the same ones every time."""
+        """The rows of each split that are evaluated, at most eval_size, the same every time."""
         most, rng = self.config.eval_size, random.Random
         return {n: rng(0).sample(rows, min(most, len(rows))) for n, rows in self.encoded.items()}
+
+    @property
+    def held_out(self):
+        """The evaluated rows of the last split that has any: test, unless there is none."""
+        return dict([pair for pair in self.evaluated.items() if pair[1]][-1:])
 
     @property
     def layers(self):
@@ -307,7 +311,10 @@ def prepare(config, device, resuming=False):
     dtype, why = hardware.choose_dtype(config, device, precise)
 
     def encode(block_size):
-        found = {part: kind.encode(examples, block_size) for part, examples in splits.items()}
+        found = {
+            part: kind.encode(progress.over(examples, f"tokenise {part}", "example"), block_size)
+            for part, examples in splits.items()
+        }
         rows = {part: rows for part, (rows, _) in found.items()}
         return rows, sum(cut for _, cut in found.values())
 
@@ -379,17 +386,15 @@ def main(arguments):
         sys.stdout = open(os.devnull, "w")
 
     try:
+        arguments = settings.split(Config, arguments)
         config = read_config(arguments)
         results = train(config)
     except (ValueError, OSError, FloatingPointError) as error:
         return report.failed(error)
     except RuntimeError as error:
         return report.failed_in_torch(error)
-    except Stopped as error:
+    except KeyboardInterrupt as error:
         return report.stopped(error, arguments)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
     built_in = BUILT_IN.get(config.data)
     prompts = ["..."]

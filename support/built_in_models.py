@@ -20,6 +20,7 @@ import numpy
 import torch
 from safetensors.torch import save_file
 
+from support import progress
 from support.files import cache_dir, fetch, malformed, replacing, write_json
 from support.tokenizer_files import CHAR_TO_BYTE, FLAGS, bpe_spec, byte_level
 
@@ -166,7 +167,7 @@ def read_gguf(path):
 
     heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
     tensors = {}
-    for tensor in reader.tensors:
+    for tensor in progress.over(reader.tensors, "convert", "tensor"):
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
             weight = unpermute(weight, heads if ".attn_q." in tensor.name else kv_heads)

@@ -146,12 +146,15 @@ def load(run):
     return None
 
 
-class Stopped(KeyboardInterrupt):
-    """Raised when a run has saved its work and ends because of the signal `signum`."""
+START_AGAIN = "start it again with"
 
-    def __init__(self, message, signum=signal.SIGINT):
+
+class Stopped(KeyboardInterrupt):
+    """Raised when a run ends because of the signal `signum`. how: to go on, before the command."""
+
+    def __init__(self, message, signum=signal.SIGINT, how="resume it with"):
         super().__init__(message)
-        self.signum = signum
+        self.signum, self.how = signum, how
 
 
 @contextlib.contextmanager

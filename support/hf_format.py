@@ -15,7 +15,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support import rotary
+from support import progress, rotary
 from support.files import malformed, read_json, replacing, write_json
 from support.quantized import QuantizedLinear, kind_of, pack
 
@@ -274,7 +274,8 @@ def load_weights(model, folder, dtype, device, quantize=None, mapped=False):
 
     # To save memory: the largest tensor first, and the file closed after each one, which releases
     # its pages. So there is at most one tensor more in memory than has been loaded.
-    for key in sorted(expected, key=lambda key: -math.prod(expected[key])):
+    keys = sorted(expected, key=lambda key: -math.prod(expected[key]))
+    for key in progress.over(keys, "load the model", "tensor"):
         with safe_open(found[key][0], framework="pt") as file:
             tensor = file.get_tensor(key).to(device, dtype, copy=not mapped)
         path, _, name = key.rpartition(".")

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from support import distributed
+from support import checkpoint, distributed
 from support.datasets import BUILT_IN
 from support.files import replacing
 from support.jsonl import count_shared
@@ -87,22 +86,10 @@ def announce_phases(config, method):
         )
 
 
-def bar(name, total, unit, begin=0):
-    """A progress bar on stderr, of the first process alone; rarely drawn where it is a log."""
-    return tqdm(
-        desc=name,
-        unit=unit,
-        initial=begin,
-        total=total,
-        disable=distributed.RANK > 0,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-    )
-
-
 def announce_before(before, metric):
-    """Print the results before training. metric: the name of the score that is shown."""
-    shown = next(name for name in ("test", "val", "train") if before[name])
-    score, loss = in_form(metric, before[shown][metric]), before[shown]["loss"]
+    """Print the results before training, {split: results}. metric: the score that is shown."""
+    [(shown, found)] = before.items()
+    score, loss = in_form(metric, found[metric]), found["loss"]
     print(f"before training: {shown} {metric} {score}, loss {loss:.3f}", flush=True)
 
 
@@ -154,16 +141,14 @@ def table(results):
         return "".join(f"{cell:>16}" for cell in cells)
 
     lines = ["", row("", *splits), row("examples", *(results["evaluated"][s] for s in splits))]
+    lines.append(row("trained on", *(results["trained_on"][s] for s in splits)))
     names = [name for name in results["after"][splits[-1]] if name != "loss"]
     for what in (*names, "loss"):
         for when in ("before", "after") if results["before"] else ("after",):
-            values = [in_form(what, results[when][split].get(what)) for split in splits]
-            lines.append(row(f"{what} {when}", *values))
-
-    before = results["before"] or results["after"]
-    worse = [s for s in splits if results["after"][s]["loss"] > before[s]["loss"]]
-    if worse:
-        lines.append(f"the loss on {', '.join(worse)} is higher than before: try a lower lower_lr")
+            found = [results[when].get(split) or {} for split in splits]
+            lines.append(row(f"{what} {when}", *(in_form(what, f.get(what)) for f in found)))
+    if "test" not in splits:
+        lines.append("no test set: --test_file names examples that training does not see")
 
     seconds = ", ".join(f"{phase} {value:.0f}" for phase, value in results["seconds"].items())
     peak, beyond = results["peak_memory_gb"], results["peak_memory_beyond_start_gb"]
@@ -177,8 +162,32 @@ def table(results):
             f"peak memory: {peak:.2f} GB, {beyond:.2f} GB of it beyond Python and torch",
             "",
             f"saved in {results['out_dir']}: {files}",
+            *warnings(results),
         ]
     )
+
+
+def trained_on(config, phases):
+    """Whether a run of these phases has trained on each split, as words for the table."""
+    val = "yes" if "train" in phases else f"in {phases[-1]}"
+    if phases == ["search"] and config.upper_data == "train":
+        val = "no"
+    return {"train": "yes", "val": val, "test": "no"}
+
+
+def warnings(results):
+    """A list with the line about a run that has learnt nothing, or nothing that holds for test."""
+    first, last = results["first_train_loss"], results["after"]["train"]["loss"]
+    before = results["before"] or {}
+    worse = [s for s in before if results["after"][s]["loss"] >= before[s]["loss"]]
+    rates = "--lower_lr" + " or --upper_lr" * (results["trainable_parameters"]["upper"] > 0)
+    # The first step's loss is that of one batch: where test has improved, it was a lucky one.
+    if last >= first and (worse or not before):
+        return [
+            f"warning: training ended no better than it began (train loss {first:.3f} at the first "
+            f"step, {last:.3f} at the end): lower {rates}"
+        ]
+    return [f"warning: the loss on {name} is higher than before: lower {rates}" for name in worse]
 
 
 def without(arguments, *names):
@@ -229,10 +238,16 @@ def failed_in_torch(error):
 
 
 def stopped(error, arguments):
-    """Print how to resume a run that ended at a signal. Returns its exit status."""
-    command = f"python train.py {shlex.join(without(arguments, 'resume', 'overwrite'))}"
+    """Print how to go on with a run that a signal has ended. Returns its exit status."""
+    if not isinstance(error, checkpoint.Stopped):
+        error = checkpoint.Stopped("interrupted", how=checkpoint.START_AGAIN)
+    if distributed.LOCAL_RANK > 0:
+        return 128 + error.signum
+    resumes = error.how.startswith("resume")
+    if resumes:
+        arguments = [*without(arguments, "resume", "overwrite"), "--resume=True"]
+    command = f"python train.py {shlex.join(arguments)}"
     if distributed.WORLD_SIZE > 1:
-        command = "the same torchrun command and"
-    if distributed.LOCAL_RANK == 0:
-        print(f"{error}; resume it with: {command} --resume=True", file=sys.stderr)
+        command = "the same torchrun command" + " and --resume=True" * resumes
+    print(f"{error}; {error.how}: {command}" if error.how else error, file=sys.stderr)
     return 128 + error.signum

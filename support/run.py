@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from support import checkpoint, distributed, hardware, report, run_folder
+from support import checkpoint, distributed, hardware, progress, report, run_folder
 from support.files import read_sealed, replacing, seal, write_json
 from support.pretrained import fingerprints
 from support.weight_changes import Trajectory
@@ -50,6 +50,7 @@ class Run:
         self.is_first = distributed.RANK == 0
         self.out, self.asked = Path(config.out_dir or "out/run"), dataclasses.asdict(config)
         self.locks, self.state, self.earlier_run = contextlib.ExitStack(), None, {}
+        self.opened = False  # whether the folder holds this run
 
         # Run by the first process alone, since a folder can be locked only once.
         def find_folder():
@@ -75,8 +76,24 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, *error):
         self.locks.close()
+        if kind is KeyboardInterrupt:  # between two phases, or the second one within a step
+            raise self.interrupted() from None
+
+    def interrupted(self):
+        """What takes the place of a KeyboardInterrupt: it says what has been saved."""
+        if not self.opened or run_folder.is_untrained(self.out):
+            return checkpoint.Stopped(
+                "interrupted before the first step", how=checkpoint.START_AGAIN
+            )
+        if (self.out / "summary.json").exists():
+            return checkpoint.Stopped(f"interrupted; the run in {self.out} has finished", how="")
+        saved = int(checkpoint.names(self.out)[-1].name) if checkpoint.names(self.out) else 0
+        if saved == self.config.search_steps + self.config.retrain_steps:
+            done = "interrupted after the last step: all are saved, only the evaluation is repeated"
+            return checkpoint.Stopped(done)
+        return checkpoint.Stopped(f"interrupted; {saved} steps are saved")
 
     # ------------------------------------------------------------------------- start
 
@@ -102,6 +119,7 @@ class Run:
             self.restore(*self.state)
 
         distributed.from_first(lambda: self.open_folder(task.about()))
+        self.opened = True
         if self.state:
             checkpoint.set_random_states(self.state[1]["random"])
         # Each process draws dropout masks of its own, after a resume too.
@@ -135,7 +153,7 @@ class Run:
             self.trajectory = dataclasses.replace(self.trajectory, **about["trajectory"])
 
     def open_folder(self, about):
-        """Write run.json, the weights and the log, so that a full disk shows before any work."""
+        """Write run.json, the log and the weights, so that a full disk shows before any work."""
         base = fingerprints(self.base_folder)
         if changed := [
             part
@@ -155,14 +173,14 @@ class Run:
             settings = dataclasses.asdict(self.config) | about | {"asked": self.asked}
             settings |= {"base": base, "files": self.earlier_run.get("files")}
             write_json(self.out / "run.json", seal(settings))
+            with replacing(self.out / "metrics.jsonl") as temporary:
+                lines = "".join(json.dumps(line) + "\n" for line in self.metrics)
+                temporary.write_text(lines, encoding="utf-8")
             before = set(self.out.iterdir())
             self.save()
             if not self.resuming:  # so that --overwrite removes these and no others
                 settings["files"] = sorted(path.name for path in {*self.out.iterdir()} - before)
                 write_json(self.out / "run.json", seal(settings))
-            with replacing(self.out / "metrics.jsonl") as temporary:
-                lines = "".join(json.dumps(line) + "\n" for line in self.metrics)
-                temporary.write_text(lines, encoding="utf-8")
         except OSError as error:
             if not self.resuming:
                 run_folder.remove_run(self.out)
@@ -193,7 +211,7 @@ class Run:
         if begin:
             checkpoint.load_optimizer_state(optimizer, self.state[0])
 
-        self.bar = report.bar(name, steps, "step", begin)
+        self.bar = progress.bar(name, steps, "step", begin)
         try:
             with self.open_log(), checkpoint.stop_signals() as self.signals:
                 yield self.remaining()
@@ -359,6 +377,8 @@ class Run:
         peak = hardware.peak_memory(self.device)
         results |= {
             "before": self.before,
+            "first_train_loss": self.metrics[0]["train_loss"],
+            "trained_on": report.trained_on(self.config, [*self.done]),
             "seconds": self.seconds | {"total": self.elapsed + time.time() - self.started},
             "peak_memory_gb": peak,
             "peak_memory_beyond_start_gb": peak - self.memory_at_start,

@@ -122,12 +122,12 @@ def find_run(config, out):
 
     if not (out / "run.json").exists():
         raise ValueError(f"{out} holds files but no run: choose another --out_dir")
-    finished = (out / "summary.json").exists()
+    finished, untrained = (out / "summary.json").exists(), is_untrained(out)
     if config.resume:
         if finished:
             raise ValueError(f"{out} holds a finished run: there is nothing to resume")
         return True, False
-    if not config.overwrite:
+    if not config.overwrite and not untrained:
         more = "" if finished else ", resume it with --resume=True"
         raise ValueError(
             f"{out} holds an earlier run: choose another --out_dir{more}, or replace it with "
@@ -135,11 +135,18 @@ def find_run(config, out):
         )
 
     previous = previous_of(out)
-    if previous.exists() and not (previous / REPLACED).exists():
+    if previous.exists() and not (previous / REPLACED).exists() and not untrained:
         raise ValueError(
             f"{previous} is in the way, where the earlier run would be kept: move it elsewhere"
         )
     return False, True
+
+
+def is_untrained(out):
+    """Whether a folder holds a run that ended before its first step."""
+    log = out / "metrics.jsonl"
+    begun = any((out / name).exists() for name in ("checkpoints", "summary.json"))
+    return log.is_file() and log.stat().st_size == 0 and not begun
 
 
 def previous_of(out):
@@ -149,7 +156,8 @@ def previous_of(out):
 
 def set_aside(out):
     """
-    Move the earlier run in `out` to previous_of(out), marked as removable.
+    Move the earlier run in `out` to previous_of(out), marked as removable; remove it if it ended
+    before its first step.
 
     If an even earlier run is kept there already: when the run in `out` has finished, it takes that
     one's place; when it has not, it is removed and the even earlier one stays.
@@ -157,7 +165,7 @@ def set_aside(out):
     previous = previous_of(out)
     if previous.exists() and (out / "summary.json").exists():
         remove_run(previous)
-    if previous.exists() and (previous / REPLACED).exists():
+    if is_untrained(out) or (previous.exists() and (previous / REPLACED).exists()):
         remove_run(out)
     else:
         (out / REPLACED).touch()

@@ -124,7 +124,7 @@ def test_every_method_takes_the_same_lower_steps_and_reports_alike(method):
     assert (results["trainable_parameters"]["upper"] > 0) == (
         train.is_bilevel(Config(method=method))
     )
-    assert results["after"]["train"]["loss"] < results["before"]["train"]["loss"]
+    assert results["after"]["test"]["loss"] < results["before"]["test"]["loss"]
     assert results["examples"] == {"train": 160, "val": 40, "test": 40}
 
 
@@ -151,7 +151,7 @@ def test_every_method_takes_the_same_lower_steps_and_reports_alike(method):
 )
 def test_every_hypergradient_runs_through_all_phases(options):
     results = train.train(Config(**TINY, **options, out_dir="run"))
-    assert results["after"]["train"]["loss"] < results["before"]["train"]["loss"]
+    assert results["after"]["test"]["loss"] < results["before"]["test"]["loss"]
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another():
@@ -257,7 +257,7 @@ def test_every_method_trains_on_a_packed_base(capsys, quantize, method):
         Config(**TINY, method=method, quantize=quantize, lower_lr=1e-2, out_dir="run")
     )
     assert (
-        results["after"]["train"]["loss"] < results["before"]["train"]["loss"]
+        results["after"]["test"]["loss"] < results["before"]["test"]["loss"]
         and results["quantize"] == quantize
     )
     assert f"{quantize} and float32 on cpu" in capsys.readouterr().out
@@ -322,7 +322,7 @@ def test_dropout_is_the_same_when_computed_twice():
 
 def test_8_bit_adamw_trains_at_both_levels():
     results = train.train(Config(**TINY, optimizer="adamw8bit", out_dir="run"))
-    assert results["after"]["train"]["loss"] < results["before"]["train"]["loss"]
+    assert results["after"]["test"]["loss"] < results["before"]["test"]["loss"]
 
 
 def test_full_fine_tuning_of_a_packed_base_is_refused(capsys):
@@ -669,7 +669,9 @@ def test_no_arguments_says_how_to_start(capsys):
     "argument, said",
     [
         ("--rnak=4", "did you mean 'rank'"),
-        ("--rank", "write --name=value"),
+        ("--rank", "--rank needs a value: write --rank=value or --rank value"),
+        ("--learning_rate=1", "--learning_rate is not a setting here: use --lower_lr"),
+        ("--zzz=1", "unknown setting --zzz; --help lists them all"),
         ("rank=4", "write --name=value"),
         ("--rank=four", "rank='four' is not an integer"),
         ("--rank=2.5", "not an integer"),
@@ -701,10 +703,7 @@ def test_no_arguments_says_how_to_start(capsys):
         ("--hypergradient_steps=2", "is more than upper_every=1"),
         ("--precondition=sgd", "unknown precondition"),
         ("--magnitude_axis=rows", "did you mean 'row'"),
-        (
-            "--lambda_kind=real",
-            "lambda_kind is a setting of earlier versions: use --method=bilora_softmax",
-        ),
+        ("--lambda_kind=real", "lambda_kind is not a setting here: use --method=bilora_softmax"),
         ("--unroll_steps=2", "use --hypergradient_steps"),
         ("--train_size=1960", "less than the 2000 examples"),
         ("--train_size=1", "at least 10"),
@@ -974,11 +973,15 @@ run(sys.argv[1], run_name="__main__")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_an_interrupt_while_torch_is_imported_is_one_line(program):
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, program], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGINT and done.stderr == "interrupted\n"
+def test_an_interrupt_while_torch_is_imported_is_one_line_with_the_command(program, tmp_path):
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    command = [sys.executable, str(script), program, "--a=b c"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    again = f"python {script} {program} '--a=b c'"
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == f"interrupted; start it again with: {again}\n"
 
 
 # -----------------------------------------------------------------------------------------------

@@ -366,13 +366,13 @@ def measure(bench, dtype):
     base = load(bench, dtype)
     runs = {name: step(bench, name, base) for name in names}
     seconds = {name: [] for name in names}
-    for _ in tqdm(range(bench.rounds + 1), desc="rounds"):
+    for _ in tqdm(range(bench.rounds + 1), desc="bench", unit="round"):
         for name, run in runs.items():
             seconds[name].append(timed(run))
 
     runs.clear()
     peaks = {}
-    for name in tqdm(names, desc="peak memory"):
+    for name in tqdm(names, desc="peak memory", unit="method"):
         peaks[name] = alone(bench, name, dtype, rounds=1)["peak_gb"]
     return {name: times[1:] for name, times in seconds.items()}, peaks
 

@@ -293,7 +293,7 @@ def tune(compare, pool):
     write_examples(compare, domain, size, seed, tuning=True)  # once, before two runs want it
     jobs = [(method, rates) for method in compare.methods for rates in grid(method)]
     runs = pool.map(lambda job: run(compare, domain, size, seed, *job, tuning=True), jobs)
-    tuned = list(tqdm(runs, total=len(jobs), desc="tuning"))
+    tuned = list(tqdm(runs, total=len(jobs), desc="tuning", unit="run"))
 
     rates = {}
     for method in compare.methods:
@@ -324,7 +324,7 @@ def make_runs(compare):
         for domain, size, seed, _ in jobs:
             write_examples(compare, domain, size, seed, tuning=False)
         runs = pool.map(lambda job: run(compare, *job, rates[job[3]]), jobs)
-        list(tqdm(runs, total=len(jobs), desc="runs"))
+        list(tqdm(runs, total=len(jobs), desc="runs", unit="run"))
 
 
 def check(compare):
