@@ -26,6 +26,7 @@ RUN_FILES = (  # beside the weights, which run.json names
     "metrics.jsonl",
     "summary.json",
     "loss.png",
+    "analysis.png",
     "trajectory.json",
     "trajectory.safetensors",
     REPLACED,

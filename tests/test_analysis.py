@@ -225,7 +225,8 @@ def test_the_command_line_draws_runs_and_checkpoints(capsys):
         analysis.main(["--tuned=dora,elsewhere/dora"]) == 0
         and capsys.readouterr().out.count(", q_proj") == 2
     )
-    assert Path("analysis.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("dora/analysis.png").read_bytes().startswith(b"\x89PNG")
+    assert not Path("analysis.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ class Analysis:
     base: str = ""  # the model that they were tuned from; empty: the one that their run names
     targets: tuple = ("q_proj", "v_proj")  # the matrices to show, by the ends of their names
     axis: str = "row"  # row or column, for folders without recorded snapshots
-    out: str = "analysis.png"  # where the picture is written
+    out: str = ""  # where the picture is written; empty: analysis.png in the first folder of tuned
 
 
 def trajectory_at(folder, analysis):
@@ -227,13 +227,14 @@ def main(arguments):
                 f"snapshots: {len(found.snapshots)}"
             )
         print("", *table(trajectories, analysis.targets), sep="\n")
-        with replacing(Path(analysis.out)) as temporary:
+        out = Path(analysis.out or Path(analysis.tuned[0]) / "analysis.png")
+        with replacing(out) as temporary:
             plot(trajectories, analysis.targets).savefig(temporary, format="png", dpi=150)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    print(f"\nsaved in {analysis.out}")
+    print(f"\nsaved in {out}")
     return 0
 
 

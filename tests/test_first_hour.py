@@ -1,0 +1,280 @@
+"""
+A newcomer's first hour, scripted: what a run shows on stderr, what it says when it is interrupted,
+wrong or in vain, and with which exit code. Programs run in processes of their own, as users run
+them.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import config
+import train
+from support import files, progress
+from tools import merge
+
+ROOT = Path(train.__file__).parent
+SHORT = ("--config=tiny.py", "--search_steps=6", "--retrain_steps=6", "--test_size=20")
+# Sends itself a SIGINT when a function is called for the n-th time.
+INTERRUPTED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+from support import run
+owner, name, left = {owner}, {name!r}, [{count}]
+function = getattr(owner, name)
+
+def wrapper(*arguments, **options):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+    return function(*arguments, **options)
+
+setattr(owner, name, wrapper)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+
+
+def run(*command, **options):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        **options,
+    )
+
+
+def interrupted(owner, name, count, *arguments):
+    """The last line on stderr of a run that is interrupted there; its exit code must be 130."""
+    code = INTERRUPTED.format(root=str(ROOT), owner=owner, name=name, count=count)
+    done = run("-c", code, *arguments)
+    assert done.returncode == 130, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+# ---------------------------------------------------------------------------- bars
+
+
+def test_every_phase_has_a_bar_with_its_unit_and_the_table_says_what_val_was_for():
+    done = run(str(ROOT / "train.py"), *SHORT)
+    assert done.returncode == 0
+    bars = re.findall(r"(\w+): 100%\S* (\d+)/\d+ \[.*?([a-z]+)[],/]", done.stderr)
+    found = re.findall(r"(\w+): 100%.*? (\d+)/\2 \[.*?[\d?](row|step)/s", done.stderr)
+    assert [name for name, _, _ in found] == ["evaluate", "search", "retrain", "evaluate"], bars
+    assert [(total, unit) for _, total, unit in found] == [
+        ("20", "row"),
+        ("6", "step"),
+        ("6", "step"),
+        ("220", "row"),
+    ]
+    [line] = re.findall(r" trained on .*", done.stdout)
+    assert line.split() == ["trained", "on", "yes", "in", "retrain", "no"]
+
+
+def test_the_first_step_is_kept_out_of_the_time_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    with progress.bar("train", 10, "step") as bar:
+        assert "?" in bar.format_meter(**bar.format_dict)
+        for seconds in (50, 2, 2):
+            now[0] += seconds
+            bar.update()
+        assert bar.format_dict["rate"] == 0.5
+        assert "<00:14" in bar.format_meter(**bar.format_dict)  # 7 steps of 2 seconds
+
+
+# ---------------------------------------------------------------------------- interrupts
+
+
+@pytest.mark.parametrize("owner, name", [("train", "prepare"), ("train", "evaluate_rows")])
+def test_before_the_first_step_an_interrupt_gives_the_command_and_the_folder_is_used_again(
+    owner, name
+):
+    said = interrupted(owner, name, 1, *SHORT)
+    assert said.startswith("interrupted") and said.endswith(f"python train.py {' '.join(SHORT)}")
+    assert train.main([*SHORT]) == 0
+
+
+def test_an_interrupt_in_the_last_evaluation_says_that_all_steps_are_saved():
+    said = interrupted("train", "evaluate_rows", 2, *SHORT)
+    assert "after the last step" in said
+    assert said.endswith(f"python train.py {' '.join(SHORT)} --resume=True")
+    steps = Path("out/tiny/metrics.jsonl").read_bytes()
+    assert train.main([*SHORT, "--resume"]) == 0
+    assert Path("out/tiny/metrics.jsonl").read_bytes() == steps
+
+
+def test_an_interrupt_while_a_phase_begins_is_resumed_at_the_checkpoint_before_it():
+    said = interrupted("train", "build_optimizer", 2, *SHORT)
+    assert said.startswith("interrupted; 6 steps are saved; resume it with: python train.py")
+    assert train.main([*SHORT, "--resume"]) == 0
+
+
+def test_an_interrupt_in_the_middle_of_saving_the_summary_loses_nothing():
+    said = interrupted("run.report", "plot_losses", 1, *SHORT)
+    assert said.endswith("--resume=True") and train.main([*SHORT, "--resume"]) == 0
+
+
+def test_a_folder_that_holds_steps_is_still_refused(capsys):
+    interrupted("train", "build_optimizer", 2, *SHORT)
+    assert train.main([*SHORT]) == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- a run in vain
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_that_learnt_nothing_says_so_last_and_what_to_lower(before, capsys):
+    wild = ("--lower_lr=1e3", "--grad_clip=1e9", f"--eval_before={before}")
+    assert train.main([*SHORT, *wild]) == 0
+    warning = capsys.readouterr().out.partition("\nnext:")[0].splitlines()[-1]
+    assert warning.startswith("warning: training ended no better than it began (train loss")
+    assert warning.endswith("lower --lower_lr or --upper_lr")
+
+
+def test_a_run_that_learnt_says_nothing_of_the_kind(capsys):
+    assert train.main(["--config=tiny.py", "--method=lora", "--test_size=20"]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_without_a_test_set_the_setting_for_one_is_named(capsys):
+    rows = [{"text": f"word {i}", "label": ("a", "b")[i % 2]} for i in range(40)]
+    Path("mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--data=", "--train_file", "mine.jsonl", "--out_dir", "mine")
+    assert train.main(["--config=tiny.py", "--search_steps=2", "--retrain_steps=2", *options]) == 0
+    out = capsys.readouterr().out
+    assert "no test set: --test_file" in out and "before training: val accuracy" in out
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--rank", "4"], {"rank": 4}),
+        (["--rank=4", "--seed", "3"], {"rank": 4, "seed": 3}),
+        (["--overwrite", "--rank", "4"], {"overwrite": True, "rank": 4}),
+        (["--rank", "4", "--overwrite"], {"overwrite": True, "rank": 4}),
+        (["--eval_before", "False", "--rank=4"], {"eval_before": False, "rank": 4}),
+        (["--target-modules", "q_proj,v_proj"], {"target_modules": ("q_proj", "v_proj")}),
+        (["--lower_lr", "1e-2", "--label_prompt=a=b"], {"lower_lr": 0.01, "label_prompt": "a=b"}),
+    ],
+)
+def test_a_value_may_follow_its_name_and_a_bool_may_stand_alone(arguments, expected):
+    found = config.read_config(arguments)
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, out", [(["--method", "dora"], "out/tiny-dora"), ([], "out/tiny")]
+)
+def test_the_folder_s_name_holds_a_method_given_either_way(arguments, out):
+    assert config.read_config(["--config", "tiny.py", *arguments]).out_dir == out
+
+
+@pytest.mark.parametrize("name", config.OTHER_NAMES)
+def test_a_name_from_elsewhere_is_answered_with_settings_that_exist(name, capsys):
+    assert train.main([f"--{name}", "3"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --{name} is not a setting here: ") and error.count("\n") == 1
+    named = set(re.findall(r"--(\w+)", config.OTHER_NAMES[name]))
+    assert named <= set(config.Config.__dataclass_fields__)
+
+
+def test_an_unknown_setting_is_never_answered_with_a_long_list(capsys):
+    for name in ("size", "qqqq", "lower_lrr", "hypergradient_step"):
+        assert train.main([f"--{name}=3"]) == 2
+        assert len(capsys.readouterr().err) < 130
+
+
+def test_tools_read_settings_the_same_way(capsys):
+    assert merge.main(["--adaptor", "x", "--out_dir=y"]) == 2
+    assert "did you mean 'adapter'" in capsys.readouterr().err
+    assert merge.main(["--adapter", "nowhere", "--out_dir", "y"]) == 2
+    assert "no folder nowhere" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- downloads
+
+PIP = """
+import pathlib, sys, time
+print("Collecting", *sys.argv[1:])
+place = pathlib.Path(sys.argv[sys.argv.index("--dest") + 1])
+for part in range(4):
+    with open(place / "thing-1.whl", "ab") as file:
+        file.write(b"x" * 250)
+    time.sleep(0.2)
+sys.exit({status})
+"""
+
+
+def fake_pip(tmp_path, monkeypatch, status):
+    """A stand-in for pip, which writes a kilobyte in 0.8 seconds."""
+    script = tmp_path / "pip.py"
+    script.write_text(PIP.format(status=status))
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        files.subprocess, "Popen", lambda c, **o: start([c[0], str(script), *c[3:]], **o)
+    )
+
+
+def test_a_download_is_one_line_and_a_bar(tmp_path, monkeypatch, capfd):
+    fake_pip(tmp_path, monkeypatch, 0)
+    path = tmp_path / "cache" / "thing-1.whl"
+    files.download("thing==1", path, "0" * 64, 1000)
+    out, err = capfd.readouterr()
+    assert path.read_bytes() == b"x" * 1000 and out == ""
+    assert "Collecting" not in err and "100%" in err and "1.00k/1.00k" in err
+
+
+def test_pip_s_own_text_is_shown_when_it_fails(tmp_path, monkeypatch, capfd):
+    fake_pip(tmp_path, monkeypatch, 1)
+    with pytest.raises(FileNotFoundError, match="could not download thing==1"):
+        files.download("thing==1", tmp_path / "cache" / "thing-1.whl", "0" * 64, 1000)
+    assert "Collecting download" in capfd.readouterr().err
+    assert not list((tmp_path / "cache").iterdir())
+
+
+# ---------------------------------------------------------------------------- a busy machine
+
+
+@pytest.mark.parametrize("own, expected", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_torch_s_idle_threads_sleep_unless_the_user_says_otherwise(own, expected, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    code = "import sys, train, os; print(os.environ['OMP_WAIT_POLICY'])"
+    assert run("-c", code).stdout.split() == [expected]
+
+
+# ---------------------------------------------------------------------------- a conversation
+
+
+def test_a_conversation_ends_at_ctrl_c_without_a_traceback():
+    command = [sys.executable, str(ROOT / "sample.py"), "--model", "tiny-random", "--chat"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, text=True, **pipes)
+    while "you:" not in (line := process.stdout.read(4)):
+        assert process.poll() is None, line
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in error
