@@ -272,8 +272,9 @@ def test_a_conversation_ends_at_ctrl_c_without_a_traceback():
     command = [sys.executable, str(ROOT / "sample.py"), "--model", "tiny-random", "--chat"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process = subprocess.Popen(command, text=True, **pipes)
-    while "you:" not in (line := process.stdout.read(4)):
-        assert process.poll() is None, line
+    shown = ""
+    while not shown.endswith("you: "):
+        shown += process.stdout.read(1) or pytest.fail(process.stderr.read())
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
