@@ -256,15 +256,6 @@ def test_pip_s_own_text_is_shown_when_it_fails(tmp_path, monkeypatch, capfd):
 # ---------------------------------------------------------------------------- a busy machine
 
 
-@pytest.mark.parametrize("own, expected", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_torch_s_idle_threads_sleep_unless_the_user_says_otherwise(own, expected, monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if own:
-        monkeypatch.setenv("OMP_WAIT_POLICY", own)
-    code = "import sys, train, os; print(os.environ['OMP_WAIT_POLICY'])"
-    assert run("-c", code).stdout.split() == [expected]
-
-
 # ---------------------------------------------------------------------------- a conversation
 
 
