@@ -69,10 +69,9 @@ def changed(*names):
 
 PAPER = {"as-written": Arm(WRITTEN, "bidora")}
 PAPER |= {f"written+{name}": Arm(changed(name), "bidora") for name in CHANGES}
-PAPER |= {"as-published": Arm(changed(*CHANGES), BOTH)}
+PAPER |= {"as-published": Arm(changed(*CHANGES), "bidora")}
 PAPER |= {
-    f"published-{name}": Arm(changed(*(CHANGES.keys() - {name})), "as-published")
-    for name in CHANGES
+    f"published-{name}": Arm(changed(*(CHANGES.keys() - {name})), "bidora") for name in CHANGES
 }
 
 HYPERGRADIENTS = {
