@@ -26,9 +26,9 @@ RUN_FILES = (  # beside the weights, which run.json names
     "metrics.jsonl",
     "summary.json",
     "loss.png",
-    "analysis.png",
     "trajectory.json",
     "trajectory.safetensors",
+    "analysis.png",  # of tools/analysis.py
     REPLACED,
 )
 

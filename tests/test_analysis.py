@@ -164,6 +164,39 @@ def test_a_slope_is_not_a_correlation():
     )
 
 
+def test_the_table_says_why_a_number_has_no_interval():
+    few, many = line_of(-3.0, 0.5, layers=7), line_of(-3.0, 0.5, layers=8)
+    *_, note = analysis.table({"a": few}, ["q_proj"], samples=20)
+    assert "no interval" in note and "fewer than 8" in note
+    assert "interval" not in "".join(analysis.table({"a": many}, ["q_proj"], samples=20))
+
+
+@pytest.fixture
+def two_layers():
+    """The figure of one run over two layers with two phases, drawn."""
+    run = line_of(-3.0, 0.5, layers=2, snapshots=8)
+    run.snapshots = [{"phase": "search" if t < 4 else "retrain", "step": t} for t in range(8)]
+    figure = analysis.plot({"one run": run}, ["q_proj"], samples=20)
+    figure.savefig("drawn.png")
+    return figure
+
+
+def test_the_legend_of_one_run_lies_within_its_picture(two_layers):
+    [legend] = two_layers.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= two_layers.bbox.x1
+
+
+def test_the_colour_bar_of_two_layers_counts_in_whole_layers(two_layers):
+    bar = two_layers.axes[-1]
+    assert [float(tick.get_text()) for tick in bar.get_yticklabels()] == [0, 1]
+
+
+def test_points_of_retrain_are_hollow_and_no_others(two_layers):
+    clouds = two_layers.axes[0].collections
+    assert [len(cloud.get_facecolors()) == 0 for cloud in clouds] == [False] * 4 + [True] * 4
+
+
 def test_points_that_do_not_vary_have_no_slope():
     still = line_of(0.0, 0.0)
     still.delta_d = [[0.0] * 12] * 3

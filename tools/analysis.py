@@ -15,13 +15,17 @@ Spearman's ρ.
     python -m tools.analysis --tuned=one/model --base=its/base     two checkpoints
 """
 
-import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import rankdata
 
 from bidora import adapter_layers, linear_layers
@@ -82,10 +86,15 @@ MARKERS = "os^vDP*X<>"
 
 
 def panel(axes, trajectory, title, samples):
-    """Draw the points of one trajectory, and their line; returns the last snapshot's scatter."""
-    depth = numpy.arange(len(trajectory.layers))
-    for marker, x, y in zip(itertools.cycle(MARKERS), trajectory.delta_d, trajectory.delta_m):
-        shown = axes.scatter(x, y, c=depth, cmap="viridis", s=14, marker=marker)
+    """Draw the points of one trajectory, and their line; returns what a colour bar needs."""
+    count = len(trajectory.layers)
+    depth = ScalarMappable(Normalize(0, max(1, count - 1)), "viridis")
+    colors = depth.to_rgba(numpy.arange(count))
+    phases = [snapshot["phase"] for snapshot in trajectory.snapshots]
+    for t, (x, y) in enumerate(zip(trajectory.delta_d, trajectory.delta_m)):
+        marker = MARKERS[phases[:t].count(phases[t]) % len(MARKERS)]
+        faces = "none" if phases[t] == "retrain" else colors
+        axes.scatter(x, y, s=22, marker=marker, facecolors=faces, edgecolors=colors)
 
     line, x = fit([trajectory], samples), numpy.ravel(trajectory.delta_d)
     slope = line["k"][0]
@@ -93,40 +102,62 @@ def panel(axes, trajectory, title, samples):
         ends = numpy.array([x.min(), x.max()])
         y = numpy.mean(trajectory.delta_m) + slope * (ends - x.mean())
         axes.plot(ends, y, color="black", linewidth=1)
+        title += f": k = {slope:.3g}, r = {line['r'][0]:+.2f}"
 
-    axes.set_title(f"{title}: k = {slope:.3g}, r = {line['r'][0]:+.2f}", fontsize=9)
+    axes.set_title(title, fontsize=10, pad=16)  # above the axis's power of ten
     axes.set(xlabel="ΔD", ylabel="ΔM")
     axes.ticklabel_format(scilimits=(-2, 3), useMathText=True)
     axes.margins(0.08)
-    return shown
+    return depth
+
+
+def legend(figure, trajectories):
+    """Which marker is which snapshot, as few in a row as fit into the figure."""
+    phases = [[s["phase"] for s in t.snapshots] for t in trajectories.values()]
+    count = max(found.count(phase) for found in phases for phase in found)
+    marks = [(marker, "full", f"snapshot {t + 1}") for t, marker in zip(range(count), MARKERS)]
+    if any("retrain" in found for found in phases):
+        marks.append(("o", "none", "hollow: retrain"))
+    handles = [
+        Line2D([], [], linestyle="", color="gray", marker=marker, fillstyle=fill, label=text)
+        for marker, fill, text in marks
+    ]
+    columns = int(figure.get_figwidth() / 1.4)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
 
 
 def plot(trajectories, targets=("q_proj", "v_proj"), samples=2000):
     """
     The papers' scatter plot, as a matplotlib figure.
 
-    trajectories: {title: Trajectory}, a column of panels each; targets: the rows. Colour is the
-    layer's depth, the marker is the snapshot, and the line is fitted to all points of the panel.
+    trajectories: {title: Trajectory}, a row of panels each; targets: the columns. Colour is the
+    layer's depth, the marker is the snapshot of its phase, hollow in retrain, and the line is
+    fitted to all points of the panel.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    size = (1.2 + 3 * len(trajectories), 0.6 + 2.8 * len(targets))
+    size = (max(6.5, 1 + 4.2 * len(targets)), 0.8 + 2.9 * len(trajectories))
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(targets), len(trajectories), squeeze=False)
-    for row, target in zip(panels, targets):
-        for axes, (title, trajectory) in zip(row, trajectories.items()):
+    panels = figure.subplots(len(trajectories), len(targets), squeeze=False)
+    for row, (title, trajectory) in zip(panels, trajectories.items()):
+        for axes, target in zip(row, targets):
             label = f"{title}, {target.removesuffix('_proj')}"
-            shown = panel(axes, trajectory.select(target), label, samples)
-    figure.colorbar(shown, ax=panels, label="layer, first to last", shrink=0.8)
-
-    count = max(len(trajectory.snapshots) for trajectory in trajectories.values())
-    handles = [
-        Line2D([], [], linestyle="", color="gray", marker=marker, label=f"snapshot {t + 1}")
-        for t, marker in zip(range(count), itertools.cycle(MARKERS))
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=8)
+            depth = panel(axes, trajectory.select(target), label, samples)
+    whole = MaxNLocator(integer=True, min_n_ticks=1)  # there is no layer 0.2
+    figure.colorbar(depth, ax=panels, label="layer, from 0", aspect=30, ticks=whole)
+    legend(figure, trajectories)
     return figure
+
+
+def interval(value, low, high):
+    """A number of `fit` as text. A dash is what there is none of: see NOTES."""
+    if numpy.isnan(value):
+        return "–"
+    return f"{value:.3g} (–)" if numpy.isnan(low) else f"{value:.3g} ({low:.3g} … {high:.3g})"
+
+
+NOTES = {  # how a cell of the table ends: why
+    "(–)": "(–): no interval. It draws layers at random, and fewer than 8 are too few to draw from",
+    "–": "–: undefined, since ΔD or ΔM is the same in all points",
+}
 
 
 def table(trajectories, targets, samples=2000):
@@ -135,20 +166,19 @@ def table(trajectories, targets, samples=2000):
         f"{'':28}{'points':>8}{'mean ΔM':>10}{'mean ΔD':>10}{'slope k':>28}"
         f"{'k, ΔM relative':>28}{'Pearson r':>24}{'Spearman ρ':>24}"
     ]
+    ends = set()
     for title, trajectory in trajectories.items():
         for target in targets:
             chosen = trajectory.select(target)
             found = fit([chosen], samples)
-            cells = [
-                f"{value:.3g} ({low:.3g} … {high:.3g})"
-                for value, low, high in (found[name] for name in ("k", "relative", "r", "rho"))
-            ]
+            cells = [interval(*found[name]) for name in ("k", "relative", "r", "rho")]
+            ends |= {cell.split()[-1] for cell in cells}
             lines.append(
                 f"{title + ', ' + target:28}{numpy.size(chosen.delta_d):8}"
                 f"{numpy.mean(chosen.delta_m):10.2g}{numpy.mean(chosen.delta_d):10.2g}"
                 f"{cells[0]:>28}{cells[1]:>28}{cells[2]:>24}{cells[3]:>24}"
             )
-    return lines
+    return lines + [note for end, note in NOTES.items() if end in ends]
 
 
 def of_checkpoints(tuned, base="", axis="row", targets=("q_proj", "v_proj")):
@@ -187,7 +217,7 @@ class Analysis:
     base: str = ""  # the model that they were tuned from; empty: the one that their run names
     targets: tuple = ("q_proj", "v_proj")  # the matrices to show, by the ends of their names
     axis: str = "row"  # row or column, for folders without recorded snapshots
-    out: str = ""  # where the picture is written; empty: analysis.png in the first folder of tuned
+    out: str = ""  # the picture; empty: analysis.png in the (first) folder of `tuned`
 
 
 def trajectory_at(folder, analysis):
@@ -217,6 +247,9 @@ def main(arguments):
             raise ValueError(f"unknown axis {analysis.axis!r}: choose row, column")
         if not analysis.tuned:
             raise ValueError("nothing to analyse: set --tuned to the folder of a run or a model")
+        out = Path(analysis.out or Path(analysis.tuned[0]) / "analysis.png")
+        if not out.parent.is_dir():
+            raise ValueError(f"{out.parent} is no folder: say with --out= where the picture goes")
 
         trajectories = {}
         for folder in analysis.tuned:
@@ -227,7 +260,6 @@ def main(arguments):
                 f"snapshots: {len(found.snapshots)}"
             )
         print("", *table(trajectories, analysis.targets), sep="\n")
-        out = Path(analysis.out or Path(analysis.tuned[0]) / "analysis.png")
         with replacing(out) as temporary:
             plot(trajectories, analysis.targets).savefig(temporary, format="png", dpi=150)
     except (ValueError, OSError) as error:
