@@ -128,6 +128,9 @@ def plot_losses(path, metrics, results):
         axes.text(first, 1.01, phase, transform=axes.get_xaxis_transform(), color="gray")
 
     axes.set(xlabel="lower-level step", ylabel="loss", ylim=(0, None))
+    # hub names and folders can be long; above the names of the phases
+    title = f"{results['method']} on {Path(results['model']).name}"
+    axes.set_title(title, fontsize=10, pad=18)
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -39,6 +39,16 @@ def test_bench_measures_every_kind_side_by_side(tmp_path, capsys):
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("labels, words", [("last", "one label a row"), ("all", "a label on each")])
+def test_the_chart_says_in_words_where_the_labels_are(labels, words, monkeypatch):
+    titles = []
+    monkeypatch.setattr(bench, "measure", lambda *arguments: ({}, {}))
+    monkeypatch.setattr(bench, "table", lambda *arguments: [])
+    monkeypatch.setattr(bench, "draw", lambda path, title, seconds: titles.append(title))
+    bench.run(bench.Bench(model="tiny-random", labels=labels, dtype="float32"))
+    assert f"64 tokens, {words}, rank 8" in titles[0]
+
+
 def test_bench_trains_the_same_as_its_peer():
     """
     With equal weights, batch, rank, scale and optimizer, PEFT's LoRA and ours have the same loss

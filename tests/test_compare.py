@@ -114,6 +114,13 @@ def test_table_has_means_deviations_and_the_paired_test():
     assert not any("lora" in line for line in lines)
 
 
+def test_the_table_says_on_what_its_seconds_were_measured():
+    noted = {"dtype": "bfloat16", "threads": 1, "processor": "EPYC, AVX2"}
+    lines = compare.table([result("dora", 0, 0.9) | noted, result("lora", 0, 0.9)])
+    assert "    EPYC, AVX2, bfloat16, threads: 1: dora" in lines
+    assert "    unrecorded processors, perhaps several, unrecorded dtype, threads: ?: lora" in lines
+
+
 def test_equal_differences_tie_whatever_their_last_digits():
     ours, theirs = (278, 273, 270, 263, 280, 265), (281, 279, 273, 260, 280, 265)  # of 300
     pairs = [

@@ -423,9 +423,10 @@ def run(bench):
         kinds = ("forward", "lora", "dora", "unrolled")
         bench = dataclasses.replace(bench, rounds=3, kinds=kinds)
 
+    labels = {"all": "a label on each", "last": "one label a row"}[bench.labels]
     what = (
         f"{bench.model}, {str(dtype).removeprefix('torch.')}, {bench.batch_size} rows of "
-        f"{bench.data or f'{bench.length} tokens, {bench.labels} labels'}, rank {bench.rank}"
+        f"{bench.data or f'{bench.length} tokens, {labels}'}, rank {bench.rank}"
         f"{', compiled' if bench.compile else ''}"
     )
     about = {"settings": vars(bench) | {"dtype": str(dtype)}, "processor": processor()}

@@ -36,6 +36,7 @@ from bidora import METHODS
 from support import settings
 from support.datasets import BUILT_IN
 from support.files import read_json, replacing
+from support.hardware import processor
 from support.weight_changes import Trajectory
 from tools.results import load_results, mend, read_results, save
 
@@ -181,6 +182,8 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
     result |= {"command": shlex.join(["python", "train.py", *command]), "threads": threads}
     for key in ("before", "after", "seconds", "dtype", "peak_memory_beyond_start_gb"):
         result[key] = summary[key]
+    parts = processor().split(", ")
+    result["processor"] = ", ".join(part for part in parts if not part.endswith(" threads"))
     save(compare.results, result, queries_and_values(Trajectory.load(out)))
     return read_results(compare.results)[name]
 
@@ -239,6 +242,18 @@ def means(results):
     return lines
 
 
+def about_seconds(results):
+    """Lines of text: on what the runs were made whose seconds the table shows."""
+    kinds = {}
+    for result in results:
+        where = result.get("processor", "unrecorded processors, perhaps several")
+        dtype = result.get("dtype") or "unrecorded dtype"
+        kind = f"{where}, {dtype}, threads: {result.get('threads', '?')}"
+        kinds.setdefault(kind, {})[result["method"]] = None
+    lines = [f"    {kind}: {', '.join(methods)}" for kind, methods in kinds.items()]
+    return ["seconds are medians of whole runs; compare them within one line of these:", *lines]
+
+
 MEASURES = {  # of what a run measured after training
     "test accuracy": lambda after: 100 * after["test"]["accuracy"],
     "test loss": lambda after: after["test"]["loss"],
@@ -282,8 +297,8 @@ def comparisons(results):
 
 
 def table(results):
-    """Lines of text: each method's means and standard deviations, then BiDoRA's comparisons."""
-    return [*means(results), "", *comparisons(results)]
+    """Lines of text: each method's means and deviations, what was timed, BiDoRA's comparisons."""
+    return [*means(results), "", *about_seconds(results), "", *comparisons(results)]
 
 
 def tune(compare, pool):
