@@ -5,7 +5,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+
+from tools import notebooks
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -14,9 +15,21 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 def test_notebook_runs_in_the_short_setting(path, monkeypatch, request):
     monkeypatch.setenv("QUICK", "1")
     monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
-    NotebookClient(
-        nbformat.read(path, 4), timeout=300, resources={"metadata": {"path": str(path.parent)}}
-    ).execute()
+    notebooks.execute(path, timeout=300)
+
+
+@pytest.mark.parametrize("quick, kept", [("1", False), ("", True)])
+def test_a_short_run_does_not_replace_the_outputs_and_a_full_one_does(
+    quick, kept, tmp_path, monkeypatch
+):
+    path = tmp_path / "01_sum.ipynb"
+    cell = nbformat.v4.new_code_cell("print(40 + 2)")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    before = path.read_bytes()
+    monkeypatch.setenv("QUICK", quick)
+    assert notebooks.main([f"--folder={tmp_path}", "--only=01"]) == 0
+    assert (path.read_bytes() != before) == kept
+    assert [o.text for c in nbformat.read(path, 4).cells for o in c.outputs] == ["42\n"] * kept
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,0 +1,65 @@
+"""
+Run the lessons from top to bottom and keep their outputs.
+
+    python -m tools.notebooks                all of them, each in a kernel of its own
+    python -m tools.notebooks --only=02      those whose name begins so
+    QUICK=1 python -m tools.notebooks        briefly, on toys; their outputs are not kept
+
+A short run must not replace the committed outputs, since the text quotes a full one. A lesson that
+fails keeps the outputs that it had. Needs requirements-dev.txt.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from support import settings
+from support.files import replacing
+
+
+@dataclass
+class Notebooks:
+    only: str = ""  # the beginning of a name; empty: all
+    folder: str = "notebooks"  # where they lie, and run
+
+
+def execute(path, timeout=3600):
+    """A notebook's new outputs, as a notebook of nbformat. timeout: the seconds that a cell has."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    place = {"metadata": {"path": str(path.parent)}}
+    return NotebookClient(nbformat.read(path, 4), timeout=timeout, resources=place).execute()
+
+
+def main(arguments):
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__.strip(), settings.help_text(Notebooks), sep="\n\n")
+        return 0
+    try:
+        import nbformat
+
+        notebooks, _ = settings.read(Notebooks, arguments)
+        paths = sorted(Path(notebooks.folder).glob(f"{notebooks.only}*.ipynb"))
+        if not paths:
+            raise ValueError(f"{notebooks.folder} has no notebook {notebooks.only}*.ipynb")
+        for path in paths:
+            found = execute(path)
+            if os.environ.get("QUICK"):
+                print(f"{path}: runs; not kept, since QUICK is set")
+                continue
+            with replacing(path) as temporary:
+                nbformat.write(found, temporary)
+            print(f"{path}: runs, and has its new outputs")
+    except ImportError as error:
+        print(f"error: {error.name}: pip install -r requirements-dev.txt", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
