@@ -29,8 +29,9 @@ def execute(path, timeout=3600):
     import nbformat
     from nbclient import NotebookClient
 
-    place = {"metadata": {"path": str(path.parent)}}
-    return NotebookClient(nbformat.read(path, 4), timeout=timeout, resources=place).execute()
+    options = {"timeout": timeout, "resources": {"metadata": {"path": str(path.parent)}}}
+    options["record_timing"] = False  # times of day would make every cell differ from its last run
+    return NotebookClient(nbformat.read(path, 4), **options).execute()
 
 
 def main(arguments):
