@@ -121,8 +121,7 @@ class BiDoRALinear(nn.Linear):
             if value not in CHOICES[name]:
                 raise ValueError(f"unknown {name} {value!r}: choose {', '.join(CHOICES[name])}")
 
-        device = "meta" if linear is not None else None
-        super().__init__(in_features, out_features, bias, device=device)
+        super().__init__(in_features, out_features, bias, device="meta" if linear else None)
         if linear is not None:
             self.adopt(linear)
         self.requires_grad_(False)  # the weight and the bias
