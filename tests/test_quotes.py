@@ -151,3 +151,18 @@ def test_lesson_04_prints_the_seeds_and_accuracies_that_results_hold():
         kind = runs("movie-sentiment", 100, names.get(title, title.lower()))
         assert len(kind) == int(seeds), title
         assert_quoted(percent, statistics.mean(map(accuracy, kind)))
+
+
+def test_the_claims_quote_the_draws_that_lesson_02_counted():
+    _, printed = text_of("02")
+    wins = dict.fromkeys(("DoRA", "joint"), ())
+    for name, count in re.findall(
+        r"(?m)^(DoRA|joint)(?:, then m fixed)? .* (\d+) of 100 ", printed
+    ):
+        wins[name] += (count,)
+    [quoted] = re.findall(
+        r"a hundred draws\), its test error is lower than DoRA's in (\d+) at rank 6 and in (\d+) "
+        r"at rank 2. .*? BiDoRA's error is lower in (\d+) and in (\d+)",
+        RESULTS,
+    )
+    assert quoted == (wins["DoRA"][0], wins["DoRA"][-1], *wins["joint"])
