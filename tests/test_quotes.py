@@ -123,6 +123,33 @@ def test_the_readme_quotes_the_gap_at_equal_rates():
     assert_pairs(pairs(gap, "dora", 100, "dora-at-1e-3"), f"-{mean}", p)
 
 
+def test_the_readme_quotes_the_study_s_mean_scores():
+    lines = (ROOT / "results" / "study" / "runs.jsonl").read_text().splitlines()
+    study = [r for r in map(json.loads, lines) if r["set"] == "main" and r["size"] == 100]
+    domains = {r["domain"] for r in study}
+
+    def means(arm):
+        """{seed: the mean score over all domains}, in points of 100."""
+        found = {}
+        for r in study:
+            if r["method"] == arm:
+                score = r["after"]["test"][r["metric"]] or 0
+                found.setdefault(r["seed"], {})[r["domain"]] = 100 * score
+        return {s: statistics.mean(v.values()) for s, v in found.items() if v.keys() == domains}
+
+    [(seeds, below, p_below, above, p_above)] = re.findall(
+        r"five tasks and (\w+) seeds, its mean score is (\S+) points below DoRA's \(p = (\S+)\), "
+        r"and (\S+) above DoRA in BiDoRA's phases \(p = (\S+)\)",
+        README,
+    )
+    ours = means("bidora")
+    for arm, mean, p in (("dora", f"-{below}", p_below), ("dora-two-phases", above, p_above)):
+        other = means(arm)
+        found = [round(ours[s] - other[s], 9) for s in ours.keys() & other.keys()]
+        assert len(found) == {"sixteen": 16, "twenty": 20}[seeds] and len(domains) == 5
+        assert_pairs(found, mean, p)
+
+
 def test_the_readme_quotes_the_test_accuracy():
     [(at_100, p_100, at_400, p_400)] = re.findall(
         r"accuracy is (\S+) points higher at 100 examples \(p = (\S+)\) "

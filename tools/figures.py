@@ -1,13 +1,12 @@
 """
 The pictures of README.md and docs/, drawn from committed files in a few seconds.
 
-    python -m tools.figures               phases, gap, study, paper and speed.png, into docs/
+    python -m tools.figures               phases, gap, study and speed.png, into docs/
     python -m tools.figures --only=gap    one of them
 
 phases.png: who trains on what in BiDoRA's three phases. gap.png: train minus test accuracy over the
 number of training examples, from results/. study.png: BiDoRA minus each other method on an encoder,
-from results/study/; paper.png: the paper's algorithm minus its published program, likewise.
-speed.png: two tables of docs/speed.md, as bars.
+from results/study/. speed.png: two tables of docs/speed.md, as bars.
 Colours are Okabe and Ito's. Line styles, markers and hatching serve black and white.
 """
 
@@ -43,7 +42,7 @@ PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text t
 
 @dataclass
 class Figures:
-    only: str = ""  # one picture: phases, gap, study, paper or speed; empty: all of them
+    only: str = ""  # one picture: phases, gap, study or speed; empty: all of them
     results: str = "results"  # what gap.png is drawn from
     docs: str = "docs"  # where speed.md is read and the pictures are written
 
@@ -210,19 +209,19 @@ def gap(results):
     return figure
 
 
-def study(results, name):
+def study(results):
     """
-    A group's first arm minus each other at the smallest size: the mean over all domains with its
-    95 % interval, and each domain's mean.
+    BiDoRA minus each other arm at the smallest size: the mean over all domains with its 95 %
+    interval, and each domain's mean.
     """
-    group = GROUPS[name]
+    group = GROUPS["methods"]
     results = of_group(results, group.arms, group.domains)
     size = min(result["size"] for result in results)
     figure = Figure(figsize=(8.6, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     markers = {}
     for axes, measure in zip(panels, MEASURES):
-        found = differences(results, size, measure, group.arms[0])
+        found = differences(results, size, measure)
         arms = [arm for arm in group.arms if ("all", arm) in found]
         for (domain, arm), (_, mean, half, *_) in found.items():
             y = arms.index(arm)
@@ -234,7 +233,7 @@ def study(results, name):
             style = {"color": "none", "markeredgecolor": "#767676", "markersize": 6}
             axes.plot(mean, y, marker, label=domain, **style)
         axes.axvline(0, color="black", linewidth=1, linestyle=":")
-        axes.set_xlabel(f"{measure}: {group.arms[0]} minus the other, points")
+        axes.set_xlabel(f"{measure}: BiDoRA minus the other, points")
         axes.set_yticks(range(len(arms)), arms)
         axes.spines[["top", "right"]].set_visible(False)
 
@@ -321,8 +320,7 @@ def main(arguments):
     pictures = {
         "phases": lambda figures: phases(),
         "gap": lambda figures: gap(load_results(figures.results)),
-        "study": lambda figures: study(load_results(f"{figures.results}/study"), "methods"),
-        "paper": lambda figures: study(load_results(f"{figures.results}/study"), "paper"),
+        "study": lambda figures: study(load_results(f"{figures.results}/study")),
         "speed": lambda figures: speed(Path(figures.docs) / "speed.md"),
     }
     try:
