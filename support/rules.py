@@ -102,10 +102,6 @@ def check_data(config, bilevel):
         f"or use --data",
     )
     refuse(
-        config.test_size and own,
-        f"test_size={config.test_size}: test_file is taken whole; make it as small as you want",
-    )
-    refuse(
         config.tune_size and config.data not in BUILT_IN,
         "tune_size is for a built-in set: give your tuning examples as --test_file",
     )

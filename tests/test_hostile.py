@@ -698,7 +698,8 @@ def test_programs_end_well_or_in_one_line_within_20_seconds_and_3_gb(folder, mor
         status = program.main(arguments)
     assert status in (0, 2)
     if status == 2:
-        [line] = said.getvalue().splitlines()
+        # a run that diverges has shown its bar
+        [line] = [text for text in said.getvalue().splitlines() if "step/s]" not in text]
         assert line.startswith("error: ") and len(line) < 2000
     assert time.time() - start < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3e6  # KB, of all cases so far

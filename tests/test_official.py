@@ -547,7 +547,7 @@ def test_a_label_outside_its_classes_is_named(hub):
         (
             {"tokens": [["a", "b"]], "ner_tags": [["O"]]},
             {"tokens": ["    sequence: string"], "ner_tags": ["    sequence: string"]},
-            "me/set, train, row 1: 1 tags for 2 words",
+            "me/set, train, row 1: 2 words and 1 tags",
         ),
         (
             {"meaning_representation": ["a"], "human_references": [[""]]},

@@ -957,7 +957,8 @@ def test_read_only_folders_are_one_line_for_an_ordinary_user(tmp_path):
     assert not list(Path("readable").iterdir())
 
 
-PROGRAMS = ["train.py", "sample.py", *(f"tools.{p.stem}" for p in ROOT.glob("tools/[a-z]*.py"))]
+TOOLS = [p.stem for p in ROOT.glob("tools/[a-z]*.py") if "__main__" in p.read_text("utf-8")]
+PROGRAMS = ["train.py", "sample.py", *(f"tools.{name}" for name in TOOLS)]
 INTERRUPTED = """
 import runpy, sys
 

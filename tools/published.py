@@ -141,6 +141,7 @@ def train(arguments):
     if altered:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             (out / name).unlink()
+        print("the adapter was removed: it does not fit the base model's file")
     if trace:
         summary = summary | {"trace": trace}
         write_json(out / "summary.json", read_json(out / "summary.json") | {"trace": trace})
@@ -158,9 +159,8 @@ def main(arguments):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    if not (Path(summary["out_dir"]) / "adapter_config.json").exists():
-        print("the adapter was removed: it does not fit the base model's file")
-    if trace := summary.get("trace"):
+    trace = summary.get("trace", {"moved": []})
+    if trace["moved"]:
         print(
             f"of {len(trace['moved'])} upper-level steps, mean: the indirect part is "
             f"{numpy.mean(trace['indirect']):.2g} of the direct one, at a cosine of "
