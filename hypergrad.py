@@ -499,7 +499,7 @@ CHOICES = {
 def check_options(hypergradient, options):
     """Raise ValueError for options that a hypergradient does not have, or for unfit values."""
     entry = HYPERGRADIENTS[hypergradient]
-    known = {*entry.options} | ({"radius"} if hypergradient.endswith("difference") else set())
+    known = {*entry.options} | ({"radius"} if entry.float32 else set())  # of differences
     if unknown := sorted(options.keys() - known):
         has = f"it has {', '.join(sorted(known))}" if known else "it has none"
         raise ValueError(f"hypergradient={hypergradient} has no option {unknown[0]!r}: {has}")

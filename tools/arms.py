@@ -71,7 +71,8 @@ PAPER = {"as-written": Arm(WRITTEN, "bidora")}
 PAPER |= {f"written+{name}": Arm(changed(name), "bidora") for name in CHANGES}
 PAPER |= {"as-published": Arm(changed(*CHANGES), "bidora")}
 PAPER |= {
-    f"published-{name}": Arm(changed(*(CHANGES.keys() - {name})), "bidora") for name in CHANGES
+    f"published-{name}": Arm(changed(*(other for other in CHANGES if other != name)), "bidora")
+    for name in CHANGES
 }
 
 HYPERGRADIENTS = {

@@ -170,8 +170,8 @@ def tuned(study, pool, domain, arm):
     rates = dict(climb(study, pool, domain, source_of(arm)))
     if ARMS[arm].settings["method"] == "dora":
         rates.pop("upper_lr", None)
-    else:
-        rates |= {n: v * ARMS[arm].upper_factor for n, v in rates.items() if n == "upper_lr"}
+    elif "upper_lr" in rates:
+        rates["upper_lr"] *= ARMS[arm].upper_factor
     return rates
 
 
