@@ -104,9 +104,10 @@ def run_pip(command, folder, size):
 def largest(folder):
     """The size of the largest file below a folder: pip copies what it has downloaded."""
     sizes = [0]
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip has just removed it
-            sizes.append(path.stat().st_size)
+    for place, _, names in os.walk(folder):  # which passes over folders that pip has just removed
+        for name in names:
+            with contextlib.suppress(OSError):  # as here over files
+                sizes.append(os.path.getsize(os.path.join(place, name)))
     return max(sizes)
 
 

@@ -270,3 +270,18 @@ def test_a_conversation_ends_at_ctrl_c_without_a_traceback():
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in error
+
+
+def test_the_download_s_bar_bears_that_pip_removes_its_folders(tmp_path, monkeypatch):
+    """The folder goes after it was listed and before it is opened, as pip's build folders do."""
+    (tmp_path / "kept").write_bytes(b"12345")
+    (tmp_path / "gone").mkdir()
+    scan = os.scandir
+
+    def late(path):
+        if Path(path).name == "gone":
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    assert files.largest(tmp_path) == 5
