@@ -74,6 +74,12 @@ PAPER |= {
     f"published-{name}": Arm(changed(*(other for other in CHANGES if other != name)), "bidora")
     for name in CHANGES
 }
+# The others have BiDoRA's rates, which a random factor of another size need not fit.
+OWN = {"lower_lr": 3e-4, "upper_lr": 1e-2}
+PAPER |= {
+    "written+normal-tuned": Arm(changed("normal"), OWN),
+    "as-published-tuned": Arm(changed(*CHANGES), OWN),
+}
 
 HYPERGRADIENTS = {
     "first-order": Arm(TRACED | {"hypergradient": "first_order"}, "bidora"),

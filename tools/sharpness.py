@@ -1,0 +1,123 @@
+"""
+λ_max, the largest eigenvalue of the Hessian of the train loss in the weights of the lower level,
+beside the learning rate that tools.study chose for them.
+
+    python -m tools.sharpness                  LoRA, DoRA and BiDoRA on the study's five tasks
+    python -m tools.sharpness --arms=lora,dora --domains=similarity --seeds=3
+
+Gradient descent on a quadratic diverges at rates above 2 / λ_max, so a sharper loss should want a
+smaller rate. arXiv 2602.04998 explains by it why variants of LoRA have different best rates. Here
+the loss is that of all 100 examples, and the weights are A and B, and for DoRA the magnitudes: at
+the start of a run of the study (B = 0), and after 50 steps at 1e-3, the same for all. The head
+learns beside them, but is not among the weights, since its own curvature would hide theirs.
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+
+import numpy
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from tqdm import tqdm
+
+import data
+import train
+from bidora import adapter_layers, lower_parameters
+from hypergrad import LowerGradient, create_bilevel_optimizer
+from support import report, settings
+from tools import study
+
+
+@dataclass
+class Sharpness:
+    arms: tuple = ("lora", "dora", "bidora")  # of tools/arms.py
+    domains: tuple = study.GROUPS["methods"].domains  # built-in data sets
+    steps: int = 50  # of the lower level, between the two
+    rate: float = 1e-3  # of these steps
+    seeds: int = 1  # samples of the data, each with an initial adapter and head
+    model: str = "minilm"  # the base model
+    target_modules: tuple = ("query", "value")  # the adapted layers
+    results: str = "results/study"  # where the chosen rates come from
+
+
+def largest_eigenvalue(loss, parameters, tolerance=0.01):
+    """
+    The largest eigenvalue, a float, of the Hessian of loss(), a scalar, in a list of parameters: by
+    Lanczos' method, to a relative tolerance.
+    """
+    g = LowerGradient(loss, parameters)
+    sizes = [p.numel() for p in parameters]
+
+    def product(x):
+        parts = torch.from_numpy(x.ravel()).to(parameters[0]).split(sizes)
+        vectors = [part.view_as(p) for part, p in zip(parts, parameters)]
+        return torch.cat([y.flatten() for y in g.product(vectors, parameters)]).double().numpy()
+
+    n = sum(sizes)
+    hessian = LinearOperator((n, n), product, dtype=numpy.float64)
+    start = numpy.random.default_rng(0).standard_normal(n)
+    [found] = eigsh(
+        hessian, 1, which="LA", v0=start, tol=tolerance, ncv=min(n, 12), return_eigenvectors=False
+    )
+    return float(found)
+
+
+def before_and_after(config, steps, rate):
+    """λ_max before a run's first step, and after some steps of its lower level at a rate."""
+    task = train.prepare(config, "cpu")
+    examples = task.encoded["train"] + task.encoded["val"]
+    batch, inside = task.kind.collate(examples), set()
+    for layer in adapter_layers(task.model).values():
+        inside |= set(map(id, layer.parameters()))
+    weights = [p for p in lower_parameters(task.model) if id(p) in inside]
+    optimizer = create_bilevel_optimizer(task.model, rate)
+
+    found = [largest_eigenvalue(lambda: task.model(*batch), weights)]
+    batches = data.batches(examples, config.batch_size, task.kind.collate, config.seed)
+    for part in itertools.islice(batches, steps):
+        optimizer.lower_step(lambda model, tensors: model(*tensors), part)
+    return [*found, largest_eigenvalue(lambda: task.model(*batch), weights)]
+
+
+def rows(given, steps, rate):
+    """Yield (domain, arm, λ_max before, after, the chosen lower_lr or None) of a study's pairs."""
+    for domain, arm in itertools.product(given.domains, given.arms):
+        found = []
+        for seed in range(given.seeds):
+            options = study.options_of(given, "unused", domain, 100, arm, seed, {})
+            config = train.read_config([f"--{name}={value}" for name, value in options.items()])
+            found.append(before_and_after(config, steps, rate))
+        try:
+            chosen = study.tuned(given, None, domain, arm)["lower_lr"]
+        except LookupError:  # not yet
+            chosen = None
+        yield domain, arm, *numpy.mean(found, axis=0), chosen
+
+
+def main(arguments):
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__.strip(), settings.help_text(Sharpness), sep="\n\n")
+        return 0
+    try:
+        sharpness, _ = settings.read(Sharpness, arguments)
+        steps, rate = sharpness.steps, sharpness.rate
+        names = ("arms", "domains", "seeds", "model", "target_modules", "results")
+        given = study.check(study.Study(**{name: getattr(sharpness, name) for name in names}))
+
+        columns = ("at the start", f"after {steps} steps", "chosen rate")
+        print(f"{'λ_max':34}" + "".join(f"{name:>16}" for name in columns))
+        total = len(given.domains) * len(given.arms)
+        for domain, arm, *values in tqdm(rows(given, steps, rate), total=total, unit="arm"):
+            texts = ["–" if value is None else f"{value:.3g}" for value in values]
+            tqdm.write(f"{domain:16}{arm:18}" + "".join(f"{text:>16}" for text in texts))
+    except (ValueError, OSError) as error:
+        return report.failed(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
