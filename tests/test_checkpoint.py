@@ -532,8 +532,7 @@ def test_twelve_hundred_steps_take_no_more_memory_or_files_than_two_hundred(monk
     monkeypatch.setattr(train, "learning_rate_scale", measure)
     train.train(
         Config(
-            out_dir="run",
-            **TINY | dict(search_steps=600, retrain_steps=600, checkpoint_every=100),
+            out_dir="run", **TINY | dict(search_steps=600, retrain_steps=600, checkpoint_every=100)
         )
     )
     assert len(seen) == 1200

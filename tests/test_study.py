@@ -37,13 +37,13 @@ def result(domain, arm, seed, test, train=0.9, size=100, metric="accuracy"):
     return found | {"method": arm, "seed": seed, "metric": metric, "after": after, "set": "main"}
 
 
-def draws(seed=0, seeds=8, domains=("a", "b")):
+def draws(seed=0, seeds=8, domains=("a", "b"), compared=("bidora", "dora")):
     """Results of two arms on two domains."""
     rng = random.Random(seed)
     return [
         result(domain, arm, s, rng.random())
         for domain in domains
-        for arm in ("bidora", "dora")
+        for arm in compared
         for s in range(seeds)
     ]
 
@@ -184,17 +184,29 @@ def test_sigterm_ends_the_workers_and_the_same_command_resumes():
     assert len(children) >= 2 and not any(Path(f"/proc/{pid}/exe").exists() for pid in children)
 
 
-def test_the_picture_and_the_tables_are_drawn_from_results():
+@pytest.mark.parametrize(
+    "picture, compared",
+    [
+        ("study", ["bidora", "dora"]),
+        ("ablation", ["as-written", "as-published"]),
+        ("hypergradients", ["bidora", "first-order"]),
+    ],
+)
+def test_the_pictures_and_the_tables_are_drawn_from_results(picture, compared, capsys):
     from tools import figures
 
-    results = draws(domains=("peptides", "bbc-topics"))
+    save("results/study", {"name": "other", "set": "tune"}, None)
+    Path("docs").mkdir()
+    assert figures.main([f"--only={picture}"]) == 2
+    assert f"no arm has six seeds beside {compared[0]}" in capsys.readouterr().err
+
+    results = draws(domains=("peptides", "movie-sentiment"), compared=compared)
     for found in results:
         save("results/study", found, None)
-    lines = list(study.tables(results, ["bidora", "dora"]))
-    assert any("peptides" in line and "dora" in line for line in lines)
-    Path("docs").mkdir()
-    assert figures.main(["--only=study"]) == 0
-    assert Path("docs/study.png").stat().st_size > 5000
+    lines = list(study.tables(results, compared))
+    assert any("peptides" in line and compared[1] in line for line in lines)
+    assert figures.main([f"--only={picture}"]) == 0
+    assert Path(f"docs/{picture}.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """
 The pictures of README.md and docs/, drawn from committed files in a few seconds.
 
-    python -m tools.figures               phases, gap, study and speed.png, into docs/
+    python -m tools.figures               all of them, into docs/
     python -m tools.figures --only=gap    one of them
 
 phases.png: who trains on what in BiDoRA's three phases. gap.png: train minus test accuracy over the
 number of training examples, from results/. study.png: BiDoRA minus each other method on an encoder,
-from results/study/. speed.png: two tables of docs/speed.md, as bars.
+from results/study/; ablation.png and hypergradients.png: its groups paper and hypergradients, each
+arm minus the group's first. speed.png: two tables of docs/speed.md, as bars.
 Colours are Okabe and Ito's. Line styles, markers and hatching serve black and white.
 """
 
@@ -42,7 +43,8 @@ PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text t
 
 @dataclass
 class Figures:
-    only: str = ""  # one picture: phases, gap, study or speed; empty: all of them
+    only: str = ""  # one picture: phases, gap, study, ablation, hypergradients or speed;
+    #: empty: all of them
     results: str = "results"  # what gap.png is drawn from
     docs: str = "docs"  # where speed.md is read and the pictures are written
 
@@ -209,22 +211,27 @@ def gap(results):
     return figure
 
 
-def study(results):
+def study(results, group, sign):
     """
-    BiDoRA minus each other arm at the smallest size: the mean over all domains with its 95 %
-    interval, and each domain's mean.
+    A group of tools/arms.py at its smallest size: the first arm minus each other (sign 1), or each
+    other minus the first (sign -1). The mean over all domains with its 95 % interval, and each
+    domain's mean.
     """
-    group = GROUPS["methods"]
-    results = of_group(results, group.arms, group.domains)
-    size = min(result["size"] for result in results)
-    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+    results, first = of_group(results, group.arms, group.domains), group.arms[0]
+    size = min((result["size"] for result in results), default=0)
+    found_by = {measure: differences(results, size, measure, first) for measure in MEASURES}
+    arms = [arm for arm in group.arms if ("all", arm) in found_by["test"]]
+    if not arms:
+        raise ValueError(f"no arm has six seeds beside {first}: python -m tools.study makes them")
+
+    figure = Figure(figsize=(8.6, max(3.6, 1.4 + 0.3 * len(arms))), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    markers = {}
-    for axes, measure in zip(panels, MEASURES):
-        found = differences(results, size, measure)
-        arms = [arm for arm in group.arms if ("all", arm) in found]
+    markers, what = {}, f"{first} minus the other" if sign == 1 else f"the arm minus {first}"
+    for axes, (measure, found) in zip(panels, found_by.items()):
         for (domain, arm), (_, mean, half, *_) in found.items():
-            y = arms.index(arm)
+            if arm not in arms:  # not yet in every domain
+                continue
+            mean, y = sign * mean, arms.index(arm)
             if domain == "all":
                 style = {"color": BLUE, "markersize": 7, "linewidth": 2, "zorder": 3}
                 axes.errorbar(mean, y, xerr=half, fmt="D", label="mean of the tasks", **style)
@@ -233,7 +240,7 @@ def study(results):
             style = {"color": "none", "markeredgecolor": "#767676", "markersize": 6}
             axes.plot(mean, y, marker, label=domain, **style)
         axes.axvline(0, color="black", linewidth=1, linestyle=":")
-        axes.set_xlabel(f"{measure}: BiDoRA minus the other, points")
+        axes.set_xlabel(f"{measure}: {what}, points")
         axes.set_yticks(range(len(arms)), arms)
         axes.spines[["top", "right"]].set_visible(False)
 
@@ -317,10 +324,19 @@ def main(arguments):
     if "--help" in arguments or "-h" in arguments:
         print(__doc__.strip(), settings.help_text(Figures), sep="\n\n")
         return 0
+
+    def of_study(group, sign):
+        def draw(figures):
+            return study(load_results(f"{figures.results}/study"), GROUPS[group], sign)
+
+        return draw
+
     pictures = {
         "phases": lambda figures: phases(),
         "gap": lambda figures: gap(load_results(figures.results)),
-        "study": lambda figures: study(load_results(f"{figures.results}/study")),
+        "study": of_study("methods", 1),
+        "ablation": of_study("paper", -1),
+        "hypergradients": of_study("hypergradients", -1),
         "speed": lambda figures: speed(Path(figures.docs) / "speed.md"),
     }
     try:
