@@ -241,6 +241,7 @@ def test_the_trace_of_the_first_order_hypergradient_has_no_indirect_part(elsewhe
     """Within 1e-5 of the direct part: fp32."""
     summary = published.train([*TOY, "--trace", "--hypergradient=first_order"])
     assert max(summary["trace"]["indirect"]) < 1e-5
+    assert all(abs(cosine) <= 1.001 for cosine in summary["trace"]["cosine"])  # NaN is not
 
 
 def test_a_run_with_the_drift_keeps_its_scores_but_no_adapter(elsewhere, capsys):

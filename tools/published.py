@@ -75,7 +75,8 @@ class ObservedOptimizer(BilevelOptimizer):
             moved = [m.detach() - start for m, start in zip(self.upper, self.start)]
             sizes = [dot(x, x).sqrt() for x in (direct, indirect, moved, self.start)]
             self.trace["indirect"].append((sizes[1] / sizes[0]).item())
-            self.trace["cosine"].append((dot(direct, indirect) / (sizes[0] * sizes[1])).item())
+            cosine = dot(direct, indirect) / (sizes[0] * sizes[1]).clamp_min(1e-30)
+            self.trace["cosine"].append(cosine.item())  # 0 where there is no indirect part
             self.trace["moved"].append((sizes[2] / sizes[3]).item())
         if self.drift:
             length = (RADIUS / dot(v, v).sqrt()).item()
