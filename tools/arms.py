@@ -91,6 +91,7 @@ HYPERGRADIENTS = {
     "cg-10": Arm(
         TRACED | {"hypergradient": "conjugate_gradient", "hypergradient_steps": 10}, "bidora"
     ),
+    "m-fixed": Arm(TRACED, "bidora", 1e-9),  # at its start, W0's row norms
     "m-rate-0.1": Arm(TRACED, "bidora", 0.1),
     "m-rate-10": Arm(TRACED, "bidora", 10.0),
 }
