@@ -123,31 +123,67 @@ def test_the_readme_quotes_the_gap_at_equal_rates():
     assert_pairs(pairs(gap, "dora", 100, "dora-at-1e-3"), f"-{mean}", p)
 
 
+LINES = (ROOT / "results" / "study" / "runs.jsonl").read_text().splitlines()
+STUDY = [r for r in map(json.loads, LINES) if r["set"] == "main" and r["size"] == 100]
+
+
+def scores(arm, domain):
+    """{seed: the test score}, in points of 100."""
+    found = [r for r in STUDY if (r["method"], r["domain"]) == (arm, domain)]
+    return {r["seed"]: 100 * (r["after"]["test"][r["metric"]] or 0) for r in found}
+
+
+def mean_differences(arm, other, domains):
+    """One arm minus another, means over the domains, by seed; rounded so that ties are ties."""
+    means = []
+    for name in (arm, other):
+        parts = [scores(name, domain) for domain in domains]
+        seeds = set.intersection(*map(set, parts))
+        means.append({s: statistics.mean(part[s] for part in parts) for s in seeds})
+    return [round(means[0][s] - means[1][s], 9) for s in means[0].keys() & means[1].keys()]
+
+
 def test_the_readme_quotes_the_study_s_mean_scores():
-    lines = (ROOT / "results" / "study" / "runs.jsonl").read_text().splitlines()
-    study = [r for r in map(json.loads, lines) if r["set"] == "main" and r["size"] == 100]
-    domains = {r["domain"] for r in study}
-
-    def means(arm):
-        """{seed: the mean score over all domains}, in points of 100."""
-        found = {}
-        for r in study:
-            if r["method"] == arm:
-                score = r["after"]["test"][r["metric"]] or 0
-                found.setdefault(r["seed"], {})[r["domain"]] = 100 * score
-        return {s: statistics.mean(v.values()) for s, v in found.items() if v.keys() == domains}
-
+    domains = {r["domain"] for r in STUDY}
     [(seeds, below, p_below, above, p_above)] = re.findall(
         r"five tasks and (\w+) seeds, its mean score is (\S+) points below DoRA's \(p = (\S+)\), "
         r"and (\S+) above DoRA in BiDoRA's phases \(p = (\S+)\)",
         README,
     )
-    ours = means("bidora")
     for arm, mean, p in (("dora", f"-{below}", p_below), ("dora-two-phases", above, p_above)):
-        other = means(arm)
-        found = [round(ours[s] - other[s], 9) for s in ours.keys() & other.keys()]
+        found = mean_differences("bidora", arm, domains)
         assert len(found) == {"sixteen": 16, "twenty": 20}[seeds] and len(domains) == 5
         assert_pairs(found, mean, p)
+
+
+def tables_of(heading):
+    """The tables below a heading of docs/results.md: lists of rows, lists of cells."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    section = re.split(r"(?m)^#+ ", text.partition(f"# {heading}\n")[2])[0]
+    tables = re.findall(r"(?m)(?:^\|.*\|\n)+", section)
+    return [
+        [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+        for table in tables
+    ]
+
+
+@pytest.mark.parametrize("which, base", [(0, "as-written"), (1, "bidora")])
+def test_the_ablation_s_tables_are_what_its_runs_measured(which, base):
+    head, _, *rows = tables_of("Which difference matters")[which]
+    domains = [cell.strip("`") for cell in head[1:4]]
+    assert len(rows) > 10 and f"`{base}`" in head[4]
+    for arm, *cells in rows:
+        arm = arm.strip("`")
+        for domain, cell in zip(domains, cells):
+            mean, deviation, seeds = re.fullmatch(r"(\S+) ± (\S+) \((\d+)\)", cell).groups()
+            values = scores(arm, domain).values()
+            assert len(values) == int(seeds)
+            assert_quoted(mean, statistics.mean(values))
+            assert_quoted(deviation, statistics.stdev(values))
+        if cells[3] != "–":
+            assert_pairs(
+                mean_differences(arm, base, domains), cells[3].split()[0], cells[4].split()[0]
+            )
 
 
 def test_the_readme_quotes_the_test_accuracy():

@@ -67,18 +67,21 @@ def changed(*names):
     return settings
 
 
+def all_but(name):
+    """The settings of the published program without one of CHANGES."""
+    return changed(*(other for other in CHANGES if other != name))
+
+
 PAPER = {"as-written": Arm(WRITTEN, "bidora")}
 PAPER |= {f"written+{name}": Arm(changed(name), "bidora") for name in CHANGES}
 PAPER |= {"as-published": Arm(changed(*CHANGES), "bidora")}
-PAPER |= {
-    f"published-{name}": Arm(changed(*(other for other in CHANGES if other != name)), "bidora")
-    for name in CHANGES
-}
+PAPER |= {f"published-{name}": Arm(all_but(name), "bidora") for name in CHANGES}
 # The others have BiDoRA's rates, which a random factor of another size need not fit.
 OWN = {"lower_lr": 3e-4, "upper_lr": 1e-2}
 PAPER |= {
     "written+normal-tuned": Arm(changed("normal"), OWN),
     "as-published-tuned": Arm(changed(*CHANGES), OWN),
+    "published-transposed-tuned": Arm(all_but("transposed"), OWN),
 }
 
 HYPERGRADIENTS = {
