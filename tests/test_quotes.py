@@ -175,6 +175,9 @@ def test_the_ablation_s_tables_are_what_its_runs_measured(which, base):
     for arm, *cells in rows:
         arm = arm.strip("`")
         for domain, cell in zip(domains, cells):
+            if cell == "–":  # one run at most
+                assert len(scores(arm, domain)) < 2
+                continue
             mean, deviation, seeds = re.fullmatch(r"(\S+) ± (\S+) \((\d+)\)", cell).groups()
             values = scores(arm, domain).values()
             assert len(values) == int(seeds)
