@@ -520,7 +520,7 @@ def test_a_folder_that_vanishes_gets_one_line(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
-def test_twelve_hundred_steps_take_no_more_memory_or_files_than_two_hundred(monkeypatch):
+def test_three_thousand_steps_take_no_more_memory_or_files_than_five_hundred(monkeypatch):
     seen, scale = [], train.learning_rate_scale
 
     def measure(*arguments):
@@ -532,12 +532,13 @@ def test_twelve_hundred_steps_take_no_more_memory_or_files_than_two_hundred(monk
     monkeypatch.setattr(train, "learning_rate_scale", measure)
     train.train(
         Config(
-            out_dir="run", **TINY | dict(search_steps=600, retrain_steps=600, checkpoint_every=100)
+            out_dir="run",
+            **TINY | dict(search_steps=1500, retrain_steps=1500, checkpoint_every=250),
         )
     )
-    assert len(seen) == 1200
+    assert len(seen) == 3000
     pages = [memory for memory, _ in seen]
     assert (
-        max(pages[1100:]) < 1.01 * max(pages[150:250])
-        and len({files for _, files in seen[200:550] + seen[800:]}) == 1
+        max(pages[2800:]) < 1.01 * max(pages[450:550])
+        and len({files for _, files in seen[500:1400] + seen[2000:]}) == 1
     )

@@ -665,7 +665,7 @@ def hostile_file(more, base):
     path.write_text(json.dumps(content))
 
 
-@cases(75)
+@cases(150)
 @given(st.data())
 def test_programs_end_well_or_in_one_line_within_20_seconds_and_3_gb(folder, more):
     """sample.py, or train.py, on folders of which one file or one setting was changed."""
