@@ -211,13 +211,15 @@ def gap(results):
     return figure
 
 
-def study(results, group, sign):
+def study(folder, name, sign):
     """
-    A group of tools/arms.py at its smallest size: the first arm minus each other (sign 1), or each
-    other minus the first (sign -1). The mean over all domains with its 95 % interval, and each
-    domain's mean.
+    A group of tools/arms.py at its smallest size, from folder/study: the first arm minus each other
+    (sign 1), or each other minus the first (sign -1). The mean over all domains with its 95 %
+    interval, and each domain's mean.
     """
-    results, first = of_group(results, group.arms, group.domains), group.arms[0]
+    group = GROUPS[name]
+    results, first = load_results(f"{folder}/study"), group.arms[0]
+    results = of_group(results, group.arms, group.domains)
     size = min((result["size"] for result in results), default=0)
     found_by = {measure: differences(results, size, measure, first) for measure in MEASURES}
     arms = [arm for arm in group.arms if ("all", arm) in found_by["test"]]
@@ -324,19 +326,12 @@ def main(arguments):
     if "--help" in arguments or "-h" in arguments:
         print(__doc__.strip(), settings.help_text(Figures), sep="\n\n")
         return 0
-
-    def of_study(group, sign):
-        def draw(figures):
-            return study(load_results(f"{figures.results}/study"), GROUPS[group], sign)
-
-        return draw
-
     pictures = {
         "phases": lambda figures: phases(),
         "gap": lambda figures: gap(load_results(figures.results)),
-        "study": of_study("methods", 1),
-        "ablation": of_study("paper", -1),
-        "hypergradients": of_study("hypergradients", -1),
+        "study": lambda figures: study(figures.results, "methods", 1),
+        "ablation": lambda figures: study(figures.results, "paper", -1),
+        "hypergradients": lambda figures: study(figures.results, "hypergradients", -1),
         "speed": lambda figures: speed(Path(figures.docs) / "speed.md"),
     }
     try:

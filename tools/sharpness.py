@@ -27,12 +27,13 @@ from bidora import adapter_layers, lower_parameters
 from hypergrad import LowerGradient, create_bilevel_optimizer
 from support import report, settings
 from tools import study
+from tools.arms import GROUPS
 
 
 @dataclass
 class Sharpness:
     arms: tuple = ("lora", "dora", "bidora")  # of tools/arms.py
-    domains: tuple = study.GROUPS["methods"].domains  # built-in data sets
+    domains: tuple = GROUPS["methods"].domains  # built-in data sets
     steps: int = 50  # of the lower level, between the two
     rate: float = 1e-3  # of these steps
     seeds: int = 1  # samples of the data, each with an initial adapter and head
@@ -67,17 +68,19 @@ def before_and_after(config, steps, rate):
     """λ_max before a run's first step, and after some steps of its lower level at a rate."""
     task = train.prepare(config, "cpu")
     examples = task.encoded["train"] + task.encoded["val"]
-    batch, inside = task.kind.collate(examples), set()
-    for layer in adapter_layers(task.model).values():
-        inside |= set(map(id, layer.parameters()))
-    weights = [p for p in lower_parameters(task.model) if id(p) in inside]
-    optimizer = create_bilevel_optimizer(task.model, rate)
+    batch = task.kind.collate(examples)
+    layers = adapter_layers(task.model).values()
+    weights = [p for layer in layers for p in lower_parameters(layer)]  # without the head's
 
-    found = [largest_eigenvalue(lambda: task.model(*batch), weights)]
+    def loss():
+        return task.model(*batch)
+
+    before = largest_eigenvalue(loss, weights)
+    optimizer = create_bilevel_optimizer(task.model, rate)
     batches = data.batches(examples, config.batch_size, task.kind.collate, config.seed)
     for part in itertools.islice(batches, steps):
         optimizer.lower_step(lambda model, tensors: model(*tensors), part)
-    return [*found, largest_eigenvalue(lambda: task.model(*batch), weights)]
+    return before, largest_eigenvalue(loss, weights)
 
 
 def rows(given, steps, rate):
