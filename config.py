@@ -168,11 +168,14 @@ OTHER_NAMES = {  # of other programs and of earlier versions
 }
 
 
-def read_config(arguments):
-    """The Config of a command line; see settings.read. Raises ValueError or FileNotFoundError."""
-    config, path = settings.read(Config, arguments, OTHER_NAMES)
+def read_config(arguments, kind=Config):
+    """
+    The Config of a command line, or one of `kind`, which extends it; see settings.read. Raises
+    ValueError or FileNotFoundError.
+    """
+    config, path = settings.read(kind, arguments, OTHER_NAMES)
     if path and not config.out_dir:
-        chosen = any(a.startswith("--method=") for a in settings.split(Config, arguments))
+        chosen = any(a.startswith("--method=") for a in settings.split(kind, arguments))
         config.out_dir = str(Path("out") / (path.stem + f"-{config.method}" * chosen))
     return config
 

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import runpy
+import sys
 import traceback
 import types
 from pathlib import Path
@@ -131,6 +132,31 @@ def read(kind, arguments, other_names=None):
             values[name] = typed(fields[name], value, path)
     values |= {name: typed(fields[name], value, "command line") for name, value in given.items()}
     return kind(**values), path
+
+
+def program(arguments, kind, do, text, resumes=False, reader=None):
+    """
+    Run a program: do(settings), an instance of the dataclass `kind` read from its command line, or
+    with --help print its text and settings. resumes: whether the same command goes on after Ctrl-C.
+    reader: a function that reads the command line, if not `read`. Returns the exit status: 0; 2
+    after one line about wrong input or a missing library; 130 after Ctrl-C.
+    """
+    if {"--help", "-h"} & set(arguments):
+        print(text.strip(), help_text(kind), sep="\n\n")
+        return 0
+    try:
+        do(reader(arguments) if reader else read(kind, arguments)[0])
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is not installed: pip install -r requirements-dev.txt"
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, FloatingPointError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted" + "; the same command resumes" * resumes, file=sys.stderr)
+        return 130
+    return 0
 
 
 def find_config(name):

@@ -231,7 +231,7 @@ TOY += ["--search_steps=3", "--retrain_steps=2", "--eval_before=False", "--out_d
 
 def test_tracing_changes_no_result(elsewhere):
     plain = train.train(train.read_config([*TOY[:-1], "--out_dir=out/plain"]))
-    traced = published.train([*TOY, "--trace"])
+    traced = published.train(published.read_config([*TOY, "--trace"]))
     assert traced["after"] == plain["after"]
     assert read_json("out/toy/summary.json")["trace"] == traced["trace"]
     assert len(traced["trace"]["moved"]) == 3 and traced["trace"]["moved"][-1] > 0
@@ -239,7 +239,8 @@ def test_tracing_changes_no_result(elsewhere):
 
 def test_the_trace_of_the_first_order_hypergradient_has_no_indirect_part(elsewhere):
     """Within 1e-5 of the direct part: fp32."""
-    summary = published.train([*TOY, "--trace", "--hypergradient=first_order"])
+    arguments = [*TOY, "--trace", "--hypergradient=first_order"]
+    summary = published.train(published.read_config(arguments))
     assert max(summary["trace"]["indirect"]) < 1e-5
     assert all(abs(cosine) <= 1.001 for cosine in summary["trace"]["cosine"])  # NaN is not
 
@@ -258,6 +259,7 @@ def test_a_run_with_the_drift_keeps_its_scores_but_no_adapter(elsewhere, capsys)
         (["--drift", "--resume=True"], "resume"),
         (["--drift", "--method=ft"], "ft"),
         (["--drifted"], "unknown setting"),
+        (["--drift=perhaps"], "not True or False"),
     ],
 )
 def test_effects_that_do_not_fit_are_refused(arguments, said, elsewhere, capsys):

@@ -236,38 +236,32 @@ def trajectory_at(folder, analysis):
     return found
 
 
-def main(arguments):
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print(__doc__.strip(), settings.help_text(Analysis), sep="\n\n")
-        return 0
+def analyse(analysis):
+    """Print the table of the runs or models, and draw their picture."""
+    if analysis.axis not in ("row", "column"):
+        raise ValueError(f"unknown axis {analysis.axis!r}: choose row, column")
+    if not analysis.tuned:
+        raise ValueError("nothing to analyse: set --tuned to the folder of a run or a model")
+    out = Path(analysis.out or Path(analysis.tuned[0]) / "analysis.png")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent} is no folder: say with --out= where the picture goes")
 
-    try:
-        analysis, _ = settings.read(Analysis, arguments)
-        if analysis.axis not in ("row", "column"):
-            raise ValueError(f"unknown axis {analysis.axis!r}: choose row, column")
-        if not analysis.tuned:
-            raise ValueError("nothing to analyse: set --tuned to the folder of a run or a model")
-        out = Path(analysis.out or Path(analysis.tuned[0]) / "analysis.png")
-        if not out.parent.is_dir():
-            raise ValueError(f"{out.parent} is no folder: say with --out= where the picture goes")
-
-        trajectories = {}
-        for folder in analysis.tuned:
-            found = trajectory_at(folder, analysis)
-            trajectories[str(Path(folder))] = found
-            print(
-                f"{folder}: {len(found.layers)} matrices by {found.axis}, "
-                f"snapshots: {len(found.snapshots)}"
-            )
-        print("", *table(trajectories, analysis.targets), sep="\n")
-        with replacing(out) as temporary:
-            plot(trajectories, analysis.targets).savefig(temporary, format="png", dpi=150)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
+    trajectories = {}
+    for folder in analysis.tuned:
+        found = trajectory_at(folder, analysis)
+        trajectories[str(Path(folder))] = found
+        print(
+            f"{folder}: {len(found.layers)} matrices by {found.axis}, "
+            f"snapshots: {len(found.snapshots)}"
+        )
+    print("", *table(trajectories, analysis.targets), sep="\n")
+    with replacing(out) as temporary:
+        plot(trajectories, analysis.targets).savefig(temporary, format="png", dpi=150)
     print(f"\nsaved in {out}")
-    return 0
+
+
+def main(arguments):
+    return settings.program(arguments or ["--help"], Analysis, analyse, __doc__)
 
 
 if __name__ == "__main__":

@@ -414,11 +414,13 @@ def check(bench):
 
 
 def run(bench):
-    """Measure, print and write; returns a line that says where the numbers are."""
+    """Measure, print and write."""
+    check(bench)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype = dtypes.get(bench.dtype) or fast_dtype("cpu")[0]
     if bench.only:
-        return json.dumps(measure_here(bench, dtype))
+        print(json.dumps(measure_here(bench, dtype)))
+        return
     if bench.quick:
         kinds = ("forward", "lora", "dora", "unrolled")
         bench = dataclasses.replace(bench, rounds=3, kinds=kinds)
@@ -441,26 +443,11 @@ def run(bench):
         draw(chart, what, seconds)
         saved = f"{bench.out} and {chart}"
     write_json(bench.out, about | found)
-    return f"\nsaved in {saved}"
+    print(f"\nsaved in {saved}")
 
 
 def main(arguments):
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__.strip(), settings.help_text(Bench), sep="\n\n")
-        return 0
-
-    try:
-        bench, _ = settings.read(Bench, arguments)
-        check(bench)
-        print(run(bench))
-    except ImportError as error:
-        message = f"{error.name} is not installed: pip install -r requirements-dev.txt"
-        print(f"error: {message}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return settings.program(arguments, Bench, run, __doc__)
 
 
 if __name__ == "__main__":

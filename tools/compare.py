@@ -150,7 +150,7 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
     """
     Train once, unless there is a result already; returns the result.
 
-    Raises ValueError for an earlier result with other rates or another model, RuntimeError for a
+    Raises ValueError for an earlier result with other rates or another model, or for a
     run that fails. A tuning run that diverges returns {"method", rates, "diverged": message}.
     """
     shown = [f"{rate:g}" for rate in rates.values()]
@@ -172,7 +172,7 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
     if status != 0:
         message = (errors.strip() or "no message").splitlines()[-1]
         if not (tuning and "not finite" in message):
-            raise RuntimeError(f"{name}: {message}")
+            raise ValueError(f"{name}: {message}")
         tqdm.write(f"{name}: {message}")  # a rate that is too high: the grid is there to find it
         return {"method": method, **rates, "diverged": message}
 
@@ -353,39 +353,31 @@ def check(compare):
         raise ValueError("seeds and workers must be positive integers")
 
 
-def main(arguments):
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__.strip(), settings.help_text(Compare), sep="\n\n")
-        return 0
+def run_all(compare):
+    """Make the runs that are missing, and print the table."""
+    check(compare)
+    if compare.quick:
+        compare = dataclasses.replace(
+            compare,
+            domains=("toy-sentiment",),
+            sizes=("40",),
+            seeds=2,
+            model="tiny-random",
+            results=f"{compare.results}-quick",
+            out_dir=f"{compare.out_dir}-quick",
+        )
+    if not compare.report:
+        make_runs(compare)
+    results = load_results(compare.results)
+    if not results:
+        raise FileNotFoundError(
+            f"no results in {compare.results}: run python -m tools.compare first"
+        )
+    print(*table(results), sep="\n")
 
-    try:
-        compare, _ = settings.read(Compare, arguments)
-        check(compare)
-        if compare.quick:
-            compare = dataclasses.replace(
-                compare,
-                domains=("toy-sentiment",),
-                sizes=("40",),
-                seeds=2,
-                model="tiny-random",
-                results=f"{compare.results}-quick",
-                out_dir=f"{compare.out_dir}-quick",
-            )
-        if not compare.report:
-            make_runs(compare)
-        results = load_results(compare.results)
-        if not results:
-            raise FileNotFoundError(
-                f"no results in {compare.results}: run python -m tools.compare first"
-            )
-        print(*table(results), sep="\n")
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
-        return 130
-    return 0
+
+def main(arguments):
+    return settings.program(arguments, Compare, run_all, __doc__, resumes=True)
 
 
 if __name__ == "__main__":

@@ -322,32 +322,28 @@ def save(figure, path):
         Image.open(buffer).convert("RGB").quantize(64).save(temporary, format="png", optimize=True)
 
 
-def main(arguments):
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__.strip(), settings.help_text(Figures), sep="\n\n")
-        return 0
+def draw(figures):
+    """Draw all pictures, or the one of --only."""
     pictures = {
-        "phases": lambda figures: phases(),
-        "gap": lambda figures: gap(load_results(figures.results)),
-        "study": lambda figures: study(figures.results, "methods", 1),
-        "ablation": lambda figures: study(figures.results, "paper", -1),
-        "hypergradients": lambda figures: study(figures.results, "hypergradients", -1),
-        "speed": lambda figures: speed(Path(figures.docs) / "speed.md"),
+        "phases": phases,
+        "gap": lambda: gap(load_results(figures.results)),
+        "study": lambda: study(figures.results, "methods", 1),
+        "ablation": lambda: study(figures.results, "paper", -1),
+        "hypergradients": lambda: study(figures.results, "hypergradients", -1),
+        "speed": lambda: speed(Path(figures.docs) / "speed.md"),
     }
-    try:
-        figures, _ = settings.read(Figures, arguments)
-        if figures.only and figures.only not in pictures:
-            raise ValueError(
-                f"unknown picture {figures.only!r}" + settings.suggest(figures.only, pictures)
-            )
-        for name in [figures.only] if figures.only else pictures:
-            path = Path(figures.docs) / f"{name}.png"
-            save(pictures[name](figures), path)
-            print(f"saved {path}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if figures.only and figures.only not in pictures:
+        raise ValueError(
+            f"unknown picture {figures.only!r}" + settings.suggest(figures.only, pictures)
+        )
+    for name in [figures.only] if figures.only else pictures:
+        path = Path(figures.docs) / f"{name}.png"
+        save(pictures[name](), path)
+        print(f"saved {path}")
+
+
+def main(arguments):
+    return settings.program(arguments, Figures, draw, __doc__)
 
 
 if __name__ == "__main__":

@@ -129,24 +129,18 @@ def print_methods(models, memory):
     )
 
 
-def main(arguments):
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__.strip(), settings.help_text(Memory), sep="\n\n")
-        return 0
-
-    try:
-        memory, _ = settings.read(Memory, arguments)
-        check(memory)
-        models = models_of(memory)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
+def estimate(memory):
+    """Print the table of the devices or of the methods."""
+    check(memory)
+    models = models_of(memory)
     if memory.devices:
         print_devices(models, memory)
     else:
         print_methods(models, memory)
-    return 0
+
+
+def main(arguments):
+    return settings.program(arguments, Memory, estimate, __doc__)
 
 
 if __name__ == "__main__":

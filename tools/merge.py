@@ -29,7 +29,9 @@ class Merge:
 
 
 def write_merged(config):
-    """Write the merged folder and return its path. Raises ValueError or OSError."""
+    """Write the merged folder, and print what it holds. Raises ValueError or OSError."""
+    rules.refuse(not config.adapter or not config.out_dir, "give --adapter and --out_dir")
+    rules.check_values(config, {"quantize": ("", "none", *KINDS)})
     out = Path(config.out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out_dir")
@@ -46,25 +48,13 @@ def write_merged(config):
         tokenizer.save_pretrained(out)
     if run:  # sample.py reads its labels and its question
         write_json(out / "run.json", run)
-    return out
-
-
-def main(arguments):
-    if not arguments or {"--help", "-h"} & set(arguments):
-        print(__doc__.strip(), settings.help_text(Merge), sep="\n\n")
-        return 0
-    try:
-        config, _ = settings.read(Merge, arguments)
-        rules.refuse(not config.adapter or not config.out_dir, "give --adapter and --out_dir")
-        rules.check_values(config, {"quantize": ("", "none", *KINDS)})
-        out = write_merged(config)
-    except (ValueError, OSError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # in one line
-        return 2
 
     files = ", ".join(sorted(path.name for path in out.iterdir()))
     print(f'saved in {out}: {files}\nnext:\n  python sample.py --model={out} --prompt="..."')
-    return 0
+
+
+def main(arguments):
+    return settings.program(arguments or ["--help"], Merge, write_merged, __doc__)
 
 
 if __name__ == "__main__":

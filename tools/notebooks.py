@@ -34,32 +34,25 @@ def execute(path, timeout=3600):
     return NotebookClient(nbformat.read(path, 4), **options).execute()
 
 
-def main(arguments):
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__.strip(), settings.help_text(Notebooks), sep="\n\n")
-        return 0
-    try:
-        import nbformat
+def execute_all(notebooks):
+    """Run the lessons, and keep their outputs unless QUICK is set."""
+    import nbformat
 
-        notebooks, _ = settings.read(Notebooks, arguments)
-        paths = sorted(Path(notebooks.folder).glob(f"{notebooks.only}*.ipynb"))
-        if not paths:
-            raise ValueError(f"{notebooks.folder} has no notebook {notebooks.only}*.ipynb")
-        for path in paths:
-            found = execute(path)
-            if os.environ.get("QUICK"):
-                print(f"{path}: runs; not kept, since QUICK is set")
-                continue
-            with replacing(path) as temporary:
-                nbformat.write(found, temporary)
-            print(f"{path}: runs, and has its new outputs")
-    except ImportError as error:
-        print(f"error: {error.name}: pip install -r requirements-dev.txt", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    paths = sorted(Path(notebooks.folder).glob(f"{notebooks.only}*.ipynb"))
+    if not paths:
+        raise ValueError(f"{notebooks.folder} has no notebook {notebooks.only}*.ipynb")
+    for path in paths:
+        found = execute(path)
+        if os.environ.get("QUICK"):
+            print(f"{path}: runs; not kept, since QUICK is set")
+            continue
+        with replacing(path) as temporary:
+            nbformat.write(found, temporary)
+        print(f"{path}: runs, and has its new outputs")
+
+
+def main(arguments):
+    return settings.program(arguments, Notebooks, execute_all, __doc__)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,8 @@
 train.py with what BiDoRA's published program does beside its paper, for comparison only.
 
     python -m tools.published --config=paper/as_published.py --transposed --drift
-    python -m tools.published --config=small.py --trace       any of train.py's settings, and:
-
-    --transposed   the adapted layers compute x·W where the base computes x·Wᵀ, as loralib/bidora.py
-                   does (github.com/t2ance/BiDoRA, commit e7922af); they must be square
-    --drift        each upper-level step leaves every weight, the base's too, 0.01 further down the
-                   val loss; retraining begins at the original weights. So it is with Betty 0.1.1,
-                   which the program uses: hypergradient/darts.py takes a finite difference at
-                   θ ± ε·v, and goes back with p.data.add(…), which changes nothing, not add_(…)
-    --trace        print how the indirect part of the hypergradient compares with the direct one,
-                   ∂F/∂m, and how far m moves; summary.json has it for each upper-level step
+    python -m tools.published --config=small.py --trace       any of train.py's settings, and
+                                                              those below
 
 The adapter of a run with --transposed or --drift does not fit its base, so it is not kept.
 """
@@ -19,6 +11,7 @@ The adapter of a run with --transposed or --drift does not fit its base, so it i
 import contextlib
 import functools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -28,11 +21,22 @@ import torch
 import train as program
 from bidora import linear_layers
 from hypergrad import BilevelOptimizer, MicroBatches, dot, in_training, val_gradients
-from support import report
+from support import settings
 from support.files import read_json, write_json
-from tools.arms import EFFECTS
 
 RADIUS = 0.01  # Betty's darts_alpha
+
+
+@dataclass
+class Published(program.Config):
+    transposed: bool = False  # the adapted layers compute x·W where the base computes x·Wᵀ, as
+    #: loralib/bidora.py does (github.com/t2ance/BiDoRA, commit e7922af); they must be square
+    drift: bool = False  # each upper-level step leaves every weight, the base's too, 0.01 further
+    #: down the val loss; retraining begins at the original weights. So it is with Betty 0.1.1,
+    #: which the program uses: hypergradient/darts.py takes a finite difference at θ ± ε·v, and goes
+    #: back with p.data.add(…), which changes nothing, not add_(…)
+    trace: bool = False  # print how the indirect part of the hypergradient compares with the direct
+    #: one, ∂F/∂m, and how far m moves; summary.json has it for each upper-level step
 
 
 class ObservedOptimizer(BilevelOptimizer):
@@ -108,33 +112,36 @@ def transposed(load, targets, *arguments):
     return model
 
 
-def train(arguments):
-    """
-    train.train for a command line that may hold EFFECTS, bare or with =True; without them it is
-    that function. Returns its summary, with "trace" if asked for. Raises as train.train does.
-    """
-    names = {f"--{name}": name for name in EFFECTS} | {f"--{name}=True": name for name in EFFECTS}
-    effects = {names[argument] for argument in arguments if argument in names}
-    config = program.read_config([a for a in arguments if a not in names])
-    altered = effects & {"transposed", "drift"}
-    if altered and (config.resume or config.method == "ft"):
-        raise ValueError(f"--{min(altered)} works neither with resume=True nor with method=ft")
+def read_config(arguments):
+    """The Published of a command line; as config.read_config."""
+    return program.read_config(arguments, Published)
 
-    trace = {"indirect": [], "cosine": [], "moved": []} if "trace" in effects else None
+
+def train(config):
+    """
+    train.train for a Published; without its three settings it is that function. Returns its
+    summary, with "trace" if asked for. Raises as train.train does.
+    """
+    altered = config.transposed or config.drift
+    if altered and (config.resume or config.method == "ft"):
+        name = "transposed" if config.transposed else "drift"
+        raise ValueError(f"--{name} works neither with resume=True nor with method=ft")
+
+    trace = {"indirect": [], "cosine": [], "moved": []} if config.trace else None
     base = []
 
     def build(model, *arguments, **options):
-        if not base:
+        if config.drift and not base:
             frozen = [p for p in model.parameters() if not p.requires_grad]
-            base.extend((p, p.detach().clone()) for p in frozen if "drift" in effects)
-        observed = dict(drift="drift" in effects, trace=trace, base=base)
+            base.extend((p, p.detach().clone()) for p in frozen)
+        observed = dict(drift=config.drift, trace=trace, base=base)
         return ObservedOptimizer(model, *arguments, **observed, **options)
 
     with contextlib.ExitStack() as patches:
-        if "transposed" in effects:
+        if config.transposed:
             load = functools.partial(transposed, program.tasks.load_backbone, config.target_modules)
             patches.enter_context(mock.patch.object(program.tasks, "load_backbone", load))
-        if effects - {"transposed"}:
+        if config.drift or config.trace:
             patches.enter_context(mock.patch.object(program, "create_bilevel_optimizer", build))
         summary = program.train(config)
 
@@ -149,25 +156,20 @@ def train(arguments):
     return summary
 
 
-def main(arguments):
-    if not arguments or {"--help", "-h"} & set(arguments):
-        print(__doc__.strip())
-        return 0
-    try:
-        summary = train(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        return report.failed(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    trace = summary.get("trace", {"moved": []})
+def train_and_say(config):
+    """Train, and print the trace's means."""
+    trace = train(config).get("trace", {"moved": []})
     if trace["moved"]:
         print(
             f"of {len(trace['moved'])} upper-level steps, mean: the indirect part is "
             f"{numpy.mean(trace['indirect']):.2g} of the direct one, at a cosine of "
             f"{numpy.mean(trace['cosine']):+.2f}; m moved by {trace['moved'][-1]:.2%}"
         )
-    return 0
+
+
+def main(arguments):
+    options = {"reader": read_config}
+    return settings.program(arguments or ["--help"], Published, train_and_say, __doc__, **options)
 
 
 if __name__ == "__main__":

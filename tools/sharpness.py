@@ -25,7 +25,7 @@ import data
 import train
 from bidora import adapter_layers, lower_parameters
 from hypergrad import LowerGradient, create_bilevel_optimizer
-from support import report, settings
+from support import settings
 from tools import study
 from tools.arms import GROUPS
 
@@ -98,28 +98,24 @@ def rows(given, steps, rate):
         yield domain, arm, *numpy.mean(found, axis=0), chosen
 
 
-def main(arguments):
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__.strip(), settings.help_text(Sharpness), sep="\n\n")
-        return 0
-    try:
-        sharpness, _ = settings.read(Sharpness, arguments)
-        steps, rate = sharpness.steps, sharpness.rate
-        names = ("arms", "domains", "seeds", "model", "target_modules", "results")
-        given = study.check(study.Study(**{name: getattr(sharpness, name) for name in names}))
+def print_table(sharpness):
+    """Print λ_max of each domain and arm beside the chosen rate."""
+    steps, rate = sharpness.steps, sharpness.rate
+    if steps < 0 or rate <= 0:
+        raise ValueError(f"steps={steps} must not be negative, and rate={rate} must be positive")
+    names = ("arms", "domains", "seeds", "model", "target_modules", "results")
+    given = study.check(study.Study(**{name: getattr(sharpness, name) for name in names}))
 
-        columns = ("at the start", f"after {steps} steps", "chosen rate")
-        print(f"{'λ_max':34}" + "".join(f"{name:>16}" for name in columns))
-        total = len(given.domains) * len(given.arms)
-        for domain, arm, *values in tqdm(rows(given, steps, rate), total=total, unit="arm"):
-            texts = ["–" if value is None else f"{value:.3g}" for value in values]
-            tqdm.write(f"{domain:16}{arm:18}" + "".join(f"{text:>16}" for text in texts))
-    except (ValueError, OSError) as error:
-        return report.failed(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    columns = ("at the start", f"after {steps} steps", "chosen rate")
+    print(f"{'λ_max':34}" + "".join(f"{name:>16}" for name in columns))
+    total = len(given.domains) * len(given.arms)
+    for domain, arm, *values in tqdm(rows(given, steps, rate), total=total, unit="arm"):
+        texts = ["–" if value is None else f"{value:.3g}" for value in values]
+        tqdm.write(f"{domain:16}{arm:18}" + "".join(f"{text:>16}" for text in texts))
+
+
+def main(arguments):
+    return settings.program(arguments, Sharpness, print_table, __doc__)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ result and command are one line of results/study/runs.jsonl.
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import multiprocessing
@@ -83,7 +84,7 @@ def train_once(arguments):
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
-            return published.train(arguments), ""
+            return published.train(published.read_config(arguments)), ""
         except (ValueError, OSError, FloatingPointError) as error:
             return None, str(error)
 
@@ -91,7 +92,7 @@ def train_once(arguments):
 def run(study, pool, name, domain, size, arm, seed, rates, **more):
     """
     Train once, unless there is a result already; returns the result, or None if another process
-    makes it. Raises RuntimeError for a run that fails, unless it diverges: {"diverged": message};
+    makes it. Raises ValueError for a run that fails, unless it diverges: {"diverged": message};
     LookupError without a pool.
     """
     if found := read_results(study.results).get(name):
@@ -111,7 +112,7 @@ def run(study, pool, name, domain, size, arm, seed, rates, **more):
         if "another run" in error:  # it holds the folder
             return None
         if "not finite" not in error:
-            raise RuntimeError(f"{name}: {error}")
+            raise ValueError(f"{name}: {error}")
         result["diverged"] = error
     else:
         for key in ("metric", "after", "seconds", "dtype", "trace"):
@@ -210,9 +211,11 @@ def ended_with(pool):
     """End the pool's processes with the block, at once if it fails or is interrupted."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         for child in multiprocessing.active_children():
             child.kill()
+        if isinstance(error, BrokenProcessPool):  # a worker was killed from outside
+            raise KeyboardInterrupt from error
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -377,39 +380,31 @@ def check(study):
     return study
 
 
+def do_all(study, arguments):
+    """List or do what is missing, and print the tables. arguments: the command line."""
+    study = check(study)
+    missing = to_do(study)
+    untuned = to_tune(study) if study.list or study.job else {}
+    if study.list:
+        kept = [a for a in arguments if a.partition("=")[0] != "--list"]
+        for name in untuned or missing:
+            print(shlex.join(["python", "-m", "tools.study", *kept, f"--job={name}"]))
+        return
+    if study.job:
+        work_on(study, missing, untuned)
+        return
+    if not study.report:
+        work(study, missing)
+    results = read_results(study.results).values()
+    results = of_group(results, study.arms, study.domains)
+    if not results:
+        raise FileNotFoundError(f"no results in {study.results}: run python -m tools.study first")
+    print(*tables(results, study.arms), sep="\n")
+
+
 def main(arguments):
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__.strip(), settings.help_text(Study), sep="\n\n")
-        return 0
-    try:
-        study, _ = settings.read(Study, arguments)
-        study = check(study)
-        missing = to_do(study)
-        untuned = to_tune(study) if study.list or study.job else {}
-        if study.list:
-            kept = [a for a in arguments if a.partition("=")[0] != "--list"]
-            for name in untuned or missing:
-                print(shlex.join(["python", "-m", "tools.study", *kept, f"--job={name}"]))
-            return 0
-        if study.job:
-            work_on(study, missing, untuned)
-            return 0
-        if not study.report:
-            work(study, missing)
-        results = read_results(study.results).values()
-        results = of_group(results, study.arms, study.domains)
-        if not results:
-            raise FileNotFoundError(
-                f"no results in {study.results}: run python -m tools.study first"
-            )
-        print(*tables(results, study.arms), sep="\n")
-    except (ValueError, OSError, RuntimeError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # in one line
-        return 2
-    except (KeyboardInterrupt, BrokenProcessPool):
-        print("interrupted; the same command resumes", file=sys.stderr)
-        return 130
-    return 0
+    do = functools.partial(do_all, arguments=arguments)
+    return settings.program(arguments, Study, do, __doc__, resumes=True)
 
 
 if __name__ == "__main__":
