@@ -127,20 +127,27 @@ LINES = (ROOT / "results" / "study" / "runs.jsonl").read_text().splitlines()
 STUDY = [r for r in map(json.loads, LINES) if r["set"] == "main" and r["size"] == 100]
 
 
-def scores(arm, domain):
-    """{seed: the test score}, in points of 100."""
-    found = [r for r in STUDY if (r["method"], r["domain"]) == (arm, domain)]
-    return {r["seed"]: 100 * (r["after"]["test"][r["metric"]] or 0) for r in found}
+def score(run, split="test"):
+    """In points of 100; what was undefined counts as 0."""
+    return 100 * (run["after"][split][run["metric"]] or 0)
 
 
-def mean_differences(arm, other, domains):
-    """One arm minus another, means over the domains, by seed; rounded so that ties are ties."""
-    means = []
-    for name in (arm, other):
-        parts = [scores(name, domain) for domain in domains]
-        seeds = set.intersection(*map(set, parts))
-        means.append({s: statistics.mean(part[s] for part in parts) for s in seeds})
-    return [round(means[0][s] - means[1][s], 9) for s in means[0].keys() & means[1].keys()]
+def train_minus_test(run):
+    return score(run, "train") - score(run)
+
+
+def measured(arm, domains, measure=score, seeds=20):
+    """{seed: the mean of a measure over the domains}, of the seeds that all of them have."""
+    parts = []
+    for domain in domains:
+        found = [r for r in STUDY if (r["method"], r["domain"]) == (arm, domain)]
+        parts.append({r["seed"]: measure(r) for r in found if r["seed"] < seeds})
+    return {s: statistics.mean(p[s] for p in parts) for s in set.intersection(*map(set, parts))}
+
+
+def paired(ours, other):
+    """The differences of two {seed: value}, rounded so that ties are ties."""
+    return [round(ours[s] - other[s], 9) for s in ours.keys() & other.keys()]
 
 
 def test_the_readme_quotes_the_study_s_mean_scores():
@@ -151,8 +158,8 @@ def test_the_readme_quotes_the_study_s_mean_scores():
         README,
     )
     for arm, mean, p in (("dora", f"-{below}", p_below), ("dora-two-phases", above, p_above)):
-        found = mean_differences("bidora", arm, domains)
-        assert len(found) == {"sixteen": 16, "twenty": 20}[seeds] and len(domains) == 5
+        found = paired(measured("bidora", domains), measured(arm, domains))
+        assert len(found) == {"twenty": 20}[seeds] and len(domains) == 5
         assert_pairs(found, mean, p)
 
 
@@ -167,26 +174,50 @@ def tables_of(heading):
     ]
 
 
-@pytest.mark.parametrize("which, base", [(0, "as-written"), (1, "bidora")])
-def test_the_ablation_s_tables_are_what_its_runs_measured(which, base):
-    head, _, *rows = tables_of("Which difference matters")[which]
-    domains = [cell.strip("`") for cell in head[1:4]]
-    assert len(rows) > 10 and f"`{base}`" in head[4]
-    for arm, *cells in rows:
-        arm = arm.strip("`")
-        for domain, cell in zip(domains, cells):
-            if cell == "–":  # one run at most
-                assert len(scores(arm, domain)) < 2
-                continue
-            mean, deviation, seeds = re.fullmatch(r"(\S+) ± (\S+) \((\d+)\)", cell).groups()
-            values = scores(arm, domain).values()
-            assert len(values) == int(seeds)
-            assert_quoted(mean, statistics.mean(values))
-            assert_quoted(deviation, statistics.stdev(values))
-        if cells[3] != "–":
-            assert_pairs(
-                mean_differences(arm, base, domains), cells[3].split()[0], cells[4].split()[0]
-            )
+@pytest.mark.parametrize(
+    "heading, seeds, counts",
+    [
+        ("An encoder, five tasks, twenty seeds", 20, (2, 2)),
+        ("Which difference matters", 10, (2, 4)),
+    ],
+)
+def test_the_study_s_tables_are_what_its_runs_measured(heading, seeds, counts):
+    tables = [t for t in tables_of(heading) if t[0][-1] != "chosen rates" and len(t[0]) > 4]
+    means = [table for table in tables if table[0][0] == "arm"]
+    others = [table for table in tables if "minus" in table[0][0]]
+    assert (len(means), len(others)) == counts
+
+    def columns(head):
+        """The domains of each column."""
+        names = [cell.strip("`") for cell in head if cell.startswith("`") and "minus" not in cell]
+        return [*([name] for name in names), names]
+
+    for i, (head, _, *rows) in enumerate(means):
+        measure = train_minus_test if heading.startswith("An") and i else score
+        for arm, *cells in rows:
+            for domains, cell in zip(columns(head), cells):
+                values = list(measured(arm.strip("`"), domains, measure, seeds).values())
+                assert cell.endswith(f"({len(values)})") or not values and cell == "–"
+                if values:
+                    assert_quoted(cell.split()[0], statistics.mean(values))
+                if len(values) > 1:
+                    assert_quoted(cell.split()[2], statistics.stdev(values))
+
+    for i, (head, _, *rows) in enumerate(others):
+        first = head[0].replace("minus", "").strip(" `")
+        for arm, *cells in rows:
+            for domains, cell in zip(columns(head), cells):
+                kind = (train_minus_test if i % 2 else score, seeds)
+                found = paired(
+                    measured(first, domains, *kind), measured(arm.strip("`"), domains, *kind)
+                )
+                if head[0].startswith("minus"):
+                    found = [-difference for difference in found]
+                if cell == "–":
+                    assert len(found) < 6
+                    continue
+                mean, p = re.fullmatch(r"(\S+) \[.*\], p = (\S+) \(.*\)", cell).groups()
+                assert_pairs(found, mean, p)
 
 
 def test_the_readme_quotes_the_test_accuracy():

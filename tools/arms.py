@@ -20,8 +20,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Group:
-    arms: tuple  # the others' results are subtracted from the first one's
+    arms: tuple  # the first is compared with each other
     domains: tuple  # built-in data sets
+    sign: int = -1  # 1: of the first minus another, -1: of another minus the first
     wide: tuple = ()  # the arms that are run at every size; the others at the first one alone
 
 
@@ -106,7 +107,8 @@ GROUPS = {
     "methods": Group(
         (*METHODS, *CONTROLS),
         ("similarity", "movie-sentiment", "bbc-topics", "movie-ratings", "peptides"),
-        (*METHODS,),
+        sign=1,
+        wide=(*METHODS,),
     ),
     "paper": Group((*PAPER, "bidora", "dora-two-phases"), SOME),
     "hypergradients": Group(("bidora", *HYPERGRADIENTS, "dora-two-phases"), SOME),

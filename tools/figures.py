@@ -211,29 +211,30 @@ def gap(results):
     return figure
 
 
-def study(folder, name, sign):
+def study(folder, name):
     """
-    A group of tools/arms.py at its smallest size, from folder/study: the first arm minus each other
-    (sign 1), or each other minus the first (sign -1). The mean over all domains with its 95 %
-    interval, and each domain's mean.
+    The differences of a group of tools/arms.py at its smallest size, from folder/study: the mean
+    over all domains with its 95 % interval, and each domain's mean.
     """
     group = GROUPS[name]
     results, first = load_results(f"{folder}/study"), group.arms[0]
     results = of_group(results, group.arms, group.domains)
     size = min((result["size"] for result in results), default=0)
-    found_by = {measure: differences(results, size, measure, first) for measure in MEASURES}
-    arms = [arm for arm in group.arms if ("all", arm) in found_by["test"]]
+    found_by = {
+        measure: differences(results, size, measure, first, group.sign) for measure in MEASURES
+    }
+    arms = [arm for arm in group.arms if ("all", arm) in found_by["test score"]]
     if not arms:
         raise ValueError(f"no arm has six seeds beside {first}: python -m tools.study makes them")
 
     figure = Figure(figsize=(8.6, max(3.6, 1.4 + 0.3 * len(arms))), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    markers, what = {}, f"{first} minus the other" if sign == 1 else f"the arm minus {first}"
+    markers, what = {}, f"{first} minus the other" if group.sign == 1 else f"the arm minus {first}"
     for axes, (measure, found) in zip(panels, found_by.items()):
         for (domain, arm), (_, mean, half, *_) in found.items():
             if arm not in arms:  # not yet in every domain
                 continue
-            mean, y = sign * mean, arms.index(arm)
+            y = arms.index(arm)
             if domain == "all":
                 style = {"color": BLUE, "markersize": 7, "linewidth": 2, "zorder": 3}
                 axes.errorbar(mean, y, xerr=half, fmt="D", label="mean of the tasks", **style)
@@ -327,9 +328,9 @@ def draw(figures):
     pictures = {
         "phases": phases,
         "gap": lambda: gap(load_results(figures.results)),
-        "study": lambda: study(figures.results, "methods", 1),
-        "ablation": lambda: study(figures.results, "paper", -1),
-        "hypergradients": lambda: study(figures.results, "hypergradients", -1),
+        "study": lambda: study(figures.results, "methods"),
+        "ablation": lambda: study(figures.results, "paper"),
+        "hypergradients": lambda: study(figures.results, "hypergradients"),
         "speed": lambda: speed(Path(figures.docs) / "speed.md"),
     }
     if figures.only and figures.only not in pictures:

@@ -2,7 +2,7 @@
 Arms side by side on a small encoder, over tasks and many seeds: --group says which (tools/arms.py).
 
     python -m tools.study                 make every run of the group that has no result yet
-    python -m tools.study --report        print the tables of the results so far
+    python -m tools.study --report        print the tables of the results so far, in Markdown
     python -m tools.study --list          one command a job that is still to do, for GNU parallel or
                                           a job array: ... --list | parallel -j 2. First it lists
                                           the choices of rates; when these are done, the runs
@@ -54,7 +54,8 @@ class Study:
     domains: tuple = ()  # built-in data sets; empty: the group's
     sizes: tuple = ("100", "400")  # training examples, train and val together; most arms take the
     #: first alone
-    seeds: int = 20  # each draws the sample, the split, the initial adapter and the batches
+    seeds: int = 20  # each draws the sample, the split, the initial adapter and the batches; those
+    #: before this number are reported
     model: str = "minilm"  # the base model
     target_modules: tuple = ("query", "value")  # the adapted layers, as in the paper
     dtype: str = "float32"  # of the base
@@ -261,8 +262,8 @@ def points(result, split):
 
 
 MEASURES = {
-    "test": lambda result: points(result, "test"),
-    "train - test": lambda result: points(result, "train") - points(result, "test"),
+    "test score": lambda result: points(result, "test"),
+    "train - test score": lambda result: points(result, "train") - points(result, "test"),
 }
 
 
@@ -311,17 +312,19 @@ def holm(p_values):
     return found
 
 
-def differences(results, size, measure, first="bidora"):
+def differences(results, size, measure, first, sign):
     """
-    The first arm minus each other, {(domain, arm): (pairs, mean, half-width, p, Holm's p)}; p is
-    corrected for the number of arms and domains, "all" apart.
+    The first arm minus each other with sign 1, each other minus the first with -1:
+    {(domain, arm): (pairs, mean, half-width, p, Holm's p)}. p is corrected for the number of arms
+    and domains, "all" apart.
     """
     values = collect(results, size, measure)
     found = {}
     for (domain, arm), other in values.items():
         if arm != first and (domain, first) in values:
-            if row := compare(values[domain, first], other):
-                found[domain, arm] = row
+            if pairs := compare(values[domain, first], other):
+                n, mean, half, p = pairs
+                found[domain, arm] = n, sign * mean, half, p
     for together in (False, True):
         keys = [key for key in found if (key[0] == "all") == together]
         for key, p in zip(keys, holm([found[key][3] for key in keys])):
@@ -329,27 +332,66 @@ def differences(results, size, measure, first="bidora"):
     return found
 
 
-def tables(results, arms):
-    """Lines of text: for each size and measure, the arms' means and the first's differences."""
+def row(*cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(values):
+    """Mean ± standard deviation, and the number of values, as text."""
+    if not values:
+        return "–"
+    deviation = f" ± {numpy.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{numpy.mean(values):.1f}{deviation} ({len(values)})"
+
+
+def difference(found):
+    """One of `differences` as text."""
+    if not found:
+        return "–"
+    _, mean, half, p, corrected = found
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}], p = {p:.2g} ({corrected:.2g})"
+
+
+def traced(results):
+    """
+    Of runs with a trace, as text: the median of ‖indirect part‖ / ‖∂F/∂m‖ over all upper-level
+    steps, and how far m moved in the mean.
+    """
+    traces = [r["trace"] for r in results if r.get("trace")]
+    if not traces:
+        return "–", "–"
+    ratio = numpy.median([x for trace in traces for x in trace["indirect"]])
+    return f"{ratio:.2g}", f"{100 * numpy.mean([trace['moved'][-1] for trace in traces]):.1f} %"
+
+
+def tables(results, arms, sign):
+    """
+    Lines of Markdown: for each size, the arms' scores and gaps between train and test with the
+    number of seeds, and the differences of the first arm and the others. sign: as in differences.
+    """
+    domains = list(dict.fromkeys(r["domain"] for r in results))
+    arms = [arm for arm in arms if any(r["method"] == arm for r in results)]
+    head = [*(f"`{domain}`" for domain in domains), "mean of all"]
     for size, measure in itertools.product(sorted({r["size"] for r in results}), MEASURES):
+        title = f"{measure}, points of 100, {size} examples"
         values = collect(results, size, measure)
-        domains = list(dict.fromkeys(domain for domain, _ in values))
-        yield f"{measure}, points of 100, {size} examples: mean ± standard deviation"
-        yield f"{'':22}{'seeds':>6}" + "".join(f"{domain:>20}" for domain in domains)
-        for arm in (arm for arm in arms if any((d, arm) in values for d in domains)):
-            cells = [list(values.get((domain, arm), {}).values()) for domain in domains]
-            texts = [f"{numpy.mean(c):.1f} ± {numpy.std(c):.1f}" if c else "–" for c in cells]
-            seeds = max(map(len, cells))
-            yield f"{arm:22}{seeds:6}" + "".join(f"{text:>20}" for text in texts)
-        yield ""
-        yield f"{arms[0]} minus each other: mean [95 % interval], p by Wilcoxon (by Holm)"
-        for (domain, arm), (n, mean, half, p, corrected) in sorted(
-            differences(results, size, measure, arms[0]).items(), key=lambda item: item[0][0]
-        ):
-            yield (
-                f"    {domain:20}{arm:22}{n:4} pairs {mean:+6.2f} [{mean - half:+.2f}, "
-                f"{mean + half:+.2f}]  p = {p:.2g} ({corrected:.2g})"
-            )
+        yield from (f"**{title}**: mean ± standard deviation (seeds)", "")
+        shown = measure == "test score" and any("trace" in r for r in results)
+        traces = ["indirect / direct", "m moves by"] if shown else []
+        yield row("arm", *head, *traces)
+        yield row(*["---"] * (1 + len(head) + len(traces)))
+        for arm in arms:
+            cells = [spread([*values.get((d, arm), {}).values()]) for d in (*domains, "all")]
+            runs = [r for r in results if r["method"] == arm and r["size"] == size]
+            yield row(f"`{arm}`", *cells, *(traced(runs) if traces else ()))
+
+        first = f"`{arms[0]}`"
+        yield from ("", f"**{title}**: mean [95 % interval], p by Wilcoxon's test (by Holm)", "")
+        yield row(f"{first} minus" if sign == 1 else f"minus {first}", *head)
+        yield row(*["---"] * (1 + len(head)))
+        found = differences(results, size, measure, arms[0], sign)
+        for arm in arms[1:]:
+            yield row(f"`{arm}`", *(difference(found.get((d, arm))) for d in (*domains, "all")))
         yield ""
 
 
@@ -397,9 +439,10 @@ def do_all(study, arguments):
         work(study, missing)
     results = read_results(study.results).values()
     results = of_group(results, study.arms, study.domains)
+    results = [r for r in results if r["seed"] < study.seeds]
     if not results:
         raise FileNotFoundError(f"no results in {study.results}: run python -m tools.study first")
-    print(*tables(results, study.arms), sep="\n")
+    print(*tables(results, study.arms, GROUPS[study.group].sign), sep="\n")
 
 
 def main(arguments):
