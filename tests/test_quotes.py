@@ -6,6 +6,7 @@ that the text has.
 """
 
 import json
+import operator
 import re
 import statistics
 from pathlib import Path
@@ -124,6 +125,7 @@ def test_the_readme_quotes_the_gap_at_equal_rates():
 
 
 LINES = (ROOT / "results" / "study" / "runs.jsonl").read_text().splitlines()
+SEED = operator.itemgetter("seed")
 STUDY = [r for r in map(json.loads, LINES) if r["set"] == "main" and r["size"] == 100]
 
 
@@ -218,6 +220,24 @@ def test_the_study_s_tables_are_what_its_runs_measured(heading, seeds, counts):
                     continue
                 mean, p = re.fullmatch(r"(\S+) \[.*\], p = (\S+) \(.*\)", cell).groups()
                 assert_pairs(found, mean, p)
+
+
+def test_the_table_of_e2e_is_what_its_runs_measured():
+    lines = (ROOT / "results" / "smollm2" / "runs.jsonl").read_text().splitlines()
+    found = [r for r in map(json.loads, lines) if (r["domain"], r["set"]) == ("e2e", "main")]
+    [(_, _, *rows)] = tables_of("Text from data, three seeds")
+    assert len(rows) == 3
+    for method, seeds, *cells in rows:
+        ours = sorted((r for r in found if r["method"] == method.strip("`")), key=SEED)
+        after = [r["after"]["test"] for r in ours]
+        for quote, a in zip(seeds.split(" / "), after, strict=True):
+            assert_quoted(quote, a["bleu"])
+        columns = [[a[name] for a in after] for name in ("bleu", "chrf", "rougeL", "nist", "loss")]
+        columns.append([r["after"]["train"]["loss"] for r in ours])
+        for cell, values in zip(cells, columns, strict=True):
+            mean, _, deviation = cell.split()
+            assert_quoted(mean, statistics.mean(values))
+            assert_quoted(deviation, statistics.stdev(values))
 
 
 def test_the_readme_quotes_the_test_accuracy():
