@@ -6,7 +6,6 @@ that the text has.
 """
 
 import json
-import operator
 import re
 import statistics
 from pathlib import Path
@@ -125,7 +124,6 @@ def test_the_readme_quotes_the_gap_at_equal_rates():
 
 
 LINES = (ROOT / "results" / "study" / "runs.jsonl").read_text().splitlines()
-SEED = operator.itemgetter("seed")
 STUDY = [r for r in map(json.loads, LINES) if r["set"] == "main" and r["size"] == 100]
 
 
@@ -222,22 +220,37 @@ def test_the_study_s_tables_are_what_its_runs_measured(heading, seeds, counts):
                 assert_pairs(found, mean, p)
 
 
-def test_the_table_of_e2e_is_what_its_runs_measured():
-    lines = (ROOT / "results" / "smollm2" / "runs.jsonl").read_text().splitlines()
-    found = [r for r in map(json.loads, lines) if (r["domain"], r["set"]) == ("e2e", "main")]
-    [(_, _, *rows)] = tables_of("Text from data, three seeds")
-    assert len(rows) == 3
-    for method, seeds, *cells in rows:
-        ours = sorted((r for r in found if r["method"] == method.strip("`")), key=SEED)
-        after = [r["after"]["test"] for r in ours]
-        for quote, a in zip(seeds.split(" / "), after, strict=True):
-            assert_quoted(quote, a["bleu"])
-        columns = [[a[name] for a in after] for name in ("bleu", "chrf", "rougeL", "nist", "loss")]
-        columns.append([r["after"]["train"]["loss"] for r in ours])
-        for cell, values in zip(cells, columns, strict=True):
+DECODER = ROOT / "results" / "smollm2" / "runs.jsonl"
+LOSSES = [(split, "loss") for split in ("test", "train")]
+
+
+@pytest.mark.parametrize(
+    "domain, columns",
+    [
+        ("e2e", [("test", name) for name in ("bleu", "chrf", "rougeL", "nist")] + LOSSES),
+        ("movie-sentiment", [("test", "accuracy"), ("train", "accuracy"), LOSSES[0]]),
+    ],
+)
+def test_the_tables_of_the_decoder_are_what_its_runs_measured(domain, columns):
+    found = [json.loads(line) for line in DECODER.read_text().splitlines()]
+    found = [r for r in found if (r["domain"], r["set"]) == (domain, "main")]
+    found.sort(key=lambda r: r["seed"])
+    headings = ("Text from data, three seeds", "Which difference matters")
+    tables = [t for heading in headings for t in tables_of(heading) if "seeds 0" in t[0][1]]
+    _, _, *rows = tables[domain != "e2e"]
+    assert len(tables) == 2 and len(rows) == 3
+    for arm, seeds, *cells in rows:
+        ours = [r["after"] for r in found if r["method"] == arm.strip("`")]
+        values = [
+            [(100 if name == "accuracy" else 1) * after[split][name] for after in ours]
+            for split, name in columns
+        ]
+        for quote, value in zip(seeds.split(" / "), values[0], strict=True):
+            assert_quoted(quote, value)
+        for cell, column in zip(cells, values):
             mean, _, deviation = cell.split()
-            assert_quoted(mean, statistics.mean(values))
-            assert_quoted(deviation, statistics.stdev(values))
+            assert_quoted(mean, statistics.mean(column))
+            assert_quoted(deviation, statistics.stdev(column))
 
 
 def test_the_readme_quotes_the_test_accuracy():
