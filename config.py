@@ -174,9 +174,14 @@ def read_config(arguments, kind=Config):
     ValueError or FileNotFoundError.
     """
     config, path = settings.read(kind, arguments, OTHER_NAMES)
+    given = {a.partition("=")[0] for a in settings.split(kind, arguments)}
+    rules.refuse(
+        {"--data", "--train_file"} <= given and config.data and config.train_file,
+        "data and train_file are two sources: choose one",
+    )
     if path and not config.out_dir:
-        chosen = any(a.startswith("--method=") for a in settings.split(kind, arguments))
-        config.out_dir = str(Path("out") / (path.stem + f"-{config.method}" * chosen))
+        chosen = f"-{config.method}" * ("--method" in given)
+        config.out_dir = str(Path("out") / (path.stem + chosen))
     return config
 
 

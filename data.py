@@ -48,9 +48,9 @@ def load_examples(path_or_name):
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a file, or --data={path_or_name} for all of it")
     if not path.exists():
-        names = ", ".join(BUILT_IN)
         raise FileNotFoundError(
-            f"{path} does not exist: give a JSONL, CSV or parquet file, or a built-in set ({names})"
+            f"{path} does not exist: give a JSONL, CSV or parquet file, or a built-in set with "
+            f"--data={'|'.join(BUILT_IN)}"
         )
     readers = {".csv": tables.read_table, ".parquet": tables.read_table}
     readers |= {".conll": tables.read_conll, ".bio": tables.read_conll}
@@ -143,8 +143,9 @@ def sample_built_in(config, examples):
     taken = train_size + test_size + config.tune_size
     if taken >= len(examples) or min(train_size, test_size) < 10:
         raise ValueError(
-            f"train_size={train_size} and test_size={test_size} must be at least 10 each, and, "
-            f"with tune_size, together less than the {len(examples)} examples of {config.data}"
+            f"train_size={train_size} and test_size={test_size} must be at least 10 each, and "
+            f"with tune_size={config.tune_size} less than the {len(examples)} examples of "
+            f"{config.data}"
         )
 
     # The test split is the same for every seed.

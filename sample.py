@@ -21,7 +21,7 @@ import tasks
 from bidora import load_adapter
 from data import LABEL_PROMPT, tokenize_labels, tokenize_prompt, tokenize_question
 from model import Transformer
-from support import progress, settings
+from support import progress, rules, settings
 from support.files import read_json
 from support.head_task import HeadTask, load_tokenizer
 from support.heads import EncoderWithHead
@@ -202,7 +202,10 @@ def respond(model, tokenizer, run, config):
     """Print what is asked for. Arguments: what load returns, and a Sample."""
     labels = [label.strip() for label in config.labels.split(",") if label.strip()]
     labels = labels or run.get("labels", [])
-    size, task = run.get("block_size"), run.get("task")
+    size, task, pairs = run.get("block_size"), run.get("task"), run.get("pairs")
+    if pairs is not None and config.prompt and not (config.raw or config.labels):
+        rules.refuse(pairs and not config.prompt_b, "the run is on pairs of texts: add --prompt_b")
+        rules.refuse(config.prompt_b and not pairs, "the run is on single texts: omit --prompt_b")
     if isinstance(tokenizer, HeadTask):
         if config.chat or config.raw or config.labels:
             raise ValueError(

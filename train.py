@@ -256,12 +256,18 @@ class Task:
         adapted = adapter_layers(self.model)
         return adapted or bidora.linear_layers(self.model, self.config.target_modules)
 
+    @property
+    def pairs(self):
+        """Whether the examples are pairs of texts; None where some are."""
+        kinds = {"text_b" in example for example in self.splits["train"]}
+        return kinds.pop() if len(kinds) == 1 else None
+
     def about(self):
         """What run.json holds besides the settings; sample.py reads it."""
         question = self.kind.question if self.name == "label_words" else ""
         labels = self.labels if self.name in ("label_words", *tasks.HEADS) else []
         about = {"task": self.name, "labels": labels, "label_prompt": question}
-        return about | {"dtype": self.dtype}
+        return about | {"pairs": self.pairs, "dtype": self.dtype}
 
     def save(self, out):
         """Write the adapter, or for full fine-tuning the model, into the folder `out`."""
@@ -277,6 +283,7 @@ class Task:
         return {name: getattr(self.config, name) for name in names} | {
             "task": self.name,
             "metric": self.kind.metric,
+            "pairs": self.pairs,
             "dtype": self.dtype,
             "weight_bytes": self.weight_bytes,
             "local_weight_bytes": self.local_weight_bytes,
@@ -397,7 +404,7 @@ def main(arguments):
         return report.stopped(error, arguments)
 
     built_in = BUILT_IN.get(config.data)
-    prompts = ["..."]
+    prompts = ["...", "..." * bool(results["pairs"])]
     if built_in and not config.train_file:
         prompts = [built_in.sample_prompt, built_in.sample_prompt_b]
     other = "dora" if is_bilevel(config) else "bidora"

@@ -58,7 +58,8 @@ def read_config(config_dict):
     kind = config_dict.get("model_type")
     if kind not in DEFAULTS:
         raise ValueError(
-            f"config.json: model_type {kind!r} is not supported; these are: {', '.join(DEFAULTS)}"
+            f"config.json: model_type {kind!r} is not supported here; the language models are: "
+            f"{', '.join(DEFAULTS)}"
         )
     c = DEFAULTS[kind] | config_dict
     if c.get("hidden_act", "silu") != "silu":

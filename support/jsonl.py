@@ -67,9 +67,10 @@ def read_jsonl(path):
         example = with_text_labels(parse(line, where))
         check_example(example, where)
         if kind not in (None, format_of(example)):
+            now, before = (" + ".join(FORMATS[name]) for name in (format_of(example), kind))
             raise ValueError(
-                f"{where}: format {format_of(example)!r}, but the lines before are {kind!r}: "
-                f"use one format per file"
+                f"{where}: the line has {now}, but the lines before have {before}: use one format "
+                f"a file"
             )
 
         kind = format_of(example)

@@ -62,8 +62,12 @@ def check_device(config):
 def check_budget(config, bilevel, hypergradient):
     search, retrain, every = config.search_steps, config.retrain_steps, config.upper_every
     refuse(
-        search + retrain == 0 or (bilevel and search == 0),
+        search + retrain == 0,
         f"search_steps={search}, retrain_steps={retrain}: there is nothing to train",
+    )
+    refuse(
+        bilevel and search == 0,
+        f"search_steps=0: method={config.method} needs a search, in which its upper level learns",
     )
     refuse(
         bilevel and every > search,

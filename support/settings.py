@@ -24,7 +24,7 @@ from support.files import read_json
 CONFIGS = Path(__file__).parents[1] / "configs"
 TEXTS = ("prompt", "prompt_b", "label_prompt")  # settings in which ~ is no home folder
 KINDS = {
-    tuple: "a list of names",
+    tuple: "a list of names, separated by commas",
     bool: "True or False",
     str: "text",
     int: "an integer",
@@ -207,8 +207,5 @@ def help_text(kind):
         elif match := re.fullmatch(r"    # (.*)", line):
             header = lines and not lines[-1].startswith(" ") and lines[-1]
             lines += [match.group(1)] if header else ["", match.group(1)]
-    files = ", ".join(sorted(path.name for path in CONFIGS.iterdir() if path.suffix == ".py"))
-    first = (
-        f"  --config=file\n        Python or JSON that sets any of these: a path, or one of {files}"
-    )
-    return "\n".join(["settings:", first, *lines])
+    first = "        Python or JSON that sets any of these: a path, here or in configs/"
+    return "\n".join(["settings:", "  --config=file", first, *lines])

@@ -539,6 +539,8 @@ def test_models_whose_sizes_make_no_sense(change, said):
         (["--config=null.json"], "null.json: out_dir='a\\x00b' is not text"),
         (["--lower_lr=nan"], "lower_lr='nan' is not a number"),
         (["--rank=1e3"], "rank='1e3' is not an integer"),
+        (["--train_file=mine.jsonl"], "data and train_file are two sources: choose one"),
+        (["--search_steps=0"], "search_steps=0: method=bidora needs a search"),
     ],
 )
 def test_command_lines_that_are_refused_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):

@@ -221,9 +221,20 @@ def test_the_pictures_and_the_tables_are_drawn_from_results(picture, compared, c
         (["--seeds=0"], "positive"),
         (["--report"], "no results in results/study"),
         ([*TOY, "--job=nothing"], "unknown job 'nothing'"),
+        ([*TOY, "--job=tune-nothing"], "unknown job 'tune-nothing'"),
+        (["--list", "--report"], "choose one"),
     ],
 )
 def test_wrong_input_gets_one_line(arguments, message, capsys):
     assert study.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_runs_of_another_model_are_not_taken_for_this_one_s(capsys):
+    options = "--model=minilm --target_modules=query,value --dtype=float32"
+    found = result("peptides", "bidora", 0, 0.5) | {"command": f"python train.py {options}"}
+    save("results/study", found, None)
+    assert study.main(["--report"]) == 0
+    assert study.main(["--report", "--model=tiny-random"]) == 2
+    assert "was made without --model=tiny-random" in capsys.readouterr().err

@@ -365,7 +365,7 @@ def test_rates_of_their_own_for_the_final_phase_and_its_end():
 def test_sample_says_what_a_head_finds(kind, lines, capsys):
     train.train(Config(model=encoder(), method="lora", **files(kind), **STEPS))
     capsys.readouterr()
-    pair = [] if kind == "tagging" else ["--prompt_b=de"]
+    pair = [] if kind == "tagging" else ["--prompt_b=de"]  # as some of the examples are
     assert sample.main(["--adapter=run", "--prompt=ab cd", *pair]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == lines
@@ -375,6 +375,24 @@ def test_sample_says_what_a_head_finds(kind, lines, capsys):
         assert [line.split("\t")[0] for line in printed] == ["ab", "cd"]
     assert sample.main(["--adapter=run", "--prompt=ab", "--labels=x,y"]) == 2
     assert f"the run's task is {kind}: give --prompt alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["bert", "tiny-random"])
+def test_a_run_on_pairs_asks_for_both_texts_and_one_on_single_texts_for_one(model, capsys):
+    """The last line of the run is a command with both, and sample.py refuses one alone."""
+    train.train(Config(model="tiny-random", data="toy-sentiment", **STEPS))
+    assert sample.main(["--adapter=run", "--prompt=ab", "--prompt_b=cd"]) == 2
+    assert "single texts: omit --prompt_b" in capsys.readouterr().err
+
+    pairs = [example | {"text_b": "de"} for example in make("classification")]
+    options = {"model": model_of(model), "train_file": write("train.jsonl", pairs)}
+    options["overwrite"] = True
+    arguments = [f"--{name}={value}" for name, value in (options | STEPS).items()]
+    assert train.main(arguments) == 0
+    assert '--prompt="..." --prompt_b="..."' in capsys.readouterr().out
+    assert sample.main(["--adapter=run", "--prompt=ab"]) == 2
+    assert capsys.readouterr().err == "error: the run is on pairs of texts: add --prompt_b\n"
+    assert sample.main(["--adapter=run", "--prompt=ab", "--prompt_b=de"]) == 0
 
 
 def test_sample_writes_what_a_run_on_data_to_text_has_learnt(capsys):
@@ -404,7 +422,7 @@ BAD = [  # lines of train, lines of test, the message
     (["t", {"words": "ab", "tags": ["O"]}], [], "train.jsonl:2: 'words' is str, not a list"),
     (["r", {"text": "ab", "score": "high"}], [], "train.jsonl:2: 'score' is 'high', not a"),
     (["r", {"text": "ab", "score": True}], [], "train.jsonl:2: 'score' is True, not a number"),
-    (["r", {"text": "ab"}], [], "train.jsonl:2: format 'text', but the lines before are"),
+    (["r", {"text": "ab"}], [], "train.jsonl:2: the line has text, but the lines before have"),
     (["c", {"text": "ab", "text_b": "cd", "label": "q"}], [], "train.jsonl:1: text_b is missing"),
     (["c", {"text": "ab", "text_b": 3, "label": "q"}], [], "train.jsonl:2: 'text_b' is int, not a"),
     ([{"text": "ab", "labels": ["p", "p"]}], [], "train.jsonl:1: a label occurs twice"),

@@ -163,8 +163,8 @@ NOTES = {  # how a cell of the table ends: why
 def table(trajectories, targets, samples=2000):
     """Lines of text: the fit of each {title: Trajectory} for each target, with its interval."""
     lines = [
-        f"{'':28}{'points':>8}{'mean ΔM':>10}{'mean ΔD':>10}{'slope k':>28}"
-        f"{'k, ΔM relative':>28}{'Pearson r':>24}{'Spearman ρ':>24}"
+        f"{'':28}{'points':>8}{'mean ΔM':>10}{'mean ΔD':>10}{'slope k':>30}"
+        f"{'k, ΔM relative':>36}{'Pearson r':>28}{'Spearman ρ':>28}"
     ]
     ends = set()
     for title, trajectory in trajectories.items():
@@ -176,7 +176,7 @@ def table(trajectories, targets, samples=2000):
             lines.append(
                 f"{title + ', ' + target:28}{numpy.size(chosen.delta_d):8}"
                 f"{numpy.mean(chosen.delta_m):10.2g}{numpy.mean(chosen.delta_d):10.2g}"
-                f"{cells[0]:>28}{cells[1]:>28}{cells[2]:>24}{cells[3]:>24}"
+                f"{cells[0]:>30}{cells[1]:>36}{cells[2]:>28}{cells[3]:>28}"
             )
     return lines + [note for end, note in NOTES.items() if end in ends]
 
@@ -242,6 +242,9 @@ def analyse(analysis):
         raise ValueError(f"unknown axis {analysis.axis!r}: choose row, column")
     if not analysis.tuned:
         raise ValueError("nothing to analyse: set --tuned to the folder of a run or a model")
+    for folder in analysis.tuned:
+        if not Path(folder).is_dir():
+            raise ValueError(f"tuned={folder} is no folder: give that of a run or a model")
     out = Path(analysis.out or Path(analysis.tuned[0]) / "analysis.png")
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is no folder: say with --out= where the picture goes")

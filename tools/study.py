@@ -33,6 +33,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy
 from scipy.stats import t, wilcoxon
@@ -90,13 +91,25 @@ def train_once(arguments):
             return None, str(error)
 
 
+def results_of(study):
+    """read_results of the study's folder, again only when the file has changed."""
+    path = Path(study.results) / "runs.jsonl"
+    about = path.stat() if path.exists() else None
+    return read_at(study.results, about and (about.st_mtime_ns, about.st_size))
+
+
+@functools.lru_cache(maxsize=1)
+def read_at(folder, version):
+    return read_results(folder)
+
+
 def run(study, pool, name, domain, size, arm, seed, rates, **more):
     """
     Train once, unless there is a result already; returns the result, or None if another process
     makes it. Raises ValueError for a run that fails, unless it diverges: {"diverged": message};
     LookupError without a pool.
     """
-    if found := read_results(study.results).get(name):
+    if found := results_of(study).get(name):
         return found
     if pool is None:
         raise LookupError(name)
@@ -192,18 +205,24 @@ def jobs(study):
 
 def to_do(study):
     """The jobs without a result."""
-    done = read_results(study.results)
+    done = results_of(study)
     return {name: job for name, job in jobs(study).items() if name not in done}
 
 
+def tunings(study):
+    """{name: (domain, arm)} of all choices of rates."""
+    pairs = itertools.product(study.domains, dict.fromkeys(map(source_of, study.arms)))
+    return {f"tune-{domain}-{arm}": (domain, arm) for domain, arm in pairs}
+
+
 def to_tune(study):
-    """{name: (domain, arm)} of the choices of rates that are not finished."""
+    """Those of `tunings` that are not finished."""
     found = {}
-    for domain, arm in itertools.product(study.domains, map(source_of, study.arms)):
+    for name, pair in tunings(study).items():
         try:
-            climb(study, None, domain, arm)
+            climb(study, None, *pair)
         except LookupError:
-            found[f"tune-{domain}-{arm}"] = (domain, arm)
+            found[name] = pair
     return found
 
 
@@ -395,14 +414,14 @@ def tables(results, arms, sign):
         yield ""
 
 
-def work_on(study, missing, untuned):
+def work_on(study, missing):
     """Do the job that study.job names, unless it is done. Raises ValueError for an unknown one."""
-    name = study.job
-    if name in untuned:
-        work(study, {}, [untuned[name]])
+    name, choices = study.job, tunings(study)
+    if name in choices:
+        work(study, {}, [choices[name]])
     elif name in missing:
         work(study, {name: missing[name]})
-    elif name not in jobs(study) and not name.startswith("tune-"):
+    elif name not in jobs(study):
         raise ValueError(f"unknown job {name!r}: --list shows those that are still to do")
 
 
@@ -419,6 +438,19 @@ def check(study):
         raise ValueError(f"sizes={','.join(study.sizes)} must be integers of at least 20")
     if min(study.seeds, study.workers) < 1:
         raise ValueError("seeds and workers must be positive integers")
+    if study.list + study.report + bool(study.job) > 1:
+        raise ValueError("list, report and job are three things to do: choose one")
+
+    own = {"model": study.model, "dtype": study.dtype}
+    own |= {"target_modules": ",".join(study.target_modules)}
+    own = [f" --{name}={value} " for name, value in own.items()]
+    for name, result in results_of(study).items():
+        command = result.get("command", "".join(own)) + " "
+        if missing := [option for option in own if option not in command]:
+            raise ValueError(
+                f"{name} in {study.results}/runs.jsonl was made without{missing[0]}: choose "
+                f"another --results"
+            )
     return study
 
 
@@ -426,18 +458,17 @@ def do_all(study, arguments):
     """List or do what is missing, and print the tables. arguments: the command line."""
     study = check(study)
     missing = to_do(study)
-    untuned = to_tune(study) if study.list or study.job else {}
     if study.list:
         kept = [a for a in arguments if a.partition("=")[0] != "--list"]
-        for name in untuned or missing:
+        for name in to_tune(study) or missing:
             print(shlex.join(["python", "-m", "tools.study", *kept, f"--job={name}"]))
         return
     if study.job:
-        work_on(study, missing, untuned)
+        work_on(study, missing)
         return
     if not study.report:
         work(study, missing)
-    results = read_results(study.results).values()
+    results = results_of(study).values()
     results = of_group(results, study.arms, study.domains)
     results = [r for r in results if r["seed"] < study.seeds]
     if not results:
