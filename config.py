@@ -175,13 +175,14 @@ def read_config(arguments, kind=Config):
     """
     config, path = settings.read(kind, arguments, OTHER_NAMES)
     given = {a.partition("=")[0] for a in settings.split(kind, arguments)}
+    overrides = "--train_file" in given and "--data" not in given
     rules.refuse(
-        {"--data", "--train_file"} <= given and config.data and config.train_file,
+        config.data and config.train_file and not overrides,
         "data and train_file are two sources: choose one",
     )
     if path and not config.out_dir:
-        chosen = f"-{config.method}" * ("--method" in given)
-        config.out_dir = str(Path("out") / (path.stem + chosen))
+        suffix = f"-{config.method}" * ("--method" in given)
+        config.out_dir = str(Path("out") / (path.stem + suffix))
     return config
 
 

@@ -143,9 +143,9 @@ def sample_built_in(config, examples):
     taken = train_size + test_size + config.tune_size
     if taken >= len(examples) or min(train_size, test_size) < 10:
         raise ValueError(
-            f"train_size={train_size} and test_size={test_size} must be at least 10 each, and "
-            f"with tune_size={config.tune_size} less than the {len(examples)} examples of "
-            f"{config.data}"
+            f"train_size={train_size} and test_size={test_size} must be at least 10 each and, "
+            f"together with tune_size={config.tune_size}, fewer than the {len(examples)} examples "
+            f"of {config.data}"
         )
 
     # The test split is the same for every seed.

@@ -203,6 +203,8 @@ def respond(model, tokenizer, run, config):
     labels = [label.strip() for label in config.labels.split(",") if label.strip()]
     labels = labels or run.get("labels", [])
     size, task, pairs = run.get("block_size"), run.get("task"), run.get("pairs")
+    scored = isinstance(tokenizer, HeadTask) or (labels and not config.raw and not config.chat)
+    rules.refuse(config.prompt_b and not scored, "prompt_b is for a run that classifies pairs")
     if pairs is not None and config.prompt and not (config.raw or config.labels):
         rules.refuse(pairs and not config.prompt_b, "the run is on pairs of texts: add --prompt_b")
         rules.refuse(config.prompt_b and not pairs, "the run is on single texts: omit --prompt_b")

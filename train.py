@@ -258,7 +258,7 @@ class Task:
 
     @property
     def pairs(self):
-        """Whether the examples are pairs of texts; None where some are."""
+        """Whether the examples are pairs of texts; None if only some are."""
         kinds = {"text_b" in example for example in self.splits["train"]}
         return kinds.pop() if len(kinds) == 1 else None
 

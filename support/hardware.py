@@ -101,21 +101,18 @@ def fast_dtype(device):
     return dtype, f"a bfloat16 product runs at {ratio:.1f} × float32's speed here"
 
 
-@functools.cache  # of a process
+@functools.cache
 def bfloat16_speed():
     """How many times as fast as in float32 this CPU multiplies in bfloat16, which many emulate."""
-    operands = [
-        (torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype))
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    times = []
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    operands = [(torch.ones(512, 1024, dtype=d), torch.ones(1024, 1024, dtype=d)) for d in seconds]
     for _ in range(6):
         for x, w in operands:
             start = time.perf_counter()
             torch.nn.functional.linear(x, w)
-            times.append(time.perf_counter() - start)
+            seconds[x.dtype].append(time.perf_counter() - start)
     # The least times: what else runs on the machine can only make a product slower.
-    return min(times[::2]) / min(times[1::2])
+    return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
 
 
 def choose_dtype(config, device, precise):

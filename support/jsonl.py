@@ -70,7 +70,7 @@ def read_jsonl(path):
             now, before = (" + ".join(FORMATS[name]) for name in (format_of(example), kind))
             raise ValueError(
                 f"{where}: the line has {now}, but the lines before have {before}: use one format "
-                f"a file"
+                f"per file"
             )
 
         kind = format_of(example)

@@ -184,7 +184,9 @@ def examples_of(path, rows, layouts, optional=(), broken=0):
         raise ValueError(f"{where}: the column {twice[0]!r} occurs twice: rename or remove one")
     layout = next((layout for layout in layouts if layout.keys() <= set(names)), None)
     if len(names) == 1 and re.search(r"[;\t|]", names[0]):
-        raise ValueError(f"{where}: the only column is {names[0]!r:.300}: part columns by commas")
+        raise ValueError(
+            f"{where}: the only column is {names[0]!r:.300}: separate columns with commas"
+        )
     if layout is None:
         needed = "; ".join(" + ".join(layout) for layout in layouts)
         have = " ".join(", ".join(names).split()) or "(none)"  # a quoted name may have line breaks

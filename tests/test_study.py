@@ -15,6 +15,7 @@ from tools import arms, study
 from tools.results import read_results, save
 from tools.study import Study
 
+OPTIONS = "--model=minilm --target_modules=query,value"
 TOY = [
     "--model=tiny-random",
     "--target_modules=q_proj,v_proj",
@@ -34,7 +35,8 @@ def elsewhere(tmp_path, monkeypatch, request):
 def result(domain, arm, seed, test, train=0.9, size=100, metric="accuracy"):
     after = {"test": {metric: test, "loss": 0.5}, "train": {metric: train, "loss": 0.1}}
     found = {"name": f"{domain}-{size}-{arm}-{seed}", "domain": domain, "size": size}
-    return found | {"method": arm, "seed": seed, "metric": metric, "after": after, "set": "main"}
+    found |= {"method": arm, "seed": seed, "metric": metric, "after": after, "set": "main"}
+    return found | {"command": "python train.py --dtype=float32 " + OPTIONS}
 
 
 def draws(seed=0, seeds=8, domains=("a", "b"), compared=("bidora", "dora")):
@@ -218,7 +220,7 @@ def test_the_pictures_and_the_tables_are_drawn_from_results(picture, compared, c
         (["--arms=dorra"], "did you mean 'dora'"),
         (["--domains=films"], "unknown domains 'films'"),
         (["--sizes=ten"], "integers of at least 20"),
-        (["--seeds=0"], "positive"),
+        (["--workers=0"], "positive"),
         (["--report"], "no results in results/study"),
         ([*TOY, "--job=nothing"], "unknown job 'nothing'"),
         ([*TOY, "--job=tune-nothing"], "unknown job 'tune-nothing'"),
@@ -232,9 +234,8 @@ def test_wrong_input_gets_one_line(arguments, message, capsys):
 
 
 def test_runs_of_another_model_are_not_taken_for_this_one_s(capsys):
-    options = "--model=minilm --target_modules=query,value --dtype=float32"
-    found = result("peptides", "bidora", 0, 0.5) | {"command": f"python train.py {options}"}
-    save("results/study", found, None)
+    save("results/study", result("peptides", "bidora", 0, 0.5), None)
     assert study.main(["--report"]) == 0
     assert study.main(["--report", "--model=tiny-random"]) == 2
-    assert "was made without --model=tiny-random" in capsys.readouterr().err
+    said = "was made without --model=tiny-random: choose another --results"
+    assert said in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_single_texts_are_in_the_formats_of_jsonl_files(write):
     "text, line, said",
     [
         ("text,answer\nx,y", 1, "the columns are text, answer; these are needed: "),
-        ("text;label\nx;y", 1, "the only column is 'text;label': part columns by commas"),
+        ("text;label\nx;y", 1, "the only column is 'text;label': separate columns with commas"),
         ('"text\nx",label\na,b', 1, "the columns are text x, label; these are needed: "),
         ("text,label,text\nx,y,z", 1, "the column 'text' occurs twice"),
         ("text,label\na,b\n\nx", 4, "1 cells, but 2 columns"),

@@ -1,7 +1,8 @@
 """
 What tools/study.py compares: the arms, each a run's settings, and the groups of them.
 
-    methods          the methods, and controls: BiDoRA's parts, one at a time
+    methods          the methods, and DoRA in BiDoRA's phases
+    controls         BiDoRA with one of its parts changed: what it holds out, and how much
     paper            BiDoRA as written, its published program, and what differs, one at a time
     hypergradients   BiDoRA along each of them, and at other rates of its magnitudes
 """
@@ -22,6 +23,7 @@ class Arm:
 class Group:
     arms: tuple  # the first is compared with each other
     domains: tuple  # built-in data sets
+    seeds: int = 20
     sign: int = -1  # 1: of the first minus another, -1: of another minus the first
     wide: tuple = ()  # the arms that are run at every size; the others at the first one alone
 
@@ -105,11 +107,12 @@ ARMS = METHODS | CONTROLS | PAPER | HYPERGRADIENTS
 SOME = ("similarity", "movie-sentiment", "peptides")
 GROUPS = {
     "methods": Group(
-        (*METHODS, *CONTROLS),
+        (*METHODS, "dora-two-phases"),
         ("similarity", "movie-sentiment", "bbc-topics", "movie-ratings", "peptides"),
         sign=1,
         wide=(*METHODS,),
     ),
-    "paper": Group((*PAPER, "bidora", "dora-two-phases"), SOME),
-    "hypergradients": Group(("bidora", *HYPERGRADIENTS, "dora-two-phases"), SOME),
+    "controls": Group(("bidora", *CONTROLS), SOME, sign=1),
+    "paper": Group((*PAPER, "bidora", "dora-two-phases"), SOME, seeds=10),
+    "hypergradients": Group(("bidora", *HYPERGRADIENTS, "dora-two-phases"), SOME, seeds=10),
 }

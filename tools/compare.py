@@ -150,8 +150,8 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
     """
     Train once, unless there is a result already; returns the result.
 
-    Raises ValueError for an earlier result with other rates or another model, or for a
-    run that fails. A tuning run that diverges returns {"method", rates, "diverged": message}.
+    Raises ValueError for an earlier result with other rates or another model, or for a run that
+    fails. A tuning run that diverges returns {"method", rates, "diverged": message}.
     """
     shown = [f"{rate:g}" for rate in rates.values()]
     name = "-".join(["tune", method, *shown] if tuning else [domain, str(size), method, str(seed)])

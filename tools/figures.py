@@ -218,7 +218,7 @@ def study(folder, name):
     """
     group = GROUPS[name]
     results, first = load_results(f"{folder}/study"), group.arms[0]
-    results = of_group(results, group.arms, group.domains)
+    results = of_group(results, group.arms, group.domains, group.seeds)
     size = min((result["size"] for result in results), default=0)
     found_by = {
         measure: differences(results, size, measure, first, group.sign) for measure in MEASURES

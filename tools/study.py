@@ -50,13 +50,13 @@ TUNING_SEEDS = (1000, 1001, 1002)
 
 @dataclass
 class Study:
-    group: str = "methods"  # the comparison: methods, paper or hypergradients
+    group: str = "methods"  # the comparison: methods, controls, paper or hypergradients
     arms: tuple = ()  # what is compared; empty: the group's
     domains: tuple = ()  # built-in data sets; empty: the group's
     sizes: tuple = ("100", "400")  # training examples, train and val together; most arms take the
     #: first alone
-    seeds: int = 20  # each draws the sample, the split, the initial adapter and the batches; those
-    #: before this number are reported
+    seeds: int = 0  # each draws the sample, the split, the initial adapter and the batches; 0: the
+    #: group's
     model: str = "minilm"  # the base model
     target_modules: tuple = ("query", "value")  # the adapted layers, as in the paper
     dtype: str = "float32"  # of the base
@@ -234,8 +234,9 @@ def ended_with(pool):
     except BaseException as error:
         for child in multiprocessing.active_children():
             child.kill()
-        if isinstance(error, BrokenProcessPool):  # a worker was killed from outside
-            raise KeyboardInterrupt from error
+        if isinstance(error, BrokenProcessPool):
+            message = "a worker was killed, perhaps for want of memory (try --workers=1)"
+            raise ValueError(f"{message}; the same command resumes") from error
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -286,9 +287,9 @@ MEASURES = {
 }
 
 
-def of_group(results, arms, domains):
-    """The results of the arms on the domains, without those that chose the rates."""
-    main = [r for r in results if r["set"] == "main"]
+def of_group(results, arms, domains, seeds):
+    """The results of the first seeds of the arms on the domains, without those for the rates."""
+    main = [r for r in results if r["set"] == "main" and r["seed"] < seeds]
     return [r for r in main if r["method"] in arms and r["domain"] in domains]
 
 
@@ -355,15 +356,14 @@ def row(*cells):
     return f"| {' | '.join(cells)} |"
 
 
-def spread(values):
-    """Mean ± standard deviation, and the number of values, as text."""
-    if not values:
+def spread_cell(values):
+    """Mean ± standard deviation, and the number of values, as text; a dash for fewer than six."""
+    if len(values) < 6:
         return "–"
-    deviation = f" ± {numpy.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{numpy.mean(values):.1f}{deviation} ({len(values)})"
+    return f"{numpy.mean(values):.1f} ± {numpy.std(values, ddof=1):.1f} ({len(values)})"
 
 
-def difference(found):
+def difference_cell(found):
     """One of `differences` as text."""
     if not found:
         return "–"
@@ -400,7 +400,7 @@ def tables(results, arms, sign):
         yield row("arm", *head, *traces)
         yield row(*["---"] * (1 + len(head) + len(traces)))
         for arm in arms:
-            cells = [spread([*values.get((d, arm), {}).values()]) for d in (*domains, "all")]
+            cells = [spread_cell([*values.get((d, arm), {}).values()]) for d in (*domains, "all")]
             runs = [r for r in results if r["method"] == arm and r["size"] == size]
             yield row(f"`{arm}`", *cells, *(traced(runs) if traces else ()))
 
@@ -410,7 +410,8 @@ def tables(results, arms, sign):
         yield row(*["---"] * (1 + len(head)))
         found = differences(results, size, measure, arms[0], sign)
         for arm in arms[1:]:
-            yield row(f"`{arm}`", *(difference(found.get((d, arm))) for d in (*domains, "all")))
+            cells = [difference_cell(found.get((domain, arm))) for domain in (*domains, "all")]
+            yield row(f"`{arm}`", *cells)
         yield ""
 
 
@@ -431,6 +432,7 @@ def check(study):
         raise ValueError(f"unknown group {study.group!r}" + settings.suggest(study.group, GROUPS))
     group = GROUPS[study.group]
     study = replace(study, arms=study.arms or group.arms, domains=study.domains or group.domains)
+    study = replace(study, seeds=study.seeds or group.seeds)
     for name, known in (("arms", ARMS), ("domains", BUILT_IN)):
         for value in set(getattr(study, name)) - set(known):
             raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
@@ -441,15 +443,13 @@ def check(study):
     if study.list + study.report + bool(study.job) > 1:
         raise ValueError("list, report and job are three things to do: choose one")
 
-    own = {"model": study.model, "dtype": study.dtype}
-    own |= {"target_modules": ",".join(study.target_modules)}
-    own = [f" --{name}={value} " for name, value in own.items()]
+    own = {f"--model={study.model}", f"--dtype={study.dtype}"}
+    own.add(f"--target_modules={','.join(study.target_modules)}")
     for name, result in results_of(study).items():
-        command = result.get("command", "".join(own)) + " "
-        if missing := [option for option in own if option not in command]:
+        if missing := own - set(shlex.split(result["command"])):
             raise ValueError(
-                f"{name} in {study.results}/runs.jsonl was made without{missing[0]}: choose "
-                f"another --results"
+                f"{name} in {study.results}/runs.jsonl was made without "
+                f"{', '.join(sorted(missing))}: choose another --results"
             )
     return study
 
@@ -459,7 +459,8 @@ def do_all(study, arguments):
     study = check(study)
     missing = to_do(study)
     if study.list:
-        kept = [a for a in arguments if a.partition("=")[0] != "--list"]
+        given = settings.split(Study, arguments)
+        kept = [a for a in given if not a.startswith("--list=")] + ["--list=False"]
         for name in to_tune(study) or missing:
             print(shlex.join(["python", "-m", "tools.study", *kept, f"--job={name}"]))
         return
@@ -469,8 +470,7 @@ def do_all(study, arguments):
     if not study.report:
         work(study, missing)
     results = results_of(study).values()
-    results = of_group(results, study.arms, study.domains)
-    results = [r for r in results if r["seed"] < study.seeds]
+    results = of_group(results, study.arms, study.domains, study.seeds)
     if not results:
         raise FileNotFoundError(f"no results in {study.results}: run python -m tools.study first")
     print(*tables(results, study.arms, GROUPS[study.group].sign), sep="\n")
