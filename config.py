@@ -180,6 +180,10 @@ def read_config(arguments, kind=Config):
         config.data and config.train_file and not overrides,
         "data and train_file are two sources: choose one",
     )
+    rules.refuse(
+        config.train_file and "--test_size" in given,
+        f"test_size={config.test_size}: files are taken whole; give test examples as --test_file",
+    )
     if path and not config.out_dir:
         suffix = f"-{config.method}" * ("--method" in given)
         config.out_dir = str(Path("out") / (path.stem + suffix))

@@ -100,13 +100,11 @@ def check_data(config, bilevel):
         (config.val_file or config.test_file) and not own,
         "val_file and test_file need train_file; a built-in data set has its own splits",
     )
-    for name in ("train_size", "test_size"):
-        size = getattr(config, name)
-        refuse(
-            size and own,
-            f"{name}={size}: your files are taken whole; make them as small as you want, or use "
-            f"--data",
-        )
+    refuse(
+        config.train_size and own,
+        f"train_size={config.train_size}: train_file is taken whole; make it as small as you want, "
+        f"or use --data",
+    )
     refuse(
         config.tune_size and config.data not in BUILT_IN,
         "tune_size is for a built-in set: give your tuning examples as --test_file",

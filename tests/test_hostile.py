@@ -556,6 +556,14 @@ def test_command_lines_that_are_refused_in_one_line(arguments, said, tmp_path, m
     assert not Path("out").exists()
 
 
+def test_a_test_size_beside_a_file_is_refused_and_one_of_a_config_file_is_not(tmp_path):
+    path = tmp_path / "sizes.py"
+    path.write_text("test_size = 40")
+    assert read_config(["--train_file=a.jsonl", f"--config={path}"]).train_file == "a.jsonl"
+    with pytest.raises(ValueError, match="test_size=5: files are taken whole"):
+        read_config(["--train_file=a.jsonl", "--test_size=5"])
+
+
 def test_config_files_in_capitals_are_read_as_what_they_are(tmp_path):
     for name, text in (("a.JSON", '{"rank": 3}'), ("b.Py", "rank = 3")):
         (tmp_path / name).write_text(text)

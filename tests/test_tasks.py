@@ -512,8 +512,7 @@ def test_a_library_that_the_scores_need_is_missed_before_training(monkeypatch, c
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(train_file="train.jsonl", train_size=9), "train_size=9: your files are taken whole"),
-        (dict(train_file="train.jsonl", test_size=9), "test_size=9: your files are taken whole"),
+        (dict(train_file="train.jsonl", train_size=9), "train_size=9: train_file is taken whole"),
         (dict(data="folder", tune_size=9), "tune_size is for a built-in set"),
         (dict(data="toy-sentiment", method="lora", upper_data="train"), "lora has no upper level"),
         (dict(data="toy-sentiment", method="lora", two_phases=True), "two_phases=True is for met"),
