@@ -173,8 +173,9 @@ def read_config(arguments, kind=Config):
     The Config of a command line, or one of `kind`, which extends it; see settings.read. Raises
     ValueError or FileNotFoundError.
     """
+    arguments = settings.split(kind, arguments)
+    given = {argument.partition("=")[0] for argument in arguments}
     config, path = settings.read(kind, arguments, OTHER_NAMES)
-    given = {a.partition("=")[0] for a in settings.split(kind, arguments)}
     overrides = "--train_file" in given and "--data" not in given
     rules.refuse(
         config.data and config.train_file and not overrides,

@@ -220,6 +220,7 @@ def test_the_pictures_and_the_tables_are_drawn_from_results(picture, compared, c
         (["--arms=dorra"], "did you mean 'dora'"),
         (["--domains=films"], "unknown domains 'films'"),
         (["--sizes=ten"], "integers of at least 20"),
+        (["--seeds=-1"], "positive"),
         (["--workers=0"], "positive"),
         (["--report"], "no results in results/study"),
         ([*TOY, "--job=nothing"], "unknown job 'nothing'"),
