@@ -187,15 +187,10 @@ def check(config):
         )
     if not 0 <= config.seed <= 2**62:
         raise ValueError(f"seed={config.seed} must be at least 0 and at most 2^62")
-    if (
-        config.max_new_tokens < 1
-        or min(config.temperature, config.top_k) < 0
-        or not 0 < config.top_p <= 1
-    ):
-        raise ValueError(
-            "max_new_tokens must be positive, temperature and top_k at least 0, top_p above 0 "
-            "and at most 1"
-        )
+    settings.at_least(config, max_new_tokens=1, temperature=0, top_k=0)
+    if not 0 < config.top_p <= 1:
+        raise ValueError(f"top_p={config.top_p} must be above 0 and at most 1")
+    rules.check_device(config)
 
 
 def respond(model, tokenizer, run, config):
@@ -217,6 +212,8 @@ def respond(model, tokenizer, run, config):
     elif config.chat:
         chat(model, tokenizer, config)
     elif labels and not config.raw:
+        if new := [label for label in labels if label not in (run.get("labels") or labels)]:
+            print(f"note: the run did not learn {', '.join(new)}", file=sys.stderr)
         size = size or model.config.max_position_embeddings
         options = (labels, run.get("label_prompt") or LABEL_PROMPT, size, config.prompt_b)
         for p, label in classify(model, tokenizer, config.prompt, *options):
@@ -231,25 +228,19 @@ def respond(model, tokenizer, run, config):
         print(answer(model, tokenizer, [{"role": "user", "content": config.prompt}], config))
 
 
-def main(arguments):
-    if not arguments or {"--help", "-h"} & set(arguments):
-        print(__doc__.strip(), settings.help_text(Sample), sep="\n\n")
-        return 0
-    try:
-        config, _ = settings.read(Sample, arguments)
-        check(config)
-        torch.manual_seed(config.seed)
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+def use(config):
+    """Load the model and respond. Raises ValueError or OSError."""
+    check(config)
+    torch.manual_seed(config.seed)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer, run = load(config.adapter, config.model, device, config.quantize)
+    respond(model, tokenizer, run, config)
 
-        model, tokenizer, run = load(config.adapter, config.model, device, config.quantize)
-        respond(model, tokenizer, run, config)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        # torch raises the last two for a missing device.
-        print("error:", *str(error).split(), file=sys.stderr)  # in one line
-        return 2
-    return 0
+
+def main(arguments):
+    return settings.program(arguments or ["--help"], Sample, use, __doc__)
 
 
 if __name__ == "__main__":

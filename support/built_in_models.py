@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from support import progress
-from support.files import cache_dir, fetch, malformed, replacing, write_json
+from support.files import cache_dir, fetch, make_cache, malformed, replacing, write_json
 from support.tokenizer_files import CHAR_TO_BYTE, FLAGS, bpe_spec, byte_level
 
 SMOLLM2 = dict(
@@ -52,7 +52,7 @@ def built_in(name):
     if (folder / "config.json").exists():
         return folder
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_cache(folder.parent)
     # Write next to the final place, then rename: an interrupted conversion leaves no partial model.
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         BUILT_IN[name](Path(temporary) / name)

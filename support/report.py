@@ -38,6 +38,8 @@ def announce(task, method):
     source = config.train_file or config.data
     if source in BUILT_IN:
         source += f" (licence: {BUILT_IN[source].licence})"
+    if max(map(len, task.splits.values())) > config.eval_size:
+        counts += f" (evaluated: {config.eval_size} of each at most)"
     print(f"data: {source}: {counts}{labels:.300}")
     announce_shared(config, task.splits)
     print(f"task: {task.name}, scored by {task.kind.metric}")

@@ -12,7 +12,7 @@ import os
 import stat
 from pathlib import Path
 
-from support.files import read_json, remove
+from support.files import make_folder, read_json, remove
 
 try:
     import fcntl
@@ -64,7 +64,7 @@ def locked(folder):
 
 def take_lock(folder):
     """Create and lock a folder. Returns a handle whose closing ends the lock; None on Windows."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent, "choose another --out_dir")
     while True:
         try:
             folder.mkdir(exist_ok=True)

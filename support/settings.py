@@ -28,7 +28,7 @@ KINDS = {
     bool: "True or False",
     str: "text",
     int: "an integer",
-    float: "a number",
+    float: "a finite number",
 }
 
 
@@ -134,6 +134,14 @@ def read(kind, arguments, other_names=None):
     return kind(**values), path
 
 
+def at_least(config, **least):
+    """Raise ValueError for a setting below its least value, {name: value}."""
+    for name, value in least.items():
+        found = getattr(config, name)
+        if found < value:
+            raise ValueError(f"{name}={found} must be at least {value}")
+
+
 def program(arguments, kind, do, text, resumes=False, reader=None):
     """
     Run a program: do(settings), an instance of the dataclass `kind` read from its command line, or
@@ -152,6 +160,11 @@ def program(arguments, kind, do, text, resumes=False, reader=None):
         return 2
     except (ValueError, OSError, FloatingPointError) as error:
         print("error:", *str(error).split(), file=sys.stderr)  # in one line
+        return 2
+    except RuntimeError as error:  # of torch
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted" + "; the same command resumes" * resumes, file=sys.stderr)

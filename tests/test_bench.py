@@ -109,7 +109,7 @@ def test_bench_scales_one_thing_at_a_time(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--rounds=0"], "positive"),
+        (["--rounds=0"], "must be at least"),
         (["--kinds=dorra"], "did you mean 'dora'"),
         (["--only=nothing"], "unknown only"),
         (["--labels=some"], "unknown labels"),

@@ -300,7 +300,7 @@ def test_sigterm_ends_the_runs_too():
         (["--methods=dorra"], "did you mean 'dora'"),
         (["--domains=films"], "unknown domains 'films'"),
         (["--sizes=ten"], "integers of at least 20"),
-        (["--seeds=0"], "positive"),
+        (["--seeds=0"], "must be at least"),
         (["--report=True"], "no results in results"),
         (["--quick=True", "--methods=lora", "--results=a-file"], "error"),
     ],

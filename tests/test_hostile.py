@@ -34,6 +34,7 @@ from model import ModelConfig, Transformer
 from support.built_in_models import convert_gguf
 from support.pretrained import find_model
 from support.tokenizer import Tokenizer
+from tools import compare, study
 
 
 def cases(count):
@@ -537,7 +538,8 @@ def test_models_whose_sizes_make_no_sense(change, said):
         (["--config=fails.py"], "fails.py, line 1: ValueError: two lines"),
         (["--config=twice.json"], "twice.json is not valid JSON: the key 'rank' occurs twice"),
         (["--config=null.json"], "null.json: out_dir='a\\x00b' is not text"),
-        (["--lower_lr=nan"], "lower_lr='nan' is not a number"),
+        (["--lower_lr=nan"], "lower_lr='nan' is not a finite number"),
+        (["--lower_lr=inf"], "lower_lr='inf' is not a finite number"),
         (["--rank=1e3"], "rank='1e3' is not an integer"),
         (["--train_file=mine.jsonl"], "data and train_file are two sources: choose one"),
         (["--search_steps=0"], "search_steps=0: method=bidora needs a search"),
@@ -554,6 +556,28 @@ def test_command_lines_that_are_refused_in_one_line(arguments, said, tmp_path, m
     assert train.main(["--data=toy-sentiment", "--model=tiny-random", *arguments]) == 2
     assert said in last_line(capsys)
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "program, arguments, remedy",
+    [
+        (train, ["--config=tiny.py", "--out_dir=file/run/a"], "out_dir"),
+        (train, ["--config=tiny.py"], "BIDORA_CACHE"),
+        (compare, ["--results=file/a", "--methods=lora"], "--results"),
+        (study, ["--results=file/a", "--arms=lora"], "--results"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_named_with_its_setting_before_any_run(
+    program, arguments, remedy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    if remedy == "BIDORA_CACHE":
+        monkeypatch.setenv(remedy, "file/cache")
+    assert program.main(arguments) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and "file" in said and remedy in said
+    assert not list(Path().glob("out/*"))
 
 
 def test_a_test_size_beside_a_file_is_refused_and_one_of_a_config_file_is_not(tmp_path):

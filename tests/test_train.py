@@ -619,6 +619,8 @@ def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
     assert "%" not in capsys.readouterr().out
     assert sample.main(["--adapter=free", "--prompt=abab", "--labels=good, bad,"]) == 0
     assert sorted(re.findall(r"%  (.*)", capsys.readouterr().out)) == ["bad", "good"]
+    assert sample.main(["--adapter=labels", "--prompt=aeae", "--labels=yes,maybe"]) == 0
+    assert capsys.readouterr().err == "note: the run did not learn maybe\n"
     typed = iter(["hello", "and you?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert sample.main(["--adapter=free", "--chat", "--max_new_tokens=5"]) == 0
@@ -675,7 +677,7 @@ def test_no_arguments_says_how_to_start(capsys):
         ("rank=4", "write --name=value"),
         ("--rank=four", "rank='four' is not an integer"),
         ("--rank=2.5", "not an integer"),
-        ("--lower_lr=fast", "not a number"),
+        ("--lower_lr=fast", "not a finite number"),
         ("--overwrite=maybe", "not True or False"),
         ("--target_modules=", "not a list"),
         ("--method=bidoar", "did you mean 'bidora'"),

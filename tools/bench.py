@@ -387,14 +387,8 @@ def measure_here(bench, dtype):
 
 
 def check(bench):
-    """Raises ValueError for settings that make no sense."""
-    if min(bench.rounds, bench.rank, bench.upper_every, bench.layers + 1) < 1:
-        raise ValueError(
-            "rounds, rank and upper_every must be positive integers, layers at least 0"
-        )
-    if min(bench.batch_size, bench.length) < 2:
-        raise ValueError("batch_size and length must be integers of at least 2")
-
+    """Raises ValueError or OSError for settings that make no sense."""
+    settings.at_least(bench, rounds=1, rank=1, upper_every=1, layers=0, batch_size=2, length=2)
     for name, known in (
         ("kinds", KINDS),
         ("only", ("", *KINDS)),
@@ -411,6 +405,7 @@ def check(bench):
         raise ValueError(
             f"out={bench.out} must be a .json file in an existing folder that can be written to"
         )
+    shape(bench)  # raises for an unknown model
 
 
 def run(bench):

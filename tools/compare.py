@@ -35,7 +35,7 @@ import data
 from bidora import METHODS
 from support import settings
 from support.datasets import BUILT_IN
-from support.files import read_json, replacing
+from support.files import make_folder, read_json, replacing
 from support.hardware import processor
 from support.weight_changes import Trajectory
 from tools.results import load_results, mend, read_results, save
@@ -69,7 +69,7 @@ def write_examples(compare, domain, size, seed, tuning):
     With `tuning`, the test file holds the tuning set.
     """
     folder = Path(compare.out_dir) / "data"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "choose another --out_dir")
     train = folder / f"{domain}-{size}-{seed}.jsonl"
     test = folder / f"{domain}-{'tune' if tuning else 'test'}.jsonl"
     if train.exists() and test.exists():
@@ -349,8 +349,7 @@ def check(compare):
             raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
     if not all(size.isdigit() and int(size) >= 20 for size in compare.sizes):
         raise ValueError(f"sizes={','.join(compare.sizes)} must be integers of at least 20")
-    if min(compare.seeds, compare.workers) < 1:
-        raise ValueError("seeds and workers must be positive integers")
+    settings.at_least(compare, seeds=1, workers=1)
 
 
 def run_all(compare):

@@ -60,10 +60,7 @@ class Memory:
 
 def check(memory):
     """Raises ValueError for settings that make no sense."""
-    if min(memory.rank, memory.length, memory.batch_size) < 1 or memory.micro_batch_size < 0:
-        raise ValueError(
-            "rank, length and batch_size must be positive integers, micro_batch_size at least 0"
-        )
+    settings.at_least(memory, rank=1, length=1, batch_size=1, micro_batch_size=0)
     if memory.optimizer not in ("adamw", "adamw8bit"):
         raise ValueError(f"unknown optimizer {memory.optimizer!r}: choose adamw, adamw8bit")
     if not all(number.isdigit() and int(number) > 1 for number in memory.devices):

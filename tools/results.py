@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from bidora import METHODS
-from support.files import malformed, replacing
+from support.files import make_folder, malformed, replacing
 from support.weight_changes import Trajectory
 
 try:
@@ -93,7 +93,8 @@ def read_trajectories(folder):
 
 
 def mend(folder):
-    """Remove a torn last line, if there is one."""
+    """Make the folder if it is missing, and remove a torn last line."""
+    make_folder(folder, "choose another --results")
     if (Path(folder) / "runs.jsonl").exists():
         with opened(folder, "r+b") as file:
             file.truncate(len(whole_lines(file)[1]))
@@ -142,7 +143,7 @@ def read_results(folder):
         with opened(folder, "rb") as file:
             runs, _ = whole_lines(file)
             arrays, metadata = read_trajectories(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
 
     with malformed(f"{folder}: runs.jsonl or trajectories.safetensors"):

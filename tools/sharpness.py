@@ -101,8 +101,9 @@ def rows(given, steps, rate):
 def print_table(sharpness):
     """Print λ_max of each domain and arm beside the chosen rate."""
     steps, rate = sharpness.steps, sharpness.rate
-    if steps < 0 or rate <= 0:
-        raise ValueError(f"steps={steps} must not be negative, and rate={rate} must be positive")
+    settings.at_least(sharpness, steps=0)
+    if rate <= 0:
+        raise ValueError(f"rate={rate} must be positive")
     names = ("arms", "domains", "seeds", "model", "target_modules", "results")
     given = study.check(study.Study(**{name: getattr(sharpness, name) for name in names}))
 

@@ -252,6 +252,7 @@ def work(study, chosen, tuning=()):
     (domain, arm) in tuning.
     """
     mend(study.results)
+    print(f"{len(chosen)} runs to do, for {study.results}; Ctrl-C stops them", flush=True)
     # Of the workers, which start afresh: they read it when torch is imported.
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // study.workers))
     context = multiprocessing.get_context("spawn")
@@ -438,8 +439,7 @@ def check(study):
             raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
     if not all(size.isdigit() and int(size) >= 20 for size in study.sizes):
         raise ValueError(f"sizes={','.join(study.sizes)} must be integers of at least 20")
-    if min(study.seeds, study.workers) < 1:
-        raise ValueError("seeds and workers must be positive integers")
+    settings.at_least(study, seeds=1, workers=1)
     if study.list + study.report + bool(study.job) > 1:
         raise ValueError("list, report and job are three things to do: choose one")
 
