@@ -15,7 +15,7 @@ import pytest
 from scipy.stats import wilcoxon
 
 from tools.arms import GROUPS
-from tools.study import of_group, tables
+from tools.differences import of_group, tables
 
 ROOT = Path(__file__).parents[1]
 RUNS = [json.loads(line) for line in (ROOT / "results" / "runs.jsonl").read_text().splitlines()]

@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 
 from tools import arms, study
+from tools.differences import MEASURES, differences, holm, tables
 from tools.results import read_results, save
 from tools.study import Study
 
@@ -53,7 +54,7 @@ def draws(seed=0, seeds=8, domains=("a", "b"), compared=("bidora", "dora")):
 def test_differences_are_paired_by_seed_with_scipy_s_interval_and_p():
     results = draws()
     random.Random(1).shuffle(results)
-    n, mean, half, p, _ = study.differences(results, 100, "test score", "bidora", 1)["a", "dora"]
+    n, mean, half, p, _ = differences(results, 100, "test score", "bidora", 1)["a", "dora"]
     scores = {
         (r["domain"], r["method"], r["seed"]): 100 * r["after"]["test"]["accuracy"] for r in results
     }
@@ -62,13 +63,13 @@ def test_differences_are_paired_by_seed_with_scipy_s_interval_and_p():
     assert n == 8 and mean == pytest.approx(numpy.mean(pairs))
     assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
     assert p == pytest.approx(scipy.stats.wilcoxon(pairs).pvalue)
-    turned = study.differences(results, 100, "test score", "bidora", -1)["a", "dora"]
+    turned = differences(results, 100, "test score", "bidora", -1)["a", "dora"]
     assert turned[:4] == (n, -mean, half, p)
 
 
 def test_all_is_the_mean_over_domains_seed_by_seed():
     results = draws()
-    _, mean, _, p, _ = study.differences(results, 100, "test score", "bidora", 1)["all", "dora"]
+    _, mean, _, p, _ = differences(results, 100, "test score", "bidora", 1)["all", "dora"]
     by = {(r["domain"], r["method"], r["seed"]): r["after"]["test"]["accuracy"] for r in results}
     pairs = [
         numpy.mean([100 * (by[d, "bidora", s] - by[d, "dora", s]) for d in "ab"]) for s in range(8)
@@ -79,18 +80,18 @@ def test_all_is_the_mean_over_domains_seed_by_seed():
 
 def test_the_gap_is_train_minus_test_and_what_is_undefined_counts_as_0():
     run = result("a", "dora", 0, None, train=0.75)
-    assert study.MEASURES["train - test score"](run) == 75
-    assert study.MEASURES["test score"](run) == 0
+    assert MEASURES["train - test score"](run) == 75
+    assert MEASURES["test score"](run) == 0
 
 
 def test_holm_s_correction_on_a_worked_example():
     """4 · 0.005, 3 · 0.01, 2 · 0.03, and 0.04 raised to the one before it."""
-    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert study.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 def test_fewer_than_six_pairs_have_no_p():
-    assert ("a", "dora") not in study.differences(draws(seeds=5), 100, "test score", "bidora", 1)
+    assert ("a", "dora") not in differences(draws(seeds=5), 100, "test score", "bidora", 1)
 
 
 def bowl(monkeypatch, best, floor=0.0):
@@ -208,7 +209,7 @@ def test_the_pictures_and_the_tables_are_drawn_from_results(picture, compared, c
     results = draws(domains=("peptides", "movie-sentiment"), compared=compared)
     for found in results:
         save("results/study", found, None)
-    lines = list(study.tables(results, compared, 1))
+    lines = list(tables(results, compared, 1))
     assert sum(line.startswith(f"| `{compared[1]}` |") for line in lines) == 4
     assert figures.main([f"--only={picture}"]) == 0
     assert Path(f"docs/{picture}.png").stat().st_size > 5000

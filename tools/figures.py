@@ -26,8 +26,8 @@ from PIL import Image
 from support import settings
 from support.files import replacing
 from tools.arms import GROUPS
+from tools.differences import MEASURES, differences, of_group
 from tools.results import load_results
-from tools.study import MEASURES, differences, of_group
 
 ORANGE, SKY, GREEN, BLUE, VERMILION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 METHODS = {  # method: name, colour, marker, line style, a factor in x that keeps bars apart

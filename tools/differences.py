@@ -1,0 +1,148 @@
+"""
+Arms side by side, from the runs of tools/study.py: scores, and paired differences with intervals
+and tests, as tables in Markdown.
+"""
+
+import itertools
+
+import numpy
+from scipy.stats import t, wilcoxon
+
+
+def points(result, split):
+    """A run's score on a split, in points of 100; what was undefined counts as 0."""
+    return 100 * (result["after"][split][result["metric"]] or 0)
+
+
+MEASURES = {
+    "test score": lambda result: points(result, "test"),
+    "train - test score": lambda result: points(result, "train") - points(result, "test"),
+}
+
+
+def of_group(results, arms, domains, seeds):
+    """The results of the first seeds of the arms on the domains, without those for the rates."""
+    main = [r for r in results if r["set"] == "main" and r["seed"] < seeds]
+    return [r for r in main if r["method"] in arms and r["domain"] in domains]
+
+
+def collect(results, size, measure):
+    """{(domain, arm): {seed: value}} of one size, and as domain "all" the means over domains."""
+    found = {}
+    for r in results:
+        if r["size"] == size and "diverged" not in r:
+            key = r["domain"], r["method"]
+            found.setdefault(key, {})[r["seed"]] = MEASURES[measure](r)
+    domains = list(dict.fromkeys(domain for domain, _ in found))
+    for arm in dict.fromkeys(arm for _, arm in found):
+        parts = [found.get((domain, arm), {}) for domain in domains]
+        seeds = set.intersection(*map(set, parts))
+        found["all", arm] = {s: numpy.mean([part[s] for part in parts]) for s in sorted(seeds)}
+    return found
+
+
+def compare(ours, other):
+    """
+    Of two {seed: value}: the number of pairs, the mean difference, the half-width of its 95 %
+    interval (Student's t), and p by Wilcoxon's signed-rank test. None for fewer than six pairs.
+    """
+    # rounded, so that equal differences tie whatever their last digits are
+    differences = [round(ours[seed] - other[seed], 9) for seed in ours if seed in other]
+    n = len(differences)
+    if n < 6:  # no p below 0.05 is possible
+        return None
+    half = t.ppf(0.975, n - 1) * numpy.std(differences, ddof=1) / n**0.5
+    p = wilcoxon(differences).pvalue if any(differences) else 1.0
+    return n, float(numpy.mean(differences)), float(half), float(p)
+
+
+def holm(p_values):
+    """Holm's correction of p for their number (Scandinavian Journal of Statistics 6, 1979)."""
+    order, worst, found = numpy.argsort(p_values), 0.0, [0.0] * len(p_values)
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
+        found[i] = worst
+    return found
+
+
+def differences(results, size, measure, first, sign):
+    """
+    The first arm minus each other with sign 1, each other minus the first with -1:
+    {(domain, arm): (pairs, mean, half-width, p, Holm's p)}. p is corrected for the number of arms
+    and domains, "all" apart.
+    """
+    values = collect(results, size, measure)
+    found = {}
+    for (domain, arm), other in values.items():
+        if arm != first and (domain, first) in values:
+            if pairs := compare(values[domain, first], other):
+                n, mean, half, p = pairs
+                found[domain, arm] = n, sign * mean, half, p
+    for together in (False, True):
+        keys = [key for key in found if (key[0] == "all") == together]
+        for key, p in zip(keys, holm([found[key][3] for key in keys])):
+            found[key] += (p,)
+    return found
+
+
+def row(*cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def spread_cell(values):
+    """Mean ± standard deviation, and the number of values, as text; a dash for fewer than six."""
+    if len(values) < 6:
+        return "–"
+    return f"{numpy.mean(values):.1f} ± {numpy.std(values, ddof=1):.1f} ({len(values)})"
+
+
+def difference_cell(found):
+    """One of `differences` as text."""
+    if not found:
+        return "–"
+    _, mean, half, p, corrected = found
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}], p = {p:.2g} ({corrected:.2g})"
+
+
+def traced(results):
+    """
+    Of runs with a trace, as text: the median of ‖indirect part‖ / ‖∂F/∂m‖ over all upper-level
+    steps, and how far m moved in the mean.
+    """
+    traces = [r["trace"] for r in results if r.get("trace")]
+    if not traces:
+        return "–", "–"
+    ratio = numpy.median([x for trace in traces for x in trace["indirect"]])
+    return f"{ratio:.2g}", f"{100 * numpy.mean([trace['moved'][-1] for trace in traces]):.1f} %"
+
+
+def tables(results, arms, sign):
+    """
+    Lines of Markdown: for each size, the arms' scores and gaps between train and test with the
+    number of seeds, and the differences of the first arm and the others. sign: as in differences.
+    """
+    domains = list(dict.fromkeys(r["domain"] for r in results))
+    arms = [arm for arm in arms if any(r["method"] == arm for r in results)]
+    head = [*(f"`{domain}`" for domain in domains), "mean of all"]
+    for size, measure in itertools.product(sorted({r["size"] for r in results}), MEASURES):
+        title = f"{measure}, points of 100, {size} examples"
+        values = collect(results, size, measure)
+        yield from (f"**{title}**: mean ± standard deviation (seeds)", "")
+        shown = measure == "test score" and any("trace" in r for r in results)
+        traces = ["indirect / direct", "m moves by"] if shown else []
+        yield row("arm", *head, *traces)
+        yield row(*["---"] * (1 + len(head) + len(traces)))
+        for arm in arms:
+            cells = [spread_cell([*values.get((d, arm), {}).values()]) for d in (*domains, "all")]
+            runs = [r for r in results if r["method"] == arm and r["size"] == size]
+            yield row(f"`{arm}`", *cells, *(traced(runs) if traces else ()))
+
+        first = f"`{arms[0]}`"
+        yield from ("", f"**{title}**: mean [95 % interval], p by Wilcoxon's test (by Holm)", "")
+        yield row(f"{first} minus" if sign == 1 else f"minus {first}", *head)
+        yield row(*["---"] * (1 + len(head)))
+        found = differences(results, size, measure, arms[0], sign)
+        for arm in arms[1:]:
+            cells = [difference_cell(found.get((domain, arm))) for domain in (*domains, "all")]
+            yield row(f"`{arm}`", *cells)
+        yield ""
