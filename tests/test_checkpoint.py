@@ -530,12 +530,8 @@ def test_three_thousand_steps_take_no_more_memory_or_files_than_five_hundred(mon
         return scale(*arguments)
 
     monkeypatch.setattr(train, "learning_rate_scale", measure)
-    train.train(
-        Config(
-            out_dir="run",
-            **TINY | dict(search_steps=1500, retrain_steps=1500, checkpoint_every=250),
-        )
-    )
+    budget = dict(search_steps=1500, retrain_steps=1500, checkpoint_every=250)
+    train.train(Config(out_dir="run", **TINY | budget | dict(target_modules=("down_proj",))))
     assert len(seen) == 3000
     pages = [memory for memory, _ in seen]
     assert (

@@ -127,7 +127,7 @@ def test_the_readme_quotes_the_gap_at_equal_rates():
 
 
 LINES = (ROOT / "results" / "study" / "runs.jsonl").read_text().splitlines()
-STUDY = [r for r in map(json.loads, LINES) if r["set"] == "main" and r["size"] == 100]
+STUDY = [r for r in map(json.loads, LINES) if r["set"] == "main"]
 
 
 def score(run, split="test"):
@@ -139,11 +139,12 @@ def train_minus_test(run):
     return score(run, "train") - score(run)
 
 
-def measured(arm, domains, measure=score, seeds=20):
+def measured(arm, domains, measure=score, seeds=20, size=100):
     """{seed: the mean of a measure over the domains}, of the seeds that all of them have."""
     parts = []
     for domain in domains:
-        found = [r for r in STUDY if (r["method"], r["domain"]) == (arm, domain)]
+        kind = {"method": arm, "domain": domain, "size": size}
+        found = [r for r in STUDY if kind.items() <= r.items()]
         parts.append({r["seed"]: measure(r) for r in found if r["seed"] < seeds})
     return {s: statistics.mean(p[s] for p in parts) for s in set.intersection(*map(set, parts))}
 
@@ -166,64 +167,64 @@ def test_the_readme_quotes_the_study_s_mean_scores():
         assert_pairs(found, mean, p)
 
 
-def tables_of(heading):
-    """The tables below a heading of docs/results.md: lists of rows, lists of cells."""
+def section_of(heading):
+    """The text below a heading of docs/results.md, up to the next one."""
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    section = re.split(r"(?m)^#+ ", text.partition(f"# {heading}\n")[2])[0]
-    tables = re.findall(r"(?m)(?:^\|.*\|\n)+", section)
-    return [
-        [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
-        for table in tables
-    ]
+    return re.split(r"(?m)^#+ ", text.partition(f"# {heading}\n")[2])[0]
+
+
+def cells_of(table):
+    """A table's rows, lists of cells."""
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+
+
+def tables_of(heading):
+    """The tables below a heading of docs/results.md, by cells_of."""
+    return list(map(cells_of, re.findall(r"(?m)(?:^\|.*\|\n)+", section_of(heading))))
 
 
 @pytest.mark.parametrize(
-    "heading, seeds, counts",
-    [
-        ("An encoder, five tasks, twenty seeds", 20, (4, 4)),
-        ("Which difference matters", 10, (2, 4)),
-    ],
+    "heading, seeds, count",
+    [("An encoder, five tasks, twenty seeds", 20, 12), ("Which difference matters", 10, 6)],
 )
-def test_the_study_s_tables_are_what_its_runs_measured(heading, seeds, counts):
-    tables = [t for t in tables_of(heading) if t[0][1].startswith("`") and len(t[0]) > 4]
-    tables = [t for t in tables if t[0][0]]  # of results, not of rates
-    means = [table for table in tables if table[0][0] == "arm"]
-    others = [table for table in tables if "minus" in table[0][0]]
-    assert (len(means), len(others)) == counts
-
-    def columns(head):
-        """The domains of each column."""
-        names = [cell.strip("`") for cell in head if cell.startswith("`") and "minus" not in cell]
-        return [*([name] for name in names), names]
-
-    for i, (head, _, *rows) in enumerate(means):
-        measure = train_minus_test if heading.startswith("An") and i % 2 else score
+def test_the_study_s_tables_are_what_its_runs_measured(heading, seeds, count):
+    titled = r"(?m)^\*\*(.*) score, points of 100, (\d+) examples\*\*.*\n\n((?:\|.*\|\n)+)"
+    found = re.findall(titled, section_of(heading))
+    assert len(found) == count
+    measures = {"test": score, "train - test": train_minus_test}
+    for title, size, table in found:
+        (first, *names), _, *rows = cells_of(table)
+        names = [name.strip("`") for name in names if name.startswith("`")]
+        columns = [*([name] for name in names), names]  # the domains of each
+        against = first.replace("minus", "").strip(" `")
         for arm, *cells in rows:
-            for domains, cell in zip(columns(head), cells):
-                values = list(measured(arm.strip("`"), domains, measure, seeds).values())
-                if cell == "–":
-                    assert len(values) < 6
-                    continue
-                mean, _, deviation, count = cell.split()
-                assert count == f"({len(values)})"
-                assert_quoted(mean, statistics.mean(values))
-                assert_quoted(deviation, statistics.stdev(values))
+            for domains, cell in zip(columns, cells):
+                kind = (domains, measures[title], seeds, int(size))
+                values = measured(arm.strip("`"), *kind)
+                if first == "arm":
+                    assert_spread(cell, list(values.values()))
+                elif first.startswith("minus"):
+                    assert_difference(cell, paired(values, measured(against, *kind)))
+                else:
+                    assert_difference(cell, paired(measured(against, *kind), values))
 
-    for i, (head, _, *rows) in enumerate(others):
-        first = head[0].replace("minus", "").strip(" `")
-        for arm, *cells in rows:
-            for domains, cell in zip(columns(head), cells):
-                kind = (train_minus_test if i % 2 else score, seeds)
-                found = paired(
-                    measured(first, domains, *kind), measured(arm.strip("`"), domains, *kind)
-                )
-                if head[0].startswith("minus"):
-                    found = [-difference for difference in found]
-                if cell == "–":
-                    assert len(found) < 6
-                    continue
-                mean, p = re.fullmatch(r"(\S+) \[.*\], p = (\S+) \(.*\)", cell).groups()
-                assert_pairs(found, mean, p)
+
+def assert_spread(cell, values):
+    if cell == "–":
+        assert len(values) < 6
+        return
+    mean, _, deviation, count = cell.split()
+    assert count == f"({len(values)})"
+    assert_quoted(mean, statistics.mean(values))
+    assert_quoted(deviation, statistics.stdev(values))
+
+
+def assert_difference(cell, found):
+    if cell == "–":
+        assert len(found) < 6
+        return
+    mean, p = re.fullmatch(r"(\S+) \[.*\], p = (\S+) \(.*\)", cell).groups()
+    assert_pairs(found, mean, p)
 
 
 @pytest.mark.parametrize("name", GROUPS)

@@ -3,8 +3,6 @@ Arms side by side, from the runs of tools/study.py: scores, and paired differenc
 and tests, as tables in Markdown.
 """
 
-import itertools
-
 import numpy
 from scipy.stats import t, wilcoxon
 
@@ -121,21 +119,27 @@ def tables(results, arms, sign):
     Lines of Markdown: for each size, the arms' scores and gaps between train and test with the
     number of seeds, and the differences of the first arm and the others. sign: as in differences.
     """
+    for size in sorted({r["size"] for r in results}):
+        yield from tables_at(size, [r for r in results if r["size"] == size], arms, sign)
+
+
+def tables_at(size, results, arms, sign):
+    """`tables` of the results of one size."""
     domains = list(dict.fromkeys(r["domain"] for r in results))
     arms = [arm for arm in arms if any(r["method"] == arm for r in results)]
     head = [*(f"`{domain}`" for domain in domains), "mean of all"]
-    for size, measure in itertools.product(sorted({r["size"] for r in results}), MEASURES):
+    for measure in MEASURES:
         title = f"{measure}, points of 100, {size} examples"
         values = collect(results, size, measure)
         yield from (f"**{title}**: mean ± standard deviation (seeds)", "")
         shown = measure == "test score" and any("trace" in r for r in results)
-        traces = ["indirect / direct", "m moves by"] if shown else []
-        yield row("arm", *head, *traces)
-        yield row(*["---"] * (1 + len(head) + len(traces)))
+        titles = ["arm", *head, *(["indirect / direct", "m moves by"] if shown else [])]
+        yield row(*titles)
+        yield row(*["---"] * len(titles))
         for arm in arms:
             cells = [spread_cell([*values.get((d, arm), {}).values()]) for d in (*domains, "all")]
-            runs = [r for r in results if r["method"] == arm and r["size"] == size]
-            yield row(f"`{arm}`", *cells, *(traced(runs) if traces else ()))
+            traces = traced([r for r in results if r["method"] == arm]) if shown else ()
+            yield row(f"`{arm}`", *cells, *traces)
 
         first = f"`{arms[0]}`"
         yield from ("", f"**{title}**: mean [95 % interval], p by Wilcoxon's test (by Holm)", "")

@@ -213,45 +213,57 @@ def gap(results):
 
 def study(folder, name):
     """
-    The differences of a group of tools/arms.py at its smallest size, from folder/study: the mean
-    over all domains with its 95 % interval, and each domain's mean.
+    The differences of a group of tools/arms.py, from folder/study, a row of panels for each size:
+    the mean over all domains with its 95 % interval, and each domain's mean.
     """
     group = GROUPS[name]
     results, first = load_results(f"{folder}/study"), group.arms[0]
     results = of_group(results, group.arms, group.domains, group.seeds)
-    size = min((result["size"] for result in results), default=0)
-    found_by = {
-        measure: differences(results, size, measure, first, group.sign) for measure in MEASURES
-    }
-    arms = [arm for arm in group.arms if ("all", arm) in found_by["test score"]]
-    if not arms:
+    found = {}  # of each size, each measure's differences
+    for size in sorted({result["size"] for result in results}):
+        of_size = [differences(results, size, m, first, group.sign) for m in MEASURES]
+        if any(domain == "all" for domain, _ in of_size[0]):
+            found[size] = of_size
+    if not found:
         raise ValueError(f"no arm has six seeds beside {first}: python -m tools.study makes them")
 
-    figure = Figure(figsize=(8.6, max(3.6, 1.4 + 0.3 * len(arms))), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    markers, what = {}, f"{first} minus the other" if group.sign == 1 else f"the arm minus {first}"
-    for axes, (measure, found) in zip(panels, found_by.items()):
-        for (domain, arm), (_, mean, half, *_) in found.items():
-            if arm not in arms:  # not yet in every domain
-                continue
-            y = arms.index(arm)
-            if domain == "all":
-                style = {"color": BLUE, "markersize": 7, "linewidth": 2, "zorder": 3}
-                axes.errorbar(mean, y, xerr=half, fmt="D", label="mean of the tasks", **style)
-                continue
-            marker = markers.setdefault(domain, "ov^sPX*"[len(markers) % 7])
-            style = {"color": "none", "markeredgecolor": "#767676", "markersize": 6}
-            axes.plot(mean, y, marker, label=domain, **style)
-        axes.axvline(0, color="black", linewidth=1, linestyle=":")
-        axes.set_xlabel(f"{measure}: {what}, points")
-        axes.set_yticks(range(len(arms)), arms)
-        axes.spines[["top", "right"]].set_visible(False)
+    arms = {size: [a for a in group.arms if ("all", a) in found[size][0]] for size in found}
+    heights = [1 + len(arms[size]) for size in found]
+    figure = Figure(figsize=(8.6, max(3.6, 1 + 0.3 * sum(heights))), layout="constrained")
+    options = {"sharex": "col", "sharey": "row", "squeeze": False, "height_ratios": heights}
+    panels = figure.subplots(len(found), 2, **options)
+    for row, size in zip(panels, found):
+        for axes, by_arm in zip(row, found[size]):
+            dots(axes, by_arm, arms[size], group.domains)
+        row[0].invert_yaxis()
+        row[0].set_ylabel(f"{size} examples")
 
-    panels[0].invert_yaxis()
-    handles, labels = panels[0].get_legend_handles_labels()
+    what = f"{first} minus the other" if group.sign == 1 else f"the arm minus {first}"
+    for axes, measure in zip(panels[-1], MEASURES):
+        axes.set_xlabel(f"{measure}: {what}, points")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
     unique = dict(zip(labels, handles))
     figure.legend(unique.values(), unique, loc="outside upper center", ncols=3, frameon=False)
     return figure
+
+
+def dots(axes, found, arms, domains):
+    """A panel of `study`: the differences of the arms in one measure."""
+    for (domain, arm), (_, mean, half, *_) in found.items():
+        if arm not in arms:  # not yet in every domain
+            continue
+        y = arms.index(arm)
+        if domain == "all":
+            style = {"color": BLUE, "markersize": 7, "linewidth": 2, "zorder": 3}
+            axes.errorbar(mean, y, xerr=half, fmt="D", label="mean of the tasks", **style)
+            continue
+        marker = "ov^sPX*"[domains.index(domain) % 7]
+        style = {"color": "none", "markeredgecolor": "#767676", "markersize": 6}
+        axes.plot(mean, y, marker, label=domain, **style)
+    axes.axvline(0, color="black", linewidth=1, linestyle=":")
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_ylim(-0.6, len(arms) - 0.4)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def rows(path, section):
