@@ -120,7 +120,9 @@ def tables(results, arms, sign):
     number of seeds, and the differences of the first arm and the others. sign: as in differences.
     """
     for size in sorted({r["size"] for r in results}):
-        yield from tables_at(size, [r for r in results if r["size"] == size], arms, sign)
+        of_size = [r for r in results if r["size"] == size]
+        if len({r["method"] for r in of_size}) > 1:  # else there is nothing to compare
+            yield from tables_at(size, of_size, arms, sign)
 
 
 def tables_at(size, results, arms, sign):
