@@ -231,7 +231,7 @@ def assert_difference(cell, found):
 def test_the_rows_of_the_study_s_tables_are_the_report_s(name):
     """All cells, also those that are not computed here: intervals, Holm's p, traces."""
     group, text = GROUPS[name], (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    results = of_group(STUDY, group.arms, group.domains, group.seeds)
+    results = of_group(STUDY, group)
     rows = [line for line in tables(results, group.arms, group.sign) if line.startswith("| `")]
     scores = len(rows) // 2 if name in ("paper", "hypergradients") else len(rows)
     assert len(rows) > 10 and not [line for line in rows[:scores] if line not in text]

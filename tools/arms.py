@@ -24,8 +24,8 @@ class Group:
     arms: tuple  # the first is compared with each other
     domains: tuple  # built-in data sets
     seeds: int = 20
+    sizes: tuple = ("100",)  # training examples, train and val together
     sign: int = -1  # 1: of the first minus another, -1: of another minus the first
-    wide: tuple = ()  # the arms that are run at every size; the others at the first one alone
 
 
 LOWER, BOTH = {"lower_lr": 3e-3}, {"lower_lr": 3e-3, "upper_lr": 1e-2}
@@ -109,8 +109,8 @@ GROUPS = {
     "methods": Group(
         (*METHODS, "dora-two-phases"),
         ("similarity", "movie-sentiment", "bbc-topics", "movie-ratings", "peptides"),
+        sizes=("100", "400"),
         sign=1,
-        wide=(*METHODS,),
     ),
     "controls": Group(("bidora", *CONTROLS), SOME, sign=1),
     "paper": Group((*PAPER, "bidora", "dora-two-phases"), SOME, seeds=10),

@@ -18,10 +18,14 @@ MEASURES = {
 }
 
 
-def of_group(results, arms, domains, seeds):
-    """The results of the first seeds of the arms on the domains, without those for the rates."""
-    main = [r for r in results if r["set"] == "main" and r["seed"] < seeds]
-    return [r for r in main if r["method"] in arms and r["domain"] in domains]
+def of_group(results, group):
+    """
+    The results of a group's runs, without those for the rates. group: one of tools/arms.py, or a
+    Study, which has the same names.
+    """
+    main = [r for r in results if r["set"] == "main" and str(r["size"]) in group.sizes]
+    main = [r for r in main if r["method"] in group.arms and r["domain"] in group.domains]
+    return [r for r in main if r["seed"] < group.seeds]
 
 
 def collect(results, size, measure):
@@ -120,9 +124,7 @@ def tables(results, arms, sign):
     number of seeds, and the differences of the first arm and the others. sign: as in differences.
     """
     for size in sorted({r["size"] for r in results}):
-        of_size = [r for r in results if r["size"] == size]
-        if len({r["method"] for r in of_size}) > 1:  # else there is nothing to compare
-            yield from tables_at(size, of_size, arms, sign)
+        yield from tables_at(size, [r for r in results if r["size"] == size], arms, sign)
 
 
 def tables_at(size, results, arms, sign):

@@ -218,7 +218,7 @@ def study(folder, name):
     """
     group = GROUPS[name]
     results, first = load_results(f"{folder}/study"), group.arms[0]
-    results = of_group(results, group.arms, group.domains, group.seeds)
+    results = of_group(results, group)
     found = {}  # of each size, each measure's differences
     for size in sorted({result["size"] for result in results}):
         of_size = [differences(results, size, m, first, group.sign) for m in MEASURES]

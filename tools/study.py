@@ -53,8 +53,7 @@ class Study:
     group: str = "methods"  # the comparison: methods, controls, paper or hypergradients
     arms: tuple = ()  # what is compared; empty: the group's
     domains: tuple = ()  # built-in data sets; empty: the group's
-    sizes: tuple = ("100", "400")  # training examples, train and val together; most arms take the
-    #: first alone
+    sizes: tuple = ()  # training examples, train and val together; empty: the group's
     seeds: int = 0  # each draws the sample, the split, the initial adapter and the batches; 0: the
     #: group's
     model: str = "minilm"  # the base model
@@ -198,8 +197,7 @@ def jobs(study):
     found = {}
     for size, seed in itertools.product(map(int, study.sizes), range(study.seeds)):
         for domain, arm in itertools.product(study.domains, study.arms):
-            if arm in GROUPS[study.group].wide or str(size) == study.sizes[0]:
-                found[f"{domain}-{size}-{arm}-{seed}"] = (domain, size, arm, seed)
+            found[f"{domain}-{size}-{arm}-{seed}"] = (domain, size, arm, seed)
     return found
 
 
@@ -288,12 +286,12 @@ def work_on(study, missing):
 
 
 def check(study):
-    """The study with its group's arms and domains. Raises ValueError for unfit settings."""
+    """The study with what it leaves to its group. Raises ValueError for unfit settings."""
     if study.group not in GROUPS:
         raise ValueError(f"unknown group {study.group!r}" + settings.suggest(study.group, GROUPS))
     group = GROUPS[study.group]
     study = replace(study, arms=study.arms or group.arms, domains=study.domains or group.domains)
-    study = replace(study, seeds=study.seeds or group.seeds)
+    study = replace(study, seeds=study.seeds or group.seeds, sizes=study.sizes or group.sizes)
     for name, known in (("arms", ARMS), ("domains", BUILT_IN)):
         for value in set(getattr(study, name)) - set(known):
             raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
@@ -330,8 +328,7 @@ def do_all(study, arguments):
     if not study.report:
         print(f"{len(missing)} runs to do, for {study.results}", file=sys.stderr)
         work(study, missing)
-    results = results_of(study).values()
-    results = of_group(results, study.arms, study.domains, study.seeds)
+    results = of_group(results_of(study).values(), study)
     if not results:
         raise FileNotFoundError(f"no results in {study.results}: run python -m tools.study first")
     print(*tables(results, study.arms, GROUPS[study.group].sign), sep="\n")
