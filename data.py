@@ -201,11 +201,14 @@ def check_splits(splits, labels):
     Raise ValueError unless all splits have one format and no label that is not among `labels`; and,
     for classification, train has two of them or more, and val has all that train has.
     """
-    formats = {format_of(example) for examples in splits.values() for example in examples[:1]}
+    firsts = {name: examples[0] for name, examples in splits.items() if examples}
+    formats = {format_of(example) for example in firsts.values()}
     if len(formats) > 1:
-        raise ValueError(f"the files differ in format: {', '.join(sorted(formats))}")
-    if len({"text_b" in example for examples in splits.values() for example in examples[:1]}) > 1:
-        raise ValueError("some files hold pairs, with text_b, and others don't")
+        which = ", ".join(f"{name} is {format_of(first)}" for name, first in firsts.items())
+        raise ValueError(f"the files differ in format: {which}")
+    with_b = [name for name, first in firsts.items() if "text_b" in first]
+    if 0 < len(with_b) < len(firsts):
+        raise ValueError(f"of the files only {' and '.join(with_b)} has pairs, with text_b")
 
     for name, example in ((name, e) for name, part in splits.items() for e in part):
         if unseen := set(labels_of(example)).difference(labels):

@@ -45,7 +45,7 @@ class Sample:
     raw: bool = False  # continue the prompt itself, without the chat template
     labels: str = ""  # classify among these, separated by commas; empty: the run's own
 
-    # generation (unused when classifying)
+    # generation (of free text: a run of another task, or of task=generation, has its own)
     max_new_tokens: int = 200  # most tokens of an answer
     temperature: float = 0.7  # higher is more random; 0 always takes the likeliest token
     top_k: int = 0  # sample among the k likeliest tokens; 0 means all
@@ -218,7 +218,7 @@ def respond(model, tokenizer, run, config):
         options = (labels, run.get("label_prompt") or LABEL_PROMPT, size, config.prompt_b)
         for p, label in classify(model, tokenizer, config.prompt, *options):
             print(f"{p:6.1%}  {label}")
-    elif task == "generation":
+    elif task == "generation" and not config.raw:
         writer = tasks.LanguageTask(tokenizer, "", {}, False, tasks.search_options(run), None)
         ids = tokenizer.prefix_ids + tokenizer.encode(config.prompt)
         print(*writer.write(model, [ids]))

@@ -262,6 +262,12 @@ class Task:
         kinds = {"text_b" in example for example in self.splits["train"]}
         return kinds.pop() if len(kinds) == 1 else None
 
+    @property
+    def raw(self):
+        """Whether the examples are free text, which no chat template frames."""
+        free = data.format_of(self.splits["train"][0]) in ("prompt", "code", "text")
+        return self.name == "language_model" and free
+
     def about(self):
         """What run.json holds besides the settings; sample.py reads it."""
         question = self.kind.question if self.name == "label_words" else ""
@@ -284,6 +290,7 @@ class Task:
             "task": self.name,
             "metric": self.kind.metric,
             "pairs": self.pairs,
+            "raw": self.raw,
             "dtype": self.dtype,
             "weight_bytes": self.weight_bytes,
             "local_weight_bytes": self.local_weight_bytes,
@@ -408,7 +415,7 @@ def main(arguments):
     if built_in and not config.train_file:
         prompts = [built_in.sample_prompt, built_in.sample_prompt_b]
     other = "dora" if is_bilevel(config) else "bidora"
-    print(report.next_commands(results["out_dir"], arguments, prompts, other, config.fsdp))
+    print(report.next_commands(results, arguments, prompts, other, config.fsdp))
     return 0
 
 

@@ -200,19 +200,22 @@ def without(arguments, *names):
     return [a for a in arguments if a.partition("=")[0].removeprefix("--") not in names]
 
 
-def next_commands(out, arguments, prompts, other, fsdp):
+def next_commands(results, arguments, prompts, other, fsdp):
     """
-    Commands to try after a run. prompts: a text, and for pairs a second one; other: a method to
-    compare with; fsdp: the run's setting.
+    Commands to try after a run. results: its summary; prompts: a text, and for pairs a second one;
+    other: a method to compare with; fsdp: the run's setting.
     """
+    out = results["out_dir"]
     names = zip(("prompt", "prompt_b"), prompts)
     shown = " ".join(f'--{name}="{text}"' for name, text in names if text)
+    shown += " --raw" * results["raw"]
+    adapter, again_in = shlex.quote(f"--adapter={out}"), shlex.quote(f"--out_dir={out}-{other}")
     controls = ("two_phases", "upper_data")  # of one method alone
     kept = without(arguments, "method", "out_dir", "overwrite", "resume", "fsdp", *controls)
     again = shlex.join(kept + ["--fsdp=False"] * fsdp)
     return (
-        f"next:\n  python sample.py --adapter={out} {shown}\n"
-        f"  python train.py {again} --method={other} --out_dir={out}-{other}"
+        f"next:\n  python sample.py {adapter} {shown}\n"
+        f"  python train.py {again} --method={other} {again_in}"
         f"    # the same data and budget"
     )
 

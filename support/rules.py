@@ -205,6 +205,10 @@ def check_task(config, name, head, encoder):
             f"label_prompt is a question to a language model; task={name} reads the text alone",
         ),
         (
+            not head and config.label_prompt and name != "label_words",
+            f"label_prompt is for task=label_words, not task={name}: its prompts are in the data",
+        ),
+        (
             searched and name != "generation",
             f"num_beams and no_repeat_ngram_size are for task=generation, not task={name}",
         ),

@@ -72,6 +72,10 @@ def take_lock(folder):
             if is_something_else(folder):
                 raise
             continue  # another run has just removed it
+        except OSError as error:
+            raise OSError(
+                f"could not make the folder {folder} ({error.strerror}): choose another --out_dir"
+            ) from None
         try:
             handle = os.open(folder, os.O_RDONLY) if fcntl else None
         except FileNotFoundError:

@@ -267,7 +267,7 @@ def test_the_command_line_draws_runs_and_checkpoints(capsys):
     [
         (["--tuned=nothing-here"], "nothing-here"),
         (["--tuned=dora", "--axis=diagonal"], "choose row, column"),
-        (["--tuned=dora", "--targets=z_proj"], "no matrix 'z_proj'; there are: down_proj"),
+        (["--tuned=dora", "--targets=z_proj"], "'z_proj': set --targets to some of down_proj"),
         (["--base=tiny-random"], "nothing to analyse"),
         (["--tuned=torn"], "don't fit together"),
         (["--tuned=damaged"], "damaged/trajectory.safetensors is damaged"),

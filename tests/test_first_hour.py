@@ -7,6 +7,7 @@ them.
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import config
+import sample
 import train
 from support import files, progress
 from tools import merge
@@ -285,3 +287,43 @@ def test_the_download_s_bar_bears_that_pip_removes_its_folders(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "scandir", late)
     assert files.largest(tmp_path) == 5
+
+
+# ------------------------------------------------------------------------ what a third try found
+
+
+def test_the_next_command_can_be_copied(capsys):
+    """Into a shell, and with a folder of any name; free text is continued as it was learnt."""
+    rows = [json.dumps({"prompt": "ab" * i, "completion": " cd"}) for i in range(1, 21)]
+    Path("own.jsonl").write_text("\n".join(rows))
+    budget = ["--search_steps=1", "--retrain_steps=1", "--out_dir=my run's"]
+    assert train.main(["--model=tiny-random", "--train_file=own.jsonl", *budget]) == 0
+    copied = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()[0]
+    python, program, *arguments = shlex.split(copied)
+    assert (python, program) == ("python", "sample.py")
+    assert arguments == ["--adapter=my run's", "--prompt=...", "--raw"]
+    assert sample.main(arguments) == 0
+
+
+def test_files_of_several_kinds_are_named(capsys):
+    kinds = {"label": "yes", "score": 1.0}
+    for key, value in kinds.items():
+        rows = [json.dumps({"text": f"a {i}", key: value}) for i in range(20)]
+        Path(f"{key}.jsonl").write_text("\n".join(rows))
+    files = ["--train_file=label.jsonl", "--test_file=score.jsonl"]
+    assert train.main(["--model=tiny-random", *files]) == 2
+    assert "train is classification, val is classification, test is regression" in last(capsys)
+    Path("pairs.jsonl").write_text(json.dumps({"text": "a", "text_b": "b", "label": "yes"}))
+    assert train.main(["--model=tiny-random", files[0], "--test_file=pairs.jsonl"]) == 2
+    assert "of the files only test has pairs" in last(capsys)
+
+
+def test_a_question_is_refused_where_nothing_is_asked(capsys):
+    Path("free.jsonl").write_text("\n".join(json.dumps({"text": f"a {i}"}) for i in range(20)))
+    given = ["--train_file=free.jsonl", "--label_prompt={text}?"]
+    assert train.main(["--model=tiny-random", *given]) == 2
+    assert "label_prompt is for task=label_words, not task=language_model" in last(capsys)
+
+
+def last(capsys):
+    return capsys.readouterr().err.splitlines()[-1]

@@ -258,6 +258,7 @@ def test_a_run_with_the_drift_keeps_its_scores_but_no_adapter(elsewhere, capsys)
         (["--transposed", "--target_modules=up_proj"], "is not square"),
         (["--drift", "--resume=True"], "resume"),
         (["--drift", "--method=ft"], "ft"),
+        (["--drift", "--method=dora"], "which method=dora has not"),
         (["--drifted"], "unknown setting"),
         (["--drift=perhaps"], "not True or False"),
     ],

@@ -232,7 +232,7 @@ def trajectory_at(folder, analysis):
     for target in analysis.targets:
         if not found.select(target).layers:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in found.layers}))
-            raise ValueError(f"{folder} has no matrix {target!r}; there are: {known}")
+            raise ValueError(f"{folder} has no matrix {target!r}: set --targets to some of {known}")
     return found
 
 

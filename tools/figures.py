@@ -24,7 +24,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
 from support import settings
-from support.files import replacing
+from support.files import make_folder, replacing
 from tools.arms import GROUPS
 from tools.differences import MEASURES, differences, of_group
 from tools.results import load_results
@@ -337,6 +337,7 @@ def save(figure, path):
 
 def draw(figures):
     """Draw all pictures, or the one of --only."""
+    make_folder(figures.docs, "choose another --docs")
     pictures = {
         "phases": phases,
         "gap": lambda: gap(load_results(figures.results)),

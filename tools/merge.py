@@ -4,6 +4,7 @@ Fold a trained adapter into its base model: a plain Hugging Face folder, for tra
     python -m tools.merge --adapter=out/small --out_dir=out/small-merged
 """
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,9 @@ def write_merged(config):
         write_json(out / "run.json", run)
 
     files = ", ".join(sorted(path.name for path in out.iterdir()))
-    print(f'saved in {out}: {files}\nnext:\n  python sample.py --model={out} --prompt="..."')
+    second = ' --prompt_b="..."' if run.get("pairs") else ""
+    model = shlex.quote(f"--model={out}")
+    print(f'saved in {out}: {files}\nnext:\n  python sample.py {model} --prompt="..."{second}')
 
 
 def main(arguments):

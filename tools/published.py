@@ -127,6 +127,9 @@ def train(config):
         name = "transposed" if config.transposed else "drift"
         raise ValueError(f"--{name} works neither with resume=True nor with method=ft")
 
+    if config.drift and not program.is_bilevel(config):
+        raise ValueError(f"--drift is of upper-level steps, which method={config.method} has not")
+
     trace = {"indirect": [], "cosine": [], "moved": []} if config.trace else None
     base = []
 
