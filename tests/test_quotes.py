@@ -167,6 +167,17 @@ def test_the_readme_quotes_the_study_s_mean_scores():
         assert_pairs(found, mean, p)
 
 
+def test_the_readme_quotes_the_study_s_gap_at_400_examples():
+    domains = {r["domain"] for r in STUDY if r["size"] == 400}
+    kind = (domains, train_minus_test, 20, 400)
+    [(smaller, p)] = re.findall(
+        r"At 400 examples its gap is (\S+) points smaller than DoRA's \(p = (\S+)\)", README
+    )
+    assert_pairs(paired(measured("bidora", *kind), measured("dora", *kind)), f"-{smaller}", p)
+    phases = paired(measured("dora-two-phases", *kind), measured("dora", *kind))
+    assert len(phases) == 20 and statistics.mean(phases) < -2 and wilcoxon(phases).pvalue < 0.001
+
+
 def section_of(heading):
     """The text below a heading of docs/results.md, up to the next one."""
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
@@ -185,7 +196,7 @@ def tables_of(heading):
 
 @pytest.mark.parametrize(
     "heading, seeds, count",
-    [("An encoder, five tasks, twenty seeds", 20, 8), ("Which difference matters", 10, 6)],
+    [("An encoder, five tasks, twenty seeds", 20, 12), ("Which difference matters", 10, 6)],
 )
 def test_the_study_s_tables_are_what_its_runs_measured(heading, seeds, count):
     titled = r"(?m)^\*\*(.*) score, points of 100, (\d+) examples\*\*.*\n\n((?:\|.*\|\n)+)"
