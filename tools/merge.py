@@ -12,7 +12,7 @@ from pathlib import Path
 from bidora import adapter_layers, merge
 from sample import load
 from support import rules, settings
-from support.files import make_folder, write_json
+from support.files import write_json
 from support.head_task import HeadTask
 from support.pretrained import find_model
 from support.quantized import KINDS
@@ -36,7 +36,6 @@ def write_merged(config):
     out = Path(config.out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out_dir")
-    make_folder(out, "choose another --out_dir")
 
     model, tokenizer, run = load(config.adapter, config.model, "cpu", config.quantize)
     if not adapter_layers(model):
