@@ -4,17 +4,18 @@ Ctrl-C in one line with the command to go on, not a traceback, while a program l
 A program imports this first: to import torch and the rest takes seconds.
 """
 
-import os
 import shlex
+import signal
 import sys
 
 
 def excepthook(kind, error, traceback):
-    """Python's own, but for KeyboardInterrupt, which ends the process with status 130 at once."""
+    """Python's own, but for KeyboardInterrupt. The exit code stays that of a killed process."""
     if issubclass(kind, KeyboardInterrupt):
         again = shlex.join(["python", *sys.orig_argv[1:]])
         print(f"interrupted; start it again with: {again}", file=sys.stderr, flush=True)
-        os._exit(130)  # Python's own status is 130 or 1, by what runs as it ends
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)  # Python's own exit code may be 1, once torch is there
     else:
         sys.__excepthook__(kind, error, traceback)
 
