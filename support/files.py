@@ -32,7 +32,12 @@ def make_folder(folder, remedy="choose another folder"):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"could not make the folder {folder} ({error.strerror}): {remedy}") from None
+        raise no_folder(folder, error, remedy) from None
+
+
+def no_folder(folder, error, remedy):
+    """The OSError that says why a folder could not be made, and what to do."""
+    return OSError(f"could not make the folder {folder} ({error.strerror}): {remedy}")
 
 
 def make_cache(folder):

@@ -12,7 +12,7 @@ import os
 import stat
 from pathlib import Path
 
-from support.files import make_folder, read_json, remove
+from support.files import make_folder, no_folder, read_json, remove
 
 try:
     import fcntl
@@ -64,7 +64,8 @@ def locked(folder):
 
 def take_lock(folder):
     """Create and lock a folder. Returns a handle whose closing ends the lock; None on Windows."""
-    make_folder(folder.parent, "choose another --out_dir")
+    remedy = "choose another --out_dir"
+    make_folder(folder.parent, remedy)
     while True:
         try:
             folder.mkdir(exist_ok=True)
@@ -73,9 +74,7 @@ def take_lock(folder):
                 raise
             continue  # another run has just removed it
         except OSError as error:
-            raise OSError(
-                f"could not make the folder {folder} ({error.strerror}): choose another --out_dir"
-            ) from None
+            raise no_folder(folder, error, remedy) from None
         try:
             handle = os.open(folder, os.O_RDONLY) if fcntl else None
         except FileNotFoundError:
