@@ -95,12 +95,16 @@ def test_fewer_than_six_pairs_have_no_p():
 
 
 def bowl(monkeypatch, best, floor=0.0):
-    """Runs whose loss is the squared distance from the rates `best` in places of the grid."""
+    """
+    Runs whose loss is the squared distance from the rates best[size] in places of the grid; the
+    list of the (size, rates) that are tried.
+    """
     tried = []
 
     def run(_study, pool, name, domain, size, arm, seed, rates, **more):
-        tried.append(tuple(rates.values()))
-        away = [study.GRID.index(r) - study.GRID.index(b) for r, b in zip(rates.values(), best)]
+        tried.append((size, tuple(rates.values())))
+        pairs = zip(rates.values(), best[size])
+        away = [study.GRID.index(rate) - study.GRID.index(to) for rate, to in pairs]
         return {"after": {"test": {"loss": 1 + max(floor, sum(d * d for d in away))}}}
 
     monkeypatch.setattr(study, "run", run)
@@ -111,21 +115,35 @@ def bowl(monkeypatch, best, floor=0.0):
 def test_the_choice_of_rates_reaches_the_optimum_and_has_tried_all_its_neighbours(
     best, monkeypatch
 ):
-    tried = bowl(monkeypatch, best)
-    found = study.climb(Study(), None, "a", "bidora")
+    tried = bowl(monkeypatch, {100: best})
+    found = study.climb(Study(), None, "a", 100, "bidora")
     assert tuple(found.values()) == best
-    assert {tuple(near.values()) for near in study.neighbours(found)} <= set(tried)
+    assert {(100, tuple(near.values())) for near in study.neighbours(found)} <= set(tried)
 
 
 def test_the_choice_of_rates_stays_on_a_plateau(monkeypatch):
-    bowl(monkeypatch, (1e-4, 0.1), floor=1e9)
-    assert study.climb(Study(), None, "a", "bidora") == study.ARMS["bidora"].rates
+    bowl(monkeypatch, {100: (1e-4, 0.1)}, floor=1e9)
+    assert study.climb(Study(), None, "a", 100, "bidora") == study.ARMS["bidora"].rates
+
+
+def test_the_choice_for_more_examples_begins_at_that_for_100(monkeypatch):
+    choices = {100: (1e-2, 1e-3), 400: (1e-3, 1e-2)}
+    tried = bowl(monkeypatch, choices)
+    for size, domain, expected in ((50, "a", 100), (400, "a", 400), (400, "similarity", 100)):
+        tried.clear()
+        found = study.climb(Study(), None, domain, size, "bidora")
+        assert tuple(found.values()) == choices[expected]
+        assert {at for at, _ in tried} == {100, expected}
+    assert study.tunings(Study(arms=("lora",), domains=("a",), sizes=("100", "400"))) == {
+        "tune-a-lora": ("a", 100, "lora"),
+        "tune-a-400-lora": ("a", 400, "lora"),
+    }
 
 
 def test_controls_take_bidora_s_rates_and_only_those_that_they_have(monkeypatch):
-    bowl(monkeypatch, (1e-2, 1e-2))
+    bowl(monkeypatch, {100: (1e-2, 1e-2)})
     for arm, expected in (("dora-at-bidora-rate", 1), ("bidora-5:5", 2), ("bidora-on-train", 2)):
-        assert len(study.tuned(Study(), None, "a", arm)) == expected
+        assert len(study.tuned(Study(), None, "a", 100, arm)) == expected
 
 
 def test_every_arm_is_a_run_that_train_accepts():
@@ -140,8 +158,8 @@ def test_every_arm_is_a_run_that_train_accepts():
 
 
 def test_an_arm_s_factor_is_on_the_upper_rate_alone(monkeypatch):
-    bowl(monkeypatch, (1e-2, 1e-2))
-    assert study.tuned(Study(), None, "a", "m-rate-10") == {"lower_lr": 1e-2, "upper_lr": 1e-1}
+    bowl(monkeypatch, {100: (1e-2, 1e-2)})
+    assert study.tuned(Study(), None, "a", 100, "m-rate-10") == {"lower_lr": 1e-2, "upper_lr": 1e-1}
 
 
 def test_each_published_arm_undoes_one_change():

@@ -15,9 +15,10 @@ runs; the seed draws a training sample from the rest. With n examples every arm 
 
 Rates are chosen for each arm and domain by the loss on 200 other examples, at 100 training
 examples, mean over three seeds: from a first guess the search goes to the best neighbour on a grid,
-half a decade apart, until none is better by half a percent. So no choice lies at an edge. Arms
-without rates of their own take another's. A run is one call of train.py, or of tools.published; its
-result and command are one line of results/study/runs.jsonl.
+half a decade apart, until none is better by half a percent. So no choice lies at an edge. For more
+examples the search goes on from there, where the domain has enough of them. Arms without rates of
+their own take another's. A run is one call of train.py, or of tools.published; its result and
+command are one line of results/study/runs.jsonl.
 """
 
 import contextlib
@@ -46,6 +47,7 @@ from tools.results import mend, read_results, save
 
 GRID = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]  # of every rate
 TUNING_SEEDS = (1000, 1001, 1002)
+SMALL = ("similarity",)  # domains with too few examples to choose rates with more than 100
 
 
 @dataclass
@@ -146,17 +148,25 @@ def neighbours(rates):
             yield rates | {name: GRID[near]}
 
 
-def climb(study, pool, domain, arm):
+def tuning_of(domain, size, arm):
+    """The choice of rates for an arm's runs with so many examples: (its name, where it is made)."""
+    if size <= 100 or domain in SMALL:
+        return f"tune-{domain}-{arm}", (domain, 100, arm)
+    return f"tune-{domain}-{size}-{arm}", (domain, size, arm)
+
+
+def climb(study, pool, domain, size, arm):
     """
-    The rates of an arm on a domain, {name: rate}: from the first guess to a local optimum. Without
-    a pool, LookupError is raised where a run is missing.
+    The rates of an arm on a domain, {name: rate}: from a first guess, or from those for 100
+    examples, to a local optimum. Without a pool, LookupError is raised where a run is missing.
     """
+    tuning, (_, size, _) = tuning_of(domain, size, arm)
 
     def loss_of(seed, rates):
         shown = "-".join(f"{rate:g}" for rate in rates.values())
-        name = f"tune-{domain}-{arm}-{shown}-{seed}"
+        name = f"{tuning}-{shown}-{seed}"
         while True:
-            found = run(study, pool, name, domain, 100, arm, seed, rates, tune_size=200)
+            found = run(study, pool, name, domain, size, arm, seed, rates, tune_size=200)
             if found:
                 break
             time.sleep(5)  # another process makes it
@@ -165,7 +175,7 @@ def climb(study, pool, domain, arm):
     def loss(rates):
         return numpy.mean([loss_of(seed, rates) for seed in TUNING_SEEDS])
 
-    best = ARMS[arm].rates
+    best = ARMS[arm].rates if size == 100 else climb(study, pool, domain, 100, arm)
     while True:
         near = min(neighbours(best), key=loss)
         if loss(near) > 0.995 * loss(best):  # or it would wander over a plateau
@@ -179,9 +189,9 @@ def source_of(arm):
     return rates if isinstance(rates, str) else arm
 
 
-def tuned(study, pool, domain, arm):
+def tuned(study, pool, domain, size, arm):
     """The rates of an arm, those of its source; of them, DoRA takes the lower level's alone."""
-    rates = dict(climb(study, pool, domain, source_of(arm)))
+    rates = dict(climb(study, pool, domain, size, source_of(arm)))
     if ARMS[arm].settings["method"] == "dora":
         rates.pop("upper_lr", None)
     elif "upper_lr" in rates:
@@ -208,19 +218,22 @@ def to_do(study):
 
 
 def tunings(study):
-    """{name: (domain, arm)} of all choices of rates."""
-    pairs = itertools.product(study.domains, dict.fromkeys(map(source_of, study.arms)))
-    return {f"tune-{domain}-{arm}": (domain, arm) for domain, arm in pairs}
+    """{name: (domain, size, arm)} of all choices of rates."""
+    arms = dict.fromkeys(map(source_of, study.arms))
+    return dict(
+        tuning_of(domain, size, arm)
+        for size, domain, arm in itertools.product(map(int, study.sizes), study.domains, arms)
+    )
 
 
 def to_tune(study):
     """Those of `tunings` that are not finished."""
     found = {}
-    for name, pair in tunings(study).items():
+    for name, choice in tunings(study).items():
         try:
-            climb(study, None, *pair)
+            climb(study, None, *choice)
         except LookupError:
-            found[name] = pair
+            found[name] = choice
     return found
 
 
@@ -247,7 +260,7 @@ def interrupt(signum, frame):
 def work(study, chosen, tuning=()):
     """
     Do the chosen jobs, {name: job}. The rates that they need are chosen first, and those of the
-    (domain, arm) in tuning.
+    (domain, size, arm) in tuning.
     """
     mend(study.results)
     # Of the workers, which start afresh: they read it when torch is imported.
@@ -258,12 +271,12 @@ def work(study, chosen, tuning=()):
 
     def do(job, rates):
         name, (domain, size, arm, seed) = job
-        return run(study, pool, name, domain, size, arm, seed, rates[domain, arm])
+        return run(study, pool, name, domain, size, arm, seed, rates[domain, size, arm])
 
     with ThreadPoolExecutor(study.workers) as threads, ended_with(pool):  # a thread a worker
-        pairs = (*tuning, *((domain, arm) for domain, _, arm, _ in chosen.values()))
-        needed = list(dict.fromkeys(pairs))
-        found = threads.map(lambda pair: tuned(study, pool, *pair), needed)
+        choices = (*tuning, *((domain, size, arm) for domain, size, arm, _ in chosen.values()))
+        needed = list(dict.fromkeys(choices))
+        found = threads.map(lambda choice: tuned(study, pool, *choice), needed)
         rates = dict(zip(needed, tqdm(found, desc="tuning", total=len(needed))))
         made = threads.map(lambda job: do(job, rates), chosen.items())
         skipped = sum(result is None for result in tqdm(made, desc="runs", total=len(chosen)))
