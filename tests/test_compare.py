@@ -138,7 +138,7 @@ def test_a_comparison_resumes_where_it_stopped(capsys):
     out = capsys.readouterr().out
     assert "toy-sentiment, 40, lora            2" in out and "rates: lora lower_lr=" in out
     before = results.read_results("results-quick")
-    assert len(before) == 5  # three rates, two seeds
+    assert len(before) == 6  # four rates, two seeds
     path = Path("results-quick/runs.jsonl")
     content = path.read_bytes()
     path.write_bytes(content[: content.rindex(b"}") - 9])  # as a process leaves it that is killed

@@ -7,8 +7,8 @@ The methods side by side, over seeds, training sizes and domains, each with tune
 
 Stop it at any time: the same command resumes. In each domain, 300 examples are the test set and
 200 the tuning set, the same for all runs; the seed draws a training sample from the rest. With n
-examples, every method takes 50·√(n/100) lower-level steps, a bi-level one a fifth of them in its
-search phase. Each point of a method's grid of learning rates is trained once, on 100 film-review
+examples, every method takes 50·√(n/100) lower-level steps, one with two phases a fifth of them in
+search. Each point of a method's grid of learning rates is trained once, on 100 film-review
 snippets; the point with the lowest loss on the tuning set serves all sizes and domains.
 A run is one call of train.py. Its result and command are one line of results/runs.jsonl; ΔM and ΔD
 of its query and value matrices, four snapshots a phase, are in results/trajectories.safetensors.
@@ -38,11 +38,14 @@ from support.datasets import BUILT_IN
 from support.files import make_folder, read_json, replacing
 from support.hardware import processor
 from support.weight_changes import Trajectory
+from tools.arms import ARMS
 from tools.results import load_results, mend, read_results, save
 
-LOWER_RATES, UPPER_RATES = (3e-4, 1e-3, 3e-3), (3e-3, 3e-2)
+LOWER_RATES, UPPER_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (3e-3, 3e-2)
 FT_RATES = (7e-6, 2e-5, 6e-5)  # ft moves every weight, so its rates are smaller
-KNOWN = (*METHODS, "ft")
+COMPARED = ("bidora", "dora", "dora-two-phases", "lora", "bilora", "ft")
+KNOWN = {name: {"method": name} for name in (*METHODS, "ft")}  # the settings of each
+KNOWN["dora-two-phases"] = ARMS["dora-two-phases"].settings  # BiDoRA's phases, nothing held out
 TUNING = ("movie-sentiment", 100, 1000)  # domain, size, seed
 TOY_TUNING = ("toy-sentiment", 40, 1000)
 TARGETS = ("q_proj", "v_proj")  # whose ΔM and ΔD are kept
@@ -52,7 +55,7 @@ TARGETS = ("q_proj", "v_proj")  # whose ΔM and ΔD are kept
 class Compare:
     domains: tuple = ("movie-sentiment", "product-sentiment")  # built-in data sets
     sizes: tuple = ("100", "400")  # training examples, train and val together
-    methods: tuple = ("bidora", "dora", "lora", "bilora", "ft")  # what is compared
+    methods: tuple = COMPARED  # what is compared
     seeds: int = 5  # each draws the sample, the split, the initial adapter and the batches
     model: str = "smollm2-135m"  # the base model
     workers: int = 2  # runs at a time, which share the CPU's cores
@@ -161,7 +164,7 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
 
     train, test = write_examples(compare, domain, size, seed, tuning)
     search, out = round(10 * (size / 100) ** 0.5), f"{compare.out_dir}/{name}"
-    options = {"model": compare.model, "method": method, "train_file": train, "test_file": test}
+    options = {"model": compare.model, **KNOWN[method], "train_file": train, "test_file": test}
     options |= {"seed": seed, "search_steps": search, "retrain_steps": 4 * search, **rates}
     options |= {"label_prompt": BUILT_IN[domain].question, "eval_size": 300, "snapshots": 4}
     options |= {"out_dir": out, "overwrite": True}
@@ -192,7 +195,7 @@ def grid(method):
     """The learning rates to try for a method, as a list of {name: rate}."""
     if method == "ft":
         return [{"lower_lr": rate} for rate in FT_RATES]
-    if METHODS[method].upper is None:
+    if METHODS[KNOWN[method]["method"]].upper is None:
         return [{"lower_lr": rate} for rate in LOWER_RATES]
     pairs = itertools.product(LOWER_RATES, UPPER_RATES)
     return [{"lower_lr": lower, "upper_lr": upper} for lower, upper in pairs]

@@ -92,7 +92,7 @@ def rows(given, steps, rate):
             config = train.read_config([f"--{name}={value}" for name, value in options.items()])
             found.append(before_and_after(config, steps, rate))
         try:
-            chosen = study.tuned(given, None, domain, arm)["lower_lr"]
+            chosen = study.tuned(given, None, domain, 100, arm)["lower_lr"]
         except LookupError:  # not yet
             chosen = None
         yield domain, arm, *numpy.mean(found, axis=0), chosen
