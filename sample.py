@@ -21,7 +21,7 @@ import tasks
 from bidora import load_adapter
 from data import LABEL_PROMPT, tokenize_labels, tokenize_prompt, tokenize_question
 from model import Transformer
-from support import progress, rules, settings
+from support import hardware, progress, rules, settings
 from support.files import read_json
 from support.head_task import HeadTask, load_tokenizer
 from support.heads import EncoderWithHead
@@ -232,9 +232,7 @@ def use(config):
     """Load the model and respond. Raises ValueError or OSError."""
     check(config)
     torch.manual_seed(config.seed)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = hardware.choose_device(config.device)
     model, tokenizer, run = load(config.adapter, config.model, device, config.quantize)
     respond(model, tokenizer, run, config)
 

@@ -45,10 +45,7 @@ def train(config):
     work for --resume.
     """
     check(config)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with Run(config, device, MAY_CHANGE) as run:
+    with Run(config, hardware.choose_device(config.device), MAY_CHANGE) as run:
         check(run.config)  # that of a resumed run comes from a file
         task = prepare(run.config, run.device, run.resuming)
         config = task.config

@@ -38,6 +38,13 @@ from support import distributed
 from support.kernels import QUERIES, ROWS
 
 
+def choose_device(name):
+    """The device that a setting names; for auto, cuda if there is one, else cpu."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def peak_memory(device):
     """Peak memory so far, in GB: allocated on a GPU; of the process on a CPU (0 where unknown)."""
     if device.startswith("cuda"):

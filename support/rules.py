@@ -12,7 +12,7 @@ import shutil
 
 import torch
 
-from support import distributed, settings
+from support import distributed, hardware, settings
 from support.datasets import BUILT_IN
 from support.official import HUB_NAME
 
@@ -176,9 +176,9 @@ def check_combinations(config, method, second_order):
         f"compile=True does not work with bitsandbytes' packed weights: use quantize=none, not "
         f"{config.quantize}, or compile=False",
     )
-    on_cpu = config.device in ("auto", "cpu") and not torch.cuda.is_available()
     refuse(
-        on_cpu and not shutil.which(os.environ.get("CXX", "g++")),
+        hardware.choose_device(config.device) == "cpu"
+        and not shutil.which(os.environ.get("CXX", "g++")),
         "compile=True needs a C++ compiler on a CPU, and there is no g++: install one, or use "
         "compile=False",
     )
