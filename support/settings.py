@@ -112,7 +112,8 @@ def read(kind, arguments, other_names=None):
         if name in (other_names or {}):
             raise ValueError(f"{where}{shown} is not a setting here: {other_names[name]}")
         if name not in fields:
-            raise ValueError(f"{where}unknown setting {shown}" + suggest(name, ["config", *fields]))
+            names = [*fields] if where else ["config", *fields]  # a file can't name another
+            raise ValueError(f"{where}unknown setting {shown}" + suggest(name, names))
 
     given = {}
     for argument in split(kind, arguments):

@@ -538,6 +538,7 @@ def test_models_whose_sizes_make_no_sense(change, said):
         (["--config=fails.py"], "fails.py, line 1: ValueError: two lines"),
         (["--config=twice.json"], "twice.json is not valid JSON: the key 'rank' occurs twice"),
         (["--config=null.json"], "null.json: out_dir='a\\x00b' is not text"),
+        (["--config=nested.py"], "nested.py: unknown setting 'config'; --help lists them all"),
         (["--lower_lr=nan"], "lower_lr='nan' is not a finite number"),
         (["--lower_lr=inf"], "lower_lr='inf' is not a finite number"),
         (["--rank=1e3"], "rank='1e3' is not an integer"),
@@ -549,6 +550,7 @@ def test_command_lines_that_are_refused_in_one_line(arguments, said, tmp_path, m
     monkeypatch.chdir(tmp_path)
     for name in ("c", "c.jsonc"):
         Path(name).write_text('{"rank": 4}')
+    Path("nested.py").write_text("config = 'small.py'")
     Path("exits.py").write_text("raise SystemExit(0)")
     Path("fails.py").write_text("raise ValueError('two\\n   lines')")
     Path("twice.json").write_text('{"rank": 4, "rank": 8}')

@@ -6,6 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data import load_examples
 from support.jsonl import format_of
 from support.tables import read_conll, read_glue, read_table
 
@@ -113,8 +114,9 @@ def test_missing_empty_and_unknown_files_are_named(write, tmp_path):
         read_table(write("text,label\n\n"))
     with pytest.raises(ValueError, match=r"data.csv: the columns are \(none\)"):
         read_table(write(""))
-    with pytest.raises(ValueError, match="must end in .csv or .parquet"):
-        read_table(write("text,label\na,b", "data.xlsx"))
+    for name in ("data.xlsx", "data.TSV"):
+        with pytest.raises(ValueError, match="must end in .csv or .parquet"):
+            load_examples(write("text,label\na,b", name))
 
 
 def parquet(tmp_path, **columns):
