@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import scipy.stats
 
 from support import run_folder
 from support.weight_changes import Trajectory
-from tools import compare, results
+from tools import compare, differences, results
 from tools.compare import Compare
 
 
@@ -56,10 +57,15 @@ def test_samples_tuning_set_and_test_share_no_example_and_the_test_is_the_same_f
     )
 
 
-def test_the_rates_with_the_lowest_loss_on_the_tuning_set_are_chosen():
+def test_the_rates_with_the_lowest_mean_loss_on_the_tuning_set_are_chosen():
     tuned = [
-        result("bidora", 1000, accuracy, loss) | {"lower_lr": lr, "upper_lr": 10 * lr}
-        for lr, accuracy, loss in ((3e-4, 0.9, 0.40), (1e-3, 0.8, 0.35), (3e-3, 0.95, 0.50))
+        result("bidora", seed, accuracy, loss) | {"lower_lr": lr, "upper_lr": 10 * lr}
+        for lr, accuracy, losses in (
+            (3e-4, 0.9, (0.40, 0.41)),
+            (1e-3, 0.8, (0.35, 0.36)),
+            (3e-3, 0.95, (0.50, 0.30)),
+        )
+        for seed, loss in enumerate(losses)
     ]
     assert compare.chosen_rates(tuned) == {"lower_lr": 1e-3, "upper_lr": 1e-2}
 
@@ -97,46 +103,39 @@ def test_every_method_has_a_grid_by_one_rule():
     assert set(Compare().methods) <= set(compare.KNOWN)
 
 
-def test_table_has_means_deviations_and_the_paired_test():
-    ours, theirs = [0.90, 0.88, 0.91, 0.87, 0.93], [0.89, 0.89, 0.86, 0.85, 0.90]
-    lines = compare.table(
-        [result("bidora", s, a) for s, a in enumerate(ours)]
-        + [result("dora", s, a) for s, a in enumerate(theirs)]
-        + [result("dora", 9, 0.1)]
-    )
-    assert f"{100 * numpy.mean(ours):.1f} ± {100 * numpy.std(ours, ddof=1):.1f}" in lines[1]
-    gaps = numpy.array(ours) - theirs
-    p = f"(p = {scipy.stats.wilcoxon(100 * gaps).pvalue:.2g})"
-    assert (
-        f"100 examples, dora       5 pairs: test accuracy {100 * gaps.mean():+.3g} {p}" in lines[-1]
-        and f"train - test accuracy {-100 * gaps.mean():+.3g} {p}" in lines[-1]
-    )
-    assert not any("lora" in line for line in lines)
-
-
-def test_the_table_says_on_what_its_seconds_were_measured():
+def test_the_report_has_scores_paired_differences_and_seconds():
+    """The differences themselves are compared with scipy's in test_study.py."""
+    ours, theirs = [0.90, 0.88, 0.91, 0.87, 0.93, 0.9], [0.89, 0.89, 0.86, 0.85, 0.90, 0.88]
     noted = {"dtype": "bfloat16", "threads": 1, "processor": "EPYC, AVX2"}
-    lines = compare.table([result("dora", 0, 0.9) | noted, result("lora", 0, 0.9)])
-    assert "    EPYC, AVX2, bfloat16, threads: 1: dora" in lines
-    assert "    unrecorded processors, perhaps several, unrecorded dtype, threads: ?: lora" in lines
+    runs = [result("bidora", s, a) | noted for s, a in enumerate(ours)]
+    runs += [result("dora", s, a) for s, a in enumerate(theirs)]
+    lines = list(compare.report([*runs, result("dora", 9, 0.1)]))
+    scores = f"{100 * numpy.mean(ours):.1f} ± {100 * numpy.std(ours, ddof=1):.1f} (6)"
+    assert f"| `bidora` | {scores} | {scores} |" in lines
+    gaps = numpy.array(ours) - theirs
+    start = f"| `dora` | {100 * gaps.mean():+.1f} ["
+    [difference] = [line for line in lines if line.startswith(start)]
+    assert f"p = {scipy.stats.wilcoxon(100 * gaps).pvalue:.2g}" in difference
+    assert lines[-2:] == [
+        "| 100 | EPYC, AVX2, bfloat16, 1 | 60 | – |",
+        "| 100 | unrecorded, None, None | – | 60 |",
+    ]
 
 
 def test_equal_differences_tie_whatever_their_last_digits():
     ours, theirs = (278, 273, 270, 263, 280, 265), (281, 279, 273, 260, 280, 265)  # of 300
-    pairs = [
-        result(method, seed, right / 300)
-        for method, rights in (("bidora", ours), ("dora", theirs))
-        for seed, right in enumerate(rights)
-    ]
-    p = scipy.stats.wilcoxon(numpy.subtract(ours, theirs)).pvalue  # 0.5; without rounding 0.375
-    assert f"test accuracy -0.5 (p = {p:.2g})" in compare.table(pairs)[-1]
+    scores = [{s: 100 * (n / 300) for s, n in enumerate(right)} for right in (ours, theirs)]
+    n, mean, _, p = differences.compare(*scores)
+    assert (n, round(mean, 9)) == (6, -0.5)
+    expected = scipy.stats.wilcoxon(numpy.subtract(ours, theirs)).pvalue
+    assert p == expected == 0.5  # without rounding, 0.375
 
 
 def test_a_comparison_resumes_where_it_stopped(capsys):
     arguments = ["--quick=True", "--methods=lora"]
     assert compare.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "toy-sentiment, 40, lora            2" in out and "rates: lora lower_lr=" in out
+    assert re.search(r"\| `lora` \| .* \(2\) \|", out) and "rates: lora lower_lr=" in out
     before = results.read_results("results-quick")
     assert len(before) == 6  # four rates, two seeds
     path = Path("results-quick/runs.jsonl")

@@ -212,6 +212,7 @@ def test_sigterm_ends_the_workers_and_the_same_command_resumes():
     "picture, compared",
     [
         ("study", ["bidora", "dora"]),
+        ("compare", ["bidora", "dora"]),
         ("ablation", ["as-written", "as-published"]),
         ("hypergradients", ["bidora", "first-order"]),
     ],
@@ -219,14 +220,15 @@ def test_sigterm_ends_the_workers_and_the_same_command_resumes():
 def test_the_pictures_and_the_tables_are_drawn_from_results(picture, compared, capsys):
     from tools import figures
 
-    save("results/study", {"name": "other", "set": "tune"}, None)
+    folder = "results" if picture == "compare" else "results/study"
+    save(folder, {"name": "other", "set": "tune"}, None)
     Path("docs").mkdir()
     assert figures.main([f"--only={picture}"]) == 2
     assert f"no arm has six seeds beside {compared[0]}" in capsys.readouterr().err
 
     results = draws(domains=("peptides", "movie-sentiment"), compared=compared)
     for found in results:
-        save("results/study", found, None)
+        save(folder, found, None)
     lines = list(tables(results, compared, 1))
     assert sum(line.startswith(f"| `{compared[1]}` |") for line in lines) == 4
     assert figures.main([f"--only={picture}"]) == 0

@@ -1,15 +1,16 @@
 """
-The methods side by side, over seeds, training sizes and domains, each with tuned learning rates.
+The methods side by side on SmolLM2, over seeds, sizes and domains, each with tuned learning rates.
 
     python -m tools.compare                  make every run that has no result yet
-    python -m tools.compare --report=True    print the table of the results so far
+    python -m tools.compare --report=True    print the tables of the results so far, in Markdown
     python -m tools.compare --quick=True     a toy in two minutes, in folders of its own
 
 Stop it at any time: the same command resumes. In each domain, 300 examples are the test set and
 200 the tuning set, the same for all runs; the seed draws a training sample from the rest. With n
 examples, every method takes 50·√(n/100) lower-level steps, one with two phases a fifth of them in
-search. Each point of a method's grid of learning rates is trained once, on 100 film-review
-snippets; the point with the lowest loss on the tuning set serves all sizes and domains.
+search. Each point of a method's grid of learning rates is trained with three seeds, on 100
+film-review snippets; the point with the lowest mean loss on the tuning set serves all sizes and
+domains.
 A run is one call of train.py. Its result and command are one line of results/runs.jsonl; ΔM and ΔD
 of its query and value matrices, four snapshots a phase, are in results/trajectories.safetensors.
 """
@@ -28,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-from scipy.stats import wilcoxon
 from tqdm import tqdm
 
 import data
@@ -39,15 +39,15 @@ from support.files import make_folder, read_json, replacing
 from support.hardware import processor
 from support.weight_changes import Trajectory
 from tools.arms import ARMS
-from tools.results import load_results, mend, read_results, save
+from tools.differences import row, tables
+from tools.results import COMPARED, load_results, mend, read_results, save
 
 LOWER_RATES, UPPER_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (3e-3, 3e-2)
 FT_RATES = (7e-6, 2e-5, 6e-5)  # ft moves every weight, so its rates are smaller
-COMPARED = ("bidora", "dora", "dora-two-phases", "lora", "bilora", "ft")
 KNOWN = {name: {"method": name} for name in (*METHODS, "ft")}  # the settings of each
 KNOWN["dora-two-phases"] = ARMS["dora-two-phases"].settings  # BiDoRA's phases, nothing held out
-TUNING = ("movie-sentiment", 100, 1000)  # domain, size, seed
-TOY_TUNING = ("toy-sentiment", 40, 1000)
+TUNING = ("movie-sentiment", 100, (1000, 1001, 1002))  # domain, size, seeds
+TOY_TUNING = ("toy-sentiment", 40, (1000,))
 TARGETS = ("q_proj", "v_proj")  # whose ΔM and ΔD are kept
 
 
@@ -56,12 +56,12 @@ class Compare:
     domains: tuple = ("movie-sentiment", "product-sentiment")  # built-in data sets
     sizes: tuple = ("100", "400")  # training examples, train and val together
     methods: tuple = COMPARED  # what is compared
-    seeds: int = 5  # each draws the sample, the split, the initial adapter and the batches
+    seeds: int = 10  # each draws the sample, the split, the initial adapter and the batches
     model: str = "smollm2-135m"  # the base model
     workers: int = 2  # runs at a time, which share the CPU's cores
     results: str = "results"  # folder of the results
     out_dir: str = "out/compare"  # folder of the runs
-    report: bool = False  # only print the table
+    report: bool = False  # only print the tables
     quick: bool = False  # two seeds of a toy on a tiny random model
 
 
@@ -157,7 +157,8 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
     fails. A tuning run that diverges returns {"method", rates, "diverged": message}.
     """
     shown = [f"{rate:g}" for rate in rates.values()]
-    name = "-".join(["tune", method, *shown] if tuning else [domain, str(size), method, str(seed)])
+    parts = ["tune", method, *shown] if tuning else [domain, str(size), method]
+    name = "-".join([*parts, str(seed)])
     found = saved_result(compare, name, rates)
     if found:
         return found
@@ -183,7 +184,7 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
     result = {"name": name, "set": "tune" if tuning else "main", "domain": domain, "size": size}
     result |= {"method": method, "seed": seed, **rates}
     result |= {"command": shlex.join(["python", "train.py", *command]), "threads": threads}
-    for key in ("before", "after", "seconds", "dtype", "peak_memory_beyond_start_gb"):
+    for key in ("metric", "before", "after", "seconds", "dtype", "peak_memory_beyond_start_gb"):
         result[key] = summary[key]
     parts = processor().split(", ")
     result["processor"] = ", ".join(part for part in parts if not part.endswith(" threads"))
@@ -202,115 +203,47 @@ def grid(method):
 
 
 def chosen_rates(results):
-    """The rates of the tuning run with the lowest loss. Raises ValueError if all diverged."""
-    finite = [result for result in results if "diverged" not in result]
-    if not finite:
+    """The rates with the lowest mean loss of tuning runs. Raises ValueError if all diverged."""
+    losses = {}
+    for r in results:
+        rates = tuple((name, r[name]) for name in ("lower_lr", "upper_lr") if name in r)
+        loss = numpy.inf if "diverged" in r else r["after"]["test"]["loss"]
+        losses.setdefault(rates, []).append(loss)
+    best = min(losses, key=lambda rates: numpy.mean(losses[rates]))
+    if numpy.inf in losses[best]:
         raise ValueError(
             f"all rates of {results[0]['method']}'s grid diverged: lower them in tools/compare.py"
         )
-    best = min(finite, key=lambda result: result["after"]["test"]["loss"])
-    return {name: best[name] for name in ("lower_lr", "upper_lr") if name in best}
+    return dict(best)
 
 
-def means(results):
-    """Lines of text: for every domain, size and method, mean ± standard deviation over seeds."""
-    groups = {}
-    for result in results:
-        title = f"{result['domain']}, {result['size']}, {result['method']}"
-        groups.setdefault(title, []).append(result)
-    width = max(30, *(len(title) for title in groups))
-    lines = [
-        f"{'':{width}}{'seeds':>6}{'test accuracy, %':>20}{'test loss':>18}"
-        f"{'train accuracy, %':>20}{'train - test, points':>22}{'seconds':>9}"
-    ]
+def report(results):
+    """Lines of Markdown: the tables of tools/differences.py, and the median seconds of a run."""
+    methods = list(dict.fromkeys(r["method"] for r in results))
+    seconds = {}
+    for r in results:
+        where = r.get("processor", "unrecorded"), r.get("dtype"), r.get("threads")
+        times = seconds.setdefault((r["size"], *where), {}).setdefault(r["method"], [])
+        times.append(r["seconds"]["total"])
 
-    def cell(values, form):
-        deviation = numpy.std(values, ddof=1) if len(values) > 1 else 0
-        return form.format(numpy.mean(values), deviation)
-
-    for title, group in groups.items():
-        loss = [r["after"]["test"]["loss"] for r in group]
-        test, train = (
-            [r["after"][split]["accuracy"] for r in group] for split in ("test", "train")
-        )
-        gap = [b - a for a, b in zip(test, train)]
-        percents = [
-            cell([100 * v for v in values], "{:.1f} ± {:.1f}") for values in (test, train, gap)
-        ]
-        seconds = numpy.median([r["seconds"]["total"] for r in group])
-        lines.append(
-            f"{title:{width}}{len(group):6}{percents[0]:>20}{cell(loss, '{:.3f} ± {:.3f}'):>18}"
-            f"{percents[1]:>20}{percents[2]:>22}{seconds:9.0f}"
-        )
-    return lines
-
-
-def about_seconds(results):
-    """Lines of text: on what the runs were made whose seconds the table shows."""
-    kinds = {}
-    for result in results:
-        where = result.get("processor", "unrecorded processors, perhaps several")
-        dtype = result.get("dtype") or "unrecorded dtype"
-        kind = f"{where}, {dtype}, threads: {result.get('threads', '?')}"
-        kinds.setdefault(kind, {})[result["method"]] = None
-    lines = [f"    {kind}: {', '.join(methods)}" for kind, methods in kinds.items()]
-    return ["seconds are medians of whole runs; compare them within one line of these:", *lines]
-
-
-MEASURES = {  # of what a run measured after training
-    "test accuracy": lambda after: 100 * after["test"]["accuracy"],
-    "test loss": lambda after: after["test"]["loss"],
-    "train - test accuracy": lambda after: (
-        100 * (after["train"]["accuracy"] - after["test"]["accuracy"])
-    ),
-}
-
-
-def comparisons(results):
-    """
-    Lines of text: BiDoRA minus each other method, in pairs of equal domain and seed, with p.
-
-    Each size is on its own: a seed's smaller samples lie within its larger ones, so pairs over
-    several sizes would not be independent.
-    """
-    lines = [
-        "bidora minus each other method, paired by domain and seed "
-        "(Wilcoxon signed-rank test, two-sided):"
-    ]
-    after = {(r["domain"], r["size"], r["seed"], r["method"]): r["after"] for r in results}
-    methods = dict.fromkeys(r["method"] for r in results if r["method"] != "bidora")
-
-    for size, method in itertools.product(sorted({r["size"] for r in results}), methods):
-        pairs = [
-            (after[(*key, "bidora")], after[(*key, method)])
-            for *key, own in after
-            if own == "bidora" and key[1] == size and (*key, method) in after
-        ]
-        if len(pairs) < 2:
-            continue
-        texts = []
-        for what, measure in MEASURES.items():
-            # rounded, so that equal differences tie whatever their last digits are
-            differences = [round(measure(ours) - measure(other), 9) for ours, other in pairs]
-            p = wilcoxon(differences).pvalue if any(differences) else 1.0
-            mean = round(numpy.mean(differences), 6) + 0  # + 0: no -0
-            texts.append(f"{what} {mean:+.3g} (p = {p:.2g})")
-        lines.append(f"    {size:4} examples, {method:8}{len(pairs):4} pairs: {', '.join(texts)}")
-    return lines
-
-
-def table(results):
-    """Lines of text: each method's means and deviations, what was timed, BiDoRA's comparisons."""
-    return [*means(results), "", *about_seconds(results), "", *comparisons(results)]
+    yield from tables(results, methods, 1)
+    yield from ("**median seconds of a run**, to be compared within a row", "")
+    yield row("examples", "processor, dtype, threads", *(f"`{method}`" for method in methods))
+    yield row(*["---"] * (2 + len(methods)))
+    for (size, *where), times in seconds.items():
+        cells = [f"{numpy.median(times[m]):.0f}" if m in times else "–" for m in methods]
+        yield row(size, ", ".join(map(str, where)), *cells)
 
 
 def tune(compare, pool):
     """Train every point of the methods' grids; returns {method: rates}."""
     toy = compare.quick or compare.model == "tiny-random"
-    domain, size, seed = TOY_TUNING if toy else TUNING
-    write_examples(compare, domain, size, seed, tuning=True)  # once, before two runs want it
-    jobs = [(method, rates) for method in compare.methods for rates in grid(method)]
-    runs = pool.map(lambda job: run(compare, domain, size, seed, *job, tuning=True), jobs)
+    domain, size, seeds = TOY_TUNING if toy else TUNING
+    for seed in seeds:
+        write_examples(compare, domain, size, seed, tuning=True)  # before two runs want it
+    points = [(method, rates) for method in compare.methods for rates in grid(method)]
+    jobs = list(itertools.product(seeds, points))
+    runs = pool.map(lambda job: run(compare, domain, size, job[0], *job[1], tuning=True), jobs)
     tuned = list(tqdm(runs, total=len(jobs), desc="tuning", unit="run"))
 
     rates = {}
@@ -356,7 +289,7 @@ def check(compare):
 
 
 def run_all(compare):
-    """Make the runs that are missing, and print the table."""
+    """Make the runs that are missing, and print the tables."""
     check(compare)
     if compare.quick:
         compare = dataclasses.replace(
@@ -375,7 +308,7 @@ def run_all(compare):
         raise FileNotFoundError(
             f"no results in {compare.results}: run python -m tools.compare first"
         )
-    print(*table(results), sep="\n")
+    print(*report(results), sep="\n")
 
 
 def main(arguments):

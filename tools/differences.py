@@ -1,6 +1,6 @@
 """
-Arms side by side, from the runs of tools/study.py: scores, and paired differences with intervals
-and tests, as tables in Markdown.
+Arms side by side, from the runs of tools/compare.py or tools/study.py: scores, and paired
+differences with intervals and tests, as tables in Markdown.
 """
 
 import numpy
@@ -9,7 +9,7 @@ from scipy.stats import t, wilcoxon
 
 def points(result, split):
     """A run's score on a split, in points of 100; what was undefined counts as 0."""
-    return 100 * (result["after"][split][result["metric"]] or 0)
+    return 100 * (result["after"][split][result.get("metric", "accuracy")] or 0)
 
 
 MEASURES = {
@@ -88,14 +88,15 @@ def differences(results, size, measure, first, sign):
 
 
 def row(*cells):
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def spread_cell(values):
-    """Mean ± standard deviation, and the number of values, as text; a dash for fewer than six."""
-    if len(values) < 6:
+    """Mean ± standard deviation, and the number of values, as text; a dash where there is none."""
+    if not values:
         return "–"
-    return f"{numpy.mean(values):.1f} ± {numpy.std(values, ddof=1):.1f} ({len(values)})"
+    spread = f" ± {numpy.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{numpy.mean(values):.1f}{spread} ({len(values)})"
 
 
 def difference_cell(found):
@@ -144,12 +145,15 @@ def tables_at(size, results, arms, sign):
             cells = [spread_cell([*values.get((d, arm), {}).values()]) for d in (*domains, "all")]
             traces = traced([r for r in results if r["method"] == arm]) if shown else ()
             yield row(f"`{arm}`", *cells, *traces)
+        yield ""
+        found = differences(results, size, measure, arms[0], sign)
+        if not found:  # too few seeds, or a single arm
+            continue
 
         first = f"`{arms[0]}`"
-        yield from ("", f"**{title}**: mean [95 % interval], p by Wilcoxon's test (by Holm)", "")
+        yield from (f"**{title}**: mean [95 % interval], p by Wilcoxon's test (by Holm)", "")
         yield row(f"{first} minus" if sign == 1 else f"minus {first}", *head)
         yield row(*["---"] * (1 + len(head)))
-        found = differences(results, size, measure, arms[0], sign)
         for arm in arms[1:]:
             cells = [difference_cell(found.get((domain, arm))) for domain in (*domains, "all")]
             yield row(f"`{arm}`", *cells)

@@ -2,19 +2,17 @@
 The pictures of README.md and docs/, drawn from committed files in a few seconds.
 
     python -m tools.figures               all of them, into docs/
-    python -m tools.figures --only=gap    one of them
+    python -m tools.figures --only=study  one of them
 
-phases.png: who trains on what in BiDoRA's three phases. gap.png: train minus test accuracy over the
-number of training examples, from results/. study.png: BiDoRA minus each other method on an encoder,
-from results/study/; ablation.png and hypergradients.png: its groups paper and hypergradients, each
-arm minus the group's first. speed.png: two tables of docs/speed.md, as bars.
+phases.png: who trains on what in BiDoRA's three phases. compare.png: BiDoRA minus each other method
+on SmolLM2, from results/; study.png: the same on an encoder, from results/study/; ablation.png and
+hypergradients.png: its groups paper and hypergradients, each arm minus the group's first.
+speed.png: two tables of docs/speed.md, as bars.
 Colours are Okabe and Ito's. Line styles, markers and hatching serve black and white.
 """
 
 import io
 import itertools
-import math
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +25,9 @@ from support import settings
 from support.files import make_folder, replacing
 from tools.arms import GROUPS
 from tools.differences import MEASURES, differences, of_group
-from tools.results import load_results
+from tools.results import COMPARED, load_results
 
-ORANGE, SKY, GREEN, BLUE, VERMILION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
-METHODS = {  # method: name, colour, marker, line style, a factor in x that keeps bars apart
-    "dora": ("DoRA", VERMILION, "s", "--", 0.93),
-    "lora": ("LoRA", GREEN, "^", ":", 1.0),
-    "bidora": ("BiDoRA", BLUE, "o", "-", 1.07),
-}
+ORANGE, SKY, BLUE = "#E69F00", "#56B4E9", "#0072B2"
 DTYPES = {"bf16": (BLUE, ""), "fp32": (ORANGE, "////")}  # colour and hatching
 
 
@@ -43,9 +36,9 @@ PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text t
 
 @dataclass
 class Figures:
-    only: str = ""  # one picture: phases, gap, study, ablation, hypergradients or speed;
+    only: str = ""  # one picture: phases, compare, study, ablation, hypergradients or speed;
     #: empty: all of them
-    results: str = "results"  # what gap.png is drawn from
+    results: str = "results"  # of tools.compare; in its study/, those of tools.study
     docs: str = "docs"  # where speed.md is read and the pictures are written
 
 
@@ -147,98 +140,47 @@ def phases():
     return figure
 
 
-def gaps(results):
-    """{domain: {method: {size: a list of gaps, one a seed, in points}}} of compare's results."""
-    found = {}
-    for result in results:
-        if result["method"] in METHODS:
-            by_size = found.setdefault(result["domain"], {}).setdefault(result["method"], {})
-            train, test = (result["after"][part]["accuracy"] for part in ("train", "test"))
-            by_size.setdefault(result["size"], []).append(100 * (train - test))
-    return found
-
-
-def curves(axes, by_method):
-    """Each method's mean gap and standard deviation over the seeds, its name at the end."""
-    ends = []
-    for method, (name, color, marker, line, aside) in METHODS.items():
-        by_size = dict(sorted(by_method.get(method, {}).items()))
-        if not by_size:
-            continue
-        x, means = [aside * size for size in by_size], list(map(statistics.mean, by_size.values()))
-        spread = [statistics.stdev(gaps) if len(gaps) > 1 else 0 for gaps in by_size.values()]
-        style = {"color": color, "marker": marker, "linestyle": line, "capsize": 3}
-        axes.errorbar(x, means, spread, linewidth=1.8, elinewidth=1, markersize=6, **style)
-        ends.append((max(by_size), means[-1], name, color))
-
-    before = (0, 0.0)  # size and height of the name below
-    for size, height, name, color in sorted(ends):
-        if size == before[0]:
-            height = max(height, before[1] + 1.1)
-        axes.text(1.17 * size, height, name, color=color, va="center", weight="bold")
-        before = size, height
-
-
-def gap(results):
-    """Train minus test accuracy over the number of training examples, a panel for each domain."""
-    domains = gaps(results)
-    if not domains:
-        raise ValueError("no results to draw: run python -m tools.compare first")
-    sizes = {
-        domain: sorted({size for by_size in by_method.values() for size in by_size})
-        for domain, by_method in domains.items()
-    }
-    widths = [math.log(2.8 * found[-1] / found[0]) for found in sizes.values()]
-    figure = Figure(figsize=(8.6, 3.7), layout="constrained")
-    panels = figure.subplots(1, len(domains), sharey=True, squeeze=False, width_ratios=widths)[0]
-
-    for axes, (domain, by_method) in zip(panels, domains.items()):
-        curves(axes, by_method)
-        seeds = [
-            max(len(by_size.get(size, ())) for by_size in by_method.values())
-            for size in sizes[domain]
-        ]
-        ticks = [f"{size}\n{count} seeds" for size, count in zip(sizes[domain], seeds)]
-        axes.set_xscale("log")
-        axes.set_xticks(sizes[domain], ticks)
-        axes.minorticks_off()
-        axes.set_xlim(0.8 * sizes[domain][0], 2.24 * sizes[domain][-1])
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_title(domain.replace("-", " "), size=11)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("training examples (log scale)", size=10)
-    panels[0].set_ylabel("train − test accuracy, points")
-    return figure
+def compare(folder):
+    """BiDoRA minus each other method, of the results of tools.compare."""
+    results = load_results(folder)
+    domains = list(dict.fromkeys(result["domain"] for result in results))
+    return differences_of(results, COMPARED, domains, 1, "tools.compare")
 
 
 def study(folder, name):
-    """
-    The differences of a group of tools/arms.py, from folder/study, a row of panels for each size:
-    the mean over all domains with its 95 % interval, and each domain's mean.
-    """
+    """The differences of a group of tools/arms.py, of the results of tools.study."""
     group = GROUPS[name]
-    results, first = load_results(f"{folder}/study"), group.arms[0]
-    results = of_group(results, group)
+    results = of_group(load_results(f"{folder}/study"), group)
+    return differences_of(results, group.arms, group.domains, group.sign, "tools.study")
+
+
+def differences_of(results, arms, domains, sign, tool):
+    """
+    The differences of the first arm and the others, a row of panels for each size: the mean over
+    all domains with its 95 % interval, and each domain's mean. sign: as in tools/differences.py;
+    tool: what makes the results, for a message.
+    """
+    first = arms[0]
     found = {}  # of each size, each measure's differences
     for size in sorted({result["size"] for result in results}):
-        of_size = [differences(results, size, m, first, group.sign) for m in MEASURES]
+        of_size = [differences(results, size, m, first, sign) for m in MEASURES]
         if any(domain == "all" for domain, _ in of_size[0]):
             found[size] = of_size
     if not found:
-        raise ValueError(f"no arm has six seeds beside {first}: python -m tools.study makes them")
+        raise ValueError(f"no arm has six seeds beside {first}: python -m {tool} makes them")
 
-    arms = {size: [a for a in group.arms if ("all", a) in found[size][0]] for size in found}
+    arms = {size: [a for a in arms if ("all", a) in found[size][0]] for size in found}
     heights = [1 + len(arms[size]) for size in found]
     figure = Figure(figsize=(8.6, max(3.6, 1 + 0.3 * sum(heights))), layout="constrained")
     options = {"sharex": "col", "sharey": "row", "squeeze": False, "height_ratios": heights}
     panels = figure.subplots(len(found), 2, **options)
     for row, size in zip(panels, found):
         for axes, by_arm in zip(row, found[size]):
-            dots(axes, by_arm, arms[size], group.domains)
+            dots(axes, by_arm, arms[size], domains)
         row[0].invert_yaxis()
         row[0].set_ylabel(f"{size} examples")
 
-    what = f"{first} minus the other" if group.sign == 1 else f"the arm minus {first}"
+    what = f"{first} minus the other" if sign == 1 else f"the arm minus {first}"
     for axes, measure in zip(panels[-1], MEASURES):
         axes.set_xlabel(f"{measure}: {what}, points")
     handles, labels = panels[0, 0].get_legend_handles_labels()
@@ -248,7 +190,7 @@ def study(folder, name):
 
 
 def dots(axes, found, arms, domains):
-    """A panel of `study`: the differences of the arms in one measure."""
+    """A panel of `differences_of`: the differences of the arms in one measure."""
     for (domain, arm), (_, mean, half, *_) in found.items():
         if arm not in arms:  # not yet in every domain
             continue
@@ -340,7 +282,7 @@ def draw(figures):
     make_folder(figures.docs, "choose another --docs")
     pictures = {
         "phases": phases,
-        "gap": lambda: gap(load_results(figures.results)),
+        "compare": lambda: compare(figures.results),
         "study": lambda: study(figures.results, "methods"),
         "ablation": lambda: study(figures.results, "paper"),
         "hypergradients": lambda: study(figures.results, "hypergradients"),

@@ -32,7 +32,8 @@ except ImportError:  # Windows
     fcntl = None
 
 NUMBERS = ("magnitude", "delta_m", "delta_d")
-ORDER = tuple(dict.fromkeys(("bidora", "dora", "lora", "bilora", "ft", *METHODS)))
+COMPARED = ("bidora", "dora", "dora-two-phases", "lora", "bilora", "ft")
+ORDER = tuple(dict.fromkeys((*COMPARED, *METHODS)))
 THREADS = threading.Lock()  # between the threads of one process, on Windows too
 
 
