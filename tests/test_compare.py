@@ -167,6 +167,20 @@ def test_a_comparison_resumes_where_it_stopped(capsys):
     assert compare.main(["--report=True", "--quick=True"]) == 0
 
 
+def test_a_comparison_at_one_rate_is_a_set_of_its_own(capsys):
+    arguments = ["--quick=True", "--methods=bilora,ft", "--lower_lr=3e-4"]
+    assert compare.main(arguments) == 0
+    assert "rates:" not in capsys.readouterr().out  # nothing was tuned
+    found = compare.load_results("results-quick", "rate-0.0003")
+    names = {f"rate-0.0003-toy-sentiment-40-{m}-{s}" for m in ("bilora", "ft") for s in range(2)}
+    assert {r["name"] for r in found} == names
+    rates = {(r["method"], r["lower_lr"], r.get("upper_lr")) for r in found}
+    assert rates == {("bilora", 3e-4, 3e-2), ("ft", 3e-4, None)}
+    assert compare.main(["--report", *arguments]) == 0
+    assert "| `bilora` |" in capsys.readouterr().out
+    assert compare.main(["--report", "--quick=True"]) == 2  # no run has a rate of its own
+
+
 def numbered(seed, layers=5):
     """A result and its trajectory, whose numbers tell which run they are of."""
     name = f"d-100-lora-{seed}"

@@ -3,6 +3,7 @@ The methods side by side on SmolLM2, over seeds, sizes and domains, each with tu
 
     python -m tools.compare                  make every run that has no result yet
     python -m tools.compare --report=True    print the tables of the results so far, in Markdown
+    python -m tools.compare --lower_lr=1e-3  the same at one rate for all, a set of its own
     python -m tools.compare --quick=True     a toy in two minutes, in folders of its own
 
 Stop it at any time: the same command resumes. In each domain, 300 examples are the test set and
@@ -56,6 +57,8 @@ class Compare:
     domains: tuple = ("movie-sentiment", "product-sentiment")  # built-in data sets
     sizes: tuple = ("100", "400")  # training examples, train and val together
     methods: tuple = COMPARED  # what is compared
+    lower_lr: float = 0.0  # of all methods, which are then not tuned; 0: each takes its best one
+    upper_lr: float = 3e-2  # beside such a lower_lr, of the methods that have an upper level
     seeds: int = 10  # each draws the sample, the split, the initial adapter and the batches
     model: str = "smollm2-135m"  # the base model
     workers: int = 2  # runs at a time, which share the CPU's cores
@@ -156,9 +159,10 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
     Raises ValueError for an earlier result with other rates or another model, or for a run that
     fails. A tuning run that diverges returns {"method", rates, "diverged": message}.
     """
+    which = "tune" if tuning else set_of(compare)
     shown = [f"{rate:g}" for rate in rates.values()]
-    parts = ["tune", method, *shown] if tuning else [domain, str(size), method]
-    name = "-".join([*parts, str(seed)])
+    parts = [method, *shown] if tuning else [domain, str(size), method]
+    name = "-".join([*([which] if which != "main" else []), *parts, str(seed)])
     found = saved_result(compare, name, rates)
     if found:
         return found
@@ -181,7 +185,7 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
         return {"method": method, **rates, "diverged": message}
 
     summary = read_json(Path(out) / "summary.json")
-    result = {"name": name, "set": "tune" if tuning else "main", "domain": domain, "size": size}
+    result = {"name": name, "set": which, "domain": domain, "size": size}
     result |= {"method": method, "seed": seed, **rates}
     result |= {"command": shlex.join(["python", "train.py", *command]), "threads": threads}
     for key in ("metric", "before", "after", "seconds", "dtype", "peak_memory_beyond_start_gb"):
@@ -192,12 +196,25 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
     return read_results(compare.results)[name]
 
 
+def set_of(compare):
+    """The set of a comparison's results: "main", or that of its one rate."""
+    return f"rate-{compare.lower_lr:g}" if compare.lower_lr else "main"
+
+
+def is_bilevel(method):
+    return method != "ft" and METHODS[KNOWN[method]["method"]].upper is not None
+
+
+def given_rates(compare, method):
+    """The rates of a method where all have one, {name: rate}."""
+    upper = {"upper_lr": compare.upper_lr} if is_bilevel(method) else {}
+    return {"lower_lr": compare.lower_lr} | upper
+
+
 def grid(method):
     """The learning rates to try for a method, as a list of {name: rate}."""
-    if method == "ft":
-        return [{"lower_lr": rate} for rate in FT_RATES]
-    if METHODS[KNOWN[method]["method"]].upper is None:
-        return [{"lower_lr": rate} for rate in LOWER_RATES]
+    if not is_bilevel(method):
+        return [{"lower_lr": rate} for rate in (FT_RATES if method == "ft" else LOWER_RATES)]
     pairs = itertools.product(LOWER_RATES, UPPER_RATES)
     return [{"lower_lr": lower, "upper_lr": upper} for lower, upper in pairs]
 
@@ -258,13 +275,16 @@ def tune(compare, pool):
 
 
 def make_runs(compare):
-    """Tune the learning rates, then make every run that has no result yet."""
+    """Tune the learning rates, unless they are given, and make every run that has no result yet."""
     for name in compare.domains:
         data.load_examples(name)  # a missing download shows now, and happens once
     mend(compare.results)
 
     with ThreadPoolExecutor(compare.workers) as pool:
-        rates = tune(compare, pool)
+        if compare.lower_lr:
+            rates = {method: given_rates(compare, method) for method in compare.methods}
+        else:
+            rates = tune(compare, pool)
         jobs = [
             (domain, int(size), seed, method)
             for size in compare.sizes
@@ -285,7 +305,7 @@ def check(compare):
             raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
     if not all(size.isdigit() and int(size) >= 20 for size in compare.sizes):
         raise ValueError(f"sizes={','.join(compare.sizes)} must be integers of at least 20")
-    settings.at_least(compare, seeds=1, workers=1)
+    settings.at_least(compare, seeds=1, workers=1, lower_lr=0, upper_lr=0)
 
 
 def run_all(compare):
@@ -303,7 +323,7 @@ def run_all(compare):
         )
     if not compare.report:
         make_runs(compare)
-    results = load_results(compare.results)
+    results = load_results(compare.results, set_of(compare))
     if not results:
         raise FileNotFoundError(
             f"no results in {compare.results}: run python -m tools.compare first"

@@ -142,43 +142,51 @@ def phases():
 
 def compare(folder):
     """BiDoRA minus each other method, of the results of tools.compare."""
-    results = load_results(folder)
-    domains = list(dict.fromkeys(result["domain"] for result in results))
-    return differences_of(results, COMPARED, domains, 1, "tools.compare")
+    best, same = load_results(folder), load_results(folder, "rate-0.001")
+    domains = list(dict.fromkeys(result["domain"] for result in best))
+    parts = by_size(best, ",\neach at its best rate") | by_size(same, ",\nall at 1e-3")
+    return differences_of(parts, COMPARED, domains, 1, "tools.compare")
 
 
 def study(folder, name):
     """The differences of a group of tools/arms.py, of the results of tools.study."""
     group = GROUPS[name]
-    results = of_group(load_results(f"{folder}/study"), group)
-    return differences_of(results, group.arms, group.domains, group.sign, "tools.study")
+    parts = by_size(of_group(load_results(f"{folder}/study"), group))
+    return differences_of(parts, group.arms, group.domains, group.sign, "tools.study")
 
 
-def differences_of(results, arms, domains, sign, tool):
+def by_size(results, note=""):
+    """{label: the results of one size}"""
+    sizes = sorted({result["size"] for result in results})
+    return {f"{size} examples{note}": [r for r in results if r["size"] == size] for size in sizes}
+
+
+def differences_of(parts, arms, domains, sign, tool):
     """
-    The differences of the first arm and the others, a row of panels for each size: the mean over
-    all domains with its 95 % interval, and each domain's mean. sign: as in tools/differences.py;
-    tool: what makes the results, for a message.
+    The differences of the first arm and the others, a row of panels for each of the parts, {label:
+    results of one size}: the mean over all domains with its 95 % interval, and each domain's mean.
+    sign: as in tools/differences.py; tool: what makes the results, for a message.
     """
     first = arms[0]
-    found = {}  # of each size, each measure's differences
-    for size in sorted({result["size"] for result in results}):
-        of_size = [differences(results, size, m, first, sign) for m in MEASURES]
-        if any(domain == "all" for domain, _ in of_size[0]):
-            found[size] = of_size
+    found = {}  # of each part, each measure's differences
+    for label, results in parts.items():
+        size = results[0]["size"]
+        of_part = [differences(results, size, m, first, sign) for m in MEASURES]
+        if any(domain == "all" for domain, _ in of_part[0]):
+            found[label] = of_part
     if not found:
         raise ValueError(f"no arm has six seeds beside {first}: python -m {tool} makes them")
 
-    arms = {size: [a for a in arms if ("all", a) in found[size][0]] for size in found}
-    heights = [1 + len(arms[size]) for size in found]
+    arms = {label: [a for a in arms if ("all", a) in found[label][0]] for label in found}
+    heights = [1 + len(arms[label]) for label in found]
     figure = Figure(figsize=(8.6, max(3.6, 1 + 0.3 * sum(heights))), layout="constrained")
     options = {"sharex": "col", "sharey": "row", "squeeze": False, "height_ratios": heights}
     panels = figure.subplots(len(found), 2, **options)
-    for row, size in zip(panels, found):
-        for axes, by_arm in zip(row, found[size]):
-            dots(axes, by_arm, arms[size], domains)
+    for row, label in zip(panels, found):
+        for axes, by_arm in zip(row, found[label]):
+            dots(axes, by_arm, arms[label], domains)
         row[0].invert_yaxis()
-        row[0].set_ylabel(f"{size} examples")
+        row[0].set_ylabel(label)
 
     what = f"{first} minus the other" if sign == 1 else f"the arm minus {first}"
     for axes, measure in zip(panels[-1], MEASURES):
