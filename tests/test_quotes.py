@@ -2,7 +2,7 @@
 Numbers that README.md, docs/ and the lessons quote from results/ are the numbers of results/.
 
 They are computed here from the lines of runs.jsonl and compared at the precision that the text has;
-only what is not computed here is compared with what tools/study.py reports.
+only what is not computed here is compared with what tools/compare.py and tools/study.py report.
 """
 
 import json
@@ -14,15 +14,25 @@ import nbformat
 import pytest
 from scipy.stats import wilcoxon
 
+from tools import compare, results
 from tools.arms import GROUPS
 from tools.differences import of_group, tables
 
 ROOT = Path(__file__).parents[1]
-RUNS = [json.loads(line) for line in (ROOT / "results" / "runs.jsonl").read_text().splitlines()]
 README, RESULTS = (
     " ".join((ROOT / name).read_text(encoding="utf-8").split())
     for name in ("README.md", "docs/results.md")
 )
+
+
+def lines_of(folder, which="main"):
+    """The results of a set in a folder, a list of dicts."""
+    lines = (ROOT / folder / "runs.jsonl").read_text().splitlines()
+    return [run for run in map(json.loads, lines) if run["set"] == which]
+
+
+COMPARISON, EARLIER, STUDY = map(lines_of, ("results", "results/earlier", "results/study"))
+ONE_RATE = lines_of("results", "rate-0.001")
 
 
 def text_of(lesson):
@@ -33,31 +43,32 @@ def text_of(lesson):
     return " ".join(" ".join(c.source for c in cells if c.cell_type == "markdown").split()), printed
 
 
-def accuracy(run):
-    return 100 * run["after"]["test"]["accuracy"]
-
-
-def loss(run):
-    return run["after"]["test"]["loss"]
+def score(run, split="test"):
+    """In points of 100; what was undefined counts as 0."""
+    return 100 * (run["after"][split][run.get("metric", "accuracy")] or 0)
 
 
 def gap(run):
-    return 100 * run["after"]["train"]["accuracy"] - accuracy(run)
+    return score(run, "train") - score(run)
 
 
-def runs(domain, size, method, which="main"):
-    kind = {"domain": domain, "size": int(size), "method": method, "set": which}
-    return [run for run in RUNS if kind.items() <= run.items()]
+def measured(runs, arm, domains, measure=score, seeds=20, size=100):
+    """{seed: the mean of a measure over the domains}, of the seeds that all of them have."""
+    parts = []
+    for domain in domains:
+        kind = {"method": arm, "domain": domain, "size": size}
+        found = [r for r in runs if kind.items() <= r.items()]
+        parts.append({r["seed"]: measure(r) for r in found if r["seed"] < seeds})
+    return {s: statistics.mean(p[s] for p in parts) for s in set.intersection(*map(set, parts))}
 
 
-def pairs(measure, method, size, which="main"):
-    """BiDoRA minus another method, paired by domain and seed, rounded so that ties are ties."""
-    ours = {(r["domain"], r["seed"]): r for d in DOMAINS for r in runs(d, size, "bidora")}
-    other = {(r["domain"], r["seed"]): r for d in DOMAINS for r in runs(d, size, method, which)}
-    return [round(measure(ours[k]) - measure(other[k]), 9) for k in ours.keys() & other.keys()]
+def paired(ours, other):
+    """The differences of two {key: value}, rounded so that ties are ties."""
+    return [round(ours[key] - other[key], 9) for key in ours.keys() & other.keys()]
 
 
-DOMAINS = sorted({run["domain"] for run in RUNS})
+def domains_of(runs):
+    return sorted({run["domain"] for run in runs})
 
 
 def assert_quoted(quote, value):
@@ -71,111 +82,111 @@ def assert_pairs(found, mean, p):
     assert_quoted(p, wilcoxon(found).pvalue)
 
 
-ROWS = re.findall(
-    r"\| ([a-z-]+), (\d+) \| `(\w+)` \| (\d+) " + 3 * r"\| (\S+) ± (\S+) " + r"\|", RESULTS
-)
+def gaps(runs, method, size):
+    """{(domain, seed): gap}"""
+    found = [r for r in runs if (r["method"], r["size"]) == (method, size)]
+    return {(r["domain"], r["seed"]): gap(r) for r in found}
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(row[:3]))
-def test_a_row_of_the_comparison_is_what_its_runs_measured(row):
-    domain, size, method, seeds, *numbers = row
-    found = runs(domain, size, method)
-    assert len(found) == int(seeds)
-    for measure, mean, deviation in zip((accuracy, loss, gap), numbers[::2], numbers[1::2]):
-        values = list(map(measure, found))
-        assert_quoted(mean, statistics.mean(values))
-        assert_quoted(deviation, statistics.stdev(values))
-
-
-def test_the_comparison_s_table_has_a_row_for_all_main_runs():
-    groups = {(r["domain"], str(r["size"]), r["method"]) for r in RUNS if r["set"] == "main"}
-    assert {row[:3] for row in ROWS} == groups and len(ROWS) == len(groups)
-
-
-PAIRS = re.findall(
-    r"\| `(\w+)`, (\d+) \| (\d+) \| (\S+) \(p = (\S+)\) \| (\S+) \(p = (\S+)\) \| "
-    r"(\S+) \(p = (\S+)\) \| (\d+) \|",
-    RESULTS,
-)
-
-
-@pytest.mark.parametrize("row", PAIRS, ids=lambda row: "-".join(row[:2]))
-def test_a_row_of_pairs_is_what_its_runs_measured(row):
-    method, size, count, *numbers, smaller = row
-    for measure, mean, p in zip((accuracy, loss, gap), numbers[::2], numbers[1::2]):
-        found = pairs(measure, method, size)
-        assert len(found) == int(count)
-        assert_pairs(found, mean, p)
-    assert sum(difference < 0 for difference in found) == int(smaller)
-
-
-def test_the_readme_quotes_the_smaller_gap():
-    [(wins, at_100, p_100, at_400, p_400)] = re.findall(
-        r"smaller in (\d+) of 10 pairs, by (\S+) points at 100 examples \(p = (\S+)\) "
-        r"and by (\S+) at 400 \(p = (\S+)\)",
-        README,
+def test_the_earlier_comparison_s_smaller_gaps():
+    """In pairs of equal domain and seed, as that page had them."""
+    [quoted] = re.findall(
+        r"gap was (\S+) points smaller than DoRA's at 100 examples \(ten pairs, p = (\S+)\) "
+        r"and (\S+) at 400 \(p = (\S+)\)",
+        RESULTS,
     )
-    for size, mean, p in ((100, at_100, p_100), (400, at_400, p_400)):
-        found = pairs(gap, "dora", size)
+    at_1e_3 = re.findall(r"BiDoRA's gap had been (\S+) points smaller \(p = (\S+)\)", RESULTS)
+    same_rate = lines_of("results/earlier", "dora-at-1e-3")
+    for size, others, (mean, p) in (
+        (100, EARLIER, quoted[:2]),
+        (400, EARLIER, quoted[2:]),
+        (100, same_rate, *at_1e_3),
+    ):
+        found = paired(gaps(EARLIER, "bidora", size), gaps(others, "dora", size))
+        assert len(found) == 10
         assert_pairs(found, f"-{mean}", p)
-        assert sum(difference < 0 for difference in found) == int(wins)
 
 
-def test_the_readme_quotes_the_gap_at_equal_rates():
-    [(mean, p)] = re.findall(r"DoRA at BiDoRA's rate, (\S+) points remain \(p = (\S+)\)", README)
-    assert_pairs(pairs(gap, "dora", 100, "dora-at-1e-3"), f"-{mean}", p)
+def tuning_losses(folder):
+    """{(method, lower_lr, upper_lr or None): losses by seed} of the runs that chose the rates."""
+    found = {}
+    for r in lines_of(folder, "tune"):
+        key = r["method"], r["lower_lr"], r.get("upper_lr")
+        found.setdefault(key, []).append(r["after"]["test"]["loss"])
+    return found
 
 
-LINES = (ROOT / "results" / "study" / "runs.jsonl").read_text().splitlines()
-STUDY = [r for r in map(json.loads, LINES) if r["set"] == "main"]
+def test_the_losses_that_chose_the_rates():
+    loss = tuning_losses("results")
+    [(_, *rates), _, *rows] = tables_of("The comparison")[0]
+    assert len(rows) * len(rates) == len(loss)
+    for name, *cells in rows:
+        method, upper = re.fullmatch(r"`([\w-]+)`(?:, `upper_lr` (\S+))?", name).groups()
+        for rate, cell in zip(rates, cells):
+            losses = loss[method, float(rate), upper and float(upper)]
+            assert len(losses) == 3
+            assert_quoted(cell, statistics.mean(losses))
 
 
-def score(run, split="test"):
-    """In points of 100; what was undefined counts as 0."""
-    return 100 * (run["after"][split][run["metric"]] or 0)
+@pytest.mark.parametrize("text", [RESULTS, text_of("02")[0]], ids=["results", "lesson"])
+def test_the_losses_that_had_chosen_dora_s_rate_and_the_same_runs_made_again(text):
+    number = r"(\d\.\d+)"
+    [quoted] = re.findall(f"losses of {number}, {number} and {number} [^.]*at 3e-4, 1e-3", text)
+    [again] = re.findall(f"give {number}, {number} and {number}", text)
+    for folder, quotes in (("results/earlier", quoted), ("results", again)):
+        for rate, quote in zip((3e-4, 1e-3, 3e-3), quotes):
+            assert_quoted(quote, tuning_losses(folder)["dora", rate, None][0])
 
 
-def train_minus_test(run):
-    return score(run, "train") - score(run)
+COMPARED = (  # gap and score; at the chosen rates, then at one rate
+    r"accuracy is (\S+) points larger \(p = (\S+)\) [^.]*?, (\S+) smaller \(p = (\S+)\)",
+    r"its test accuracy is (\S+) points higher \(p = (\S+)\), and (\S+) lower \(p = (\S+)\)",
+)
 
 
-def measured(arm, domains, measure=score, seeds=20, size=100):
-    """{seed: the mean of a measure over the domains}, of the seeds that all of them have."""
-    parts = []
-    for domain in domains:
-        kind = {"method": arm, "domain": domain, "size": size}
-        found = [r for r in STUDY if kind.items() <= r.items()]
-        parts.append({r["seed"]: measure(r) for r in found if r["seed"] < seeds})
-    return {s: statistics.mean(p[s] for p in parts) for s in set.intersection(*map(set, parts))}
+def test_the_readme_quotes_the_comparison():
+    for measure, pattern in zip((gap, score), COMPARED):
+        [(above, p_chosen, below, p_same)] = re.findall(pattern, README)
+        for runs, mean, p in ((COMPARISON, above, p_chosen), (ONE_RATE, f"-{below}", p_same)):
+            kind = (domains_of(runs), measure, 10)
+            found = paired(*(measured(runs, arm, *kind) for arm in ("bidora", "dora")))
+            assert len(found) == 10
+            assert_pairs(found, mean, p)
 
 
-def paired(ours, other):
-    """The differences of two {seed: value}, rounded so that ties are ties."""
-    return [round(ours[s] - other[s], 9) for s in ours.keys() & other.keys()]
+def test_lesson_02_quotes_the_comparison_s_gaps():
+    [quoted] = re.findall(
+        r"gap is \*larger\*, by (\S+) points \(p = (\S+)\); with both at 1e-3 it is (\S+) points "
+        r"smaller \(p = (\S+)\)",
+        text_of("02")[0],
+    )
+    assert [quoted] == re.findall(COMPARED[0], README)
 
 
 def test_the_readme_quotes_the_study_s_mean_scores():
-    domains = {r["domain"] for r in STUDY}
+    domains = domains_of(STUDY)
     [(seeds, below, p_below, above, p_above)] = re.findall(
         r"five tasks and (\w+) seeds, its mean score is (\S+) points below DoRA's \(p = (\S+)\), "
         r"and (\S+) above DoRA in BiDoRA's phases \(p = (\S+)\)",
         README,
     )
     for arm, mean, p in (("dora", f"-{below}", p_below), ("dora-two-phases", above, p_above)):
-        found = paired(measured("bidora", domains), measured(arm, domains))
+        found = paired(measured(STUDY, "bidora", domains), measured(STUDY, arm, domains))
         assert seeds == "twenty" and len(found) == 20 and len(domains) == 5
         assert_pairs(found, mean, p)
 
 
 def test_the_readme_quotes_the_study_s_gap_at_400_examples():
-    domains = {r["domain"] for r in STUDY if r["size"] == 400}
-    kind = (domains, train_minus_test, 20, 400)
+    domains = domains_of(r for r in STUDY if r["size"] == 400)
+    bidora, dora, phases = (
+        measured(STUDY, arm, domains, gap, 20, 400) for arm in ("bidora", "dora", "dora-two-phases")
+    )
     [(smaller, p)] = re.findall(
         r"At 400 examples its gap is (\S+) points smaller than DoRA's \(p = (\S+)\)", README
     )
-    assert_pairs(paired(measured("bidora", *kind), measured("dora", *kind)), f"-{smaller}", p)
-    phases = paired(measured("dora-two-phases", *kind), measured("dora", *kind))
-    assert len(phases) == 20 and statistics.mean(phases) < -2 and wilcoxon(phases).pvalue < 0.001
+    assert_pairs(paired(bidora, dora), f"-{smaller}", p)
+    found = paired(phases, dora)
+    assert len(found) == 20 and statistics.mean(found) < -2 and wilcoxon(found).pvalue < 0.001
 
 
 def section_of(heading):
@@ -195,14 +206,20 @@ def tables_of(heading):
 
 
 @pytest.mark.parametrize(
-    "heading, seeds, count",
-    [("An encoder, five tasks, twenty seeds", 20, 12), ("Which difference matters", 10, 6)],
+    "heading, runs, seeds, count",
+    [
+        ("Each at its chosen rate", COMPARISON, 10, 4),
+        ("All at one rate", ONE_RATE, 10, 6),
+        ("An encoder, five tasks, twenty seeds", STUDY, 20, 12),
+        ("Which difference matters", STUDY, 10, 6),
+    ],
+    ids=["best", "same", "encoder", "differences"],
 )
-def test_the_study_s_tables_are_what_its_runs_measured(heading, seeds, count):
+def test_the_tables_are_what_their_runs_measured(heading, runs, seeds, count):
     titled = r"(?m)^\*\*(.*) score, points of 100, (\d+) examples\*\*.*\n\n((?:\|.*\|\n)+)"
     found = re.findall(titled, section_of(heading))
     assert len(found) == count
-    measures = {"test": score, "train - test": train_minus_test}
+    measures = {"test": score, "train - test": gap}
     for title, size, table in found:
         (first, *names), _, *rows = cells_of(table)
         names = [name.strip("`") for name in names if name.startswith("`")]
@@ -211,18 +228,18 @@ def test_the_study_s_tables_are_what_its_runs_measured(heading, seeds, count):
         for arm, *cells in rows:
             for domains, cell in zip(columns, cells):
                 kind = (domains, measures[title], seeds, int(size))
-                values = measured(arm.strip("`"), *kind)
+                values = measured(runs, arm.strip("`"), *kind)
                 if first == "arm":
                     assert_spread(cell, list(values.values()))
                 elif first.startswith("minus"):
-                    assert_difference(cell, paired(values, measured(against, *kind)))
+                    assert_difference(cell, paired(values, measured(runs, against, *kind)))
                 else:
-                    assert_difference(cell, paired(measured(against, *kind), values))
+                    assert_difference(cell, paired(measured(runs, against, *kind), values))
 
 
 def assert_spread(cell, values):
     if cell == "–":
-        assert len(values) < 6
+        assert not values
         return
     mean, _, deviation, count = cell.split()
     assert count == f"({len(values)})"
@@ -238,17 +255,19 @@ def assert_difference(cell, found):
     assert_pairs(found, mean, p)
 
 
-@pytest.mark.parametrize("name", GROUPS)
-def test_the_rows_of_the_study_s_tables_are_the_report_s(name):
-    """All cells, also those that are not computed here: intervals, Holm's p, traces."""
-    group, text = GROUPS[name], (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    results = of_group(STUDY, group)
-    rows = [line for line in tables(results, group.arms, group.sign) if line.startswith("| `")]
+@pytest.mark.parametrize("name", ["main", "rate-0.001", *GROUPS])
+def test_the_rows_of_the_tables_are_the_report_s(name):
+    """All cells, also those that are not computed here: intervals, Holm's p, traces, seconds."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    if group := GROUPS.get(name):
+        lines = tables(of_group(STUDY, group), group.arms, group.sign)
+    else:
+        lines = compare.report(results.load_results(ROOT / "results", name))
+    rows = [line for line in lines if line.startswith("| `") or "AMD" in line]
     scores = len(rows) // 2 if name in ("paper", "hypergradients") else len(rows)
     assert len(rows) > 10 and not [line for line in rows[:scores] if line not in text]
 
 
-DECODER = ROOT / "results" / "smollm2" / "runs.jsonl"
 LOSSES = [(split, "loss") for split in ("test", "train")]
 
 
@@ -260,8 +279,7 @@ LOSSES = [(split, "loss") for split in ("test", "train")]
     ],
 )
 def test_the_tables_of_the_decoder_are_what_its_runs_measured(domain, columns):
-    found = [json.loads(line) for line in DECODER.read_text().splitlines()]
-    found = [r for r in found if (r["domain"], r["set"]) == (domain, "main")]
+    found = [r for r in lines_of("results/smollm2") if r["domain"] == domain]
     found.sort(key=lambda r: r["seed"])
     headings = ("Text from data, three seeds", "Which difference matters")
     tables = [t for heading in headings for t in tables_of(heading) if "seeds 0" in t[0][1]]
@@ -281,23 +299,14 @@ def test_the_tables_of_the_decoder_are_what_its_runs_measured(domain, columns):
             assert_quoted(deviation, statistics.stdev(column))
 
 
-def test_the_readme_quotes_the_test_accuracy():
-    [(at_100, p_100, at_400, p_400)] = re.findall(
-        r"accuracy is (\S+) points higher at 100 examples \(p = (\S+)\) "
-        r"and (\S+) at 400 \(p = (\S+)\)",
-        README,
-    )
-    assert_pairs(pairs(accuracy, "dora", 100), at_100, p_100)
-    assert_pairs(pairs(accuracy, "dora", 400), at_400, p_400)
-
-
 def test_lesson_02_quotes_the_mean_gaps():
     text, _ = text_of("02")
     found = re.findall(r"(\d+\.\d) (?:points )?against (\d+\.\d) at (\d+)", text)
     assert [size for *_, size in found] == ["50", "100", "200", "400", "800"]
     for ours, other, size in found:
         for quote, method in ((ours, "bidora"), (other, "dora")):
-            assert_quoted(quote, statistics.mean(map(gap, runs("movie-sentiment", size, method))))
+            kind = (EARLIER, method, ["movie-sentiment"], gap, 20, int(size))
+            assert_quoted(quote, statistics.mean(measured(*kind).values()))
 
 
 def test_lesson_04_prints_the_seeds_and_accuracies_that_results_hold():
@@ -306,9 +315,9 @@ def test_lesson_04_prints_the_seeds_and_accuracies_that_results_hold():
     assert len(found) == 5
     names = {"full fine-tuning": "ft"}
     for title, seeds, percent in found:
-        kind = runs("movie-sentiment", 100, names.get(title, title.lower()))
-        assert len(kind) == int(seeds), title
-        assert_quoted(percent, statistics.mean(map(accuracy, kind)))
+        values = measured(EARLIER, names.get(title, title.lower()), ["movie-sentiment"]).values()
+        assert len(values) == int(seeds), title
+        assert_quoted(percent, statistics.mean(values))
 
 
 def test_the_claims_quote_the_draws_that_lesson_02_counted():

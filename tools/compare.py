@@ -57,7 +57,7 @@ class Compare:
     domains: tuple = ("movie-sentiment", "product-sentiment")  # built-in data sets
     sizes: tuple = ("100", "400")  # training examples, train and val together
     methods: tuple = COMPARED  # what is compared
-    lower_lr: float = 0.0  # of all methods, which are then not tuned; 0: each takes its best one
+    lower_lr: float = 0.0  # of all methods, which are then not tuned; 0: each takes its chosen one
     upper_lr: float = 3e-2  # beside such a lower_lr, of the methods that have an upper level
     seeds: int = 10  # each draws the sample, the split, the initial adapter and the batches
     model: str = "smollm2-135m"  # the base model

@@ -144,7 +144,7 @@ def compare(folder):
     """BiDoRA minus each other method, of the results of tools.compare."""
     best, same = load_results(folder), load_results(folder, "rate-0.001")
     domains = list(dict.fromkeys(result["domain"] for result in best))
-    parts = by_size(best, ",\neach at its best rate") | by_size(same, ",\nall at 1e-3")
+    parts = by_size(best, ",\neach at its chosen rate") | by_size(same, ",\nall at 1e-3")
     return differences_of(parts, COMPARED, domains, 1, "tools.compare")
 
 
