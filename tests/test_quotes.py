@@ -154,6 +154,17 @@ def test_the_readme_quotes_the_comparison():
             assert_pairs(found, mean, p)
 
 
+def test_the_comparison_quotes_what_the_phases_cost():
+    [(chosen, p_chosen, same, p_same)] = re.findall(
+        r"is (\S+) points below DoRA at the chosen rates \(p = (\S+)\) "
+        r"and (\S+) below it at one rate \(p = ([^;]+);",
+        RESULTS,
+    )
+    for runs, mean, p in ((COMPARISON, chosen, p_chosen), (ONE_RATE, same, p_same)):
+        scores = (measured(runs, m, domains_of(runs)) for m in ("dora-two-phases", "dora"))
+        assert_pairs(paired(*scores), f"-{mean}", p)
+
+
 def test_lesson_02_quotes_the_comparison_s_gaps():
     [quoted] = re.findall(
         r"gap is \*larger\*, by (\S+) points \(p = (\S+)\); with both at 1e-3 it is (\S+) points "
