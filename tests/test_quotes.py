@@ -248,6 +248,17 @@ def test_the_tables_are_what_their_runs_measured(heading, runs, seeds, count):
                     assert_difference(cell, paired(measured(runs, against, *kind), values))
 
 
+def test_the_rates_of_the_study_are_those_of_its_runs():
+    [table] = [t for t in tables_of("An encoder, five tasks, twenty seeds") if not t[0][0]]
+    (_, *domains), _, *rows = table
+    for arm, *cells in rows:
+        for domain, cell in zip(domains, cells):
+            kind = {"method": arm.strip("`"), "domain": domain.strip("`")}
+            found = [r for r in STUDY if kind.items() <= r.items()]
+            rates = {tuple(r[k] for k in ("lower_lr", "upper_lr") if k in r) for r in found}
+            assert rates == {tuple(map(float, cell.split(" and ")))}, kind
+
+
 def assert_spread(cell, values):
     if cell == "–":
         assert not values
