@@ -52,6 +52,7 @@ def load_examples(path_or_name):
             f"{path} does not exist: give a JSONL, CSV or parquet file, or a built-in set with "
             f"--data={'|'.join(BUILT_IN)}"
         )
+    # of these tables, read_table refuses the last two, by name
     readers = dict.fromkeys((".csv", ".parquet", ".tsv", ".xlsx"), tables.read_table)
     readers |= {".conll": tables.read_conll, ".bio": tables.read_conll}
     return readers.get(path.suffix.lower(), read_jsonl)(path)

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import data
 from bidora import METHODS
+from config import Config, is_bilevel
 from support import settings
 from support.datasets import BUILT_IN
 from support.files import make_folder, read_json, replacing
@@ -162,7 +163,7 @@ def run(compare, domain, size, seed, method, rates, tuning=False):
     which = "tune" if tuning else set_of(compare)
     shown = [f"{rate:g}" for rate in rates.values()]
     parts = [method, *shown] if tuning else [domain, str(size), method]
-    name = "-".join([*([which] if which != "main" else []), *parts, str(seed)])
+    name = "-".join([*parts, str(seed)] if which == "main" else [which, *parts, str(seed)])
     found = saved_result(compare, name, rates)
     if found:
         return found
@@ -201,19 +202,15 @@ def set_of(compare):
     return f"rate-{compare.lower_lr:g}" if compare.lower_lr else "main"
 
 
-def is_bilevel(method):
-    return method != "ft" and METHODS[KNOWN[method]["method"]].upper is not None
-
-
 def given_rates(compare, method):
     """The rates of a method where all have one, {name: rate}."""
-    upper = {"upper_lr": compare.upper_lr} if is_bilevel(method) else {}
+    upper = {"upper_lr": compare.upper_lr} if is_bilevel(Config(**KNOWN[method])) else {}
     return {"lower_lr": compare.lower_lr} | upper
 
 
 def grid(method):
     """The learning rates to try for a method, as a list of {name: rate}."""
-    if not is_bilevel(method):
+    if not is_bilevel(Config(**KNOWN[method])):
         return [{"lower_lr": rate} for rate in (FT_RATES if method == "ft" else LOWER_RATES)]
     pairs = itertools.product(LOWER_RATES, UPPER_RATES)
     return [{"lower_lr": lower, "upper_lr": upper} for lower, upper in pairs]
