@@ -31,9 +31,9 @@ class Config:
     val_file: str = ""  # without it, val_fraction of train_file is split off
     test_file: str = ""  # used for evaluation only
     train_size: int = 0  # examples that are drawn, train and val together; 0: 200 of a built-in
-    #: set, all of another
+    #: set (at most half of it), all of another
     test_size: int = 0  # examples kept for testing, the same for every seed; 0: 400 of a built-in
-    #: set, all of another
+    #: set (at most half of it), all of another
     tune_size: int = 0  # other examples of a built-in set, which are tested instead, to choose
     #: settings on
     val_fraction: float = 0.2  # the upper level's share of the training data; the paper's is 0.2;

@@ -140,7 +140,8 @@ def load_splits(config):
 
 def sample_built_in(config, examples):
     """A built-in data set's train and test examples; val is split off later."""
-    train_size, test_size = config.train_size or 200, config.test_size or 400
+    half = len(examples) // 2
+    train_size, test_size = config.train_size or min(200, half), config.test_size or min(400, half)
     taken = train_size + test_size + config.tune_size
     if taken >= len(examples) or min(train_size, test_size) < 10:
         raise ValueError(
@@ -209,7 +210,7 @@ def check_splits(splits, labels):
         raise ValueError(f"the files differ in format: {which}")
     with_b = [name for name, first in firsts.items() if "text_b" in first]
     if 0 < len(with_b) < len(firsts):
-        raise ValueError(f"of the files only {' and '.join(with_b)} has pairs, with text_b")
+        raise ValueError(f"text_b, for pairs, is only in the examples of {' and '.join(with_b)}")
 
     for name, example in ((name, e) for name, part in splits.items() for e in part):
         if unseen := set(labels_of(example)).difference(labels):

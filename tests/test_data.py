@@ -329,6 +329,12 @@ def test_no_product_review_has_sentences_in_two_splits(cache):
             assert not set.union(*sole) & set.union(*others)
 
 
+def test_of_a_small_built_in_set_each_half_is_taken_by_default():
+    examples = [{"prompt": f"a {i}", "completion": "b"} for i in range(213)]
+    splits = data.sample_built_in(Config(data="e2e"), examples)
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [106, 0, 106]
+
+
 def test_a_group_in_a_file_is_a_string_or_an_integer(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "group": 1}\n{"text": "b", "group": "x"}\n')

@@ -322,7 +322,7 @@ def test_files_of_several_kinds_are_named(capsys):
     assert "train is classification, val is classification, test is regression" in last(capsys)
     Path("pairs.jsonl").write_text(json.dumps({"text": "a", "text_b": "b", "label": "yes"}))
     assert train.main(["--model=tiny-random", files[0], "--test_file=pairs.jsonl"]) == 2
-    assert "of the files only test has pairs" in last(capsys)
+    assert "text_b, for pairs, is only in the examples of test" in last(capsys)
 
 
 def test_a_question_is_refused_where_nothing_is_asked(capsys):

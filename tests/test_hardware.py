@@ -189,6 +189,7 @@ def test_the_table_runs_and_knows_the_published_sizes(capsys):
         and memory.main(["--rnak=3"])
         == memory.main(["--optimizer=foo"])
         == memory.main(["--length=-5"])
+        == memory.main(["--micro_batch_size=8"])
         == 2
     )
     assert "did you mean 'rank'" in capsys.readouterr().err

@@ -32,7 +32,8 @@ def test_the_table_has_a_row_for_each_arm(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     toy = ["--model=tiny-random", "--target_modules=q_proj,v_proj", "--domains=toy-sentiment"]
     assert sharpness.main([*toy, "--arms=lora,dora", "--steps=2"]) == 0
-    head, *lines = capsys.readouterr().out.splitlines()
+    head, *lines, note = capsys.readouterr().out.splitlines()
+    assert note == "–: results/study has no chosen rate yet: python -m tools.study chooses it"
     assert head.split()[-4:] == ["2", "steps", "chosen", "rate"]
     assert [line.split()[:2] for line in lines] == [[toy[2][10:], arm] for arm in ("lora", "dora")]
     for line in lines:

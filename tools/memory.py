@@ -61,6 +61,11 @@ class Memory:
 def check(memory):
     """Raises ValueError for settings that make no sense."""
     settings.at_least(memory, rank=1, length=1, batch_size=1, micro_batch_size=0)
+    if memory.micro_batch_size > memory.batch_size:
+        raise ValueError(
+            f"micro_batch_size={memory.micro_batch_size} is more than "
+            f"batch_size={memory.batch_size}"
+        )
     if memory.optimizer not in ("adamw", "adamw8bit"):
         raise ValueError(f"unknown optimizer {memory.optimizer!r}: choose adamw, adamw8bit")
     if not all(number.isdigit() and int(number) > 1 for number in memory.devices):

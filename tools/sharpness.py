@@ -113,6 +113,8 @@ def print_table(sharpness):
     for domain, arm, *values in tqdm(rows(given, steps, rate), total=total, unit="arm"):
         texts = ["–" if value is None else f"{value:.3g}" for value in values]
         tqdm.write(f"{domain:16}{arm:18}" + "".join(f"{text:>16}" for text in texts))
+    if "–" in texts:
+        print(f"–: {given.results} has no chosen rate yet: python -m tools.study chooses it")
 
 
 def main(arguments):
