@@ -121,6 +121,13 @@ def test_the_choice_of_rates_reaches_the_optimum_and_has_tried_all_its_neighbour
     assert {(100, tuple(near.values())) for near in study.neighbours(found)} <= set(tried)
 
 
+@pytest.mark.parametrize("end", [0, -1])
+def test_a_choice_at_the_edge_of_the_grid_is_refused(end, monkeypatch):
+    bowl(monkeypatch, {100: (1e-2, study.GRID[end])})
+    with pytest.raises(ValueError, match=f"upper_lr={study.GRID[end]:g} is at the edge"):
+        study.climb(Study(), None, "a", 100, "bidora")
+
+
 def test_the_choice_of_rates_stays_on_a_plateau(monkeypatch):
     bowl(monkeypatch, {100: (1e-4, 0.1)}, floor=1e9)
     assert study.climb(Study(), None, "a", 100, "bidora") == study.ARMS["bidora"].rates

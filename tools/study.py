@@ -45,7 +45,7 @@ from tools.arms import ARMS, EFFECTS, GROUPS
 from tools.differences import of_group, tables
 from tools.results import mend, read_results, save
 
-GRID = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]  # of every rate
+GRID = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0]  # of every rate
 TUNING_SEEDS = (1000, 1001, 1002)
 SMALL = ("similarity",)  # domains with too few examples to choose rates with more than 100
 
@@ -141,9 +141,14 @@ def run(study, pool, name, domain, size, arm, seed, rates, **more):
 
 
 def neighbours(rates):
-    """The points of the grid around one, each with one rate moved by one place."""
+    """
+    The points of the grid around one, each with one rate moved by one place. Raises ValueError at
+    the grid's edge.
+    """
     for name, value in rates.items():
         place = GRID.index(value)
+        if place in (0, len(GRID) - 1):
+            raise ValueError(f"{name}={value:g} is at the edge of tools/study.py's GRID: extend it")
         for near in (place - 1, place + 1):
             yield rates | {name: GRID[near]}
 
