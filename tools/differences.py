@@ -20,12 +20,13 @@ MEASURES = {
 
 def of_group(results, group):
     """
-    The results of a group's runs, without those for the rates. group: one of tools/arms.py, or a
-    Study, which has the same names.
+    The results of a group's runs, without those for the rates, in the order of its domains. group:
+    one of tools/arms.py, or a Study, which has the same names.
     """
     main = [r for r in results if r["set"] == "main" and str(r["size"]) in group.sizes]
     main = [r for r in main if r["method"] in group.arms and r["domain"] in group.domains]
-    return [r for r in main if r["seed"] < group.seeds]
+    main = [r for r in main if r["seed"] < group.seeds]
+    return sorted(main, key=lambda r: group.domains.index(r["domain"]))
 
 
 def collect(results, size, measure):
