@@ -40,6 +40,12 @@ def test_the_table_has_a_row_for_each_arm(tmp_path, monkeypatch, capsys):
         *values, rate = line.split()[2:]
         assert all(float(value) > 0 for value in values) and rate == "–"
 
+    # The note is for any row, not only for the last.
+    chosen = iter([None, 1e-3])
+    monkeypatch.setattr(sharpness, "rows", lambda *_: (("a", "b", 1.0, 2.0, r) for r in chosen))
+    assert sharpness.main(toy) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == note
+
     assert sharpness.main(["--arms=doar"]) == 2
     out, error = capsys.readouterr()
     assert out == "" and error.startswith("error: unknown arms 'doar'; did you mean 'dora'")

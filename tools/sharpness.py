@@ -109,11 +109,12 @@ def print_table(sharpness):
 
     columns = ("at the start", f"after {steps} steps", "chosen rate")
     print(f"{'λ_max':34}" + "".join(f"{name:>16}" for name in columns))
-    total = len(given.domains) * len(given.arms)
+    total, open_choices = len(given.domains) * len(given.arms), 0
     for domain, arm, *values in tqdm(rows(given, steps, rate), total=total, unit="arm"):
         texts = ["–" if value is None else f"{value:.3g}" for value in values]
         tqdm.write(f"{domain:16}{arm:18}" + "".join(f"{text:>16}" for text in texts))
-    if "–" in texts:
+        open_choices += values[-1] is None
+    if open_choices:
         print(f"–: {given.results} has no chosen rate yet: python -m tools.study chooses it")
 
 
