@@ -80,6 +80,10 @@ def check_budget(config, bilevel, hypergradient):
         f"hypergradient_steps={steps} is more than upper_every={every}: an upper-level step can "
         f"only differentiate through the lower-level steps since the previous one",
     )
+    check_micro_batch(config)
+
+
+def check_micro_batch(config):
     micro, batch = config.micro_batch_size, config.batch_size
     refuse(micro > batch, f"micro_batch_size={micro} is more than batch_size={batch}")
 

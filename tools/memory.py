@@ -15,6 +15,7 @@ from support import settings
 from support.files import read_json
 from support.hardware import linear_shapes, need, sent
 from support.pretrained import find_model
+from support.rules import check_micro_batch
 
 # Published config.json values: a name of NAMES each
 QWEN25 = {
@@ -61,11 +62,7 @@ class Memory:
 def check(memory):
     """Raises ValueError for settings that make no sense."""
     settings.at_least(memory, rank=1, length=1, batch_size=1, micro_batch_size=0)
-    if memory.micro_batch_size > memory.batch_size:
-        raise ValueError(
-            f"micro_batch_size={memory.micro_batch_size} is more than "
-            f"batch_size={memory.batch_size}"
-        )
+    check_micro_batch(memory)
     if memory.optimizer not in ("adamw", "adamw8bit"):
         raise ValueError(f"unknown optimizer {memory.optimizer!r}: choose adamw, adamw8bit")
     if not all(number.isdigit() and int(number) > 1 for number in memory.devices):
