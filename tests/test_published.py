@@ -237,6 +237,14 @@ def test_tracing_changes_no_result(elsewhere):
     assert len(traced["trace"]["moved"]) == 3 and traced["trace"]["moved"][-1] > 0
 
 
+@pytest.mark.parametrize("name", ["neumann", "unrolled"])
+def test_an_indirect_part_with_a_rate_of_nothing_is_nothing(name, elsewhere):
+    """Both parts are taken at the same V: neumann's is the one before the last kept step."""
+    rate = ["--hypergradient_lr=1e-12", f"--hypergradient={name}"]
+    found = published.train(published.read_config([*TOY, "--trace", *rate]))
+    assert max(found["trace"]["indirect"]) < 1e-6
+
+
 def test_the_trace_of_the_first_order_hypergradient_has_no_indirect_part(elsewhere):
     """Within 1e-5 of the direct part: fp32."""
     arguments = [*TOY, "--trace", "--hypergradient=first_order"]

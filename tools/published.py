@@ -20,7 +20,16 @@ import torch
 
 import train as program
 from bidora import linear_layers
-from hypergrad import BilevelOptimizer, MicroBatches, dot, in_training, val_gradients
+from hypergrad import (
+    BilevelOptimizer,
+    MicroBatches,
+    assign,
+    dot,
+    first_order,
+    in_training,
+    restored,
+    total_gradient,
+)
 from support import settings
 from support.files import read_json, write_json
 
@@ -69,9 +78,11 @@ class ObservedOptimizer(BilevelOptimizer):
     def upper_step(self, loss_fn, train_batch, val_batch):
         parts = val_batch if isinstance(val_batch, MicroBatches) else [val_batch]
         losses = [functools.partial(loss_fn, self.model, part) for part in parts]
-        weights = [*self.lower, *self.base] if self.drift else []
-        with in_training(self.model, ()), differentiable(self.base):
-            v, direct = val_gradients(losses, weights, self.upper, self.reduce)
+        direct = self.direct(losses) if self.trace is not None else None
+        if self.drift:
+            weights = [*self.lower, *self.base]
+            with in_training(self.model, ()), differentiable(self.base):
+                v = total_gradient(losses, weights, self.reduce)
 
         loss = super().upper_step(loss_fn, train_batch, val_batch)
         if self.trace is not None:
@@ -88,6 +99,16 @@ class ObservedOptimizer(BilevelOptimizer):
                 for weight, x in zip(weights, v):
                     weight.sub_(x, alpha=length)
         return loss
+
+    def direct(self, losses):
+        """
+        ∂F/∂m at the V where the hypergradient takes it: neumann and conjugate_gradient look back to
+        before the last step that was kept.
+        """
+        with restored(self.lower), in_training(self.model, ()):
+            if self.past and self.looks_back and "steps" not in self.takes:
+                assign(self.lower, self.past[-1].values)
+            return first_order(None, losses, self.lower, self.upper, reduce=self.reduce)
 
 
 @contextlib.contextmanager
