@@ -204,6 +204,31 @@ def test_the_readme_quotes_the_study_s_gap_at_400_examples():
     assert_pairs(paired(*scores), f"-{below}", p)
 
 
+def test_the_readme_quotes_the_ablation():
+    domains = ["similarity", "movie-sentiment", "peptides"]
+    [cost] = re.findall(r"transposed layers, which cost (\d+) points on MiniLM", README)
+    [(fixed, p, seeds)] = re.findall(
+        r"a magnitude that stays fixed costs (\S+) points on one of three tasks \(p = (\S+), "
+        r"(\w+) seeds\)",
+        README,
+    )
+    arms = {
+        arm: measured(STUDY, arm, domains)
+        for arm in ("as-written", "written+transposed", "bidora", "first-order")
+    }
+    found = paired(arms["written+transposed"], arms["as-written"])
+    assert seeds == "twenty" and len(found) == 20
+    assert_quoted(f"-{cost}", statistics.mean(found))
+    assert wilcoxon(paired(arms["first-order"], arms["bidora"])).pvalue > 0.5
+
+    found = {
+        domain: paired(measured(STUDY, "m-fixed", [domain]), measured(STUDY, "bidora", [domain]))
+        for domain in domains
+    }
+    assert_pairs(found.pop("similarity"), f"-{fixed}", p)
+    assert all(wilcoxon(others).pvalue > 0.4 for others in found.values())
+
+
 def section_of(heading):
     """The text below a heading of docs/results.md, up to the next one."""
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
@@ -226,9 +251,10 @@ def tables_of(heading):
         ("Each at its chosen rate", COMPARISON, 10, 4),
         ("All at one rate", ONE_RATE, 10, 6),
         ("An encoder, five tasks, twenty seeds", STUDY, 20, 12),
-        ("Which difference matters", STUDY, 10, 6),
+        ("Which difference matters", STUDY, 20, 3),
+        ("Along which hypergradient", STUDY, 20, 3),
     ],
-    ids=["best", "same", "encoder", "differences"],
+    ids=["best", "same", "encoder", "differences", "hypergradients"],
 )
 def test_the_tables_are_what_their_runs_measured(heading, runs, seeds, count):
     titled = r"(?m)^\*\*(.*) score, points of 100, (\d+) examples\*\*.*\n\n((?:\|.*\|\n)+)"
@@ -310,7 +336,7 @@ LOSSES = [(split, "loss") for split in ("test", "train")]
 def test_the_tables_of_the_decoder_are_what_its_runs_measured(domain, columns):
     found = [r for r in lines_of("results/smollm2") if r["domain"] == domain]
     found.sort(key=lambda r: r["seed"])
-    headings = ("Text from data, three seeds", "Which difference matters")
+    headings = ("Text from data, three seeds", "On a decoder")
     tables = [t for heading in headings for t in tables_of(heading) if "seeds 0" in t[0][1]]
     _, _, *rows = tables[domain != "e2e"]
     assert len(tables) == 2 and len(rows) == (4 if domain == "e2e" else 5)

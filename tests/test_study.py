@@ -242,6 +242,26 @@ def test_the_pictures_and_the_tables_are_drawn_from_results(picture, compared, c
     assert Path(f"docs/{picture}.png").stat().st_size > 5000
 
 
+def test_traces_are_drawn_and_summed_up(capsys):
+    from tools import figures
+
+    trace = {"indirect": [0.1, 0.3, 0.5], "cosine": [-0.4, -0.2, 0.1], "moved": [0.01, 0.04]}
+    shown = list(figures.SHOWN)
+    results = [found | {"trace": trace} for found in draws(domains=("peptides",), compared=shown)]
+    for found in results:
+        if found["method"] != shown[-1]:
+            save("results/study", found, None)
+    Path("docs").mkdir()
+    assert figures.main(["--only=search"]) == 2
+    assert f"no run of {shown[-1]} has a trace" in capsys.readouterr().err
+
+    save("results/study", results[-1], None)
+    assert figures.main(["--only=search"]) == 0
+    assert Path("docs/search.png").stat().st_size > 5000
+    lines = list(tables(results, shown, -1))
+    assert sum(line.endswith("| 0.3 | -0.20 | 4.0 % |") for line in lines) == len(shown)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -113,6 +113,6 @@ GROUPS = {
         sign=1,
     ),
     "controls": Group(("bidora", *CONTROLS), SOME, sign=1),
-    "paper": Group((*PAPER, "bidora", "dora-two-phases"), SOME, seeds=10),
-    "hypergradients": Group(("bidora", *HYPERGRADIENTS, "dora-two-phases"), SOME, seeds=10),
+    "paper": Group((*PAPER, "bidora", "dora-two-phases"), SOME),
+    "hypergradients": Group(("bidora", *HYPERGRADIENTS, "dora-two-phases"), SOME),
 }

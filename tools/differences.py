@@ -110,14 +110,17 @@ def difference_cell(found):
 
 def traced(results):
     """
-    Of runs with a trace, as text: the median of ‖indirect part‖ / ‖∂F/∂m‖ over all upper-level
-    steps, and how far m moved in the mean.
+    Of runs with a trace, as text: ‖indirect part‖ / ‖∂F/∂m‖ and the cosine of the two, medians over
+    all upper-level steps, and how far m moved in the mean.
     """
     traces = [r["trace"] for r in results if r.get("trace")]
     if not traces:
-        return "–", "–"
-    ratio = numpy.median([x for trace in traces for x in trace["indirect"]])
-    return f"{ratio:.2g}", f"{100 * numpy.mean([trace['moved'][-1] for trace in traces]):.1f} %"
+        return "–", "–", "–"
+    ratio, cosine = (
+        numpy.median([x for trace in traces for x in trace[key]]) for key in ("indirect", "cosine")
+    )
+    moved = numpy.mean([trace["moved"][-1] for trace in traces])
+    return f"{ratio:.2g}", f"{cosine:+.2f}" if ratio else "–", f"{100 * moved:.1f} %"
 
 
 def tables(results, arms, sign):
@@ -139,7 +142,7 @@ def tables_at(size, results, arms, sign):
         values = collect(results, size, measure)
         yield from (f"**{title}**: mean ± standard deviation (seeds)", "")
         shown = measure == "test score" and any("trace" in r for r in results)
-        titles = ["arm", *head, *(["indirect / direct", "m moves by"] if shown else [])]
+        titles = ["arm", *head, *(["indirect / direct", "cosine", "m moves by"] if shown else [])]
         yield row(*titles)
         yield row(*["---"] * len(titles))
         for arm in arms:

@@ -6,8 +6,9 @@ The pictures of README.md and docs/, drawn from committed files in a few seconds
 
 phases.png: who trains on what in BiDoRA's three phases. compare.png: BiDoRA minus each other method
 on SmolLM2, from results/; study.png: the same on an encoder, from results/study/; ablation.png and
-hypergradients.png: its groups paper and hypergradients, each arm minus the group's first.
-speed.png: two tables of docs/speed.md, as bars.
+hypergradients.png: its groups paper and hypergradients, each arm minus the group's first;
+search.png: their hypergradients in the course of search. truth.png: hypergradients beside a solved
+lower level, from results/resolved/. speed.png: two tables of docs/speed.md, as bars.
 Colours are Okabe and Ito's. Line styles, markers and hatching serve black and white.
 """
 
@@ -17,27 +18,30 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
 from support import settings
 from support.files import make_folder, replacing
+from tools import resolved
 from tools.arms import GROUPS
 from tools.differences import MEASURES, differences, of_group
 from tools.results import COMPARED, load_results
 
 ORANGE, SKY, BLUE = "#E69F00", "#56B4E9", "#0072B2"
+GREEN, VERMILION, PURPLE = "#009E73", "#D55E00", "#CC79A7"
 DTYPES = {"bf16": (BLUE, ""), "fp32": (ORANGE, "////")}  # colour and hatching
-
-
+LINES = (BLUE, ORANGE, VERMILION, SKY, GREEN, PURPLE, "black")
+SHOWN = ("as-written", "written+identity", "as-published", "m-fixed", "identity", "unrolled-adam")
 PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text that crosses a line
 
 
 @dataclass
 class Figures:
-    only: str = ""  # one picture: phases, compare, study, ablation, hypergradients or speed;
-    #: empty: all of them
+    only: str = ""  # one picture: phases, compare, study, ablation, hypergradients, search,
+    #: truth or speed; empty: all of them
     results: str = "results"  # of tools.compare; in its study/, those of tools.study
     docs: str = "docs"  # where speed.md is read and the pictures are written
 
@@ -191,14 +195,20 @@ def differences_of(parts, arms, domains, sign, tool):
     what = f"{first} minus the other" if sign == 1 else f"the arm minus {first}"
     for axes, measure in zip(panels[-1], MEASURES):
         axes.set_xlabel(f"{measure}: {what}, points")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles))
-    figure.legend(unique.values(), unique, loc="outside upper center", ncols=3, frameon=False)
+    where = {"loc": "outside upper center", "ncols": 3, "frameon": False}
+    figure.legend(*unique_labels(panels[0, 0]), **where)
     return figure
 
 
+def unique_labels(axes):
+    """(handles, labels) of a panel's legend, each label once."""
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles))
+    return unique.values(), unique
+
+
 def dots(axes, found, arms, domains):
-    """A panel of `differences_of`: the differences of the arms in one measure."""
+    """A panel: the differences of the arms in one measure."""
     for (domain, arm), (_, mean, half, *_) in found.items():
         if arm not in arms:  # not yet in every domain
             continue
@@ -214,6 +224,73 @@ def dots(axes, found, arms, domains):
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(-0.6, len(arms) - 0.4)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def curve(axes, i, *points, **style):
+    """The i-th line of a panel."""
+    look = {"color": LINES[i], "marker": "osv^DXP"[i], "linestyle": ("-", "--", "-.", ":")[i % 4]}
+    axes.plot(*points, markersize=5, **look, **style)
+
+
+def search(folder):
+    """
+    The indirect part of the hypergradient beside the direct one, ∂F/∂m, at each upper-level step:
+    their ratio and their cosine, medians over tasks and seeds, of the results of tools.study.
+    """
+    results = load_results(f"{folder}/study")
+    runs = of_group(results, GROUPS["paper"]) + of_group(results, GROUPS["hypergradients"])
+    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for i, arm in enumerate(SHOWN):
+        traces = [r["trace"] for r in runs if r["method"] == arm and "trace" in r]
+        if not traces:
+            raise ValueError(f"no run of {arm} has a trace: python -m tools.study makes them")
+        for axes, key in zip(panels, ("indirect", "cosine")):
+            medians = numpy.median([trace[key] for trace in traces], axis=0)
+            curve(axes, i, range(1, 1 + len(medians)), medians, label=arm)
+
+    panels[0].set(yscale="log", ylabel="‖indirect part‖ / ‖∂F/∂m‖")
+    panels[1].set(ylim=(-1, 1), ylabel="their cosine")
+    for axes in panels:
+        axes.set_xlabel("upper-level step")
+        axes.spines[["top", "right"]].set_visible(False)
+    where = {"loc": "outside upper center", "ncols": 3, "frameon": False}
+    figure.legend(*panels[0].get_legend_handles_labels(), **where)
+    return figure
+
+
+def truth(folder):
+    """
+    The error of each hypergradient beside a lower level that is solved again, and what a search
+    along it gives, of the results of tools.resolved.
+    """
+    given = resolved.Resolved(results=f"{folder}/resolved")
+    runs, results = resolved.results_of(given)
+    found = differences(results, 100, "test score", resolved.ARMS[0], -1)
+    arms = [arm for arm in resolved.ARMS if ("all", arm) in found]
+    if not arms or not runs:
+        raise ValueError("too few results: python -m tools.resolved makes them")
+
+    figure = Figure(figsize=(8.6, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = [arm for arm in resolved.SEARCHES if arm not in ("unrolled-5", "adam-1")]
+    for i, arm in enumerate(shown):
+        after = resolved.errors_of(runs, arm)
+        curve(left, i, [*map(str, after)], [error for error, _ in after.values()], label=arm)
+    left.set(
+        yscale="log",
+        xlabel="lower-level steps before it is measured",
+        ylabel="error / length of the truth",
+    )
+    left.axhline(1, color="black", linewidth=1, linestyle=":")
+    left.spines[["top", "right"]].set_visible(False)
+    left.legend(fontsize=8, frameon=False)
+
+    dots(right, found, arms, given.domains)
+    right.invert_yaxis()
+    right.set_xlabel(f"test score minus that of {resolved.ARMS[0]}, points")
+    right.legend(*unique_labels(right), fontsize=8, frameon=False)
+    return figure
 
 
 def rows(path, section):
@@ -294,6 +371,8 @@ def draw(figures):
         "study": lambda: study(figures.results, "methods"),
         "ablation": lambda: study(figures.results, "paper"),
         "hypergradients": lambda: study(figures.results, "hypergradients"),
+        "search": lambda: search(figures.results),
+        "truth": lambda: truth(figures.results),
         "speed": lambda: speed(Path(figures.docs) / "speed.md"),
     }
     if figures.only and figures.only not in pictures:

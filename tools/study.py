@@ -242,6 +242,15 @@ def to_tune(study):
     return found
 
 
+def start_pool(workers):
+    """A pool of processes that share the CPU's cores."""
+    # Of the workers, which start afresh: they read it when torch is imported.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    context = multiprocessing.get_context("spawn")
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process, which ends the workers
+    return ProcessPoolExecutor(workers, context, signal.signal, ignore)
+
+
 @contextlib.contextmanager
 def ended_with(pool):
     """End the pool's processes with the block, at once if it fails or is interrupted."""
@@ -268,11 +277,7 @@ def work(study, chosen, tuning=()):
     (domain, size, arm) in tuning.
     """
     mend(study.results)
-    # Of the workers, which start afresh: they read it when torch is imported.
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // study.workers))
-    context = multiprocessing.get_context("spawn")
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process, which ends the workers
-    pool = ProcessPoolExecutor(study.workers, context, signal.signal, ignore)
+    pool = start_pool(study.workers)
 
     def do(job, rates):
         name, (domain, size, arm, seed) = job
