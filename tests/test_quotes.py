@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from scipy.stats import wilcoxon
 
-from tools import compare, results
+from tools import compare, resolved, results
 from tools.arms import GROUPS
 from tools.differences import of_group, tables
 
@@ -33,6 +33,7 @@ def lines_of(folder, which="main"):
 
 COMPARISON, EARLIER, STUDY = map(lines_of, ("results", "results/earlier", "results/study"))
 ONE_RATE = lines_of("results", "rate-0.001")
+SOLVED, ERRORS = lines_of("results/resolved"), lines_of("results/resolved", "errors")
 
 
 def text_of(lesson):
@@ -278,6 +279,33 @@ def test_the_tables_are_what_their_runs_measured(heading, runs, seeds, count):
                     assert_difference(cell, paired(measured(runs, against, *kind), values))
 
 
+def test_the_tables_of_the_solved_layer_are_what_its_runs_measured():
+    errors, losses, scores, differences = tables_of("With the lower level solved")
+    (_, *steps), _, *rows = errors
+    for arm, *cells in rows:
+        for after, cell in zip(steps, cells):
+            found = [r["errors"][after][arm.strip("`")] for r in ERRORS if "errors" in r]
+            for quote, values in zip(cell.split(", "), zip(*found)):
+                assert quote in (f"{(x := statistics.median(values)):.2g}", f"{x:+.2f}")
+
+    (_, *domains, _), _, *rows = losses
+    for arm, *cells, _ in rows:
+        for domain, cell in zip(domains, cells):
+            kind = {"method": arm.strip("`"), "domain": domain.strip("`")}
+            found = [r for r in SOLVED if kind.items() <= r.items() and "val" in r]
+            val, test, count = re.fullmatch(r"(\S+), (\S+) \((\d+)\)", cell).groups()
+            assert count == str(len(found))
+            assert_quoted(val, statistics.mean(r["val"] for r in found))
+            assert_quoted(test, statistics.mean(r["after"]["test"]["loss"] for r in found))
+
+    against = measured([r for r in SOLVED if "after" in r], "first-order", domains_of(SOLVED))
+    for arm, *_, cell in differences[2:]:
+        done = [r for r in SOLVED if "after" in r]
+        ours = measured(done, arm.strip("`"), domains_of(SOLVED))
+        assert_difference(cell, paired(ours, against))
+    assert len(scores) == len(differences) + 1 == len(losses)
+
+
 def test_the_rates_of_the_study_are_those_of_its_runs():
     tables = tables_of("An encoder, five tasks, twenty seeds")
     tables = [table for table in tables if table[0][0].endswith(" examples")]
@@ -321,6 +349,15 @@ def test_the_rows_of_the_tables_are_the_report_s(name):
     rows = [line for line in lines if line.startswith("| `") or "AMD" in line]
     scores = len(rows) // 2 if name in ("paper", "hypergradients") else len(rows)
     assert len(rows) > 10 and not [line for line in rows[:scores] if line not in text]
+
+
+def test_the_rows_of_the_solved_layer_are_the_report_s():
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    given = resolved.Resolved(results=ROOT / "results" / "resolved")
+    errors, runs = resolved.results_of(given)
+    scores = [line for line in tables(runs, resolved.ARMS, -1) if line.startswith("| `")]
+    lines = [*resolved.error_table(errors), *resolved.loss_table(runs), *scores[: len(scores) // 2]]
+    assert not [line for line in lines if line.startswith("| `") and line not in text]
 
 
 LOSSES = [(split, "loss") for split in ("test", "train")]

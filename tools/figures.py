@@ -289,7 +289,7 @@ def truth(folder):
     dots(right, found, arms, given.domains)
     right.invert_yaxis()
     right.set_xlabel(f"test score minus that of {resolved.ARMS[0]}, points")
-    right.legend(*unique_labels(right), fontsize=8, frameon=False)
+    right.legend(*unique_labels(right), loc=(0.02, 0.35), fontsize=8, frameon=False)
     return figure
 
 
