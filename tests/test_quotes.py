@@ -298,11 +298,10 @@ def test_the_tables_of_the_solved_layer_are_what_its_runs_measured():
             assert_quoted(val, statistics.mean(r["val"] for r in found))
             assert_quoted(test, statistics.mean(r["after"]["test"]["loss"] for r in found))
 
-    against = measured([r for r in SOLVED if "after" in r], "first-order", domains_of(SOLVED))
+    done, domains = [r for r in SOLVED if "after" in r], domains_of(SOLVED)
+    against = measured(done, "first-order", domains)
     for arm, *_, cell in differences[2:]:
-        done = [r for r in SOLVED if "after" in r]
-        ours = measured(done, arm.strip("`"), domains_of(SOLVED))
-        assert_difference(cell, paired(ours, against))
+        assert_difference(cell, paired(measured(done, arm.strip("`"), domains), against))
     assert len(scores) == len(differences) + 1 == len(losses)
 
 

@@ -140,6 +140,11 @@ class Problem:
         lower = bidora.lower_parameters(model)
         return 0.5 / largest_eigenvalue(lambda: self.loss(model, "train"), lower)
 
+    def choice(self, arm):
+        """An arm's hypergradient, and a dict of its options; first order for those without any."""
+        name, options = SEARCHES.get(arm.removesuffix(SOLVED), ("first_order", {}))
+        return name, options | ({"alpha": self.alpha} if name == "neumann" else {})
+
     @torch.no_grad()
     def scores(self, model, split):
         """The scores and the loss on a split, {name: number}."""
@@ -168,14 +173,11 @@ def slopes(problem, model, directions):
 
 def hypergradient(problem, model, arm, adam):
     """dF/dm by an arm's function at the model's present state, (out,). adam: the lower AdamW."""
-    name, options = SEARCHES[arm]
-    options = options.copy()
+    name, options = problem.choice(arm)
     if options.pop("precondition", None):
         options |= {"adam": adam, "grad_clip": 1.0}
     elif name == "unrolled":
         options["lr"] = LOWER_LR
-    if name == "neumann":
-        options["alpha"] = problem.alpha
     losses = (functools.partial(problem.loss, model, split) for split in ("train", "val"))
     levels = bidora.lower_parameters(model), bidora.upper_parameters(model)
     return HYPERGRADIENTS[name].function(*losses, *levels, **options)[0]
@@ -221,9 +223,7 @@ def search(problem, arm):
     scores after retraining. Raises FloatingPointError where a level diverges.
     """
     model = copy.deepcopy(problem.model)
-    name, options = SEARCHES.get(arm.removesuffix(SOLVED), ("first_order", {}))
-    if name == "neumann":
-        options = options | {"alpha": problem.alpha}
+    name, options = problem.choice(arm)
     if arm == "m-joint":
         model[0].method = bidora.METHODS["dora"]
     rates = LOWER_LR, UPPER_LR, LOWER_STEPS
