@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def test_the_formula_is_within_40_percent_of_the_measured_peak(
 ):
     """
     Weights, training state and activations of one whole iteration on SmolLM2, in a fresh process,
-    in the dtype that the machine is fast in: the other one takes minutes.
+    in the dtype that the machine is fast in: the other one takes minutes. The memory that glibc
+    keeps of freed tensors differs between two runs by up to 200 MB, so it is made to return it.
     """
     dtype, _ = hardware.fast_dtype("cpu")
     code = f"""
@@ -84,7 +86,11 @@ print(peak() - start)
 """
     measured = int(
         subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)},
         ).stdout
     )
     computed = need(
