@@ -11,7 +11,7 @@ The adapter of a run with --transposed or --drift does not fit its base, so it i
 import contextlib
 import functools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -148,8 +148,12 @@ def train(config):
         name = "transposed" if config.transposed else "drift"
         raise ValueError(f"--{name} works neither with resume=True nor with method=ft")
 
-    if config.drift and not program.is_bilevel(config):
-        raise ValueError(f"--drift is of upper-level steps, which method={config.method} has not")
+    if config.drift:
+        if not program.is_bilevel(config):
+            raise ValueError(f"--drift is of upper-level steps, which method={config.method} lacks")
+        if config.dtype == "bfloat16":
+            raise ValueError("--drift needs dtype=float32: so short a step rounds away in bfloat16")
+        config = replace(config, dtype="float32")
 
     trace = {"indirect": [], "cosine": [], "moved": []} if config.trace else None
     base = []
