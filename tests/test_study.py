@@ -221,6 +221,7 @@ def test_sigterm_ends_the_workers_and_the_same_command_resumes():
         ("study", ["bidora", "dora"]),
         ("compare", ["bidora", "dora"]),
         ("ablation", ["as-written", "as-published"]),
+        ("back", ["as-published", "as-written"]),
         ("hypergradients", ["bidora", "first-order"]),
     ],
 )

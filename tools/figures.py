@@ -5,10 +5,11 @@ The pictures of README.md and docs/, drawn from committed files in a few seconds
     python -m tools.figures --only=study  one of them
 
 phases.png: who trains on what in BiDoRA's three phases. compare.png: BiDoRA minus each other method
-on SmolLM2, from results/; study.png: the same on an encoder, from results/study/; ablation.png and
-hypergradients.png: its groups paper and hypergradients, each arm minus the group's first;
-search.png: their hypergradients in the course of search. truth.png: hypergradients beside a solved
-lower level, from results/resolved/. speed.png: two tables of docs/speed.md, as bars.
+on SmolLM2, from results/; study.png: the same on an encoder, from results/study/. ablation.png,
+back.png and hypergradients.png: its groups paper, published and hypergradients, each arm minus the
+group's first; search.png: their hypergradients in the course of search. truth.png: hypergradients
+beside a solved lower level, from results/resolved/. speed.png: two tables of docs/speed.md, as
+bars.
 Colours are Okabe and Ito's. Line styles, markers and hatching serve black and white.
 """
 
@@ -40,8 +41,8 @@ PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text t
 
 @dataclass
 class Figures:
-    only: str = ""  # one picture: phases, compare, study, ablation, hypergradients, search,
-    #: truth or speed; empty: all of them
+    only: str = ""  # one picture: phases, compare, study, ablation, back, hypergradients,
+    #: search, truth or speed; empty: all of them
     results: str = "results"  # of tools.compare; in its study/, those of tools.study
     docs: str = "docs"  # where speed.md is read and the pictures are written
 
@@ -194,7 +195,7 @@ def differences_of(parts, arms, domains, sign, tool):
 
     what = f"{first} minus the other" if sign == 1 else f"the arm minus {first}"
     for axes, measure in zip(panels[-1], MEASURES):
-        axes.set_xlabel(f"{measure}: {what}, points")
+        axes.set_xlabel(f"{measure}, points:\n{what}")
     where = {"loc": "outside upper center", "ncols": 3, "frameon": False}
     figure.legend(*unique_labels(panels[0, 0]), **where)
     return figure
@@ -370,6 +371,7 @@ def draw(figures):
         "compare": lambda: compare(figures.results),
         "study": lambda: study(figures.results, "methods"),
         "ablation": lambda: study(figures.results, "paper"),
+        "back": lambda: study(figures.results, "published"),
         "hypergradients": lambda: study(figures.results, "hypergradients"),
         "search": lambda: search(figures.results),
         "truth": lambda: truth(figures.results),

@@ -52,7 +52,8 @@ SMALL = ("similarity",)  # domains with too few examples to choose rates with mo
 
 @dataclass
 class Study:
-    group: str = "methods"  # the comparison: methods, controls, paper or hypergradients
+    group: str = "methods"  # the comparison: methods, controls, paper, published or
+    #: hypergradients
     arms: tuple = ()  # what is compared; empty: the group's
     domains: tuple = ()  # built-in data sets; empty: the group's
     sizes: tuple = ()  # training examples, train and val together; empty: the group's
