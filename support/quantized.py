@@ -58,7 +58,7 @@ def pack(weight, kind):
 
 def return_freed_memory():
     """
-    Let glibc return the memory of temporary copies to the system, which it else keeps: for SmolLM2,
+    Let glibc return the memory of temporary copies to the system, which it would keep: for SmolLM2,
     whose packed weights take 110 MB, 400 MB after packing and up to 250 MB after adapting.
     """
     if sys.platform == "linux":

@@ -5,6 +5,7 @@ They are computed here from the lines of runs.jsonl and compared at the precisio
 only what is not computed here is compared with what tools/compare.py and tools/study.py report.
 """
 
+import collections
 import json
 import re
 import statistics
@@ -284,20 +285,27 @@ def test_the_tables_of_the_solved_layer_are_what_its_runs_measured():
     errors, losses, scores, differences = tables_of("With the lower level solved")
     (_, *steps), _, *rows = errors
     for arm, *cells in rows:
-        for after, cell in zip(steps, cells):
-            found = [r["errors"][after][arm.strip("`")] for r in ERRORS if "errors" in r]
+        for column, cell in zip(steps, cells):
+            domain, after = re.fullmatch(r"(?:`(.*)`, )?(\w+)", column).groups()
+            lines = [r for r in ERRORS if "errors" in r and domain in (None, r["domain"])]
+            found = [r["errors"][after][arm.strip("`")] for r in lines]
             for quote, values in zip(cell.split(", "), zip(*found)):
                 assert quote in (f"{(x := statistics.median(values)):.2g}", f"{x:+.2f}")
 
-    (_, *domains, _), _, *rows = losses
-    for arm, *cells, _ in rows:
-        for domain, cell in zip(domains, cells):
-            kind = {"method": arm.strip("`"), "domain": domain.strip("`")}
-            found = [r for r in SOLVED if kind.items() <= r.items() and "val" in r]
-            val, test, count = re.fullmatch(r"(\S+), (\S+) \((\d+)\)", cell).groups()
-            assert count == str(len(found))
+    (_, *columns), _, *rows = losses
+    for place, column in enumerate(columns, 1):
+        domain, count = re.fullmatch(r"`(.*)` \((\d+)\)", column).groups()
+        of_domain = [r for r in SOLVED if r["domain"] == domain and "val" in r]
+        arms = collections.Counter(r["seed"] for r in of_domain)
+        shared = [seed for seed, number in arms.items() if number == len(rows)]
+        assert count == str(len(shared))
+        for row in rows:
+            found = [r for r in of_domain if r["method"] == row[0].strip("`")]
+            found = [r for r in found if r["seed"] in shared]
+            val, test, moved = row[place].split(", ")
             assert_quoted(val, statistics.mean(r["val"] for r in found))
             assert_quoted(test, statistics.mean(r["after"]["test"]["loss"] for r in found))
+            assert moved == f"{statistics.mean(r['moved'] for r in found):.0%}"
 
     done, domains = [r for r in SOLVED if "after" in r], domains_of(SOLVED)
     against = measured(done, "first-order", domains)

@@ -78,7 +78,8 @@ def test_results_are_kept_tabulated_and_drawn(monkeypatch, capsys):
     assert resolved.main(arguments) == 0  # all is there
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| `cg-100`") for line in lines) == 6
-    assert "| lower-level steps | 3 | 6 | solved |" in lines
+    assert "| lower-level steps | 3 | 6 | solved | `toy-sentiment`, solved |" in lines
+    assert "| arm | `toy-sentiment` (6) |" in lines
 
     monkeypatch.setattr(resolved, "Resolved", functools.partial(Resolved, domains=options.domains))
     assert figures.main(["--only=truth"]) == 0

@@ -4,7 +4,7 @@ What tools/study.py compares: the arms, each a run's settings, and the groups of
     methods          the methods, and DoRA in BiDoRA's phases
     controls         BiDoRA with one of its parts changed: what it holds out, and how much
     paper            from BiDoRA as written to its published program, one change at a time
-    published        and back, from the program to the paper
+    published        and back: the program without (a minus) one of its changes
     hypergradients   BiDoRA along each of them, and at other rates of its magnitudes
 """
 
@@ -22,7 +22,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Group:
-    arms: tuple  # the first is compared with each other
+    arms: tuple  # the first is compared with each of the others
     domains: tuple  # built-in data sets
     seeds: int = 20
     sizes: tuple = ("100",)  # training examples, train and val together

@@ -40,17 +40,18 @@ RADIUS = 0.01  # Betty's darts_alpha
 class Published(program.Config):
     transposed: bool = False  # the adapted layers compute x·W where the base computes x·Wᵀ, as
     #: loralib/bidora.py does (github.com/t2ance/BiDoRA, commit e7922af); they must be square
-    drift: bool = False  # each upper-level step leaves every weight, the base's too, 0.01 further
-    #: down the val loss; retraining begins at the original weights. So it is with Betty 0.1.1,
-    #: which the program uses: hypergradient/darts.py takes a finite difference at θ ± ε·v, and goes
-    #: back with p.data.add(…), which changes nothing, not add_(…)
+    drift: bool = False  # each upper-level step moves all weights, the base's too, by a step of
+    #: length 0.01 down the val loss's gradient, in float32; retraining begins at the original
+    #: weights. So it is with Betty 0.1.1, which the program uses: hypergradient/darts.py takes a
+    #: finite difference at θ ± ε·v, and goes back with p.data.add(…), which changes nothing, not
+    #: add_(…)
     trace: bool = False  # print how the indirect part of the hypergradient compares with the direct
     #: one, ∂F/∂m, and how far m moves; summary.json has it for each upper-level step
 
 
 class ObservedOptimizer(BilevelOptimizer):
     """
-    BilevelOptimizer that drifts as Betty does, or keeps a trace, a list of numbers each, one an
+    BilevelOptimizer that may drift as Betty does, and may keep a trace, lists of one number an
     upper-level step: {"indirect": ‖indirect‖ / ‖direct‖ of the hypergradient's parts, "cosine": of
     their angle, "moved": ‖m - m0‖ / ‖m0‖}.
 
@@ -141,7 +142,8 @@ def read_config(arguments):
 def train(config):
     """
     train.train for a Published; without its three settings it is that function. Returns its
-    summary, with "trace" if asked for. Raises as train.train does.
+    summary, with "trace" if asked for. Raises as train.train does, and ValueError where the three
+    settings do not fit the others.
     """
     altered = config.transposed or config.drift
     if altered and (config.resume or config.method == "ft"):

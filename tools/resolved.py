@@ -292,35 +292,42 @@ def errors_of(results, arm):
 
 
 def error_table(results):
-    """Lines of Markdown: `errors_of` all arms."""
+    """Lines of Markdown: `errors_of` all arms, and those at the end for each domain."""
+    domains = list(dict.fromkeys(r["domain"] for r in results))
     yield from ("**Error relative to the truth, and cosine**: medians over tasks and seeds", "")
-    yield row("lower-level steps", *AFTER, "solved")
-    yield row(*["---"] * (2 + len(AFTER)))
+    yield row("lower-level steps", *AFTER, "solved", *(f"`{domain}`, solved" for domain in domains))
+    yield row(*["---"] * (2 + len(AFTER) + len(domains)))
     for arm in SEARCHES:
-        cells = (
-            f"{error:.2g}, {cosine:+.2f}" for error, cosine in errors_of(results, arm).values()
-        )
-        yield row(f"`{arm}`", *cells)
+        pairs = list(errors_of(results, arm).values())
+        for domain in domains:
+            of_domain = [r for r in results if r["domain"] == domain]
+            pairs.append(errors_of(of_domain, arm)["solved"])
+        yield row(f"`{arm}`", *(f"{error:.2g}, {cosine:+.2f}" for error, cosine in pairs))
     yield ""
 
 
 def loss_table(results):
-    """Lines of Markdown: by domain, the means of the val loss at V*(m) and of the test loss."""
-    domains = list(dict.fromkeys(r["domain"] for r in results))
-    title = "**Val loss at V*(m) after search, and test loss after retraining**: means (seeds)"
-    yield from (title, "")
-    yield row("arm", *(f"`{domain}`" for domain in domains), "m moves by")
-    yield row(*["---"] * (2 + len(domains)))
+    """
+    Lines of Markdown: by domain, the means of the val loss at V*(m), of the test loss and of how
+    far m moves, over the seeds that all arms have.
+    """
+    found = {}  # of each domain and seed, each arm's values
+    for r in results:
+        values = r["val"], r["after"]["test"]["loss"], r["moved"]
+        found.setdefault(r["domain"], {}).setdefault(r["seed"], {})[r["method"]] = values
+    shared = {
+        domain: [by_arm for by_arm in seeds.values() if by_arm.keys() == set(ARMS)]
+        for domain, seeds in found.items()
+    }
+
+    title = "**Val loss at V*(m) after search, test loss after retraining, how far m moves**"
+    yield from (f"{title}: means over the seeds that all arms have", "")
+    yield row("arm", *(f"`{domain}` ({len(seeds)})" for domain, seeds in shared.items()))
+    yield row(*["---"] * (1 + len(shared)))
     for arm in ARMS:
-        found, cells = [r for r in results if r["method"] == arm], []
-        for domain in domains:
-            losses = [
-                (r["val"], r["after"]["test"]["loss"]) for r in found if r["domain"] == domain
-            ]
-            means = numpy.mean(losses, axis=0) if losses else (numpy.nan, numpy.nan)
-            cells.append("{:.3f}, {:.3f} ({})".format(*means, len(losses)))
-        moved = numpy.mean([r["moved"] for r in found]) if found else numpy.nan
-        yield row(f"`{arm}`", *cells, f"{moved:.0%}")
+        of_arm = [[by_arm[arm] for by_arm in seeds] for seeds in shared.values()]
+        means = (numpy.mean(values, axis=0) if values else (numpy.nan,) * 3 for values in of_arm)
+        yield row(f"`{arm}`", *("{:.3f}, {:.3f}, {:.0%}".format(*values) for values in means))
     yield ""
 
 
