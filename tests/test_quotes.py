@@ -17,7 +17,7 @@ from scipy.stats import wilcoxon
 
 from tools import compare, resolved, results
 from tools.arms import GROUPS
-from tools.differences import of_group, tables
+from tools.differences import of_group, tables, traced
 
 ROOT = Path(__file__).parents[1]
 README, RESULTS = (
@@ -355,8 +355,8 @@ def test_the_rows_of_the_tables_are_the_report_s(name):
     else:
         lines = compare.report(results.load_results(ROOT / "results", name))
     rows = [line for line in lines if line.startswith("| `") or "AMD" in line]
-    traced = name in ("paper", "published", "hypergradients")
-    scores = len(rows) // 2 if traced else len(rows)
+    with_traces = name in ("paper", "published", "hypergradients")
+    scores = len(rows) // 2 if with_traces else len(rows)
     assert len(rows) > 10 and not [line for line in rows[:scores] if line not in text]
 
 
@@ -385,7 +385,7 @@ def test_the_tables_of_the_decoder_are_what_its_runs_measured(domain, columns):
     headings = ("Text from data, three seeds", "On a decoder")
     tables = [t for heading in headings for t in tables_of(heading) if "seeds 0" in t[0][1]]
     _, _, *rows = tables[domain != "e2e"]
-    assert len(tables) == 2 and len(rows) == (4 if domain == "e2e" else 5)
+    assert len(tables) == 2 and len(rows) == (4 if domain == "e2e" else 16)
     for arm, seeds, *cells in rows:
         ours = [r["after"] for r in found if r["method"] == arm.strip("`")]
         values = [
@@ -398,6 +398,25 @@ def test_the_tables_of_the_decoder_are_what_its_runs_measured(domain, columns):
             mean, _, deviation = cell.split()
             assert_quoted(mean, statistics.mean(column))
             assert_quoted(deviation, statistics.stdev(column))
+        if domain != "e2e":
+            ratio, cosine, _ = traced([r for r in found if r["method"] == arm.strip("`")])
+            assert (f"{float(ratio):g}", cosine) == tuple(cells[-3:-1])
+
+
+def test_the_table_of_the_default_run_is_what_its_runs_measured():
+    [(_, _, *rows)] = tables_of("The default run, three seeds")
+    assert len(rows) == 4
+    for arm, seeds, spread, loss, train, seconds in rows:
+        found = [r for r in lines_of("results/default") if r["method"] == arm.strip("`")]
+        found.sort(key=lambda r: r["seed"])
+        accuracies = [100 * r["after"]["test"]["accuracy"] for r in found]
+        for quote, accuracy in zip(seeds.split(" / "), accuracies, strict=True):
+            assert_quoted(quote, accuracy)
+        assert_spread(f"{spread} (3)", accuracies)
+        assert_quoted(loss, statistics.mean(r["after"]["test"]["loss"] for r in found))
+        assert_quoted(train, statistics.mean(100 * r["after"]["train"]["accuracy"] for r in found))
+        totals = [r["seconds"]["total"] for r in found]
+        assert seconds == f"{min(totals):.0f} to {max(totals):.0f}"
 
 
 def test_lesson_02_quotes_the_mean_gaps():
