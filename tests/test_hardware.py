@@ -105,6 +105,27 @@ print(peak() - start)
     assert 0.6 < computed / measured < 1.4, (computed / 1e6, measured / 1e6)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's memory, read from /proc")
+def test_adapting_leaves_no_holes_in_memory():
+    """SmolLM2's adapters take 10 MB; the fp32 copies of its weights left 200 to 280 MB behind."""
+    code = f"""
+import re, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import bidora, train
+from model import Transformer
+from support.pretrained import find_model
+used = lambda: int(re.search(r"RssAnon:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+model = Transformer.from_pretrained(find_model("smollm2-135m"), torch.bfloat16)
+start = used()
+bidora.replace_linear_with_bidora(model, 8, target_modules=train.Config.target_modules)
+print(used() - start)
+"""
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert 5 < float(printed) < 80
+
+
 LONG = {"longest": 1000, "supervised": 1, "shortest": 2}
 
 
