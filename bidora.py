@@ -36,7 +36,7 @@ except ImportError:  # copied alone into another project: ordinary weights, plai
         float_dtype=lambda weight: weight.dtype,
         kind_of=lambda weight: None,
         complete=lambda module: None,
-        return_freed_memory=lambda: None,
+        return_freed_memory=lambda device: None,
     )
 
     def rescale(y, change):
@@ -381,7 +381,7 @@ def adapt(module, chosen, lora_dropout, method, **options):
             raise ValueError(f"{name}: {error}") from None
         new.transposed = linear is not layer
         adapted[name] = new.train(layer.training)
-        quantized.return_freed_memory()  # of the norm's fp32 copy
+        quantized.return_freed_memory(new.weight.device)  # of the norm's fp32 copy
 
     for name, layer in adapted.items():
         module.set_submodule(name, layer)

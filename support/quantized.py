@@ -51,17 +51,17 @@ def pack(weight, kind):
     else:
         packed = Params4bit(weight, requires_grad=False, quant_type=kind)._quantize(weight.device)
 
-    if weight.device.type == "cpu":
-        return_freed_memory()
+    return_freed_memory(weight.device)
     return packed
 
 
-def return_freed_memory():
+def return_freed_memory(device):
     """
     Let glibc return the memory of temporary copies to the system, which it would keep: for SmolLM2,
-    whose packed weights take 110 MB, 400 MB after packing and up to 250 MB after adapting.
+    whose packed weights take 110 MB, 400 MB after packing and up to 250 MB after adapting. device:
+    where the copies were.
     """
-    if sys.platform == "linux":
+    if device.type == "cpu" and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
 
