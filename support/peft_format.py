@@ -92,37 +92,8 @@ def write(folder, model, layers, base_model):
             "one file holds one kind"
         )
 
-    [(magnitude, axis)] = kinds
-    alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
-    rank, alpha, dropout = statistics.mode(
-        (layer.rank, alphas[name], layer.dropout.p) for name, layer in layers.items()
-    )
-    patterns = {
-        name: f"^{name}" if any(other.endswith(f".{name}") for other in layers) else name
-        for name in layers
-    }
-
-    base, revision = split_revision(base_model)
-    task, heads = task_of(model, layers)
-    whole, lost = trained_beside(model, layers, heads)
-    config = {
-        "peft_type": COLUMN_DORA if magnitude and axis == "column" else "LORA",
-        "task_type": task,
-        "base_model_name_or_path": base,
-        "revision": revision,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "target_modules": target_modules(layers, dict(model.named_modules())),
-        "modules_to_save": whole or None,
-        "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
-        "use_dora": magnitude,
-        "rank_pattern": {patterns[n]: x.rank for n, x in layers.items() if x.rank != rank},
-        "alpha_pattern": {patterns[n]: other for n, other in alphas.items() if other != alpha},
-        "bias": "none",
-        "inference_mode": True,
-    }
-
+    whole, lost = trained_beside(model, layers, task_of(model, layers)[1])
+    config = config_of(model, layers, base_model) | {"modules_to_save": whole or None}
     tensors = named_tensors(layers)
     for name, tensor in model.state_dict().items():
         if set(whole) & set(parents(name)):
@@ -139,6 +110,38 @@ def write(folder, model, layers, base_model):
             f"model itself or to a module with adapters, which PEFT's format can't hold: "
             f"save model.state_dict()"
         )
+
+
+def config_of(model, layers, base_model):
+    """adapter_config.json of a model's layers, but for the modules that are saved whole."""
+    layer = next(iter(layers.values()))  # all have one kind of magnitude
+    magnitude, axis = layer.method.magnitude, layer.magnitude_axis
+    alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
+    rank, alpha, dropout = statistics.mode(
+        (layer.rank, alphas[name], layer.dropout.p) for name, layer in layers.items()
+    )
+    patterns = {
+        name: f"^{name}" if any(other.endswith(f".{name}") for other in layers) else name
+        for name in layers
+    }
+    base, revision = split_revision(base_model)
+    return {
+        "peft_type": COLUMN_DORA if magnitude and axis == "column" else "LORA",
+        "task_type": task_of(model, layers)[0],
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": target_modules(layers, dict(model.named_modules())),
+        "modules_to_save": None,
+        "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
+        "use_dora": magnitude,
+        "rank_pattern": {patterns[n]: x.rank for n, x in layers.items() if x.rank != rank},
+        "alpha_pattern": {patterns[n]: other for n, other in alphas.items() if other != alpha},
+        "bias": "none",
+        "inference_mode": True,
+    }
 
 
 def state_of(model):

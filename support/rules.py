@@ -167,7 +167,10 @@ def check_combinations(config, method, second_order):
         "method=ft trains the weights themselves, and in bfloat16 small updates round to nothing: "
         "use dtype=float32",
     )
+    check_compile(config, packed, second_order)
 
+
+def check_compile(config, packed, second_order):
     if not config.compile:
         return
     refuse(
