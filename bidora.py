@@ -10,6 +10,7 @@ magnitude_axis='column' one per input column, as the papers write it.
 
 Training never builds W0 + s·B·A. With ratio = m / ‖·‖, y = ratio ⊙ (W0·x + s·B·(A·x)) + bias, and
 the norm comes from the factors:  ‖W0 + sBA‖² = ‖W0‖² + 2s Σ (W0·Aᵀ) ⊙ B + s² Σ (B·(A·Aᵀ)) ⊙ B.
+(Others found this norm, too: arXiv 2603.22276, and PEFT's pull request 3387.)
 
 Works on any nn.Module that has nn.Linear layers (or transformers' Conv1D). All but save_adapter and
 load_adapter also works when this file is copied alone into another project.

@@ -9,7 +9,7 @@ F(V*(m), m) on val. So dF/dm = ∂F/∂m + (dV*/dm)ᵀ · ∂F/∂V, and methods
     finite_difference    the same, second derivatives by differences (arXiv 1806.09055, section 2.3)
     neumann              -H⁻¹ · ∂²L/∂V∂m, H⁻¹ by K terms of its series (arXiv 1911.02590)
     conjugate_gradient   as neumann, H⁻¹ · v solved by K iterations of CG (arXiv 1602.02355)
-    identity             as neumann, H⁻¹ replaced by I: what BiDoRA's published program computes
+    identity             as neumann, H⁻¹ replaced by I: the form of what Betty's darts computes
 
 All have one signature, f(train_loss, val_loss, lower, upper, *, options) -> a tensor per upper
 parameter. A loss is a closure without arguments that returns a scalar at the parameters' current
@@ -77,8 +77,8 @@ def reached(loss):
 
 
 def add(*lists):
-    """The sum of several lists of tensors, as one list."""
-    return [sum(tensors) for tensors in zip(*lists)]
+    """The sum of several lists of tensors, as one list; a single list as it is."""
+    return [sum(rest, first) for first, *rest in zip(*lists)]
 
 
 def dot(xs, ys):
@@ -436,9 +436,10 @@ def identity(train_loss, val_loss, lower, upper, *, mode="exact", radius=0.01, r
     """
     ∂F/∂m - ∂²L/∂m∂V · ∂F/∂V at the current V: the implicit gradient with H⁻¹ replaced by I.
 
-    BiDoRA's published program (github.com/t2ance/BiDoRA, commit e7922af) computes this in the mode
-    'finite_difference': it is `darts` of Betty 0.1.1 (arXiv 2207.02849). The paper's equation, as
-    in `unrolled`, has the lower level's rate before the second term; here that coefficient is 1.
+    In the mode 'finite_difference' it is `darts` of Betty 0.2.1 (arXiv 2207.02849). BiDoRA's
+    published program (github.com/t2ance/BiDoRA, commit e7922af) takes that over all weights of the
+    network and under dropout (tools/published.py). The paper's equation, as in `unrolled`, has the
+    lower level's rate before the second term; here that coefficient is 1.
     """
     check_mode(mode)
     if mode == "exact":

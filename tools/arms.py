@@ -5,19 +5,22 @@ What tools/study.py compares: the arms, each a run's settings, and the groups of
     controls         BiDoRA with one of its parts changed: what it holds out, and how much
     paper            from BiDoRA as written to its published program, one change at a time
     published        and back: the program without (a minus) one of its changes
+    network          full fine-tuning, and the arms that train the whole network
     hypergradients   BiDoRA along each of them, and at other rates of its magnitudes
 """
 
 from dataclasses import dataclass
 
-EFFECTS = ("transposed", "drift", "trace")  # settings of tools.published alone
+EFFECTS = ("transposed", "network", "all_weights", "noise")  # by tools.published, on a run's result
 
 
 @dataclass(frozen=True)
 class Arm:
     settings: dict  # of train.py or, with EFFECTS, of tools.published
-    rates: dict | str  # the first guess of its rates, or the arm whose rates it takes
-    upper_factor: float = 1.0  # on that arm's upper_lr
+    rates: dict | str  # the first guess of its rates, {} where settings has them, or the arm whose
+    #: rates it takes
+    upper_from: str = ""  # the arm whose upper_lr it takes, if another's
+    upper_factor: float = 1.0  # on that upper_lr
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,19 @@ CONTROLS = {
 
 TRACED = BIDORA | {"trace": True}
 WRITTEN = TRACED | {"magnitude_axis": "column"}
+DIFFERENCE = {"hypergradient": "identity_difference"}
 CHANGES = {  # what the published program does instead
-    "identity": {"hypergradient": "identity_difference"},
+    "identity": DIFFERENCE,
+    "all-weights": DIFFERENCE | {"all_weights": True},
+    "noise": DIFFERENCE | {"noise": True},
+    "network": {"network": True},
     "transposed": {"transposed": True, "magnitude_axis": "row"},  # its columns scale outputs
     "unscaled": {"alpha": 4.0},  # as the rank, so that s = 1
     "normal": {"init": "normal"},
     "unshuffled": {"shuffle": False},
     "decay": {"upper_weight_decay": 0.1},
-    "drift": {"drift": True},
 }
+M_FIXED = 1e-9  # the factor on upper_lr that leaves m at its start, W0's norms
 
 
 def changed(*names):
@@ -73,20 +80,33 @@ def changed(*names):
 
 def all_but(name):
     """The settings of the published program without one of CHANGES."""
-    return changed(*(other for other in CHANGES if other != name))
+    settings = changed(*(other for other in CHANGES if other != name))
+    if name == "identity":  # the product is over what trains
+        del settings["hypergradient"], settings["all_weights"]
+    return settings
 
 
+# Where the whole network trains, the lower level has full fine-tuning's rate.
+WHOLE = dict(rates="ft", upper_from="bidora")
 PAPER = {"as-written": Arm(WRITTEN, "bidora")}
 PAPER |= {f"written+{name}": Arm(changed(name), "bidora") for name in CHANGES}
-PAPER |= {"as-published": Arm(changed(*CHANGES), "bidora")}
-# The others have BiDoRA's rates, which a random factor of another size need not fit.
-OWN = {"lower_lr": 3e-4, "upper_lr": 1e-2}
 PAPER |= {
-    "written+normal-tuned": Arm(changed("normal"), OWN),
-    "as-published-tuned": Arm(changed(*CHANGES), OWN),
-    "published-transposed-tuned": Arm(all_but("transposed"), OWN),
+    "written+normal-tuned": Arm(changed("normal"), {"lower_lr": 3e-4, "upper_lr": 1e-2}),
+    "written+network": Arm(changed("network"), **WHOLE),  # in place of BiDoRA's rates
+    "written+network-m-fixed": Arm(changed("network"), **WHOLE, upper_factor=M_FIXED),
+    "as-published": Arm(changed(*CHANGES), **WHOLE),
+    "as-published-script-rates": Arm(
+        changed(*CHANGES) | {"lower_lr": 5e-5, "upper_lr": 5e-5}, rates={}
+    ),
 }
-PUBLISHED = {f"published-{name}": Arm(all_but(name), "bidora") for name in CHANGES}
+PUBLISHED = {f"published-{name}": Arm(all_but(name), **WHOLE) for name in CHANGES}
+PUBLISHED |= {
+    "published-network": Arm(all_but("network"), "bidora"),  # in place of fine-tuning's rates
+    "published-m-fixed": Arm(changed(*CHANGES), **WHOLE, upper_factor=M_FIXED),
+}
+
+NETWORK = ("written+network", "written+network-m-fixed", "as-published", "published-m-fixed")
+NETWORK += ("published-transposed", "published-normal", "as-published-script-rates")
 
 HYPERGRADIENTS = {
     "first-order": Arm(TRACED | {"hypergradient": "first_order"}, "bidora"),
@@ -98,9 +118,9 @@ HYPERGRADIENTS = {
     "cg-10": Arm(
         TRACED | {"hypergradient": "conjugate_gradient", "hypergradient_steps": 10}, "bidora"
     ),
-    "m-fixed": Arm(TRACED, "bidora", 1e-9),  # at its start, W0's row norms
-    "m-rate-0.1": Arm(TRACED, "bidora", 0.1),
-    "m-rate-10": Arm(TRACED, "bidora", 10.0),
+    "m-fixed": Arm(TRACED, "bidora", upper_factor=M_FIXED),
+    "m-rate-0.1": Arm(TRACED, "bidora", upper_factor=0.1),
+    "m-rate-10": Arm(TRACED, "bidora", upper_factor=10.0),
 }
 
 ARMS = METHODS | CONTROLS | PAPER | PUBLISHED | HYPERGRADIENTS
@@ -114,7 +134,8 @@ GROUPS = {
         sign=1,
     ),
     "controls": Group(("bidora", *CONTROLS), SOME, sign=1),
-    "paper": Group((*PAPER, "bidora", "dora-two-phases"), SOME),
-    "published": Group(("as-published", *PUBLISHED, "as-written"), SOME),
+    "paper": Group((*PAPER, "bidora", "dora-two-phases", "ft"), SOME),
+    "published": Group(("as-published", *PUBLISHED, "as-written", "ft"), SOME),
+    "network": Group(("ft", *NETWORK), SOME),
     "hypergradients": Group(("bidora", *HYPERGRADIENTS, "dora-two-phases"), SOME),
 }

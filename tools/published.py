@@ -1,11 +1,12 @@
 """
 train.py with what BiDoRA's published program does beside its paper, for comparison only.
 
-    python -m tools.published --config=paper/as_published.py --transposed --drift
+    python -m tools.published --config=paper/as_published.py --transposed --network --noise \\
+        --all_weights
     python -m tools.published --config=small.py --trace       any of train.py's settings, and
                                                               those below
 
-The adapter of a run with --transposed or --drift does not fit its base, so it is not kept.
+A run with the first four saves no adapter, since it would not fit its base.
 """
 
 import contextlib
@@ -17,111 +18,146 @@ from unittest import mock
 
 import numpy
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 import train as program
-from bidora import linear_layers
-from hypergrad import (
-    BilevelOptimizer,
-    MicroBatches,
-    assign,
-    dot,
-    first_order,
-    in_training,
-    restored,
-    total_gradient,
-)
-from support import settings
+from bidora import adapter_layers, linear_layers
+from hypergrad import BilevelOptimizer, assign, dot, first_order, in_training, restored
+from support import encoder, settings
 from support.files import read_json, write_json
-
-RADIUS = 0.01  # Betty's darts_alpha
+from tools.arms import EFFECTS
 
 
 @dataclass
 class Published(program.Config):
     transposed: bool = False  # the adapted layers compute x·W where the base computes x·Wᵀ, as
     #: loralib/bidora.py does (github.com/t2ance/BiDoRA, commit e7922af); they must be square
-    drift: bool = False  # each upper-level step moves all weights, the base's too, by a step of
-    #: length 0.01 down the val loss's gradient, in float32; retraining begins at the original
-    #: weights. So it is with Betty 0.1.1, which the program uses: hypergradient/darts.py takes a
-    #: finite difference at θ ± ε·v, and goes back with p.data.add(…), which changes nothing, not
-    #: add_(…)
+    network: bool = False  # the lower level trains every weight of the network, not A, B and the
+    #: head alone; retraining begins at the original weights, the head's too. Betty 0.2.1, which the
+    #: program uses, rebuilds each optimizer over all parameters of its module
+    all_weights: bool = False  # v = ∂F/∂θ and the finite difference θ ± ε·v are of every weight of
+    #: the network, whichever of them train: Betty's darts
+    noise: bool = False  # an encoder's dropout is on, at the rates of its config.json, in training
+    #: and in the hypergradient too, whose passes then draw different masks
     trace: bool = False  # print how the indirect part of the hypergradient compares with the direct
     #: one, ∂F/∂m, and how far m moves; summary.json has it for each upper-level step
 
 
 class ObservedOptimizer(BilevelOptimizer):
     """
-    BilevelOptimizer that may drift as Betty does, and may keep a trace, lists of one number an
-    upper-level step: {"indirect": ‖indirect‖ / ‖direct‖ of the hypergradient's parts, "cosine": of
-    their angle, "moved": ‖m - m0‖ / ‖m0‖}.
+    BilevelOptimizer with the settings of a Published, which may keep a trace, lists of one number
+    an upper-level step: {"indirect": ‖indirect‖ / ‖direct‖ of the hypergradient's parts, "cosine":
+    of their angle, "moved": ‖m - m0‖ / ‖m0‖}.
 
-    base: the model's frozen weights and their original values, a list of pairs.
+    base: all parameters but the adapters' own and their original values, a list of pairs.
     """
 
-    def __init__(self, model, *arguments, drift, trace, base, **options):
+    def __init__(self, model, *arguments, published, base=(), trace=None, **options):
+        self.frozen = [p for p, _ in base if not p.requires_grad]
+        if published.network:
+            for weight, value in base:
+                weight.data.copy_(value)  # retraining begins where search began
+                weight.requires_grad_(True)
         super().__init__(model, *arguments, **options)
-        self.drift, self.trace = drift, trace
+        self.published, self.trace = published, trace
         self.start = [m.detach().clone() for m in self.upper]
-        self.base = [weight for weight, _ in base] if drift else []
-        function = self.function
+        self.hypergradient, self.function = self.function, self.observed
 
-        def watched(*arguments, **options):
-            h = function(*arguments, **options)
-            self.h = [x.clone() for x in h]  # before it is clipped
-            return h
+    def observed(self, train_loss, val_loss, lower, upper, **options):
+        """The hypergradient, whose parts go into the trace."""
+        known = {id(p) for p in self.frozen}
+        if self.published.hypergradient.startswith("identity"):
+            lower = [p for p in lower if id(p) not in known]  # A, B and the head
+            lower += self.frozen if self.published.all_weights else []
+        modules = set(self.model.modules()) if self.published.noise else ()
+        with in_training(self.model, modules), differentiable(lower):
+            with torch.random.fork_rng():  # both draw the same masks on the val batch
+                direct = None if self.trace is None else self.direct(val_loss)
+            h = self.hypergradient(train_loss, val_loss, lower, upper, **options)
+        self.parts = direct, [x.clone() for x in h]  # before it is clipped
+        return h
 
-        self.function = watched
-        if drift and not self.upper:  # retraining
-            with torch.no_grad():
-                for weight, value in base:
-                    weight.copy_(value)
+    def direct(self, val_loss):
+        """
+        ∂F/∂m at the V where the hypergradient takes it: neumann and conjugate_gradient look back to
+        before the last step that was kept.
+        """
+        with restored(self.lower):
+            if self.past and self.looks_back and "steps" not in self.takes:
+                assign(self.lower, self.past[-1].values)
+            return first_order(None, val_loss, self.lower, self.upper, reduce=self.reduce)
 
     def upper_step(self, loss_fn, train_batch, val_batch):
-        parts = val_batch if isinstance(val_batch, MicroBatches) else [val_batch]
-        losses = [functools.partial(loss_fn, self.model, part) for part in parts]
-        direct = self.direct(losses) if self.trace is not None else None
-        if self.drift:
-            weights = [*self.lower, *self.base]
-            with in_training(self.model, ()), differentiable(self.base):
-                v = total_gradient(losses, weights, self.reduce)
-
         loss = super().upper_step(loss_fn, train_batch, val_batch)
         if self.trace is not None:
-            indirect = [h - d for h, d in zip(self.h, direct)]
+            direct, h = self.parts
+            indirect = [x - d for x, d in zip(h, direct)]
             moved = [m.detach() - start for m, start in zip(self.upper, self.start)]
             sizes = [dot(x, x).sqrt() for x in (direct, indirect, moved, self.start)]
             self.trace["indirect"].append((sizes[1] / sizes[0]).item())
             cosine = dot(direct, indirect) / (sizes[0] * sizes[1]).clamp_min(1e-30)
             self.trace["cosine"].append(cosine.item())  # 0 where there is no indirect part
             self.trace["moved"].append((sizes[2] / sizes[3]).item())
-        if self.drift:
-            length = (RADIUS / dot(v, v).sqrt()).item()
-            with torch.no_grad():
-                for weight, x in zip(weights, v):
-                    weight.sub_(x, alpha=length)
         return loss
-
-    def direct(self, losses):
-        """
-        ∂F/∂m at the V where the hypergradient takes it: neumann and conjugate_gradient look back to
-        before the last step that was kept.
-        """
-        with restored(self.lower), in_training(self.model, ()):
-            if self.past and self.looks_back and "steps" not in self.takes:
-                assign(self.lower, self.past[-1].values)
-            return first_order(None, losses, self.lower, self.upper, reduce=self.reduce)
 
 
 @contextlib.contextmanager
 def differentiable(weights):
-    """Let frozen weights have gradients."""
-    for weight in weights:
+    """Let those of the weights that are frozen have gradients."""
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    for weight in frozen:
         weight.requires_grad_(True)
     try:
         yield
     finally:
-        for weight in weights:
+        for weight in frozen:
             weight.requires_grad_(False)
+
+
+def base_weights(model):
+    """All parameters of a model but its adapters' own, as (parameter, its value) pairs."""
+    adapters = {
+        id(p)
+        for layer in adapter_layers(model).values()
+        for name, p in layer.named_parameters()
+        if name.startswith("lora_")
+    }
+    return [(p, p.detach().clone()) for p in model.parameters() if id(p) not in adapters]
+
+
+def add_dropout(model):
+    """
+    Put dropout where transformers' BERT and RoBERTa have it, in training mode: after the
+    embeddings, before each residual sum, on the attention's weights, and before the head's layers.
+    Returns the function that takes the place of support.encoder.attention. Raises ValueError for
+    other models.
+    """
+    [network] = [part for part in model.modules() if isinstance(part, encoder.Encoder)] or [None]
+    if network is None or network.config.pre_norm:
+        raise ValueError("--noise is of BERT's and RoBERTa's dropout, which this model lacks")
+    hf = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1} | network.config.hf
+    hidden, p = hf["hidden_dropout_prob"], hf["attention_probs_dropout_prob"]
+
+    def after(module, inputs, output):
+        return F.dropout(output, hidden, module.training)
+
+    def before(module, inputs):
+        return (F.dropout(inputs[0], hidden, module.training),)
+
+    network.embeddings.register_forward_hook(after)
+    for layer in network.encoder.layer:
+        for block in (layer.attention.output, layer.output):
+            block.dense.register_forward_hook(after)
+    for part in model.classifier.modules():
+        if isinstance(part, nn.Linear):
+            part.register_forward_pre_hook(before)
+
+    def attention(q, k, v, mask):
+        rate = p if network.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+
+    return attention
 
 
 def transposed(load, targets, *arguments):
@@ -141,46 +177,51 @@ def read_config(arguments):
 
 def train(config):
     """
-    train.train for a Published; without its three settings it is that function. Returns its
-    summary, with "trace" if asked for. Raises as train.train does, and ValueError where the three
-    settings do not fit the others.
+    train.train for a Published; without its own settings it is that function. Returns its summary,
+    with "trace" if asked for. Raises as train.train does, and ValueError where the settings of a
+    Published do not fit the others.
     """
-    altered = config.transposed or config.drift
+    altered = [name for name in EFFECTS if getattr(config, name)]
     if altered and (config.resume or config.method == "ft"):
-        name = "transposed" if config.transposed else "drift"
-        raise ValueError(f"--{name} works neither with resume=True nor with method=ft")
-
-    if config.drift:
-        if not program.is_bilevel(config):
-            raise ValueError(f"--drift is of upper-level steps, which method={config.method} lacks")
-        if config.dtype == "bfloat16":
-            raise ValueError("--drift needs dtype=float32: so short a step rounds away in bfloat16")
+        raise ValueError(f"--{altered[0]} works neither with resume=True nor with method=ft")
+    if config.network and not program.is_bilevel(config):
+        raise ValueError(f"--network is of the lower level, which method={config.method} lacks")
+    if config.network and config.dtype == "bfloat16":
+        raise ValueError("--network trains the weights themselves: use dtype=float32")
+    if config.network:
         config = replace(config, dtype="float32")
+    if config.all_weights and config.hypergradient != "identity_difference":
+        raise ValueError("--all_weights needs hypergradient=identity_difference")
 
     trace = {"indirect": [], "cosine": [], "moved": []} if config.trace else None
     base = []
 
-    def build(model, *arguments, **options):
-        if config.drift and not base:
-            frozen = [p for p in model.parameters() if not p.requires_grad]
-            base.extend((p, p.detach().clone()) for p in frozen)
-        observed = dict(drift=config.drift, trace=trace, base=base)
-        return ObservedOptimizer(model, *arguments, **observed, **options)
-
     with contextlib.ExitStack() as patches:
+
+        def patch(owner, name, value):
+            patches.enter_context(mock.patch.object(owner, name, value))
+
+        def build(model, *arguments, **options):
+            if not base:  # before the first phase
+                base.extend(base_weights(model))
+                if config.noise:
+                    patch(encoder, "attention", add_dropout(model))
+            observed = dict(published=config, base=base, trace=trace)
+            return ObservedOptimizer(model, *arguments, **observed, **options)
+
         if config.transposed:
             load = functools.partial(transposed, program.tasks.load_backbone, config.target_modules)
-            patches.enter_context(mock.patch.object(program.tasks, "load_backbone", load))
-        if config.drift or config.trace:
-            patches.enter_context(mock.patch.object(program, "create_bilevel_optimizer", build))
+            patch(program.tasks, "load_backbone", load)
+        if altered:
+            patch(program.bidora, "save_adapter", lambda *arguments: None)
+        if altered or config.trace:
+            patch(program, "create_bilevel_optimizer", build)
         summary = program.train(config)
 
-    out = Path(summary["out_dir"])
     if altered:
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            (out / name).unlink()
-        print("the adapter was removed: it does not fit the base model's file")
+        print("no adapter was saved: it would not fit the base model's file")
     if trace:
+        out = Path(summary["out_dir"])
         summary = summary | {"trace": trace}
         write_json(out / "summary.json", read_json(out / "summary.json") | {"trace": trace})
     return summary

@@ -52,8 +52,8 @@ SMALL = ("similarity",)  # domains with too few examples to choose rates with mo
 
 @dataclass
 class Study:
-    group: str = "methods"  # the comparison: methods, controls, paper, published or
-    #: hypergradients
+    group: str = "methods"  # the comparison: methods, controls, paper, published, network
+    #: or hypergradients
     arms: tuple = ()  # what is compared; empty: the group's
     domains: tuple = ()  # built-in data sets; empty: the group's
     sizes: tuple = ()  # training examples, train and val together; empty: the group's
@@ -117,7 +117,7 @@ def run(study, pool, name, domain, size, arm, seed, rates, **more):
         raise LookupError(name)
     options = options_of(study, name, domain, size, arm, seed, rates) | more
     arguments = [f"--{key}={value}" for key, value in options.items()]
-    own = set(EFFECTS) & ARMS[arm].settings.keys()
+    own = {*EFFECTS, "trace"} & ARMS[arm].settings.keys()
     program = ["-m", "tools.published"] if own else ["train.py"]
     summary, error = pool.submit(train_once, arguments).result()
 
@@ -182,11 +182,12 @@ def climb(study, pool, domain, size, arm):
         return numpy.mean([loss_of(seed, rates) for seed in TUNING_SEEDS])
 
     best = ARMS[arm].rates if size == 100 else climb(study, pool, domain, 100, arm)
-    while True:
+    while best:
         near = min(neighbours(best), key=loss)
         if loss(near) > 0.995 * loss(best):  # or it would wander over a plateau
-            return best
+            break
         best = near
+    return best
 
 
 def source_of(arm):
@@ -198,6 +199,8 @@ def source_of(arm):
 def tuned(study, pool, domain, size, arm):
     """The rates of an arm, those of its source; of them, DoRA takes the lower level's alone."""
     rates = dict(climb(study, pool, domain, size, source_of(arm)))
+    if upper := ARMS[arm].upper_from:
+        rates["upper_lr"] = climb(study, pool, domain, size, upper)["upper_lr"]
     if ARMS[arm].settings["method"] == "dora":
         rates.pop("upper_lr", None)
     elif "upper_lr" in rates:

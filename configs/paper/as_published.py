@@ -1,12 +1,14 @@
 """
 GLUE's CoLA by the rules of the published program: github.com/t2ance/BiDoRA, commit e7922af, with
-Betty 0.1.1. docs/results.md says where each of these stands there.
+Betty 0.2.1. docs/results.md says where each of these stands there.
 
-    python -m tools.published --config=paper/as_published.py --transposed --drift
+    python -m tools.published --config=paper/as_published.py --transposed --network --noise \\
+        --all_weights
 
-The two effects are no settings of train.py, since no one should want them: without them this config
-is the program on a base that is not transposed and stays frozen. Still different: Adam's bias is
-corrected, its eps is 1e-8 instead of 1e-6, and retraining does not reset the head.
+The four effects are no settings of train.py, since no one should want them: without them this
+config is the program on a base that is not transposed, that stays frozen, and without dropout.
+Still different: gradients are clipped, Adam's eps is 1e-8, not 1e-6, and the program's retraining
+begins at A's first random numbers, not at new ones.
 """
 
 from configs.paper.as_written import *  # noqa: F403

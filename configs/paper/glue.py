@@ -6,9 +6,10 @@ with arXiv 2410.09758. Each file beside this one adds its task's rates and steps
     python train.py --config=paper/rte.py --data=glue_data/RTE   the benchmark's own TSV files
 
 GLUE's dev set is the test, and a fifth of train is the upper level's. What differs from the
-scripts: the hypergradient is the paper's, not the program's; the update is scaled by alpha / r,
-which the program leaves out; Adam's bias is corrected, with eps 1e-8 instead of 1e-6; magnitudes
-have no weight decay; the batches are shuffled; there is no dropout.
+scripts: A, B, the head and the magnitudes train, not the whole network; the hypergradient is the
+paper's, not the program's; the update is scaled by alpha / r, which the program leaves out;
+gradients are clipped; Adam's eps is 1e-8, not 1e-6; magnitudes have no weight decay; the batches
+are shuffled; there is no dropout.
 """
 
 model = "FacebookAI/roberta-base"
