@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import bidora
-import hypergrad
+import bilevel
 from bidora import METHODS
-from hypergrad import HYPERGRADIENTS
+from bilevel import HYPERGRADIENTS
 from support import quantized, rules, settings
 from tasks import TASKS, is_encoder
 
@@ -121,7 +121,7 @@ class Config:
 ENCODER_LINEAR = ("query", "key", "value", "intermediate.dense", "output.dense")
 CHOICES = {
     **bidora.CHOICES,
-    **hypergrad.CHOICES,
+    **bilevel.CHOICES,
     "dtype": ("auto", "float32", "bfloat16"),
     "quantize": ("auto", "none", *quantized.KINDS),
     "final_init": ("fresh", "continue"),
@@ -227,13 +227,13 @@ def resolve(config, shape):
 def check(config):
     """Raise ValueError for settings that make no sense, before any work is done."""
     rules.check_values(config, CHOICES | {"method": (*METHODS, "ft")})
-    bilevel, method = is_bilevel(config), METHODS.get(config.method)
+    two_levels, method = is_bilevel(config), METHODS.get(config.method)
     rules.check_device(config)
-    rules.check_budget(config, bilevel, HYPERGRADIENTS[config.hypergradient])
-    rules.check_data(config, bilevel)
-    used = config.hypergradient if bilevel else "first_order"  # without an upper level: unused
+    rules.check_budget(config, two_levels, HYPERGRADIENTS[config.hypergradient])
+    rules.check_data(config, two_levels)
+    used = config.hypergradient if two_levels else "first_order"  # without an upper level: unused
     coarse = config.dtype == "bfloat16"
-    hypergrad.check_choices(used, config.optimizer, config.precondition, coarse)
+    bilevel.check_choices(used, config.optimizer, config.precondition, coarse)
     rules.check_combinations(config, method, second_order(config))
     if config.fsdp:
         rules.check_fsdp(config, second_order(config))

@@ -27,8 +27,8 @@ import bidora
 import data
 import tasks
 from bidora import METHODS, adapter_layers
+from bilevel import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
 from config import MAY_CHANGE, Config, check, is_bilevel, read_config, resolve, second_order
-from hypergrad import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
 from support import distributed, hardware, progress, quantized, report, rules, settings
 from support.datasets import BUILT_IN
 from support.pretrained import find_model, is_hub_name

@@ -17,8 +17,8 @@ import torch
 
 import bidora
 from bidora import BiDoRALinear, replace_linear_with_bidora  # noqa: F401
+from bilevel import BilevelOptimizer, MicroBatches, create_bilevel_optimizer
 from data import load_examples
-from hypergrad import BilevelOptimizer, MicroBatches, create_bilevel_optimizer
 from support.jsonl import format_of
 from support.quantized import kind_of
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import bidora
 from bidora import load_adapter, merge, replace_linear_with_bidora, save_adapter
-from hypergrad import HYPERGRADIENTS, first_order
+from bilevel import HYPERGRADIENTS
+from hypergrad import first_order
 
 DECODER = dict(
     vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import bidora
 from bidora import BiDoRALinear, load_adapter, merge, replace_linear_with_bidora, save_adapter
-from hypergrad import create_bilevel_optimizer
+from bilevel import create_bilevel_optimizer
 from support import kernels, peft_format, quantized
 from support.regularisers import regulariser
 
@@ -117,7 +117,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from bidora import merge, replace_linear_with_bidora
-from hypergrad import HYPERGRADIENTS, create_bilevel_optimizer
+from bilevel import HYPERGRADIENTS, create_bilevel_optimizer
 
 assert "support" not in sys.modules
 x, y = torch.randn(32, 16), torch.randn(32, 8)
@@ -135,8 +135,8 @@ for name in HYPERGRADIENTS:
 """
 
 
-def test_the_two_files_alone_train_ordinary_layers(tmp_path):
-    for name in ("bidora.py", "hypergrad.py"):
+def test_the_three_files_alone_train_ordinary_layers(tmp_path):
+    for name in ("bidora.py", "hypergrad.py", "bilevel.py"):
         shutil.copy(Path(bidora.__file__).with_name(name), tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", COPIED], cwd=tmp_path, capture_output=True, text=True

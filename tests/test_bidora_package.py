@@ -19,6 +19,7 @@ import transformers
 from peft import PeftModel
 
 import bidora
+import bilevel
 import hypergrad
 from support import bidora_package
 from support.files import fetch
@@ -76,12 +77,12 @@ def our_parameters(function):
 
 FUNCTIONS = {
     "replace_linear_with_bidora": bidora.replace_linear_with_bidora,
-    "create_bilevel_optimizer": hypergrad.create_bilevel_optimizer,
+    "create_bilevel_optimizer": bilevel.create_bilevel_optimizer,
     "BiDoRALinear.__init__": bidora.BiDoRALinear.__init__,
-    "BiLevelOptimizer.lower_level_step": hypergrad.BilevelOptimizer.lower_level_step,
-    "BiLevelOptimizer.upper_level_step": hypergrad.BilevelOptimizer.upper_level_step,
-    "BiLevelOptimizer.bilevel_step": hypergrad.BilevelOptimizer.bilevel_step,
-    "BiLevelOptimizer.final_finetune_step": hypergrad.BilevelOptimizer.final_finetune_step,
+    "BiLevelOptimizer.lower_level_step": bilevel.BilevelOptimizer.lower_level_step,
+    "BiLevelOptimizer.upper_level_step": bilevel.BilevelOptimizer.upper_level_step,
+    "BiLevelOptimizer.bilevel_step": bilevel.BilevelOptimizer.bilevel_step,
+    "BiLevelOptimizer.final_finetune_step": bilevel.BilevelOptimizer.final_finetune_step,
     "BiDoRATrainer.__init__": bidora.BiDoRATrainer.__init__,
     "BiDoRATrainer.train": bidora.BiDoRATrainer.train,
     "FullConfig.auto_adjust_for_hardware": bidora.FullConfig.auto_adjust_for_hardware,

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOP = {"train", "bidora", "hypergrad", "model", "data", "tasks", "config", "sample"}
+TOP = {"train", "bidora", "hypergrad", "bilevel", "model", "data", "tasks", "config", "sample"}
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -160,11 +160,11 @@ def test_every_setting_that_a_document_shows_exists(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_every_method_and_hypergradient_that_a_document_sets_exists(path):
     import bidora
-    import hypergrad
+    import bilevel
 
     text = path.read_text(encoding="utf-8")
     assert set(re.findall(r"--method=(\w+)", text)) <= {*bidora.METHODS, "ft", "M"}
-    assert set(re.findall(r"--hypergradient=(\w+)", text)) <= set(hypergrad.HYPERGRADIENTS)
+    assert set(re.findall(r"--hypergradient=(\w+)", text)) <= set(bilevel.HYPERGRADIENTS)
 
 
 # ---------------------------------------------------------------------------------- the shelves
@@ -297,8 +297,8 @@ def test_the_recipe_for_a_method_gives_one_that_trains_and_loads(copy):
 def test_the_recipe_for_a_hypergradient_gives_one_that_trains(copy):
     folder, run = copy
     place = folder / "hypergrad.py"
-    insert(place, recipes()["hypergradient function"], "HYPERGRADIENTS = {", before=True)
-    insert(place, recipes()["hypergradient"], "HYPERGRADIENTS = {")
+    insert(place, recipes()["hypergradient function"], "def neumann(", before=True)
+    insert(folder / "bilevel.py", recipes()["hypergradient"], "HYPERGRADIENTS = {")
     assert "t1t2" in run(*QUICK, "--hypergradient=t1t2", "--hypergradient_lr=0.1")
     run(*QUICK, "--hypergradient=t1t2", "--precondition=none", "--out_dir=out/default")
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-import hypergrad
+import bilevel
 from bidora import METHODS
 from model import ModelConfig
 from support import checkpoint, distributed, hardware, run
@@ -60,7 +60,7 @@ import re, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 import bidora, bitsandbytes, data, train
-from hypergrad import create_bilevel_optimizer
+from bilevel import create_bilevel_optimizer
 from model import Transformer
 from support.pretrained import find_model
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
@@ -303,15 +303,15 @@ def test_a_search_step_reads_few_numbers_from_tensors(monkeypatch, tmp_path):
             train(Config(search_steps=steps, retrain_steps=0, out_dir=f"{steps}", **settings))
         found.append(reads.files)
     ten_steps = found[1] - found[0]
-    assert {"data.py", "model.py", "hypergrad.py"} == set(ten_steps)
-    assert ten_steps["hypergrad.py"] == 10 * 2
+    assert {"data.py", "model.py", "bilevel.py"} == set(ten_steps)
+    assert ten_steps["bilevel.py"] == 10 * 2
 
 
 def test_a_run_that_fails_has_logged_every_step_before(monkeypatch, tmp_path):
     """Losses stay on the GPU until the log is written: here never, while the steps last."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "LOG_EVERY", math.inf)
-    losses, step = [], hypergrad.BilevelOptimizer.lower_step
+    losses, step = [], bilevel.BilevelOptimizer.lower_step
 
     def fails(self, *arguments):
         if len(losses) == 3:
@@ -319,7 +319,7 @@ def test_a_run_that_fails_has_logged_every_step_before(monkeypatch, tmp_path):
         losses.append(step(self, *arguments))
         return losses[-1]
 
-    monkeypatch.setattr(hypergrad.BilevelOptimizer, "lower_step", fails)
+    monkeypatch.setattr(bilevel.BilevelOptimizer, "lower_step", fails)
     settings = dict(model="tiny-random", data="toy-sentiment", test_size=20, eval_size=20)
     with pytest.raises(FloatingPointError):
         train(Config(method="lora", out_dir="run", **settings))

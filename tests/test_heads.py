@@ -13,7 +13,7 @@ from test_encoder import BASIC, adapted, batch, checkpoint, rewrite, without
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 import bidora
-from hypergrad import BilevelOptimizer
+from bilevel import BilevelOptimizer
 from support.encoder import Encoder
 from support.head_task import encode_pair, encode_words
 from support.heads import IGNORED, EncoderWithHead

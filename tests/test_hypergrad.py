@@ -19,17 +19,8 @@ import bidora
 import data
 import hypergrad
 from bidora import replace_linear_with_bidora
-from hypergrad import (
-    HYPERGRADIENTS,
-    MicroBatches,
-    adam_scale,
-    conjugate_gradient,
-    create_bilevel_optimizer,
-    first_order,
-    neumann,
-    unrolled,
-    unrolled_once,
-)
+from bilevel import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
+from hypergrad import adam_scale, conjugate_gradient, first_order, neumann, unrolled, unrolled_once
 from model import Transformer
 
 UNROLLED = ("unrolled", "finite_difference")  # look back on steps of the lower level

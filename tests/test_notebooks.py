@@ -18,6 +18,18 @@ def test_notebook_runs_in_the_short_setting(path, monkeypatch, request):
     notebooks.execute(path, timeout=300)
 
 
+def test_one_page_is_plain_torch_on_one_page():
+    """150 lines of code; this project's modules come in the last cell alone, which compares."""
+    cells = [c for c in nbformat.read(NOTEBOOKS[0], 4).cells if c.cell_type == "code"]
+    assert NOTEBOOKS[0].stem == "00_one_page"
+    assert sum(len(cell.source.splitlines()) for cell in cells) <= 150
+    ours = {path.stem for path in NOTEBOOKS[0].parents[1].glob("*.py")}
+    imported = [
+        ours & set(re.findall(r"(?m)^(?:from|import) (\w+)", cell.source)) for cell in cells
+    ]
+    assert imported[-1] == {"bidora", "bilevel"} and not any(imported[:-1])
+
+
 @pytest.mark.parametrize("quick, kept", [("1", False), ("", True)])
 def test_a_short_run_does_not_replace_the_outputs_and_a_full_one_does(
     quick, kept, tmp_path, monkeypatch

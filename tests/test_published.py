@@ -19,7 +19,8 @@ from test_hypergrad import Curved, Quadratic
 
 import bidora
 import train
-from hypergrad import create_bilevel_optimizer, identity
+from bilevel import create_bilevel_optimizer
+from hypergrad import identity
 from support import hardware
 from support.files import cache_dir, fetch, read_json
 from support.heads import EncoderWithHead

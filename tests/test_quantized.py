@@ -18,7 +18,7 @@ from test_model import checkpoint
 
 import bidora
 from bidora import adapter_layers, load_adapter, merge, replace_linear_with_bidora, save_adapter
-from hypergrad import HYPERGRADIENTS, create_bilevel_optimizer
+from bilevel import HYPERGRADIENTS, create_bilevel_optimizer
 from model import Transformer
 from support import quantized
 from support.quantized import KINDS, dequantize, kind_of, linear, pack

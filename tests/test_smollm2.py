@@ -10,15 +10,9 @@ from tokenizers import Tokenizer as Peer
 
 import bidora
 import data
+from bilevel import create_bilevel_optimizer
 from data import load_examples
-from hypergrad import (
-    LowerGradient,
-    assign,
-    create_bilevel_optimizer,
-    restored,
-    total_gradient,
-    val_gradients,
-)
+from hypergrad import LowerGradient, assign, restored, total_gradient, val_gradients
 from model import Transformer
 from support.built_in_models import SMOLLM2, SMOLLM2_MEMBER
 from support.datasets import BUILT_IN

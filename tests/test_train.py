@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 import bidora
+import bilevel
 import data
-import hypergrad
 import sample
 import train
 from model import Transformer
@@ -538,8 +538,8 @@ def test_hypergradient_options_reach_the_function(monkeypatch):
             val_loss[0]()
             return [torch.zeros_like(m) for m in upper]
 
-        entry = dataclasses.replace(hypergrad.HYPERGRADIENTS[name], function=spy)
-        monkeypatch.setitem(hypergrad.HYPERGRADIENTS, name, entry)
+        entry = dataclasses.replace(bilevel.HYPERGRADIENTS[name], function=spy)
+        monkeypatch.setitem(bilevel.HYPERGRADIENTS, name, entry)
         train.train(
             Config(
                 **TINY,
@@ -835,7 +835,7 @@ def test_an_interrupted_run_finishes_its_step_keeps_its_weights_and_says_how_to_
     capsys, monkeypatch
 ):
     steps = []
-    step = hypergrad.BilevelOptimizer.lower_step_kept
+    step = bilevel.BilevelOptimizer.lower_step_kept
 
     def interrupted(self, *arguments, **options):
         steps.append(1)
@@ -843,7 +843,7 @@ def test_an_interrupted_run_finishes_its_step_keeps_its_weights_and_says_how_to_
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, *arguments, **options)
 
-    monkeypatch.setattr(hypergrad.BilevelOptimizer, "lower_step_kept", interrupted)
+    monkeypatch.setattr(bilevel.BilevelOptimizer, "lower_step_kept", interrupted)
     arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--out_dir=run"]
     assert train.main(arguments) == 130
     command = f"python train.py {' '.join(arguments)} --resume=True"

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import bidora
 import data
-from hypergrad import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
+from bilevel import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
 from model import ModelConfig, Transformer
 from support import settings
 from support.datasets import BUILT_IN

@@ -29,7 +29,8 @@ from tqdm import tqdm
 import data
 import train
 from bidora import upper_parameters
-from hypergrad import Step, central_difference, in_training, restored, same, val_gradients
+from bilevel import in_training
+from hypergrad import Step, central_difference, restored, same, val_gradients
 from support import encoder, settings
 from tools import published, study
 from tools.arms import GROUPS

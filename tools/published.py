@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 import train as program
 from bidora import adapter_layers, linear_layers
-from hypergrad import BilevelOptimizer, assign, dot, first_order, in_training, restored
+from bilevel import BilevelOptimizer, in_training
+from hypergrad import assign, dot, first_order, restored
 from support import encoder, settings
 from support.files import read_json, write_json
 from tools.arms import EFFECTS

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import bidora
 import train
-from hypergrad import HYPERGRADIENTS, create_bilevel_optimizer
+from bilevel import HYPERGRADIENTS, create_bilevel_optimizer
 from support import hf_format, settings
 from support.datasets import BUILT_IN
 from tools.differences import row, tables

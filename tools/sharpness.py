@@ -24,7 +24,8 @@ from tqdm import tqdm
 import data
 import train
 from bidora import adapter_layers, lower_parameters
-from hypergrad import LowerGradient, create_bilevel_optimizer
+from bilevel import create_bilevel_optimizer
+from hypergrad import LowerGradient
 from support import settings
 from tools import study
 from tools.arms import GROUPS

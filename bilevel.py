@@ -1,0 +1,429 @@
+"""
+The two-level optimizer: AdamW over A and B on train, AdamW over m on val along a hypergradient.
+
+    optimizer = create_bilevel_optimizer(model, lower_lr=1e-2, upper_lr=2e-2)
+    train_loss, val_loss = optimizer.bilevel_step(loss_fn, train_batch, val_batch)
+
+hypergrad.py has the hypergradients, as functions of closures; HYPERGRADIENTS here says what the
+optimizer gives to each. With bidora.py and hypergrad.py this file works copied into any project.
+"""
+
+import contextlib
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+import hypergrad
+from hypergrad import (
+    LowerGradient,
+    Step,
+    adam_moments,
+    adam_scale,
+    adamw,
+    assign,
+    first_order,
+    gradient_descent,
+    same,
+    total_gradient,
+)
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """
+    An entry of HYPERGRADIENTS: all that the optimizer and train.py need to know about a function.
+
+    If the function has a parameter `past`, it is given the last lower-level steps: as many as its
+    option "steps" says, or one.
+    """
+
+    function: Callable
+    options: dict = field(default_factory=dict)  # {an option: the setting in config.py for it}
+    second_order: bool = True  # whether it differentiates gradients of the lower level
+    float32: bool = False  # whether it needs float32: bfloat16 has too few digits
+
+
+HYPERGRADIENTS = {
+    "first_order": Hypergradient(hypergrad.first_order, second_order=False),
+    "unrolled": Hypergradient(
+        hypergrad.unrolled, {"steps": "hypergradient_steps", "lr": "hypergradient_lr"}
+    ),
+    "finite_difference": Hypergradient(
+        functools.partial(hypergrad.unrolled, mode="finite_difference"),
+        {"steps": "hypergradient_steps", "lr": "hypergradient_lr"},
+        second_order=False,
+        float32=True,
+    ),
+    "neumann": Hypergradient(
+        hypergrad.neumann, {"terms": "hypergradient_steps", "alpha": "hypergradient_lr"}
+    ),
+    "conjugate_gradient": Hypergradient(
+        hypergrad.conjugate_gradient, {"iterations": "hypergradient_steps", "damping": "damping"}
+    ),
+    "identity": Hypergradient(hypergrad.identity),
+    "identity_difference": Hypergradient(
+        functools.partial(hypergrad.identity, mode="finite_difference"),
+        second_order=False,
+        float32=True,
+    ),
+}
+
+
+CHOICES = {
+    "hypergradient": HYPERGRADIENTS,
+    "optimizer": ("adamw", "adamw8bit"),
+    "precondition": ("none", "adam"),
+}
+
+
+def check_options(hypergradient, options):
+    """Raise ValueError for options that a hypergradient does not have, or for unfit values."""
+    entry = HYPERGRADIENTS[hypergradient]
+    known = {*entry.options} | ({"radius"} if entry.float32 else set())  # of differences
+    if unknown := sorted(options.keys() - known):
+        has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+        raise ValueError(f"hypergradient={hypergradient} has no option {unknown[0]!r}: {has}")
+    for name, value in options.items():
+        whole = name in ("steps", "terms", "iterations")
+        least = 1 if whole else 0
+        number = isinstance(value, int if whole else (int, float)) and math.isfinite(value)
+        if not number or value < least or (value == 0 and name != "damping"):
+            kind = "a whole number of at least 1" if whole else "a positive number"
+            raise ValueError(f"{name}={value!r} must be {kind}")
+
+
+def check_choices(hypergradient, optimizer, precondition, coarse):
+    """
+    Raise ValueError for an unknown choice, or for choices that exclude each other. coarse: whether
+    the base has 16 bits.
+    """
+    for name, value in zip(CHOICES, (hypergradient, optimizer, precondition)):
+        if value not in CHOICES[name]:
+            raise ValueError(f"unknown {name} {value!r}: choose {', '.join(CHOICES[name])}")
+    if precondition == "adam" and optimizer == "adamw8bit":
+        raise ValueError(
+            "precondition=adam reads AdamW's moments, which adamw8bit keeps in 8 bits: "
+            "use optimizer=adamw"
+        )
+    if HYPERGRADIENTS[hypergradient].float32 and coarse:
+        exact = "identity" if hypergradient.startswith("identity") else "unrolled"
+        raise ValueError(
+            f"hypergradient={hypergradient} loses too many digits in bfloat16 and float16: "
+            f"use hypergradient={exact}, or float32"
+        )
+
+
+def reached(loss):
+    """The ids of the leaves, such as parameters, whose gradient loss.backward() would compute."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return {id(node.variable) for node in seen if hasattr(node, "variable")}
+
+
+class MicroBatches(list):
+    """
+    A batch in parts whose losses add up, so that the activations of one are in memory at a time.
+    Any other batch, also a list, is handed to the loss as it is.
+    """
+
+
+@contextlib.contextmanager
+def in_training(model, wanted):
+    """
+    Put exactly the modules in `wanted` into training mode. Without any, dropout is off: all passes
+    of a hypergradient must see the same function.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    for module, _ in before:
+        module.training = module in wanted
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+class BilevelOptimizer:
+    """
+    AdamW over a model's lower_parameters, and over its upper_parameters (bidora.py) along a
+    hypergradient. For a model without upper parameters, lower_step alone is plain training.
+
+    lower_steps     as in bilevel_step
+    weight_decay    of the lower level; upper_weight_decay: of magnitudes or singular values
+    hypergradient   a key of HYPERGRADIENTS; options: that function's own (lr: by default the lower
+                    level's rate at the time)
+    grad_clip       the norm to which the gradient of each level is clipped
+    optimizer       'adamw', or 'adamw8bit', bitsandbytes' AdamW with 8-bit moments (tensors below
+                    4,096 numbers keep 32 bits)
+    precondition    'none', or 'adam': unrolled differentiates through AdamW's own update, neumann
+                    and conjugate_gradient are preconditioned by its second moments
+    reduce          as in the functions; it also reduces lower gradients and losses
+
+    A batch is whatever loss_fn(model, batch) -> scalar takes, or MicroBatches of them. Raises
+    ValueError for an unknown choice or option, choices that exclude each other, or a model with
+    nothing to train.
+    """
+
+    def __init__(
+        self,
+        model,
+        lower_lr=2e-4,
+        upper_lr=1e-3,
+        lower_steps=1,
+        weight_decay=0.01,
+        hypergradient="unrolled",
+        *,
+        grad_clip=1.0,
+        optimizer="adamw",
+        precondition="none",
+        upper_weight_decay=0.0,
+        reduce=same,
+        **options,
+    ):
+        from bidora import lower_parameters, upper_parameters  # here: the functions above need none
+
+        coarse = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+        check_choices(hypergradient, optimizer, precondition, coarse)
+        check_options(hypergradient, options)
+        entry = HYPERGRADIENTS[hypergradient]
+        self.model, self.lower, self.upper = model, lower_parameters(model), upper_parameters(model)
+        if not self.lower:
+            raise ValueError(
+                "the model has no trainable lower-level parameters: put in adapters first"
+            )
+
+        self.function, self.second_order = entry.function, entry.second_order
+        self.takes = set(inspect.signature(entry.function).parameters)
+        self.looks_back = "past" in self.takes  # on the steps that the lower level has taken
+        self.needs_train = entry.function is not first_order
+        self.options, self.kept_steps = options, options.get("steps", 1)
+        self.lower_steps, self.grad_clip = lower_steps, grad_clip
+        self.precondition, self.reduce = precondition, reduce
+        self.past = []  # the lower-level steps kept for the next upper_step
+        self.begun = False
+
+        AdamW = functools.partial(torch.optim.AdamW, fused=True)  # one kernel: 5 ms a step, not 19
+        if optimizer == "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit as AdamW
+        self.lower_optimizer = AdamW(self.lower, lr=lower_lr, weight_decay=weight_decay)
+        self.upper_optimizer = (
+            AdamW(self.upper, lr=upper_lr, weight_decay=upper_weight_decay) if self.upper else None
+        )
+
+    @property
+    def optimizers(self):
+        """The AdamW of each level that has one."""
+        both = {"lower": self.lower_optimizer, "upper": self.upper_optimizer}
+        return {level: optimizer for level, optimizer in both.items() if optimizer}
+
+    def state_dict(self):
+        """Both levels' states, {"lower": …, "upper": …}; kept steps are not part of it."""
+        return {level: optimizer.state_dict() for level, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state):
+        """Continue from a state_dict; the next upper_step needs a step kept after it."""
+        for level, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[level])
+        self.past = []
+
+    def scale_lr(self, factor):
+        """Set both levels' learning rates to factor × their initial values."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group.setdefault("base_lr", group["lr"])
+
+    @property
+    def lower_lr(self):
+        return self.lower_optimizer.param_groups[0]["lr"]
+
+    def step(self, optimizer, parameters, gradients, loss):
+        """
+        One optimizer step. Raises FloatingPointError, and changes nothing, if the loss or the
+        gradient is not finite.
+        """
+        for parameter, g in zip(parameters, gradients):
+            parameter.grad = g
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+        finite = bool(torch.isfinite(loss + norm))  # the only number that a step reads from a GPU
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+        if not finite:
+            self.past = []
+            raise FloatingPointError(f"loss {loss.item():g}, gradient norm {norm.item():g}")
+
+    def watched(self, loss_fn, batch, seen):
+        """Closures of the loss, one per micro-batch; each appends its value to `seen`."""
+
+        def loss(micro_batch):
+            value = loss_fn(self.model, micro_batch)
+            seen.append(value.detach())
+            if not self.begun:
+                self.check_reach(value)
+            return value
+
+        parts = batch if isinstance(batch, MicroBatches) else [batch]
+        return [functools.partial(loss, micro_batch) for micro_batch in parts]
+
+    def check_reach(self, loss):
+        """At the first step: say which parameters the loss does not depend on."""
+        found = reached(loss)
+        ours = {id(parameter) for parameter in (*self.lower, *self.upper)}
+        named = [(name, p) for name, p in self.model.named_parameters() if id(p) in ours]
+        layers = [name.rpartition(".")[0] for name, p in named if id(p) not in found]
+        layers = list(dict.fromkeys(layers))
+        self.begun = bool(ours & found)
+        if not layers:
+            return
+
+        names = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if layers[5:] else "")
+        problem = (
+            f"no gradient reaches {names}: is the layer's weight read without calling the layer, "
+            f"or is it inside reentrant gradient checkpointing (use_reentrant=False is right)?"
+        )
+        if not self.begun:
+            raise ValueError(problem)
+        warnings.warn(problem, stacklevel=2)
+
+    def lower_step(self, loss_fn, batch):
+        """
+        One step of the lower level on a batch. Returns its loss before the step, a scalar. Steps
+        that were kept before it are dropped, since it moves on from where they led.
+        """
+        self.past, seen = [], []
+        losses = self.watched(loss_fn, batch, seen)
+        g = total_gradient(losses, self.lower, self.reduce)
+        [total] = self.reduce([sum(seen)])
+        self.step(self.lower_optimizer, self.lower, g, total)
+        return total
+
+    def lower_step_kept(self, loss_fn, batch):
+        """
+        A lower_step that is kept: the next upper_step without a train batch differentiates through
+        it, so that one gradient serves both levels.
+
+        Of several kept steps only the last keeps its graph, to save memory.
+        """
+        if not self.needs_train:
+            return self.lower_step(loss_fn, batch)  # nothing needs to be kept
+
+        for step in self.past:
+            step.graph = None
+        seen = []
+        losses = self.watched(loss_fn, batch, seen)
+        graph = None
+        if self.looks_back and self.second_order:
+            training = {module for module in self.model.modules() if module.training}
+            mode = functools.partial(in_training, self.model, training)
+            graph = LowerGradient(losses, self.lower, self.reduce, mode)
+        g = graph.value if graph else total_gradient(losses, self.lower, self.reduce)
+
+        adam = self.precondition == "adam"
+        update = gradient_descent(self.options.get("lr", self.lower_lr))
+        if adam:
+            update = adamw(self.lower_optimizer, self.grad_clip)
+        state = adam_moments(self.lower_optimizer) if adam else []
+        step = Step([V.data for V in self.lower], g, state, update, losses, graph)
+        self.past = [*self.past, step][-self.kept_steps :]
+
+        # The graph refers to V's values, so the optimizer writes into copies of them. Torch would
+        # still count this as a change of V and refuse to use the graph later. The old values will
+        # be back by then, but no public function can tell torch so.
+        assign(self.lower, [V.data.clone() for V in self.lower])
+        [total] = self.reduce([sum(seen)])
+        with torch.autograd._unsafe_preserve_version_counter(tuple(self.lower)):
+            copies = [x.clone() for x in g]  # clipping writes into them
+            self.step(self.lower_optimizer, self.lower, copies, total)
+        return total
+
+    def upper_step(self, loss_fn, train_batch, val_batch):
+        """
+        One step of the upper level along the hypergradient. Returns the val loss from which the
+        hypergradient was computed, a scalar tensor.
+
+        train_batch: None to differentiate through the steps that lower_step_kept took (a step
+        without its graph builds it anew, without dropout). Raises ValueError without upper
+        parameters or without steps to use.
+        """
+        if not self.upper:
+            raise ValueError(
+                "the model has no upper-level parameters: adapt it with method='bidora', "
+                "or take lower_step alone"
+            )
+
+        if train_batch is None and not self.past and self.needs_train:
+            raise ValueError(
+                "no lower step was kept: give a train batch, or call lower_step_kept first"
+            )
+
+        seen = []
+        train_loss = self.watched(loss_fn, train_batch, [])
+        val_loss = self.watched(loss_fn, val_batch, seen)
+        options = self.options | {"reduce": self.reduce} | self.moving_options()
+        if train_batch is None and self.past:
+            train_loss = self.past[-1].train_loss
+            options |= {"past": self.past} if self.looks_back else {}
+
+        try:
+            with in_training(self.model, ()):
+                h = self.function(train_loss, val_loss, self.lower, self.upper, **options)
+        finally:
+            self.past = []
+        [total] = self.reduce([sum(seen)])
+        self.step(self.upper_optimizer, self.upper, h, total)
+        return total
+
+    def moving_options(self):
+        """The hypergradient's options that change from step to step, as far as it takes them."""
+        options, adam = {}, self.precondition == "adam"
+        if "lr" in self.takes and "lr" not in self.options:
+            options |= {"lr": self.lower_lr}
+        if adam and "adam" in self.takes:
+            options |= {"adam": self.lower_optimizer, "grad_clip": self.grad_clip}
+        if adam and "precondition" in self.takes:
+            options |= {"precondition": adam_scale(self.lower_optimizer)}
+        return options
+
+    def bilevel_step(self, loss_fn, train_batch, val_batch):
+        """
+        `lower_steps` steps of the lower level on train_batch, then one of the upper level on
+        val_batch, which differentiates through the last of them: as many as the option `steps`.
+
+        loss_fn(model, batch) -> scalar. Returns (train_loss, val_loss), scalar tensors; the train
+        loss is the one before the last lower step. Raises ValueError for `steps` above lower_steps.
+        """
+        if self.kept_steps > self.lower_steps:
+            raise ValueError(
+                f"steps={self.kept_steps} looks back on more than lower_steps={self.lower_steps}"
+            )
+        for _ in range(self.lower_steps - self.kept_steps):
+            self.lower_step(loss_fn, train_batch)
+        for _ in range(self.kept_steps):
+            train_loss = self.lower_step_kept(loss_fn, train_batch)
+        return train_loss, self.upper_step(loss_fn, None, val_batch)
+
+    # The names of these steps in the `bidora` package on PyPI:
+
+    def lower_level_step(self, loss_fn, train_batch):
+        return self.lower_step(loss_fn, train_batch)
+
+    def upper_level_step(self, loss_fn, val_batch, train_batch=None):
+        return self.upper_step(loss_fn, train_batch, val_batch)
+
+    def final_finetune_step(self, loss_fn, combined_batch):
+        """A lower_step with the upper parameters fixed for good."""
+        for parameter in self.upper:
+            parameter.requires_grad_(False)
+        return self.lower_step(loss_fn, combined_batch)
+
+
+create_bilevel_optimizer = BilevelOptimizer  # its name in the `bidora` package
