@@ -31,20 +31,24 @@ def cosines_apart(layer):
     ‖C - I‖, a scalar, C the cosines between the rows (or columns) of W0 + s·B·A.
 
     It is computed from the factors and W0·W0ᵀ (or W0ᵀ·W0). That matrix, (out × out) or (in × in),
-    is computed at the first call and kept in the layer, so each call needs only products of rank r.
+    is computed at the first call and kept in the layer, so each call needs only products of rank r;
+    where W0 itself trains, it is computed anew.
     """
     A, sB = layer.lora_A, layer.scaling * layer.lora_B
     weight, dtype = layer.weight, float_dtype(layer.weight)
     row = layer.magnitude_axis == "row"
-    if layer.weight_gram is None:
-        layer.weight_gram = weight_gram(weight, A.dtype, row)
+    base = layer.weight_gram
+    if base is None or weight.requires_grad:
+        base = weight_gram(weight, A.dtype, row)
+    if not weight.requires_grad:
+        layer.weight_gram = base
 
     if row:
         low = linear(A.to(dtype), weight).T.to(A.dtype) @ sB.T  # W0·Aᵀ·(sB)ᵀ
-        gram = layer.weight_gram + low + low.T + sB @ (A @ A.T) @ sB.T
+        gram = base + low + low.T + sB @ (A @ A.T) @ sB.T
     else:
         low = transposed(sB.T.to(dtype), weight).to(A.dtype).T @ A  # W0ᵀ·(sB)·A
-        gram = layer.weight_gram + low + low.T + A.T @ (sB.T @ sB) @ A
+        gram = base + low + low.T + A.T @ (sB.T @ sB) @ A
 
     norm = gram.diagonal().clamp_min(1e-24).sqrt()
     cosines = gram / (norm[:, None] * norm)

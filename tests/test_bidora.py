@@ -513,6 +513,21 @@ def test_the_gram_regulariser_is_the_one_of_the_built_directions(axis, quantize)
         )
 
 
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_the_gram_regulariser_follows_a_weight_that_trains(axis):
+    """Two backward passes through W0, with the gradient of the built matrix in float64: 1e-9."""
+    layer = trained(BiDoRALinear(9, 7, 2, magnitude_axis=axis)).double()
+    for _ in range(2):
+        layer.weight.requires_grad_(True)
+        W = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
+        D = torch.nn.functional.normalize(W, dim=1 if axis == "row" else 0)
+        C = D @ D.T if axis == "row" else D.T @ D
+        truth = torch.autograd.grad((C - torch.eye(len(C))).norm(), layer.weight)[0]
+        [found] = torch.autograd.grad(regulariser([layer]), layer.weight)
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-9)
+        layer.weight.data = layer.weight.data + 0.1
+
+
 def test_biloras_regulariser_makes_its_factors_orthonormal():
     layer = trained(BiDoRALinear(9, 14, 3, method="bilora"))
     optimizer = torch.optim.Adam([layer.lora_A, layer.lora_B], lr=0.05)
