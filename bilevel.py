@@ -10,7 +10,6 @@ optimizer gives to each. With bidora.py and hypergrad.py this file works copied 
 
 import contextlib
 import functools
-import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -26,7 +25,6 @@ from hypergrad import (
     adam_scale,
     adamw,
     assign,
-    first_order,
     gradient_descent,
     same,
     total_gradient,
@@ -36,40 +34,49 @@ from hypergrad import (
 @dataclass(frozen=True)
 class Hypergradient:
     """
-    An entry of HYPERGRADIENTS: all that the optimizer and train.py need to know about a function.
+    An entry of HYPERGRADIENTS: what the optimizer and train.py need to know about a function.
 
-    If the function has a parameter `past`, it is given the last lower-level steps: as many as its
-    option "steps" says, or one.
+    looks_back: it takes `past`, the last steps of the lower level: as many as its option "steps"
+    says, or one. follows_rate: its option lr is by default the lower level's rate at the time.
+    adam: what precondition=adam gives it: "update", AdamW's next update as the option adam, or
+    "scale", AdamW's preconditioner as the option precondition.
     """
 
     function: Callable
     options: dict = field(default_factory=dict)  # {an option: the setting in config.py for it}
+    reads_train: bool = True  # whether it takes anything from the train loss
     second_order: bool = True  # whether it differentiates gradients of the lower level
     float32: bool = False  # whether it needs float32: bfloat16 has too few digits
+    looks_back: bool = False
+    follows_rate: bool = False
+    adam: str | None = None
 
 
+UNROLLED = dict(
+    options={"steps": "hypergradient_steps", "lr": "hypergradient_lr"},
+    looks_back=True,
+    follows_rate=True,
+    adam="update",
+)
+IMPLICIT = dict(looks_back=True, adam="scale")
+DIFFERENCE = dict(second_order=False, float32=True)
 HYPERGRADIENTS = {
-    "first_order": Hypergradient(hypergrad.first_order, second_order=False),
-    "unrolled": Hypergradient(
-        hypergrad.unrolled, {"steps": "hypergradient_steps", "lr": "hypergradient_lr"}
-    ),
+    "first_order": Hypergradient(hypergrad.first_order, reads_train=False, second_order=False),
+    "unrolled": Hypergradient(hypergrad.unrolled, **UNROLLED),
     "finite_difference": Hypergradient(
-        functools.partial(hypergrad.unrolled, mode="finite_difference"),
-        {"steps": "hypergradient_steps", "lr": "hypergradient_lr"},
-        second_order=False,
-        float32=True,
+        functools.partial(hypergrad.unrolled, mode="finite_difference"), **UNROLLED, **DIFFERENCE
     ),
     "neumann": Hypergradient(
-        hypergrad.neumann, {"terms": "hypergradient_steps", "alpha": "hypergradient_lr"}
+        hypergrad.neumann, {"terms": "hypergradient_steps", "alpha": "hypergradient_lr"}, **IMPLICIT
     ),
     "conjugate_gradient": Hypergradient(
-        hypergrad.conjugate_gradient, {"iterations": "hypergradient_steps", "damping": "damping"}
+        hypergrad.conjugate_gradient,
+        {"iterations": "hypergradient_steps", "damping": "damping"},
+        **IMPLICIT,
     ),
     "identity": Hypergradient(hypergrad.identity),
     "identity_difference": Hypergradient(
-        functools.partial(hypergrad.identity, mode="finite_difference"),
-        second_order=False,
-        float32=True,
+        functools.partial(hypergrad.identity, mode="finite_difference"), **DIFFERENCE
     ),
 }
 
@@ -201,10 +208,7 @@ class BilevelOptimizer:
                 "the model has no trainable lower-level parameters: put in adapters first"
             )
 
-        self.function, self.second_order = entry.function, entry.second_order
-        self.takes = set(inspect.signature(entry.function).parameters)
-        self.looks_back = "past" in self.takes  # on the steps that the lower level has taken
-        self.needs_train = entry.function is not first_order
+        self.entry, self.function = entry, entry.function
         self.options, self.kept_steps = options, options.get("steps", 1)
         self.lower_steps, self.grad_clip = lower_steps, grad_clip
         self.precondition, self.reduce = precondition, reduce
@@ -313,7 +317,7 @@ class BilevelOptimizer:
 
         Of several kept steps only the last keeps its graph, to save memory.
         """
-        if not self.needs_train:
+        if not self.entry.reads_train:
             return self.lower_step(loss_fn, batch)  # nothing needs to be kept
 
         for step in self.past:
@@ -321,7 +325,7 @@ class BilevelOptimizer:
         seen = []
         losses = self.watched(loss_fn, batch, seen)
         graph = None
-        if self.looks_back and self.second_order:
+        if self.entry.looks_back and self.entry.second_order:
             training = {module for module in self.model.modules() if module.training}
             mode = functools.partial(in_training, self.model, training)
             graph = LowerGradient(losses, self.lower, self.reduce, mode)
@@ -360,7 +364,7 @@ class BilevelOptimizer:
                 "or take lower_step alone"
             )
 
-        if train_batch is None and not self.past and self.needs_train:
+        if train_batch is None and not self.past and self.entry.reads_train:
             raise ValueError(
                 "no lower step was kept: give a train batch, or call lower_step_kept first"
             )
@@ -371,7 +375,7 @@ class BilevelOptimizer:
         options = self.options | {"reduce": self.reduce} | self.moving_options()
         if train_batch is None and self.past:
             train_loss = self.past[-1].train_loss
-            options |= {"past": self.past} if self.looks_back else {}
+            options |= {"past": self.past} if self.entry.looks_back else {}
 
         try:
             with in_training(self.model, ()):
@@ -384,13 +388,13 @@ class BilevelOptimizer:
 
     def moving_options(self):
         """The hypergradient's options that change from step to step, as far as it takes them."""
-        options, adam = {}, self.precondition == "adam"
-        if "lr" in self.takes and "lr" not in self.options:
-            options |= {"lr": self.lower_lr}
-        if adam and "adam" in self.takes:
+        options = {}
+        if self.entry.follows_rate and "lr" not in self.options:
+            options["lr"] = self.lower_lr
+        if self.precondition == "adam" and self.entry.adam == "update":
             options |= {"adam": self.lower_optimizer, "grad_clip": self.grad_clip}
-        if adam and "precondition" in self.takes:
-            options |= {"precondition": adam_scale(self.lower_optimizer)}
+        if self.precondition == "adam" and self.entry.adam == "scale":
+            options["precondition"] = adam_scale(self.lower_optimizer)
         return options
 
     def bilevel_step(self, loss_fn, train_batch, val_batch):

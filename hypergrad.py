@@ -25,22 +25,37 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# Three of them in their plainest form, for reading; tests compare them with those below.
 
-def unrolled_once(train_loss, val_loss, lower, upper, *, lr):
-    """
-    The paper's hypergradient in its plainest form: through one step V' = V - lr · ∂L/∂V.
 
-        dF/dm = ∂F/∂m(V', m) - lr · ∂²L/∂m∂V(V, m) · ∂F/∂V(V', m)
+def plain_first_order(train_loss, val_loss, V, m):
+    """∂F/∂m, as if V did not follow m."""
+    return torch.autograd.grad(val_loss(), m)
 
-    For reading: `unrolled` computes the same for K steps, with less memory; a test compares them.
-    """
-    g = torch.autograd.grad(train_loss(), lower, create_graph=True)  # ∂L/∂V, differentiable
-    with restored(lower):
-        assign(lower, [V.detach() - lr * gV.detach() for V, gV in zip(lower, g)])
-        v, direct = val_gradients(val_loss, lower, upper)  # ∂F/∂V and ∂F/∂m at V'
 
-    cross = torch.autograd.grad(g, upper, grad_outputs=v)  # ∂²L/∂m∂V · v
+def plain_unrolled(train_loss, val_loss, V, m, lr):
+    """Through one step, the paper's: ∂F/∂m - lr · ∂²L/∂m∂V · ∂F/∂V, F at V' = V - lr · ∂L/∂V."""
+    g = torch.autograd.grad(train_loss(), V, create_graph=True)  # ∂L/∂V, differentiable
+    with restored(V):
+        assign(V, [x.detach() - lr * gx.detach() for x, gx in zip(V, g)])
+        v, direct = val_gradients(val_loss, V, m)  # ∂F/∂V and ∂F/∂m at V'
+
+    cross = torch.autograd.grad(g, m, grad_outputs=v)  # ∂²L/∂m∂V · v
     return [d - lr * c for d, c in zip(direct, cross)]
+
+
+def plain_neumann(train_loss, val_loss, V, m, alpha, terms):
+    """∂F/∂m - ∂²L/∂m∂V · q, where q = alpha · Σ_{j<terms} (I - alpha·H)^j · ∂F/∂V ≈ H⁻¹ · ∂F/∂V."""
+    g = torch.autograd.grad(train_loss(), V, create_graph=True)
+    power, direct = val_gradients(val_loss, V, m)
+    q = [torch.zeros_like(x) for x in power]
+    for _ in range(terms):
+        q = [x + alpha * p for x, p in zip(q, power)]
+        Hp = torch.autograd.grad(g, V, grad_outputs=power, retain_graph=True)  # ∂²L/∂V² · power
+        power = [p - alpha * h for p, h in zip(power, Hp)]
+
+    cross = torch.autograd.grad(g, m, grad_outputs=q)
+    return [d - c for d, c in zip(direct, cross)]
 
 
 # ------------------------------------------------------------------ gradients and products

@@ -20,7 +20,16 @@ import data
 import hypergrad
 from bidora import replace_linear_with_bidora
 from bilevel import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
-from hypergrad import adam_scale, conjugate_gradient, first_order, neumann, unrolled, unrolled_once
+from hypergrad import (
+    adam_scale,
+    conjugate_gradient,
+    first_order,
+    neumann,
+    plain_first_order,
+    plain_neumann,
+    plain_unrolled,
+    unrolled,
+)
 from model import Transformer
 
 UNROLLED = ("unrolled", "finite_difference")  # look back on steps of the lower level
@@ -179,11 +188,19 @@ def test_unrolled_equals_its_closed_form_on_a_quadratic(steps):
     torch.testing.assert_close(unrolled(*q.arguments, lr=lr, steps=steps)[0], expected)
 
 
-def test_the_papers_formula_is_the_general_function_at_one_step():
-    """1e-12 relative in float64: the same sums in another order."""
+@pytest.mark.parametrize(
+    "plain, general, options",
+    [
+        (plain_first_order, first_order, {}),
+        (plain_unrolled, unrolled, {"lr": 0.1}),
+        (plain_neumann, neumann, {"alpha": 0.05, "terms": 4}),
+    ],
+)
+def test_the_plain_forms_equal_the_general_ones(plain, general, options):
+    """1e-12 in float64: the same products, in another order."""
     c = Curved()
-    once = unrolled_once(*c.arguments(), lr=0.1)
-    torch.testing.assert_close(once, unrolled(*c.arguments(), lr=0.1), rtol=1e-12, atol=1e-14)
+    found = list(plain(*c.arguments(), **options))
+    torch.testing.assert_close(found, general(*c.arguments(), **options), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])

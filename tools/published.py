@@ -85,7 +85,7 @@ class ObservedOptimizer(BilevelOptimizer):
         before the last step that was kept.
         """
         with restored(self.lower):
-            if self.past and self.looks_back and "steps" not in self.takes:
+            if self.past and self.entry.looks_back and "steps" not in self.entry.options:
                 assign(self.lower, self.past[-1].values)
             return first_order(None, val_loss, self.lower, self.upper, reduce=self.reduce)
 
