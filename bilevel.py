@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 import hypergrad
+from bidora import lower_parameters, upper_parameters
 from hypergrad import (
     LowerGradient,
     Step,
@@ -196,8 +197,6 @@ class BilevelOptimizer:
         reduce=same,
         **options,
     ):
-        from bidora import lower_parameters, upper_parameters  # here: the functions above need none
-
         coarse = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
         check_choices(hypergradient, optimizer, precondition, coarse)
         check_options(hypergradient, options)

@@ -92,8 +92,9 @@ def write(folder, model, layers, base_model):
             "one file holds one kind"
         )
 
-    whole, lost = trained_beside(model, layers, task_of(model, layers)[1])
-    config = config_of(model, layers, base_model) | {"modules_to_save": whole or None}
+    task, heads = task_of(model, layers)
+    whole, lost = trained_beside(model, layers, heads)
+    config = config_of(model, layers, base_model, task, whole)
     tensors = named_tensors(layers)
     for name, tensor in model.state_dict().items():
         if set(whole) & set(parents(name)):
@@ -112,8 +113,8 @@ def write(folder, model, layers, base_model):
         )
 
 
-def config_of(model, layers, base_model):
-    """adapter_config.json of a model's layers, but for the modules that are saved whole."""
+def config_of(model, layers, base_model, task, whole):
+    """adapter_config.json of a model's layers. whole: the modules that are saved whole."""
     layer = next(iter(layers.values()))  # all have one kind of magnitude
     magnitude, axis = layer.method.magnitude, layer.magnitude_axis
     alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
@@ -127,14 +128,14 @@ def config_of(model, layers, base_model):
     base, revision = split_revision(base_model)
     return {
         "peft_type": COLUMN_DORA if magnitude and axis == "column" else "LORA",
-        "task_type": task_of(model, layers)[0],
+        "task_type": task,
         "base_model_name_or_path": base,
         "revision": revision,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
         "target_modules": target_modules(layers, dict(model.named_modules())),
-        "modules_to_save": None,
+        "modules_to_save": whole or None,
         "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
         "use_dora": magnitude,
         "rank_pattern": {patterns[n]: x.rank for n, x in layers.items() if x.rank != rank},

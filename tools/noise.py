@@ -131,11 +131,9 @@ def measure(noise, domain, steps):
 
     with mock.patch.object(encoder, "attention", published.add_dropout(task.model)):
         base = published.base_weights(task.model)
-        known = {id(p) for p, _ in base if not p.requires_grad}
         optimizer = published.ObservedOptimizer(
             task.model, config.lower_lr, published=config, base=base
         )
-        adapters = [p for p in optimizer.lower if id(p) not in known]  # and the head
         rows = data.batches(task.encoded["train"], 8, task.kind.collate, seed=0)
         for batch in itertools.islice(rows, steps):
             optimizer.lower_step(lambda model, tensors: model(*tensors), batch)
@@ -145,7 +143,7 @@ def measure(noise, domain, steps):
             batches = [task.kind.collate(split[:size]) for split in splits]
             seeds = [None, *range(noise.draws)]
             found = [
-                draw(task, adapters, optimizer.lower, batches, seed)
+                draw(task, optimizer.adapters, optimizer.lower, batches, seed)
                 for seed in tqdm(seeds, desc=f"{domain}, step {steps}, {size} rows")
             ]
             direct = numpy.array([d for d, _ in found])

@@ -1,7 +1,7 @@
-"""
+r"""
 train.py with what BiDoRA's published program does beside its paper, for comparison only.
 
-    python -m tools.published --config=paper/as_published.py --transposed --network --noise \\
+    python -m tools.published --config=paper/as_published.py --transposed --network --noise \
         --all_weights
     python -m tools.published --config=small.py --trace       any of train.py's settings, and
                                                               those below
@@ -65,12 +65,16 @@ class ObservedOptimizer(BilevelOptimizer):
         self.start = [m.detach().clone() for m in self.upper]
         self.hypergradient, self.function = self.function, self.observed
 
+    @property
+    def adapters(self):
+        """A, B and the head: what the lower level would train without `network`."""
+        known = {id(p) for p in self.frozen}
+        return [p for p in self.lower if id(p) not in known]
+
     def observed(self, train_loss, val_loss, lower, upper, **options):
         """The hypergradient, whose parts go into the trace."""
-        known = {id(p) for p in self.frozen}
         if self.published.hypergradient.startswith("identity"):
-            lower = [p for p in lower if id(p) not in known]  # A, B and the head
-            lower += self.frozen if self.published.all_weights else []
+            lower = self.adapters + (self.frozen if self.published.all_weights else [])
         modules = set(self.model.modules()) if self.published.noise else ()
         with in_training(self.model, modules), differentiable(lower):
             with torch.random.fork_rng():  # both draw the same masks on the val batch
@@ -176,26 +180,33 @@ def read_config(arguments):
     return program.read_config(arguments, Published)
 
 
-def train(config):
+def checked(config):
     """
-    train.train for a Published; without its own settings it is that function. Returns its summary,
-    with "trace" if asked for. Raises as train.train does, and ValueError where the settings of a
-    Published do not fit the others.
+    A Published whose dtype fits it. Raises ValueError where its own settings do not fit the others.
     """
     altered = [name for name in EFFECTS if getattr(config, name)]
     if altered and (config.resume or config.method == "ft"):
         raise ValueError(f"--{altered[0]} works neither with resume=True nor with method=ft")
-    if config.network and not program.is_bilevel(config):
-        raise ValueError(f"--network is of the lower level, which method={config.method} lacks")
-    if config.network and config.dtype == "bfloat16":
-        raise ValueError("--network trains the weights themselves: use dtype=float32")
-    if config.network:
-        config = replace(config, dtype="float32")
     if config.all_weights and config.hypergradient != "identity_difference":
         raise ValueError("--all_weights needs hypergradient=identity_difference")
+    if not config.network:
+        return config
+    if not program.is_bilevel(config):
+        raise ValueError(f"--network is of the lower level, which method={config.method} lacks")
+    if config.dtype == "bfloat16":
+        raise ValueError("--network trains the weights themselves: use dtype=float32")
+    return replace(config, dtype="float32")
 
+
+def train(config):
+    """
+    train.train for a Published; without its own settings it is that function. Returns its summary,
+    with "trace" if asked for. Raises as train.train and `checked` do.
+    """
+    config = checked(config)
+    altered = any(getattr(config, name) for name in EFFECTS)
     trace = {"indirect": [], "cosine": [], "moved": []} if config.trace else None
-    base = []
+    base = None
 
     with contextlib.ExitStack() as patches:
 
@@ -203,8 +214,9 @@ def train(config):
             patches.enter_context(mock.patch.object(owner, name, value))
 
         def build(model, *arguments, **options):
-            if not base:  # before the first phase
-                base.extend(base_weights(model))
+            nonlocal base
+            if base is None:  # before the first phase
+                base = base_weights(model) if config.network or config.all_weights else []
                 if config.noise:
                     patch(encoder, "attention", add_dropout(model))
             observed = dict(published=config, base=base, trace=trace)
