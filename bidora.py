@@ -26,8 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 try:
-    from support import quantized
-    from support.kernels import rescale
+    from support.fast.kernels import rescale
+    from support.weights import quantized
 except ImportError:  # copied alone into another project: ordinary weights, plain formulas
     quantized = SimpleNamespace(
         linear=lambda x, weight, bias=None: F.linear(x, weight.to(x.dtype), bias),
@@ -92,7 +92,7 @@ class BiDoRALinear(nn.Linear):
     init               of A, with B = 0: 'kaiming' (uniform, as in LoRA) or 'normal' (N(0, 1));
                        'normal_b': of B, with A = 0
     linear             an nn.Linear whose weight and bias are shared, not copied; bitsandbytes may
-                       have packed it (support/quantized.py). Without it, W0 is random
+                       have packed it (support/weights/quantized.py). Without it, W0 is random
 
     Adapter parameters are fp32 even over a bf16 weight, also after .to(torch.bfloat16): in bf16,
     small updates round to nothing. Under autocast the products run in autocast's dtype.
@@ -170,7 +170,7 @@ class BiDoRALinear(nn.Linear):
     def measure(self, _=None):
         """Keep ‖W0‖² of the weight that is there now, and drop what else was kept of an old one."""
         self.weight_squares, self.measured = self.squared_norms(), self.weight_version()
-        self.weight_gram = None  # support/regularisers.py
+        self.weight_gram = None  # support/weights/regularisers.py
 
     def weight_version(self):
         """Differs when W0 is another tensor, or was written into."""
@@ -485,7 +485,7 @@ def save_adapter(model, folder, base_model=""):
     adapters, with several kinds, or with trained parameters that the format can't hold; OSError
     when the folder can't be written.
     """
-    from support import peft_format  # imported here, so that the rest of this file works alone
+    from support.weights import peft_format  # here, so that the rest of this file works alone
 
     peft_format.write(folder, model, adapter_layers(model), base_model)
 
@@ -499,7 +499,7 @@ def load_adapter(model, folder):
     Raises FileNotFoundError for a missing file, ValueError for a damaged one, for one that does not
     fit the model, and for variants of LoRA that these layers don't compute.
     """
-    from support import peft_format
+    from support.weights import peft_format
 
     found = peft_format.read(folder, peft_format.state_of(model))
     if not adapter_layers(model):
@@ -519,7 +519,7 @@ def load_adapter(model, folder):
 def __getattr__(name):
     """The other names of the `bidora` package on PyPI (docs/coming-from.md)."""
     try:
-        from support import bidora_package
+        from support.weights import bidora_package
     except ImportError:  # copied alone into another project
         bidora_package = None
     if name.startswith("__") or not hasattr(bidora_package, name):

@@ -8,7 +8,8 @@ import bidora
 import bilevel
 from bidora import METHODS
 from bilevel import HYPERGRADIENTS
-from support import quantized, rules, settings
+from support.run import rules, settings
+from support.weights import quantized
 from tasks import TASKS, is_encoder
 
 

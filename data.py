@@ -1,7 +1,7 @@
 """
 From examples to batches: the splits, what counts in the loss, padding.
 
-    load_examples(path or name)  ->  list of dicts, all of one format (support/jsonl.py)
+    load_examples(path or name)  ->  list of dicts, all of one format (support/text/jsonl.py)
     load_splits(config)          ->  Splits: {"train", "val", "test"} of them, and what is asked
     encode(examples, ...)        ->  list of Encoded: token ids, and labels (-100: not supervised)
     batches(encoded, ...)        ->  (input_ids, labels), padded on the right
@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 import torch
 
-from support import official, tables
-from support.datasets import BUILT_IN
-from support.jsonl import Example, format_of, read_jsonl
-from support.tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer)
+from support.text import official, tables
+from support.text.datasets import BUILT_IN
+from support.text.jsonl import Example, format_of, read_jsonl
+from support.text.tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer)
 
 LABEL_PROMPT = (
     "Which of these labels fits the text: {labels}? Answer with the label only.\n\n{text}"

@@ -439,8 +439,8 @@ def identity(train_loss, val_loss, lower, upper, *, mode="exact", radius=0.01, r
 
     In the mode 'finite_difference' it is `darts` of Betty 0.2.1 (arXiv 2207.02849). BiDoRA's
     published program (github.com/t2ance/BiDoRA, commit e7922af) takes that over all weights of the
-    network and under dropout (tools/published.py). The paper's equation, as in `unrolled`, has the
-    lower level's rate before the second term; here that coefficient is 1.
+    network and under dropout (research/published.py). The paper's equation, as in `unrolled`, has
+    the lower level's rate before the second term; here that coefficient is 1.
     """
     check_mode(mode)
     if mode == "exact":

@@ -22,9 +22,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support import hf_format, rotary
-from support.files import read_json
-from support.kernels import QUERIES, ROWS, cross_entropy, recompute, recompute_module
+from support.fast import rotary
+from support.fast.kernels import QUERIES, ROWS, cross_entropy, recompute, recompute_module
+from support.run.files import read_json
+from support.weights import hf_format
 
 
 class RMSNorm(nn.Module):

@@ -8,7 +8,7 @@ Use a trained model: classify, answer a prompt, or hold a conversation.
     python sample.py --model=smollm2-135m --chat                    the base model, for comparison
 """
 
-import support.interrupt  # noqa: F401  (Ctrl-C in one line, during these imports too)
+import support.run.interrupt  # noqa: F401  (Ctrl-C in one line, during these imports too)
 
 import contextlib
 import sys
@@ -21,13 +21,13 @@ import tasks
 from bidora import load_adapter
 from data import LABEL_PROMPT, tokenize_labels, tokenize_prompt, tokenize_question
 from model import Transformer
-from support import hardware, progress, rules, settings
-from support.files import read_json
-from support.head_task import HeadTask, load_tokenizer
-from support.heads import EncoderWithHead
-from support.pretrained import find_model
-from support.quantized import KINDS
-from support.tokenizer import Tokenizer
+from support.run import hardware, progress, rules, settings
+from support.run.files import read_json
+from support.tasks.head_task import HeadTask, load_tokenizer
+from support.tasks.heads import EncoderWithHead
+from support.text.tokenizer import Tokenizer
+from support.weights.pretrained import find_model
+from support.weights.quantized import KINDS
 
 
 @dataclass

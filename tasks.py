@@ -5,7 +5,7 @@ From examples to rows, a loss, predictions and scores: one class for each family
                     (language_model), or a text that is compared with references (generation)
     HeadTask        a head on an encoder or a decoder chooses classes (classification,
                     multi_label), a number (regression) or a tag a word (tagging):
-                    support/head_task.py
+                    support/tasks/head_task.py
 
 Both have the same methods, in the order in which train.py calls them.
 """
@@ -16,16 +16,16 @@ import torch
 
 import data
 from model import ModelConfig, Transformer
-from support import scores
-from support.beam_search import beam_search
-from support.encoder import DEFAULTS, Encoder, EncoderConfig
-from support.files import read_json
-from support.head_task import HeadTask, load_tokenizer
-from support.jsonl import format_of
-from support.tokenizer import Tokenizer
+from support.run.files import read_json
+from support.tasks import scores
+from support.tasks.beam_search import beam_search
+from support.tasks.encoder import DEFAULTS, Encoder, EncoderConfig
+from support.tasks.head_task import HeadTask, load_tokenizer
+from support.text.jsonl import format_of
+from support.text.tokenizer import Tokenizer
 
-# The formats of examples (support/jsonl.py) that each task takes. By default, the first task that
-# takes an example's format is chosen; on an encoder, the first one with a head.
+# The formats of examples (support/text/jsonl.py) that each task takes. By default, the first task
+# that takes an example's format is chosen; on an encoder, the first one with a head.
 LANGUAGE = {
     "label_words": ("classification",),
     "language_model": ("text", "code", "prompt", "instruction", "messages"),

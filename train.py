@@ -12,7 +12,7 @@ hypergradient; (3) *retrain* fixes the magnitude and trains the direction on tra
 The other methods train once on train and val together, for as many lower-level steps in total.
 """
 
-import support.interrupt  # noqa: F401  (Ctrl-C in one line, during these imports too)
+import support.run.interrupt  # noqa: F401  (Ctrl-C in one line, during these imports too)
 
 import os
 import random
@@ -29,11 +29,12 @@ import tasks
 from bidora import METHODS, adapter_layers
 from bilevel import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
 from config import MAY_CHANGE, Config, check, is_bilevel, read_config, resolve, second_order
-from support import distributed, hardware, progress, quantized, report, rules, settings
-from support.datasets import BUILT_IN
-from support.pretrained import find_model, is_hub_name
-from support.regularisers import regulariser
-from support.run import Run
+from support.run import distributed, hardware, progress, report, rules, settings
+from support.run.run import Run
+from support.text.datasets import BUILT_IN
+from support.weights import quantized
+from support.weights.pretrained import find_model, is_hub_name
+from support.weights.regularisers import regulariser
 
 
 def train(config):

@@ -5,7 +5,8 @@ from pathlib import Path
 # The models here are tiny: one thread is as fast as many, and stays so on a busy machine, where
 # many threads wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).parent.parent))
+# Test files take each other's models and data by name, from every room.
+sys.path.extend(map(str, (Path(__file__).parents[1], *Path(__file__).parent.glob("**/"))))
 
 import pytest
 import torch

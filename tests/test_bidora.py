@@ -17,8 +17,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import bidora
 from bidora import BiDoRALinear, load_adapter, merge, replace_linear_with_bidora, save_adapter
 from bilevel import create_bilevel_optimizer
-from support import kernels, peft_format, quantized
-from support.regularisers import regulariser
+from support.fast import kernels
+from support.weights import peft_format, quantized
+from support.weights.regularisers import regulariser
 
 METHODS = ("lora", "dora", "bidora")
 

@@ -17,8 +17,8 @@ import sample
 import train
 from config import Config
 from data import Tokenizer, batches, encode, load_examples, split
-from support import datasets
-from support.pretrained import find_model
+from support.text import datasets
+from support.weights.pretrained import find_model
 
 # -------------------------------------------------------------------------------------------- loss
 # masks

@@ -28,6 +28,7 @@ DOCUMENTS = [
     ROOT / "support" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+ROOMS = ("support", "tools", "research")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -103,8 +104,9 @@ def test_the_readme_gives_the_test_command_that_ci_runs():
 
 def test_support_s_table_lists_exactly_its_files():
     text = (ROOT / "support" / "README.md").read_text(encoding="utf-8")
-    listed = re.findall(r"(?m)^\| `(\w+\.py)` \| (\S.*) \|$", text)
-    files = {path.name for path in (ROOT / "support").glob("*.py")} - {"__init__.py"}
+    listed = re.findall(r"(?m)^\| `(\w+/\w+\.py)` \| (\S.*) \|$", text)
+    support = ROOT / "support"
+    files = {str(path.relative_to(support)) for path in support.glob("*/*.py")}
     assert {name for name, _ in listed} == files
     assert len(listed) == len(files)
     for name, sentence in listed:
@@ -112,21 +114,21 @@ def test_support_s_table_lists_exactly_its_files():
 
 
 def tools_named(text):
-    return set(re.findall(r"\btools\.(\w+)", text))
+    return set(re.findall(r"\b((?:tools|research)\.\w+)", text))
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_every_tool_that_a_document_names_exists(path):
     for name in tools_named(path.read_text(encoding="utf-8")):
-        source = ROOT / "tools" / f"{name}.py"
+        source = ROOT / f"{name.replace('.', '/')}.py"
         assert source.exists(), name
         assert '__name__ == "__main__"' in source.read_text(encoding="utf-8"), name
 
 
 @functools.cache
 def options(name):
-    """The --names that the help of a program shows: train, sample, or a tool."""
-    module = importlib.import_module(name if name in TOP else f"tools.{name}")
+    """The --names that the help of a program shows: train, sample, tools.NAME or research.NAME."""
+    module = importlib.import_module(name)
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         module.main(["--help"])
@@ -135,7 +137,7 @@ def options(name):
     return found | {"config"}
 
 
-PROGRAM = re.compile(r"\b(train)\.py|\b(sample)\.py|\btools\.(\w+)")
+PROGRAM = re.compile(r"\b(train)\.py|\b(sample)\.py|\b((?:tools|research)\.\w+)")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
@@ -170,9 +172,18 @@ def test_every_method_and_hypergradient_that_a_document_sets_exists(path):
 # ---------------------------------------------------------------------------------- the shelves
 
 
+def code(folders):
+    """The Python files in folders and, but for the top level ("."), in the folders below them."""
+    return sorted(
+        path
+        for folder in folders
+        for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
+    )
+
+
 def shelf(module):
-    """0 for support, 1 for the top level, 2 for tools."""
-    return {"support": 0, "tools": 2}.get(module.partition(".")[0], 1)
+    """0 for support, 1 for the top level, 2 for tools and research."""
+    return {"support": 0, "tools": 2, "research": 2}.get(module.partition(".")[0], 1)
 
 
 def modules():
@@ -181,9 +192,9 @@ def modules():
     another package up in.
     """
     found = {path.stem: path for path in ROOT.glob("*.py")}
-    for folder in ("support", "tools"):
-        found |= {f"{folder}.{path.stem}": path for path in (ROOT / folder).glob("*.py")}
-    del found["support.bidora_package"]
+    for path in code(ROOMS):
+        found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
+    del found["support.weights.bidora_package"]
     return found
 
 
@@ -219,9 +230,9 @@ def functions(path):
     ]
 
 
-@pytest.mark.parametrize("folder", [".", "support", "tools"])
+@pytest.mark.parametrize("folder", [".", *ROOMS])
 def test_no_function_is_longer_than_50_lines(folder):
-    found = [f for path in (ROOT / folder).glob("*.py") for f in functions(path)]
+    found = [f for path in code([folder]) for f in functions(path)]
     assert {f.name for f in found if f.end_lineno - f.lineno + 1 > 50} == set()
 
 
@@ -237,8 +248,7 @@ def test_no_function_of_the_lesson_takes_more_than_8_positional_parameters(name)
 def test_no_line_of_code_is_wider_than_100_columns():
     wide = [
         f"{name_of(path)}:{number}"
-        for folder in (".", "support", "tools", "tests", "configs")
-        for path in sorted((ROOT / folder).glob("*.py"))
+        for path in code([".", *ROOMS, "tests", "configs"])
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
         if len(line) > 100
     ]
@@ -269,7 +279,7 @@ def copy(tmp_path):
     folder.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
-    for name in ("support", "tools", "configs"):
+    for name in (*ROOMS, "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
     def run(*arguments):
@@ -305,7 +315,7 @@ def test_the_recipe_for_a_hypergradient_gives_one_that_trains(copy):
 
 def test_the_recipe_for_a_data_set_gives_one_that_trains_and_says_what_to_try(copy):
     folder, run = copy
-    place = folder / "support" / "datasets.py"
+    place = folder / "support" / "text" / "datasets.py"
     insert(place, recipes()["data set function"], "BUILT_IN = {", before=True)
     insert(place, recipes()["data set"], "BUILT_IN = {")
     shown = run(*QUICK, "--data=parity")

@@ -19,7 +19,7 @@ import pytest
 import config
 import sample
 import train
-from support import files, progress
+from support.run import files, progress
 from tools import merge
 
 ROOT = Path(train.__file__).parent
@@ -29,7 +29,7 @@ INTERRUPTED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import train
-from support import run
+from support.run import run
 owner, name, left = {owner}, {name!r}, [{count}]
 function = getattr(owner, name)
 

@@ -14,11 +14,11 @@ from bilevel import create_bilevel_optimizer
 from data import load_examples
 from hypergrad import LowerGradient, assign, restored, total_gradient, val_gradients
 from model import Transformer
-from support.built_in_models import SMOLLM2, SMOLLM2_MEMBER
-from support.datasets import BUILT_IN
-from support.files import fetch
-from support.pretrained import find_model
-from support.tokenizer import Tokenizer
+from support.run.files import fetch
+from support.text.datasets import BUILT_IN
+from support.text.tokenizer import Tokenizer
+from support.weights.built_in_models import SMOLLM2, SMOLLM2_MEMBER
+from support.weights.pretrained import find_model
 
 
 @pytest.fixture(scope="module")

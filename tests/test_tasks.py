@@ -20,9 +20,9 @@ import sample
 import tasks
 import train
 from config import Config
-from support.files import read_json
-from support.head_task import HeadTask, encode_words, load_tokenizer
-from support.pretrained import find_model
+from support.run.files import read_json
+from support.tasks.head_task import HeadTask, encode_words, load_tokenizer
+from support.weights.pretrained import find_model
 from tools import merge
 
 ROOT = Path(train.__file__).parent

@@ -22,9 +22,10 @@ import data
 import sample
 import train
 from model import Transformer
-from support import quantized, run_folder
-from support.pretrained import find_model
-from support.regularisers import regulariser
+from support.run import run_folder
+from support.weights import quantized
+from support.weights.pretrained import find_model
+from support.weights.regularisers import regulariser
 from tasks import LanguageTask
 from tools import merge
 from train import Config
@@ -333,7 +334,7 @@ def test_full_fine_tuning_of_a_packed_base_is_refused(capsys):
 
 def test_auto_hardware_says_what_it_picks_and_why(capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("support.hardware.free_memory", lambda device: 2e6)  # next to nothing
+        patch.setattr("support.run.hardware.free_memory", lambda device: 2e6)  # next to nothing
         train.train(Config(**TINY, auto_hardware=True, quantize="none", out_dir="run"))
     out = capsys.readouterr().out
     assert (
@@ -961,8 +962,12 @@ def test_read_only_folders_are_one_line_for_an_ordinary_user(tmp_path):
     assert not list(Path("readable").iterdir())
 
 
-TOOLS = [p.stem for p in ROOT.glob("tools/[a-z]*.py") if "__main__" in p.read_text("utf-8")]
-PROGRAMS = ["train.py", "sample.py", *(f"tools.{name}" for name in TOOLS)]
+TOOLS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (*ROOT.glob("tools/[a-z]*.py"), *ROOT.glob("research/[a-z]*.py"))
+    if "__main__" in path.read_text("utf-8")
+]
+PROGRAMS = ["train.py", "sample.py", *TOOLS]
 INTERRUPTED = """
 import runpy, sys
 

@@ -1,3 +1,3 @@
 """The other programs: python -m tools.NAME."""
 
-import support.interrupt  # noqa: F401  (Ctrl-C in one line, while a program loads too)
+import support.run.interrupt  # noqa: F401  (Ctrl-C in one line, while a program loads too)

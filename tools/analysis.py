@@ -30,9 +30,9 @@ from scipy.stats import rankdata
 
 from bidora import adapter_layers, linear_layers
 from sample import load
-from support import settings
-from support.files import replacing
-from support.weight_changes import Trajectory
+from support.run import settings
+from support.run.files import replacing
+from support.weights.weight_changes import Trajectory
 
 
 def fit(trajectories, samples=2000, seed=0):

@@ -35,12 +35,12 @@ import bidora
 import data
 from bilevel import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
 from model import ModelConfig, Transformer
-from support import settings
-from support.datasets import BUILT_IN
-from support.files import read_json, replacing, write_json
-from support.hardware import fast_dtype, peak_memory, processor
-from support.pretrained import find_model
-from support.tokenizer import Tokenizer
+from support.run import settings
+from support.run.files import read_json, replacing, write_json
+from support.run.hardware import fast_dtype, peak_memory, processor
+from support.text.datasets import BUILT_IN
+from support.text.tokenizer import Tokenizer
+from support.weights.pretrained import find_model
 from tools.memory import QWEN25, published
 
 

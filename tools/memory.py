@@ -1,5 +1,5 @@
 """
-The memory that training takes, by the formulas in support/hardware.py, for one or many devices.
+The memory that training takes, by the formulas in support/run/hardware.py, for one or many devices.
 
     python -m tools.memory                                        Qwen 2.5, from 0.5B to 32B
     python -m tools.memory --model=path/to/a/folder --rank=64     another model, other settings
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from bidora import METHODS
 from model import ModelConfig
-from support import settings
-from support.files import read_json
-from support.hardware import linear_shapes, need, sent
-from support.pretrained import find_model
-from support.rules import check_micro_batch
+from support.run import settings
+from support.run.files import read_json
+from support.run.hardware import linear_shapes, need, sent
+from support.run.rules import check_micro_batch
+from support.weights.pretrained import find_model
 
 # Published config.json values: a name of NAMES each
 QWEN25 = {

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from bidora import adapter_layers, merge
 from sample import load
-from support import rules, settings
-from support.files import write_json
-from support.head_task import HeadTask
-from support.pretrained import find_model
-from support.quantized import KINDS
+from support.run import rules, settings
+from support.run.files import write_json
+from support.tasks.head_task import HeadTask
+from support.weights.pretrained import find_model
+from support.weights.quantized import KINDS
 
 
 @dataclass

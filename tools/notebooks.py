@@ -14,8 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import settings
-from support.files import replacing
+from support.run import settings
+from support.run.files import replacing
 
 
 @dataclass

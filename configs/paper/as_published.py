@@ -2,7 +2,7 @@ r"""
 GLUE's CoLA by the rules of the published program: github.com/t2ance/BiDoRA, commit e7922af, with
 Betty 0.2.1. docs/results.md says where each of these stands there.
 
-    python -m tools.published --config=paper/as_published.py --transposed --network --noise \
+    python -m research.published --config=paper/as_published.py --transposed --network --noise \
         --all_weights
 
 The four effects are no settings of train.py, since no one should want them: without them this

@@ -1,0 +1,1 @@
+"""The programs that made the results: python -m research.NAME."""

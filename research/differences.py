@@ -1,0 +1,164 @@
+"""
+Arms side by side, from the runs of research/compare.py or research/study.py: scores, and paired
+differences with intervals and tests, as tables in Markdown.
+"""
+
+import numpy
+from scipy.stats import t, wilcoxon
+
+
+def points(result, split):
+    """A run's score on a split, in points of 100; what was undefined counts as 0."""
+    return 100 * (result["after"][split][result.get("metric", "accuracy")] or 0)
+
+
+MEASURES = {
+    "test score": lambda result: points(result, "test"),
+    "train - test score": lambda result: points(result, "train") - points(result, "test"),
+}
+
+
+def of_group(results, group):
+    """
+    The results of a group's runs, without those for the rates, in the order of its domains. group:
+    one of research/arms.py, or a Study, which has the same names.
+    """
+    main = [r for r in results if r["set"] == "main" and str(r["size"]) in group.sizes]
+    main = [r for r in main if r["method"] in group.arms and r["domain"] in group.domains]
+    main = [r for r in main if r["seed"] < group.seeds]
+    return sorted(main, key=lambda r: group.domains.index(r["domain"]))
+
+
+def collect(results, size, measure):
+    """{(domain, arm): {seed: value}} of one size, and as domain "all" the means over domains."""
+    found = {}
+    for r in results:
+        if r["size"] == size and "diverged" not in r:
+            key = r["domain"], r["method"]
+            found.setdefault(key, {})[r["seed"]] = MEASURES[measure](r)
+    domains = list(dict.fromkeys(domain for domain, _ in found))
+    for arm in dict.fromkeys(arm for _, arm in found):
+        parts = [found.get((domain, arm), {}) for domain in domains]
+        seeds = set.intersection(*map(set, parts))
+        found["all", arm] = {s: numpy.mean([part[s] for part in parts]) for s in sorted(seeds)}
+    return found
+
+
+def compare(ours, other):
+    """
+    Of two {seed: value}: the number of pairs, the mean difference, the half-width of its 95 %
+    interval (Student's t), and p by Wilcoxon's signed-rank test. None for fewer than six pairs.
+    """
+    # rounded, so that equal differences tie whatever their last digits are
+    differences = [round(ours[seed] - other[seed], 9) for seed in ours if seed in other]
+    n = len(differences)
+    if n < 6:  # no p below 0.05 is possible
+        return None
+    half = t.ppf(0.975, n - 1) * numpy.std(differences, ddof=1) / n**0.5
+    p = wilcoxon(differences).pvalue if any(differences) else 1.0
+    return n, float(numpy.mean(differences)), float(half), float(p)
+
+
+def holm(p_values):
+    """Holm's correction of p for their number (Scandinavian Journal of Statistics 6, 1979)."""
+    order, worst, found = numpy.argsort(p_values), 0.0, [0.0] * len(p_values)
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
+        found[i] = worst
+    return found
+
+
+def differences(results, size, measure, first, sign):
+    """
+    The first arm minus each other with sign 1, each other minus the first with -1:
+    {(domain, arm): (pairs, mean, half-width, p, Holm's p)}. p is corrected for the number of arms
+    and domains, "all" apart.
+    """
+    values = collect(results, size, measure)
+    found = {}
+    for (domain, arm), other in values.items():
+        if arm != first and (domain, first) in values:
+            if pairs := compare(values[domain, first], other):
+                n, mean, half, p = pairs
+                found[domain, arm] = n, sign * mean, half, p
+    for together in (False, True):
+        keys = [key for key in found if (key[0] == "all") == together]
+        for key, p in zip(keys, holm([found[key][3] for key in keys])):
+            found[key] += (p,)
+    return found
+
+
+def row(*cells):
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def spread_cell(values):
+    """Mean ± standard deviation, and the number of values, as text; a dash where there is none."""
+    if not values:
+        return "–"
+    spread = f" ± {numpy.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{numpy.mean(values):.1f}{spread} ({len(values)})"
+
+
+def difference_cell(found):
+    """One of `differences` as text."""
+    if not found:
+        return "–"
+    _, mean, half, p, corrected = found
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}], p = {p:.2g} ({corrected:.2g})"
+
+
+def traced(results):
+    """
+    Of runs with a trace, as text: ‖indirect part‖ / ‖∂F/∂m‖ and the cosine of the two, medians over
+    all upper-level steps, and how far m moved in the mean.
+    """
+    traces = [r["trace"] for r in results if r.get("trace")]
+    if not traces:
+        return "–", "–", "–"
+    ratio, cosine = (
+        numpy.median([x for trace in traces for x in trace[key]]) for key in ("indirect", "cosine")
+    )
+    moved = numpy.mean([trace["moved"][-1] for trace in traces])
+    return f"{ratio:.2g}", f"{cosine:+.2f}" if ratio else "–", f"{100 * moved:.1f} %"
+
+
+def tables(results, arms, sign):
+    """
+    Lines of Markdown: for each size, the arms' scores and gaps between train and test with the
+    number of seeds, and the differences of the first arm and the others. sign: as in differences.
+    """
+    for size in sorted({r["size"] for r in results}):
+        yield from tables_at(size, [r for r in results if r["size"] == size], arms, sign)
+
+
+def tables_at(size, results, arms, sign):
+    """`tables` of the results of one size."""
+    domains = list(dict.fromkeys(r["domain"] for r in results))
+    arms = [arm for arm in arms if any(r["method"] == arm for r in results)]
+    head = [*(f"`{domain}`" for domain in domains), "mean of all"]
+    for measure in MEASURES:
+        title = f"{measure}, points of 100, {size} examples"
+        values = collect(results, size, measure)
+        yield from (f"**{title}**: mean ± standard deviation (seeds)", "")
+        shown = measure == "test score" and any("trace" in r for r in results)
+        titles = ["arm", *head, *(["indirect / direct", "cosine", "m moves by"] if shown else [])]
+        yield row(*titles)
+        yield row(*["---"] * len(titles))
+        for arm in arms:
+            cells = [spread_cell([*values.get((d, arm), {}).values()]) for d in (*domains, "all")]
+            traces = traced([r for r in results if r["method"] == arm]) if shown else ()
+            yield row(f"`{arm}`", *cells, *traces)
+        yield ""
+        found = differences(results, size, measure, arms[0], sign)
+        if not found:  # too few seeds, or a single arm
+            continue
+
+        first = f"`{arms[0]}`"
+        yield from (f"**{title}**: mean [95 % interval], p by Wilcoxon's test (by Holm)", "")
+        yield row(f"{first} minus" if sign == 1 else f"minus {first}", *head)
+        yield row(*["---"] * (1 + len(head)))
+        for arm in arms[1:]:
+            cells = [difference_cell(found.get((domain, arm))) for domain in (*domains, "all")]
+            yield row(f"`{arm}`", *cells)
+        yield ""

@@ -1,0 +1,395 @@
+"""
+The pictures of README.md and docs/, drawn from committed files in a few seconds.
+
+    python -m research.figures               all of them, into docs/
+    python -m research.figures --only=study  one of them
+
+phases.png: who trains on what in BiDoRA's three phases. compare.png: BiDoRA minus each other method
+on SmolLM2, from results/; study.png: the same on an encoder, from results/study/. ablation.png,
+back.png and hypergradients.png: its groups paper, published and hypergradients, each arm minus the
+group's first; search.png: their hypergradients in the course of search. truth.png: hypergradients
+beside a solved lower level, from results/resolved/. speed.png: two tables of docs/speed.md, as
+bars.
+Colours are Okabe and Ito's. Line styles, markers and hatching serve black and white.
+"""
+
+import io
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from PIL import Image
+
+from research import resolved
+from research.arms import GROUPS
+from research.differences import MEASURES, differences, of_group
+from research.results import COMPARED, load_results
+from support.run import settings
+from support.run.files import make_folder, replacing
+
+ORANGE, SKY, BLUE = "#E69F00", "#56B4E9", "#0072B2"
+GREEN, VERMILION, PURPLE = "#009E73", "#D55E00", "#CC79A7"
+DTYPES = {"bf16": (BLUE, ""), "fp32": (ORANGE, "////")}  # colour and hatching
+LINES = (BLUE, ORANGE, VERMILION, SKY, GREEN, PURPLE, "black")
+SHOWN = ("as-written", "written+identity", "as-published", "m-fixed", "identity", "unrolled-adam")
+PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text that crosses a line
+
+
+@dataclass
+class Figures:
+    only: str = ""  # one picture: phases, compare, study, ablation, back, hypergradients,
+    #: search, truth or speed; empty: all of them
+    results: str = "results"  # of research.compare; in its study/, those of research.study
+    docs: str = "docs"  # where speed.md is read and the pictures are written
+
+
+def write(axes, x, y, text, size=9, **style):
+    """Centred text."""
+    axes.text(x, y, text, size=size, **{"ha": "center", "va": "center"} | style)
+
+
+def box(axes, x, y, width, height, **style):
+    """A box with rounded corners, its lower left one at (x, y)."""
+    style = {"facecolor": "white", "edgecolor": "black", "linewidth": 1.2} | style
+    axes.add_patch(FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=0.8", **style))
+
+
+def tile(axes, x, y, name, state, color=None):
+    """A group of parameters: filled where it trains (in color), dashed where it is fixed."""
+    fixed = {"linestyle": (0, (3, 2)), "edgecolor": "#767676"}
+    box(axes, x, y, 8, 7, **{"facecolor": color, "linewidth": 2.2} if color else fixed)
+    write(axes, x + 4, y + 4.7, name, 11, weight="bold", color="black" if color else "#555555")
+    write(axes, x + 4, y + 2, state, 8, color="black" if color else "#555555")
+
+
+def arrow(axes, start, end, **style):
+    """A straight arrow."""
+    style = {"color": "black", "linewidth": 1.4, "mutation_scale": 12, "arrowstyle": "-|>"} | style
+    axes.annotate("", end, start, arrowprops=style | {"shrinkA": 0, "shrinkB": 0})
+
+
+def draw_data(axes):
+    """The two stages and their data: search splits it 8:2, retrain takes all of it."""
+    for x, width, name in ((1, 66, "SEARCH: phases 1 and 2 alternate"), (69, 30.5, "RETRAIN")):
+        box(axes, x, 1, width, 46, facecolor="#F2F2F2", edgecolor="none")
+        write(axes, x + width / 2, 44.6, name, 10, weight="bold")
+    for x, width, text in (
+        (3, 50, "train split: 80 % of the examples"),
+        (53, 12, "val: 20 %"),
+        (70.5, 28, "train + val: 100 %"),
+    ):
+        color = "#BDBDBD" if x == 53 else "white"
+        axes.add_patch(Rectangle((x, 38.5), width, 4, facecolor=color, edgecolor="black"))
+        write(axes, x + width / 2, 40.5, text)
+    for x in (16, 59, 84.5):
+        arrow(axes, (x, 38.3), (x, 35.2))
+
+
+def draw_phases(axes):
+    """A box for each phase, with the three groups of parameters in it, and what they hand over."""
+    for x, title, learns in (
+        (3, "1  lower level", "A, B learn on train"),
+        (37, "2  upper level", "m learns on val"),
+        (70.5, "3  final phase", "A, B learn afresh on everything"),
+    ):
+        box(axes, x, 17, 28, 18)
+        write(axes, x + 14, 32.6, title, 11, weight="bold")
+        write(axes, x + 14, 29.2, learns)
+        upper = title.startswith("2")
+        tile(axes, x + 0.9, 19, "$W_0$", "frozen")
+        tile(axes, x + 10, 19, "A, B", *(["fixed"] if upper else ["trains", ORANGE]))
+        tile(axes, x + 19.1, 19, "m", *(["trains", SKY] if upper else ["fixed"]))
+
+    arrow(axes, (31.2, 26), (36.8, 26))
+    write(axes, 34, 27.7, "A, B")
+    arrow(axes, (36.8, 22), (31.2, 22))
+    write(axes, 34, 20.2, "m")
+    arrow(axes, (65.2, 24), (70.3, 24))
+    write(axes, 67.8, 25.7, "m")
+
+
+def draw_formulas(axes):
+    """The hypergradient, which passes through the direction on its way to m; and what comes out."""
+    path = {"color": BLUE, "linewidth": 2.2, "linestyle": (0, (4, 1.5))}
+    axes.plot([17, 17, 60.1, 60.1], [18.6, 12.5, 12.5, 16], **path)
+    arrow(axes, (60.1, 16), (60.1, 18.9), color=BLUE, linewidth=2.2)
+    write(axes, 38.5, 14.3, "hypergradient: how the val loss F changes with m", color=BLUE)
+    through = "through the direction, V = (A, B)"
+    for x, term, meaning in (
+        (12, r"$\dfrac{dF}{dm}\;=$", ""),
+        (23, r"$\dfrac{\partial F}{\partial m}$", "directly"),
+        (31, "$+$", ""),
+        (47, r"$\left(\dfrac{dV^*}{dm}\right)^{\!\top}\dfrac{\partial F}{\partial V}$", through),
+    ):
+        write(axes, x, 8, term, 12)
+        write(axes, x, 3, meaning)
+
+    arrow(axes, (84.5, 16.8), (84.5, 13.2))
+    write(axes, 84.5, 8.6, r"$W' = m\,\dfrac{W_0 + s B A}{\Vert W_0 + s B A \Vert}$", 12)
+    write(axes, 84.5, 3, "merged: one ordinary weight")
+
+
+def phases():
+    """BiDoRA's three phases: the data that each one sees, and the parameters that learn from it."""
+    figure = Figure(figsize=(8.6, 4.13))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 100), ylim=(0, 48))
+    axes.axis("off")
+    draw_data(axes)
+    draw_phases(axes)
+    draw_formulas(axes)
+    return figure
+
+
+def compare(folder):
+    """BiDoRA minus each other method, of the results of research.compare."""
+    best, same = load_results(folder), load_results(folder, "rate-0.001")
+    domains = list(dict.fromkeys(result["domain"] for result in best))
+    parts = by_size(best, ",\neach at its chosen rate") | by_size(same, ",\nall at 1e-3")
+    return differences_of(parts, COMPARED, domains, 1, "research.compare")
+
+
+def study(folder, name):
+    """The differences of a group of research/arms.py, of the results of research.study."""
+    group = GROUPS[name]
+    parts = by_size(of_group(load_results(f"{folder}/study"), group))
+    return differences_of(parts, group.arms, group.domains, group.sign, "research.study")
+
+
+def by_size(results, note=""):
+    """{label: the results of one size}"""
+    sizes = sorted({result["size"] for result in results})
+    return {f"{size} examples{note}": [r for r in results if r["size"] == size] for size in sizes}
+
+
+def differences_of(parts, arms, domains, sign, tool):
+    """
+    The differences of the first arm and the others, a row of panels for each of the parts, {label:
+    results of one size}: the mean over all domains with its 95 % interval, and each domain's mean.
+    sign: as in research/differences.py; tool: what makes the results, for a message.
+    """
+    first = arms[0]
+    found = {}  # of each part, each measure's differences
+    for label, results in parts.items():
+        size = results[0]["size"]
+        of_part = [differences(results, size, m, first, sign) for m in MEASURES]
+        if any(domain == "all" for domain, _ in of_part[0]):
+            found[label] = of_part
+    if not found:
+        raise ValueError(f"no arm has six seeds beside {first}: python -m {tool} makes them")
+
+    arms = {label: [a for a in arms if ("all", a) in found[label][0]] for label in found}
+    heights = [1 + len(arms[label]) for label in found]
+    figure = Figure(figsize=(8.6, max(3.6, 1 + 0.3 * sum(heights))), layout="constrained")
+    options = {"sharex": "col", "sharey": "row", "squeeze": False, "height_ratios": heights}
+    panels = figure.subplots(len(found), 2, **options)
+    for row, label in zip(panels, found):
+        for axes, by_arm in zip(row, found[label]):
+            dots(axes, by_arm, arms[label], domains)
+        row[0].invert_yaxis()
+        row[0].set_ylabel(label)
+
+    what = f"{first} minus the other" if sign == 1 else f"the arm minus {first}"
+    for axes, measure in zip(panels[-1], MEASURES):
+        axes.set_xlabel(f"{measure}, points:\n{what}")
+    where = {"loc": "outside upper center", "ncols": 3, "frameon": False}
+    figure.legend(*unique_labels(panels[0, 0]), **where)
+    return figure
+
+
+def unique_labels(axes):
+    """(handles, labels) of a panel's legend, each label once."""
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles))
+    return unique.values(), unique
+
+
+def dots(axes, found, arms, domains):
+    """A panel: the differences of the arms in one measure."""
+    for (domain, arm), (_, mean, half, *_) in found.items():
+        if arm not in arms:  # not yet in every domain
+            continue
+        y = arms.index(arm)
+        if domain == "all":
+            style = {"color": BLUE, "markersize": 7, "linewidth": 2, "zorder": 3}
+            axes.errorbar(mean, y, xerr=half, fmt="D", label="mean of the tasks", **style)
+            continue
+        marker = "ov^sPX*"[domains.index(domain) % 7]
+        style = {"color": "none", "markeredgecolor": "#767676", "markersize": 6}
+        axes.plot(mean, y, marker, label=domain, **style)
+    axes.axvline(0, color="black", linewidth=1, linestyle=":")
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_ylim(-0.6, len(arms) - 0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def curve(axes, i, *points, **style):
+    """The i-th line of a panel."""
+    look = {"color": LINES[i], "marker": "osv^DXP"[i], "linestyle": ("-", "--", "-.", ":")[i % 4]}
+    axes.plot(*points, markersize=5, **look, **style)
+
+
+def search(folder):
+    """
+    The indirect part of the hypergradient beside the direct one, ∂F/∂m, at each upper-level step:
+    their ratio and their cosine, medians over tasks and seeds, of the results of research.study.
+    """
+    results = load_results(f"{folder}/study")
+    runs = of_group(results, GROUPS["paper"]) + of_group(results, GROUPS["hypergradients"])
+    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for i, arm in enumerate(SHOWN):
+        traces = [r["trace"] for r in runs if r["method"] == arm and "trace" in r]
+        if not traces:
+            raise ValueError(f"no run of {arm} has a trace: python -m research.study makes them")
+        for axes, key in zip(panels, ("indirect", "cosine")):
+            medians = numpy.median([trace[key] for trace in traces], axis=0)
+            curve(axes, i, range(1, 1 + len(medians)), medians, label=arm)
+
+    panels[0].set(yscale="log", ylabel="‖indirect part‖ / ‖∂F/∂m‖")
+    panels[1].set(ylim=(-1, 1), ylabel="their cosine")
+    for axes in panels:
+        axes.set_xlabel("upper-level step")
+        axes.spines[["top", "right"]].set_visible(False)
+    where = {"loc": "outside upper center", "ncols": 3, "frameon": False}
+    figure.legend(*panels[0].get_legend_handles_labels(), **where)
+    return figure
+
+
+def truth(folder):
+    """
+    The error of each hypergradient beside a lower level that is solved again, and what a search
+    along it gives, of the results of research.resolved.
+    """
+    given = resolved.Resolved(results=f"{folder}/resolved")
+    runs, results = resolved.results_of(given)
+    found = differences(results, 100, "test score", resolved.ARMS[0], -1)
+    arms = [arm for arm in resolved.ARMS if ("all", arm) in found]
+    if not arms or not runs:
+        raise ValueError("too few results: python -m research.resolved makes them")
+
+    figure = Figure(figsize=(8.6, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = [arm for arm in resolved.SEARCHES if arm not in ("unrolled-5", "adam-1")]
+    for i, arm in enumerate(shown):
+        after = resolved.errors_of(runs, arm)
+        curve(left, i, [*map(str, after)], [error for error, _ in after.values()], label=arm)
+    left.set(
+        yscale="log",
+        xlabel="lower-level steps before it is measured",
+        ylabel="error / length of the truth",
+    )
+    left.axhline(1, color="black", linewidth=1, linestyle=":")
+    left.spines[["top", "right"]].set_visible(False)
+    left.legend(fontsize=8, frameon=False)
+
+    dots(right, found, arms, given.domains)
+    right.invert_yaxis()
+    right.set_xlabel(f"test score minus that of {resolved.ARMS[0]}, points")
+    right.legend(*unique_labels(right), loc=(0.02, 0.35), fontsize=8, frameon=False)
+    return figure
+
+
+def rows(path, section):
+    """The first table below a heading of a Markdown file: {first cell: list of the others}."""
+    lines = path.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].splitlines()
+    lines = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in itertools.takewhile(lambda line: line.startswith("|"), lines)
+    ]
+    if len(cells) < 3:
+        raise ValueError(f"{path}: there is no table below '## {section}'")
+    return {name: values for name, *values in cells[2:]}
+
+
+def bars(axes, limit, pairs):
+    """Two bars, bf16 and fp32, for each entry of {name: (text, text)}, a table's numbers."""
+    for y, pair in enumerate(pairs.values()):
+        for text, aside, (color, hatch) in zip(pair, (-0.2, 0.2), DTYPES.values()):
+            value = 0 if text == "refused" else float(text)
+            axes.barh(y + aside, value, 0.38, color=color, hatch=hatch, edgecolor="white")
+            axes.text(value + 0.01 * limit, y + aside, text, va="center", size=8, bbox=PLAIN)
+
+    axes.axvline(1, color="black", linewidth=1, linestyle=":")
+    axes.set_yticks(range(len(pairs)), pairs)
+    axes.set_xlim(0, limit)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def speed(path):
+    """What an iteration of search costs, and a step's speed beside PEFT's, of docs/speed.md."""
+    figure = Figure(figsize=(8.6, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+
+    costs = {
+        name.replace("`", "").replace(", ", ",\n"): (cells[0], cells[3])
+        for name, cells in rows(path, "What a hypergradient costs").items()
+    }
+    bars(left, 9, costs)
+    left.set_title("an iteration of search", size=10)
+    left.set_xlabel("time, in DoRA steps (dotted: one step)")
+
+    peer = rows(path, "A training step, beside PEFT")
+    end = ", speed relative to PEFT"
+    steps = {
+        f"{method}{kind.partition(' (')[0]}".replace(" with ", ",\n"): (cells[0], cells[2])
+        for kind in ("", " with one label a row (classification)")
+        for method in ("LoRA", "DoRA")
+        for cells in [peer[f"{method}{kind}{end}"]]
+    }
+    bars(right, 2.4, steps)
+    right.set_title("a training step, beside PEFT", size=10)
+    right.set_xlabel("speed relative to PEFT (dotted: equal)")
+
+    patches = [
+        Rectangle((0, 0), 1, 1, facecolor=color, hatch=hatch, edgecolor="white")
+        for color, hatch in DTYPES.values()
+    ]
+    figure.legend(patches, DTYPES, loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def save(figure, path):
+    """Write a PNG of 64 colours, a third of the size of one with all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    with replacing(path) as temporary:
+        Image.open(buffer).convert("RGB").quantize(64).save(temporary, format="png", optimize=True)
+
+
+def draw(figures):
+    """Draw all pictures, or the one of --only."""
+    make_folder(figures.docs, "choose another --docs")
+    pictures = {
+        "phases": phases,
+        "compare": lambda: compare(figures.results),
+        "study": lambda: study(figures.results, "methods"),
+        "ablation": lambda: study(figures.results, "paper"),
+        "back": lambda: study(figures.results, "published"),
+        "hypergradients": lambda: study(figures.results, "hypergradients"),
+        "search": lambda: search(figures.results),
+        "truth": lambda: truth(figures.results),
+        "speed": lambda: speed(Path(figures.docs) / "speed.md"),
+    }
+    if figures.only and figures.only not in pictures:
+        raise ValueError(
+            f"unknown picture {figures.only!r}" + settings.suggest(figures.only, pictures)
+        )
+    for name in [figures.only] if figures.only else pictures:
+        path = Path(figures.docs) / f"{name}.png"
+        save(pictures[name](), path)
+        print(f"saved {path}")
+
+
+def main(arguments):
+    return settings.program(arguments, Figures, draw, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

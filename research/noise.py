@@ -1,0 +1,205 @@
+"""
+How much of the published program's hypergradient is the noise of dropout?
+
+    python -m research.noise             measure what has no result yet, and print the table
+    python -m research.noise --report    print the table of the results so far, in Markdown
+
+Betty's darts takes the product ∂²L/∂m∂θ · v, v = ∂F/∂θ, from the difference of two passes, at
+θ + ε·v and θ - ε·v. They draw different dropout masks, so their noise is divided by 2ε, with ε =
+0.01 / ‖v‖. Here the batches stay the same, and each draw has other masks: MiniLM with the dropout
+of its config.json, rank 4 on queries and values, the ordinary layer; at the start, and after some
+steps of the whole network at full fine-tuning's rate. θ is A, B and the head, or every weight.
+
+With draws c_i, S² = the mean of c_i·c_j over pairs is ‖E c‖² without bias, and N² = the mean of
+‖c_i‖² minus S² is the noise. The mean of n draws is off its expectation by N / (S·√n) of its
+length, and has with it a cosine of 0.9 from n = 4.26·N²/S² on; in brackets, two jackknife standard
+errors.
+"""
+
+import itertools
+import shlex
+import sys
+from dataclasses import dataclass
+from unittest import mock
+
+import numpy
+import torch
+from tqdm import tqdm
+
+import data
+import train
+from bidora import upper_parameters
+from bilevel import in_training
+from hypergrad import Step, central_difference, restored, same, val_gradients
+from research import published, study
+from research.arms import GROUPS
+from research.differences import row
+from research.results import mend, read_results, save
+from support.run import settings
+from support.tasks import encoder
+
+RADIUS = 0.01  # Betty's darts_alpha
+ENOUGH = 0.81 / 0.19  # n = ENOUGH · N²/S² draws have a cosine of 0.9
+
+
+@dataclass
+class Noise:
+    domains: tuple = GROUPS["paper"].domains  # built-in data sets
+    batches: tuple = ("8", "32", "128")  # rows of the train and of the val batch
+    steps: tuple = ("0", "25")  # of the network, before the draws
+    draws: int = 24
+    results: str = "results/noise"  # folder of the results
+    report: bool = False  # only print the table
+
+
+def statistics(direct, indirect, without):
+    """
+    What a line of the results says. direct, indirect: arrays with a row a draw; without: the pair
+    of them without dropout.
+    """
+    n = len(indirect)
+    pairs = ~numpy.eye(n, dtype=bool)
+
+    def cosines(x, y):
+        return x @ y.T / numpy.outer(numpy.linalg.norm(x, axis=1), numpy.linalg.norm(y, axis=1))
+
+    def signal(chosen):
+        """S²/N² of some of the draws."""
+        gram = indirect[chosen] @ indirect[chosen].T
+        k = len(gram)
+        inner = (gram.sum() - gram.trace()) / (k * (k - 1))
+        return inner / (gram.trace() / k - inner)
+
+    everything = numpy.arange(n)
+    left_out = numpy.array([signal(everything != i) for i in everything])
+    error = numpy.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
+    ratio = signal(everything)
+
+    def needed(ratio):
+        return float(ENOUGH / ratio) if ratio > 0 else None
+
+    among = cosines(indirect, indirect)[pairs]
+    mean, (direct0, indirect0) = indirect.mean(0), without
+    lengths = numpy.linalg.norm(indirect, axis=1) / numpy.linalg.norm(direct, axis=1)
+    return {
+        "indirect": float(numpy.median(lengths)),
+        "indirect_without": float(numpy.linalg.norm(indirect0) / numpy.linalg.norm(direct0)),
+        "cosine": [float(among.mean()), float(among.min()), float(among.max())],
+        "cosine_without": float(cosines(indirect, indirect0[None]).mean()),
+        "mean_cosine_without": float(cosines(mean[None], indirect0[None])[0, 0]),
+        "direct_cosine": float(cosines(direct, direct)[pairs].mean()),
+        "mean_error": float((1 / (ratio * n)) ** 0.5) if ratio > 0 else None,
+        "needed": [needed(ratio), needed(ratio + 2 * error), needed(ratio - 2 * error)],
+    }
+
+
+def draw(task, adapters, weights, batches, seed):
+    """
+    (∂F/∂m, {"adapters": the indirect part, "all": …}) as flat arrays. seed: of the masks, or None
+    for no dropout.
+    """
+    model, upper = task.model, upper_parameters(task.model)
+    train_loss, val_loss = (lambda batch=batch: model(*batch) for batch in batches)
+    if seed is not None:
+        torch.manual_seed(seed)
+
+    def flat(tensors):
+        return torch.cat([x.flatten() for x in tensors]).double().numpy()
+
+    mode = in_training(model, () if seed is None else set(model.modules()))
+    with mode, restored(weights):
+        v, direct = val_gradients(val_loss, weights, upper)
+        gradient = {id(p): x for p, x in zip(weights, v)}
+        parts = {}
+        for name, chosen in (("adapters", adapters), ("all", weights)):
+            here = Step([p.data for p in chosen], [], [], None, train_loss)
+            along = [gradient[id(p)] for p in chosen]
+            with restored(chosen):
+                cross = central_difference(here, along, upper, chosen, RADIUS, same)
+            parts[name] = -flat(cross)
+    return flat(direct), parts
+
+
+def measure(noise, domain, steps):
+    """Yield the results of a domain after some steps of the network, a dict for each line."""
+    given = study.check(study.Study(group="paper", domains=(domain,)))
+    rates = study.tuned(given, None, domain, 100, "ft")
+    options = study.options_of(given, "unused", domain, 100, "bidora", 0, rates)
+    options |= {"train_size": 2 * max(map(int, noise.batches)), "val_fraction": 0.5}
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    config = published.read_config([*arguments, "--network", "--noise"])
+    task = train.prepare(config, "cpu")
+
+    with mock.patch.object(encoder, "attention", published.add_dropout(task.model)):
+        base = published.base_weights(task.model)
+        optimizer = published.ObservedOptimizer(
+            task.model, config.lower_lr, published=config, base=base
+        )
+        rows = data.batches(task.encoded["train"], 8, task.kind.collate, seed=0)
+        for batch in itertools.islice(rows, steps):
+            optimizer.lower_step(lambda model, tensors: model(*tensors), batch)
+
+        for size in map(int, noise.batches):
+            splits = (task.encoded["train"], task.encoded["val"])
+            batches = [task.kind.collate(split[:size]) for split in splits]
+            seeds = [None, *range(noise.draws)]
+            found = [
+                draw(task, optimizer.adapters, optimizer.lower, batches, seed)
+                for seed in tqdm(seeds, desc=f"{domain}, step {steps}, {size} rows")
+            ]
+            direct = numpy.array([d for d, _ in found])
+            for weights in ("adapters", "all"):
+                indirect = numpy.array([parts[weights] for _, parts in found])
+                line = statistics(direct[1:], indirect[1:], (direct[0], indirect[0]))
+                yield {"batch": size, "weights": weights, "draws": noise.draws} | line
+
+
+def table(results):
+    """Lines of a Markdown table of the results."""
+
+    def shown(value):
+        return "never" if value is None else f"{value:.0f}" if value >= 9.5 else f"{value:.1f}"
+
+    yield row("task", "step", "rows", "θ", "indirect / direct", "without dropout", "cosine of two "
+              "draws", "of one with the value without", "of the mean with it",
+              "error of the mean", "draws for a cosine of 0.9", "∂F/∂m: cosine of two")  # fmt: skip
+    yield row(*["---"] * 12)
+    for r in results:
+        mean, least, most = r["cosine"]
+        best, low, high = (shown(value) for value in r["needed"])
+        error = "–" if r["mean_error"] is None else f"{r['mean_error']:.0%}"
+        theta = "every weight" if r["weights"] == "all" else "A, B, head"
+        yield row(
+            f"`{r['domain']}`", r["steps"], r["batch"], theta, shown(r["indirect"]),
+            shown(r["indirect_without"]), f"{mean:+.2f} ({least:+.2f} … {most:+.2f})",
+            f"{r['cosine_without']:+.2f}", f"{r['mean_cosine_without']:+.2f}", error,
+            f"{best} ({low} … {high})", f"{r['direct_cosine']:+.2f}",
+        )  # fmt: skip
+
+
+def do_all(noise):
+    """Measure what is missing, and print the table."""
+    settings.at_least(noise, draws=3)
+    if not noise.report:
+        mend(noise.results)
+        for domain, steps in itertools.product(noise.domains, map(int, noise.steps)):
+            name = f"{domain}-{steps}-"
+            if any(known.startswith(name) for known in read_results(noise.results)):
+                continue
+            command = ["python", "-m", "research.noise", f"--domains={domain}", f"--steps={steps}"]
+            for line in list(measure(noise, domain, steps)):
+                line |= {"name": f"{name}{line['batch']}-{line['weights']}", "set": "main"}
+                line |= {"domain": domain, "steps": steps, "command": shlex.join(command)}
+                save(noise.results, line, None)
+    results = list(read_results(noise.results).values())
+    if not results:
+        raise FileNotFoundError(f"no results in {noise.results}: run research.noise first")
+    print("\n".join(table(results)))
+
+
+def main(arguments):
+    return settings.program(arguments, Noise, do_all, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,261 @@
+r"""
+train.py with what BiDoRA's published program does beside its paper, for comparison only.
+
+    python -m research.published --config=paper/as_published.py --transposed --network --noise \
+        --all_weights
+    python -m research.published --config=small.py --trace       any of train.py's settings, and
+                                                              those below
+
+A run with the first four saves no adapter, since it would not fit its base.
+"""
+
+import contextlib
+import functools
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import numpy
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import train as program
+from bidora import adapter_layers, linear_layers
+from bilevel import BilevelOptimizer, in_training
+from hypergrad import assign, dot, first_order, restored
+from research.arms import EFFECTS
+from support.run import settings
+from support.run.files import read_json, write_json
+from support.tasks import encoder
+
+
+@dataclass
+class Published(program.Config):
+    transposed: bool = False  # the adapted layers compute x·W where the base computes x·Wᵀ, as
+    #: loralib/bidora.py does (github.com/t2ance/BiDoRA, commit e7922af); they must be square
+    network: bool = False  # the lower level trains every weight of the network, not A, B and the
+    #: head alone; retraining begins at the original weights, the head's too. Betty 0.2.1, which the
+    #: program uses, rebuilds each optimizer over all parameters of its module
+    all_weights: bool = False  # v = ∂F/∂θ and the finite difference θ ± ε·v are of every weight of
+    #: the network, whichever of them train: Betty's darts
+    noise: bool = False  # an encoder's dropout is on, at the rates of its config.json, in training
+    #: and in the hypergradient too, whose passes then draw different masks
+    trace: bool = False  # print how the indirect part of the hypergradient compares with the direct
+    #: one, ∂F/∂m, and how far m moves; summary.json has it for each upper-level step
+
+
+class ObservedOptimizer(BilevelOptimizer):
+    """
+    BilevelOptimizer with the settings of a Published, which may keep a trace, lists of one number
+    an upper-level step: {"indirect": ‖indirect‖ / ‖direct‖ of the hypergradient's parts, "cosine":
+    of their angle, "moved": ‖m - m0‖ / ‖m0‖}.
+
+    base: all parameters but the adapters' own and their original values, a list of pairs.
+    """
+
+    def __init__(self, model, *arguments, published, base=(), trace=None, **options):
+        self.frozen = [p for p, _ in base if not p.requires_grad]
+        if published.network:
+            for weight, value in base:
+                weight.data.copy_(value)  # retraining begins where search began
+                weight.requires_grad_(True)
+        super().__init__(model, *arguments, **options)
+        self.published, self.trace = published, trace
+        self.start = [m.detach().clone() for m in self.upper]
+        self.hypergradient, self.function = self.function, self.observed
+
+    @property
+    def adapters(self):
+        """A, B and the head: what the lower level would train without `network`."""
+        known = {id(p) for p in self.frozen}
+        return [p for p in self.lower if id(p) not in known]
+
+    def observed(self, train_loss, val_loss, lower, upper, **options):
+        """The hypergradient, whose parts go into the trace."""
+        if self.published.hypergradient.startswith("identity"):
+            lower = self.adapters + (self.frozen if self.published.all_weights else [])
+        modules = set(self.model.modules()) if self.published.noise else ()
+        with in_training(self.model, modules), differentiable(lower):
+            with torch.random.fork_rng():  # both draw the same masks on the val batch
+                direct = None if self.trace is None else self.direct(val_loss)
+            h = self.hypergradient(train_loss, val_loss, lower, upper, **options)
+        self.parts = direct, [x.clone() for x in h]  # before it is clipped
+        return h
+
+    def direct(self, val_loss):
+        """
+        ∂F/∂m at the V where the hypergradient takes it: neumann and conjugate_gradient look back to
+        before the last step that was kept.
+        """
+        with restored(self.lower):
+            if self.past and self.entry.looks_back and "steps" not in self.entry.options:
+                assign(self.lower, self.past[-1].values)
+            return first_order(None, val_loss, self.lower, self.upper, reduce=self.reduce)
+
+    def upper_step(self, loss_fn, train_batch, val_batch):
+        loss = super().upper_step(loss_fn, train_batch, val_batch)
+        if self.trace is not None:
+            direct, h = self.parts
+            indirect = [x - d for x, d in zip(h, direct)]
+            moved = [m.detach() - start for m, start in zip(self.upper, self.start)]
+            sizes = [dot(x, x).sqrt() for x in (direct, indirect, moved, self.start)]
+            self.trace["indirect"].append((sizes[1] / sizes[0]).item())
+            cosine = dot(direct, indirect) / (sizes[0] * sizes[1]).clamp_min(1e-30)
+            self.trace["cosine"].append(cosine.item())  # 0 where there is no indirect part
+            self.trace["moved"].append((sizes[2] / sizes[3]).item())
+        return loss
+
+
+@contextlib.contextmanager
+def differentiable(weights):
+    """Let those of the weights that are frozen have gradients."""
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def base_weights(model):
+    """All parameters of a model but its adapters' own, as (parameter, its value) pairs."""
+    adapters = {
+        id(p)
+        for layer in adapter_layers(model).values()
+        for name, p in layer.named_parameters()
+        if name.startswith("lora_")
+    }
+    return [(p, p.detach().clone()) for p in model.parameters() if id(p) not in adapters]
+
+
+def add_dropout(model):
+    """
+    Put dropout where transformers' BERT and RoBERTa have it, in training mode: after the
+    embeddings, before each residual sum, on the attention's weights, and before the head's layers.
+    Returns the function that takes the place of support.tasks.encoder.attention. Raises ValueError
+    for other models.
+    """
+    [network] = [part for part in model.modules() if isinstance(part, encoder.Encoder)] or [None]
+    if network is None or network.config.pre_norm:
+        raise ValueError("--noise is of BERT's and RoBERTa's dropout, which this model lacks")
+    hf = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1} | network.config.hf
+    hidden, p = hf["hidden_dropout_prob"], hf["attention_probs_dropout_prob"]
+
+    def after(module, inputs, output):
+        return F.dropout(output, hidden, module.training)
+
+    def before(module, inputs):
+        return (F.dropout(inputs[0], hidden, module.training),)
+
+    network.embeddings.register_forward_hook(after)
+    for layer in network.encoder.layer:
+        for block in (layer.attention.output, layer.output):
+            block.dense.register_forward_hook(after)
+    for part in model.classifier.modules():
+        if isinstance(part, nn.Linear):
+            part.register_forward_pre_hook(before)
+
+    def attention(q, k, v, mask):
+        rate = p if network.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+
+    return attention
+
+
+def transposed(load, targets, *arguments):
+    """load_backbone, with the weights of the layers that match `targets` transposed."""
+    model = load(*arguments)
+    for name, layer in linear_layers(model, targets).items():
+        if layer.in_features != layer.out_features:
+            raise ValueError(f"--transposed: {name} is not square; choose other target_modules")
+        layer.weight.data = layer.weight.data.T.contiguous()
+    return model
+
+
+def read_config(arguments):
+    """The Published of a command line; as config.read_config."""
+    return program.read_config(arguments, Published)
+
+
+def checked(config):
+    """
+    A Published whose dtype fits it. Raises ValueError where its own settings do not fit the others.
+    """
+    altered = [name for name in EFFECTS if getattr(config, name)]
+    if altered and (config.resume or config.method == "ft"):
+        raise ValueError(f"--{altered[0]} works neither with resume=True nor with method=ft")
+    if config.all_weights and config.hypergradient != "identity_difference":
+        raise ValueError("--all_weights needs hypergradient=identity_difference")
+    if not config.network:
+        return config
+    if not program.is_bilevel(config):
+        raise ValueError(f"--network is of the lower level, which method={config.method} lacks")
+    if config.dtype == "bfloat16":
+        raise ValueError("--network trains the weights themselves: use dtype=float32")
+    return replace(config, dtype="float32")
+
+
+def train(config):
+    """
+    train.train for a Published; without its own settings it is that function. Returns its summary,
+    with "trace" if asked for. Raises as train.train and `checked` do.
+    """
+    config = checked(config)
+    altered = any(getattr(config, name) for name in EFFECTS)
+    trace = {"indirect": [], "cosine": [], "moved": []} if config.trace else None
+    base = None
+
+    with contextlib.ExitStack() as patches:
+
+        def patch(owner, name, value):
+            patches.enter_context(mock.patch.object(owner, name, value))
+
+        def build(model, *arguments, **options):
+            nonlocal base
+            if base is None:  # before the first phase
+                base = base_weights(model) if config.network or config.all_weights else []
+                if config.noise:
+                    patch(encoder, "attention", add_dropout(model))
+            observed = dict(published=config, base=base, trace=trace)
+            return ObservedOptimizer(model, *arguments, **observed, **options)
+
+        if config.transposed:
+            load = functools.partial(transposed, program.tasks.load_backbone, config.target_modules)
+            patch(program.tasks, "load_backbone", load)
+        if altered:
+            patch(program.bidora, "save_adapter", lambda *arguments: None)
+        if altered or config.trace:
+            patch(program, "create_bilevel_optimizer", build)
+        summary = program.train(config)
+
+    if altered:
+        print("no adapter was saved: it would not fit the base model's file")
+    if trace:
+        out = Path(summary["out_dir"])
+        summary = summary | {"trace": trace}
+        write_json(out / "summary.json", read_json(out / "summary.json") | {"trace": trace})
+    return summary
+
+
+def train_and_say(config):
+    """Train, and print the trace's means."""
+    trace = train(config).get("trace", {"moved": []})
+    if trace["moved"]:
+        print(
+            f"of {len(trace['moved'])} upper-level steps, mean: the indirect part is "
+            f"{numpy.mean(trace['indirect']):.2g} of the direct one, at a cosine of "
+            f"{numpy.mean(trace['cosine']):+.2f}; m moved by {trace['moved'][-1]:.2%}"
+        )
+
+
+def main(arguments):
+    options = {"reader": read_config}
+    return settings.program(arguments or ["--help"], Published, train_and_say, __doc__, **options)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

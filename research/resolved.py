@@ -1,0 +1,380 @@
+"""
+Does the true hypergradient help? BiDoRA on a layer so small that its lower level can be solved.
+
+    python -m research.resolved             measure what has no result yet, and print the tables
+    python -m research.resolved --report    print the tables of the results so far, in Markdown
+
+The layer is MiniLM's pooler, 384 × 384, on the mean of a text's tokens, with a head after it. All
+below it is frozen and computed once. The lower level minimises the train loss plus ridge / 2 times
+the squares of A, B and the head, in float64, so that L-BFGS finds V*(m), where its gradient is 0.
+
+errors   of the hypergradients at m's start, after some lower-level steps and at V*(m): ‖h - truth‖
+         / ‖truth‖, and the cosine of the two. The truth is the slope of F(V*(m), m) along 16 random
+         directions of m: central differences, the lower level solved again at both ends. Here
+         unrolled-K and adam-K simulate K further steps, the latter with the moments of the steps
+         that were taken.
+scores   after a search along each hypergradient: m is fixed, and A, B start afresh and are solved
+         on train and val together. Between two upper-level steps the lower level takes 50 steps, or
+         with …-solved is solved. m-fixed is not searched; m-joint learns with A and B on all the
+         data, by as many steps. All batches are whole splits.
+"""
+
+import copy
+import functools
+import itertools
+import signal
+import sys
+from dataclasses import dataclass
+
+import numpy
+import torch
+from tqdm import tqdm
+
+import bidora
+import train
+from bilevel import HYPERGRADIENTS, create_bilevel_optimizer
+from research.differences import row, tables
+from research.results import load_results, mend, read_results, save
+from research.sharpness import largest_eigenvalue
+from research.study import Study, ended_with, interrupt, options_of, start_pool
+from support.run import settings
+from support.text.datasets import BUILT_IN
+from support.weights import hf_format
+
+SIZE = 100  # training examples, 80 of them in train and 20 in val
+LOWER_LR, UPPER_LR = 1e-2, 1e-2  # of AdamW
+UPPER_STEPS, LOWER_STEPS = 20, 50  # of a search, and before each of its upper-level steps
+AFTER = (10, 30, 100, 300, 1000)  # lower-level steps before the errors are measured
+DIRECTIONS, EPSILON = 16, 1e-3  # of the slopes: how many, and the step; m's mean is 0.2
+SEARCHES = {  # arm: its hypergradient, with options of create_bilevel_optimizer
+    "first-order": ("first_order", {}),
+    "identity": ("identity", {}),
+    "unrolled-1": ("unrolled", {}),
+    "unrolled-5": ("unrolled", {"steps": 5}),
+    "unrolled-20": ("unrolled", {"steps": 20}),
+    "adam-1": ("unrolled", {"precondition": "adam"}),
+    "adam-20": ("unrolled", {"precondition": "adam", "steps": 20}),
+    "neumann-100": ("neumann", {"terms": 100}),  # with Problem.alpha
+    "cg-100": ("conjugate_gradient", {"iterations": 100, "damping": 1e-6}),
+}
+SOLVED = "-solved"  # the end of an arm whose lower level is solved before each upper-level step
+ARMS = (*SEARCHES, "first-order-solved", "cg-100-solved", "m-fixed", "m-joint")
+
+
+@dataclass
+class Resolved:
+    domains: tuple = ("movie-sentiment", "peptides", "movie-ratings")  # built-in data sets
+    seeds: int = 20  # each draws the sample, the split, the adapter and the head
+    ridge: float = 0.1  # of the lower level
+    model: str = "minilm"  # the base model, an encoder with a pooler
+    workers: int = 2  # processes, which share the CPU's cores
+    results: str = "results/resolved"  # folder of the results
+    report: bool = False  # only print the tables
+
+
+class Problem:
+    """
+    The data of a domain and a seed, as what the layer reads, and the losses. model: the layer with
+    its adapter, tanh and the head, at their start.
+    """
+
+    def __init__(self, given, domain, seed):
+        study = Study(model=given.model, target_modules=("pooler.dense",))
+        options = options_of(study, "unused", domain, SIZE, "bidora", seed, {})
+        config = train.read_config([f"--{name}={value}" for name, value in options.items()])
+        task = train.prepare(config, "cpu")
+        if not any(
+            name.endswith("pooler.dense.weight") for name in hf_format.find_tensors(task.folder)
+        ):
+            raise ValueError(
+                f"{given.model} has no pretrained pooler: choose a BERT that has, as minilm"
+            )
+
+        self.task, self.whole, self.ridge, self.seed = task, task.model, given.ridge, seed
+        self.rows = task.encoded | {"all": task.encoded["train"] + task.encoded["val"]}
+        self.inputs = {}
+        for split, rows in self.rows.items():
+            ids, mask, types, targets = task.kind.collate(rows)
+            with torch.no_grad():
+                hidden = self.whole.encoder(ids, mask, types)  # zero at padding
+            self.inputs[split] = (hidden.sum(1) / mask.sum(1, keepdim=True)).double(), targets
+        layers = self.whole.encoder.pooler.dense, torch.nn.Tanh(), self.whole.classifier
+        self.model = torch.nn.Sequential(*layers).double()
+
+    def loss(self, model, split):
+        """The mean loss of a split; for train and all, with the ridge: the lower level's."""
+        x, targets = self.inputs[split]
+        loss = self.whole.loss(model(x), targets)
+        if split in ("train", "all"):
+            weights = [p for p in bidora.lower_parameters(model) if p is not model[0].magnitude]
+            loss = loss + self.ridge / 2 * sum(p.square().sum() for p in weights)
+        return loss
+
+    def solve(self, model, split="train", most=1e-5):
+        """
+        Bring the lower level to a gradient of 0. Raises FloatingPointError if a number of it stays
+        above `most`: rounding stops the line search below 1e-7 to 1e-5, by how sharp the loss is.
+        """
+        lower = bidora.lower_parameters(model)
+        limits = {"max_iter": 2000, "max_eval": 4000, "history_size": 50}
+        exact = {"tolerance_grad": 1e-9, "tolerance_change": 0, "line_search_fn": "strong_wolfe"}
+
+        def closure():
+            loss = self.loss(model, split)
+            for p, g in zip(lower, torch.autograd.grad(loss, lower)):
+                p.grad = g
+            return loss
+
+        for _ in range(10):  # each with a new memory
+            torch.optim.LBFGS(lower, **limits, **exact).step(closure)
+            closure()
+            left = max(p.grad.abs().max().item() for p in lower)
+            if left < most:
+                return
+        raise FloatingPointError(f"the lower level is not solved: its gradient is {left:.1e}")
+
+    @functools.cached_property
+    def alpha(self):
+        """Of Neumann's series: half of 1 / λ_max of the Hessian at V*(m) and m's start."""
+        model = copy.deepcopy(self.model)
+        self.solve(model)
+        lower = bidora.lower_parameters(model)
+        return 0.5 / largest_eigenvalue(lambda: self.loss(model, "train"), lower)
+
+    def choice(self, arm):
+        """An arm's hypergradient, and a dict of its options; first order for those without any."""
+        name, options = SEARCHES.get(arm.removesuffix(SOLVED), ("first_order", {}))
+        return name, options | ({"alpha": self.alpha} if name == "neumann" else {})
+
+    @torch.no_grad()
+    def scores(self, model, split):
+        """The scores and the loss on a split, {name: number}."""
+        x, targets = self.inputs[split]
+        logits, kind = model(x), self.task.kind
+        found = zip(self.rows[split], self.whole.predict(logits).tolist())
+        pairs = [(kind.in_words(row, value), row.answer) for row, value in found]
+        return kind.scores(pairs) | {"loss": self.whole.loss(logits, targets).item()}
+
+
+# -------------------------------------------------------------------------------- the errors
+
+
+def slopes(problem, model, directions):
+    """The truth: how F(V*(m), m) changes along directions, (n, out), of m; (n,)."""
+
+    def solved(change):
+        changed = copy.deepcopy(model)
+        bidora.upper_parameters(changed)[0].data += change
+        problem.solve(changed, most=1e-7)
+        return problem.loss(changed, "val").item()
+
+    sides = [(solved(EPSILON * d), solved(-EPSILON * d)) for d in directions]
+    return directions.new_tensor([(up - down) / (2 * EPSILON) for up, down in sides])
+
+
+def hypergradient(problem, model, arm, adam):
+    """dF/dm by an arm's function at the model's present state, (out,). adam: the lower AdamW."""
+    name, options = problem.choice(arm)
+    if options.pop("precondition", None):
+        options |= {"adam": adam, "grad_clip": 1.0}
+    elif name == "unrolled":
+        options["lr"] = LOWER_LR
+    losses = (functools.partial(problem.loss, model, split) for split in ("train", "val"))
+    levels = bidora.lower_parameters(model), bidora.upper_parameters(model)
+    return HYPERGRADIENTS[name].function(*losses, *levels, **options)[0]
+
+
+def errors(problem, seed):
+    """{lower-level steps, or "solved": {arm: its error and cosine}}, as said above."""
+    model, found = copy.deepcopy(problem.model), {}
+    optimizer = create_bilevel_optimizer(model, LOWER_LR, weight_decay=0.0)
+
+    def all_arms():
+        adam = optimizer.lower_optimizer
+        return {arm: hypergradient(problem, model, arm, adam) for arm in SEARCHES}
+
+    for step in range(1, AFTER[-1] + 1):
+        optimizer.lower_step(problem.loss, "train")
+        if step in AFTER:
+            found[step] = all_arms()
+    problem.solve(model, most=1e-7)
+    found["solved"] = all_arms()
+
+    generator = torch.Generator().manual_seed(seed)
+    sizes = DIRECTIONS, *optimizer.upper[0].shape
+    directions = torch.randn(sizes, generator=generator, dtype=torch.float64)
+    true = slopes(problem, model, directions)
+
+    def beside_truth(h):
+        ours = directions @ h
+        if not h.isfinite().all():
+            return [numpy.inf, 0.0]
+        cosine = torch.nn.functional.cosine_similarity(ours, true, dim=0)
+        return [((ours - true).norm() / true.norm()).item(), cosine.item()]
+
+    return {n: {arm: beside_truth(h) for arm, h in hs.items()} for n, hs in found.items()}
+
+
+# -------------------------------------------------------------------------------- the scores
+
+
+def search(problem, arm):
+    """
+    After a search, a dict: "moved", ‖m - m0‖ / ‖m0‖; "val", the val loss at V*(m); and "after", the
+    scores after retraining. Raises FloatingPointError where a level diverges.
+    """
+    model = copy.deepcopy(problem.model)
+    name, options = problem.choice(arm)
+    if arm == "m-joint":
+        model[0].method = bidora.METHODS["dora"]
+    rates = LOWER_LR, UPPER_LR, LOWER_STEPS
+    optimizer = create_bilevel_optimizer(model, *rates, 0.0, name, **options)
+
+    for _ in range(0 if arm == "m-fixed" else UPPER_STEPS):
+        if arm == "m-joint":
+            for _ in range(LOWER_STEPS):
+                optimizer.lower_step(problem.loss, "all")
+        elif arm.endswith(SOLVED):
+            problem.solve(model)
+            optimizer.upper_step(problem.loss, "train", "val")
+        else:
+            optimizer.bilevel_step(problem.loss, "train", "val")
+
+    m, start = model[0].magnitude.data, problem.model[0].magnitude.data
+    model = copy.deepcopy(problem.model)  # the direction and the head begin alike for all
+    model[0].magnitude.data.copy_(m)
+    problem.solve(model)
+    val = problem.loss(model, "val").item()
+
+    torch.manual_seed(problem.seed)
+    bidora.start_retrain(model)
+    problem.solve(model, "all")
+    after = {"train": problem.scores(model, "all"), "test": problem.scores(model, "test")}
+    moved = ((m - start).norm() / start.norm()).item()
+    return {"metric": problem.task.kind.metric, "moved": moved, "val": val, "after": after}
+
+
+# ------------------------------------------------------------------------------- the program
+
+
+def measure(given, domain, seed):
+    """Make and save what a domain and a seed still lack; in a worker process."""
+    problem = Problem(given, domain, seed)
+    for arm in ("errors", *ARMS):
+        name = f"{domain}-{arm}-{seed}"
+        if name in read_results(given.results):  # perhaps of another process
+            continue
+        result = {"name": name, "set": "errors" if arm == "errors" else "main"}
+        result |= {"domain": domain, "size": SIZE, "method": arm, "seed": seed}
+        result |= {"model": given.model, "ridge": given.ridge}
+        try:
+            result |= {"errors": errors(problem, seed)} if arm == "errors" else search(problem, arm)
+        except FloatingPointError as error:
+            result["diverged"] = str(error)
+        save(given.results, result, None)
+
+
+def results_of(given):
+    """The lines that hold errors, and those that hold scores, of the given domains and seeds."""
+
+    def load(which):
+        found = load_results(given.results, which)
+        found = [r for r in found if r["domain"] in given.domains and r["seed"] < given.seeds]
+        return [r for r in found if "diverged" not in r]
+
+    return load("errors"), load("main")
+
+
+def errors_of(results, arm):
+    """{lower-level steps: (error, cosine)} of an arm, medians over domains and seeds."""
+    steps = (*AFTER, "solved")
+    found = [[r["errors"][str(n)][arm] for n in steps] for r in results]
+    return dict(zip(steps, numpy.median(found, axis=0)))
+
+
+def error_table(results):
+    """Lines of Markdown: `errors_of` all arms, and those at the end for each domain."""
+    domains = list(dict.fromkeys(r["domain"] for r in results))
+    yield from ("**Error relative to the truth, and cosine**: medians over tasks and seeds", "")
+    yield row("lower-level steps", *AFTER, "solved", *(f"`{domain}`, solved" for domain in domains))
+    yield row(*["---"] * (2 + len(AFTER) + len(domains)))
+    for arm in SEARCHES:
+        pairs = list(errors_of(results, arm).values())
+        for domain in domains:
+            of_domain = [r for r in results if r["domain"] == domain]
+            pairs.append(errors_of(of_domain, arm)["solved"])
+        yield row(f"`{arm}`", *(f"{error:.2g}, {cosine:+.2f}" for error, cosine in pairs))
+    yield ""
+
+
+def loss_table(results):
+    """
+    Lines of Markdown: by domain, the means of the val loss at V*(m), of the test loss and of how
+    far m moves, over the seeds that all arms have.
+    """
+    found = {}  # of each domain and seed, each arm's values
+    for r in results:
+        values = r["val"], r["after"]["test"]["loss"], r["moved"]
+        found.setdefault(r["domain"], {}).setdefault(r["seed"], {})[r["method"]] = values
+    shared = {
+        domain: [by_arm for by_arm in seeds.values() if by_arm.keys() == set(ARMS)]
+        for domain, seeds in found.items()
+    }
+
+    title = "**Val loss at V*(m) after search, test loss after retraining, how far m moves**"
+    yield from (f"{title}: means over the seeds that all arms have", "")
+    yield row("arm", *(f"`{domain}` ({len(seeds)})" for domain, seeds in shared.items()))
+    yield row(*["---"] * (1 + len(shared)))
+    for arm in ARMS:
+        of_arm = [[by_arm[arm] for by_arm in seeds] for seeds in shared.values()]
+        means = (numpy.mean(values, axis=0) if values else (numpy.nan,) * 3 for values in of_arm)
+        yield row(f"`{arm}`", *("{:.3f}, {:.3f}, {:.0%}".format(*values) for values in means))
+    yield ""
+
+
+def to_do(given):
+    """The (domain, seed) pairs that lack a result. Raises ValueError for unfit settings."""
+    settings.at_least(given, seeds=1, workers=1)
+    if given.ridge <= 0:
+        raise ValueError(f"ridge={given.ridge} must be positive: else V*(m) may lie at infinity")
+    for domain in set(given.domains) - set(BUILT_IN):
+        raise ValueError(f"unknown domains {domain!r}" + settings.suggest(domain, BUILT_IN))
+    done = read_results(given.results)
+    for name, result in done.items():
+        if (result.get("model"), result.get("ridge")) != (given.model, given.ridge):
+            raise ValueError(
+                f"{name} in {given.results}/runs.jsonl was not made with --model={given.model} "
+                f"--ridge={given.ridge:g}: choose another --results"
+            )
+    return [
+        (domain, seed)
+        for seed, domain in itertools.product(range(given.seeds), given.domains)
+        if any(f"{domain}-{arm}-{seed}" not in done for arm in ("errors", *ARMS))
+    ]
+
+
+def do_all(given):
+    """Measure what is missing, and print the tables."""
+    missing = to_do(given)
+    if missing and not given.report:
+        mend(given.results)
+        pool = start_pool(given.workers)
+        with ended_with(pool):
+            made = [pool.submit(measure, given, *pair) for pair in missing]
+            for future in tqdm(made, desc="problems"):
+                future.result()
+
+    with_errors, results = results_of(given)
+    if not results or not with_errors:
+        raise FileNotFoundError(f"no results in {given.results}: run python -m research.resolved")
+    lines = *error_table(with_errors), *loss_table(results), *tables(results, ARMS, -1)
+    print(*lines, sep="\n")
+
+
+def main(arguments):
+    return settings.program(arguments, Resolved, do_all, __doc__, resumes=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,172 @@
+"""
+The results of research/compare.py: a line a run in runs.jsonl, all trajectories in one file.
+
+A line of runs.jsonl is a JSON object: the run's name; its set, "main", "tune" (the runs that chose
+the learning rates) or a set of its own; domain, size, method, seed and rates; the command; and what
+the run measured. trajectories.safetensors holds, in float32, <name>.magnitude (layers),
+<name>.delta_m and <name>.delta_d (snapshots × layers). Axis and snapshots are in the run's line.
+Many runs share their layers, so the layers' names are in the file's metadata once, under a key that
+the run's line gives.
+
+Several processes may write to one folder: each locks runs.jsonl, replaces the safetensors file and
+appends one whole line. Windows has no such lock: run one comparison at a time there.
+"""
+
+import contextlib
+import json
+import threading
+from pathlib import Path
+
+import numpy
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from bidora import METHODS
+from support.run.files import make_folder, malformed, replacing
+from support.weights.weight_changes import Trajectory
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+NUMBERS = ("magnitude", "delta_m", "delta_d")
+COMPARED = ("bidora", "dora", "dora-two-phases", "lora", "bilora", "ft")
+ORDER = tuple(dict.fromkeys((*COMPARED, *METHODS)))
+THREADS = threading.Lock()  # between the threads of one process, on Windows too
+
+
+@contextlib.contextmanager
+def opened(folder, mode):
+    """Yield runs.jsonl, opened in a binary mode and locked: readers share it, a writer is alone."""
+    with THREADS, open(Path(folder) / "runs.jsonl", mode) as file:
+        if fcntl:  # released when the file is closed
+            fcntl.flock(file, fcntl.LOCK_SH if mode == "rb" else fcntl.LOCK_EX)
+        yield file
+
+
+def is_json(line):
+    try:
+        return bool(json.loads(line))
+    except ValueError:
+        return False
+
+
+def whole_lines(file):
+    """
+    The lines of an open runs.jsonl as dicts, and the bytes that hold them.
+
+    A last line that is torn (its process was killed, or the disk was full) is named and left out.
+    Raises ValueError for any other line that is not a JSON object with a name.
+    """
+    file.seek(0)
+    content = file.read()
+    end = content.rfind(b"\n") + 1
+    if is_json(content[end:]):  # some editors leave out the last line's newline
+        end = len(content)
+    runs = []
+
+    for number, line in enumerate(content[:end].splitlines(), 1):
+        where = f"{file.name}, line {number}"
+        try:
+            runs.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{where}: not valid JSON ({error})") from None
+        if not isinstance(runs[-1], dict) or "name" not in runs[-1]:
+            raise ValueError(f"{where}: not a JSON object with a name")
+
+    if content[end:]:
+        tqdm.write(f"{file.name}: the last line is torn and dropped; its run has to be made again")
+    return runs, content[:end]
+
+
+def read_trajectories(folder):
+    """trajectories.safetensors as ({key: array}, metadata); both empty where there is none."""
+    path = Path(folder) / "trajectories.safetensors"
+    if not path.exists():
+        return {}, {}
+    try:
+        with safe_open(path, "numpy") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def mend(folder):
+    """Make the folder if it is missing, and remove a torn last line."""
+    make_folder(folder, "choose another --results")
+    if (Path(folder) / "runs.jsonl").exists():
+        with opened(folder, "r+b") as file:
+            file.truncate(len(whole_lines(file)[1]))
+
+
+def save(folder, result, trajectory):
+    """
+    Add a run: its trajectory first, then its line, so that a line always finds its numbers.
+
+    result: a dict with name, set, domain, size, method, seed and what else is to be kept;
+    trajectory: a Trajectory, or None. A run that another process has saved by this name stays.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with opened(folder, "a+b") as file:
+        runs, content = whole_lines(file)
+        if any(run["name"] == result["name"] for run in runs):
+            return
+
+        if trajectory:
+            arrays, metadata = read_trajectories(folder)
+            layers = json.dumps(trajectory.layers)
+            known = {text: key for key, text in metadata.items()}
+            key = known.get(layers, f"layers {len(metadata)}")
+            for what in NUMBERS:
+                values = numpy.array(getattr(trajectory, what), dtype=numpy.float32)
+                arrays[f"{result['name']}.{what}"] = values
+            with replacing(folder / "trajectories.safetensors") as temporary:
+                save_file(arrays, temporary, metadata | {key: layers})
+            about = {"axis": trajectory.axis, "snapshots": trajectory.snapshots, "layers": key}
+            result = result | {"trajectory": about}
+
+        file.truncate(len(content))
+        newline = b"\n" if content and not content.endswith(b"\n") else b""
+        file.write(newline + json.dumps(result).encode() + b"\n")
+
+
+def read_results(folder):
+    """
+    All runs in a folder, {name: result}; empty where there are none.
+
+    result["trajectory"], where there is one, has the fields of a Trajectory.
+    Raises ValueError for damaged files.
+    """
+    try:
+        with opened(folder, "rb") as file:
+            runs, _ = whole_lines(file)
+            arrays, metadata = read_trajectories(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+    with malformed(f"{folder}: runs.jsonl or trajectories.safetensors"):
+        for run in runs:
+            if about := run.get("trajectory"):
+                about["layers"] = json.loads(metadata[about["layers"]])
+                about |= {what: arrays[f"{run['name']}.{what}"].tolist() for what in NUMBERS}
+        return {run["name"]: run for run in runs}
+
+
+def load_results(folder, which="main"):
+    """The results of one set in a folder, sorted by domain, size, method and seed."""
+
+    def key(result):
+        method = result["method"]
+        place = ORDER.index(method) if method in ORDER else len(ORDER)
+        return result["domain"], result["size"], place, method, result["seed"]
+
+    with malformed(f"a line of {folder}/runs.jsonl"):
+        return sorted((r for r in read_results(folder).values() if r["set"] == which), key=key)
+
+
+def trajectory_of(result):
+    """The Trajectory that a result holds."""
+    return Trajectory(**result["trajectory"])

@@ -1,0 +1,127 @@
+"""
+λ_max, the largest eigenvalue of the Hessian of the train loss in the weights of the lower level,
+beside the learning rate that research.study chose for them.
+
+    python -m research.sharpness                  LoRA, DoRA and BiDoRA on the study's five tasks
+    python -m research.sharpness --arms=lora,dora --domains=similarity --seeds=3
+
+Gradient descent on a quadratic diverges at rates above 2 / λ_max, so a sharper loss should want a
+smaller rate. arXiv 2602.04998 explains by it why variants of LoRA have different best rates. Here
+the loss is that of all 100 examples, and the weights are A and B, and for DoRA the magnitudes: at
+the start of a run of the study (B = 0), and after 50 steps at 1e-3, the same for all. The head
+learns beside them, but is not among the weights, since its own curvature would hide theirs.
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+
+import numpy
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from tqdm import tqdm
+
+import data
+import train
+from bidora import adapter_layers, lower_parameters
+from bilevel import create_bilevel_optimizer
+from hypergrad import LowerGradient
+from research import study
+from research.arms import GROUPS
+from support.run import settings
+
+
+@dataclass
+class Sharpness:
+    arms: tuple = ("lora", "dora", "bidora")  # of research/arms.py
+    domains: tuple = GROUPS["methods"].domains  # built-in data sets
+    steps: int = 50  # of the lower level, between the two
+    rate: float = 1e-3  # of these steps
+    seeds: int = 1  # samples of the data, each with an initial adapter and head
+    model: str = "minilm"  # the base model
+    target_modules: tuple = ("query", "value")  # the adapted layers
+    results: str = "results/study"  # where the chosen rates come from
+
+
+def largest_eigenvalue(loss, parameters, tolerance=0.01):
+    """
+    The largest eigenvalue, a float, of the Hessian of loss(), a scalar, in a list of parameters: by
+    Lanczos' method, to a relative tolerance.
+    """
+    g = LowerGradient(loss, parameters)
+    sizes = [p.numel() for p in parameters]
+
+    def product(x):
+        parts = torch.from_numpy(x.ravel()).to(parameters[0]).split(sizes)
+        vectors = [part.view_as(p) for part, p in zip(parts, parameters)]
+        return torch.cat([y.flatten() for y in g.product(vectors, parameters)]).double().numpy()
+
+    n = sum(sizes)
+    hessian = LinearOperator((n, n), product, dtype=numpy.float64)
+    start = numpy.random.default_rng(0).standard_normal(n)
+    [found] = eigsh(
+        hessian, 1, which="LA", v0=start, tol=tolerance, ncv=min(n, 12), return_eigenvectors=False
+    )
+    return float(found)
+
+
+def before_and_after(config, steps, rate):
+    """λ_max before a run's first step, and after some steps of its lower level at a rate."""
+    task = train.prepare(config, "cpu")
+    examples = task.encoded["train"] + task.encoded["val"]
+    batch = task.kind.collate(examples)
+    layers = adapter_layers(task.model).values()
+    weights = [p for layer in layers for p in lower_parameters(layer)]  # without the head's
+
+    def loss():
+        return task.model(*batch)
+
+    before = largest_eigenvalue(loss, weights)
+    optimizer = create_bilevel_optimizer(task.model, rate)
+    batches = data.batches(examples, config.batch_size, task.kind.collate, config.seed)
+    for part in itertools.islice(batches, steps):
+        optimizer.lower_step(lambda model, tensors: model(*tensors), part)
+    return before, largest_eigenvalue(loss, weights)
+
+
+def rows(given, steps, rate):
+    """Yield (domain, arm, λ_max before, after, the chosen lower_lr or None) of a study's pairs."""
+    for domain, arm in itertools.product(given.domains, given.arms):
+        found = []
+        for seed in range(given.seeds):
+            options = study.options_of(given, "unused", domain, 100, arm, seed, {})
+            config = train.read_config([f"--{name}={value}" for name, value in options.items()])
+            found.append(before_and_after(config, steps, rate))
+        try:
+            chosen = study.tuned(given, None, domain, 100, arm)["lower_lr"]
+        except LookupError:  # not yet
+            chosen = None
+        yield domain, arm, *numpy.mean(found, axis=0), chosen
+
+
+def print_table(sharpness):
+    """Print λ_max of each domain and arm beside the chosen rate."""
+    steps, rate = sharpness.steps, sharpness.rate
+    settings.at_least(sharpness, steps=0)
+    if rate <= 0:
+        raise ValueError(f"rate={rate} must be positive")
+    names = ("arms", "domains", "seeds", "model", "target_modules", "results")
+    given = study.check(study.Study(**{name: getattr(sharpness, name) for name in names}))
+
+    columns = ("at the start", f"after {steps} steps", "chosen rate")
+    print(f"{'λ_max':34}" + "".join(f"{name:>16}" for name in columns))
+    total, open_choices = len(given.domains) * len(given.arms), 0
+    for domain, arm, *values in tqdm(rows(given, steps, rate), total=total, unit="arm"):
+        texts = ["–" if value is None else f"{value:.3g}" for value in values]
+        tqdm.write(f"{domain:16}{arm:18}" + "".join(f"{text:>16}" for text in texts))
+        open_choices += values[-1] is None
+    if open_choices:
+        print(f"–: {given.results} has no chosen rate yet: python -m research.study chooses it")
+
+
+def main(arguments):
+    return settings.program(arguments, Sharpness, print_table, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

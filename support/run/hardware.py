@@ -1,0 +1,317 @@
+"""
+A run's memory by formula, and the settings that --auto_hardware=True chooses by it.
+
+In bytes, for L layers with widths h (hidden), q (queries), kv (keys, values), f (feed-forward):
+
+    weights        per number its dtype's size; in linear layers nf4 0.52, int8 1; embeddings, norms
+                   and head are never quantised
+    adapters       per trained number 24 (value, gradient, AdamW's two moments, two copies for
+                   recovery); with adamw8bit 18
+    activations    per token 1.25 · L · (6h + 4q + 4kv + 6f) numbers; for LoRA and ft, which keep no
+                   layer's output, 1.25 · L · (4h + 3q + 3kv + 4f)
+    second order   4 times that, and per token 24 · L · heads · length: attention is not fused. Of
+                   rows above 256 tokens, only one layer's scores of 256 tokens at a time are there
+    checkpointed   per token L · h numbers and 6 blocks' 1.25 · (…); in second order 2 · L · h
+                   numbers, 5 blocks' 1.25 · (…) and the scores of one layer
+    logits         per logit at supervised positions 12; with a frozen head, 128 positions at a time
+
+Each of N devices (distributed.py) sends the trained numbers' gradients once, 2 (N - 1)/N of 4 bytes
+per number. With --fsdp=True it keeps 1/N of the weights, plus one whole block, the embeddings or
+the head at a time, and sends (N - 1)/N of all weights' bytes twice per step.
+
+The factors were measured on SmolLM2-135M on a CPU (float32 and bfloat16, 64 to 512 tokens); tests
+hold the formula to within 40 %. They make glibc return each freed tensor of 1 MB and more. Left
+alone, it keeps some for later: 0 to 200 MB here, which differs from run to run.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from support.fast.kernels import QUERIES, ROWS
+from support.run import distributed
+
+
+def choose_device(name):
+    """The device that a setting names; for auto, cuda if there is one, else cpu."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def peak_memory(device):
+    """Peak memory so far, in GB: allocated on a GPU; of the process on a CPU (0 where unknown)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; getrusage's count would include the parent process's
+        lines = status.read_text().splitlines()
+        return next(int(x.split()[1]) * 1024 / 1e9 for x in lines if x.startswith("VmHWM"))
+    if platform.system() == "Windows":
+        return 0.0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts bytes
+
+
+def processor():
+    """The CPU in words: its name, the threads that torch uses, and the vector units that matter."""
+    name, flags, info = platform.processor() or platform.machine(), "", Path("/proc/cpuinfo")
+    if info.exists():
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        entries = {key.strip(): value.strip() for key, _, value in lines}
+        name, flags = entries.get("model name", name), entries.get("flags", "")
+    units = {
+        "avx2": "AVX2",
+        "avx512f": "AVX-512",
+        "avx512_bf16": "bf16 products",
+        "amx_bf16": "AMX (bf16 matrices)",
+    }
+    found = [unit for flag, unit in units.items() if flag in flags.split()]
+    return ", ".join((name, f"{torch.get_num_threads()} threads", *found))
+
+
+def free_memory(device):
+    """
+    Bytes of memory that this process may still take. On a CPU: its share of what is available in
+    the system, or in the container if that is less; None if unknown.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if not meminfo.exists():
+        return None
+
+    lines = meminfo.read_text().splitlines()
+    free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    if limit.exists() and limit.read_text().strip().isdigit():
+        used = int((limit.parent / "memory.current").read_text())
+        free = min(free, int(limit.read_text()) - used)
+    return free // distributed.LOCAL_WORLD_SIZE
+
+
+def fast_dtype(device):
+    """(float32 or bfloat16, whichever is fast on the device; the reason, in words)."""
+    if device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU supports it"
+        return torch.float32, "the GPU has no bfloat16, or only emulates it"
+
+    ratio = bfloat16_speed()
+    dtype = torch.bfloat16 if ratio > 1.5 else torch.float32
+    return dtype, f"a bfloat16 product runs at {ratio:.1f} × float32's speed here"
+
+
+@functools.cache
+def bfloat16_speed():
+    """How many times as fast as in float32 this CPU multiplies in bfloat16, which many emulate."""
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    operands = [(torch.ones(512, 1024, dtype=d), torch.ones(1024, 1024, dtype=d)) for d in seconds]
+    for _ in range(6):
+        for x, w in operands:
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            seconds[x.dtype].append(time.perf_counter() - start)
+    # The least times: what else runs on the machine can only make a product slower.
+    return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
+
+
+def choose_dtype(config, device, precise):
+    """(the base's dtype, as a name; the reason). precise: the hypergradient needs float32."""
+    if config.dtype != "auto":
+        return config.dtype, "as set"
+    if config.method == "ft":
+        return "float32", "full fine-tuning needs it"
+    if precise:
+        return "float32", "finite differences need it"
+
+    def measured():
+        dtype, why = fast_dtype(device)
+        return str(dtype).removeprefix("torch."), why
+
+    return distributed.from_first(measured)
+
+
+@dataclass
+class Need:
+    """The memory that a run needs, in bytes."""
+
+    weights: float
+    adapters: float
+    activations: float  # at the step that needs most
+
+    @property
+    def total(self):
+        return self.weights + self.adapters + self.activations
+
+
+def linear_shapes(c):
+    """The (out, in) of a block's seven linear layers."""
+    h, f = c.hidden_size, c.intermediate_size
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    return [(q, h), (kv, h), (kv, h), (h, q), (f, h), (f, h), (h, f)]
+
+
+def need(
+    c,
+    method,
+    itemsize,
+    length,
+    batch_size,
+    micro_batch_size=0,
+    *,
+    quantize="none",
+    gradient_checkpointing=False,
+    rank=8,
+    optimizer="adamw",
+    supervised=1,
+):
+    """
+    The Need of training a model (c: its ModelConfig) by this file's formula, with all seven linear
+    layers adapted.
+
+    method: an entry of bidora.METHODS, or None for full fine-tuning; itemsize: bytes per number of
+    the base's dtype; length: tokens per row; supervised: supervised positions per row.
+    """
+    h, f, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    magnitude = method is not None and method.magnitude
+
+    shapes = linear_shapes(c)
+    linears = L * sum(out * into for out, into in shapes)
+    others = c.vocab_size * h * (1 if c.tie_word_embeddings else 2)
+    linear_bytes = {"none": itemsize, "int8": 1, "nf4": 0.52, "fp4": 0.52}[quantize]
+    trained = L * sum(rank * (out + into) + magnitude * out for out, into in shapes)
+    if method is None:
+        trained = linears + others
+
+    kept = 6 * h + 4 * q + 4 * kv + 6 * f if magnitude else 4 * h + 3 * q + 3 * kv + 4 * f
+    layer = 1.25 * kept * itemsize  # bytes per token
+    through = L * h * itemsize + 6 * layer if gradient_checkpointing else L * layer
+    rows = micro_batch_size or batch_size
+    positions = rows * supervised if method is None else min(rows * supervised, ROWS)
+    activations = rows * length * through + 12 * c.vocab_size * positions
+    if method is not None and method.upper:
+        scores = 24 * c.num_attention_heads * min(length, QUERIES) * length  # of a layer
+        if gradient_checkpointing:
+            second = (2 * L * h * itemsize + 5 * layer) * length + scores
+        else:
+            second = 4 * L * layer * length + (L if length <= QUERIES else 1) * scores
+        activations = max(activations, rows * second + 12 * c.vocab_size * positions)
+    state = trained * (18 if optimizer == "adamw8bit" else 24)
+    return Need(linears * linear_bytes + others * itemsize, state, activations)
+
+
+def sent(c, method, devices, itemsize=2, rank=8, fsdp=False):
+    """Bytes that each of several devices sends per training step, by this file's formula."""
+    whole = need(c, method, itemsize, 1, 1, rank=rank)
+    ring = (devices - 1) / devices
+    return ring * (2 * 4 * whole.adapters / 24 + (2 * whole.weights if fsdp else 0))
+
+
+def candidates(c, config, method, data):
+    """
+    The combinations to try, best first: (block_size, quantize, gradient_checkpointing,
+    micro_batch_size).
+    """
+    floor = max(128, data["shortest"])
+    longest, batch = data["longest"], config.batch_size
+    block = min(c.max_position_embeddings, max(floor, 64 * math.ceil(longest / 64)))
+    blocks = [max(min(block, floor), block >> i) for i in range(8)]
+    packs = not (method is None or config.fsdp or config.compile)
+    kinds = ["none", "int8", "nf4"] if packs else ["none"]
+    recompute = [True] if config.gradient_checkpointing else [False, True]
+    micro = [batch // n for n in range(1, batch + 1) if batch % n == 0]
+
+    # product varies the last factor fastest, so the cheapest sacrifice comes last.
+    return list(
+        itertools.product(
+            [config.block_size] if config.block_size else blocks,
+            [config.quantize] if config.quantize != "auto" else kinds,
+            recompute,
+            [config.micro_batch_size] if config.micro_batch_size else micro,
+        )
+    )
+
+
+def choose(c, config, method, itemsize, data, free):
+    """
+    What --auto_hardware=True chooses: (a dict of settings, lines that say why).
+
+    Of all choices whose need fits in 80 % of the free memory, it is the one that sacrifices least:
+    first smaller micro-batches (the same result), then recomputed activations (one more forward
+    pass), then a quantised base (other weights), then shorter rows (less text). A setting that is
+    not at its default stays; so does batch_size, since it changes a run's result.
+
+    c: ModelConfig; config: a Config; method: as in `need`; free: bytes. data: a dict of the longest
+    row's tokens ("longest"), the most supervised positions of a row ("supervised"), and the least
+    block_size that the answers allow ("shortest").
+    """
+
+    def needed(choice):
+        block, kind, again, rows = choice
+        return need(
+            c,
+            method,
+            itemsize,
+            min(block, data["longest"]),
+            config.batch_size,
+            rows,
+            quantize=kind,
+            gradient_checkpointing=again,
+            rank=config.rank,
+            optimizer=config.optimizer,
+            supervised=min(data["supervised"], block),
+        )
+
+    choices = candidates(c, config, method, data)
+    best = next((choice for choice in choices if needed(choice).total < 0.8 * free), choices[-1])
+
+    names = ("block_size", "quantize", "gradient_checkpointing", "micro_batch_size")
+    picked, takes = dict(zip(names, best)), needed(best)
+    fits = "fits in 80 % of it"
+    if takes.total >= 0.8 * free:
+        fits = "does not fit in 80 % of it, and nothing leaner is left to try"
+    weights, state, activations = (
+        f"{size / 1e9:.1f}" for size in (takes.weights, takes.adapters, takes.activations)
+    )
+    return picked, [
+        f"auto_hardware: {free / 1e9:.1f} GB free; about {takes.total / 1e9:.1f} GB needed "
+        f"({weights} weights, {state} training state, {activations} activations), which {fits}",
+        f"auto_hardware: {', '.join(f'{name}={value}' for name, value in picked.items())}",
+    ]
+
+
+def fit_memory(config, method, device, dtype, c, encode):
+    """
+    config with the settings that `choose` picks, which are also printed. encode: block_size ->
+    (splits of rows, how many were cut). Raises ValueError if the free memory is unknown.
+    """
+    free = free_memory(device)
+    if free is None:
+        raise ValueError(
+            "auto_hardware=True: this system does not say how much memory is free; set quantize, "
+            "micro_batch_size, gradient_checkpointing and block_size yourself"
+        )
+    free = -distributed.highest(-free)  # the least, so that all processes choose alike
+
+    splits, _ = encode(config.block_size or c.max_position_embeddings)
+    rows = [row for split in splits.values() for row in split]
+    supervised = [sum(label != -100 for label in row.labels) for row in rows]
+    # Rows with unsupervised positions have answers, which are never cut; plain text may be.
+    answers = any(label == -100 for row in rows for label in row.labels[1:])
+    data = {
+        "longest": max(len(row.labels) for row in rows),
+        "supervised": max(supervised),
+        "shortest": max(supervised) + 1 if answers else 2,
+    }
+    picked, lines = choose(c, config, method, getattr(torch, dtype).itemsize, data, free)
+    print(*lines, sep="\n")
+    return dataclasses.replace(config, **picked)

@@ -1,0 +1,261 @@
+"""What a run prints: its plan, the final table and what to try next. Also draws the loss curves."""
+
+import itertools
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from support.run import checkpoint, distributed
+from support.run.files import replacing
+from support.text.datasets import BUILT_IN
+from support.text.jsonl import count_shared
+
+SHARES = ("accuracy", "f1", "f1_micro", "f1_macro", "precision", "recall")  # shown in percent
+START = """Start with:
+    python train.py --config=small.py    (downloads 95 MB, takes about 3 minutes on two CPU cores)
+    python train.py --config=tiny.py     (downloads nothing, takes seconds)"""
+
+
+def announce(task, method):
+    """
+    Print a run's plan: model, data, parameters, phases. method: its entry of bidora.METHODS, or
+    None for ft.
+    """
+    config = task.config
+    packed = "" if config.quantize == "none" else f"{config.quantize} and "
+    print(
+        f"{config.method} on {config.model}, {packed}{task.dtype} on {task.device} ({task.why}): "
+        f"{task.weight_bytes / 1e6:.0f} MB of weights"
+    )
+    if distributed.WORLD_SIZE > 1:
+        own = f", and {task.local_weight_bytes / 1e6:.0f} MB of weights" if config.fsdp else ""
+        print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{own}")
+
+    counts = ", ".join(f"{len(examples)} {name}" for name, examples in task.splits.items())
+    labels = f"; labels {', '.join(task.labels)}" if task.labels else ""
+    source = config.train_file or config.data
+    if source in BUILT_IN:
+        source += f" (licence: {BUILT_IN[source].licence})"
+    if max(map(len, task.splits.values())) > config.eval_size:
+        counts += f" (evaluated: {config.eval_size} of each at most)"
+    print(f"data: {source}: {counts}{labels:.300}")
+    announce_shared(config, task.splits)
+    print(f"task: {task.name}, scored by {task.kind.metric}")
+    for line in task.kind.notes(task.cut, config.block_size):
+        print(line)
+
+    print(trainable(task.sizes))
+    announce_phases(config, method)
+
+
+def announce_shared(config, splits):
+    """Print how many lines of val_file and test_file are also in the files before them."""
+    files = {f"{name}_file": rows for name, rows in splits.items()}
+    if not config.val_file:  # then val is a part of train_file
+        files["train_file"] = splits["train"] + files.pop("val_file")
+    if not config.test_file:
+        del files["test_file"]
+    for (name, rows), (later, later_rows) in itertools.combinations(files.items(), 2):
+        if shared := count_shared(later_rows, rows):
+            print(f"{shared} of {len(later_rows)} lines of {later} are also in {name}")
+
+
+def trainable(sizes):
+    return f"trainable parameters: {sizes['lower']:,} lower level, {sizes['upper']:,} upper level"
+
+
+def announce_phases(config, method):
+    bilevel = method is not None and method.upper is not None
+    if not bilevel and not config.two_phases:
+        unused = "; retrain_lr is for a final phase" if config.retrain_lr else ""
+        print(f"train: {config.search_steps + config.retrain_steps} steps, on train + val{unused}")
+        return
+    lower, upper = method.names
+    if bilevel:
+        print(
+            f"search: {config.search_steps} steps, {lower} on train, {upper} on "
+            f"{config.upper_data} by the {config.hypergradient} hypergradient"
+        )
+    else:
+        print(f"search: {config.search_steps} steps, {lower} and {upper} on train + val")
+    if config.retrain_steps:
+        start = "a fresh start" if config.final_init == "fresh" else "where search ended"
+        print(
+            f"retrain: {config.retrain_steps} steps, {lower} on train + val from {start}, "
+            f"{upper} fixed"
+        )
+
+
+def announce_before(before, metric):
+    """Print the results before training, {split: results}. metric: the score that is shown."""
+    [(shown, found)] = before.items()
+    score, loss = in_form(metric, found[metric]), found["loss"]
+    print(f"before training: {shown} {metric} {score}, loss {loss:.3f}", flush=True)
+
+
+def in_form(name, score):
+    """A score as text; one that is undefined, or was not computed, is a dash."""
+    if score is None:
+        return "–"
+    if name in ("bleu", "chrf"):
+        return f"{score:.1f}"
+    return f"{score:.1%}" if name in SHARES else f"{score:.3f}"
+
+
+def plot_losses(path, metrics, results):
+    """
+    Draw the train and val losses over the steps, the phases, and the test loss before and after.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no window, and a notebook's settings stay
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, color, style in (
+        ("train_loss", "train batch", "#0072B2", "-"),
+        ("val_loss", "val batch", "#E69F00", "--"),
+    ):
+        points = [(line["step"], line[key]) for line in metrics if key in line]
+        if points:
+            axes.plot(*zip(*points), label=label, color=color, linestyle=style, linewidth=1.2)
+
+    if results["after"]["test"] and results["before"]:
+        losses = [results[when]["test"]["loss"] for when in ("before", "after")]
+        axes.plot([0, len(metrics)], losses, "k^", label="test, before and after")
+
+    for phase in dict.fromkeys(line["phase"] for line in metrics):
+        first = next(line["step"] for line in metrics if line["phase"] == phase)
+        axes.axvline(first - 0.5, color="gray", linewidth=0.8, linestyle=":")
+        axes.text(first, 1.01, phase, transform=axes.get_xaxis_transform(), color="gray")
+
+    axes.set(xlabel="lower-level step", ylabel="loss", ylim=(0, None))
+    # hub names and folders can be long; above the names of the phases
+    title = f"{results['method']} on {Path(results['model']).name}"
+    axes.set_title(title, fontsize=10, pad=18)
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def table(results):
+    """The final table, and the lines below it, from the results in summary.json."""
+    splits = [name for name in ("train", "val", "test") if results["after"][name]]
+
+    def row(*cells):
+        return "".join(f"{cell:>16}" for cell in cells)
+
+    lines = ["", row("", *splits), row("examples", *(results["evaluated"][s] for s in splits))]
+    lines.append(row("trained on", *(results["trained_on"][s] for s in splits)))
+    names = [name for name in results["after"][splits[-1]] if name != "loss"]
+    for what in (*names, "loss"):
+        for when in ("before", "after") if results["before"] else ("after",):
+            found = [results[when].get(split) or {} for split in splits]
+            lines.append(row(f"{what} {when}", *(in_form(what, f.get(what)) for f in found)))
+    if "test" not in splits:
+        lines.append("no test set: --test_file names examples that training does not see")
+
+    seconds = ", ".join(f"{phase} {value:.0f}" for phase, value in results["seconds"].items())
+    peak, beyond = results["peak_memory_gb"], results["peak_memory_beyond_start_gb"]
+    files = ", ".join(sorted(path.name for path in Path(results["out_dir"]).iterdir()))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            trainable(results["trainable_parameters"]),
+            f"seconds: {seconds}",
+            f"peak memory: {peak:.2f} GB, {beyond:.2f} GB of it beyond Python and torch",
+            "",
+            f"saved in {results['out_dir']}: {files}",
+            *warnings(results),
+        ]
+    )
+
+
+def trained_on(config, phases):
+    """Whether a run of these phases has trained on each split, as words for the table."""
+    val = "yes" if "train" in phases else f"in {phases[-1]}"
+    if phases == ["search"] and config.upper_data == "train":
+        val = "no"
+    return {"train": "yes", "val": val, "test": "no"}
+
+
+def warnings(results):
+    """A list with the line about a run that has learnt nothing, or nothing that holds for test."""
+    first, last = results["first_train_loss"], results["after"]["train"]["loss"]
+    before = results["before"] or {}
+    worse = [s for s in before if results["after"][s]["loss"] >= before[s]["loss"]]
+    rates = "--lower_lr" + " or --upper_lr" * (results["trainable_parameters"]["upper"] > 0)
+    # The first step's loss is that of one batch: where test has improved, it was a lucky one.
+    if last >= first and (worse or not before):
+        return [
+            f"warning: training ended no better than it began (train loss {first:.3f} at the first "
+            f"step, {last:.3f} at the end): lower {rates}"
+        ]
+    return [f"warning: the loss on {name} is higher than before: lower {rates}" for name in worse]
+
+
+def without(arguments, *names):
+    """A command line without the settings in `names`."""
+    return [a for a in arguments if a.partition("=")[0].removeprefix("--") not in names]
+
+
+def next_commands(results, arguments, prompts, other, fsdp):
+    """
+    Commands to try after a run. results: its summary; prompts: a text, and for pairs a second one;
+    other: a method to compare with; fsdp: the run's setting.
+    """
+    out = results["out_dir"]
+    names = zip(("prompt", "prompt_b"), prompts)
+    shown = " ".join(f'--{name}="{text}"' for name, text in names if text)
+    shown += " --raw" * results["raw"]
+    adapter, again_in = shlex.quote(f"--adapter={out}"), shlex.quote(f"--out_dir={out}-{other}")
+    controls = ("two_phases", "upper_data")  # of one method alone
+    kept = without(arguments, "method", "out_dir", "overwrite", "resume", "fsdp", *controls)
+    again = shlex.join(kept + ["--fsdp=False"] * fsdp)
+    return (
+        f"next:\n  python sample.py {adapter} {shown}\n"
+        f"  python train.py {again} --method={other} {again_in}"
+        f"    # the same data and budget"
+    )
+
+
+def failed(error):
+    """
+    Print an error, once per machine, since their files and networks may differ. Returns exit status
+    2.
+    """
+    if distributed.LOCAL_RANK == 0:
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line
+    return 2
+
+
+def failed_in_torch(error):
+    """
+    Print what a RuntimeError of torch's means: memory is short, or another process has ended. Any
+    other one is raised again. Returns exit status 2.
+    """
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        hint = "lower batch_size, micro_batch_size or block_size, or try --auto_hardware=True"
+        return failed(f"out of memory ({text.splitlines()[0]}): {hint}")
+    lost = isinstance(error, torch.distributed.DistError) or "gloo" in text
+    if distributed.WORLD_SIZE > 1 and lost:
+        return failed("another process of this run has ended; --resume=True resumes the run")
+    raise error
+
+
+def stopped(error, arguments):
+    """Print how to go on with a run that a signal has ended. Returns its exit status."""
+    if not isinstance(error, checkpoint.Stopped):
+        error = checkpoint.Stopped("interrupted", how=checkpoint.START_AGAIN)
+    if distributed.LOCAL_RANK > 0:
+        return 128 + error.signum
+    resumes = error.how.startswith("resume")
+    if resumes:
+        arguments = [*without(arguments, "resume", "overwrite"), "--resume=True"]
+    command = f"python train.py {shlex.join(arguments)}"
+    if distributed.WORLD_SIZE > 1:
+        command = "the same torchrun command" + " and --resume=True" * resumes
+    print(f"{error}; {error.how}: {command}" if error.how else error, file=sys.stderr)
+    return 128 + error.signum

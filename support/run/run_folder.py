@@ -1,0 +1,242 @@
+"""
+The rules for a run's folder: who may write there, what is resumed, replaced and removed.
+
+A run locks its folder while it writes there. Only --resume and --overwrite touch an earlier run:
+--resume continues it; --overwrite keeps it as FOLDER.previous until the new run has finished.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import stat
+from pathlib import Path
+
+from support.run.files import make_folder, no_folder, read_json, remove
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there, two runs in one folder go unnoticed
+    fcntl = None
+
+REPLACED = "replaced-by-a-newer-run"  # marks a run that is ours to remove
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+RUN_FILES = (  # beside the weights, which run.json names
+    "run.json",
+    "metrics.jsonl",
+    "summary.json",
+    "loss.png",
+    "trajectory.json",
+    "trajectory.safetensors",
+    "analysis.png",  # of tools/analysis.py
+    REPLACED,
+)
+
+
+def check_writable(out):
+    """Raise ValueError unless the folder can be created or written."""
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        what = "read-only" if existing.is_dir() else "a file"
+        raise ValueError(
+            f"out_dir={out} can't be written, since {existing} is {what}: choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """
+    Lock a folder for this run, creating it if need be. The system releases the lock when the
+    process ends, even when it is killed. Raises ValueError if another run holds the lock.
+    """
+    folder = Path(folder)
+    handle = take_lock(folder)
+    try:
+        yield
+    finally:
+        # While the lock is held, so that nobody else takes this folder in between.
+        if handle is None or is_at(handle, folder):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # works only if nothing was written
+        if handle is not None:
+            os.close(handle)
+
+
+def take_lock(folder):
+    """Create and lock a folder. Returns a handle whose closing ends the lock; None on Windows."""
+    remedy = "choose another --out_dir"
+    make_folder(folder.parent, remedy)
+    while True:
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            if is_something_else(folder):
+                raise
+            continue  # another run has just removed it
+        except OSError as error:
+            raise no_folder(folder, error, remedy) from None
+        try:
+            handle = os.open(folder, os.O_RDONLY) if fcntl else None
+        except FileNotFoundError:
+            continue  # likewise
+        if handle is None:
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(
+                f"{folder} is in use by another run: wait until it has ended, or choose "
+                f"another --out_dir"
+            ) from None
+        if is_at(handle, folder):
+            return handle
+        os.close(handle)  # the lock of a folder that another run has removed or moved
+
+
+def is_something_else(path):
+    """Whether there is a file or a link that leads nowhere, rather than a folder or nothing."""
+    try:
+        return not stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def is_at(handle, folder):
+    """Whether an open folder is the one that is now at a path."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(folder))
+    except FileNotFoundError:
+        return False
+
+
+def find_run(config, out):
+    """
+    Look for an earlier run in the folder `out`. Returns (whether to resume it, whether the new run
+    replaces it).
+
+    Raises ValueError when the folder's content does not fit config.resume and config.overwrite.
+    """
+    # A .tmp file is left over from a write that a kill interrupted.
+    begun = out.exists() and any(not path.name.endswith(".tmp") for path in out.iterdir())
+    if not begun:
+        if config.resume:
+            print(f"{out} holds no run to resume: starting one")
+        return False, False
+
+    if not (out / "run.json").exists():
+        raise ValueError(f"{out} holds files but no run: choose another --out_dir")
+    finished, untrained = (out / "summary.json").exists(), is_untrained(out)
+    if config.resume:
+        if finished:
+            raise ValueError(f"{out} holds a finished run: there is nothing to resume")
+        return True, False
+    if not config.overwrite and not untrained:
+        more = "" if finished else ", resume it with --resume=True"
+        raise ValueError(
+            f"{out} holds an earlier run: choose another --out_dir{more}, or replace it with "
+            f"--overwrite=True"
+        )
+
+    previous = previous_of(out)
+    if previous.exists() and not (previous / REPLACED).exists() and not untrained:
+        raise ValueError(
+            f"{previous} is in the way, where the earlier run would be kept: move it elsewhere"
+        )
+    return False, True
+
+
+def is_untrained(out):
+    """Whether a folder holds a run that ended before its first step."""
+    log = out / "metrics.jsonl"
+    begun = any((out / name).exists() for name in ("checkpoints", "summary.json"))
+    return log.is_file() and log.stat().st_size == 0 and not begun
+
+
+def previous_of(out):
+    """The path under which a folder's earlier run is kept until a new one has finished."""
+    return out.with_name(out.name + ".previous")
+
+
+def set_aside(out):
+    """
+    Move the earlier run in `out` to previous_of(out), marked as removable; remove it if it ended
+    before its first step.
+
+    If an even earlier run is kept there already: when the run in `out` has finished, it takes that
+    one's place; when it has not, it is removed and the even earlier one stays.
+    """
+    previous = previous_of(out)
+    if previous.exists() and (out / "summary.json").exists():
+        remove_run(previous)
+    if is_untrained(out) or (previous.exists() and (previous / REPLACED).exists()):
+        remove_run(out)
+    else:
+        (out / REPLACED).touch()
+        os.replace(out, previous)
+
+
+def put_back(out):
+    """Undo set_aside when the new run could not start."""
+    previous = previous_of(out)
+    if previous.exists() and not out.exists():
+        os.replace(previous, out)
+        (out / REPLACED).unlink(missing_ok=True)
+
+
+def remove_previous(out):
+    """Remove the earlier run that set_aside kept, once the new one has finished."""
+    if (previous_of(out) / REPLACED).exists():
+        remove_run(previous_of(out))
+
+
+def remove_run(folder):
+    """Remove the files of a run; the folder stays if it also holds files of the user's own."""
+    for name in own_files(folder):
+        remove(folder / name)
+        remove(folder / f"{name}.tmp")
+    for path in (folder / "checkpoints").glob("*"):
+        if path.stem.isdigit():
+            remove(path)
+    for left in (folder / "checkpoints", folder):
+        with contextlib.suppress(OSError):
+            left.rmdir()
+
+
+def own_files(folder):
+    """The names of the files that the run in a folder wrote, as it recorded them."""
+    try:
+        recorded = read_json(folder / "run.json").get("files")
+    except (OSError, ValueError):
+        recorded = None
+    if not isinstance(recorded, list):
+        recorded = ADAPTER_FILES
+    plain = {name for name in recorded if isinstance(name, str) and Path(name).name == name}
+    return plain | set(RUN_FILES)
+
+
+def resumed_config(config, out, stored, may_change):
+    """
+    The config of the run in `out`, of which run.json stored this, its automatic settings resolved,
+    with the settings in may_change taken from `config`. Raises ValueError when `config` differs in
+    any other setting.
+    """
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    asked = stored.get("asked")
+    if not isinstance(asked, dict) or now.keys() - stored.keys():
+        raise ValueError(f"{out / 'run.json'} was written by another version: it can't be resumed")
+
+    changed = {
+        name: f"{name}={value} (it was {asked.get(name)})"
+        for name, value in now.items()
+        if value != asked.get(name) and name != "resume"
+    }
+    if refused := [text for name, text in changed.items() if name not in may_change]:
+        raise ValueError(f"{out} can't be resumed with other settings: {', '.join(refused)}")
+    if changed:
+        print(f"changed since the run began: {', '.join(changed.values())}")
+
+    kept = {name: stored[name] for name in now if name not in may_change}
+    return dataclasses.replace(
+        config, **{name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
+    )

@@ -1,0 +1,225 @@
+"""
+A command line for a dataclass: its fields are the settings, their comments the help.
+
+A value is the field's default, unless a config file (Python that sets names, or a JSON object) or,
+before that, --name=value or --name value sets it; it is converted to the field's type. For an
+unknown name, the closest known ones are suggested. In the dataclass, a line `# …` heads a group,
+and a line `#: …` continues a field's comment.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import re
+import runpy
+import sys
+import traceback
+import types
+from pathlib import Path
+
+from support.run.files import read_json
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TEXTS = ("prompt", "prompt_b", "label_prompt")  # settings in which ~ is no home folder
+KINDS = {
+    tuple: "a list of names, separated by commas",
+    bool: "True or False",
+    str: "text",
+    int: "an integer",
+    float: "a finite number",
+}
+
+
+def suggest(name, known):
+    """The end of a message about an unknown name: the closest of the known names, or all if few."""
+    many = len(known) > 20
+    close = difflib.get_close_matches(str(name), known, n=3 if many else 1)
+    if close:
+        return f"; did you mean {' or '.join(map(repr, close))}?"
+    return "; --help lists them all" if many else f"; there are: {', '.join(filter(None, known))}"
+
+
+def typed(field, value, where):
+    """
+    A value from the command line (a string) or a config file, converted to the field's type. Raises
+    ValueError, which begins with `where`.
+    """
+    kind = field.type
+    try:
+        if kind is tuple:
+            value = value.split(",") if isinstance(value, str) else value
+            if (
+                isinstance(value, (list, tuple))
+                and value
+                and all(isinstance(v, str) and v for v in value)
+            ):
+                return tuple(value)
+        elif kind is bool:
+            if str(value).lower() in ("true", "false"):
+                return str(value).lower() == "true"
+        elif kind is str:
+            if isinstance(value, (str, Path)) and "\0" not in str(value):
+                # The shell leaves ~ alone after --name=.
+                return str(value) if field.name in TEXTS else os.path.expanduser(value)
+        elif not isinstance(value, bool):
+            number = kind(value)
+            if math.isfinite(number) and (isinstance(value, str) or number == value):
+                return number  # 8.5 is not an int
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{where}: {field.name}={value!r} is not {KINDS[kind]}")
+
+
+def split(kind, arguments):
+    """
+    A command line for the dataclass `kind` as a list of --name=value: `--name value` becomes one
+    argument, `--name` of a bool --name=True, and out-dir out_dir. Raises ValueError for others.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    found, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--"):
+            raise ValueError(f"argument {argument!r}: write --name=value or --name value")
+        name = name.replace("-", "_")
+        follows = bool(rest) and not rest[0].startswith("--")
+        if types.get(name) is bool and not equals:
+            truth = follows and rest[0].lower() in ("true", "false")
+            value = rest.pop(0) if truth else "True"
+        elif not equals and follows:
+            value = rest.pop(0)
+        elif not equals and name in {*types, "config"}:
+            raise ValueError(f"--{name} needs a value: write --{name}=value or --{name} value")
+        found.append(f"--{name}={value}")
+    return found
+
+
+def read(kind, arguments, other_names=None):
+    """
+    Read a command line into an instance of the dataclass `kind`. Returns it, and the path of its
+    config file or None.
+
+    arguments: as for split; the file of --config=file is looked for here, then in configs/.
+    other_names: {a name that others or earlier versions use: what to write instead}. Raises
+    ValueError or FileNotFoundError, with one line that names what is wrong and where.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+
+    def known(name, where, shown):
+        if name in (other_names or {}):
+            raise ValueError(f"{where}{shown} is not a setting here: {other_names[name]}")
+        if name not in fields:
+            names = [*fields] if where else ["config", *fields]  # a file can't name another
+            raise ValueError(f"{where}unknown setting {shown}" + suggest(name, names))
+
+    given = {}
+    for argument in split(kind, arguments):
+        name, _, value = argument.removeprefix("--").partition("=")
+        if name != "config":
+            known(name, "", f"--{name}" if name.isprintable() else repr(f"--{name}"))
+        if name in given:
+            raise ValueError(f"--{name} is given twice, as {given[name]!r} and as {value!r}")
+        given[name] = value
+
+    values, path = {}, None
+    if "config" in given:
+        path = find_config(given.pop("config"))
+        contents = read_json(path) if path.suffix.lower() == ".json" else run(path)
+        for name, value in contents.items():
+            known(name, f"{path}: ", repr(name))
+            values[name] = typed(fields[name], value, path)
+    values |= {name: typed(fields[name], value, "command line") for name, value in given.items()}
+    return kind(**values), path
+
+
+def at_least(config, **least):
+    """Raise ValueError for a setting below its least value, {name: value}."""
+    for name, value in least.items():
+        found = getattr(config, name)
+        if found < value:
+            raise ValueError(f"{name}={found} must be at least {value}")
+
+
+def program(arguments, kind, do, text, resumes=False, reader=None):
+    """
+    Run a program: do(settings), an instance of the dataclass `kind` read from its command line, or
+    with --help print its text and settings. resumes: whether the same command goes on after Ctrl-C.
+    reader: a function that reads the command line, if not `read`. Returns the exit status: 0; 2
+    after one line about wrong input or a missing library; 130 after Ctrl-C.
+    """
+    if {"--help", "-h"} & set(arguments):
+        print(text.strip(), help_text(kind), sep="\n\n")
+        return 0
+    try:
+        do(reader(arguments) if reader else read(kind, arguments)[0])
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is not installed: pip install -r requirements-dev.txt"
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, FloatingPointError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line
+        return 2
+    except RuntimeError as error:  # of torch
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted" + "; the same command resumes" * resumes, file=sys.stderr)
+        return 130
+    return 0
+
+
+def find_config(name):
+    """The path of a config file, here or in configs/. Raises FileNotFoundError."""
+    path = Path(os.path.expanduser(name))
+    path = path if path.exists() else CONFIGS / name
+    if not path.is_file():
+        known = sorted(file.name for file in CONFIGS.iterdir() if file.suffix in (".py", ".json"))
+        raise FileNotFoundError(
+            f"no config file {path.name!r}, here or in {CONFIGS.name}/" + suggest(path.name, known)
+        )
+    if path.suffix.lower() not in (".py", ".json"):
+        raise ValueError(f"config file {path}: its name must end in .py or .json")
+    return path
+
+
+def run(path):
+    """
+    The names that a Python config file sets, without modules and names that begin with _. Raises
+    ValueError, naming the line, if the file fails.
+    """
+    try:
+        names = runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = lines[-1] if lines else getattr(error, "lineno", "?")
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {said}") from None
+    return {
+        name: value
+        for name, value in names.items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+
+
+def help_text(kind):
+    """Every field with its default and comment, in groups, read from the dataclass's source."""
+    lines = []
+    for line in inspect.getsource(kind).splitlines()[2:]:
+        if match := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):
+            name, comment = match.groups()
+            default = getattr(kind, name)
+            shown = ",".join(default) if isinstance(default, tuple) else default
+            lines += [f"  --{name}={shown}", f"        {comment}"]
+        elif match := re.fullmatch(r"    #: (.*)", line):
+            lines.append(f"        {match.group(1)}")
+        elif match := re.fullmatch(r"    # (.*)", line):
+            header = lines and not lines[-1].startswith(" ") and lines[-1]
+            lines += [match.group(1)] if header else ["", match.group(1)]
+    first = "        Python or JSON that sets any of these: a path, here or in configs/"
+    return "\n".join(["settings:", "  --config=file", first, *lines])

@@ -1,0 +1,291 @@
+"""
+The tasks of a head (heads.py): examples as rows of tokens, answers as labels, and scores.
+
+    classification   {"text", "text_b"?, "label"}    one of the labels
+    multi_label      {"text", "text_b"?, "labels"}   any of them
+    regression       {"text", "text_b"?, "score"}    a number
+    tagging          {"words", "tags"}               a BIO tag a word, on the word's first token
+"""
+
+import shutil
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from support.run.files import read_json
+from support.tasks import scores
+from support.tasks.encoder import Encoder
+from support.tasks.heads import IGNORED, DecoderWithHead, EncoderWithHead
+from support.text.tokenizer_files import FILES
+
+
+@dataclass
+class Row:
+    input_ids: list
+    types: list  # as long; which of two texts a token belongs to
+    target: object  # a class, a list of 0 and 1, a number, or a class or -100 for each token
+    answer: object  # the example's own: what predictions are compared with
+    words: list = None  # tagging: each token's word if it is the word's first one, else -100
+
+
+@dataclass
+class HeadTask:
+    """
+    kind: a key of heads.KINDS. names: the labels, in the order of their numbers. tokenizer: a
+    tokenizers.Tokenizer. glue: the key of scores.GLUE that says which scores are shown, or None.
+    """
+
+    kind: str
+    names: list
+    tokenizer: object
+    pad_id: int
+    glue: str | None = None
+
+    @property
+    def metric(self):
+        """The score that a run is judged by."""
+        kinds = {"multi_label": "f1_micro", "regression": "pearson", "tagging": "f1"}
+        return scores.GLUE[self.glue][0] if self.glue else kinds.get(self.kind, "accuracy")
+
+    def notes(self, cut, block_size):
+        """Lines about the data. cut: how many examples were too long."""
+        if cut:
+            yield (
+                f"{cut} examples were longer than block_size={block_size} tokens: cut on the right"
+            )
+
+    # ------------------------------------------------------------------------------- the rows
+
+    def encode(self, examples, block_size):
+        """
+        Turn examples into (list of Row, how many were cut on the right). block_size: most tokens a
+        row. Raises ValueError for a block_size without room, and for a sentence without a token.
+        """
+        encode = self.encode_tags if self.kind == "tagging" else self.encode_text
+        found = [encode(example, block_size) for example in examples]
+        return [row for row, _ in found], sum(cut for _, cut in found)
+
+    def encode_text(self, example, block_size):
+        text, text_b = example["text"], example.get("text_b")
+        ids, types, cut = encode_pair(self.tokenizer, text, text_b, block_size)
+        if not ids:
+            raise ValueError(f"{place_of(example)}: the tokenizer leaves nothing of {text!r:.60}")
+        if self.kind == "classification":
+            answer = example["label"]
+            target = self.names.index(answer)
+        elif self.kind == "multi_label":
+            answer = example["labels"]
+            target = [float(name in answer) for name in self.names]
+        else:
+            answer = target = example["score"]
+        return Row(ids, types, target, answer), cut
+
+    def encode_tags(self, example, block_size):
+        words, tags = example["words"], example["tags"]
+        ids, places = encode_words(self.tokenizer, words, range(len(words)), block_size)
+        if all(place == IGNORED for place in places):
+            raise ValueError(f"{place_of(example)}: the tokenizer leaves nothing of {words!r:.60}")
+        targets = [IGNORED if i == IGNORED else self.names.index(tags[i]) for i in places]
+        return Row(ids, [0] * len(ids), targets, tags, places), max(places) < len(words) - 1
+
+    def collate(self, rows):
+        """Rows as (input_ids, attention_mask, token_type_ids, targets), padded on the right."""
+
+        def pad(lists, value):
+            return pad_sequence([torch.tensor(x) for x in lists], True, value)
+
+        ids = pad([row.input_ids for row in rows], self.pad_id)
+        mask = pad([[1] * len(row.input_ids) for row in rows], 0)
+        targets = [row.target for row in rows]
+        targets = pad(targets, IGNORED) if self.kind == "tagging" else torch.tensor(targets)
+        return ids, mask, pad([row.types for row in rows], 0), targets
+
+    def supervised(self, batch):
+        """How many of a batch's targets count in its mean loss."""
+        targets = batch[-1]
+        return (targets != IGNORED).sum().item() if self.kind == "tagging" else len(targets)
+
+    # -------------------------------------------------------------------- the model, the scores
+
+    def check_vocabulary(self, encoded, shape):
+        """Raise ValueError for a token in any split that the model does not have."""
+        largest = max(max(row.input_ids) for rows in encoded.values() for row in rows)
+        if largest >= shape.vocab_size:
+            raise ValueError(
+                f"the tokenizer produced token {largest}, but the model's vocabulary has only "
+                f"{shape.vocab_size} tokens: take the model's own tokenizer"
+            )
+
+    def rehearse(self, rows):
+        """Raise ValueError now if a library is missing that the scores will need."""
+        if self.kind == "tagging":
+            scores.library("seqeval")
+        self.scores([(row.answer, row.answer) for row in rows[:2]])
+
+    def attach(self, backbone, rows=()):
+        """
+        An Encoder or a model.Transformer with a fresh head. An encoder's regression begins at the
+        mean of the rows' scores, which would take many steps to learn; decoders' have no bias.
+        """
+        build = EncoderWithHead if isinstance(backbone, Encoder) else DecoderWithHead
+        model = build(backbone, self.kind, len(self.names) or 1)
+        if rows and self.kind == "regression" and model.output.bias is not None:
+            model.output.bias.data.fill_(fmean(row.target for row in rows))
+        return model
+
+    def save_pretrained(self, model, base, folder):
+        """
+        Write a trained encoder with its head, and the tokenizer of the folder `base`. Raises
+        ValueError for a language model with a head.
+        """
+        if isinstance(model, DecoderWithHead):
+            raise ValueError(
+                "a language model with a head can't be written as a whole: keep the adapter, which "
+                "holds the head, and use it with its base"
+            )
+        model.save_pretrained(folder, self.names)
+        for name in FILES:
+            if (base / name).exists():
+                shutil.copy(base / name, folder / name)
+
+    @torch.no_grad()
+    def evaluate(self, model, rows, scored=True):
+        """(summed loss, number of targets, a list of (prediction, answer)) of a few rows."""
+        batch = self.collate(rows)
+        *inputs, targets = batch
+        logits, count = model(*inputs), self.supervised(batch)
+        found = model.predict(logits).tolist()
+        pairs = [(self.in_words(row, values), row.answer) for row, values in zip(rows, found)]
+        return count * model.loss(logits, targets).item(), count, pairs
+
+    def in_words(self, row, found):
+        """A prediction in the form of the examples' answers."""
+        if self.kind == "regression":
+            return found
+        if self.kind == "classification":
+            return self.names[found]
+        if self.kind == "multi_label":
+            return [name for name, chosen in zip(self.names, found) if chosen]
+        tags = ["O"] * len(row.answer)  # also of words beyond block_size
+        for place, tag in zip(row.words, found):
+            if place != IGNORED:
+                tags[place] = self.names[tag]
+        return tags
+
+    @torch.no_grad()
+    def describe(self, model, text, text_b, block_size):
+        """Lines that say what the model finds in a text, or in a pair; text_b: "" for one text."""
+        if self.kind == "tagging":
+            words = text.split()
+            ids, places = encode_words(self.tokenizer, words, range(len(words)), block_size)
+            found = model.predict(model(torch.tensor([ids])))[0].tolist()
+            row = Row(ids, None, None, words, places)
+            return [f"{w}\t{tag}" for w, tag in zip(words, self.in_words(row, found))]
+
+        ids, types, _ = encode_pair(self.tokenizer, text, text_b or None, block_size)
+        logits = model(torch.tensor([ids]), None, torch.tensor([types]))[0]
+        if self.kind == "regression":
+            return [f"{logits.item():.3f}"]
+        p = logits.softmax(-1) if self.kind == "classification" else logits.sigmoid()
+        found = sorted(zip(p.tolist(), self.names), reverse=True)
+        return [f"{share:6.1%}  {name}" for share, name in found]
+
+    def scores(self, pairs):
+        """The task's metrics, {name: number}, of (prediction, answer) pairs."""
+        predictions, answers = zip(*pairs)
+        if self.glue:
+            return scores.glue(self.glue, predictions, answers)
+        return getattr(scores, self.kind)(predictions, answers)
+
+
+def place_of(example):
+    return getattr(example, "where", "an example")
+
+
+# --------------------------------------------------------------------------------- from text
+
+
+def load_tokenizer(folder):
+    """
+    (the tokenizers.Tokenizer, the id that pads rows) of a Hugging Face folder, from tokenizer.json,
+    or ESM-2's vocab.txt.
+
+    Raises FileNotFoundError without either, ValueError for a damaged file or without the library.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ValueError(f"a head needs tokenizers ({error}): pip install tokenizers") from None
+    path, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
+    config = read_json(folder / "config.json")
+    pad_id = config.get("pad_token_id") or 0  # any will do where the model names none
+    if not path.exists():
+        if vocabulary.exists() and config.get("model_type") == "esm":
+            return letters(vocabulary), pad_id
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path)), pad_id
+    except Exception as error:  # the library raises no other
+        raise ValueError(f"{path} is not a tokenizer: {error}") from None
+
+
+def letters(path):
+    """ESM-2's tokenizer, a token a letter, from its vocab.txt. Raises ValueError."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
+
+    vocab = {token: i for i, token in enumerate(path.read_text(encoding="utf-8").split())}
+    special = ("<cls>", "<eos>", "<unk>", "<pad>", "<mask>")
+    if missing := [token for token in special if token not in vocab]:
+        raise ValueError(f"{path} lacks the token {missing[0]}: it is no vocabulary of ESM-2")
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in vocab if t[0] == "<"])
+    parts = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("."), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    ends = [(token, vocab[token]) for token in ("<cls>", "<eos>")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<cls> $A <eos>", pair="<cls> $A <eos> $B <eos>", special_tokens=ends
+    )
+    return tokenizer
+
+
+def truncate(tokenizer, block_size, pair):
+    """Set the tokenizer to rows of at most block_size tokens, unpadded. Raises ValueError."""
+    special = tokenizer.num_special_tokens_to_add(pair)
+    if block_size <= special:  # the library would silently not truncate
+        raise ValueError(f"block_size={block_size} leaves no room beside {special} special tokens")
+    tokenizer.enable_truncation(block_size)  # the longest text first
+    tokenizer.no_padding()
+
+
+def encode_pair(tokenizer, text, text_b=None, block_size=512):
+    """
+    (token ids, token types, whether it was cut) of a text or a pair, with special tokens. Of a pair
+    that is longer than block_size tokens, the longer text is cut first.
+
+    tokenizer: a tokenizers.Tokenizer, whose truncation and padding are set. Raises ValueError for a
+    block_size that holds special tokens only.
+    """
+    truncate(tokenizer, block_size, text_b is not None)
+    encoding = tokenizer.encode(text, text_b)
+    return encoding.ids, encoding.type_ids, bool(encoding.overflowing)
+
+
+def encode_words(tokenizer, words, targets, block_size=512):
+    """
+    (token ids, a target a token) of a row of words: a word's target is on its first token, and -100
+    on all others. Words without a token, such as "", and words beyond block_size have no place.
+
+    tokenizer: as in encode_pair. Each word begins with a space, as within a text. Raises ValueError
+    as there, and unless there is one target a word.
+    """
+    if len(words) != len(targets):
+        raise ValueError(f"{len(targets)} targets for {len(words)} words: give one a word")
+    truncate(tokenizer, block_size, pair=False)
+    encoding = tokenizer.encode([f" {word}" for word in words], is_pretokenized=True)
+    places = encoding.word_ids  # each token's word; None for special tokens
+    return encoding.ids, [
+        IGNORED if word in (None, before) else targets[word]
+        for before, word in zip([None, *places], places)
+    ]

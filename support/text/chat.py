@@ -1,0 +1,193 @@
+"""
+Chat templates: conversations to text, and where in that text the assistant's answers are.
+
+A template is a program in jinja2's language that comes with a model, so it runs in a sandbox, in a
+process of its own (support/text/render.py).
+Source: https://huggingface.co/docs/transformers/chat_templating
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from functools import cached_property
+from pathlib import Path
+
+# For a model without a template
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ m['role'] | capitalize }}:\n{{ m['content'] }}{{ eos_token }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+MARK = "\ue000the answer\ue000"  # stands in for an answer, to see where a template puts it
+
+
+class ChatTemplate:
+    """
+    A model's chat template.
+
+    source: its text. tokens: the special tokens that it may name, {"eos_token": "<|im_end|>"}.
+    added: the tokenizer's added tokens, one of which usually ends a turn.
+    """
+
+    def __init__(self, source, tokens, added):
+        self.source, self.tokens, self.added = source, tokens, added
+
+    def render(self, messages, add_generation_prompt=False):
+        """
+        The conversation as text.
+
+        messages: list of {"role", "content"}; add_generation_prompt: open the assistant's turn.
+        Raises ValueError when the template rejects the messages, or goes beyond its limits.
+        """
+        return self.render_all((messages, add_generation_prompt))[0]
+
+    def render_all(self, *conversations):
+        """Several (messages, add_generation_prompt) as a list of texts, in one request."""
+        request = {"source": self.source, "tokens": self.tokens, "conversations": conversations}
+        answers = ask(json.dumps(request))
+        errors = [answer["error"] for answer in answers if "error" in answer]
+        if errors:
+            raise ValueError(f"the chat template rejects the conversation: {errors[0]}")
+        return [answer["text"] for answer in answers]
+
+    def conversation(self, messages):
+        """
+        Return the conversation as text, and a list of spans (start, end), one for each answer.
+
+        A span holds what the model itself has to write: it starts where the generation prompt ends,
+        and ends after the end-of-turn token. In a template without a generation prompt it starts at
+        the answer, with the space before it. Raises ValueError when the template rejects the
+        messages, or when an answer can't be found in the text.
+        """
+        text = self.render(messages)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        places = self.places(text, messages) if len(answers) > 2 else None
+        if places is None:
+            return text, [self.answer_span(text, messages, i) for i in answers]
+
+        # answer_span renders the whole conversation, which a long one can't afford for each answer.
+        # Where the same text stands between a message and an answer, the template opens it alike.
+        spans, openings = [], {}
+        for i in answers:
+            past, (begin, end) = places[i - 1][1] if i else 0, places[i]
+            between = i > 0, text[past:begin]
+            opening = openings.get(between) or self.opening(text[:past], messages[:i])
+            openings[between] = opening
+            start = after_prompt(text, past, *opening, begin) if opening else end
+            if start >= end:  # not so simple, or empty
+                spans.append(self.answer_span(text, messages, i))
+                continue
+            closed = text.startswith(self.end_of_turn, end)
+            spans.append((start, end + len(self.end_of_turn) * closed))
+        return text, spans
+
+    def places(self, text, messages):
+        """
+        Where each message's content is in the text: a list of (begin, end). None for a template
+        that omits, moves or changes contents, except for white space around them.
+        """
+        marked = [m | {"content": f"\ue000message {i}\ue000"} for i, m in enumerate(messages)]
+        try:
+            parts = re.split("\ue000message ([0-9]+)\ue000", self.render(marked))
+        except ValueError:
+            return None
+        if parts[1::2] != [str(i) for i in range(len(messages))]:
+            return None
+
+        places, end = [], 0
+        for message, before, after in zip(messages, parts[::2], parts[2::2]):
+            contents = message["content"], message["content"].strip()
+            fitting = [c for c in contents if text.startswith(before + c + after, end)]
+            if not fitting:
+                return None
+            begin = end + len(before)
+            end = begin + len(fitting[0])
+            places.append((begin, end))
+        return places if end + len(parts[-1]) == len(text) else None
+
+    def opening(self, text, messages):
+        """
+        The prompt for an answer after `messages`, from the end of `text`, which ends with the last
+        one's content; and whether it ends with a generation prompt. None if it begins otherwise.
+        """
+        if not messages:
+            return "", False
+        prompt, plain = self.render_all((messages, True), (messages, False))
+        return (prompt[len(text) :], prompt != plain) if prompt.startswith(text) else None
+
+    def answer_span(self, text, messages, i):
+        """Where message i, an answer, is in the text of the conversation: (start, end)."""
+        # Render again with a mark in the answer's place: the text around it stays the same.
+        marked = [*messages[:i], messages[i] | {"content": MARK}, *messages[i + 1 :]]
+        before, found, after = self.render(marked).partition(MARK)
+        start = len(before) if text.startswith(before) else None
+        end = len(text) - len(after)
+
+        start = after_prompt(text, 0, *self.opening("", messages[:i]), start)
+        if not found or start is None or not text.endswith(after) or start >= end:
+            raise ValueError(
+                "the chat template omits an answer, or changes the rest of the conversation along "
+                "with it, so the assistant's tokens can't be told from the others"
+            )
+        return start, end + len(self.end_of_turn) * after.startswith(self.end_of_turn)
+
+    @cached_property
+    def end_of_turn(self):
+        """The added token after an answer, with any white space before it; "" without one."""
+        question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}
+        try:
+            text = self.render([question, answer])
+        except ValueError:  # the template needs other turns than these two
+            return self.tokens["eos_token"]
+
+        after = text.partition(MARK)[2]
+        stripped = after.lstrip()
+        tokens = [token for token in self.added if stripped.startswith(token)]
+        return after[: len(after) - len(stripped)] + max(tokens, key=len) if tokens else ""
+
+
+def after_prompt(text, past, prompt, opened, start):
+    """
+    Where the model starts to write: after the prompt, which is at text[past:], or else at `start`.
+    A template without a generation prompt (not `opened`) may put a space before the answer: the
+    model writes that, too.
+    """
+    end = past + len(prompt)
+    if not prompt or not text.startswith(prompt, past):
+        return start
+    return end if start is None or opened or not text[end:start].strip() else start
+
+
+# ------------------------------------------------------------------------ the renderer's process
+
+LOCK = threading.Lock()  # threads take turns
+renderers = {}  # {a process's id: its renderer}: one that was forked starts its own
+
+
+def ask(request):
+    """The answers of render.py to a request; it is started when it does not run yet."""
+    with LOCK:
+        renderer = renderers.get(os.getpid())
+        if renderer is None or renderer.poll() is not None:
+            command = [sys.executable, str(Path(__file__).with_name("render.py"))]
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            renderer = subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
+            renderers[os.getpid()] = renderer
+        line = ""
+        try:
+            renderer.stdin.write(request + "\n")
+            renderer.stdin.flush()
+            line = renderer.stdout.readline()
+        except BrokenPipeError:
+            pass
+        finally:
+            if not line:  # a limit ended it; or at Ctrl-C, so that no later request gets its line
+                renderer.kill()
+                renderer.wait()
+    if not line:
+        return [{"error": "rendering takes more than 5 seconds or 1 GB of memory, or crashes"}]
+    return json.loads(line)

@@ -1,0 +1,99 @@
+"""
+Renders chat templates in a process of its own, within limits of time, memory and output, since a
+template is a program that comes with a model. support/text/chat.py starts it.
+
+Reads requests from stdin and writes answers to stdout, one a line, in JSON:
+
+    {"source", "tokens", "conversations": [[messages, add_generation_prompt], …]}
+    ->  [{"text"} or {"error"}, …]
+"""
+
+import datetime
+import functools
+import json
+import signal
+import sys
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+MOST_SECONDS = 5  # for one request
+MOST_MEMORY = 2**30  # bytes, Python's own included
+MOST_TEXT = 10**7  # characters
+
+
+class GenerationBlock(jinja2.ext.Extension):
+    """
+    {% generation %} … {% endgeneration %}, by which some templates mark the assistant's text.
+
+    It changes nothing here: ChatTemplate.conversation finds that text in any template.
+    """
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+def raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+
+def strftime_now(form):
+    return datetime.datetime.now().strftime(form)
+
+
+def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """jinja2's own tojson escapes HTML."""
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(source):
+    """A template with the functions that transformers gives to templates."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", GenerationBlock],
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return environment.from_string(source)
+
+
+def render(source, messages, add_generation_prompt, tokens):
+    try:
+        text = compiled(source).render(
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=None,
+            documents=None,
+            **tokens,
+        )
+    except Exception as error:  # the template is anybody's program
+        return {"error": " ".join(f"{type(error).__name__} {error}".split())[:500]}
+    if len(text) > MOST_TEXT:
+        return {"error": f"it writes more than {MOST_TEXT} characters"}
+    return {"text": text}
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    except (ImportError, ValueError, OSError):  # Windows and some versions of macOS have none
+        pass
+    end_after = getattr(signal, "alarm", lambda seconds: None)  # nor has Windows this one
+    for line in sys.stdin:
+        end_after(MOST_SECONDS)
+        request = json.loads(line)
+        tokens, conversations = request["tokens"], request["conversations"]
+        answers = [render(request["source"], *each, tokens) for each in conversations]
+        end_after(0)
+        print(json.dumps(answers), flush=True)

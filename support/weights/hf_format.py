@@ -1,0 +1,325 @@
+"""
+Models in Hugging Face's layout: config.json, and model.safetensors or shards with their index.
+
+    read_config    config.json -> the fields of model.ModelConfig
+    find_tensors   which file holds which tensor
+    load_weights   the files' tensors -> a model, quantised if wanted
+    save           a model -> config.json and model.safetensors, as transformers loads them
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from support.fast import rotary
+from support.run import progress
+from support.run.files import make_folder, malformed, read_json, replacing, write_json
+from support.weights.quantized import QuantizedLinear, kind_of, pack
+
+# The values that transformers assumes for keys that config.json leaves out
+COMMON = {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6}
+MISTRAL = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
+QWEN = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+DEFAULTS = {
+    "llama": COMMON | {"max_position_embeddings": 2048},
+    "mistral": COMMON | MISTRAL,
+    "qwen2": COMMON | QWEN,
+    "qwen3": COMMON | QWEN | {"head_dim": 128},
+}
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+
+@malformed("config.json")
+def read_config(config_dict):
+    """
+    The fields of a model.ModelConfig, as a dict, from the dict of a config.json of transformers 4
+    or 5.
+
+    Raises ValueError, naming the key, for a model that model.py does not support: another
+    model_type, rotary scaling or activation, a checkpoint that is quantised already, or a size that
+    is missing or not a positive integer.
+    """
+    kind = config_dict.get("model_type")
+    if kind not in DEFAULTS:
+        raise ValueError(
+            f"config.json: model_type {kind!r} is not supported here; the language models are: "
+            f"{', '.join(DEFAULTS)}"
+        )
+    c = DEFAULTS[kind] | config_dict
+    if c.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json: hidden_act {c['hidden_act']!r} is not supported; 'silu' is")
+    if c.get("quantization_config"):
+        raise ValueError(
+            "config.json: the checkpoint is quantised already (quantization_config), which is not "
+            "supported: take the unquantised one, and quantise it when it is loaded"
+        )
+
+    rope, sizes = read_rope(c), read_sizes(c)
+    head_dim = c["head_dim"] or sizes["hidden_size"] // sizes["num_attention_heads"]
+    windows = read_windows(c, kind, sizes["num_hidden_layers"])
+    check_numbers(c, rope, head_dim, windows)
+
+    biased = bool(c.get("attention_bias"))
+    return dict(
+        **sizes,
+        head_dim=head_dim,
+        rms_norm_eps=c["rms_norm_eps"],
+        rope=rope,
+        windows=windows,
+        tie_word_embeddings=bool(c.get("tie_word_embeddings")),
+        qkv_bias=kind == "qwen2" or (kind != "mistral" and biased),
+        o_bias=kind in ("llama", "qwen3") and biased,
+        mlp_bias=kind == "llama" and bool(c.get("mlp_bias")),
+        qk_norm=kind == "qwen3",
+        hf=dict(config_dict),
+    )
+
+
+def check_numbers(c, rope, head_dim, windows):
+    """Raise ValueError for numbers that are not positive, or a rope that can't be computed."""
+    positive = [c["rms_norm_eps"], head_dim, *(w for w in windows if w is not None)]
+    for name in ("rope_theta", "factor", "original_max_position_embeddings"):
+        positive += [rope[name]] if name in rope else []
+    if type(head_dim) is not int or head_dim % 2 or head_dim > 10**5:  # rotary: pairs
+        raise ValueError(
+            f"config.json: head_dim={head_dim!r:.40} is not an even integer up to 100,000"
+        )
+    numbers = all(isinstance(value, (int, float)) and 0 < value < 1e12 for value in positive)
+    whole = all(isinstance(window, int | None) for window in windows)
+    if not numbers or not whole or len(windows) != c["num_hidden_layers"]:
+        raise ValueError(
+            f"config.json: rms_norm_eps, head_dim, sliding_window (an integer) and the rope's "
+            f"numbers must be positive and below 1e12, not {str(positive):.200}"
+        )
+    try:
+        _, scale = rotary.frequencies(rope, head_dim)  # fails on the rope's other numbers
+        float(scale)
+    except (KeyError, TypeError, ArithmeticError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"config.json: rotary positions {rope}: {error} is missing or not a number"
+        ) from None
+
+
+def read_rope(c):
+    """The rope settings in one spelling: rope_type, rope_theta, and the numbers the type needs."""
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    plain = isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values())
+    rope = {"rope_theta": c.get("rope_theta") or 10000.0, **rope} if plain else {"rope_type": rope}
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    whole = rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1)) == 1
+    if rope["rope_type"] not in ROPE_TYPES or not whole:
+        raise ValueError(
+            f"config.json: rotary positions {rope} are not supported; these rope types are, the "
+            f"same in all layers and over whole heads: {', '.join(ROPE_TYPES)}"
+        )
+
+    original = (
+        c.get("original_max_position_embeddings")
+        or rope.get("original_max_position_embeddings")
+        or c["max_position_embeddings"]
+    )
+    rope["original_max_position_embeddings"] = original
+    if rope["rope_type"] == "yarn" and "factor" in rope and rope["factor"] is None:
+        rope["factor"] = c["max_position_embeddings"] / original
+    return rope
+
+
+def read_sizes(c):
+    sizes = {name: c.get(name) for name in SIZES}
+    sizes["num_key_value_heads"] = c["num_key_value_heads"] or sizes["num_attention_heads"]
+    for name, value in sizes.items():
+        if name not in c:
+            raise ValueError(f"config.json: {name!r} is missing")
+        if type(value) is not int or value < 1:
+            raise ValueError(f"config.json: {name}={value!r:.40} must be a positive integer")
+        # No model is as large; tensors of such sizes can't even be described.
+        most = 1000 if name == "num_hidden_layers" else 10**8
+        if value > most:
+            raise ValueError(f"config.json: {name}={value} is more than {most}")
+    heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    if heads % groups:
+        raise ValueError(f"config.json: {groups} key-value heads do not divide {heads} heads")
+    return sizes
+
+
+def read_windows(c, kind, layers):
+    """
+    For each layer: how many tokens back it sees, itself included; None for all of them.
+
+    As in transformers, llama has no windows, whatever else its config.json holds, and mistral has
+    the same one in all layers. Raises ValueError for another kind of layer.
+    """
+    if kind in ("llama", "mistral"):
+        return [c["sliding_window"] if kind == "mistral" else None] * layers
+    full = ["full_attention"] * layers  # Qwen's first layers see everything
+    types = c.get("layer_types") or [
+        full[i] if i < c["max_window_layers"] else "sliding_attention" for i in range(layers)
+    ]
+    if unknown := [t for t in types if t not in ("full_attention", "sliding_attention")]:
+        raise ValueError(
+            f"config.json: layer_types holds {unknown[0]!r}, which is not supported; "
+            f"'full_attention' and 'sliding_attention' are"
+        )
+    slides = bool(c.get("use_sliding_window"))
+    return [c["sliding_window"] if slides and t == "sliding_attention" else None for t in types]
+
+
+def find_tensors(folder):
+    """
+    The tensors in a folder's safetensors files, {name: (file, shape)}.
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one; both say what to do.
+    """
+    index = folder / "model.safetensors.index.json"
+    tensors = {}
+    for path in weight_files(folder, index):
+        if not path.exists():
+            listed = f", though {index.name} lists it: download it too" if index.exists() else ""
+            raise FileNotFoundError(f"{path} is missing{listed}")
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    if not key.endswith("rotary_emb.inv_freq"):  # in old LLaMA files, not needed
+                        tensors[key] = path, tuple(file.get_slice(key).get_shape())
+        except SafetensorError as error:
+            with open(path, "rb") as file:
+                if file.read(40).startswith(b"version https://git-lfs"):
+                    raise ValueError(
+                        f"{path} is a git-lfs pointer, not the weights: "
+                        f"fetch them with `git lfs pull`"
+                    ) from None
+            raise ValueError(
+                f"{path} is damaged or not a safetensors file ({error}): download it again"
+            ) from None
+    return tensors
+
+
+def weight_files(folder, index):
+    """The paths of a folder's safetensors files, even missing ones. index: their index's path."""
+    single = folder / "model.safetensors"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: weight_map is missing or empty")
+        names = sorted(set(map(str, weight_map.values())))
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(
+                    f"{index}: {name!r} does not name a safetensors file in this folder"
+                )
+        return [folder / name for name in names]
+
+    if not single.exists() and any(folder.glob("*.bin")):
+        raise FileNotFoundError(
+            f"{folder} holds its weights as .bin files only. Those are pickles, which can run any "
+            f"code when they are opened, so they are not read: take the model's safetensors files"
+        )
+    if not single.exists() and any(folder.glob("model-*.safetensors")):
+        raise FileNotFoundError(f"{index} is missing, though shards are there: download it too")
+    return [single]
+
+
+def check_tensors(found, expected, tied, folder):
+    """Raise ValueError unless the tensors found are the expected ones, {name: shape}."""
+    if tied:
+        del expected["lm_head.weight"]
+        if "lm_head.weight" in found:  # some files hold the shared matrix twice
+            names = [n for n in ("lm_head.weight", "model.embed_tokens.weight") if n in found]
+            both = [safe_open(found[name][0], "pt").get_tensor(name) for name in names]
+            if len(both) == 2 and not torch.equal(*both):
+                raise ValueError(
+                    f"{folder}: config.json ties the head to the embeddings, but the files hold "
+                    f"another lm_head.weight: set tie_word_embeddings to false in config.json"
+                )
+            del found["lm_head.weight"]
+
+    for key, shape in expected.items():
+        if key not in found:
+            raise ValueError(f"{folder}: tensor {key} is missing")
+        if found[key][1] != shape:
+            raise ValueError(
+                f"{folder}: tensor {key} is {found[key][1]}, but config.json says {shape}"
+            )
+    if unexpected := sorted(found.keys() - expected.keys()):
+        more = len(unexpected) - 1
+        raise ValueError(f"{folder}: unexpected tensor {unexpected[0]} (and {more} more)")
+
+
+def load_weights(model, folder, dtype, device, quantize=None, mapped=False):
+    """
+    Load a folder's weights into a Transformer on the meta device; the arguments are as in
+    Transformer.from_pretrained.
+
+    Raises FileNotFoundError or ValueError, naming the file or the tensor.
+    """
+    found, tied = find_tensors(folder), model.config.tie_word_embeddings
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    check_tensors(found, expected, tied, folder)
+
+    # To save memory: the largest tensor first, and the file closed after each one, which releases
+    # its pages. So there is at most one tensor more in memory than has been loaded.
+    keys = sorted(expected, key=lambda key: -math.prod(expected[key]))
+    for key in progress.over(keys, "load the model", "tensor"):
+        with safe_open(found[key][0], framework="pt") as file:
+            tensor = file.get_tensor(key).to(device, dtype, copy=not mapped)
+        path, _, name = key.rpartition(".")
+        layer = model.get_submodule(path)
+        linear = isinstance(layer, nn.Linear) and layer is not model.lm_head
+        if quantize and linear and name == "weight":
+            sizes = layer.in_features, layer.out_features, layer.bias is not None
+            model.set_submodule(path, QuantizedLinear(*sizes, pack(tensor, quantize)))
+        else:
+            setattr(layer, name, nn.Parameter(tensor))
+
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def save(model, folder):
+    """
+    Write a Transformer as config.json and model.safetensors. Raises ValueError as save_pretrained.
+    """
+    state = model.state_dict(keep_vars=True)
+    if any("lora_" in key or kind_of(value) for key, value in state.items()):
+        raise ValueError(
+            "the model holds adapters or quantised weights, which are not written here: "
+            "call merge(model) first"
+        )
+
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    write(folder, model.config.hf, state, model.lm_head.weight.dtype)
+
+
+def write(folder, config, tensors, dtype):
+    """Write config.json, from its dict, and model.safetensors. dtype: of the model as a whole."""
+    folder = Path(folder)
+    make_folder(folder)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    config = {key: value for key, value in config.items() if key != "torch_dtype"}
+    # "dtype" is the new name of "torch_dtype".
+    config["dtype"] = str(dtype).removeprefix("torch.")
+
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(folder / "config.json", config)
+    # An index that was there belongs to another model's shards.
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)

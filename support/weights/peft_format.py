@@ -1,0 +1,391 @@
+"""
+Adapters as PEFT saves them: adapter_model.safetensors and adapter_config.json.
+
+Call bidora.save_adapter and bidora.load_adapter; this file has the format. The scale s is saved as
+alpha = s · rank, so it is right for any formula by which a method computes s. PEFT's format has no
+magnitude per column: such an adapter gets a peft_type of our own, which PEFT refuses. Modules that
+were trained beside the adapters, such as a classifier, are saved whole (PEFT's modules_to_save).
+"""
+
+import math
+import re
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import regex
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from support.run.files import make_folder, read_json, replacing, write_json
+from support.weights.pretrained import split_revision
+
+COLUMN_DORA = "COLUMN_DORA"  # the peft_type of an adapter with a magnitude per column
+PREFIX = "base_model.model."  # of PEFT's tensor names
+NAMES = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+}
+# PEFT's task types, by the end of a transformers class's name, and the heads that PEFT expects in
+# the file for them.
+TASKS = {
+    "ForSequenceClassification": ("SEQ_CLS", ["classifier", "score"]),
+    "ForTokenClassification": ("TOKEN_CLS", ["classifier", "score"]),
+    "ForQuestionAnswering": ("QUESTION_ANS", ["qa_outputs"]),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", []),
+}
+# Settings of PEFT's LoraConfig that these layers know, or that have no effect once an adapter is
+# trained. Any other setting that is switched on means a variant of LoRA that computes something
+# else; numbers switch nothing on by themselves.
+KNOWN = set(
+    "peft_type peft_version task_type auto_mapping parent_library base_model_name_or_path revision "
+    "inference_mode r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern "
+    "target_modules exclude_modules layers_to_transform layers_pattern init_lora_weights "
+    "eva_config runtime_config megatron_core ensure_weight_tying fan_in_fan_out "
+    "modules_to_save".split()
+)
+
+
+@dataclass
+class Adapter:
+    """The content of an adapter folder."""
+
+    folder: Path
+    tensors: dict  # {layer: {"lora_A": tensor, …}}
+    sizes: dict  # {layer: (rank, alpha)}
+    dropout: float
+    magnitude: bool  # whether the layers have one
+    axis: str  # of the magnitude: "row" or "column"
+    saved: dict  # {name: tensor} of the modules that were saved whole
+
+
+def named_tensors(layers):
+    """The adapter parameters under PEFT's names for them; BiLoRA's λ is folded into B."""
+    return {
+        f"{PREFIX}{name}.{NAMES[key]}": (
+            layer.folded_B() if key == "lora_B" else getattr(layer, key)
+        ).detach()
+        for name, layer in layers.items()
+        for key in NAMES
+        if getattr(layer, key) is not None
+    }
+
+
+def write(folder, model, layers, base_model):
+    """
+    Write the adapters of a model's layers, {name: BiDoRALinear}, and the other modules that were
+    trained, each file atomically.
+
+    base_model: name, name@revision or folder. Raises ValueError without layers, or for several
+    kinds of them; OSError when the folder can't be written; and, after writing the rest, ValueError
+    for trained parameters that the format can't hold.
+    """
+    if not layers:
+        raise ValueError("the model has no adapters to save")
+    kinds = {(layer.method.magnitude, layer.magnitude_axis) for layer in layers.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            "the model's adapters differ in having a magnitude, or in its axis; "
+            "one file holds one kind"
+        )
+
+    task, heads = task_of(model, layers)
+    whole, lost = trained_beside(model, layers, heads)
+    config = config_of(model, layers, base_model, task, whole)
+    tensors = named_tensors(layers)
+    for name, tensor in model.state_dict().items():
+        if set(whole) & set(parents(name)):
+            tensors[f"{PREFIX}{name}"] = tensor.clone()  # tied weights share memory
+    folder = Path(folder)
+    make_folder(folder)
+    with replacing(folder / "adapter_model.safetensors") as temporary:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
+    write_json(folder / "adapter_config.json", config)
+
+    if lost:
+        raise ValueError(
+            f"{folder}: saved without {', '.join(lost)}, trained parameters that belong to the "
+            f"model itself or to a module with adapters, which PEFT's format can't hold: "
+            f"save model.state_dict()"
+        )
+
+
+def config_of(model, layers, base_model, task, whole):
+    """adapter_config.json of a model's layers. whole: the modules that are saved whole."""
+    layer = next(iter(layers.values()))  # all have one kind of magnitude
+    magnitude, axis = layer.method.magnitude, layer.magnitude_axis
+    alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
+    rank, alpha, dropout = statistics.mode(
+        (layer.rank, alphas[name], layer.dropout.p) for name, layer in layers.items()
+    )
+    patterns = {
+        name: f"^{name}" if any(other.endswith(f".{name}") for other in layers) else name
+        for name in layers
+    }
+    base, revision = split_revision(base_model)
+    return {
+        "peft_type": COLUMN_DORA if magnitude and axis == "column" else "LORA",
+        "task_type": task,
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": target_modules(layers, dict(model.named_modules())),
+        "modules_to_save": whole or None,
+        "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
+        "use_dora": magnitude,
+        "rank_pattern": {patterns[n]: x.rank for n, x in layers.items() if x.rank != rank},
+        "alpha_pattern": {patterns[n]: other for n, other in alphas.items() if other != alpha},
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def state_of(model):
+    """A model's parameters and buffers by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def parents(name):
+    """The modules that contain a parameter, from the outermost: "a.b.weight" -> ["a", "a.b"]."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def task_of(model, layers):
+    """PEFT's task type for a model, or None; and the heads that it then expects in the file."""
+    name, own = type(model).__name__, getattr(model, "task_type", None)  # that of heads.py
+    for end, (task, heads) in TASKS.items():
+        # PEFT adapts no layer in a head that it expects to find whole.
+        adapted = any(head in layer.split(".") for layer in layers for head in heads)
+        if (name.endswith(end) or task == own) and not adapted:
+            return task, heads
+    return "CAUSAL_LM" if hasattr(model, "generate") else None, []
+
+
+def trained_beside(model, layers, heads):
+    """
+    The modules to save whole: the heads, and those that own a trained parameter which is not an
+    adapter's; and the names of the trained parameters that are in none of them.
+    """
+    adapters = {f"{name}.{key}" for name in layers for key in NAMES}
+    adapters |= {f"{name}.lora_lambda" for name in layers}
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and n not in adapters]
+    around = {module for name in adapters for module in parents(name)}
+    owners = {name.rpartition(".")[0] for name in trained} - around - {""}
+
+    # PEFT finds heads by the ends of their names.
+    modules = [name for name, _ in model.named_modules()]
+    found = owners | {m for m in modules if any(m.endswith(head) for head in heads)}
+    whole = [m for m in sorted(found) if not found & set(parents(m))]
+    return whole, [name for name in trained if not set(whole) & set(parents(name))]
+
+
+def target_modules(layers, modules):
+    """
+    PEFT's target_modules for these layers and no other module: short names ("q_proj") if they say
+    it, else whole names, else a regular expression.
+    """
+
+    def matched(targets):
+        return {n for n in modules if any(f".{n}".endswith(f".{target}") for target in targets)}
+
+    short, whole = sorted({name.rpartition(".")[2] for name in layers}), list(layers)
+    for targets in (short, whole):
+        if matched(targets) == set(layers):
+            return targets
+    return "|".join(map(re.escape, layers))
+
+
+def read(folder, parameters):
+    """
+    The Adapter in a folder that `write` or PEFT wrote. parameters: the base's, {name: tensor}.
+
+    rsLoRA's scale alpha / √rank (arXiv 2312.03732) becomes the alpha that gives the same scale.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one and for variants of
+    LoRA that BiDoRALinear does not compute.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "adapter_config.json")
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{folder / 'adapter_model.safetensors'} is missing "
+            f"(adapters are read from safetensors only)"
+        ) from None
+    except SafetensorError as error:
+        raise ValueError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from None
+    check_config(config, folder / "adapter_config.json")
+
+    found, saved = by_layer(tensors, folder, parameters, config.get("modules_to_save") or [])
+    magnitude = bool(config.get("use_dora"))
+    if {"lora_magnitude_vector" in parts for parts in found.values()} != {magnitude}:
+        raise ValueError(
+            f"{folder}: adapter_config.json has use_dora={magnitude}, which the tensors contradict"
+        )
+
+    sizes, alphas = {}, alphas_of(found, config, folder / "adapter_config.json")
+    for name, parts in found.items():
+        # Any rank will do for a damaged file: copy_into reports the misshapen tensor.
+        matrix = "lora_A" in parts and parts["lora_A"].dim() == 2
+        rank = len(parts["lora_A"]) if matrix else 1
+        sizes[name] = rank, alphas[name] * (rank**0.5 if config.get("use_rslora") else 1)
+    axis = "column" if config.get("peft_type") == COLUMN_DORA else "row"
+    dropout = config.get("lora_dropout") or 0.0
+    return Adapter(folder, found, sizes, dropout, magnitude, axis, saved)
+
+
+def check_config(config, where):
+    """Raise ValueError for an adapter_config.json that BiDoRALinear does not support."""
+    if config.get("peft_type", "LORA") not in ("LORA", COLUMN_DORA):
+        raise ValueError(
+            f"{where}: peft_type {config['peft_type']!r} is not supported; "
+            f"'LORA', with or without use_dora, is"
+        )
+
+    # "pissa", "olora", "loftq" and the like change the base's weights before training, and the file
+    # does not contain the changed weights.
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
+        raise ValueError(
+            f"{where}: init_lora_weights {config['init_lora_weights']!r} changes the base itself: "
+            f"have PEFT convert it to plain LoRA (save_pretrained with "
+            f"path_initial_model_for_weight_conversion)"
+        )
+
+    unsupported = [
+        key
+        for key, value in config.items()
+        if key not in KNOWN
+        and (key, value) != ("bias", "none")
+        and (value is True or (value and not isinstance(value, (int, float))))
+    ]
+    if unsupported:
+        raise ValueError(f"{where}: {', '.join(unsupported)} is not supported")
+
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"{where}: lora_dropout={dropout!r} must be at least 0 and below 1")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or any(len(pattern) > 1000 for pattern in patterns):
+        raise ValueError(
+            f"{where}: alpha_pattern is not a JSON object, or a pattern exceeds 1000 characters"
+        )
+    for alpha in (config.get("lora_alpha"), *patterns.values()):
+        if not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
+            raise ValueError(
+                f"{where}: lora_alpha, or a value of alpha_pattern, is missing or not a number "
+                f"below 1e9 ({str(alpha)[:40]})"
+            )
+    heads = config.get("modules_to_save") or []
+    if not isinstance(heads, list) or not all(isinstance(head, str) for head in heads):
+        raise ValueError(f"{where}: modules_to_save is not a list of names")
+
+
+def by_layer(tensors, folder, parameters, modules_to_save):
+    """The file's tensors: ({layer: {"lora_A": tensor, …}}, {name: tensor of a whole module})."""
+    found, saved = {}, {}
+    for key, tensor in tensors.items():
+        # PEFT also saves the base weight of an adapted head.
+        if key.endswith(".base_layer.weight"):
+            name = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+            if torch.equal(parameters.get(f"{name}.weight", tensor).to(tensor.dtype), tensor):
+                continue
+            raise ValueError(f"{folder}: the adapter holds another weight of {name} than the base")
+
+        name = key.removeprefix(PREFIX)
+        if any(module.endswith(end) for module in parents(name) for end in modules_to_save):
+            saved[name] = tensor
+            continue
+
+        kinds = r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?"
+        match = re.fullmatch(re.escape(PREFIX) + kinds, key)
+        if not match:
+            raise ValueError(
+                f"{folder}: {key} belongs to no LoRA or DoRA adapter of linear layers, "
+                f"which is not supported"
+            )
+        found.setdefault(match[1], {})[match[2]] = tensor
+
+    for end in modules_to_save:
+        wanted = {n for n in parameters if any(module.endswith(end) for module in parents(n))}
+        if wanted and not wanted & saved.keys():
+            raise ValueError(
+                f"{folder}: modules_to_save names {end}, of which adapter_model.safetensors holds "
+                f"nothing"
+            )
+    return found, saved
+
+
+def alphas_of(names, config, where, seconds=5):
+    """
+    {layer: its alpha}, by PEFT's rule: that of the first pattern that matches, else lora_alpha.
+
+    Raises ValueError for invalid patterns, and for some that together take more than `seconds`.
+    """
+    patterns, end = config.get("alpha_pattern") or {}, time.monotonic() + seconds
+    compiled, alphas = {}, {}
+    try:
+        for key in patterns:
+            compiled[key] = regex.compile(rf"(.*\.)?({key})$")
+        for name in names:
+            alphas[name] = config["lora_alpha"]
+            for key, pattern in compiled.items():
+                if pattern.match(name, timeout=max(1e-6, end - time.monotonic())):
+                    alphas[name] = patterns[key]
+                    break
+    except (regex.error, RecursionError, TimeoutError) as error:
+        raise ValueError(
+            f"{where}: alpha_pattern holds an invalid regular expression, or slow ones ({error})"
+        ) from None
+    return alphas
+
+
+@torch.no_grad()
+def copy_into(model, layers, adapter):
+    """
+    Copy an Adapter's tensors into a model and its layers, {name: BiDoRALinear}; modules that were
+    saved whole stay trainable. Raises ValueError if unfit.
+    """
+    folder = adapter.folder
+    if any(layer.method.singular_values for layer in layers.values()):
+        raise ValueError(
+            "the model has BiLoRA adapters, whose λ a saved adapter holds folded: "
+            "load it into a model without adapters"
+        )
+
+    own = named_tensors(layers)
+    tensors = {
+        f"{PREFIX}{name}.{NAMES[key]}": tensor
+        for name, parts in adapter.tensors.items()
+        for key, tensor in parts.items()
+    }
+    state = state_of(model)
+    for name, tensor in adapter.saved.items():
+        tensors[name] = tensor
+        own |= {name: state[name]} if name in state else {}
+    for name in sorted(own.keys() | tensors.keys()):
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
+            shapes = [
+                tuple(side[name].shape) if name in side else "none" for side in (tensors, own)
+            ]
+            raise ValueError(
+                f"{folder}: the adapter does not fit the model: {name} is {shapes[0]} in the file, "
+                f"{shapes[1]} in the model"
+            )
+    for name, layer in layers.items():
+        alphas = adapter.sizes[name][1], layer.scaling * layer.rank
+        if not math.isclose(*alphas):
+            raise ValueError(
+                f"{folder}: the adapter does not fit the model: {name} has alpha {alphas[0]:g} "
+                f"in the file, {alphas[1]:g} in the model"
+            )
+
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+        if name in adapter.saved and tensor.is_floating_point():
+            tensor.requires_grad_(isinstance(tensor, torch.nn.Parameter))

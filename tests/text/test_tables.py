@@ -1,0 +1,353 @@
+"""Tables in each layout, written here by hand, and the messages for those that can't be read."""
+
+import builtins
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data import load_examples
+from support.text.jsonl import format_of
+from support.text.tables import read_conll, read_glue, read_table
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes text (or bytes) to a file of that name, and returns its path."""
+
+    def written(text, name="data.csv"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return written
+
+
+# ------------------------------------------------------------------------------ CSV and parquet
+
+
+@pytest.mark.parametrize(
+    "text, example",
+    [
+        ("text,label\nHi,a", {"text": "Hi", "label": "a"}),
+        ("id,Label , TEXT\n7,a,Hi", {"text": "Hi", "label": "a"}),
+        ("prompt,completion\n1+1=,2", {"prompt": "1+1=", "completion": "2"}),
+        ("instruction,output\nAdd,2", {"instruction": "Add", "output": "2"}),
+        (
+            "instruction,input,output\nAdd,1 1,2",
+            {"instruction": "Add", "input": "1 1", "output": "2"},
+        ),
+        ("text_a,text_b,label\nx,y,no", {"text": "x", "text_b": "y", "label": "no"}),
+        ("text,text_b,label\nx,y,no", {"text": "x", "text_b": "y", "label": "no"}),
+        ("text,score\nx,-1.5", {"text": "x", "score": -1.5}),
+        ("text_a,text_b,score\nx,y,3", {"text": "x", "text_b": "y", "score": 3.0}),
+        ("text,label,group\nHi,a,g1", {"text": "Hi", "label": "a", "group": "g1"}),
+        ("mr,ref\nname[Aida],Aida.", {"prompt": "name[Aida]", "references": ["Aida."]}),
+    ],
+)
+def test_the_columns_decide_an_example_s_keys(write, text, example):
+    assert read_table(write(text)) == [example]
+
+
+def test_quotes_a_byte_order_mark_and_windows_line_ends_are_read(write):
+    path = write('\ufefftext,label\r\n"He said ""no"",\r\ntwice.",a\r\n\r\n"é\u2028",b\r\n')
+    assert read_table(path) == [
+        {"text": 'He said "no",\r\ntwice.', "label": "a"},
+        {"text": "é\u2028", "label": "b"},
+    ]
+
+
+def test_e2e_s_references_are_joined_by_meaning(write):
+    path = write('mr,ref\n"a[1], b[2]",One.\nc[3],Three.\n"a[1], b[2]","Two, too."\n')
+    assert read_table(path) == [
+        {"prompt": "a[1], b[2]", "references": ["One.", "Two, too."]},
+        {"prompt": "c[3]", "references": ["Three."]},
+    ]
+
+
+def test_single_texts_are_in_the_formats_of_jsonl_files(write):
+    formats = {
+        "text,label\na,b": "classification",
+        "prompt,completion\na,b": "prompt",
+        "instruction,output\na,b": "instruction",
+    }
+    for text, name in formats.items():
+        assert format_of(read_table(write(text))[0]) == name
+
+
+@pytest.mark.parametrize(
+    "text, line, said",
+    [
+        ("text,answer\nx,y", 1, "the columns are text, answer; these are needed: "),
+        ("text;label\nx;y", 1, "the only column is 'text;label': separate columns with commas"),
+        ('"text\nx",label\na,b', 1, "the columns are text x, label; these are needed: "),
+        ("text,label,text\nx,y,z", 1, "the column 'text' occurs twice"),
+        ("text,label\na,b\n\nx", 4, "1 cells, but 2 columns"),
+        ("text,label\na,b\nx,y,z", 3, "3 cells, but 2 columns"),
+        ('text,label\n"a\nb",c\nx, ', 4, "'label' is empty"),
+        ("prompt,completion\nx,", 2, "'completion' is empty"),
+        ("instruction,output\nx,", 2, "'output' is empty"),
+        ("mr,ref\nx,", 2, "'ref' is empty"),
+        ("text,score\nx,high", 2, "'score' is 'high', not a number"),
+        ("text,score\nx,nan", 2, "'score' is 'nan', not a number"),
+        ("text,score\nx,", 2, "'score' is empty"),
+        ('text,label\na,b\n"x,y\nz,w\n', 3, "unexpected end of data"),
+        ('text,label\n"x"y,z', 2, "expected after"),
+        ("text,label\na,b\n" + "x" * 200_000 + ",y", 3, "field larger than field limit"),
+        (b"text,label\na,b\n\xff,y", 3, "not UTF-8"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(write, text, line, said):
+    path = write(text)
+    with pytest.raises(ValueError) as error:
+        read_table(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}:{line}: ") and said in message
+    assert "\n" not in message and len(message) < 1000
+
+
+def test_missing_empty_and_unknown_files_are_named(write, tmp_path):
+    for name in ("none.csv", "none.parquet"):
+        with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
+            read_table(tmp_path / name)
+    with pytest.raises(ValueError, match="data.csv holds no examples"):
+        read_table(write("text,label\n\n"))
+    with pytest.raises(ValueError, match=r"data.csv: the columns are \(none\)"):
+        read_table(write(""))
+    for name in ("data.xlsx", "data.TSV"):
+        with pytest.raises(ValueError, match="must end in .csv or .parquet"):
+            load_examples(write("text,label\na,b", name))
+
+
+def parquet(tmp_path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "data.parquet")
+    return tmp_path / "data.parquet"
+
+
+def test_parquet_columns_become_texts_and_numbers(tmp_path):
+    path = parquet(tmp_path, text=["a", "b"], label=[0, 1], idx=[7, 8])
+    assert read_table(path) == [{"text": "a", "label": "0"}, {"text": "b", "label": "1"}]
+    path = parquet(tmp_path, text_a=["a"], text_b=["b"], score=[2.5])
+    assert read_table(path) == [{"text": "a", "text_b": "b", "score": 2.5}]
+
+
+def test_parquet_holds_words_with_tags_and_lists_of_labels(tmp_path):
+    path = parquet(tmp_path, words=[["a", "b"]], tags=[["O", "B-X"]])
+    assert read_table(path) == [{"words": ["a", "b"], "tags": ["O", "B-X"]}]
+    path = parquet(tmp_path, text=["a", "b"], labels=[["x", "y"], []])
+    assert [example["labels"] for example in read_table(path)] == [["x", "y"], []]
+    with pytest.raises(ValueError, match="row 1: 2 words and 1 tags"):
+        read_table(parquet(tmp_path, words=[["a", "b"]], tags=[["O"]]))
+
+
+def test_a_parquet_file_s_folder_adds_no_column(tmp_path):
+    folder = tmp_path / "label=1"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="the columns are text, idx;"):
+        read_table(parquet(folder, text=["a"], idx=[1]))
+
+
+@pytest.mark.parametrize(
+    "columns, said",
+    [
+        (dict(text=["a", None], label=["x", "y"]), ", row 2: 'text' is NoneType, not text"),
+        (dict(text=["a", "b"], label=[["x"], ["y"]]), ", row 1: 'label' is list, not text"),
+        (dict(text=["a", "b"], label=["x", " "]), ", row 2: 'label' is empty"),
+        (dict(text=["a"], score=[float("nan")]), ", row 1: 'score' is 'nan', not a number"),
+        (dict(text=["a"]), ": the columns are text; these are needed"),
+    ],
+)
+def test_a_bad_parquet_row_is_named_by_file_and_number(tmp_path, columns, said):
+    path = parquet(tmp_path, **columns)
+    with pytest.raises(ValueError) as error:
+        read_table(path)
+    assert str(error.value).startswith(f"{path}{said}") and "\n" not in str(error.value)
+
+
+def test_a_damaged_parquet_file_is_named_in_one_line(write, tmp_path):
+    whole = parquet(tmp_path, text=["a"], label=["b"]).read_bytes()
+    for content in (b"", b"text,label\na,b", whole[:-20], b"X" * 40 + whole[40:]):
+        path = write(content, "bad.parquet")
+        with pytest.raises(ValueError) as error:
+            read_table(path)
+        assert str(error.value).startswith(f"{path} ") and "\n" not in str(error.value)
+
+
+def test_without_pyarrow_the_pip_command_is_named(monkeypatch, tmp_path):
+    path, real = parquet(tmp_path, text=["a"], label=["b"]), builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("pyarrow"):
+            raise ModuleNotFoundError("No module named 'pyarrow'")
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match="parquet needs pyarrow .*: pip install pyarrow$"):
+        read_table(path)
+
+
+# ----------------------------------------------------------------------------------------- GLUE
+
+MNLI = (
+    "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\t"
+    "sentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\t"
+)
+GLUE = [  # task, file, content, the example that it holds
+    ("cola", "train.tsv", 'gj04\t0\t*\tSay "no.', {"text": 'Say "no.', "label": "0"}),
+    ("cola", "dev.tsv", "gj04\t1\t\tThey slept.", {"text": "They slept.", "label": "1"}),
+    (
+        "sst2",
+        "train.tsv",
+        "sentence\tlabel\na fine film \t1",
+        {"text": "a fine film ", "label": "1"},
+    ),
+    (
+        "mrpc",
+        "train.tsv",
+        '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t70\t71\t"A" is\tB, too\r\n',
+        {"text": '"A" is', "text_b": "B, too", "label": "1"},
+    ),
+    (
+        "qqp",
+        "dev.tsv",
+        'id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n5\t6\t7\tWhy "?\tWhy?\t0',
+        {"text": 'Why "?', "text_b": "Why?", "label": "0"},
+    ),
+    (
+        "stsb",
+        "train.tsv",
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+        "0\tmain-news\tx\t2012\t1\tnone\tnone\tA man.\tA boy.\t3.800",
+        {"text": "A man.", "text_b": "A boy.", "score": 3.8},
+    ),
+    (
+        "mnli",
+        "train.tsv",
+        MNLI
+        + "gold_label\n0\t1\t1n\tfiction\t( a )\t( b )\t(R)\t(R)\tIt is.\tIs it?\tneutral\tneutral",
+        {"text": "It is.", "text_b": "Is it?", "label": "neutral"},
+    ),
+    *(
+        (
+            "mnli",
+            f"dev_{name}.tsv",
+            MNLI + "label2\tlabel3\tlabel4\tlabel5\tgold_label\n0\t1\t1n\tfiction\t( a )\t( b )"
+            "\t(R)\t(R)\tIt is.\tIs it?\tneutral\tx\tx\tx\tx\tentailment",
+            {"text": "It is.", "text_b": "Is it?", "label": "entailment"},
+        )
+        for name in ("matched", "mismatched")
+    ),
+    (
+        "qnli",
+        "dev.tsv",
+        "index\tquestion\tsentence\tlabel\n0\tWho?\tNobody.\tnot_entailment",
+        {"text": "Who?", "text_b": "Nobody.", "label": "not_entailment"},
+    ),
+    *(
+        (
+            task,
+            "train.tsv",
+            f"index\tsentence1\tsentence2\tlabel\n0\tIt is.\tIs it?\t{label}",
+            {"text": "It is.", "text_b": "Is it?", "label": label},
+        )
+        for task, label in (("rte", "entailment"), ("wnli", "1"))
+    ),
+]
+
+
+@pytest.mark.parametrize("task, name, text, example", GLUE, ids=[f"{g[0]}-{g[1]}" for g in GLUE])
+def test_glue_s_files_are_read_in_their_own_layouts(write, task, name, text, example):
+    assert read_glue(write(text, name), task) == [example]
+
+
+def qqp(whole, broken):
+    rows = ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"]
+    rows += [f"{i}\t1\t2\tq{i}\tr{i}\t1" for i in range(whole)]
+    return "\n".join(rows[:5] + ["9\t1\t2\thalf a question"] * broken + rows[5:])
+
+
+def test_a_few_broken_rows_of_qqp_are_left_out(write):
+    examples = read_glue(write(qqp(99, 1), "train.tsv"), "qqp")
+    assert [example["text"] for example in examples] == [f"q{i}" for i in range(99)]
+
+
+def test_many_broken_rows_of_qqp_are_refused(write):
+    with pytest.raises(ValueError, match="train.tsv: 2 of 101 rows lack cells"):
+        read_glue(write(qqp(99, 2), "train.tsv"), "qqp")
+
+
+@pytest.mark.parametrize(
+    "task, text, line, said",
+    [
+        ("rte", "index\tsentence1\tsentence2\n0\ta\tb", 1, "needed: sentence1 + sentence2 + label"),
+        ("rte", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tc\n1\ta\tb", 3, "3 cells, but 4"),
+        ("sst2", "sentence\tlabel\na\t1\nb\t", 3, "'label' is empty"),
+        ("stsb", "sentence1\tsentence2\tscore\na\tb\tc", 2, "'score' is 'c', not a number"),
+        ("cola", "index\tsentence\n0\tThey slept.", 1, "2 cells, but 4 columns"),
+    ],
+)
+def test_a_bad_row_of_glue_is_named_by_file_and_line(write, task, text, line, said):
+    path = write(text, "train.tsv")
+    with pytest.raises(ValueError) as error:
+        read_glue(path, task)
+    assert str(error.value).startswith(f"{path}:{line}: ") and said in str(error.value)
+
+
+def test_an_unknown_glue_task_is_named(write):
+    with pytest.raises(ValueError, match="unknown GLUE task 'SST-2': choose cola, sst2"):
+        read_glue(write("sentence\tlabel\na\t1", "train.tsv"), "SST-2")
+
+
+# ---------------------------------------------------------------------------------------- CoNLL
+
+
+def test_conll_s_iob1_becomes_bio(write):
+    """Of IOB1's tags, B- only parts two neighbours of one type."""
+    path = write(
+        "-DOCSTART- -X- -X- O\n\n"
+        "EU NNP I-NP I-ORG\nof IN I-PP O\nJohn NNP I-NP I-PER\nDoe NNP I-NP I-PER\n"
+        "Jane NNP B-NP B-PER\nRoe NNP I-NP I-PER\nParis NNP I-NP I-LOC\n. . O O\n\n\n"
+        "-DOCSTART- -X- O O\n\nRome NNP I-NP I-LOC"
+    )
+    assert read_conll(path) == [
+        {
+            "words": ["EU", "of", "John", "Doe", "Jane", "Roe", "Paris", "."],
+            "tags": ["B-ORG", "O", "B-PER", "I-PER", "B-PER", "I-PER", "B-LOC", "O"],
+        },
+        {"words": ["Rome"], "tags": ["B-LOC"]},
+    ]
+
+
+def test_conll_s_bio_stays_as_it_is(write):
+    tags = ["B-A", "I-A", "B-A", "O", "B-B", "I-B", "B-A"]
+    lines = [f"w{i}\t{tag}\r\n" for i, tag in enumerate(tags)]
+    [sentence] = read_conll(write("".join(lines)))
+    assert sentence["tags"] == tags and sentence["words"] == [f"w{i}" for i in range(7)]
+
+
+def test_a_word_may_hold_any_character_but_blanks(write):
+    [sentence] = read_conll(write('a\u00a0b O\n" O\n\u2028 O'))
+    assert sentence["words"] == ["a\u00a0b", '"', "\u2028"]
+
+
+@pytest.mark.parametrize(
+    "text, line, said",
+    [
+        ("EU NNP O\nof", 2, "1 columns, not 3"),
+        ("EU\n", 1, "1 columns, not 2"),
+        ("\nEU O\n\nof IN O", 4, "3 columns, not 2"),
+        ("EU O\nParis S-LOC", 2, "the tag 'S-LOC' is not O, B-… or I-…"),
+        ("EU NNP", 1, "the tag 'NNP' is not O"),
+        (b"EU O\n\xe9 O", 2, "not UTF-8"),
+    ],
+)
+def test_a_bad_line_of_conll_is_named_by_file_and_line(write, text, line, said):
+    path = write(text, "train.txt")
+    with pytest.raises(ValueError) as error:
+        read_conll(path)
+    assert str(error.value).startswith(f"{path}:{line}: ") and said in str(error.value)
+
+
+def test_a_conll_file_without_words_is_refused(write):
+    with pytest.raises(ValueError, match="train.txt holds no examples"):
+        read_conll(write("-DOCSTART- -X- -X- O\n\n", "train.txt"))

@@ -1,0 +1,1014 @@
+"""Tokenizers trained here, against the tokenizers library; chat templates, against transformers."""
+
+import json
+import random
+import signal
+import sys
+import time
+import unicodedata
+
+import pytest
+import torch
+import transformers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from tokenizers import Tokenizer as Peer
+
+import data
+import sample
+from support.text import chat as chat_module
+from support.text.chat import ChatTemplate
+from support.text.tokenizer import Tokenizer
+from support.text.tokenizer_files import QWEN2_SPLIT
+
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+CORPUS = [
+    "the film's 1st half isn't bad, it's 100% good fun; we'll see   what he'd say in 2024",
+    "aaaaaaa bbbbbbbb aabbaabb   abababab",
+    "le café était très bon",
+    "电影很好看 电影",
+    "good film bad film  ",
+    "  the end.\n\n\tThe 3 films",
+    "naïve façade 😀🎬 film",
+    "don't I'M",
+] * 20
+
+
+def byte_level(use_regex=True):
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+def split_then_bytes(pattern, behavior="isolated", invert=False):
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), behavior, invert), byte_level(False)]
+    )
+
+
+PRE_TOKENIZERS = {
+    "gpt2": byte_level,
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), byte_level()]
+    ),
+    "qwen": lambda: split_then_bytes(QWEN2_SPLIT),
+    "llama3": lambda: split_then_bytes(LLAMA3_SPLIT),
+    "whole digits": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=False), byte_level()]
+    ),
+    "nested, with gaps": lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\p{L}+|(\d)\d"), "isolated")]),
+            byte_level(False),
+        ]
+    ),
+    "matches only": lambda: split_then_bytes(r" ?\p{L}+|\p{N}", "removed", True),
+    "no split": lambda: byte_level(False),
+}
+FAMILIES = ["gpt2", "smollm", "qwen", "llama3"]
+
+
+def like_llama3(peer, added):
+    """
+    The tokenizer as if converted from tiktoken's files, with `added` ids left free.
+
+    Any two tokens that form a third one merge, and no merge makes some tokens.
+    """
+    peer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    spec = json.loads(peer.to_str())
+    vocab = spec["model"]["vocab"]
+    vocab["ĠxyzĠq"] = max(vocab.values()) + 1 + added
+    merges = sorted(
+        (vocab[t], vocab[t[:i]], vocab[t[i:]], t[:i], t[i:])
+        for t in vocab
+        for i in range(1, len(t))
+        if t[:i] in vocab and t[i:] in vocab
+    )
+    spec["model"]["merges"] = [[left, right] for *_, left, right in merges]
+    return Peer.from_str(json.dumps(spec))
+
+
+def trained_tokenizer(folder, kind="smollm", alphabet=True, template=CHATML, added=(), **settings):
+    """
+    A small tokenizer of one family, trained and saved here by the tokenizers library; returns that.
+
+    alphabet=False: bytes that the corpus lacks have no token. added: AddedTokens. settings: of
+    tokenizer_config.json.
+    """
+    peer = Peer(models.BPE(ignore_merges=kind == "llama3"))
+    peer.pre_tokenizer, peer.decoder = PRE_TOKENIZERS[kind](), decoders.ByteLevel()
+    if kind == "qwen":
+        peer.normalizer = normalizers.NFC()
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    peer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=460,
+            special_tokens=[AddedToken(t, normalized=False) for t in special],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet else [],
+            show_progress=False,
+        ),
+    )
+    for token in added:
+        peer.add_special_tokens([token]) if token.special else peer.add_tokens([token])
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "llama3":
+        peer = like_llama3(peer, len(added))
+    peer.save(str(folder / "tokenizer.json"))
+    pad_token = {"__type": "AddedToken", "content": "<|endoftext|>"}
+    settings = {"eos_token": "<|im_end|>", "pad_token": pad_token} | settings
+    if template:
+        settings["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return peer
+
+
+NASTY = [
+    "",
+    " ",
+    "  ",
+    "\n",
+    " \n\t ",
+    "a  b   c",
+    "  lead",
+    "trail  ",
+    "12345",
+    "a1b2 3 44",
+    " 5",
+    "  5",
+    "   55 ",
+    "½ ² ٣ Ⅳ x²",
+    "it's IT'S 'tis",
+    "😀😀 👩‍👩‍👧‍👦🏳️‍🌈",
+    "电影 很好看。電影！",
+    "ﬁ ﬂ Å Å é",
+    "مرحبا שלום",
+    "a\u00a0b\u2003c\u200bd",
+    "\x00\x04\x06\x13 a\x04b \x1d",
+    "<|im_end|>",
+    "x<|im_start|>user\n<|im_end|>y",
+    "<|im_en",
+    "<|im_start|><|im_start|> ",
+    "\r\n\r\n x",
+    "...!!! ?? --",
+    "naïve\u0301",
+    "\U000f0000\U00100000\U0003ffff",
+    "'",
+    "''s 'S",
+    "e\u0301" * 5,
+    "<|im_end|>\u0338 <|im_end|\u0338>",
+    "'ſ 'S’s",
+    " xyz q",
+    "\u0301",
+    "ｶﾞ",
+    "a\x85b\u2028c\x1c \x1fd",
+    "aaaaaaaaaaa",
+    "abaabbaab",
+    "ß ẞ ı İ",
+    "1234567 12 1 1234",
+]
+
+
+def random_texts(count, extra=()):
+    """
+    Random texts of code points that Unicode 13 knows (U+0C3C is newer).
+
+    Over later ones the tables of Python, tiktoken and tokenizers differ.
+    """
+    rng = random.Random(0)
+    letters = ["film", " good", "the", "'re", "9", "é", "界", "\n", " ", "\t", "🎬", "ž", "Ω", "-"]
+    pieces = [*NASTY, *letters, "don't", "\u0300", *extra, *extra]
+
+    def character():
+        while True:
+            ranges = ((32, 127), (128, 0x3000), (0xAC00, 0xD7A4), (0x1F300, 0x1FA00))
+            c = chr(rng.choice([rng.randrange(*edges) for edges in ranges]))
+            if unicodedata.category(c) != "Cn" and c != "\u0c3c":
+                return c
+
+    return [
+        "".join(
+            rng.choice(pieces) if rng.random() < 0.7 else character()
+            for _ in range(rng.randrange(1, 12))
+        )
+        for _ in range(count)
+    ]
+
+
+def assert_equal(ours, peer, texts, decode=True):
+    for text in texts:
+        ids = ours.encode(text)
+        assert ids == peer.encode(text, add_special_tokens=False).ids, repr(text)
+        for skip in (False, True) if decode else ():
+            assert ours.decode(ids, skip) == peer.decode(ids, skip), repr(text)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_20000_texts_equal_the_tokenizers_library(tmp_path, kind):
+    peer, ours = trained_tokenizer(tmp_path, kind), Tokenizer.from_pretrained(tmp_path)
+    assert ours.library is None
+    assert_equal(ours, peer, NASTY + random_texts(20000))
+
+
+@pytest.mark.parametrize(
+    "kind, alphabet",
+    [(kind, False) for kind in FAMILIES]
+    + [(kind, True) for kind in PRE_TOKENIZERS if kind not in FAMILIES],
+)
+def test_missing_bytes_and_other_splits_equal_the_tokenizers_library(tmp_path, kind, alphabet):
+    """Both drop the bytes that have no token; SmolLM2 has such bytes."""
+    peer, ours = trained_tokenizer(tmp_path, kind, alphabet), Tokenizer.from_pretrained(tmp_path)
+    assert ours.library is None
+    assert_equal(ours, peer, NASTY + random_texts(3000))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen"])
+def test_added_tokens_and_their_flags_equal_the_tokenizers_library(tmp_path, kind):
+    added = [
+        AddedToken("<tool>", special=False, normalized=False),
+        AddedToken("<tool>s", special=False, normalized=True),
+        AddedToken("café", special=False, normalized=True),
+        AddedToken("<l>", lstrip=True, special=True, normalized=False),
+        AddedToken("<r>", rstrip=True, special=True, normalized=False),
+        AddedToken("<lr>", lstrip=True, rstrip=True, special=False, normalized=True),
+        AddedToken("word", single_word=True, special=False, normalized=False),
+        AddedToken("wordy", single_word=True, special=False, normalized=True),
+        AddedToken("film", special=False, normalized=True),
+    ]
+    peer = trained_tokenizer(tmp_path, kind, added=added)
+    texts = [
+        *(t.content for t in added),
+        "cafe\u0301",
+        " <l> <r> <lr> ",
+        "<l>\u00a0\n<r>\x1c",
+        "a\u2003<lr>\u200b b",
+        "words word, a_word word1 wordé word\u0301",
+        "wordyword word-wordy",
+        "<tool>s<tool><tool>s",
+        "\u3000<l>\u3000",
+    ]
+    ours = Tokenizer.from_pretrained(tmp_path)
+    # No comparison of decoded text: the library decodes the added "café" to "caf\ufffd".
+    assert_equal(ours, peer, texts + random_texts(5000, texts), decode=False)
+    assert ours.decode(ours.encode("<tool>s café <r> b"), skip_special=True) == "<tool>s café b"
+
+
+def test_special_tokens_around_a_text_are_added_on_request(tmp_path):
+    peer, ours = trained_tokenizer(tmp_path, "llama3"), Tokenizer.from_pretrained(tmp_path)
+    for text in ("", "a film", "<|im_start|>a"):
+        whole = ours.encode(text, add_special_tokens=True)
+        assert whole == peer.encode(text).ids != ours.encode(text)
+
+
+@pytest.mark.parametrize("kind, name", [("gpt2", "GPT2Tokenizer"), ("qwen", "Qwen2TokenizerFast")])
+def test_vocab_and_merges_files_are_read_as_transformers_does(tmp_path, kind, name):
+    trained_tokenizer(tmp_path, kind)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in spec["model"]["merges"]) + "\n"
+    )
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    settings = {
+        "tokenizer_class": name,
+        "eos_token": "<|im_end|>",
+        "added_tokens_decoder": {
+            str(t["id"]): {"content": t["content"], **flags, "special": True}
+            for t in spec["added_tokens"]
+        },
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    peer_class = getattr(transformers, name.removesuffix("Fast"))
+    peer, ours = peer_class.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
+    for text in NASTY + random_texts(2000):
+        assert ours.encode(text) == peer.encode(text, add_special_tokens=False), repr(text)
+
+    settings["tokenizer_class"] = "CodeGenTokenizer"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="CodeGenTokenizer.*GPT2Tokenizer and Qwen2Tokenizer"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"eos_token": "<|new|>", "pad_token": "<|im_end|>"}, {"add_prefix_space": True}],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_bare_pair_of_files_is_read_as_transformers_does(tmp_path, settings, swapped):
+    """
+    No token named, one outside the vocabulary, or a space before the text.
+
+    swapped: ids that tiktoken can't follow, so the tokenizers library takes over.
+    """
+    trained_tokenizer(tmp_path, "gpt2")
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").unlink()
+    vocab = spec["model"]["vocab"]
+    if swapped:
+        vocab["Ġfilm"], vocab["Ġgood"] = vocab["Ġgood"], vocab["Ġfilm"]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text(
+        "\n".join(" ".join(pair) for pair in spec["model"]["merges"])
+    )
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer"} | settings)
+    )
+
+    peer = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.library is not None or not swapped
+    for text in [t for t in NASTY + random_texts(500) if "<|im_" not in t]:
+        assert ours.encode(text) == peer.encode(text, add_special_tokens=False), repr(text)
+    assert ours.eos_id == peer.eos_token_id
+
+
+def test_truncation_padding_and_tokens_named_elsewhere(tmp_path):
+    """
+    Truncation and padding in a file are ignored: they are for batches.
+
+    tokenizer_config.json may add tokens. RoBERTa's tokens around a text are known.
+    """
+    peer = llama2_tokenizer(tmp_path)
+    peer.enable_truncation(8)
+    peer.enable_padding(length=12)
+    peer.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    peer.no_truncation()
+    peer.no_padding()
+    for text in ("good film " * 20, "a"):
+        assert ours.encode(text) == peer.encode(text, add_special_tokens=False).ids
+
+    peer = trained_tokenizer(tmp_path, "gpt2")
+    extra = peer.get_vocab_size()
+    decoder = {str(extra): {"content": "<extra>", "special": True}}
+    trained_tokenizer(tmp_path, "gpt2", added_tokens_decoder=decoder)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    other = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert ours.encode("a<extra>b") == [*peer.encode("a").ids, extra, *peer.encode("b").ids]
+    assert ours.encode("a<extra>b") == other.encode("a<extra>b")
+
+    peer.post_processor = processors.RobertaProcessing(("<|im_end|>", 2), ("<|im_start|>", 1))
+    peer.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.encode("a film", add_special_tokens=True) == peer.encode("a film").ids
+
+
+LLAMA2_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}{% else %}"
+    "{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def llama2_tokenizer(folder):
+    """As LLaMA 2's: SentencePiece's BPE with byte fallback; a word includes the space before it."""
+    peer = Peer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    peer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    peer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    peer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))],
+            show_progress=False,
+        ),
+    )
+    spec = json.loads(peer.to_str())
+    spec["added_tokens"] = spec["added_tokens"][:3]
+    spec["model"]["ignore_merges"] = False
+    peer = Peer.from_str(json.dumps(spec))
+    peer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    peer.save(str(folder / "tokenizer.json"))
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = tokens | {"chat_template": LLAMA2_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return peer
+
+
+def test_sentencepiece_files_need_the_tokenizers_library(tmp_path, monkeypatch):
+    peer, ours = llama2_tokenizer(tmp_path), Tokenizer.from_pretrained(tmp_path)
+    assert "Prepend + Replace" in ours.library_reason
+    assert_equal(ours, peer, NASTY + random_texts(300))
+    assert ours.encode("a film", add_special_tokens=True) == peer.encode("a film").ids
+
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="pip install tokenizers"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda t: t["model"]["merges"].reverse(), "different orders"),
+        (lambda t: t["model"]["merges"].pop(), "no merge makes its token"),
+        (lambda t: t.update(normalizer={"type": "Lowercase"}), "Lowercase"),
+        (
+            lambda t: t.update(
+                pre_tokenizer={
+                    "type": "Metaspace",
+                    "replacement": "▁",
+                    "prepend_scheme": "always",
+                    "split": True,
+                }
+            ),
+            "Metaspace",
+        ),
+        (lambda t: t["model"].update(end_of_word_suffix="</w>"), "suffix"),
+        (
+            lambda t: t.update(
+                pre_tokenizer={
+                    "type": "Sequence",
+                    "pretokenizers": [
+                        {
+                            "type": "Split",
+                            "pattern": {"Regex": r"film$|\\p{L}+"},
+                            "behavior": "Isolated",
+                            "invert": False,
+                        },
+                        {
+                            "type": "ByteLevel",
+                            "add_prefix_space": False,
+                            "use_regex": False,
+                            "trim_offsets": True,
+                        },
+                    ],
+                }
+            ),
+            "anchors",
+        ),
+        (
+            lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+            "Digits \\+ ByteLevel",
+        ),
+        (lambda t: t["model"].update(byte_fallback=True), "byte fallback"),
+    ],
+)
+def test_what_tiktoken_cannot_reproduce_needs_the_library(tmp_path, monkeypatch, change, reason):
+    """With the tokenizers library the tokens are exact; without it, the file is refused."""
+    trained_tokenizer(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(spec)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    peer = Peer.from_file(str(tmp_path / "tokenizer.json"))
+    assert_equal(Tokenizer.from_pretrained(tmp_path), peer, NASTY)
+
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=f"{reason}.*can't reproduce it exactly"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_errors_name_the_missing_or_damaged_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json is missing"):
+        Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="tokenizer.model alone"):
+        Tokenizer.from_pretrained(tmp_path)
+
+    trained_tokenizer(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    for damage in (
+        lambda t: t["model"].pop("vocab"),
+        lambda t: t.pop("model"),
+        lambda t: t["model"]["vocab"].pop("Ġfilm"),
+        lambda t: t.update(added_tokens=[{}]),
+    ):
+        broken = json.loads(json.dumps(spec))
+        damage(broken)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+            Tokenizer.from_pretrained(tmp_path)
+
+    trained_tokenizer(tmp_path, added_tokens_decoder={"x": {"content": "<x>"}})
+    with pytest.raises(ValueError, match="tokenizer_config.json: an id .* is not an integer"):
+        Tokenizer.from_pretrained(tmp_path)
+
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer_config.json is missing"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_decode_skips_special_tokens_on_request(tmp_path):
+    trained_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode("good<|im_end|> film")
+    assert tokenizer.decode(ids) == "good film"
+    assert tokenizer.decode(ids, skip_special=False) == "good<|im_end|> film"
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (2, 0)
+    assert tokenizer.decode([*ids, 99999, tokenizer.vocab_size]) == "good film"
+
+
+# Like those of Qwen 2.5 (a default system message), Qwen 3 (thoughts in the last turn only),
+# LLaMA 3 (trimmed contents, a date), Mistral (turns must alternate), and plain JSON
+TEMPLATES = {
+    "chatml": CHATML,
+    "default system": (
+        "{% if messages[0]['role'] != 'system' %}"
+        "{{- '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}"
+        "{% for message in messages %}\n    {%- if message.role == 'tool' %}{% continue %}"
+        "{% endif %}\n    "
+        "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}\n"
+        "{% endfor %}\n{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+        "{% endif %}\n"
+    ),
+    "thoughts in the last turn": (
+        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
+        "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% set content = m.content.split('</think>')[-1].lstrip('\n') %}"
+        "{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ content }}"
+        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "trimmed, dated": (
+        "{{ bos_token }}{% if not date is defined %}{% set date = strftime_now('%d %b %Y') %}"
+        "{% endif %}{{ date }}{% if tools is not none %}{{ tools | tojson }}{% endif %}"
+        "{% for m in messages %}"
+        "{{ '<|im_start|>' + m['role'] + '<|im_start|>\n\n' + m['content'] | trim + "
+        "'<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant<|im_start|>\n\n' }}{% endif %}"
+    ),
+    "alternating": (
+        "{% for m in messages %}{% if m['role'] == 'system' %}"
+        "{{ raise_exception('no system message') }}{% elif m['role'] == 'user' %}"
+        "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}"
+        "{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "json": (
+        "{% for m in messages %}{{ m | tojson(indent=1) }}{{ m.content | tojson }}\n"
+        "{% endfor %}{{ pad_token }}"
+    ),
+}
+TALK = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi {{ 7*7 }} <b>'é'</b>"},
+    {"role": "assistant", "content": "Hello film.\n"},
+    {"role": "user", "content": " And\nnow? "},
+    {"role": "assistant", "content": " Good <|im_start|> film"},
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja", "list"])
+def test_chat_templates_equal_transformers(tmp_path, name, place):
+    template = TEMPLATES[name]
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
+    setting = {"tokenizer_config.json": template, "list": named}.get(place)
+    trained_tokenizer(tmp_path, template=setting, bos_token="<|im_start|>")
+    if place == "chat_template.jinja":
+        (tmp_path / "chat_template.jinja").write_text(template)
+
+    ours = Tokenizer.from_pretrained(tmp_path)
+    peer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for messages in (TALK, TALK[:2], TALK[:3], TALK[1:2], TALK[1:3], TALK[1:]):
+        for prompt in (False, True):
+            if name == "alternating" and messages[0]["role"] == "system":
+                with pytest.raises(ValueError, match="no system message"):
+                    ours.apply_chat_template(messages, prompt)
+                continue
+            text = ours.apply_chat_template(messages, prompt)
+            options = {"add_generation_prompt": prompt}
+            assert text == peer.apply_chat_template(messages, tokenize=False, **options)
+            assert ours.encode(text) == peer.apply_chat_template(messages, **options)["input_ids"]
+
+
+def test_templates_run_in_a_sandbox_and_their_errors_are_one_line(tmp_path):
+    for template, message in (
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{{ raise_exception('no system please') }}", "no system please"),
+        ("{% for %}", "Expected"),
+        ("{{ 1 / 0 }}", "division"),
+        ("{{ messages + 1 }}", "concatenate"),
+    ):
+        trained_tokenizer(tmp_path, template=template)
+        with pytest.raises(ValueError, match=message):
+            Tokenizer.from_pretrained(tmp_path).apply_chat_template(TALK)
+
+
+def test_stop_ids_include_the_end_of_turn_and_generation_config(tmp_path):
+    # As in Qwen 2.5's base models: one token ends a turn, another a text.
+    trained_tokenizer(tmp_path, eos_token="<|endoftext|>")
+    assert Tokenizer.from_pretrained(tmp_path).stop_ids == [0, 2]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    assert Tokenizer.from_pretrained(tmp_path).stop_ids == [0, 1, 2]
+
+
+# With {% generation %}, by which transformers marks the assistant's text
+GENERATION = {
+    "chatml": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
+        "{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "thoughts in the last turn": TEMPLATES["thoughts in the last turn"]
+    .replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' %}{% generation %}", 1)
+    .replace(
+        "{{ content }}{% else %}",
+        "{{ content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}",
+    )
+    .replace(
+        "{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}",
+        "{{ m.content + '<|im_end|>\n' }}{% endif %}",
+    ),
+    "trimmed": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_start|>\n\n' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] | trim + '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ m['content'] | trim + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_start|>\n\n' }}{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        (name, kind)
+        for name in GENERATION
+        for kind in FAMILIES
+        if name != "trimmed" or kind in ("qwen", "llama3")
+    ],
+)
+def test_the_assistants_tokens_are_the_ones_transformers_marks(tmp_path, kind, name):
+    trained_tokenizer(tmp_path, kind, template=GENERATION[name])
+    ours = Tokenizer.from_pretrained(tmp_path)
+    peer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    odd = [TALK[1], {"role": "assistant", "content": "<|im_end|> a 12 é"}]
+    for messages in (TALK, TALK[1:], TALK[:3], TALK[1:3], odd):
+        text, spans = ours.chat.conversation(messages)
+        segments = ours.encode_cut(text, [cut for span in spans for cut in span])
+        expected = peer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert [t for segment in segments for t in segment] == expected["input_ids"]
+        assert [i % 2 for i, segment in enumerate(segments) for _ in segment] == expected[
+            "assistant_masks"
+        ]
+
+
+def test_llama2_answers_begin_where_generation_does(tmp_path):
+    """
+    The model writes the space before an answer and </s> after it, so both count.
+
+    What is masked is the prompt that generation starts with.
+    """
+    peer, ours = llama2_tokenizer(tmp_path), Tokenizer.from_pretrained(tmp_path)
+    text, spans = ours.chat.conversation(TALK[1:])
+    segments = ours.encode_cut(text, [cut for span in spans for cut in span])
+    assert [t for segment in segments for t in segment] == peer.encode(
+        text, add_special_tokens=False
+    ).ids
+    assert [text[a:b] for a, b in spans] == [" Hello film.\n </s>", "  Good <|im_start|> film </s>"]
+    assert segments[0] == ours.encode(ours.apply_chat_template(TALK[1:2], True))
+
+
+def test_answers_with_thoughts_and_templates_without_an_end(tmp_path):
+    """
+    Qwen 3 rewrites an answer's thoughts: all of the answer counts.
+
+    Where a template ends no turn, the end of text is learned.
+    """
+    thoughts = (
+        "{% if loop.index0 > ns.last %}"
+        "{{ '<think>\n' + (m.content.split('</think>')[0].split('<think>')[-1].strip('\n') "
+        "if '</think>' in m.content else '') + '\n</think>\n\n' }}"
+        "{% endif %}"
+    )
+    no_thoughts = "{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    reasoning = TEMPLATES["thoughts in the last turn"].replace(no_thoughts, thoughts)
+    trained_tokenizer(tmp_path, "qwen", template=reasoning)
+    talk = [TALK[1], {"role": "assistant", "content": "<think>\n\nhm\n</think>\n\nSo."}]
+    for messages, expected in (
+        (talk, ["<think>\nhm\n</think>\n\nSo.<|im_end|>"]),
+        (talk + talk, ["So.<|im_end|>", "<think>\nhm\n</think>\n\nSo.<|im_end|>"]),
+    ):
+        text, spans = Tokenizer.from_pretrained(tmp_path).chat.conversation(messages)
+        assert [text[a:b] for a, b in spans] == expected
+
+    endless = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    trained_tokenizer(tmp_path, "qwen", template=endless)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    rows, _ = data.encode([{"messages": talk}], ours, 400)
+    counted = [t for t in rows[0].labels if t != -100]
+    assert ours.decode(counted, skip_special=False) == talk[1]["content"] + "<|im_end|>"
+    assert rows[0].input_ids[-1] == ours.eos_id
+
+
+def test_a_cut_inside_a_token_tokenizes_both_sides_as_generation_does(tmp_path):
+    """GPT-2's split separates two line ends before a word, but not at the end of a prompt."""
+    trained_tokenizer(tmp_path, "gpt2")
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.encode_cut("the end.\n\nfilm", [10]) == [
+        ours.encode("the end.\n\n"),
+        ours.encode("film"),
+    ]
+    assert ours.encode_cut("the film", [4]) == [ours.encode("the "), ours.encode("film")]
+    assert ours.encode_cut("the film", [3]) == [ours.encode("the"), ours.encode(" film")]
+
+
+PLAIN = "User:\nfilm<|im_end|>\nAssistant:\n"  # the plain template, up to an answer
+CONVERSATIONS = {
+    "messages": {
+        "messages": [{"role": "user", "content": "film"}, {"role": "assistant", "content": "good"}]
+    },
+    "instruction": {"instruction": "film", "output": "good"},
+    "classification": {"text": "film", "label": "good"},
+}
+
+
+@pytest.mark.parametrize("kind", ["llama3", "smollm"])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_without_a_chat_template_rows_begin_as_the_tokenizer_begins_a_text(tmp_path, kind, name):
+    """Here llama3's tokenizer puts <|im_start|> before a text, and smollm's puts nothing."""
+    peer = trained_tokenizer(tmp_path, kind, template=None)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    label_ids = data.tokenize_labels(["bad", "good"], ours)
+    [row], _ = data.encode([CONVERSATIONS[name]], ours, 400, "{text}", label_ids)
+    end = "" if name == "classification" else "<|im_end|>"
+    assert row.input_ids == peer.encode(f"{PLAIN}good{end}").ids
+    counted = [token for token in row.labels if token != -100]
+    assert counted == peer.encode(f"good{end}", add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_chat_template_decides_alone_how_a_row_begins(tmp_path, name):
+    peer = trained_tokenizer(
+        tmp_path,
+        "llama3",
+        template="{% for m in messages %}" + "{{ m.content }}<|im_end|>{% endfor %}",
+    )
+    ours = Tokenizer.from_pretrained(tmp_path)
+    label_ids = data.tokenize_labels(["bad", "good"], ours)
+    [row], _ = data.encode([CONVERSATIONS[name]], ours, 400, "{text}", label_ids)
+    begin = peer.encode("film<|im_end|>good", add_special_tokens=False).ids
+    assert row.input_ids[: len(begin)] == begin
+
+
+class Listener(torch.nn.Module):
+    """In a model's place: keeps the prompts that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm_head, self.heard = torch.nn.Linear(1, 1), []
+
+    def generate(self, ids, *options):
+        self.heard += ids.tolist()
+        return ids
+
+    def score(self, prompts, answers):
+        self.heard += prompts
+        return torch.zeros(len(prompts), len(answers))
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_sample_prompts_a_model_as_training_did(tmp_path, template):
+    trained_tokenizer(tmp_path, "llama3", template=template)
+    ours, model = Tokenizer.from_pretrained(tmp_path), Listener()
+    labels = data.tokenize_labels(["bad", "good"], ours)
+    turns = CONVERSATIONS["messages"]["messages"]
+    sample.answer(model, ours, turns[:1], sample.Sample())
+    sample.classify(model, ours, "film", list(labels), "{text}", 400)
+    for name, heard in zip(("messages", "classification"), model.heard, strict=True):
+        [row], _ = data.encode([CONVERSATIONS[name]], ours, 400, "{text}", labels)
+        answer = sum(label != -100 for label in row.labels)
+        assert heard == row.input_ids[:-answer]
+
+
+@pytest.mark.parametrize(
+    "pattern, text, said",
+    [
+        ("(", "film", "unmatched parenthesis"),
+        (r"\p{Foo}", "film", "invalid character property"),
+        ("(a|aa)+(?=b)|[^a]+", "a" * 100, "tokenizer.* Max limit for backtracking"),  # tiktoken
+        ("^(a|aa)+(?=b)", "a" * 100, "tokenizer fails.*retry-limit"),  # the tokenizers library
+        ("a{99999}{99999}", "film", "tokenizer"),
+        ("(" * 5000 + "a" + ")" * 5000, "film", "tokenizer"),
+    ],
+)
+def test_split_patterns_that_fail_or_never_end_are_one_line(tmp_path, capfd, pattern, text, said):
+    trained_tokenizer(tmp_path, "qwen")
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    start = time.time()
+    with pytest.raises(ValueError, match=said) as caught:
+        Tokenizer.from_pretrained(tmp_path).encode(text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert capfd.readouterr().err == ""
+    assert time.time() - start < 20
+
+
+# --------------------------------------------------------------------- long conversations
+
+
+def each_by_itself(tokenizer, text, cuts):
+    """encode_cut in its plainest form: each head of the text is encoded from the beginning."""
+    whole, edges = tokenizer.encode(text), [0]
+    for cut in cuts:
+        head = tokenizer.encode(text[:cut])
+        if whole[: len(head)] != head:
+            return [tokenizer.encode(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        edges.append(len(head))
+    return [whole[a:b] for a, b in zip(edges, [*edges[1:], len(whole)])]
+
+
+def spans_by_themselves(chat, text, messages):
+    """The spans of ChatTemplate.conversation in their plainest form: each renders everything."""
+    spans, mark = [], "\ue000the answer\ue000"
+    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+        marked = [*messages[:i], messages[i] | {"content": mark}, *messages[i + 1 :]]
+        before, found, after = chat.render(marked).partition(mark)
+        start = len(before) if text.startswith(before) else None
+        end = len(text) - len(after)
+        prompt = chat.render(messages[:i], add_generation_prompt=True) if i > 0 else ""
+        if prompt and text.startswith(prompt):
+            opened = prompt != chat.render(messages[:i])
+            if start is None or opened or not text[len(prompt) : start].strip():
+                start = len(prompt)
+        if not found or start is None or not text.endswith(after) or start >= end:
+            raise ValueError("the answers can't be told from the rest")
+        spans.append((start, end + len(chat.end_of_turn) * after.startswith(chat.end_of_turn)))
+    return spans
+
+
+# Like those of LLaMA 2 (the system message inside the first question), Gemma (other roles) and R1
+# (the generation prompt begins the thoughts, which only the last answer keeps)
+LONG_TEMPLATES = TEMPLATES | {
+    "system inside": (
+        "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}"
+        "{% set system = '<<SYS>>' + messages[0].content + '<</SYS>>' %}"
+        "{% else %}{% set rest = messages %}{% set system = '' %}{% endif %}{% for m in rest %}"
+        "{% if loop.index0 == 0 %}{% set c = system + m.content %}{% else %}"
+        "{% set c = m.content %}{% endif %}{% if m.role == 'user' %}{{ '[INST] ' + c.strip() + "
+        "' [/INST]' }}{% else %}{{ ' ' + c.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "model": (
+        "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+        "{{ '<|im_start|>' + role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
+    ),
+    "prompted thoughts": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
+        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    ),
+}
+PIECES = " film,Hello,\n, ,<|im_end|>,<|im_start|>,é,e\u0301,a 12,.,<think>\n,</think>\n,[/INST]"
+PIECES = [*PIECES.split(","), "<|im_start|>assistant\n"]
+
+
+def random_talk(rng):
+    """3 to 20 turns, with contents that templates trim or that hold tokens."""
+    roles = ["user", "assistant"] * rng.randint(1, 10)
+    if rng.random() < 0.5:
+        roles = [rng.choice(["user", "assistant", "tool"]) for _ in roles]
+    roles = rng.choice([[], ["system"], ["assistant"]]) + roles + ["assistant"]
+    few = rng.sample(PIECES, rng.randint(1, len(PIECES)))
+    return [
+        {
+            "role": role,
+            "content": rng.choice(few + ["x"]) + "".join(rng.choices(few, k=rng.randint(0, 5))),
+        }
+        for role in roles
+    ]
+
+
+@pytest.mark.parametrize("kind", ["smollm", "qwen", "llama3"])
+@pytest.mark.parametrize("name", LONG_TEMPLATES)
+def test_conversations_are_cut_as_when_each_answer_is_looked_for_by_itself(tmp_path, kind, name):
+    trained_tokenizer(tmp_path, kind, template=LONG_TEMPLATES[name])
+    tokenizer, rng = Tokenizer.from_pretrained(tmp_path), random.Random(f"{kind} {name}")
+    chat = tokenizer.chat
+    for talk in (random_talk(rng) for _ in range(30)):
+        try:
+            text = chat.render(talk)
+            expected = spans_by_themselves(chat, text, talk)
+        except ValueError:
+            with pytest.raises(ValueError, match="can't be told|rejects"):
+                chat.conversation(talk)
+            continue
+        assert chat.conversation(talk) == (text, expected)
+        cuts = [cut for span in expected for cut in span]
+        assert tokenizer.encode_cut(text, cuts) == each_by_itself(tokenizer, text, cuts)
+
+
+def test_a_cut_after_tokens_with_flags_is_as_when_everything_is_encoded(tmp_path):
+    """Such a token takes spaces from its sides, or counts only as a word."""
+    flags = [{"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}]
+    added = [AddedToken(f"<{i}>", special=False, **flag) for i, flag in enumerate(flags)]
+    trained_tokenizer(tmp_path, added=added)
+    tokenizer, rng = Tokenizer.from_pretrained(tmp_path), random.Random(0)
+    pieces = ["<0>", "<1>", "<2>", "<3>", " ", "  ", "film", "<", "2>", "<|im_end|>", "."]
+    for _ in range(2000):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 12)))
+        cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randint(1, 4)))
+        assert tokenizer.encode_cut(text, cuts) == each_by_itself(tokenizer, text, cuts)
+
+
+@pytest.mark.parametrize("name", ["chatml", "trimmed, dated", "alternating", "system inside"])
+def test_the_work_of_a_conversation_grows_with_its_length_not_with_its_square(
+    tmp_path, monkeypatch, name
+):
+    """Counted in messages rendered and characters encoded, not in seconds."""
+    trained_tokenizer(tmp_path, template=LONG_TEMPLATES[name])
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    real, encode, work = chat_module.ask, tokenizer.encode, []
+
+    def ask(request):
+        work.append(sum(len(each[0]) for each in json.loads(request)["conversations"]))
+        return real(request)
+
+    def counted(text):
+        work.append(len(text) / 100)
+        return encode(text)
+
+    monkeypatch.setattr(chat_module, "ask", ask)
+    monkeypatch.setattr(tokenizer, "encode", counted)
+    for turns in (250, 1000):
+        talk = [
+            {"role": ("user", "assistant")[i % 2], "content": f"film {i} "} for i in range(turns)
+        ]
+        [row], _ = data.encode([{"messages": talk}], tokenizer, 10**6)
+        assert sum(label != -100 for label in row.labels) > turns
+        assert sum(work) < 10 * turns
+        work.clear()
+
+
+# A template is anybody's program.
+HOSTILE = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "lorem ipsum": "{{ lipsum(n=10**8) }}",
+    "doubling": "{% set n = namespace(s='aa') %}{% for i in range(60) %}"
+    "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+    "product": "{{ 'a' * 10**10 }}",
+    "format": "{{ '%1000000000d' % 1 }}",
+    "much text": "{% for i in range(99999) %}" + "a" * 1000 + "{% endfor %}",
+    "itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "syntax": "{% if %}",
+    "no such name": "{{ nothing.at.all }}",
+    "no such block": "{% nothing %}",
+    "a module": "{{ ().__class__.__mro__[1].__subclasses__() }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates_end_in_one_line_and_within_limits(name):
+    start = time.time()
+    with pytest.raises(ValueError, match="the chat template rejects") as caught:
+        ChatTemplate(HOSTILE[name], {"eos_token": "</s>"}, []).render(TALK)
+    assert "\n" not in str(caught.value)
+    assert time.time() - start < 20
+    # The next template is rendered as ever.
+    assert ChatTemplate("{{ messages | length }}", {}, []).render(TALK) == "5"
+
+
+def test_ctrl_c_while_a_template_is_rendered_leaves_no_answer_for_the_next_one():
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    slow = "{% for a in range(99) %}{% for b in range(9999) %}{% endfor %}{% endfor %}slow"
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(100):
+                ChatTemplate(slow, {}, []).render(TALK)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert ChatTemplate("quick", {}, []).render(TALK) == "quick"

@@ -1,0 +1,322 @@
+"""
+Packed bases against their own dequantised weights.
+
+Products, both derivatives, every method and hypergradient, merging.
+"""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+import torch.nn as nn
+import transformers
+from test_model import checkpoint
+
+import bidora
+from bidora import adapter_layers, load_adapter, merge, replace_linear_with_bidora, save_adapter
+from bilevel import HYPERGRADIENTS, create_bilevel_optimizer
+from model import Transformer
+from support.weights import quantized
+from support.weights.quantized import KINDS, dequantize, kind_of, linear, pack
+
+
+def unpacked(packed, shape):
+    """
+    Each code's value times its scale, by hand.
+
+    On CPUs, bitsandbytes' own dequantize_4bit gives wrong numbers where a row ends between scales.
+    """
+    if packed.dtype == torch.int8:
+        return packed.data.float() * (packed.SCB[:, None] / 127)
+    state, bytes_ = packed.quant_state, packed.data.view(-1).int()
+    values = state.code[torch.stack((bytes_ >> 4, bytes_ & 15), dim=1).view(-1)]
+    scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    numbers = shape[0] * shape[1]
+    return (values[:numbers] * scales.repeat_interleave(64)[:numbers]).view(shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(96, 64), (2100, 48), (33, 40), (1500, 7), (1025, 128)])
+def test_blocks_are_codes_times_scales(kind, shape):
+    """
+    Also where a row ends between two scales or inside a byte, and for several blocks of rows.
+
+    The tolerance 1e-6 is one rounding.
+    """
+    weight = torch.randn(shape)
+    packed = pack(weight, kind)
+    assert kind_of(packed) == kind and quantized.float_dtype(packed) == torch.float32
+    expected = unpacked(packed, shape)
+    torch.testing.assert_close(dequantize(packed, torch.float32), expected, rtol=1e-6, atol=1e-6)
+    error = (expected - weight).norm() / weight.norm()
+    assert 0.001 < error < {"nf4": 0.12, "fp4": 0.16, "int8": 0.012}[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_and_both_derivatives_are_those_of_the_dequantised_weight(kind):
+    packed = pack(torch.randn(1100, 24), kind)
+    x = torch.randn(2, 3, 24, requires_grad=True)
+    weight = dequantize(packed, torch.float32)
+
+    def derivatives(y):
+        (g,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+        (gg,) = torch.autograd.grad((g**2).sum(), x)
+        return y, g, gg
+
+    ours = derivatives(linear(x, packed))
+    expected = derivatives(nn.functional.linear(x, weight))
+    for a, b in zip(ours, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+def models(folder, kind, method="bidora", **options):
+    """The same adapted model on a packed base, and on that base's dequantised weights."""
+    checkpoint(folder, "Qwen2", tie_word_embeddings=True)
+    packed = Transformer.from_pretrained(folder, quantize=kind)
+    plain = merge(copy.deepcopy(packed))
+    for model in (packed, plain):
+        torch.manual_seed(1)
+        model.requires_grad_(False)
+        replace_linear_with_bidora(
+            model, 4, target_modules=["q_proj", "v_proj", "down_proj"], method=method, **options
+        )
+        for layer in adapter_layers(model).values():
+            nn.init.normal_(layer.lora_B, std=0.05)
+    return packed, plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_blocks_linear_layers_are_packed(tmp_path, kind):
+    model, plain = models(tmp_path, kind)
+    packed = {
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and kind_of(layer.weight)
+    }
+    linear_layers = {name for name, m in plain.named_modules() if isinstance(m, nn.Linear)}
+    assert packed == linear_layers - {"lm_head"}
+    assert model.model.embed_tokens.weight.dtype == model.model.norm.weight.dtype == torch.float32
+    assert quantized.nbytes(model) < 0.62 * quantized.nbytes(plain)
+    with pytest.raises(ValueError, match="merge"):
+        model.save_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["lora", "dora", "bidora"])
+def test_a_packed_base_is_equal_to_its_dequantised_weights(tmp_path, kind, method):
+    """
+    Loss and every gradient, within 1e-4 of the largest value: the same sums in another order.
+
+    The magnitude starts at the norm of the dequantised weights.
+    """
+    packed, plain = models(tmp_path, kind, method)
+    for a, b in zip(adapter_layers(packed).values(), adapter_layers(plain).values()):
+        if method != "lora":
+            torch.testing.assert_close(
+                a.lora_magnitude_vector, b.weight.norm(dim=1), rtol=1e-5, atol=1e-6
+            )
+
+    ids = torch.randint(0, 131, (3, 12))
+    losses = [model(ids, ids) for model in (packed, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+
+    gradients = [
+        torch.autograd.grad(loss, bidora.lower_parameters(model) + bidora.upper_parameters(model))
+        for loss, model in zip(losses, (packed, plain))
+    ]
+    for ours, expected in zip(*gradients):
+        assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", HYPERGRADIENTS)
+def test_every_hypergradient_on_a_packed_base(tmp_path, kind, name):
+    packed, plain = models(tmp_path, kind)
+    train, val = (torch.randint(0, 131, (3, 12)) for _ in range(2))
+    options = {
+        "unrolled": dict(lr=0.1),
+        "finite_difference": dict(lr=0.1),
+        "neumann": dict(alpha=0.05),
+    }.get(name, {})
+
+    def hypergradient(model):
+        lower, upper = bidora.lower_parameters(model), bidora.upper_parameters(model)
+        train_loss, val_loss = lambda: model(train, train), lambda: model(val, val)
+        return HYPERGRADIENTS[name].function(train_loss, val_loss, lower, upper, **options)
+
+    ours, expected = hypergradient(packed), hypergradient(plain)
+    for a, b in zip(ours, expected):
+        assert (a - b).abs().max() <= 1e-3 * max(e.abs().max() for e in expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_dequantises_and_says_so_and_transformers_loads_it(tmp_path, kind, capsys):
+    model, _ = models(tmp_path / "base", kind)
+    ids = torch.randint(0, 131, (2, 9))
+    before = model(ids)
+    merge(model).save_pretrained(tmp_path / "merged")
+    assert f"the {kind} base was dequantised to float32" in capsys.readouterr().out
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    for after in (model(ids), peer(ids).logits):
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("called", [False, True])
+def test_layers_that_bitsandbytes_made_are_adapted_too(tmp_path, kind, called):
+    """
+    As in a transformers model loaded in 4 or 8 bits.
+
+    called: an int8 layer moves its scales to another place at its first call.
+    """
+
+    def make(i, o):
+        if kind == "nf4":
+            return bnb.nn.Linear4bit(i, o, quant_type="nf4", compute_dtype=torch.float32)
+        return bnb.nn.Linear8bitLt(i, o, has_fp16_weights=False)
+
+    def dequantised(layer):
+        if kind == "nf4":
+            return dequantize(layer.weight, torch.float32)
+        scales = layer.state.SCB if called else layer.weight.SCB
+        return layer.weight.data.float() * scales[:, None] / 127
+
+    model = nn.Sequential(make(64, 96), nn.ReLU(), make(96, 64)).to("cpu")
+    x = torch.randn(5, 64)
+    if called:
+        model(x)
+
+    # The adapted model starts as the one with the dequantised weights.
+    weights = [dequantised(layer) for layer in (model[0], model[2])]
+    replace_linear_with_bidora(model.requires_grad_(False), 4, target_modules=["0", "2"])
+    hidden = torch.relu(nn.functional.linear(x, weights[0], model[0].bias))
+    expected = nn.functional.linear(hidden, weights[1], model[2].bias)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+    # It learns.
+    optimizer = create_bilevel_optimizer(model, 1e-2, 1e-2, hypergradient="unrolled")
+    losses = [
+        optimizer.bilevel_step(lambda m, b: (m(b) - 1).square().mean(), x, x)[0] for _ in range(20)
+    ]
+    assert losses[-1] < 0.8 * losses[0]
+
+    # Its adapter is refused by a model with other layers.
+    save_adapter(model, tmp_path)
+    others = nn.Sequential(*(nn.Linear(*weight.T.shape) for weight in weights))
+    replace_linear_with_bidora(others.requires_grad_(False), 4, target_modules=["0", "1"])
+    with pytest.raises(ValueError, match="does not fit"):
+        load_adapter(others, tmp_path)
+
+
+def test_an_unknown_kind_is_refused(tmp_path):
+    checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="'int3'.*nf4, fp4, int8"):
+        Transformer.from_pretrained(tmp_path, quantize="int3")
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc"
+)
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_training_never_holds_a_dequantised_copy(tmp_path, kind):
+    """
+    A layer of 67 M weights, 268 MB in fp32, with an adapter, a step and its second derivatives.
+
+    They take less than 150 MB beyond the packed weight: a few blocks of 1,024 rows, 33 MB each.
+    """
+    code = f"""
+import re, sys
+sys.path.insert(0, {str(Path(bidora.__file__).parent)!r})
+import torch
+from bidora import BiDoRALinear
+from support.weights.quantized import QuantizedLinear, pack
+def status(key):
+    return int(re.search(key + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1e3
+pack(torch.randn(64, 64), {kind!r})
+packed = pack(torch.randn(8192, 8192), {kind!r})
+open("/proc/self/clear_refs", "w").write("5")  # reset the peak
+start = status("VmRSS")
+layer = BiDoRALinear(8192, 8192, 4, bias=False, linear=QuantizedLinear(8192, 8192, False, packed))
+x = torch.randn(4, 8192)
+loss = layer(x).square().sum()
+g = torch.autograd.grad(loss, [layer.lora_A, layer.lora_B], create_graph=True)
+torch.autograd.grad(sum(p.square().sum() for p in g), layer.lora_magnitude_vector)
+print(status("VmHWM") - start)
+"""
+    grown = float(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
+    assert grown < 150, grown
+
+
+def test_int8_is_rounded_once_to_bf16():
+    packed = pack(torch.randn(300, 64).bfloat16(), "int8")
+    exact = packed.data.float() * (packed.SCB[:, None] / 127)
+    assert torch.equal(dequantize(packed, torch.bfloat16), exact.bfloat16())
+
+
+LOADED = {
+    "nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "int8": dict(load_in_8bit=True),
+}
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("kind", LOADED)
+def test_models_that_transformers_quantised_are_adapted_and_merged(kind, called, tmp_path):
+    """
+    After merging, all is ordinary and bf16, and transformers saves and loads it. Within 2 % of the
+    adapted model: merged weights are rounded to bf16. `called`: bitsandbytes' int8 layers move
+    their scales when they are first called.
+    """
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
+    packing = transformers.BitsAndBytesConfig(**LOADED[kind])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.bfloat16, quantization_config=packing
+    )
+    ids = torch.arange(12).view(2, 6)
+    if called:
+        model(ids)
+    every = list(bidora.linear_layers(model.model, bidora.ALL_LINEAR))
+    replace_linear_with_bidora(model.requires_grad_(False), 4, target_modules=every)
+    for layer in bidora.adapter_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    with torch.no_grad():
+        expected = model(ids).logits.float()
+
+    merged = merge(model)
+    assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for each in (merged, loaded):
+        with torch.no_grad():
+            error = (each(ids).logits.float() - expected).norm() / expected.norm()
+        assert error < 0.02
+
+
+@pytest.mark.parametrize("kind", LOADED)
+def test_layers_without_an_adapter_are_dequantised_too(kind, tmp_path):
+    checkpoint(tmp_path, "Llama")
+    packing = transformers.BitsAndBytesConfig(**LOADED[kind])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=packing
+    )
+    model(torch.arange(6)[None])
+    replace_linear_with_bidora(model.requires_grad_(False), 2, target_modules=["q_proj"])
+    assert {p.dtype for p in merge(model).parameters()} == {torch.bfloat16}
+    assert not hasattr(model.config, "quantization_config")
