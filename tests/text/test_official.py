@@ -531,8 +531,12 @@ def test_a_label_outside_its_classes_is_named(hub):
     "columns, features, said",
     [
         ({"title": ["a"]}, {}, "me/set, train: the columns are title; these are needed: "),
-        ({"text": ["a", ""], "label": ["x", " "]}, {}, "me/set, train, row 2: 'label' is empty"),
-        ({"text": ["a", None], "label": ["x", "y"]}, {}, "row 2: 'text' is NoneType, not text"),
+        (
+            {"text": ["a", ""], "label": ["x", " "]},
+            {},
+            "me/set, train, row 2: the answer is empty: fill in 'label'",
+        ),
+        ({"text": ["a", None], "label": ["x", "y"]}, {}, "row 2: 'text' is NoneType, not a string"),
         (
             {"text": ["a", "b"], "label": [0, None]},
             {"label": classes("no", "yes")},
@@ -541,9 +545,9 @@ def test_a_label_outside_its_classes_is_named(hub):
         (
             {"tokens": [["a"]], "ner_tags": [[3]]},
             {"tokens": ["    sequence: string"], "ner_tags": ["    sequence: int64"]},
-            "me/set, train, row 1: 'ner_tags' is int, not text",
+            "me/set, train, row 1: 'ner_tags' is int, not a string",
         ),
-        ({"text": ["a"], "labels": ["joy"]}, {}, "row 1: 'labels' is str, not a list of texts"),
+        ({"text": ["a"], "labels": ["joy"]}, {}, "row 1: 'labels' is str, not a list of strings"),
         (
             {"tokens": [["a", "b"]], "ner_tags": [["O"]]},
             {"tokens": ["    sequence: string"], "ner_tags": ["    sequence: string"]},
@@ -552,7 +556,7 @@ def test_a_label_outside_its_classes_is_named(hub):
         (
             {"meaning_representation": ["a"], "human_references": [[""]]},
             {"human_references": ["    sequence: string"]},
-            "me/set, train, row 1: 'human_references' is empty",
+            "me/set, train, row 1: the answer is empty: fill in 'human_references'",
         ),
         (
             {"text": ["a"], "label": [-1]},
