@@ -35,6 +35,8 @@ def refused(read, path, place, said):
 
 # ------------------------------------------------------------------------------ CSV and parquet
 
+EMPTY = "the answer is empty: fill in"
+
 
 @pytest.mark.parametrize(
     "text, example",
@@ -93,10 +95,10 @@ def test_single_texts_are_in_the_formats_of_jsonl_files(write, text, name):
         ("text,label,text\nx,y,z", 1, "the column 'text' occurs twice"),
         ("text,label\na,b\n\nx", 4, "1 cells, but 2 columns"),
         ("text,label\na,b\nx,y,z", 3, "3 cells, but 2 columns"),
-        ('text,label\n"a\nb",c\nx, ', 4, "the answer is empty: fill in 'label'"),
-        ("prompt,completion\nx,", 2, "the answer is empty: fill in 'completion'"),
-        ("instruction,output\nx,", 2, "the answer is empty: fill in 'output'"),
-        ("mr,ref\nx,", 2, "the answer is empty: fill in 'ref'"),
+        ('text,label\n"a\nb",c\nx, ', 4, f"{EMPTY} 'label'"),
+        ("prompt,completion\nx,", 2, f"{EMPTY} 'completion'"),
+        ("instruction,output\nx,", 2, f"{EMPTY} 'output'"),
+        ("mr,ref\nx,", 2, f"{EMPTY} 'ref'"),
         ("text,score\nx,high", 2, "'score' is 'high', not a number"),
         ("text,score\nx,nan", 2, "'score' is nan, not a number"),
         ("text,score\nx,", 2, "'score' is '', not a number"),
@@ -155,11 +157,7 @@ def test_a_parquet_file_s_folder_adds_no_column(tmp_path):
     [
         (dict(text=["a", None], label=["x", "y"]), ", row 2", "'text' is NoneType, not a string"),
         (dict(text=["a", "b"], label=[["x"], ["y"]]), ", row 1", "'label' is list, not a string"),
-        (
-            dict(text=["a", "b"], label=["x", " "]),
-            ", row 2",
-            "the answer is empty: fill in 'label'",
-        ),
+        (dict(text=["a", "b"], label=["x", " "]), ", row 2", f"{EMPTY} 'label'"),
         (dict(text=["a"], score=[float("nan")]), ", row 1", "'score' is nan, not a number"),
         (dict(words=[["a", "b"]], tags=[["O"]]), ", row 1", "2 words and 1 tags"),
         (dict(text=["a"]), "", "the columns are text; these are needed"),
@@ -183,17 +181,20 @@ def test_without_pyarrow_the_pip_command_is_named(monkeypatch, tmp_path):
 
 # ----------------------------------------------------------------------------------------- GLUE
 
-PARSED = "index\tgenre\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\t"
-MNLI = PARSED + "gold_label\n0\tfiction\t(R)\t(R)\tIt is.\tIs it?\tneutral\tneutral"
-MNLI_DEV = (
-    PARSED + "label2\tgold_label\n0\tfiction\t(R)\t(R)\tIt is.\tIs it?\tneutral\tx\tentailment"
+PARSED = (
+    "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\t"
+    "sentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\t"
 )
+ROW = "0\t1\t1n\tfiction\t( a )\t( b )\t(R)\t(R)\tIt is.\tIs it?\tneutral\t"
+MNLI = f"{PARSED}gold_label\n{ROW}neutral"
+MNLI_DEV = f"{PARSED}label2\tlabel3\tlabel4\tlabel5\tgold_label\n{ROW}x\tx\tx\tx\tentailment"
 STSB = (
     "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
     "0\tmain-news\tx\t2012\t1\tnone\tnone\tIt is.\tIs it?\t3.800"
 )
 MRPC = '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t70\t71\tIt is.\tIs "it"?\r\n'
 QQP = 'id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n5\t6\t7\tIt is.\tIs "it"?\t0'
+QNLI = "index\tquestion\tsentence\tlabel\n0\tWho?\tNobody.\tnot_entailment"
 RTE = "index\tsentence1\tsentence2\tlabel\n0\tIt is.\tIs it?\t{}"
 GLUE = [  # task, content, the example that it holds
     ("cola", 'gj04\t0\t*\tSay "no.', {"text": 'Say "no.', "label": "0"}),
@@ -204,16 +205,8 @@ GLUE = [  # task, content, the example that it holds
     ("stsb", STSB, {"text": "It is.", "text_b": "Is it?", "score": 3.8}),
     ("mnli", MNLI, {"text": "It is.", "text_b": "Is it?", "label": "neutral"}),
     ("mnli", MNLI_DEV, {"text": "It is.", "text_b": "Is it?", "label": "entailment"}),
-    (
-        "qnli",
-        "index\tquestion\tsentence\tlabel\n0\tWho?\tNobody.\tnot_entailment",
-        {"text": "Who?", "text_b": "Nobody.", "label": "not_entailment"},
-    ),
-    (
-        "rte",
-        RTE.format("entailment"),
-        {"text": "It is.", "text_b": "Is it?", "label": "entailment"},
-    ),
+    ("qnli", QNLI, {"text": "Who?", "text_b": "Nobody.", "label": "not_entailment"}),
+    ("rte", RTE.format("yes"), {"text": "It is.", "text_b": "Is it?", "label": "yes"}),
     ("wnli", RTE.format("1"), {"text": "It is.", "text_b": "Is it?", "label": "1"}),
 ]
 
@@ -244,7 +237,7 @@ def test_many_broken_rows_of_qqp_are_refused(write):
     [
         ("rte", "index\tsentence1\tsentence2\n0\ta\tb", 1, "needed: sentence1 + sentence2 + label"),
         ("rte", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tc\n1\ta\tb", 3, "3 cells, but 4"),
-        ("sst2", "sentence\tlabel\na\t1\nb\t", 3, "the answer is empty: fill in 'label'"),
+        ("sst2", "sentence\tlabel\na\t1\nb\t", 3, f"{EMPTY} 'label'"),
         ("stsb", "sentence1\tsentence2\tscore\na\tb\tc", 2, "'score' is 'c', not a number"),
         ("cola", "index\tsentence\n0\tThey slept.", 1, "2 cells, but 4 columns"),
     ],
