@@ -20,7 +20,7 @@ import pytest
 from seqeval.metrics.sequence_labeling import get_entities
 
 import data
-from support.text import corpora, datasets
+from support.text import datasets
 from support.text.datasets import BUILT_IN
 
 SMALL = ("movie-ratings", "bbc-topics", "similarity", "tweet-entities", "peptides")
@@ -35,7 +35,7 @@ def cache(monkeypatch, request):
 
 def text_in(pinned, name):
     """The text of the only file in a zip archive whose path ends so."""
-    with zipfile.ZipFile(corpora.fetch(**pinned)) as archive:
+    with zipfile.ZipFile(datasets.fetch(**pinned)) as archive:
         [path] = [path for path in archive.namelist() if path.endswith(name)]
         return archive.read(path).decode()
 
@@ -79,7 +79,7 @@ def test_a_movie_s_score_is_the_mean_of_its_raters(cache):
 
 def test_every_bbc_article_has_its_folder_as_topic(cache):
     expected = set()
-    with zipfile.ZipFile(corpora.fetch(**corpora.BBC)) as archive:
+    with zipfile.ZipFile(datasets.fetch(**datasets.BBC)) as archive:
         names = [name for name in archive.namelist() if name.endswith(".txt") and "/data/" in name]
         for name in names:
             text = archive.read(name).decode("utf-8", errors="replace")
@@ -93,7 +93,7 @@ def test_tweets_are_tagged_as_in_their_file(cache):
     seqeval, as a library, finds the same entities in the file as a whole, less those of tweets that
     occur before.
     """
-    lines = text_in(corpora.TWEETS, "/ner.txt").split("\n")
+    lines = text_in(datasets.TWEETS, "/ner.txt").split("\n")
     blocks = [
         [line.split("\t") for line in block]
         for filled, block in itertools.groupby(lines, key=lambda line: bool(line.strip()))
@@ -118,14 +118,14 @@ def test_a_tag_inside_an_entity_follows_one_of_its_type(cache):
 
 
 def test_words_have_the_scores_of_their_file_from_1_to_5(cache):
-    rows = list(csv.reader(io.StringIO(text_in(corpora.WORD_PAIRS, "mturk-771.csv"))))[1:]
+    rows = list(csv.reader(io.StringIO(text_in(datasets.WORD_PAIRS, "mturk-771.csv"))))[1:]
     found = [(e["text"], e["text_b"], e["score"]) for e in BUILT_IN["similarity"].load()]
     assert found == [(a, b, float(score)) for _, a, b, score in rows] and len(found) == 771
     assert all(1 <= score <= 5 for *_, score in found)
 
 
 def test_peptides_are_residues_with_the_label_of_their_file(cache):
-    rows = text_in(corpora.PEPTIDES, "/AMPvsUniProt.csv").split("\n")[1:]
+    rows = text_in(datasets.PEPTIDES, "/AMPvsUniProt.csv").split("\n")[1:]
     listed = {tuple(part.strip() for part in row.split(",")) for row in rows if row}
     both = {sequence for sequence, label in listed if (sequence, str(1 - int(label))) in listed}
     expected = {pair for pair in listed if pair[0] not in both}
@@ -239,9 +239,9 @@ def archive(monkeypatch, tmp_path):
             pins[task] = hashlib.sha256(content).hexdigest()
             add(f"bigbench/benchmark_tasks/{task}/task.json", content)
 
-    assert pins.keys() == corpora.TASKS.keys()
-    monkeypatch.setattr(corpora, "TASKS", pins)
-    monkeypatch.setattr(corpora, "fetch", lambda **pinned: path)
+    assert pins.keys() == datasets.TASKS.keys()
+    monkeypatch.setattr(datasets, "TASKS", pins)
+    monkeypatch.setattr(datasets, "fetch", lambda **pinned: path)
     monkeypatch.setenv("BIDORA_CACHE", str(tmp_path / "cache"))
     return path
 
