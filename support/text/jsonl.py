@@ -15,8 +15,8 @@ Any of them may also have a "group": data.split keeps the examples of a group to
 """
 
 import json
-import math
 import re
+import sys
 
 from support.run.files import unique
 
@@ -190,9 +190,9 @@ def check_tags(words, tags):
 
 
 def check_score(score):
-    """Raise ValueError for a score that is not a finite number."""
+    """Raise ValueError for a score that is not a finite number, or an integer beyond floats."""
     number = isinstance(score, (int, float)) and not isinstance(score, bool)
-    if not number or not math.isfinite(score):
+    if not number or not abs(score) <= sys.float_info.max:
         raise ValueError(f"'score' is {score!r:.40}, not a number")
 
 

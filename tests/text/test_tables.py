@@ -112,6 +112,19 @@ def test_a_bad_row_is_named_by_file_and_line(write, text, line, said):
     refused(read_table, write(text), f":{line}: ", said)
 
 
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.csv", "text,score\nx,1e400"),
+        ("a.jsonl", f'{{"text": "x", "score": {10**400}}}'),
+        ("a.jsonl", '{"text": "x", "score": -Infinity}'),
+    ],
+)
+def test_a_score_beyond_the_floats_is_refused(write, name, text):
+    with pytest.raises(ValueError, match=r":[12]: 'score' is -?(1000|inf).*, not a number"):
+        load_examples(write(text, name))
+
+
 def test_missing_empty_and_unknown_files_are_named(write, tmp_path):
     for name in ("none.csv", "none.parquet"):
         with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
