@@ -140,23 +140,22 @@ def big_bench(task):
     Raises ValueError when a file that was taken out has changed.
     """
     folder = cache_dir() / "big-bench"
-    names = {name: name.replace("/", "-") + ".json" for name in TASKS}
-    path = folder / names[task]
+    path = folder / f"{task.replace('/', '-')}.json"
     if not path.exists():
-        take_out(names, folder)
+        take_out(folder)
     return json.loads(intact(path, TASKS[task]))["examples"]
 
 
-def take_out(names, folder):
-    """Write the task.json of BIG-bench's tasks, the keys of names, to files of these names."""
-    names = {f"bigbench-1.0.0/bigbench/benchmark_tasks/{t}/task.json": n for t, n in names.items()}
+def take_out(folder):
+    """Write the task.json of each of TASKS to a file in a folder."""
     with tarfile.open(fetch(**BIG_BENCH)) as archive:
         make_cache(folder)
         # Several processes may do this at once; a rename on one disk is atomic.
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             for member in archive:
-                if member.name in names:
-                    written = Path(temporary) / names[member.name]
+                match = re.fullmatch(r".*/benchmark_tasks/(.+)/task\.json", member.name)
+                if match and match[1] in TASKS:
+                    written = Path(temporary) / f"{match[1].replace('/', '-')}.json"
                     written.write_bytes(archive.extractfile(member).read())
                     os.replace(written, folder / written.name)
 

@@ -20,13 +20,9 @@ from support.tasks.scores import GLUE
 from support.text.jsonl import Example, check_example, check_tags
 
 PAIRS = (  # the columns of two texts
-    ("text_a", "text_b"),
-    ("text", "text_b"),
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-)
+    ("text_a", "text_b"), ("text", "text_b"), ("sentence1", "sentence2"),
+    ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
+)  # fmt: skip
 KEYS = ("label", "score", "labels")  # the last one needs lists, which parquet has
 LAYOUTS = (  # {key: column}; a table has the first layout whose columns it has
     {"instruction": "instruction", "output": "output"},

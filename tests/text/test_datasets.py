@@ -106,7 +106,7 @@ def test_tweets_are_tagged_as_in_their_file(cache):
 
     found = [example["tags"] for example in BUILT_IN["tweet-entities"].load()]
     assert get_entities(found) == get_entities(list(first.values()))
-    types = {kind for kind, _, _ in get_entities(found)}
+    types = {name for name, _, _ in get_entities(found)}
     assert len(types) == 10 and {"person", "geo-loc", "tvshow"} < types
 
 
@@ -246,36 +246,27 @@ def archive(monkeypatch, tmp_path):
     return path
 
 
-def test_pairs_have_both_texts_the_source_s_label_and_no_repeats(archive):
-    facts = BUILT_IN["fact-verification"].load()
-    assert len(facts) == 40 and facts[1] == {
-        "text": "Town 0: It has 5 houses :\nmany .",
-        "text_b": "It has more than 7 .",
-        "label": "False",
-        "group": "Town 0",
-    }
-    inferences = BUILT_IN["nli"].load()
-    assert len(inferences) == 20 and inferences[3] == {
-        "text": "Anndidn't see 1 cats.",
-        "text_b": "There weren't 1 cats.",
-        "label": "neutral",
-        "group": "1",
-    }
-    metaphors = BUILT_IN["paraphrase"].load()
-    assert len(metaphors) == 10 and metaphors[0] == {
-        "text": "He is a fox.",
-        "text_b": "He is like a fox.",
-        "label": "True",
-        "group": "He is a fox.",
-    }
-    assert BUILT_IN["epistemic-nli"].load() == [
-        {"text": "Ann knows that it rains.", "text_b": "It rains.", "label": "entailment"},
-        {"text": "Ann thinks that it rains.", "text_b": "It rains.", "label": "non-entailment"},
-    ]
-    for name in PAIRS:
-        question = BUILT_IN[name].question
-        assert all(example["label"] in question for example in BUILT_IN[name].load()), name
-        assert "{text}" in question and "{text_b}" in question
+FIRST = ("Town 0: It has 5 houses :\nmany .", "It has more than 7 .", "False", "Town 0")
+
+
+@pytest.mark.parametrize(
+    "name, count, place, values",
+    [
+        ("fact-verification", 40, 1, FIRST),
+        ("nli", 20, 3, ("Anndidn't see 1 cats.", "There weren't 1 cats.", "neutral", "1")),
+        ("paraphrase", 10, 0, ("He is a fox.", "He is like a fox.", "True", "He is a fox.")),
+        ("epistemic-nli", 2, 0, ("Ann knows that it rains.", "It rains.", "entailment")),
+        ("epistemic-nli", 2, 1, ("Ann thinks that it rains.", "It rains.", "non-entailment")),
+    ],
+)
+def test_pairs_have_both_texts_the_source_s_label_and_no_repeats(
+    archive, name, count, place, values
+):
+    examples, question = BUILT_IN[name].load(), BUILT_IN[name].question
+    expected = dict(zip(("text", "text_b", "label", "group"), values))
+    assert len(examples) == count and examples[place] == expected
+    assert all(example["label"] in question for example in examples)
+    assert "{text}" in question and "{text_b}" in question
 
 
 def test_a_meaning_has_each_of_its_descriptions_once(archive):
