@@ -99,13 +99,11 @@ def listed_tokens(folder, settings):
     path = folder / "added_tokens.json"
     ids = read_json(path) if path.exists() else {}
     listed = {i: {"content": text, "special": True} for text, i in ids.items()}
-    try:
-        listed |= {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
-    except ValueError as error:
-        raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: an id in added_tokens_decoder is not an integer "
-            f"({error})"
-        ) from None
+    named = settings.get("added_tokens_decoder", {})
+    if wrong := [i for i in named if not i.isdecimal()]:
+        path = folder / "tokenizer_config.json"
+        raise ValueError(f"{path}: an id in added_tokens_decoder is not an integer ({wrong[0]!r})")
+    listed |= {int(i): token for i, token in named.items()}
     return dict(sorted(listed.items()))
 
 
