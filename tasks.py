@@ -135,8 +135,6 @@ class LanguageTask:
                 f"{cut} examples were longer than block_size={block_size} tokens: {what} cut on "
                 f"the left, their answers kept"
             )
-        if reason := self.tokenizer.library_reason:
-            yield f"the tokenizers library splits the text, since tiktoken can't: {reason}"
         if not self.tokenizer.has_chat_template:
             yield "the tokenizer has no chat template: a plain one (User: … Assistant: …) is used"
 

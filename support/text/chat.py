@@ -1,8 +1,8 @@
 """
 Chat templates: conversations to text, and where in that text the assistant's answers are.
 
-A template is a program in jinja2's language that comes with a model, so it runs in a sandbox, in a
-process of its own (support/text/render.py).
+A template is a program that comes with a model, so it runs in a sandbox, in a process of its own
+(support/text/render.py).
 Source: https://huggingface.co/docs/transformers/chat_templating
 """
 
@@ -38,10 +38,10 @@ class ChatTemplate:
 
     def render(self, messages, add_generation_prompt=False):
         """
-        The conversation as text.
+        The conversation, a list of {"role", "content"}, as text.
 
-        messages: list of {"role", "content"}; add_generation_prompt: open the assistant's turn.
-        Raises ValueError when the template rejects the messages, or goes beyond its limits.
+        add_generation_prompt: open the assistant's turn. Raises ValueError when the template
+        rejects the messages, or goes beyond its limits.
         """
         return self.render_all((messages, add_generation_prompt))[0]
 
@@ -64,23 +64,18 @@ class ChatTemplate:
         messages, or when an answer can't be found in the text.
         """
         text = self.render(messages)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        places = self.places(text, messages) if len(answers) > 2 else None
-        if places is None:
-            return text, [self.answer_span(text, messages, i) for i in answers]
-
-        # answer_span renders the whole conversation, which a long one can't afford for each answer.
-        # Where the same text stands between a message and an answer, the template opens it alike.
-        spans, openings = [], {}
-        for i in answers:
-            past, (begin, end) = places[i - 1][1] if i else 0, places[i]
-            between = i > 0, text[past:begin]
-            opening = openings.get(between) or self.opening(text[:past], messages[:i])
-            openings[between] = opening
-            start = after_prompt(text, past, *opening, begin) if opening else end
-            if start >= end:  # not so simple, or empty
-                spans.append(self.answer_span(text, messages, i))
-                continue
+        places, openings, spans = self.places(text, messages), {}, []
+        for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+            start = end = 0
+            if places:
+                # The template opens answers alike if the same text stands before them.
+                past, (begin, end) = places[i - 1][1] if i else 0, places[i]
+                between = i > 0, text[past:begin]
+                opening = openings.get(between) or self.opening(text[:past], messages[:i])
+                openings[between] = opening
+                start = after_prompt(text, past, *opening, begin) if opening else end
+            if start >= end:  # not so simple, or empty: render all of the conversation for it
+                start, end = self.answer_span(text, messages, i)
             closed = text.startswith(self.end_of_turn, end)
             spans.append((start, end + len(self.end_of_turn) * closed))
         return text, spans
@@ -88,7 +83,7 @@ class ChatTemplate:
     def places(self, text, messages):
         """
         Where each message's content is in the text: a list of (begin, end). None for a template
-        that omits, moves or changes contents, except for white space around them.
+        that omits, moves or changes contents, but for white space around them.
         """
         marked = [m | {"content": f"\ue000message {i}\ue000"} for i, m in enumerate(messages)]
         try:
@@ -111,8 +106,8 @@ class ChatTemplate:
 
     def opening(self, text, messages):
         """
-        The prompt for an answer after `messages`, from the end of `text`, which ends with the last
-        one's content; and whether it ends with a generation prompt. None if it begins otherwise.
+        The prompt for an answer after `messages`, without `text`, by which it begins; and whether
+        it ends with a generation prompt. None if it begins otherwise.
         """
         if not messages:
             return "", False
@@ -120,8 +115,7 @@ class ChatTemplate:
         return (prompt[len(text) :], prompt != plain) if prompt.startswith(text) else None
 
     def answer_span(self, text, messages, i):
-        """Where message i, an answer, is in the text of the conversation: (start, end)."""
-        # Render again with a mark in the answer's place: the text around it stays the same.
+        """Where message i, an answer, is in the text: found by rendering a mark in its place."""
         marked = [*messages[:i], messages[i] | {"content": MARK}, *messages[i + 1 :]]
         before, found, after = self.render(marked).partition(MARK)
         start = len(before) if text.startswith(before) else None
@@ -133,7 +127,7 @@ class ChatTemplate:
                 "the chat template omits an answer, or changes the rest of the conversation along "
                 "with it, so the assistant's tokens can't be told from the others"
             )
-        return start, end + len(self.end_of_turn) * after.startswith(self.end_of_turn)
+        return start, end
 
     @cached_property
     def end_of_turn(self):
@@ -152,9 +146,9 @@ class ChatTemplate:
 
 def after_prompt(text, past, prompt, opened, start):
     """
-    Where the model starts to write: after the prompt, which is at text[past:], or else at `start`.
-    A template without a generation prompt (not `opened`) may put a space before the answer: the
-    model writes that, too.
+    Where the model starts to write: after the prompt at text[past:], or else at `start`. If a
+    template without a generation prompt (not `opened`) puts a space before the answer, the model
+    writes that, too.
     """
     end = past + len(prompt)
     if not prompt or not text.startswith(prompt, past):

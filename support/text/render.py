@@ -24,11 +24,7 @@ MOST_TEXT = 10**7  # characters
 
 
 class GenerationBlock(jinja2.ext.Extension):
-    """
-    {% generation %} … {% endgeneration %}, by which some templates mark the assistant's text.
-
-    It changes nothing here: ChatTemplate.conversation finds that text in any template.
-    """
+    """{% generation %} … {% endgeneration %} marks the assistant's text: rendered as it is."""
 
     tags = {"generation"}
 

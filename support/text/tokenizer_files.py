@@ -1,5 +1,6 @@
 """
-Hugging Face's tokenizer files, and what tiktoken needs to know from them.
+Hugging Face's tokenizer files: read, opened by the tokenizers library, or made into a tiktoken
+encoding.
 
 tokenizer.json describes a whole tokenizer: added tokens, normalizer, pre-tokenizer, model
 (vocabulary and merges), post-processor and decoder. Older models have vocab.json and merges.txt
@@ -8,7 +9,12 @@ instead; their tokenizer class, named in tokenizer_config.json, implies the rest
 Source: https://huggingface.co/docs/tokenizers/components
 """
 
-import regex
+import contextlib
+import json
+import os
+import sys
+
+import tiktoken
 
 from support.run.files import read_json
 
@@ -24,35 +30,29 @@ FILES = (
     "generation_config.json",
 )
 
-# GPT-2 writes each byte as one printable character: printable ones as themselves, the others from
-# 256 on.
+# GPT-2 writes each byte as one character: printable ones as themselves, the others from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-CHAR_TO_BYTE = {chr(b): b for b in PRINTABLE} | {
-    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)
-}
-
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Digits are cut out first; GPT-2's split is applied to the text between them. So a digit ends a run
-# of spaces as the end of the text does.
-DIGITS_THEN_GPT2_SPLIT = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-)
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+OTHERS = [b for b in range(256) if b not in PRINTABLE]
+CHAR_TO_BYTE = dict(zip(map(chr, [*PRINTABLE, *range(256, 512)]), PRINTABLE + OTHERS))
 
 # The flags of an added token where the file does not give them
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
 
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Digits are cut out first; GPT-2's split is applied to the text between them. So a digit ends a run
+# of spaces as the end of the text does.
+SMOLLM2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
 
 def read_settings(folder):
     """The settings in tokenizer_config.json, over those in special_tokens_map.json."""
-    settings = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            settings |= read_json(folder / name)
-    return settings
+    paths = folder / "special_tokens_map.json", folder / "tokenizer_config.json"
+    return {k: v for path in paths if path.exists() for k, v in read_json(path).items()}
 
 
 def token_text(token):
@@ -62,11 +62,9 @@ def token_text(token):
 
 def read_chat_template(folder, settings):
     """The chat template's text, from chat_template.jinja or else the settings; None without one."""
-    path = folder / "chat_template.jinja"
+    path, template = folder / "chat_template.jinja", settings.get("chat_template")
     if path.exists():
         return path.read_text(encoding="utf-8")
-
-    template = settings.get("chat_template")
     if isinstance(template, list):  # several templates, each with a name
         return {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
@@ -74,250 +72,169 @@ def read_chat_template(folder, settings):
 
 def read_spec(folder, settings):
     """
-    Return tokenizer.json's path and content.
+    tokenizer.json's path and content; without that file, vocab.json's path and what it implies.
 
-    Without that file, the content is built from vocab.json and merges.txt, and the path is
-    vocab.json's. Raises FileNotFoundError where both are missing.
+    Raises FileNotFoundError where both are missing.
     """
     path, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
+    listed = listed_tokens(folder, settings)
     if not path.exists() and vocab.exists() and merges.exists():
-        return vocab, spec_from_merges(folder, settings)
-
-    if not path.exists() and (folder / "tokenizer.model").exists():
+        path, spec = vocab, spec_from_merges(vocab, merges, settings, listed)
+    elif not path.exists() and (folder / "tokenizer.model").exists():
         raise FileNotFoundError(
             f"{path} is missing; tokenizer.model alone is not supported: load it with "
             f"transformers' AutoTokenizer and call save_pretrained(folder), which writes "
             f"tokenizer.json"
         )
-    spec = read_json(path)
+    else:
+        spec = read_json(path)
 
-    # Some models name a few added tokens in tokenizer_config.json only.
-    added = spec.get("added_tokens")
-    known = {token.get("id") for token in added or []}
-    for i, token in added_tokens_decoder(folder, settings).items():
-        if i not in known and added is not None:
-            added.append(FLAGS | token | {"id": i})
-    return path, spec
+    added = {token.get("id"): FLAGS | token for token in spec.get("added_tokens", [])}
+    extra = {i: FLAGS | token | {"id": i} for i, token in listed.items() if i not in added}
+    return path, spec | {"added_tokens": [*added.values(), *extra.values()]}
 
 
-def added_tokens_decoder(folder, settings):
-    """The added tokens that tokenizer_config.json lists: {id: {"content", ...}}."""
-    tokens = settings.get("added_tokens_decoder", {})
-    try:
-        return {int(i): token for i, token in tokens.items()}
-    except ValueError as error:
-        raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: an id in added_tokens_decoder is not an integer "
-            f"({error})"
-        ) from None
-
-
-def spec_from_merges(folder, settings):
-    """The content of tokenizer.json that vocab.json, merges.txt and the tokenizer class imply."""
-    kind = str(settings.get("tokenizer_class", "missing")).removesuffix("Fast")
-    if kind not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
-        raise ValueError(
-            f"{folder}: tokenizer_class is {kind}; without tokenizer.json, only GPT2Tokenizer and "
-            f"Qwen2Tokenizer are supported"
-        )
-    vocab = read_json(folder / "vocab.json")
-    settings.setdefault("eos_token", "<|endoftext|>")  # the default of both classes
-
-    decoder = byte_level(add_prefix_space=bool(settings.get("add_prefix_space")))
-    normalizer, pre_tokenizer = None, decoder
-    if kind == "Qwen2Tokenizer":
-        pattern = {"Regex": QWEN2_SPLIT}
-        split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-        steps = [split, decoder | {"use_regex": False}]
-        normalizer, pre_tokenizer = {"type": "NFC"}, {"type": "Sequence", "pretokenizers": steps}
-
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    added = added_tokens(folder, settings, vocab)
-    return bpe_spec(vocab, merges, added, normalizer, pre_tokenizer, decoder)
-
-
-def added_tokens(folder, settings, vocab):
-    """The added tokens of a folder without tokenizer.json, in that file's form."""
-    added = added_tokens_decoder(folder, settings)
+def listed_tokens(folder, settings):
+    """The added tokens that files beside tokenizer.json list, in order: {id: token}."""
     path = folder / "added_tokens.json"
     ids = read_json(path) if path.exists() else {}
-    known = {token["content"] for token in added.values()} | ids.keys()
-
-    tokens = [settings.get(f"{name}_token") for name in ("eos", "bos", "unk", "pad")]
-    for text in map(token_text, tokens + settings.get("additional_special_tokens", [])):
-        if text and text not in known:
-            # A token that the vocabulary lacks gets the next free id.
-            next_id = max([*vocab.values(), *added, *ids.values()]) + 1
-            ids[text] = vocab.get(text, next_id)
-            known.add(text)
-
-    for text, i in ids.items():
-        added.setdefault(i, {"content": text, "special": True})
-    return [FLAGS | token | {"id": i} for i, token in sorted(added.items())]
+    listed = {i: {"content": text, "special": True} for text, i in ids.items()}
+    named = settings.get("added_tokens_decoder", {})
+    if wrong := [i for i in named if not i.isdecimal()]:
+        path = folder / "tokenizer_config.json"
+        raise ValueError(f"{path}: an id in added_tokens_decoder is not an integer ({wrong[0]!r})")
+    listed |= {int(i): token for i, token in named.items()}
+    return dict(sorted(listed.items()))
 
 
-def byte_level(use_regex=True, add_prefix_space=False):
-    """The ByteLevel pre-tokenizer or decoder. use_regex: split as GPT-2 does."""
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": add_prefix_space,
-        "trim_offsets": True,
-        "use_regex": use_regex,
-    }
-
-
-def bpe_spec(vocab, merges, added, normalizer, pre_tokenizer, decoder):
-    """A byte-level BPE tokenizer as tokenizer.json's content. vocab: {token: id}."""
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": normalizer,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": decoder,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": merges,
-        },
-    }
-
-
-def flatten(step, inside):
-    """The steps of a normalizer or the like as one list; a Sequence holds its steps in `inside`."""
-    if step is None:
-        return []
-    if step.get("type") != "Sequence":
-        return [step]
-    return [inner for outer in step[inside] for inner in flatten(outer, inside)]
-
-
-def uses_nfc(spec):
-    """True for NFC, False for no normalizer. Raises NotImplementedError for any other."""
-    normalizers = [step["type"] for step in flatten(spec.get("normalizer"), "normalizers")]
-    if set(normalizers) - {"NFC"}:
-        raise NotImplementedError(f"its normalizer is {' + '.join(normalizers)}")
-    return bool(normalizers)
-
-
-def split_pattern(spec):
+def spec_from_merges(vocab, merges, settings, listed):
     """
-    One regular expression that splits text as tokenizer.json's pre-tokenizers do.
+    The content of tokenizer.json that vocab.json, merges.txt and the tokenizer class imply.
 
-    Raises NotImplementedError, with the pre-tokenizers' names, where there is none.
+    listed: from listed_tokens. Adds the classes' eos_token to settings that have none.
     """
-    steps = flatten(spec.get("pre_tokenizer"), "pretokenizers")
-    kinds = [step["type"] for step in steps]
+    from tokenizers import AddedToken, ByteLevelBPETokenizer, Regex, pre_tokenizers
 
-    if kinds and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
-        gpt2_after = steps[-1].get("use_regex", True)
-        if kinds == ["ByteLevel"]:
-            return GPT2_SPLIT if gpt2_after else r"[\s\S]+"
-
-        if kinds == ["Digits", "ByteLevel"] and gpt2_after:
-            if steps[0].get("individual_digits"):
-                return DIGITS_THEN_GPT2_SPLIT
-            return DIGITS_THEN_GPT2_SPLIT.replace(r"|\p{N}|", r"|\p{N}+|")
-
-        if kinds == ["Split", "ByteLevel"] and not gpt2_after:
-            source = steps[0]["pattern"]
-            pattern = source.get("Regex") or regex.escape(source["String"])
-            if not portable(pattern):
-                raise NotImplementedError(
-                    f"its pre-tokenizer's pattern {pattern[:100]!r} is one that libraries treat "
-                    f"differently (anchors, an empty match) or refuse"
-                )
-            if steps[0]["behavior"] == "Isolated":
-                # The text between two matches is a piece, too.
-                return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
-            if steps[0]["behavior"] == "Removed" and steps[0].get("invert"):
-                return pattern
-
-    raise NotImplementedError(
-        f"its pre-tokenizer is {' + '.join(kinds) or 'missing'}, in a form that no single regular "
-        f"expression expresses"
-    )
-
-
-def portable(pattern):
-    """Whether regular-expression libraries agree on a pattern, unless it is unusual otherwise."""
-    try:
-        empty = regex.match(pattern, "", timeout=1)
-    except (regex.error, TimeoutError, RecursionError):
-        return False
-    return not empty and not regex.search(r"(?<![\\\[])[\^$]", pattern)
-
-
-def check_byte_level(model):
-    """Raise NotImplementedError, with the reason, unless tokenizer.json's model is a plain BPE."""
-    kind, fallback = model.get("type", "BPE"), model.get("byte_fallback")
-    if kind != "BPE" or fallback:
-        raise NotImplementedError(
-            f"its model is {kind}{' with byte fallback' * bool(fallback)}, not a byte-level BPE"
+    name = str(settings.get("tokenizer_class", "missing")).removesuffix("Fast")
+    if name not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        raise ValueError(
+            f"{vocab.parent}: tokenizer_class is {name}; without tokenizer.json, only "
+            f"GPT2Tokenizer and Qwen2Tokenizer are supported"
         )
-    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    if any(model.get(option) for option in options):
-        raise NotImplementedError("its BPE has a dropout, a prefix or a suffix")
+    qwen2, spaced = name == "Qwen2Tokenizer", bool(settings.get("add_prefix_space"))
+    options = {"add_prefix_space": spaced, "unicode_normalizer": "nfc" if qwen2 else None}
+    with library_errors(f"{vocab} or merges.txt is damaged"):
+        library = ByteLevelBPETokenizer.from_file(str(vocab), str(merges), **options)
+    if qwen2:
+        split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
+        to_bytes = pre_tokenizers.ByteLevel(spaced, use_regex=False)
+        library.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+
+    settings.setdefault("eos_token", "<|endoftext|>")  # the default of both classes
+    named = [settings.get(f"{name}_token") for name in ("eos", "bos", "unk", "pad")]
+    named += settings.get("additional_special_tokens", [])
+    library.add_tokens([AddedToken(**(FLAGS | token)) for token in listed.values()])
+    library.add_special_tokens([text for text in map(token_text, named) if text])
+    return json.loads(library.to_str())
+
+
+def open_library(path, spec):
+    """The tokenizers library's tokenizer of tokenizer.json's content. Raises ValueError."""
+    import tokenizers
+
+    with library_errors(f"{path} is damaged or of an unknown kind"):
+        library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    # A file's truncation and padding are meant for batches.
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+@contextlib.contextmanager
+def library_errors(message):
+    """
+    Turn an error of the tokenizers library into a ValueError that begins with `message`.
+
+    Where a regular expression takes too long, Rust panics and reports that on file descriptor 2,
+    which is closed in the meantime.
+    """
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{message}: {error}") from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+def tiktoken_encoding(spec):
+    """
+    tokenizer.json's content as a tiktoken encoding; None where that would give other tokens.
+
+    tiktoken needs an id for every byte: those without a token get ids past the vocabulary.
+    """
+    model, added, normalizer = spec["model"], spec["added_tokens"], spec.get("normalizer")
+    more = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    plain = (
+        model.get("type", "BPE") == "BPE"
+        and not any(model.get(option) for option in more)
+        and normalizer in (None, {"type": "NFC"})
+        # All added tokens are searched for in the raw text.
+        and not any(token[flag] for token in added for flag in ("single_word", "lstrip", "rstrip"))
+        and {token["normalized"] for token in added} in ({False}, {normalizer is None})
+        and all(token["content"] for token in added)
+        and spec.get("pre_tokenizer")
+    )
+    pattern = plain and split_pattern(spec["pre_tokenizer"])
+    vocab = pattern and mergeable_vocab(model, added)
+    if not vocab:
+        return None
+
+    special = {token["content"]: token["id"] for token in added}
+    free = 1 + max([*vocab.values(), *special.values()])
+    ranks = {bytes(CHAR_TO_BYTE[c] for c in token): i for token, i in vocab.items()}
+    ranks = {bytes([b]): free + b for b in range(256)} | ranks
+    return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def split_pattern(pre_tokenizer):
+    """The regular expression that does what a known model's pre-tokenizers do; None for others."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    types, first, last = [step["type"] for step in steps], steps[0], steps[-1]
+    gpt2 = last.get("use_regex", True)
+    if last.get("add_prefix_space"):
+        return None
+    if types == ["ByteLevel"] and gpt2:
+        return GPT2_SPLIT
+    if types == ["Digits", "ByteLevel"] and gpt2 and first["individual_digits"]:
+        return SMOLLM2_SPLIT
+    if types == ["Split", "ByteLevel"] and not gpt2 and first["behavior"] == "Isolated":
+        pattern = first["pattern"].get("Regex")
+        return pattern if pattern in (QWEN2_SPLIT, LLAMA3_SPLIT) else None
+    return None
 
 
 def mergeable_vocab(model, added):
     """
-    The vocabulary {token: id} of tokenizer.json's model, without `added`, {token: id}.
-
-    tiktoken merges the pair whose token has the lowest id. Raises NotImplementedError where that is
-    not the order of the file's merges, and ValueError for a damaged file.
+    The vocabulary {token: id} of a BPE without its added tokens; None where tiktoken would merge
+    otherwise. It merges the pair whose token has the lowest id, and takes a token that is a whole
+    piece without merging.
     """
-    merged = [
-        pair.replace(" ", "", 1) if isinstance(pair, str) else "".join(pair)
-        for pair in model["merges"]
-    ]
+    merges, contents = model["merges"], {token["content"] for token in added}
+    merged = ["".join(m.split(" ", 1) if isinstance(m, str) else m) for m in merges]
     made = set(merged)
-    vocab = {token: i for token, i in model["vocab"].items() if token not in added or token in made}
-    if not vocab or made - vocab.keys():
-        raise ValueError("vocab is empty, or lacks a token that a merge makes")
+    vocab = {t: i for t, i in model["vocab"].items() if t in made or t not in contents}
+    ids = [vocab[token] for token in merged]
 
-    # tiktoken would panic on other ids.
-    for ids in (list(vocab.values()), list(added.values())):
-        if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
-            raise ValueError("two tokens share an id, or an id is not an integer from 0 to 2³¹ - 1")
-
-    order = [vocab[token] for token in merged]
-    if order != sorted(order):
-        raise NotImplementedError("its merges and its ids are in different orders")
-
-    # tiktoken would take such a token for a whole piece, or merge it from any two tokens.
-    for token in vocab.keys() - made:
-        if len(token) > 1 and (
-            not model.get("ignore_merges")
-            or any(token[:i] in vocab and token[i:] in vocab for i in range(1, len(token)))
-        ):
-            raise NotImplementedError(f"no merge makes its token {token!r}")
-    return vocab
-
-
-def special_tokens_around(post_processor):
-    """The ids that a tokenizer puts before and after a text: two lists."""
-    for step in flatten(post_processor, "processors"):
-        if step["type"] in ("RobertaProcessing", "BertProcessing"):
-            return [step["cls"][1]], [step["sep"][1]]
-
-        if step["type"] == "TemplateProcessing":
-            ids = {name: token["ids"] for name, token in step["special_tokens"].items()}
-            around, side = ([], []), 0
-            for item in step["single"]:
-                if "Sequence" in item:  # the text itself
-                    side = 1
-                else:
-                    around[side].extend(ids[item["SpecialToken"]["id"]])
-            return around
-    return [], []
+    unmade = [token for token in vocab.keys() - made if len(token) > 1]
+    if model.get("ignore_merges"):
+        pairs = ((token[:i], token[i:]) for token in unmade for i in range(1, len(token)))
+        unmade = [pair for pair in pairs if vocab.keys() >= set(pair)]
+    unique = len(set(vocab.values())) == len(vocab)  # otherwise tiktoken would panic
+    return vocab if unique and ids == sorted(ids) and not unmade else None

