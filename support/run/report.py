@@ -226,13 +226,12 @@ def stopped(error, arguments):
     """Print how to go on with a run that a signal has ended. Returns its exit status."""
     if not isinstance(error, interrupt.Stopped):
         error = interrupt.Stopped("interrupted", how=interrupt.START_AGAIN)
-    if distributed.LOCAL_RANK > 0:
-        return 128 + error.signum
     resumes = error.how.startswith("resume")
     if resumes:
         arguments = [*without(arguments, "resume", "overwrite"), "--resume=True"]
     command = f"python train.py {shlex.join(arguments)}"
     if distributed.WORLD_SIZE > 1:
         command = "the same torchrun command" + " and --resume=True" * resumes
-    print(f"{error}; {error.how}: {command}" if error.how else error, file=sys.stderr)
+    if distributed.LOCAL_RANK == 0:
+        print(f"{error}; {error.how}: {command}" if error.how else error, file=sys.stderr)
     return 128 + error.signum

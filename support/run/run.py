@@ -314,11 +314,7 @@ class Run:
         if self.step < self.steps:  # the next phase begins with optimizers of its own
             tensors |= checkpoint.optimizer_state(self.optimizer)
 
-        points = None
-        if self.trajectory:
-            keys = ("snapshots", "delta_m", "delta_d")
-            points = {key: getattr(self.trajectory, key) for key in keys}
-
+        keys = ("snapshots", "delta_m", "delta_d") if self.trajectory else ()
         state = {
             "n": self.n,
             "done": self.done,
@@ -326,7 +322,7 @@ class Run:
             "before": self.before,
             "fingerprint": self.fingerprint,
             "elapsed": time.time() - self.started,
-            "trajectory": points,
+            "trajectory": {key: getattr(self.trajectory, key) for key in keys},
             "random": checkpoint.random_states(),
             "log": digest_of(json.dumps(line).encode() for line in self.metrics),
         }

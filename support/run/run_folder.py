@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from support.run.files import make_folder, read_json, remove
+from support.run.files import make_folder, read_sealed, remove
 
 try:
     import fcntl
@@ -64,16 +64,14 @@ def locked(folder):
 def take_lock(folder):
     """Create and lock a folder. Returns a handle whose closing ends the lock; None on Windows."""
     while True:
-        # Both errors mean that another run has just removed it.
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError):  # another run has just removed it
             make_folder(folder, "choose another --out_dir")
         if not fcntl:
             return None
         try:
             handle = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
+        except FileNotFoundError:  # likewise
             continue
-
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -173,9 +171,10 @@ def remove_previous(out):
 
 def remove_run(folder):
     """Remove the files of a run; the folder stays if it also holds files of the user's own."""
-    for name in own_files(folder):
-        remove(folder / name)
-        remove(folder / f"{name}.tmp")
+    own = own_files(folder)
+    for path in list(folder.glob("*")):  # so that no name in run.json leads out of the folder
+        if path.name.removesuffix(".tmp") in own:
+            remove(path)
     for path in (folder / "checkpoints").glob("*"):
         if path.stem.isdigit():
             remove(path)
@@ -186,13 +185,10 @@ def remove_run(folder):
 
 def own_files(folder):
     """The names of the files that the run in a folder wrote, as it recorded them."""
-    recorded = None
-    with contextlib.suppress(OSError, ValueError):
-        recorded = read_json(folder / "run.json").get("files")
-    if not isinstance(recorded, list):
-        recorded = ADAPTER_FILES
-    plain = {name for name in recorded if isinstance(name, str) and Path(name).name == name}
-    return plain | set(RUN_FILES)
+    recorded = {*ADAPTER_FILES}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        recorded = {*read_sealed(folder / "run.json")["files"]}
+    return recorded | {*RUN_FILES}
 
 
 def resumed_config(config, out, stored, may_change):

@@ -339,6 +339,15 @@ def test_overwriting_removes_what_the_run_wrote_and_nothing_else(method):
     assert left == mine | {"checkpoints", "notes"}
 
 
+def test_a_run_that_names_other_folders_as_its_files_takes_none_of_them_along():
+    Path("run").mkdir()
+    for path in ("precious.txt", "run/mine.txt", "run/loss.png"):
+        Path(path).write_text("mine")
+    write_json("run/run.json", seal({"files": ["..", "", ".", "../precious.txt", "./mine.txt"]}))
+    run_folder.remove_run(Path("run"))
+    assert sorted(map(str, Path(".").rglob("*"))) == ["precious.txt", "run", "run/mine.txt"]
+
+
 def mutated(content, rng):
     """Bytes with one change: some overwritten, inserted or deleted, or all cut off from there."""
     at, size = rng.randrange(len(content)), rng.choice((1, 1, 4, 50))
