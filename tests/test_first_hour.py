@@ -128,7 +128,8 @@ def test_an_interrupt_between_or_after_the_phases_is_resumed_and_loses_no_step(
     assert train.main([*SHORT]) == 2  # the steps are not overwritten
     assert "holds an earlier run" in capsys.readouterr().err
     assert train.main([*SHORT, "--resume"]) == 0
-    assert Path("out/tiny/metrics.jsonl").read_bytes().startswith(steps)
+    resumed = Path("out/tiny/metrics.jsonl").read_bytes()
+    assert resumed.startswith(steps) and resumed.count(b"\n") == 12
 
 
 @pytest.mark.parametrize("before", [True, False])
