@@ -266,12 +266,12 @@ class Task:
         free = data.format_of(self.splits["train"][0]) in ("prompt", "code", "text")
         return self.name == "language_model" and free
 
-    def about(self):
+    def metadata(self):
         """What run.json holds besides the settings; sample.py reads it."""
         question = self.kind.question if self.name == "label_words" else ""
         labels = self.labels if self.name in ("label_words", *tasks.HEADS) else []
-        about = {"task": self.name, "labels": labels, "label_prompt": question}
-        return about | {"pairs": self.pairs, "dtype": self.dtype}
+        metadata = {"task": self.name, "labels": labels, "label_prompt": question}
+        return metadata | {"pairs": self.pairs, "dtype": self.dtype}
 
     def save(self, out):
         """Write the adapter, or for full fine-tuning the model, into the folder `out`."""

@@ -1,7 +1,6 @@
 """
 A newcomer's first hour, scripted: what a run shows on stderr, what it says when it is interrupted,
-wrong or in vain, and with which exit code. Programs run in processes of their own, as users run
-them.
+wrong or in vain, and with which exit code.
 """
 
 import json
@@ -51,15 +50,16 @@ def elsewhere(tmp_path, monkeypatch, request):
 
 
 def run(*command, **options):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        **options,
-    )
+    options |= dict(capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return subprocess.run([sys.executable, *command], timeout=300, **options)
+
+
+def write(path, rows):
+    Path(path).write_text("\n".join(map(json.dumps, rows)))
+
+
+def last(capsys):
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def interrupted(owner, name, count, *arguments):
@@ -70,21 +70,16 @@ def interrupted(owner, name, count, *arguments):
     return done.stderr.strip().splitlines()[-1]
 
 
-# ---------------------------------------------------------------------------- bars
-
-
 def test_every_phase_has_a_bar_with_its_unit_and_the_table_says_what_val_was_for():
     done = run(str(ROOT / "train.py"), *SHORT)
     assert done.returncode == 0
-    bars = re.findall(r"(\w+): 100%\S* (\d+)/\d+ \[.*?([a-z]+)[],/]", done.stderr)
-    found = re.findall(r"(\w+): 100%.*? (\d+)/\2 \[.*?[\d?](row|step)/s", done.stderr)
-    assert [name for name, _, _ in found] == ["evaluate", "search", "retrain", "evaluate"], bars
-    assert [(total, unit) for _, total, unit in found] == [
-        ("20", "row"),
-        ("6", "step"),
-        ("6", "step"),
-        ("220", "row"),
-    ]
+    bars = re.findall(r"(\w+): 100%.*? (\d+)/\2 \[.*?[\d?](row|step)/s", done.stderr)
+    assert [" ".join(bar) for bar in bars] == [
+        "evaluate 20 row",
+        "search 6 step",
+        "retrain 6 step",
+        "evaluate 220 row",
+    ], done.stderr
     [line] = re.findall(r" trained on .*", done.stdout)
     assert line.split() == ["trained", "on", "yes", "in", "retrain", "no"]
 
@@ -101,9 +96,6 @@ def test_the_first_step_is_kept_out_of_the_time_left(monkeypatch):
         assert "<00:14" in bar.format_meter(**bar.format_dict)  # 7 steps of 2 seconds
 
 
-# ---------------------------------------------------------------------------- interrupts
-
-
 def test_an_interrupt_between_the_imports_and_the_program_is_of_a_killed_process():
     code = "import train, _thread; _thread.interrupt_main(); input()"
     done = run("-c", code, stdin=subprocess.DEVNULL)
@@ -111,42 +103,33 @@ def test_an_interrupt_between_the_imports_and_the_program_is_of_a_killed_process
     assert done.stderr.startswith("interrupted; start it again with: python -c")
 
 
-@pytest.mark.parametrize("owner, name", [("train", "prepare"), ("train", "evaluate_rows")])
-def test_before_the_first_step_an_interrupt_gives_the_command_and_the_folder_is_used_again(
-    owner, name
-):
-    said = interrupted(owner, name, 1, *SHORT)
+@pytest.mark.parametrize("name", ["prepare", "evaluate_rows"])
+def test_before_the_first_step_an_interrupt_gives_the_command_and_the_folder_is_used_again(name):
+    said = interrupted("train", name, 1, *SHORT)
     assert said.startswith("interrupted") and said.endswith(f"python train.py {' '.join(SHORT)}")
     assert train.main([*SHORT]) == 0
 
 
-def test_an_interrupt_in_the_last_evaluation_says_that_all_steps_are_saved():
-    said = interrupted("train", "evaluate_rows", 2, *SHORT)
-    assert "after the last step" in said
+@pytest.mark.parametrize(
+    "owner, name, count, begin",
+    [
+        ("train", "build_optimizer", 2, "interrupted; 6 steps are saved; resume it with: "),
+        ("train", "evaluate_rows", 2, "interrupted after the last step"),
+        ("run.report", "plot_losses", 1, "interrupted after the last step"),
+    ],
+)
+def test_an_interrupt_between_or_after_the_phases_is_resumed_and_loses_no_step(
+    owner, name, count, begin, capsys
+):
+    said = interrupted(owner, name, count, *SHORT)
+    assert said.startswith(begin)
     assert said.endswith(f"python train.py {' '.join(SHORT)} --resume=True")
     steps = Path("out/tiny/metrics.jsonl").read_bytes()
-    assert train.main([*SHORT, "--resume"]) == 0
-    assert Path("out/tiny/metrics.jsonl").read_bytes() == steps
-
-
-def test_an_interrupt_while_a_phase_begins_is_resumed_at_the_checkpoint_before_it():
-    said = interrupted("train", "build_optimizer", 2, *SHORT)
-    assert said.startswith("interrupted; 6 steps are saved; resume it with: python train.py")
-    assert train.main([*SHORT, "--resume"]) == 0
-
-
-def test_an_interrupt_in_the_middle_of_saving_the_summary_loses_nothing():
-    said = interrupted("run.report", "plot_losses", 1, *SHORT)
-    assert said.endswith("--resume=True") and train.main([*SHORT, "--resume"]) == 0
-
-
-def test_a_folder_that_holds_steps_is_still_refused(capsys):
-    interrupted("train", "build_optimizer", 2, *SHORT)
-    assert train.main([*SHORT]) == 2
+    assert train.main([*SHORT]) == 2  # the steps are not overwritten
     assert "holds an earlier run" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------- a run in vain
+    assert train.main([*SHORT, "--resume"]) == 0
+    resumed = Path("out/tiny/metrics.jsonl").read_bytes()
+    assert resumed.startswith(steps) and resumed.count(b"\n") == 12
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -164,15 +147,11 @@ def test_a_run_that_learnt_says_nothing_of_the_kind(capsys):
 
 
 def test_without_a_test_set_the_setting_for_one_is_named(capsys):
-    rows = [{"text": f"word {i}", "label": ("a", "b")[i % 2]} for i in range(40)]
-    Path("mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write("mine.jsonl", [{"text": f"word {i}", "label": "ab"[i % 2]} for i in range(40)])
     options = ("--data=", "--train_file", "mine.jsonl", "--out_dir", "mine")
     assert train.main(["--config=tiny.py", "--search_steps=2", "--retrain_steps=2", *options]) == 0
     out = capsys.readouterr().out
     assert "no test set: --test_file" in out and "before training: val accuracy" in out
-
-
-# ---------------------------------------------------------------------------- the command line
 
 
 @pytest.mark.parametrize(
@@ -185,18 +164,14 @@ def test_without_a_test_set_the_setting_for_one_is_named(capsys):
         (["--eval_before", "False", "--rank=4"], {"eval_before": False, "rank": 4}),
         (["--target-modules", "q_proj,v_proj"], {"target_modules": ("q_proj", "v_proj")}),
         (["--lower_lr", "1e-2", "--label_prompt=a=b"], {"lower_lr": 0.01, "label_prompt": "a=b"}),
+        # The folder's name holds the method.
+        (["--config", "tiny.py", "--method", "dora"], {"out_dir": "out/tiny-dora"}),
+        (["--config", "tiny.py"], {"out_dir": "out/tiny"}),
     ],
 )
 def test_a_value_may_follow_its_name_and_a_bool_may_stand_alone(arguments, expected):
-    found = config.read_config(arguments)
-    assert {name: getattr(found, name) for name in expected} == expected
-
-
-@pytest.mark.parametrize(
-    "arguments, out", [(["--method", "dora"], "out/tiny-dora"), ([], "out/tiny")]
-)
-def test_the_folder_s_name_holds_a_method_given_either_way(arguments, out):
-    assert config.read_config(["--config", "tiny.py", *arguments]).out_dir == out
+    settings = config.read_config(arguments)
+    assert {name: getattr(settings, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", config.OTHER_NAMES)
@@ -221,8 +196,6 @@ def test_tools_read_settings_the_same_way(capsys):
     assert "no folder nowhere" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------- downloads
-
 PIP = """
 import pathlib, sys, time
 print("Collecting", *sys.argv[1:])
@@ -235,50 +208,28 @@ sys.exit({status})
 """
 
 
-def fake_pip(tmp_path, monkeypatch, status):
-    """A stand-in for pip, which writes a kilobyte in 0.8 seconds."""
-    script = tmp_path / "pip.py"
-    script.write_text(PIP.format(status=status))
+def download(monkeypatch, status):
+    """Download with a stand-in for pip, which writes a kilobyte in 0.8 seconds."""
+    Path("pip.py").write_text(PIP.format(status=status))
     start = subprocess.Popen
     monkeypatch.setattr(
-        files.subprocess, "Popen", lambda c, **o: start([c[0], str(script), *c[3:]], **o)
+        files.subprocess, "Popen", lambda c, **o: start([c[0], "pip.py", *c[3:]], **o)
     )
+    files.download("thing==1", Path("cache/thing-1.whl"), "0" * 64, 1000)
 
 
-def test_a_download_is_one_line_and_a_bar(tmp_path, monkeypatch, capfd):
-    fake_pip(tmp_path, monkeypatch, 0)
-    path = tmp_path / "cache" / "thing-1.whl"
-    files.download("thing==1", path, "0" * 64, 1000)
+def test_a_download_is_one_line_and_a_bar(monkeypatch, capfd):
+    download(monkeypatch, 0)
     out, err = capfd.readouterr()
-    assert path.read_bytes() == b"x" * 1000 and out == ""
+    assert Path("cache/thing-1.whl").read_bytes() == b"x" * 1000 and out == ""
     assert "Collecting" not in err and "100%" in err and "1.00k/1.00k" in err
 
 
-def test_pip_s_own_text_is_shown_when_it_fails(tmp_path, monkeypatch, capfd):
-    fake_pip(tmp_path, monkeypatch, 1)
+def test_pip_s_own_text_is_shown_when_it_fails(monkeypatch, capfd):
     with pytest.raises(FileNotFoundError, match="could not download thing==1"):
-        files.download("thing==1", tmp_path / "cache" / "thing-1.whl", "0" * 64, 1000)
+        download(monkeypatch, 1)
     assert "Collecting download" in capfd.readouterr().err
-    assert not list((tmp_path / "cache").iterdir())
-
-
-# ---------------------------------------------------------------------------- a busy machine
-
-
-# ---------------------------------------------------------------------------- a conversation
-
-
-def test_a_conversation_ends_at_ctrl_c_without_a_traceback():
-    command = [sys.executable, str(ROOT / "sample.py"), "--model", "tiny-random", "--chat"]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process = subprocess.Popen(command, text=True, **pipes)
-    shown = ""
-    while not shown.endswith("you: "):
-        shown += process.stdout.read(1) or pytest.fail(process.stderr.read())
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in error
+    assert not list(Path("cache").iterdir())
 
 
 def test_the_download_s_bar_bears_that_pip_removes_its_folders(tmp_path, monkeypatch):
@@ -296,13 +247,22 @@ def test_the_download_s_bar_bears_that_pip_removes_its_folders(tmp_path, monkeyp
     assert files.largest(tmp_path) == 5
 
 
-# ------------------------------------------------------------------------ what a third try found
+def test_a_conversation_ends_at_ctrl_c_without_a_traceback():
+    command = [sys.executable, str(ROOT / "sample.py"), "--model", "tiny-random", "--chat"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, text=True, **pipes)
+    shown = ""
+    while not shown.endswith("you: "):
+        shown += process.stdout.read(1) or pytest.fail(process.stderr.read())
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in error
 
 
 def test_the_next_command_can_be_copied(capsys):
     """Into a shell, and with a folder of any name; free text is continued as it was learnt."""
-    rows = [json.dumps({"prompt": "ab" * i, "completion": " cd"}) for i in range(1, 21)]
-    Path("own.jsonl").write_text("\n".join(rows))
+    write("own.jsonl", [{"prompt": "ab" * i, "completion": " cd"} for i in range(1, 21)])
     budget = ["--search_steps=1", "--retrain_steps=1", "--out_dir=my run's"]
     assert train.main(["--model=tiny-random", "--train_file=own.jsonl", *budget]) == 0
     copied = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()[0]
@@ -313,24 +273,18 @@ def test_the_next_command_can_be_copied(capsys):
 
 
 def test_files_of_several_kinds_are_named(capsys):
-    kinds = {"label": "yes", "score": 1.0}
-    for key, value in kinds.items():
-        rows = [json.dumps({"text": f"a {i}", key: value}) for i in range(20)]
-        Path(f"{key}.jsonl").write_text("\n".join(rows))
-    files = ["--train_file=label.jsonl", "--test_file=score.jsonl"]
-    assert train.main(["--model=tiny-random", *files]) == 2
+    write("label.jsonl", [{"text": f"a {i}", "label": "yes"} for i in range(20)])
+    write("score.jsonl", [{"text": f"a {i}", "score": 1.0} for i in range(20)])
+    write("pairs.jsonl", [{"text": "a", "text_b": "b", "label": "yes"}])
+    given = ["--model=tiny-random", "--train_file=label.jsonl"]
+    assert train.main([*given, "--test_file=score.jsonl"]) == 2
     assert "train is classification, val is classification, test is regression" in last(capsys)
-    Path("pairs.jsonl").write_text(json.dumps({"text": "a", "text_b": "b", "label": "yes"}))
-    assert train.main(["--model=tiny-random", files[0], "--test_file=pairs.jsonl"]) == 2
+    assert train.main([*given, "--test_file=pairs.jsonl"]) == 2
     assert "text_b, for pairs, is only in the examples of test" in last(capsys)
 
 
 def test_a_question_is_refused_where_nothing_is_asked(capsys):
-    Path("free.jsonl").write_text("\n".join(json.dumps({"text": f"a {i}"}) for i in range(20)))
+    write("free.jsonl", [{"text": f"a {i}"} for i in range(20)])
     given = ["--train_file=free.jsonl", "--label_prompt={text}?"]
     assert train.main(["--model=tiny-random", *given]) == 2
     assert "label_prompt is for task=label_words, not task=language_model" in last(capsys)
-
-
-def last(capsys):
-    return capsys.readouterr().err.splitlines()[-1]

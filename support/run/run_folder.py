@@ -9,10 +9,9 @@ import contextlib
 import dataclasses
 import json
 import os
-import stat
 from pathlib import Path
 
-from support.run.files import make_folder, no_folder, read_json, remove
+from support.run.files import make_folder, read_sealed, remove
 
 try:
     import fcntl
@@ -35,9 +34,9 @@ RUN_FILES = (  # beside the weights, which run.json names
 
 def check_writable(out):
     """Raise ValueError unless the folder can be created or written."""
-    existing = next(path for path in (out, *out.parents) if path.exists())
+    existing = next(path for path in (out, *out.parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        what = "read-only" if existing.is_dir() else "a file"
+        what = "read-only" if existing.is_dir() else "not a folder"
         raise ValueError(
             f"out_dir={out} can't be written, since {existing} is {what}: choose another folder"
         )
@@ -64,23 +63,15 @@ def locked(folder):
 
 def take_lock(folder):
     """Create and lock a folder. Returns a handle whose closing ends the lock; None on Windows."""
-    remedy = "choose another --out_dir"
-    make_folder(folder.parent, remedy)
     while True:
-        try:
-            folder.mkdir(exist_ok=True)
-        except FileExistsError:
-            if is_something_else(folder):
-                raise
-            continue  # another run has just removed it
-        except OSError as error:
-            raise no_folder(folder, error, remedy) from None
-        try:
-            handle = os.open(folder, os.O_RDONLY) if fcntl else None
-        except FileNotFoundError:
-            continue  # likewise
-        if handle is None:
+        with contextlib.suppress(FileExistsError):  # another run has just removed it
+            make_folder(folder, "choose another --out_dir")
+        if not fcntl:
             return None
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # likewise
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -92,14 +83,6 @@ def take_lock(folder):
         if is_at(handle, folder):
             return handle
         os.close(handle)  # the lock of a folder that another run has removed or moved
-
-
-def is_something_else(path):
-    """Whether there is a file or a link that leads nowhere, rather than a folder or nothing."""
-    try:
-        return not stat.S_ISDIR(os.lstat(path).st_mode)
-    except FileNotFoundError:
-        return False
 
 
 def is_at(handle, folder):
@@ -118,8 +101,7 @@ def find_run(config, out):
     Raises ValueError when the folder's content does not fit config.resume and config.overwrite.
     """
     # A .tmp file is left over from a write that a kill interrupted.
-    begun = out.exists() and any(not path.name.endswith(".tmp") for path in out.iterdir())
-    if not begun:
+    if all(path.name.endswith(".tmp") for path in out.iterdir()):
         if config.resume:
             print(f"{out} holds no run to resume: starting one")
         return False, False
@@ -160,16 +142,13 @@ def previous_of(out):
 
 def set_aside(out):
     """
-    Move the earlier run in `out` to previous_of(out), marked as removable; remove it if it ended
-    before its first step.
-
-    If an even earlier run is kept there already: when the run in `out` has finished, it takes that
-    one's place; when it has not, it is removed and the even earlier one stays.
+    Move the earlier run in `out` to previous_of(out), marked as removable. A run that ended before
+    its first step is removed, and one that has not finished makes way for the run kept already.
     """
     previous = previous_of(out)
-    if previous.exists() and (out / "summary.json").exists():
-        remove_run(previous)
-    if is_untrained(out) or (previous.exists() and (previous / REPLACED).exists()):
+    if (out / "summary.json").exists():
+        remove_previous(out)
+    if is_untrained(out) or (previous / REPLACED).exists():
         remove_run(out)
     else:
         (out / REPLACED).touch()
@@ -185,16 +164,17 @@ def put_back(out):
 
 
 def remove_previous(out):
-    """Remove the earlier run that set_aside kept, once the new one has finished."""
+    """Remove the earlier run that set_aside kept, once a newer one has finished."""
     if (previous_of(out) / REPLACED).exists():
         remove_run(previous_of(out))
 
 
 def remove_run(folder):
     """Remove the files of a run; the folder stays if it also holds files of the user's own."""
-    for name in own_files(folder):
-        remove(folder / name)
-        remove(folder / f"{name}.tmp")
+    own = own_files(folder)
+    for path in list(folder.glob("*")):  # so that no name in run.json leads out of the folder
+        if path.name.removesuffix(".tmp") in own:
+            remove(path)
     for path in (folder / "checkpoints").glob("*"):
         if path.stem.isdigit():
             remove(path)
@@ -205,14 +185,10 @@ def remove_run(folder):
 
 def own_files(folder):
     """The names of the files that the run in a folder wrote, as it recorded them."""
-    try:
-        recorded = read_json(folder / "run.json").get("files")
-    except (OSError, ValueError):
-        recorded = None
-    if not isinstance(recorded, list):
-        recorded = ADAPTER_FILES
-    plain = {name for name in recorded if isinstance(name, str) and Path(name).name == name}
-    return plain | set(RUN_FILES)
+    recorded = {*ADAPTER_FILES}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        recorded = {*read_sealed(folder / "run.json")["files"]}
+    return recorded | {*RUN_FILES}
 
 
 def resumed_config(config, out, stored, may_change):
@@ -221,7 +197,7 @@ def resumed_config(config, out, stored, may_change):
     with the settings in may_change taken from `config`. Raises ValueError when `config` differs in
     any other setting.
     """
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    now = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as lists
     asked = stored.get("asked")
     if not isinstance(asked, dict) or now.keys() - stored.keys():
         raise ValueError(f"{out / 'run.json'} was written by another version: it can't be resumed")

@@ -1,8 +1,6 @@
-"""
-A run that is killed, stopped, out of disk or damaged goes on as if nothing had been; or says in one
-line why not.
-"""
+"""A run that is killed, stopped or damaged goes on as if nothing had been, or says why not."""
 
+import itertools
 import json
 import os
 import random
@@ -18,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from support.run import checkpoint, run_folder
+from support.run import checkpoint, interrupt, run_folder
 from support.run.files import replacing, seal, write_json
 from support.weights.pretrained import find_model
 from train import Config
@@ -71,33 +69,61 @@ sys.exit(train.main(sys.argv[3:]))
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def models(request):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, request):
+def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run of TINY that was never stopped."""
+    return run(tmp_path_factory.mktemp("runs") / "whole")
+
+
+def run(folder, **settings):
+    train.train(Config(out_dir=str(folder), **TINY | settings))
+    return folder
+
+
+def refused(said, **settings):
+    """The run in the folder "run" is refused with this message."""
+    with pytest.raises(ValueError, match=said):
+        run("run", **settings)
+
+
+def before_each_step(patched, action):
+    scale = train.learning_rate_scale
+
+    def wrapped(step, *arguments):
+        action(step)
+        return scale(step, *arguments)
+
+    patched.setattr(train, "learning_rate_scale", wrapped)
 
 
 def lines(folder):
     """metrics.jsonl without the times."""
-    return [
-        {key: value for key, value in json.loads(line).items() if key != "seconds"}
-        for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    ]
+    text = (Path(folder) / "metrics.jsonl").read_text()
+    return [json.loads(line) | {"seconds": None} for line in text.splitlines()]
 
 
 def assert_same_run(one, other):
-    weights = next(
-        name
-        for name in ("adapter_model.safetensors", "model.safetensors")
-        if (Path(one) / name).exists()
-    )
-    assert (Path(one) / weights).read_bytes() == (Path(other) / weights).read_bytes()
-    assert (Path(one) / "trajectory.safetensors").read_bytes() == (
-        Path(other) / "trajectory.safetensors"
-    ).read_bytes()
+    folders = Path(one), Path(other)
+    names = ("adapter_model.safetensors", "model.safetensors", "trajectory.safetensors")
+    written = [name for name in names if (folders[0] / name).exists()]
+    assert len(written) == 2
+    for name in written:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     assert lines(one) == lines(other)
-    after = [json.loads((Path(folder) / "summary.json").read_text()) for folder in (one, other)]
-    assert after[0]["after"] == after[1]["after"] and after[0]["before"] == after[1]["before"]
+    results = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    assert all(results[0][when] == results[1][when] for when in ("before", "after"))
     assert not (Path(other) / "checkpoints").exists() and not list(Path(other).glob("*.tmp"))
 
 
@@ -105,48 +131,27 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(name, again):
     settings = TINY | RUNS[name]
-    train.train(Config(out_dir="whole", **settings))
-    arguments = [f"--{key}={value}" for key, value in settings.items()] + [
-        "--out_dir=killed",
-        "--resume=True",
-    ]
-    rng, kills = random.Random(f"{name} {again}" if again else name), 0
-    while kills < 4:
-        target, delay = (
-            rng.randint(1, 14),
-            rng.choice((0, 0, rng.random() * 0.05)),
-        )  # at a write's last act, or anywhere
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                KILLED.format(root=str(ROOT)),
-                str(target),
-                str(delay),
-                *arguments,
-            ],
-            capture_output=True,
-            text=True,
-        )
+    run("whole", **settings)
+    arguments = [f"--{key}={value}" for key, value in settings.items()]
+    arguments += ["--out_dir=killed", "--resume=True"]
+    rng = random.Random(f"{name} {again}" if again else name)
+    for _ in range(4):
+        # At a write's last act, or anywhere.
+        target, delay = rng.randint(1, 14), rng.choice((0, 0, rng.random() * 0.05))
+        command = [sys.executable, "-c", KILLED.format(root=str(ROOT)), str(target), str(delay)]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, (target, delay, done.stdout, done.stderr)
-        kills += 1
     assert train.main(arguments) == 0
     assert_same_run("whole", "killed")
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_finish_the_step_save_and_say_how_to_go_on(signum, code):
-    arguments = [
-        "--config=tiny.py",
-        "--snapshots=2",
-        "--search_steps=200",
-        "--retrain_steps=10",
-        "--upper_every=4",
-        "--eval_size=20",
-    ]
+    command = "--config=tiny.py --snapshots=2 --search_steps=200 --retrain_steps=10 --upper_every=4"
+    arguments = [*command.split(), "--eval_size=20"]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *arguments],
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -158,18 +163,17 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(signum, code):
     _, error = process.communicate(timeout=120)
     assert process.returncode == code
     message = error.strip().splitlines()[-1]
-    assert message.startswith("stopped at search step ") and message.endswith(
-        f"resume it with: python train.py {' '.join(arguments)} --resume=True"
-    )
+    again = f"resume it with: python train.py {' '.join(arguments)} --resume=True"
+    assert message.startswith("stopped at search step ") and message.endswith(again)
     done = len(lines("out/tiny"))
-    assert done < 200 and [path.name for path in checkpoint.names("out/tiny")][-1] == f"{done:06d}"
+    assert done < 200 and checkpoint.names("out/tiny")[-1].name == f"{done:06d}"
     assert train.main([*arguments, "--resume=True"]) == 0
     assert train.main([*arguments, "--out_dir=whole"]) == 0
     assert_same_run("whole", "out/tiny")
 
 
 def test_a_second_interrupt_leaves_at_once():
-    with checkpoint.stop_signals() as signals:
+    with interrupt.stop_signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         assert signals == [signal.SIGINT]
@@ -180,150 +184,130 @@ def test_a_second_interrupt_leaves_at_once():
 
 
 def stopped_run(folder, monkeypatch, after=3, **settings):
-    """
-    A run in `folder` that ran out of disk at its checkpoint number `after`; returns its error.
-    """
-    calls = 0
+    """Run until the disk is full, at checkpoint number `after`; returns the error's message."""
+    calls, write = itertools.count(1), checkpoint.save_file
 
     def save_file(tensors, path):
-        nonlocal calls
-        calls += 1
-        if calls >= after:
+        if next(calls) >= after:
             Path(path).write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        return write(tensors, path)
+        write(tensors, path)
 
-    write = checkpoint.save_file
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, pytest.raises(OSError) as caught:
         patched.setattr(checkpoint, "save_file", save_file)
-        with pytest.raises(OSError) as caught:
-            train.train(Config(out_dir=folder, **TINY, **settings))
+        run(folder, **settings)
     return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path_factory.mktemp("runs"))
+        stopped_run("run", patched)
+        return Path.cwd() / "run"
+
+
+@pytest.fixture
+def stopped(stopped_once, elsewhere):
+    """In the folder "run", a stopped run with checkpoints of steps 2 and 4."""
+    shutil.copytree(stopped_once, "run")
 
 
 @pytest.mark.parametrize("method", ["bidora", "ft"])
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_elsewhere(
     method, monkeypatch
 ):
-    settings = TINY | dict(method=method)
     message = stopped_run("full", monkeypatch, method=method)
-    assert (
-        "full/checkpoints/000006" in message
-        and "No space left on device" in message
-        and "--resume=True" in message
-        and "--out_dir" in message
-    )
+    for said in ("full/checkpoints/000006 (No space left on device)", "--resume=True", "--out_dir"):
+        assert said in message
     assert sorted(path.name for path in Path("full/checkpoints").iterdir()) == ["000002", "000004"]
     shutil.copytree("full", "elsewhere")
-    train.train(Config(out_dir="elsewhere", resume=True, **settings))
-    train.train(Config(out_dir="whole", **settings))
-    assert_same_run("whole", "elsewhere")
+    run("elsewhere", resume=True, method=method)
+    assert_same_run(run("whole", method=method), "elsewhere")
     assert not (Path("full") / "summary.json").exists()
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(monkeypatch, capsys):
-    stopped_run("run", monkeypatch)
-    newest = checkpoint.names("run")[-1] / "state.safetensors"
-    content = bytearray(newest.read_bytes())
-    content[-10] ^= 1  # one bit
-    newest.write_bytes(content)
-    train.train(Config(out_dir="run", resume=True, **TINY))
+@pytest.mark.parametrize("part", ["a bit of the tensors", "random", "n", "done", "log"])
+def test_a_damaged_or_edited_checkpoint_is_named_and_the_one_before_it_taken(
+    part, whole, stopped, capsys
+):
+    newest = checkpoint.names("run")[-1]
+    if part == "a bit of the tensors":
+        content = bytearray((newest / "state.safetensors").read_bytes())
+        content[-10] ^= 1
+        (newest / "state.safetensors").write_bytes(content)
+    else:
+        state = json.loads((newest / "state.json").read_text())
+        del state[part]
+        (newest / "state.json").write_text(json.dumps(state))
+    run("run", resume=True)
     out = capsys.readouterr().out
     assert "checkpoint run/checkpoints/000004 is damaged" in out and "after step 2" in out
-    train.train(Config(out_dir="whole", **TINY))
-    assert_same_run("whole", "run")
+    reason = "has changed" if " " in part else "edited, damaged, or written by another version"
+    assert reason in out
+    assert_same_run(whole, "run")
 
 
 def test_a_run_without_any_checkpoint_starts_again(monkeypatch, capsys):
     stopped_run("run", monkeypatch, after=1)
-    train.train(Config(out_dir="run", resume=True, **TINY))
+    run("run", resume=True)
     assert "run has no checkpoint yet" in capsys.readouterr().out
-    train.train(Config(out_dir="new", resume=True, **TINY))
+    run("new", resume=True)
     assert "new holds no run to resume: starting one" in capsys.readouterr().out
     assert_same_run("run", "new")
 
 
-def test_changed_settings_and_data_are_refused_and_harmless_ones_named(monkeypatch, capsys):
-    stopped_run("run", monkeypatch)
-    with pytest.raises(ValueError, match=r"rank=4 \(it was 8\), lower_lr=0.5 \(it was 0.0\)"):
-        train.train(Config(out_dir="run", resume=True, rank=4, lower_lr=0.5, **TINY))
-    with pytest.raises(
-        ValueError, match="earlier run: choose another --out_dir, resume it with --resume=True"
-    ):
-        train.train(Config(out_dir="run", **TINY))
-    state = checkpoint.names("run")[-1] / "state.json"
-    sealed = state.read_text()
-    about = {n: value for n, value in json.loads(sealed).items() if n != "sha256"}
-    state.write_text(json.dumps(seal(about | {"fingerprint": "other"})))
-    with pytest.raises(ValueError, match="its data or its tokenizer has changed"):
-        train.train(Config(out_dir="run", resume=True, **TINY))
-    state.write_text(sealed)
+def test_changed_settings_and_data_are_refused_and_harmless_ones_named(stopped, capsys):
+    changed = r"rank=4 \(it was 8\), lower_lr=0.5 \(it was 0.0\)"
+    refused(changed, resume=True, rank=4, lower_lr=0.5)
+    refused("earlier run: choose another --out_dir, resume it with --resume=True")
+
+    path = checkpoint.names("run")[-1] / "state.json"
+    sealed = path.read_text()
+    state = {name: value for name, value in json.loads(sealed).items() if name != "sha256"}
+    path.write_text(json.dumps(seal(state | {"fingerprint": "other"})))
+    refused("its data or its tokenizer has changed", resume=True)
+    path.write_text(sealed)
+
     metrics = Path("run/metrics.jsonl").read_text()
     Path("run/metrics.jsonl").write_text(metrics.split("\n", 1)[1])
-    with pytest.raises(ValueError, match="lacks lines"):
-        train.train(Config(out_dir="run", resume=True, **TINY))
+    refused("lacks lines", resume=True)
     Path("run/metrics.jsonl").write_text(metrics)
-    train.train(Config(out_dir="run", resume=True, **TINY | dict(checkpoint_every=7)))
+
+    run("run", resume=True, checkpoint_every=7)
     assert "changed since the run began: checkpoint_every=7 (it was 2)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="run holds a finished run: there is nothing to resume"):
-        train.train(Config(out_dir="run", resume=True, **TINY))
+    refused("run holds a finished run: there is nothing to resume", resume=True)
 
 
 def test_what_an_earlier_run_left_goes_when_the_newer_one_has_ended_however_it_went_on(monkeypatch):
-    train.train(Config(out_dir="run", **TINY))
+    run("run")
     stopped_run("run", monkeypatch, overwrite=True)  # killed: the earlier run is still beside
-    assert (Path("run.previous") / "summary.json").exists()
-    train.train(Config(out_dir="run", resume=True, **TINY | dict(overwrite=True)))
+    assert Path("run.previous/summary.json").exists()
+    run("run", resume=True, overwrite=True)
     assert not Path("run.previous").exists()
     stopped_run("run", monkeypatch, overwrite=True)
-    (Path("run") / "notes.txt").write_text("mine")
+    Path("run/notes.txt").write_text("mine")
     # Over one that never finished: its files go, mine stay.
-    train.train(Config(out_dir="run", overwrite=True, **TINY))
-    assert (
-        (Path("run") / "notes.txt").exists()
-        and (Path("run") / "summary.json").exists()
-        and not Path("run.previous").exists()
-    )
+    run("run", overwrite=True)
+    assert Path("run/notes.txt").exists() and Path("run/summary.json").exists()
+    assert not Path("run.previous").exists()
     Path("run.previous").mkdir()  # somebody's own
-    with pytest.raises(ValueError, match="run.previous is in the way"):
-        train.train(Config(out_dir="run", overwrite=True, **TINY))
+    refused("run.previous is in the way", overwrite=True)
 
 
 @pytest.mark.parametrize(
-    "path, change, said",
+    "path, old, new",
     [
-        ("run.json", lambda text: text.replace('"lower_lr": 0.001', '"lower_lr": 0.5'), "edited"),
-        (
-            "run.json",
-            lambda text: text.replace('"retrain_steps": ', '"retrain_steps": 9'),
-            "edited",
-        ),
-        ("metrics.jsonl", lambda text: text.replace('"phase": "', '"phase": "x', 1), "was edited"),
+        ("run.json", '"lower_lr": 0.001', '"lower_lr": 0.5'),
+        ("run.json", '"retrain_steps": ', '"retrain_steps": 9'),
+        ("metrics.jsonl", '"phase": "', '"phase": "x'),
     ],
 )
-def test_a_run_whose_files_were_edited_is_not_resumed(path, change, said, monkeypatch):
-    stopped_run("run", monkeypatch)
-    file = Path("run") / path
-    assert change(file.read_text()) != file.read_text()
-    file.write_text(change(file.read_text()))
-    with pytest.raises(ValueError, match=said):
-        train.train(Config(out_dir="run", resume=True, **TINY))
-
-
-@pytest.mark.parametrize("key", ["random", "n", "done", "log"])
-def test_a_checkpoint_whose_state_was_edited_gives_way_to_the_one_before(key, monkeypatch, capsys):
-    """The resumed run ends like one that was never stopped, bit for bit."""
-    train.train(Config(out_dir="whole", **TINY))
-    stopped_run("run", monkeypatch)
-    states = [folder / "state.json" for folder in checkpoint.names("run")]
-    about = json.loads(states[-1].read_text())
-    del about[key]
-    states[-1].write_text(json.dumps(about))
-    train.train(Config(out_dir="run", resume=True, **TINY))
-    said = capsys.readouterr().out
-    assert "edited, damaged, or written by another version" in said
-    weights = [Path(f"{run}/adapter_model.safetensors").read_bytes() for run in ("whole", "run")]
-    assert weights[0] == weights[1]
+def test_a_run_whose_files_were_edited_is_not_resumed(path, old, new, stopped):
+    text = (Path("run") / path).read_text()
+    assert old in text
+    (Path("run") / path).write_text(text.replace(old, new, 1))
+    refused("was edited", resume=True)
 
 
 @pytest.mark.parametrize("part", ["config.json", "the weights", "the tokenizer"])
@@ -339,69 +323,66 @@ def test_a_run_whose_base_has_changed_is_not_resumed(part, monkeypatch):
         path = base / {"config.json": "config.json", "the tokenizer": "tokenizer.json"}[part]
         content = json.loads(path.read_text())
         path.write_text(json.dumps(content | {"rope_theta": 12345.0, "version": "1.1"}))
-    with pytest.raises(ValueError, match=f"can't be resumed: {part} of base changed since"):
-        train.train(Config(out_dir="run", resume=True, **TINY))
+    refused(f"can't be resumed: {part} of base changed since", resume=True)
 
 
 @pytest.mark.parametrize("method", ["bidora", "ft"])
 def test_overwriting_removes_what_the_run_wrote_and_nothing_else(method):
-    settings = TINY | dict(method=method)
-    train.train(Config(out_dir="run", **settings))
-    mine = ["draft.tmp", "checkpoints/mine.txt", "vocab.json", "merges.txt", "notes/a.txt"]
+    run("run", method=method)
+    mine = {"draft.tmp", "checkpoints/mine.txt", "vocab.json", "merges.txt", "notes/a.txt"}
     for name in mine:
         path = Path("run") / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
-    train.train(Config(out_dir="run", overwrite=True, **settings))
-    left = [name for name in mine if (Path("run.previous") / name).exists()]
-    assert left == mine
-    others = {str(p.relative_to("run.previous")) for p in Path("run.previous").rglob("*")}
-    assert others - {*mine, "checkpoints", "notes"} == set()
+    run("run", overwrite=True, method=method)
+    left = {str(path.relative_to("run.previous")) for path in Path("run.previous").rglob("*")}
+    assert left == mine | {"checkpoints", "notes"}
+
+
+def test_a_run_that_names_other_folders_as_its_files_takes_none_of_them_along():
+    Path("run").mkdir()
+    for path in ("precious.txt", "run/mine.txt", "run/loss.png"):
+        Path(path).write_text("mine")
+    write_json("run/run.json", seal({"files": ["..", "", ".", "../precious.txt", "./mine.txt"]}))
+    run_folder.remove_run(Path("run"))
+    assert sorted(map(str, Path(".").rglob("*"))) == ["precious.txt", "run", "run/mine.txt"]
 
 
 def mutated(content, rng):
     """Bytes with one change: some overwritten, inserted or deleted, or all cut off from there."""
     at, size = rng.randrange(len(content)), rng.choice((1, 1, 4, 50))
-    kind = rng.choice(("overwrite", "insert", "delete", "cut"))
+    change = rng.choice(("overwrite", "insert", "delete", "cut"))
     new = rng.randbytes(size) if rng.random() < 0.5 else rng.choice((b"0", b"1", b"9", b'"', b"}"))
-    rest = content[at + len(new) :] if kind == "overwrite" else content[at + size :]
-    if kind == "insert":
-        rest = content[at:]
-    return (
-        content[:at]
-        + (b"" if kind in ("delete", "cut") else new)
-        + (b"" if kind == "cut" else rest)
-    )
+    changed = {
+        "overwrite": new + content[at + len(new) :],
+        "insert": new + content[at:],
+        "delete": content[at + size :],
+        "cut": b"",
+    }
+    return content[:at] + changed[change]
 
 
-def test_mutated_files_of_a_run_change_nothing_or_are_refused(monkeypatch, capsys):
-    """
-    Any file of a stopped run: resumed, it ends bit for bit as one that never stopped, or is
-    refused.
-    """
-    train.train(Config(out_dir="whole", **TINY))
-    expected = Path("whole/adapter_model.safetensors").read_bytes()
+def test_mutated_files_of_a_run_change_nothing_or_are_refused(whole, monkeypatch, capsys):
+    """Resumed, the run ends bit for bit as one that never stopped, or is refused."""
+    expected = (whole / "adapter_model.safetensors").read_bytes()
     stopped_run("run", monkeypatch, after=4)
     files = sorted(str(p.relative_to("run")) for p in Path("run").rglob("*") if p.is_file())
-    rng, resumed, refused = random.Random(0), 0, 0
+    rng, resumed, refusals = random.Random(0), 0, 0
     for i in range(30 * STRESS):
         shutil.copytree("run", "mutated")
         path = Path("mutated") / files[i % len(files)]
         path.write_bytes(mutated(path.read_bytes(), rng))
         try:
-            train.train(Config(out_dir="mutated", resume=True, **TINY))
+            run("mutated", resume=True)
             assert Path("mutated/adapter_model.safetensors").read_bytes() == expected, path
             resumed += 1
         except (ValueError, OSError) as error:
             assert "\n" not in str(error) and len(str(error)) < 400
-            refused += 1
+            refusals += 1
         shutil.rmtree("mutated")
     with capsys.disabled():
-        print(f" {resumed} resumed, {refused} refused", end="")
-    assert resumed and refused
-
-
-# ---------------------------------------------------------------------------------- locks
+        print(f" {resumed} resumed, {refusals} refused", end="")
+    assert resumed and refusals
 
 
 HOLD = """
@@ -434,17 +415,13 @@ def test_two_processes_never_hold_the_same_folder():
     assert all(count > 100 for count in held)
 
 
-def test_a_refused_second_start_leaves_the_first_one_alone():
-    """Also while the first has written nothing yet."""
+def test_two_runs_in_one_folder_at_once_are_refused():
+    """Also while the first has written nothing yet; the second leaves its folder alone."""
     with run_folder.locked("run"):
-        with pytest.raises(ValueError, match="in use by another run"):
-            with run_folder.locked("run"):
-                pass
+        refused("run is in use by another run")
         assert Path("run").exists()
     assert not Path("run").exists()
-
-
-# ---------------------------------------------------------------------------------- writes
+    run("run")
 
 
 def test_a_planted_link_is_not_followed_and_leftovers_go():
@@ -469,24 +446,21 @@ def test_written_weights_have_the_permissions_that_others_files_have(mask, mode)
     assert os.stat("w.safetensors").st_mode & 0o777 == mode
 
 
-def test_a_copy_of_a_run_stands_alone(monkeypatch):
+def test_a_copy_of_a_run_stands_alone(whole, stopped, monkeypatch):
     """Stopped again after it was copied, and without the run that it was copied from."""
-    stopped_run("old", monkeypatch)
-    shutil.move("old", "new")
-    calls, scale = [], train.learning_rate_scale
+    shutil.move("run", "new")
+    steps = []
 
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
+    def interrupt_the_second(step):
+        steps.append(step)
+        if len(steps) == 2:
             raise KeyboardInterrupt
-        return scale(*arguments)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train, "learning_rate_scale", interrupted)
-        train.train(Config(out_dir="new", resume=True, **TINY | dict(checkpoint_every=50)))
-    train.train(Config(out_dir="new", resume=True, **TINY))
-    train.train(Config(out_dir="whole", **TINY))
-    assert_same_run("whole", "new")
+        before_each_step(patched, interrupt_the_second)
+        run("new", resume=True, checkpoint_every=50)
+    run("new", resume=True)
+    assert_same_run(whole, "new")
     assert json.loads(Path("new/summary.json").read_text())["seconds"]["total"] > 0
 
 
@@ -498,43 +472,23 @@ def test_the_checkpoint_just_written_stays_and_stale_later_ones_go():
     assert [path.name for path in checkpoint.names(".")] == ["000010"]
 
 
-def test_two_runs_in_one_folder_at_once_are_refused():
-    with run_folder.locked("run"), pytest.raises(ValueError, match="run is in use by another run"):
-        train.train(Config(out_dir="run", **TINY))
-    assert not Path("run").exists()
-    train.train(Config(out_dir="run", **TINY))
-
-
 def test_a_folder_that_vanishes_gets_one_line(monkeypatch):
-    scale = train.learning_rate_scale
-
-    def remove(step, *arguments):
-        if step == 3:
-            shutil.rmtree("run")
-        return scale(step, *arguments)
-
-    monkeypatch.setattr(train, "learning_rate_scale", remove)
+    before_each_step(monkeypatch, lambda step: step == 3 and shutil.rmtree("run"))
     with pytest.raises(OSError, match="could not write the checkpoint run/checkpoints/000004"):
-        train.train(Config(out_dir="run", **TINY))
+        run("run")
     assert not Path("run").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_three_thousand_steps_take_no_more_memory_or_files_than_five_hundred(monkeypatch):
-    seen, scale = [], train.learning_rate_scale
+    pages, files = [], []
 
-    def measure(*arguments):
-        seen.append(
-            (int(Path("/proc/self/statm").read_text().split()[1]), len(os.listdir("/proc/self/fd")))
-        )
-        return scale(*arguments)
+    def measure(step):
+        pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+        files.append(len(os.listdir("/proc/self/fd")))
 
-    monkeypatch.setattr(train, "learning_rate_scale", measure)
+    before_each_step(monkeypatch, measure)
     budget = dict(search_steps=1500, retrain_steps=1500, checkpoint_every=250)
-    train.train(Config(out_dir="run", **TINY | budget | dict(target_modules=("down_proj",))))
-    assert len(seen) == 3000
-    pages = [memory for memory, _ in seen]
-    assert (
-        max(pages[2800:]) < 1.01 * max(pages[450:550])
-        and len({files for _, files in seen[500:1400] + seen[2000:]}) == 1
-    )
+    run("run", **budget, target_modules=("down_proj",))
+    assert len(pages) == 3000 and max(pages[2800:]) < 1.01 * max(pages[450:550])
+    assert len({*files[500:1400], *files[2000:]}) == 1

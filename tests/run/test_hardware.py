@@ -329,15 +329,14 @@ def test_a_run_that_fails_has_logged_every_step_before(monkeypatch, tmp_path):
 
 def test_a_resumed_optimizer_counts_its_steps_where_the_parameter_is():
     """
-    Fused AdamW's kernel reads the count on the GPU (torch.optim.Optimizer.load_state_dict moves it,
-    too). The device "meta" stands for the GPU here.
+    Fused AdamW's kernel reads the count on the GPU. The device "meta" stands for the GPU here.
     """
-    parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
-    optimizer = torch.optim.AdamW([parameter])
-    both = SimpleNamespace(lower_optimizer=optimizer, upper_optimizer=None)
-    saved = {"lower.0.step": torch.tensor(7.0), "lower.0.exp_avg": torch.zeros(3)}
-    checkpoint.load_optimizer_state(both, saved)
-    assert {value.device.type for value in optimizer.state[parameter].values()} == {"meta"}
+    model = torch.nn.Linear(3, 1, bias=False, device="meta")
+    optimizer = bilevel.create_bilevel_optimizer(model)
+    saved = {"lower.0.step": torch.tensor(7.0), "lower.0.exp_avg": torch.zeros(1, 3)}
+    checkpoint.load_optimizer_state(optimizer, saved)
+    state = optimizer.lower_optimizer.state[model.weight]
+    assert [value.device.type for value in state.values()] == ["meta", "meta"]
 
 
 def test_a_checkpoint_asks_no_gpu_that_the_run_does_not_use(monkeypatch):
