@@ -13,7 +13,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -28,6 +28,7 @@ from hypergrad import (
     assign,
     gradient_descent,
     same,
+    steps_taken,
     total_gradient,
 )
 
@@ -165,7 +166,7 @@ class BilevelOptimizer:
     AdamW over a model's lower_parameters, and over its upper_parameters (bidora.py) along a
     hypergradient. For a model without upper parameters, lower_step alone is plain training.
 
-    lower_steps     as in bilevel_step
+    lower_steps     of each round, T1 of BiLoRA (arXiv 2403.13037); upper_steps: T2, which follow
     weight_decay    of the lower level; upper_weight_decay: of magnitudes or singular values
     hypergradient   a key of HYPERGRADIENTS; options: that function's own (lr: by default the lower
                     level's rate at the time)
@@ -194,6 +195,7 @@ class BilevelOptimizer:
         optimizer="adamw",
         precondition="none",
         upper_weight_decay=0.0,
+        upper_steps=1,
         reduce=same,
         **options,
     ):
@@ -206,12 +208,17 @@ class BilevelOptimizer:
             raise ValueError(
                 "the model has no trainable lower-level parameters: put in adapters first"
             )
+        if options.get("steps", 1) > lower_steps:
+            raise ValueError(
+                f"steps={options['steps']} looks back on more than lower_steps={lower_steps}"
+            )
 
         self.entry, self.function = entry, entry.function
         self.options, self.kept_steps = options, options.get("steps", 1)
-        self.lower_steps, self.grad_clip = lower_steps, grad_clip
-        self.precondition, self.reduce = precondition, reduce
-        self.past = []  # the lower-level steps kept for the next upper_step
+        self.lower_steps, self.upper_steps = lower_steps, upper_steps
+        self.grad_clip, self.precondition, self.reduce = grad_clip, precondition, reduce
+        self.train_loss = None  # of the last lower step
+        self.past = []  # the lower steps kept for the next upper_step
         self.begun = False
 
         AdamW = functools.partial(torch.optim.AdamW, fused=True)  # one kernel: 5 ms a step, not 19
@@ -233,10 +240,10 @@ class BilevelOptimizer:
         return {level: optimizer.state_dict() for level, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state):
-        """Continue from a state_dict; the next upper_step needs a step kept after it."""
+        """Continue from a state_dict; the next upper_step needs a lower step after it."""
         for level, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[level])
-        self.past = []
+        self.train_loss, self.past = None, []
 
     def scale_lr(self, factor):
         """Set both levels' learning rates to factor × their initial values."""
@@ -261,7 +268,7 @@ class BilevelOptimizer:
             optimizer.step()
         optimizer.zero_grad()
         if not finite:
-            self.past = []
+            self.train_loss, self.past = None, []
             raise FloatingPointError(f"loss {loss.item():g}, gradient norm {norm.item():g}")
 
     def watched(self, loss_fn, batch, seen):
@@ -297,65 +304,82 @@ class BilevelOptimizer:
             raise ValueError(problem)
         warnings.warn(problem, stacklevel=2)
 
+    @torch.no_grad()
+    def loss(self, loss_fn, batch):
+        """The loss of a batch, a scalar tensor, without a step."""
+        parts = self.watched(loss_fn, batch, [])
+        return self.reduce([sum(part() for part in parts)])[0]
+
+    def keeps_next(self):
+        """
+        Whether the next lower step is one of those that the next upper step looks back on: the last
+        kept_steps of a round.
+        """
+        if not (self.entry.looks_back and any(m.requires_grad for m in self.upper)):
+            return False
+        if self.kept_steps == self.lower_steps:
+            return True
+        # AdamW counts the steps, also over a checkpoint.
+        rounds = steps_taken(self.upper_optimizer) // self.upper_steps
+        in_round = steps_taken(self.lower_optimizer) - rounds * self.lower_steps
+        return bool(in_round >= self.lower_steps - self.kept_steps)
+
     def lower_step(self, loss_fn, batch):
         """
-        One step of the lower level on a batch. Returns its loss before the step, a scalar. Steps
-        that were kept before it are dropped, since it moves on from where they led.
-        """
-        self.past, seen = [], []
-        losses = self.watched(loss_fn, batch, seen)
-        g = total_gradient(losses, self.lower, self.reduce)
-        [total] = self.reduce([sum(seen)])
-        self.step(self.lower_optimizer, self.lower, g, total)
-        return total
+        One step of the lower level on a batch. Returns its loss before the step, a scalar.
 
-    def lower_step_kept(self, loss_fn, batch):
+        The last steps of a round are kept: the next upper_step differentiates through them, so that
+        one gradient serves both levels.
         """
-        A lower_step that is kept: the next upper_step without a train batch differentiates through
-        it, so that one gradient serves both levels.
-
-        Of several kept steps only the last keeps its graph, to save memory.
-        """
-        if not self.entry.reads_train:
-            return self.lower_step(loss_fn, batch)  # nothing needs to be kept
-
-        for step in self.past:
-            step.graph = None
         seen = []
-        losses = self.watched(loss_fn, batch, seen)
-        graph = None
-        if self.entry.looks_back and self.entry.second_order:
-            training = {module for module in self.model.modules() if module.training}
-            mode = functools.partial(in_training, self.model, training)
-            graph = LowerGradient(losses, self.lower, self.reduce, mode)
-        g = graph.value if graph else total_gradient(losses, self.lower, self.reduce)
+        keep, losses = self.keeps_next(), self.watched(loss_fn, batch, seen)
+        if keep:
+            self.past = [replace(step, graph=None) for step in self.past]  # saves memory
+            graph = self.kept_graph(losses)
+            g = graph.value if graph else total_gradient(losses, self.lower, self.reduce)
+            self.past = [*self.past, self.kept_step(losses, g, graph)][-self.kept_steps :]
+            g = [x.clone() for x in g]  # clipping writes into them
+        else:
+            self.past = []
+            g = total_gradient(losses, self.lower, self.reduce)
 
-        adam = self.precondition == "adam"
-        update = gradient_descent(self.options.get("lr", self.lower_lr))
-        if adam:
-            update = adamw(self.lower_optimizer, self.grad_clip)
-        state = adam_moments(self.lower_optimizer) if adam else []
-        step = Step([V.data for V in self.lower], g, state, update, losses, graph)
-        self.past = [*self.past, step][-self.kept_steps :]
-
-        # The graph refers to V's values, so the optimizer writes into copies of them. Torch would
-        # still count this as a change of V and refuse to use the graph later. The old values will
-        # be back by then, but no public function can tell torch so.
-        assign(self.lower, [V.data.clone() for V in self.lower])
+        self.train_loss = losses
         [total] = self.reduce([sum(seen)])
-        with torch.autograd._unsafe_preserve_version_counter(tuple(self.lower)):
-            copies = [x.clone() for x in g]  # clipping writes into them
-            self.step(self.lower_optimizer, self.lower, copies, total)
+        # A kept graph refers to the tensors before the step, and the optimizer writes into copies.
+        # Torch would still count that as a change and refuse to use the graph later. The old values
+        # will be back by then, but no public function can tell torch so.
+        with torch.autograd._unsafe_preserve_version_counter(tuple(self.lower) if keep else ()):
+            self.step(self.lower_optimizer, self.lower, g, total)
         return total
 
-    def upper_step(self, loss_fn, train_batch, val_batch):
+    def kept_graph(self, losses):
+        """The differentiable gradient of a lower step; None where it is not differentiated."""
+        if not self.entry.second_order:
+            return None
+        training = {module for module in self.model.modules() if module.training}
+        mode = functools.partial(in_training, self.model, training)
+        return LowerGradient(losses, self.lower, self.reduce, mode)
+
+    def kept_step(self, losses, g, graph):
+        """The Step of a gradient; from now on the model has copies of the values before it."""
+        update, state = gradient_descent(self.options.get("lr", self.lower_lr)), []
+        if self.precondition == "adam":
+            update = adamw(self.lower_optimizer, self.grad_clip)
+            state = adam_moments(self.lower_optimizer)
+        step = Step([V.data for V in self.lower], g, state, update, losses, graph)
+        assign(self.lower, [V.data.clone() for V in self.lower])
+        return step
+
+    def upper_step(self, loss_fn, val_batch, train_batch=None):
         """
         One step of the upper level along the hypergradient. Returns the val loss from which the
         hypergradient was computed, a scalar tensor.
 
-        train_batch: None to differentiate through the steps that lower_step_kept took (a step
-        without its graph builds it anew, without dropout). Raises ValueError without upper
-        parameters or without steps to use.
+        It differentiates through the lower steps that were kept. Where there are none, as in a
+        second upper step of a round, or with a train_batch, it does so through simulated steps from
+        the current V, on the last lower step's batch or on train_batch. A graph that was not kept
+        is built anew, without dropout. Raises ValueError without upper parameters, or before any
+        lower step without a train_batch.
         """
         if not self.upper:
             raise ValueError(
@@ -363,18 +387,15 @@ class BilevelOptimizer:
                 "or take lower_step alone"
             )
 
-        if train_batch is None and not self.past and self.entry.reads_train:
-            raise ValueError(
-                "no lower step was kept: give a train batch, or call lower_step_kept first"
-            )
-
-        seen = []
-        train_loss = self.watched(loss_fn, train_batch, [])
+        seen, train_loss, past = [], self.train_loss, self.past
+        if train_batch is not None:
+            train_loss, past = self.watched(loss_fn, train_batch, []), []
+        if train_loss is None and self.entry.reads_train:
+            raise ValueError("no lower step was taken: call lower_step first, or give train_batch")
         val_loss = self.watched(loss_fn, val_batch, seen)
         options = self.options | {"reduce": self.reduce} | self.moving_options()
-        if train_batch is None and self.past:
-            train_loss = self.past[-1].train_loss
-            options |= {"past": self.past} if self.entry.looks_back else {}
+        if past:
+            options["past"] = past
 
         try:
             with in_training(self.model, ()):
@@ -398,21 +419,17 @@ class BilevelOptimizer:
 
     def bilevel_step(self, loss_fn, train_batch, val_batch):
         """
-        `lower_steps` steps of the lower level on train_batch, then one of the upper level on
-        val_batch, which differentiates through the last of them: as many as the option `steps`.
+        A round: `lower_steps` steps of the lower level on train_batch, then `upper_steps` of the
+        upper level on val_batch.
 
         loss_fn(model, batch) -> scalar. Returns (train_loss, val_loss), scalar tensors; the train
-        loss is the one before the last lower step. Raises ValueError for `steps` above lower_steps.
+        loss is the one before the last lower step.
         """
-        if self.kept_steps > self.lower_steps:
-            raise ValueError(
-                f"steps={self.kept_steps} looks back on more than lower_steps={self.lower_steps}"
-            )
-        for _ in range(self.lower_steps - self.kept_steps):
-            self.lower_step(loss_fn, train_batch)
-        for _ in range(self.kept_steps):
-            train_loss = self.lower_step_kept(loss_fn, train_batch)
-        return train_loss, self.upper_step(loss_fn, None, val_batch)
+        for _ in range(self.lower_steps):
+            train_loss = self.lower_step(loss_fn, train_batch)
+        for _ in range(self.upper_steps):
+            val_loss = self.upper_step(loss_fn, val_batch)
+        return train_loss, val_loss
 
     # The names of these steps in the `bidora` package on PyPI:
 
@@ -420,7 +437,7 @@ class BilevelOptimizer:
         return self.lower_step(loss_fn, train_batch)
 
     def upper_level_step(self, loss_fn, val_batch, train_batch=None):
-        return self.upper_step(loss_fn, train_batch, val_batch)
+        return self.upper_step(loss_fn, val_batch, train_batch)
 
     def final_finetune_step(self, loss_fn, combined_batch):
         """A lower_step with the upper parameters fixed for good."""

@@ -197,7 +197,7 @@ def adam_moments(optimizer):
 def steps_taken(optimizer):
     """How often an AdamW has stepped: a float64 scalar, which stays on its device."""
     state = optimizer.state.get(optimizer.param_groups[0]["params"][0])
-    return state["step"].double() if state else torch.zeros((), dtype=torch.float64)
+    return torch.as_tensor(state["step"] if state else 0, dtype=torch.float64)
 
 
 def adamw(optimizer, grad_clip=None, ahead=0):

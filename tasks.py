@@ -147,9 +147,9 @@ class LanguageTask:
         """As data.collate."""
         return data.collate(rows, self.tokenizer.pad_id)
 
-    def supervised(self, batch):
+    def supervised(self, rows):
         """As data.supervised."""
-        return data.supervised(batch)
+        return data.supervised(rows)
 
     def check_vocabulary(self, encoded, shape):
         """As data.check_vocabulary."""

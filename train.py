@@ -31,7 +31,6 @@ from bilevel import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
 from config import MAY_CHANGE, Config, check, is_bilevel, read_config, resolve, second_order
 from support.run import distributed, hardware, progress, report, rules, settings
 from support.run.run import Run
-from support.text.datasets import BUILT_IN
 from support.weights import quantized
 from support.weights.pretrained import find_model, is_hub_name
 from support.weights.regularisers import regulariser
@@ -74,57 +73,33 @@ def train(config):
                 begins = "retrain" not in run.done
                 bidora.start_retrain(task.model, fresh=begins and config.final_init == "fresh")
             fit(run, task, "retrain", config.retrain_steps, train_rows + val_rows)
-        return run.finish(task.summary() | {"after": evaluate(task, task.evaluated)})
+        return run.finish(report.summary(task) | {"after": evaluate(task, task.evaluated)})
 
 
 def fit(run, task, phase, steps, rows, val_rows=()):
-    """Train one phase: the lower level on rows and, if there are val_rows, the upper on them."""
-    begin, config, kind = run.done.get(phase, 0), task.config, task.kind
-    if begin == steps:
+    """One phase: every step trains the lower level on rows, every round the upper on val_rows."""
+    if run.done.get(phase, 0) == steps:
         return
 
-    optimizer = build_optimizer(task, phase)
-    every, turns = config.upper_every, config.upper_steps if val_rows else 0
-    # A resumed phase skips the batches that it has used: one per step, and for each past round of
-    # the upper level one val batch per turn and one train batch per turn after the first.
-    past = begin // every if val_rows else 0
-    shape = (config.batch_size, kind.collate, config.seed)
-    order = (config.group_by_length, config.shuffle)
-    train_batches = data.batches(rows, *shape, begin + past * (turns - 1), *order)
-    val_batches = data.batches(val_rows, *shape, past * turns, *order)
-
-    def micro_batches(batch):
-        size, ranks = config.micro_batch_size, (distributed.RANK, distributed.WORLD_SIZE)
-        return MicroBatches(data.micro_batches(batch, size, *ranks, kind.supervised))
-
-    def loss_fn(model, micro_batch):
-        *tensors, share = micro_batch  # its share of the batch's supervised positions
-        return model(*tensors) * share
-
-    def lower_loss_fn(model, micro_batch):
-        loss = loss_fn(model, micro_batch)
-        if config.gram_weight:
-            layers = adapter_layers(model).values()
-            loss = loss + config.gram_weight * micro_batch[-1] * regulariser(layers)
-        return loss
-
+    config, optimizer = task.config, build_optimizer(task, phase)
+    train_batch, val_batch = task.batches(rows), task.batches(val_rows)
     with run.phase(phase, steps, optimizer) as remaining:
         task.model.train()
         for step in remaining:
             optimizer.scale_lr(learning_rate_scale(step, steps, config.lr_floor))
-            # The upper level differentiates through the last lower-level steps, so they are kept.
-            keep = turns and -step % every < optimizer.kept_steps
-            lower_step = optimizer.lower_step_kept if keep else optimizer.lower_step
-            losses = {"train_loss": lower_step(lower_loss_fn, micro_batches(next(train_batches)))}
-            for turn in range(turns if step % every == 0 else 0):
-                # The kept steps serve the first turn; each further one needs its own train batch.
-                again = micro_batches(next(train_batches)) if turn else None
-                val_batch = micro_batches(next(val_batches))
-                losses["val_loss"] = optimizer.upper_step(loss_fn, again, val_batch)
+            losses = {"train_loss": optimizer.lower_step(task.lower_loss, train_batch(step - 1))}
+            for turn in upper_turns(step, config) if val_rows else ():
+                losses["val_loss"] = optimizer.upper_step(task.loss, val_batch(turn))
             run.record(step, losses)
-        with torch.no_grad():
-            last = sum(loss_fn(task.model, part) for part in micro_batches(next(train_batches)))
-        run.check_finite(distributed.add_up([last])[0])
+        # A step's loss shows that the step before it went well; the last one has none after it.
+        run.check_finite(optimizer.loss(task.loss, train_batch(steps)))
+
+
+def upper_turns(step, config):
+    """The numbers of the val batches that follow a lower step: upper_steps at a round's end."""
+    rounds, rest = divmod(step, config.upper_every)
+    end = rounds * config.upper_steps
+    return range(end if rest else end - config.upper_steps, end)
 
 
 def learning_rate_scale(step, steps, floor=0.1):
@@ -159,6 +134,7 @@ def build_optimizer(task, phase):
         optimizer=config.optimizer,
         precondition=config.precondition,
         upper_weight_decay=config.upper_weight_decay,
+        upper_steps=config.upper_steps,
         reduce=distributed.add_up,
         **options,
     )
@@ -233,9 +209,33 @@ class Task:
     cut: int  # how many examples were too long
     labels: list  # sorted; [] where there are none
     model: nn.Module
-    weight_bytes: int  # of the whole model
-    local_weight_bytes: int  # the share of them that this process holds
-    sizes: dict  # {"lower", "upper"}: how many parameters each level trains
+    sizes: dict  # {"weight_bytes": of the whole model, "local_weight_bytes": this process's share
+    #: of them, "trainable_parameters": {"lower", "upper"}}
+
+    def batches(self, rows):
+        """
+        A function of k = 0, 1, 2, …: the k-th batch of rows, as this process's micro-batches, which
+        are pairs of rows and their share of the batch's loss.
+        """
+        c, ranks = self.config, (distributed.RANK, distributed.WORLD_SIZE)
+        batches = data.Batches(rows, c.batch_size, c.seed, c.group_by_length, c.shuffle)
+
+        def micro_batches(k):
+            parts = data.micro_batches(batches[k], c.micro_batch_size, *ranks, self.kind.supervised)
+            return MicroBatches(parts)
+
+        return micro_batches
+
+    def loss(self, model, micro_batch):
+        rows, share = micro_batch
+        return model(*self.kind.collate(rows)) * share
+
+    def lower_loss(self, model, micro_batch):
+        loss, gram_weight = self.loss(model, micro_batch), self.config.gram_weight
+        if gram_weight:
+            _, share = micro_batch
+            loss = loss + gram_weight * share * regulariser(adapter_layers(model).values())
+        return loss
 
     @property
     def evaluated(self):
@@ -281,22 +281,6 @@ class Task:
             name = self.config.model
             bidora.save_adapter(self.model, out, name if is_hub_name(name) else str(self.folder))
 
-    def summary(self):
-        """What summary.json holds besides the run's own numbers."""
-        names = ("method", "model", "seed", "quantize")
-        return {name: getattr(self.config, name) for name in names} | {
-            "task": self.name,
-            "metric": self.kind.metric,
-            "pairs": self.pairs,
-            "raw": self.raw,
-            "dtype": self.dtype,
-            "weight_bytes": self.weight_bytes,
-            "local_weight_bytes": self.local_weight_bytes,
-            "examples": {name: len(examples) for name, examples in self.splits.items()},
-            "evaluated": {name: len(rows) for name, rows in self.evaluated.items()},
-            "trainable_parameters": self.sizes,
-        }
-
 
 def prepare(config, device, resuming=False):
     """
@@ -338,15 +322,27 @@ def prepare(config, device, resuming=False):
     kind.check_vocabulary(encoded, shape)
     kind.rehearse(encoded["train"])
 
-    model = build_model(config, folder, dtype, device, kind, encoded["train"])
-    about = (config, device, dtype, why, folder, name, kind)
-    return Task(*about, splits, encoded, cut, labels, *model)
+    model, sizes = build_model(config, folder, dtype, device, kind, encoded["train"])
+    return Task(
+        config=config,
+        device=device,
+        dtype=dtype,
+        why=why,
+        folder=folder,
+        name=name,
+        kind=kind,
+        splits=splits,
+        encoded=encoded,
+        cut=cut,
+        labels=labels,
+        model=model,
+        sizes=sizes,
+    )
 
 
 def build_model(config, folder, dtype, device, kind, rows):
     """
-    Returns the model with its adapters, the bytes of its weights in all and in this process, and
-    how many parameters each level trains. rows: the train split's.
+    Returns the model with its adapters, and its sizes, those of a Task. rows: the train split's.
     """
     torch.manual_seed(config.seed)
     if config.fsdp:
@@ -379,10 +375,14 @@ def build_model(config, folder, dtype, device, kind, rows):
         for block in model.model.layers:
             block.compile()  # the blocks share their code, so it is compiled once
 
-    lower, upper = bidora.lower_parameters(model), bidora.upper_parameters(model)
-    sizes = {"lower": sum(p.numel() for p in lower), "upper": sum(p.numel() for p in upper)}
-    own_bytes = distributed.local_bytes(model) if config.fsdp else weight_bytes
-    return model, weight_bytes, own_bytes, sizes
+    levels = {"lower": bidora.lower_parameters(model), "upper": bidora.upper_parameters(model)}
+    return model, {
+        "weight_bytes": weight_bytes,
+        "local_weight_bytes": distributed.local_bytes(model) if config.fsdp else weight_bytes,
+        "trainable_parameters": {
+            level: sum(p.numel() for p in parameters) for level, parameters in levels.items()
+        },
+    }
 
 
 # ------------------------------------------------------------------------ the command line
@@ -408,12 +408,8 @@ def main(arguments):
     except KeyboardInterrupt as error:
         return report.stopped(error, arguments)
 
-    built_in = BUILT_IN.get(config.data)
-    prompts = ["...", "..." * bool(results["pairs"])]
-    if built_in and not config.train_file:
-        prompts = [built_in.sample_prompt, built_in.sample_prompt_b]
     other = "dora" if is_bilevel(config) else "bidora"
-    print(report.next_commands(results, arguments, prompts, other, config.fsdp))
+    print(report.next_commands(results, arguments, config, other))
     return 0
 
 

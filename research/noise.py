@@ -135,8 +135,9 @@ def measure(noise, domain, steps):
         optimizer = published.ObservedOptimizer(
             task.model, config.lower_lr, published=config, base=base
         )
-        rows = data.batches(task.encoded["train"], 8, task.kind.collate, seed=0)
-        for batch in itertools.islice(rows, steps):
+        rows = data.Batches(task.encoded["train"], 8, seed=0)
+        for step in range(steps):
+            batch = task.kind.collate(rows[step])
             optimizer.lower_step(lambda model, tensors: model(*tensors), batch)
 
         for size in map(int, noise.batches):

@@ -94,8 +94,8 @@ class ObservedOptimizer(BilevelOptimizer):
                 assign(self.lower, self.past[-1].values)
             return first_order(None, val_loss, self.lower, self.upper, reduce=self.reduce)
 
-    def upper_step(self, loss_fn, train_batch, val_batch):
-        loss = super().upper_step(loss_fn, train_batch, val_batch)
+    def upper_step(self, loss_fn, val_batch, train_batch=None):
+        loss = super().upper_step(loss_fn, val_batch, train_batch)
         if self.trace is not None:
             direct, h = self.parts
             indirect = [x - d for x, d in zip(h, direct)]

@@ -236,7 +236,7 @@ def search(problem, arm):
                 optimizer.lower_step(problem.loss, "all")
         elif arm.endswith(SOLVED):
             problem.solve(model)
-            optimizer.upper_step(problem.loss, "train", "val")
+            optimizer.upper_step(problem.loss, "val", "train")
         else:
             optimizer.bilevel_step(problem.loss, "train", "val")
 

@@ -77,10 +77,11 @@ def before_and_after(config, steps, rate):
         return task.model(*batch)
 
     before = largest_eigenvalue(loss, weights)
-    optimizer = create_bilevel_optimizer(task.model, rate)
-    batches = data.batches(examples, config.batch_size, task.kind.collate, config.seed)
-    for part in itertools.islice(batches, steps):
-        optimizer.lower_step(lambda model, tensors: model(*tensors), part)
+    optimizer = create_bilevel_optimizer(task.model, rate, hypergradient="first_order")
+    batches = data.Batches(examples, config.batch_size, config.seed)
+    for step in range(steps):
+        batch = task.kind.collate(batches[step])
+        optimizer.lower_step(lambda model, tensors: model(*tensors), batch)
     return before, largest_eigenvalue(loss, weights)
 
 

@@ -385,7 +385,7 @@ def test_hypergradient_sees_no_dropout_and_training_goes_on_with_it():
         seen == [{True}, {False}] and model.training
     )  # the step itself, whose graph is shared, and the val loss
     optimizer = create_bilevel_optimizer(model, 1e-3, 1e-3, hypergradient="unrolled")
-    optimizer.upper_step(loss_fn, torch.randn(4, 5), torch.randn(4, 5))
+    optimizer.upper_step(loss_fn, torch.randn(4, 5), train_batch=torch.randn(4, 5))
     assert seen[2:] == [{False}, {False}] and model.training
 
 
@@ -753,21 +753,43 @@ def test_the_steps_just_taken_are_differentiated_as_they_were(steps):
     the same state gives.
     """
     c = Curved()
-    optimizer = warmed_up(c, hypergradient="unrolled", precondition="adam", steps=steps)
+    options = dict(hypergradient="unrolled", precondition="adam", steps=steps)
+    optimizer = warmed_up(c, lower_steps=steps, **options)
     expected = adam_by_hand(c, optimizer.lower_optimizer, 0.3, steps)
     for _ in range(steps):
-        optimizer.lower_step_kept(c.loss, c.train)
+        optimizer.lower_step(c.loss, c.train)
     assert [step.graph is not None for step in optimizer.past] == [False] * (steps - 1) + [True]
-    seen = {}
-    real = optimizer.step
-    optimizer.step = lambda o, parameters, gradients, loss: (
-        seen.update(h=[g.clone() for g in gradients]) or real(o, parameters, gradients, loss)
-    )
-    optimizer.upper_step(c.loss, None, c.val)
-    torch.testing.assert_close(tuple(seen["h"]), expected, rtol=1e-8, atol=1e-11)
+    taken = hypergradients_taken(optimizer)
+    optimizer.upper_step(c.loss, c.val)
+    torch.testing.assert_close(tuple(taken[0]), expected, rtol=1e-8, atol=1e-11)
     assert optimizer.past == []
-    with pytest.raises(ValueError, match="no lower step was kept"):
-        optimizer.upper_step(c.loss, None, c.val)
+
+
+def test_a_second_upper_step_goes_through_simulated_steps_on_the_last_train_batch():
+    c = Curved()
+    optimizer = create_bilevel_optimizer(c.model, 0.05, upper_steps=2, grad_clip=float("inf"))
+    optimizer.lower_step(c.loss, c.train)
+    optimizer.upper_step(c.loss, c.val)
+    expected, taken = c.through_autograd(0.05, 1), hypergradients_taken(optimizer)
+    optimizer.upper_step(c.loss, c.val)
+    torch.testing.assert_close(tuple(taken[0]), expected)
+
+
+def test_only_the_last_steps_of_a_round_are_kept():
+    """Also where its steps are counted from another's state, as after a checkpoint."""
+    c = Curved()
+    options = dict(lower_steps=3, upper_steps=2, steps=2)
+    optimizer, kept = create_bilevel_optimizer(c.model, **options), []
+    for step in range(1, 10):
+        optimizer.lower_step(c.loss, c.train)
+        kept.append(len(optimizer.past))
+        if step % 3 == 0:
+            for _ in range(2):
+                optimizer.upper_step(c.loss, c.val)
+        elif step % 3 == 1:
+            state, optimizer = optimizer.state_dict(), create_bilevel_optimizer(c.model, **options)
+            optimizer.load_state_dict(state)
+    assert kept == [0, 1, 2] * 3
 
 
 def test_keeping_a_step_changes_nothing_about_it():
@@ -776,12 +798,10 @@ def test_keeping_a_step_changes_nothing_about_it():
     for keep in (False, True):
         torch.manual_seed(0)
         c = Curved()
-        optimizer = create_bilevel_optimizer(
-            c.model, 1e-2, 1e-3, hypergradient="unrolled", grad_clip=0.1
-        )
+        name = "unrolled" if keep else "first_order"
+        optimizer = create_bilevel_optimizer(c.model, 1e-2, hypergradient=name, grad_clip=0.1)
         for _ in range(3):
-            step = optimizer.lower_step_kept if keep else optimizer.lower_step
-            step(c.loss, c.train)
+            optimizer.lower_step(c.loss, c.train)
         results.append([p.detach().clone() for p in c.lower])
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
@@ -797,7 +817,7 @@ def test_adam_preconditions_every_second_order_method(name):
             s, 1 / ((state["exp_avg_sq"] / (1 - 0.999 ** int(state["step"]))).sqrt() + 1e-8)
         )
     before = [m.detach().clone() for m in c.upper]
-    optimizer.upper_step(c.loss, c.train, c.val)
+    optimizer.upper_step(c.loss, c.val, c.train)
     assert all(torch.isfinite(m).all() and not torch.equal(m, b) for m, b in zip(c.upper, before))
 
 
@@ -1046,19 +1066,16 @@ def test_micro_batches_give_the_step_of_the_whole_batch():
         optimizer = create_bilevel_optimizer(model, 1e-2, 1e-2)
         ids = torch.randint(0, 11, (5, 7))
         labels = ids.masked_fill(torch.rand(5, 7) < 0.6, -100)
+        rows = [data.Encoded(*row) for row in zip(ids.tolist(), labels.tolist())]
 
-        def loss_fn(model, batch):
-            ids, labels, share = batch
-            return (
-                F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) * share
-            )
+        def loss_fn(model, micro_batch):
+            rows, share = micro_batch
+            ids, labels = data.collate(rows, pad_id=0)
+            logits = model(ids)[:, :-1].flatten(0, 1)
+            return F.cross_entropy(logits, labels[:, 1:].flatten()) * share
 
-        losses = [
-            optimizer.lower_step(
-                loss_fn, MicroBatches(data.micro_batches((ids, labels), size))
-            ).item()
-            for _ in range(3)
-        ]
+        parts = MicroBatches(data.micro_batches(rows, size))
+        losses = [optimizer.lower_step(loss_fn, parts).item() for _ in range(3)]
         return losses, torch.cat([p.flatten() for p in bidora.lower_parameters(model)])
 
     for size in (3, 2, 1):
@@ -1119,10 +1136,13 @@ def hypergradients_taken(optimizer):
 @pytest.mark.parametrize("steps, lower_steps", [(1, 3), (3, 3), (2, 4)])
 def test_bilevel_step_differentiates_through_as_many_steps_as_asked(steps, lower_steps):
     """Autograd through AdamW's last steps, from the state before them."""
-    c = Curved()
-    options = dict(hypergradient="unrolled", precondition="adam", steps=steps)
-    optimizer = warmed_up(c, lower_steps=lower_steps, **options)
-    twin = copy.deepcopy((c, optimizer))
+    options = dict(precondition="adam", steps=steps, lower_steps=lower_steps)
+    pairs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        c = Curved()
+        pairs.append((c, warmed_up(c, **options)))
+    (c, optimizer), twin = pairs
     for _ in range(lower_steps - steps):
         twin[1].lower_step(c.loss, c.train)
     expected = adam_by_hand(twin[0], twin[1].lower_optimizer, 0.3, steps)
@@ -1133,9 +1153,8 @@ def test_bilevel_step_differentiates_through_as_many_steps_as_asked(steps, lower
 
 def test_looking_back_on_more_steps_than_are_taken_is_refused():
     c = Curved()
-    optimizer = create_bilevel_optimizer(c.model, hypergradient="unrolled", steps=3)
     with pytest.raises(ValueError, match="steps=3 looks back on more than lower_steps=1"):
-        optimizer.bilevel_step(c.loss, c.train, c.val)
+        create_bilevel_optimizer(c.model, hypergradient="unrolled", steps=3)
 
 
 def test_a_batch_that_is_a_list_is_one_batch():
@@ -1143,27 +1162,18 @@ def test_a_batch_that_is_a_list_is_one_batch():
     c = Curved()
     optimizer = create_bilevel_optimizer(c.model)
     twin, other = copy.deepcopy((c, optimizer))
-    loss = optimizer.upper_step(c.loss, list(c.train), list(c.val))
-    assert loss == other.upper_step(c.loss, tuple(c.train), tuple(c.val))
+    loss = optimizer.upper_step(c.loss, list(c.val), list(c.train))
+    assert loss == other.upper_step(c.loss, tuple(c.val), tuple(c.train))
     assert all(torch.equal(m, n) for m, n in zip(c.upper, twin.upper))
-
-
-def test_a_step_that_is_not_kept_drops_those_that_were():
-    c = Curved()
-    optimizer = create_bilevel_optimizer(c.model)
-    optimizer.lower_step_kept(c.loss, c.train)
-    optimizer.lower_step(c.loss, c.train)
-    with pytest.raises(ValueError, match="no lower step was kept"):
-        optimizer.upper_step(c.loss, None, c.val)
 
 
 def test_a_step_that_fails_is_not_kept():
     c = Curved()
     optimizer = create_bilevel_optimizer(c.model)
     with pytest.raises(FloatingPointError):
-        optimizer.lower_step_kept(lambda m, batch: c.loss(m, batch) * float("inf"), c.train)
-    with pytest.raises(ValueError, match="no lower step was kept"):
-        optimizer.upper_step(c.loss, None, c.val)
+        optimizer.lower_step(lambda m, batch: c.loss(m, batch) * float("inf"), c.train)
+    with pytest.raises(ValueError, match="no lower step was taken"):
+        optimizer.upper_step(c.loss, c.val)
 
 
 def test_the_rate_of_a_simulated_step_is_the_one_that_a_step_would_take():
@@ -1171,7 +1181,7 @@ def test_the_rate_of_a_simulated_step_is_the_one_that_a_step_would_take():
     optimizer = create_bilevel_optimizer(c.model, 0.5, grad_clip=float("inf"))
     optimizer.scale_lr(0.1)
     expected, taken = c.through_autograd(0.05, 1), hypergradients_taken(optimizer)
-    optimizer.upper_step(c.loss, c.train, c.val)
+    optimizer.upper_step(c.loss, c.val, c.train)
     torch.testing.assert_close(tuple(taken[0]), expected)
 
 
@@ -1180,14 +1190,14 @@ def test_the_rate_of_a_kept_step_is_the_one_at_its_time():
     optimizer = create_bilevel_optimizer(c.model, 0.5, grad_clip=float("inf"))
     optimizer.scale_lr(0.1)
     twin = copy.deepcopy(c)
-    optimizer.lower_step_kept(c.loss, c.train)
+    optimizer.lower_step(c.loss, c.train)
     optimizer.scale_lr(0.01)  # as a schedule may, before the upper step
 
     both = torch.autograd.grad(c.loss(c.model, c.val), c.lower + c.upper)
     g = torch.autograd.grad(twin.loss(twin.model, twin.train), twin.lower, create_graph=True)
     cross = torch.autograd.grad(g, twin.upper, grad_outputs=both[: len(g)])
     taken = hypergradients_taken(optimizer)
-    optimizer.upper_step(c.loss, None, c.val)
+    optimizer.upper_step(c.loss, c.val)
     expected = [h - 0.05 * x for h, x in zip(both[len(g) :], cross)]
     torch.testing.assert_close(taken[0], expected)
 
@@ -1223,7 +1233,7 @@ def test_preconditioning_by_moments_needs_a_lower_step_first():
         c.model, hypergradient="neumann", precondition="adam", grad_clip=1.0
     )
     with pytest.raises(ValueError, match="take a lower step first"):
-        optimizer.upper_step(c.loss, c.train, c.val)
+        optimizer.upper_step(c.loss, c.val, c.train)
 
 
 def test_an_optimizers_state_can_be_saved_and_loaded():
@@ -1268,10 +1278,10 @@ def square(model, x):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_model_whose_adapters_no_gradient_reaches_is_refused_at_the_first_step():
     model, x = Checkpointed(True, True), torch.randn(4, 5, dtype=torch.float64)
-    for step in ("lower_step", "lower_step_kept"):
-        optimizer = create_bilevel_optimizer(model)
+    for name in ("first_order", "unrolled"):
+        optimizer = create_bilevel_optimizer(model, hypergradient=name)
         with pytest.raises(ValueError, match=r"no gradient reaches layers.0, layers.1"):
-            getattr(optimizer, step)(square, x)
+            optimizer.lower_step(square, x)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

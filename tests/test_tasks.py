@@ -225,12 +225,9 @@ def test_micro_batches_add_up_to_the_batch(kind):
     rows, _ = task.encode(make(kind, 7), 64)
     torch.manual_seed(0)
     model = task.attach(tasks.load_backbone(folder, torch.float32, "cpu"), rows)
-    batch = task.collate(rows)
-    parts = data.micro_batches(batch, 2, count=task.supervised)
-    whole = model(*batch).item()
-    assert sum(model(*tensors).item() * share for *tensors, share in parts) == pytest.approx(
-        whole, rel=1e-5
-    )
+    parts = data.micro_batches(rows, 2, count=task.supervised)
+    losses = [model(*task.collate(part)).item() * share for part, share in parts]
+    assert sum(losses) == pytest.approx(model(*task.collate(rows)).item(), rel=1e-5)
 
 
 def test_a_regression_begins_at_the_mean_score_of_train():
@@ -333,13 +330,13 @@ def test_dora_in_two_phases_fixes_the_magnitude_of_its_first_phase():
 
 
 def test_the_upper_level_can_learn_from_train_as_a_control(monkeypatch):
-    seen, batches = [], data.batches
+    seen, batches = [], data.Batches
 
     def spy(rows, *arguments):
         seen.append(rows)
         return batches(rows, *arguments)
 
-    monkeypatch.setattr(data, "batches", spy)
+    monkeypatch.setattr(data, "Batches", spy)
     train.train(Config(**TINY, upper_data="train", out_dir="run"))
     lower, upper, retrain, _ = seen
     assert upper is lower and len(retrain) > len(lower)

@@ -222,15 +222,13 @@ def test_each_level_sees_its_own_examples_only(monkeypatch, method):
     Search: direction and second derivatives on train, magnitude on val. Retrain, and single-level
     methods: train + val.
     """
-    seen = []
-    batches = data.batches
+    seen, batch = [], data.Batches.__getitem__
 
-    def spy(rows, *arguments):
-        for batch in batches(rows, *arguments):
-            seen.append({tuple(row.input_ids) for row in rows})
-            yield batch
+    def spy(self, k):
+        seen.append({tuple(row.input_ids) for row in self.rows})
+        return batch(self, k)
 
-    monkeypatch.setattr(data, "batches", spy)
+    monkeypatch.setattr(data.Batches, "__getitem__", spy)
     config = Config(**TINY, method=method, out_dir="run")
     train.train(config)
     parts, question, *_ = data.load_splits(config)
@@ -406,11 +404,11 @@ def test_a_fully_tuned_model_can_be_packed_when_sampled():
 
 def test_micro_batches_of_any_size_are_made():
     """Of equal sizes where possible; 0 is the whole batch."""
-    ids = torch.arange(40).view(8, 5)
+    rows = [data.Encoded([1, 2], [1, 2])] * 8
     for size, sizes in ((0, [8]), (9, [8]), (3, [3, 3, 2]), (2, [2] * 4), (1, [1] * 8)):
-        found = data.micro_batches((ids, ids), size)
-        assert [len(rows) for rows, _, _ in found] == sizes
-        assert sum(share for *_, share in found) == pytest.approx(1)
+        found = data.micro_batches(rows, size)
+        assert [len(part) for part, _ in found] == sizes
+        assert sum(share for _, share in found) == pytest.approx(1)
 
 
 def test_merge_refuses_what_it_cannot_do(capsys):
@@ -836,7 +834,7 @@ def test_an_interrupted_run_finishes_its_step_keeps_its_weights_and_says_how_to_
     capsys, monkeypatch
 ):
     steps = []
-    step = bilevel.BilevelOptimizer.lower_step_kept
+    step = bilevel.BilevelOptimizer.lower_step
 
     def interrupted(self, *arguments, **options):
         steps.append(1)
@@ -844,7 +842,7 @@ def test_an_interrupted_run_finishes_its_step_keeps_its_weights_and_says_how_to_
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, *arguments, **options)
 
-    monkeypatch.setattr(bilevel.BilevelOptimizer, "lower_step_kept", interrupted)
+    monkeypatch.setattr(bilevel.BilevelOptimizer, "lower_step", interrupted)
     arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--out_dir=run"]
     assert train.main(arguments) == 130
     command = f"python train.py {' '.join(arguments)} --resume=True"

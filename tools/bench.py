@@ -178,22 +178,16 @@ def rows_of(name, model):
     return data.encode(examples[:400], tokenizer, 256, question, labels)[0], tokenizer.pad_id
 
 
-def make_batch(bench, name, vocab_size, rng):
-    """Random token ids and their labels, (batch_size, length) each, or rows of the data set."""
+def make_rows(bench, name, vocab_size, rng):
+    """Rows of random token ids and their labels, or rows of the data set."""
     if bench.data:
-        rows, pad_id = rows_of(bench.data, bench.model)
-        return data.collate(rng.sample(rows, bench.batch_size), pad_id)
+        return rng.sample(rows_of(bench.data, bench.model)[0], bench.batch_size)
     ids = torch.randint(vocab_size, (bench.batch_size, bench.length))
-    if bench.labels == "all" and "one label" not in name:
-        return ids, ids
-    labels = torch.full_like(ids, -100)
-    labels[:, -1] = ids[:, -1]
-    return ids, labels
-
-
-def loss_fn(model, micro_batch):
-    input_ids, labels, share = micro_batch
-    return model(input_ids, labels) * share
+    labels = ids
+    if bench.labels != "all" or "one label" in name:
+        labels = torch.full_like(ids, -100)
+        labels[:, -1] = ids[:, -1]
+    return [data.Encoded(*row) for row in zip(ids.tolist(), labels.tolist())]
 
 
 def step(bench, name, base):
@@ -201,8 +195,17 @@ def step(bench, name, base):
     method, options = KINDS[name]
     model, rng = model_of(bench, name, base), random.Random(0)  # each kind sees the same rows
 
+    pad_id = rows_of(bench.data, bench.model)[1] if bench.data else 0
+
+    def rows():
+        return make_rows(bench, name, base.config.vocab_size, rng)
+
     def batch():
-        return make_batch(bench, name, base.config.vocab_size, rng)
+        return data.collate(rows(), pad_id)
+
+    def loss_fn(model, micro_batch):
+        rows, share = micro_batch
+        return model(*data.collate(rows, pad_id)) * share
 
     if method == "none":
         return torch.no_grad()(lambda: model(*batch()))
@@ -223,11 +226,11 @@ def step(bench, name, base):
     size = 2 if "micro-batch" in name else 0
 
     def lower():
-        optimizer.lower_step(loss_fn, MicroBatches(data.micro_batches(batch())))
+        optimizer.lower_step(loss_fn, MicroBatches(data.micro_batches(rows())))
 
     def search():
-        optimizer.lower_step_kept(loss_fn, MicroBatches(data.micro_batches(batch(), size)))
-        optimizer.upper_step(loss_fn, None, MicroBatches(data.micro_batches(batch())))
+        optimizer.lower_step(loss_fn, MicroBatches(data.micro_batches(rows(), size)))
+        optimizer.upper_step(loss_fn, MicroBatches(data.micro_batches(rows())))
 
     return search if name in SEARCH else lower
 

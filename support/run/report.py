@@ -24,10 +24,14 @@ def announce(task, method):
     packed = "" if config.quantize == "none" else f"{config.quantize} and "
     print(
         f"{config.method} on {config.model}, {packed}{task.dtype} on {task.device} ({task.why}): "
-        f"{task.weight_bytes / 1e6:.0f} MB of weights"
+        f"{task.sizes['weight_bytes'] / 1e6:.0f} MB of weights"
     )
     if distributed.WORLD_SIZE > 1:
-        own = f", and {task.local_weight_bytes / 1e6:.0f} MB of weights" if config.fsdp else ""
+        own = (
+            f", and {task.sizes['local_weight_bytes'] / 1e6:.0f} MB of weights"
+            if config.fsdp
+            else ""
+        )
         print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{own}")
 
     counts = ", ".join(f"{len(examples)} {name}" for name, examples in task.splits.items())
@@ -40,7 +44,11 @@ def announce(task, method):
     print(f"data: {source}: {counts}{labels:.300}")
     announce_shared(config, task.splits)
     print(f"task: {task.name}, scored by {task.kind.metric}")
-    print(*task.kind.notes(task.cut, config.block_size), trainable(task.sizes), sep="\n")
+    print(
+        *task.kind.notes(task.cut, config.block_size),
+        trainable(task.sizes["trainable_parameters"]),
+        sep="\n",
+    )
     print(phases(config, method))
 
 
@@ -183,19 +191,38 @@ def without(arguments, *names):
     return [a for a in arguments if a.partition("=")[0].removeprefix("--") not in names]
 
 
-def next_commands(results, arguments, prompts, other, fsdp):
-    """
-    Commands to try after a run. results: its summary. prompts: a text, and for pairs a second one.
-    other: a method to compare with.
-    """
-    out = results["out_dir"]
+def summary(task):
+    """What summary.json holds besides the run's own numbers."""
+    names = ("method", "model", "seed", "quantize")
+    settings = {name: getattr(task.config, name) for name in names}
+    return (
+        settings
+        | task.sizes
+        | {
+            "task": task.name,
+            "metric": task.kind.metric,
+            "pairs": task.pairs,
+            "raw": task.raw,
+            "dtype": task.dtype,
+            "examples": {name: len(examples) for name, examples in task.splits.items()},
+            "evaluated": {name: len(rows) for name, rows in task.evaluated.items()},
+        }
+    )
+
+
+def next_commands(results, arguments, config, other):
+    """Commands to try after a run. results: its summary. other: a method to compare with."""
+    out, prompts = results["out_dir"], ("...", "..." * bool(results["pairs"]))
+    if config.data in BUILT_IN and not config.train_file:
+        built_in = BUILT_IN[config.data]
+        prompts = built_in.sample_prompt, built_in.sample_prompt_b
     names = zip(("prompt", "prompt_b"), prompts)
     shown = " ".join(f'--{name}="{text}"' for name, text in names if text)
     shown += " --raw" * results["raw"]
     adapter, again_in = shlex.quote(f"--adapter={out}"), shlex.quote(f"--out_dir={out}-{other}")
     controls = ("two_phases", "upper_data")  # of one method alone
     kept = without(arguments, "method", "out_dir", "overwrite", "resume", "fsdp", *controls)
-    again = shlex.join(kept + ["--fsdp=False"] * fsdp)
+    again = shlex.join(kept + ["--fsdp=False"] * config.fsdp)
     return (
         f"next:\n  python sample.py {adapter} {shown}\n"
         f"  python train.py {again} --method={other} {again_in}"

@@ -102,10 +102,11 @@ class HeadTask:
         targets = pad(targets, IGNORED) if self.kind == "tagging" else torch.tensor(targets)
         return ids, mask, pad([row.types for row in rows], 0), targets
 
-    def supervised(self, batch):
-        """How many of a batch's targets count in its mean loss."""
-        targets = batch[-1]
-        return (targets != IGNORED).sum().item() if self.kind == "tagging" else len(targets)
+    def supervised(self, rows):
+        """How many targets of rows count in their mean loss."""
+        if self.kind != "tagging":
+            return len(rows)
+        return sum(target != IGNORED for row in rows for target in row.target)
 
     # -------------------------------------------------------------------- the model, the scores
 
@@ -153,9 +154,8 @@ class HeadTask:
     @torch.no_grad()
     def evaluate(self, model, rows, scored=True):
         """(summed loss, number of targets, a list of (prediction, answer)) of a few rows."""
-        batch = self.collate(rows)
-        *inputs, targets = batch
-        logits, count = model(*inputs), self.supervised(batch)
+        *inputs, targets = self.collate(rows)
+        logits, count = model(*inputs), self.supervised(rows)
         found = model.predict(logits).tolist()
         pairs = [(self.in_words(row, values), row.answer) for row, values in zip(rows, found)]
         return count * model.loss(logits, targets).item(), count, pairs

@@ -206,12 +206,12 @@ def test_the_optimizer_s_identity_is_at_the_values_after_the_lower_step():
     optimizer = create_bilevel_optimizer(
         c.model, 1e-2, 1e-3, weight_decay=0.0, hypergradient="identity_difference", grad_clip=1e9
     )
-    optimizer.lower_step_kept(c.loss, c.train)
+    optimizer.lower_step(c.loss, c.train)
     here = copy.deepcopy(c)
     here.lower = bidora.lower_parameters(here.model)
     here.upper = bidora.upper_parameters(here.model)
     expected = identity(*here.arguments(), mode="finite_difference")
-    optimizer.upper_step(c.loss, None, c.val)
+    optimizer.upper_step(c.loss, c.val)
     for p, q, g in zip(c.upper, here.upper, expected):  # Adam's first step is the sign's
         torch.testing.assert_close(p, q - 1e-3 * g / (g.abs() + 1e-8), rtol=1e-6, atol=1e-9)
 
@@ -425,13 +425,13 @@ def test_effects_that_do_not_fit_are_refused(arguments, said, elsewhere, capsys)
 
 
 def test_unshuffled_batches_come_in_one_order_for_all_epochs():
-    from data import batches
+    from data import Batches
 
     rows = list(range(10))
-    stream = batches(rows, 5, list, seed=0, shuffle=False)
-    epochs = [next(stream) + next(stream) for _ in range(3)]
+    stream = Batches(rows, 5, seed=0, shuffle=False)
+    epochs = [stream[k] + stream[k + 1] for k in (0, 2, 4)]
     assert epochs[0] == epochs[1] == epochs[2] != rows and sorted(epochs[0]) == rows
-    assert next(batches(rows, 5, list, seed=0)) == epochs[0][:5]
+    assert Batches(rows, 5, seed=0)[0] == epochs[0][:5]
 
 
 def test_the_upper_level_s_weight_decay_is_adamw_s():

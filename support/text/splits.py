@@ -1,0 +1,214 @@
+"""
+Splits: which examples train each level, and which are tested.
+
+    load_examples(path or name)  ->  list of dicts, all of one format (jsonl.py)
+    split(examples, 0.2)         ->  (train, val), stratified, groups kept whole
+    load_splits(config)          ->  Splits: {"train", "val", "test"}, and what is asked
+"""
+
+import os
+import random
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from support.text import official, tables
+from support.text.datasets import BUILT_IN
+from support.text.jsonl import Example, format_of, read_jsonl
+
+LABEL_PROMPT = (
+    "Which of these labels fits the text: {labels}? Answer with the label only.\n\n{text}"
+)
+
+
+def load_examples(path_or_name):
+    """
+    Read a file (JSONL; CSV or parquet; CoNLL's columns, if its name ends in .conll or .bio), or a
+    built-in data set (a key of BUILT_IN), as a list of dicts.
+
+    Raises FileNotFoundError for a missing file; ValueError, naming file and line, for content that
+    can't be trained on.
+    """
+    if path_or_name in BUILT_IN:
+        return BUILT_IN[path_or_name].load()
+    path = Path(os.path.expanduser(path_or_name))
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a file, or --data={path_or_name} for all of it")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist: give a JSONL, CSV or parquet file, or a built-in set with "
+            f"--data={'|'.join(BUILT_IN)}"
+        )
+    # of these tables, read_table refuses the last two, by name
+    readers = dict.fromkeys((".csv", ".parquet", ".tsv", ".xlsx"), tables.read_table)
+    readers |= {".conll": tables.read_conll, ".bio": tables.read_conll}
+    return readers.get(path.suffix.lower(), read_jsonl)(path)
+
+
+def split(examples, val_fraction=0.2, seed=0, grouped=True):
+    """
+    Shuffle and split into (train, val), label by label (stratified).
+
+    grouped: keep examples with the same "group" (sentences of one review) together; val may then be
+    a little smaller than asked. Raises ValueError when train or val would be empty, or would lack a
+    label that the other has.
+    """
+    order = random.Random(seed).sample(range(len(examples)), len(examples))
+    labels, groups, first = {}, {}, {}
+    for i in order:
+        labels.setdefault(examples[i].get("label"), []).append(i)
+    for i, example in enumerate(examples):
+        leader = first.setdefault(example.get("group", i), i) if grouped else i
+        groups.setdefault(leader, []).append(i)
+
+    # A group's turn comes with its first example; it joins val if that lacks as many of each label.
+    lacking = Counter({label: round(val_fraction * len(rows)) for label, rows in labels.items()})
+    chosen = set()
+    for members in (groups[i] for i in order if i in groups):
+        counts = Counter(examples[i].get("label") for i in members)
+        if counts <= lacking:
+            lacking -= counts
+            chosen.update(members)
+
+    train, val = [], []
+    for label, rows in labels.items():
+        if not 0 < len(chosen.intersection(rows)) < len(rows):
+            what = f"label {label!r}" if label is not None else "the data"
+            raise ValueError(
+                f"val_fraction={val_fraction} of the {len(rows)} examples of {what} leaves an "
+                f"empty split: give more examples (groups stay whole), or another val_fraction"
+            )
+        val += [examples[i] for i in rows if i in chosen]
+        train += [examples[i] for i in rows if i not in chosen]
+    return train, val
+
+
+class Splits(NamedTuple):
+    """What load_splits returns."""
+
+    splits: dict  # {"train", "val", "test"}: lists of examples, all of one format
+    question: str  # the prompt of a classification example, with {text}
+    labels: list  # all labels or tags, sorted; [] where there are none
+    glue: str | None  # the key of scores.GLUE, if the data is one of its tasks
+
+
+def load_splits(config):
+    """
+    A config's Splits. Where the data has no val split, val_fraction of train becomes val.
+
+    Raises ValueError when the splits don't fit together.
+    """
+    question, glue = LABEL_PROMPT, None
+    if config.train_file:
+        files = {"train": config.train_file, "val": config.val_file, "test": config.test_file}
+        splits = {name: load_examples(file) if file else [] for name, file in files.items()}
+        whole = splits["train"]
+    elif config.data in BUILT_IN:
+        whole, question = load_examples(config.data), BUILT_IN[config.data].question
+        splits = sample_built_in(config, whole)
+    else:
+        folder = os.path.isdir(os.path.expanduser(config.data))
+        parts, glue = (official.read_folder if folder else official.read_hub)(config.data)
+        parts.pop("mismatched", None)  # MNLI's second dev set
+        splits, whole = sample_official(config, parts), parts["train"]
+
+    if not splits["val"] and config.val_fraction > 0:
+        splits["train"], splits["val"] = split(splits["train"], config.val_fraction, config.seed)
+    # Of a published data set, all labels are known; a small sample may lack some.
+    labels = sorted({label for example in whole for label in labels_of(example)})
+    check_splits(splits, labels)
+    for name in ("train", "val"):
+        splits[name] = [single for example in splits[name] for single in one_reference(example)]
+    return Splits(splits, config.label_prompt or question, labels, glue)
+
+
+def sample_built_in(config, examples):
+    """A built-in data set's train and test examples; val is split off later."""
+    half = len(examples) // 2
+    train_size, test_size = config.train_size or min(200, half), config.test_size or min(400, half)
+    taken = train_size + test_size + config.tune_size
+    if taken >= len(examples) or min(train_size, test_size) < 10:
+        raise ValueError(
+            f"train_size={train_size} and test_size={test_size} must be at least 10 each and, "
+            f"together with tune_size={config.tune_size}, fewer than the {len(examples)} examples "
+            f"of {config.data}"
+        )
+
+    # The test split is the same for every seed.
+    rest, test = split(examples, test_size / len(examples), seed=0)
+    if config.tune_size:
+        rest, test = split(rest, config.tune_size / len(rest), seed=0)
+    train, _ = split(rest, 1 - train_size / len(rest), config.seed, grouped=False)
+    return {"train": train, "val": [], "test": test}
+
+
+def sample_official(config, parts):
+    """
+    The splits of a data set that has its own: {"train", "dev", "test"}. With a val_fraction, the
+    papers' rule: val is a part of train, and dev, unless there is a test set, is the test. Without
+    one, val is dev.
+    """
+    if config.val_fraction > 0:
+        splits = {"train": parts["train"], "val": [], "test": parts["test"] or parts["dev"]}
+    else:
+        splits = {"train": parts["train"], "val": parts["dev"], "test": parts["test"]}
+
+    sizes = {"train": (config.train_size, config.seed), "test": (config.test_size, 0)}
+    for name, (size, seed) in sizes.items():
+        if 0 < size < len(splits[name]):
+            rows = splits[name]
+            try:
+                _, splits[name] = split(rows, size / len(rows), seed, grouped=False)
+            except ValueError:
+                raise ValueError(
+                    f"{name}_size={size} of {len(rows)} examples, drawn label by label, leaves "
+                    f"out a label, or takes all examples of one: choose another {name}_size"
+                ) from None
+    return splits
+
+
+def labels_of(example):
+    """The labels or tags of an example, a list; [] where its format has none."""
+    key = {"classification": "label", "multi_label": "labels", "tagging": "tags"}
+    found = example.get(key.get(format_of(example)), [])
+    return [found] if isinstance(found, str) else found
+
+
+def one_reference(example):
+    """Copies of an example, each with one of its references; of another format, the example."""
+    if "references" not in example:
+        return [example]
+    where = getattr(example, "where", "an example")
+    return [Example(example | {"references": [text]}, where) for text in example["references"]]
+
+
+def check_splits(splits, labels):
+    """
+    Raise ValueError unless all splits have one format and no label that is not among `labels`; and,
+    for classification, train has two of them or more, and val has all that train has.
+    """
+    firsts = {name: examples[0] for name, examples in splits.items() if examples}
+    formats = {format_of(example) for example in firsts.values()}
+    if len(formats) > 1:
+        which = ", ".join(f"{name} is {format_of(first)}" for name, first in firsts.items())
+        raise ValueError(f"the files differ in format: {which}")
+    with_b = [name for name, first in firsts.items() if "text_b" in first]
+    if 0 < len(with_b) < len(firsts):
+        raise ValueError(f"text_b, for pairs, is only in the examples of {' and '.join(with_b)}")
+
+    for name, example in ((name, e) for name, part in splits.items() for e in part):
+        if unseen := set(labels_of(example)).difference(labels):
+            where = f"{example.where}: " if hasattr(example, "where") else ""
+            raise ValueError(f"{where}{name} has the label {min(unseen)!r}, which train lacks")
+
+    if formats != {"classification"}:
+        return
+    found = {label for example in splits["train"] for label in labels_of(example)}
+    if len(found) < 2:
+        raise ValueError(
+            f"all train examples have the label {found.pop()!r}: "
+            f"classification needs two labels or more"
+        )
+    lacking = found.difference(*(labels_of(example) for example in splits["val"]))
+    if splits["val"] and lacking:
+        raise ValueError(f"val lacks the label {min(lacking)!r}: give it examples of every label")
