@@ -46,7 +46,7 @@ def without_code(text):
 
 
 def test_the_readme_is_short_enough_to_be_read_to_its_end():
-    assert len(README.split()) <= 1300
+    assert len(README.split()) <= 1200
 
 
 def anchors(path):

@@ -1,6 +1,6 @@
 r"""
 GLUE's CoLA by the rules of the published program: github.com/t2ance/BiDoRA, commit e7922af, with
-Betty 0.2.1. docs/results.md says where each of these stands there.
+Betty 0.2.1. docs/published.md says where each of these stands there.
 
     python -m research.published --config=paper/as_published.py --transposed --network --noise \
         --all_weights

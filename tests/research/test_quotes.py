@@ -1,8 +1,8 @@
 """
 Numbers that README.md, docs/ and the lessons quote from results/ are the numbers of results/.
 
-They are computed here from the lines of runs.jsonl and compared at the precision that the text has;
-only what is not computed here is compared with what research.compare and research.study report.
+They are computed here from the lines of runs.jsonl and compared at the precision that the text has.
+The tables of docs/tables/ are also what research.tables writes.
 """
 
 import collections
@@ -15,9 +15,7 @@ import nbformat
 import pytest
 from scipy.stats import wilcoxon
 
-from research import compare, noise, resolved, results
-from research.arms import GROUPS
-from research.differences import of_group, tables, traced
+from research import tables
 
 ROOT = Path(__file__).parents[2]
 README, RESULTS = (
@@ -120,7 +118,7 @@ def tuning_losses(folder):
 
 def test_the_losses_that_chose_the_rates():
     loss = tuning_losses("results")
-    [(_, *rates), _, *rows] = tables_of("The comparison")[0]
+    [(_, *rates), _, *rows] = tables_of("compare")[-1]
     assert len(rows) * len(rates) == len(loss)
     for name, *cells in rows:
         method, upper = re.fullmatch(r"`([\w-]+)`(?:, `upper_lr` (\S+))?", name).groups()
@@ -231,43 +229,38 @@ def test_the_readme_quotes_the_ablation():
     assert all(wilcoxon(others).pvalue > 0.4 for others in found.values())
 
 
-GENERATED = ("paper", "published", "network")  # groups whose tables are files of their own
-
-
-def section_of(heading):
-    """The text below a heading of docs/results.md, up to the next one; or a generated file."""
-    if heading in GENERATED:
-        return (ROOT / "docs" / "tables" / f"{heading}.md").read_text(encoding="utf-8")
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    return re.split(r"(?m)^#+ ", text.partition(f"# {heading}\n")[2])[0]
-
-
 def cells_of(table):
     """A table's rows, lists of cells."""
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
 
 
-def tables_of(heading):
-    """The tables below a heading of docs/results.md, by cells_of."""
-    return list(map(cells_of, re.findall(r"(?m)(?:^\|.*\|\n)+", section_of(heading))))
+def text_of_file(name):
+    return (ROOT / "docs" / "tables" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def tables_of(name):
+    """The tables of a file in docs/tables/, by cells_of."""
+    return list(map(cells_of, re.findall(r"(?m)(?:^\|.*\|\n)+", text_of_file(name))))
+
+
+@pytest.mark.parametrize("name", tables.FILES)
+def test_the_files_of_tables_are_what_the_program_writes(name):
+    assert text_of_file(name) == "\n".join(tables.FILES[name]()).rstrip() + "\n"
 
 
 @pytest.mark.parametrize(
-    "heading, runs, seeds, count",
+    "name, runs, seeds, count",
     [
-        ("Each at its chosen rate", COMPARISON, 10, 4),
-        ("All at one rate", ONE_RATE, 10, 6),
-        ("An encoder, five tasks, twenty seeds", STUDY, 20, 12),
-        ("paper", STUDY, 20, 4),
-        ("published", STUDY, 20, 4),
-        ("network", STUDY, 20, 4),
-        ("Along which hypergradient", STUDY, 20, 3),
+        ("compare", COMPARISON, 10, 4),
+        ("compare-one-rate", ONE_RATE, 10, 6),
+        ("study", STUDY, 20, 8),
+        *((name, STUDY, 20, 4) for name in ("controls", "paper", "published", "network")),
+        ("hypergradients", STUDY, 20, 4),
     ],
-    ids=["best", "same", "encoder", "paper", "published", "network", "hypergradients"],
 )
-def test_the_tables_are_what_their_runs_measured(heading, runs, seeds, count):
+def test_the_tables_are_what_their_runs_measured(name, runs, seeds, count):
     titled = r"(?m)^\*\*(.*) score, points of 100, (\d+) examples\*\*.*\n\n((?:\|.*\|\n)+)"
-    found = re.findall(titled, section_of(heading))
+    found = re.findall(titled, text_of_file(name))
     assert len(found) == count
     measures = {"test": score, "train - test": gap}
     for title, size, table in found:
@@ -288,7 +281,7 @@ def test_the_tables_are_what_their_runs_measured(heading, runs, seeds, count):
 
 
 def test_the_tables_of_the_solved_layer_are_what_its_runs_measured():
-    errors, losses, scores, differences = tables_of("With the lower level solved")
+    errors, losses, scores, differences, *_ = tables_of("resolved")
     (_, *steps), _, *rows = errors
     for arm, *cells in rows:
         for column, cell in zip(steps, cells):
@@ -321,10 +314,9 @@ def test_the_tables_of_the_solved_layer_are_what_its_runs_measured():
 
 
 def test_the_rates_of_the_study_are_those_of_its_runs():
-    tables = tables_of("An encoder, five tasks, twenty seeds")
-    tables = [table for table in tables if table[0][0].endswith(" examples")]
-    assert len(tables) == 2
-    for (size, *domains), _, *rows in tables:
+    by_size = tables_of("study-rates")
+    assert len(by_size) == 2
+    for (size, *domains), _, *rows in by_size:
         for arm, *cells in rows:
             for domain, cell in zip(domains, cells):
                 kind = {"method": arm.strip("`"), "domain": domain.strip("`")}
@@ -352,41 +344,6 @@ def assert_difference(cell, found):
     assert_pairs(found, mean, p)
 
 
-@pytest.mark.parametrize("group", GENERATED)
-def test_a_generated_table_is_the_report(group):
-    given = GROUPS[group]
-    lines = tables(of_group(STUDY, given), given.arms, given.sign)
-    assert section_of(group).splitlines() == list(lines)
-
-
-def test_the_generated_table_of_the_noise_is_the_report():
-    text = (ROOT / "docs" / "tables" / "noise.md").read_text(encoding="utf-8")
-    assert text.splitlines() == list(noise.table(lines_of("results/noise")))
-
-
-@pytest.mark.parametrize("name", ["main", "rate-0.001", *(g for g in GROUPS if g not in GENERATED)])
-def test_the_rows_of_the_tables_are_the_report_s(name):
-    """All cells, also those that are not computed here: intervals, Holm's p, traces, seconds."""
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    if group := GROUPS.get(name):
-        lines = tables(of_group(STUDY, group), group.arms, group.sign)
-    else:
-        lines = compare.report(results.load_results(ROOT / "results", name))
-    rows = [line for line in lines if line.startswith("| `") or "AMD" in line]
-    with_traces = name == "hypergradients"
-    scores = len(rows) // 2 if with_traces else len(rows)
-    assert len(rows) > 10 and not [line for line in rows[:scores] if line not in text]
-
-
-def test_the_rows_of_the_solved_layer_are_the_report_s():
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    given = resolved.Resolved(results=ROOT / "results" / "resolved")
-    errors, runs = resolved.results_of(given)
-    scores = [line for line in tables(runs, resolved.ARMS, -1) if line.startswith("| `")]
-    lines = [*resolved.error_table(errors), *resolved.loss_table(runs), *scores[: len(scores) // 2]]
-    assert not [line for line in lines if line.startswith("| `") and line not in text]
-
-
 LOSSES = [(split, "loss") for split in ("test", "train")]
 
 
@@ -400,10 +357,8 @@ LOSSES = [(split, "loss") for split in ("test", "train")]
 def test_the_tables_of_the_decoder_are_what_its_runs_measured(domain, columns):
     found = [r for r in lines_of("results/smollm2") if r["domain"] == domain]
     found.sort(key=lambda r: r["seed"])
-    headings = ("Text from data, three seeds", "On a decoder")
-    tables = [t for heading in headings for t in tables_of(heading) if "seeds 0" in t[0][1]]
-    _, _, *rows = tables[domain != "e2e"]
-    assert len(tables) == 2 and {row[0].strip("`") for row in rows} == {r["method"] for r in found}
+    [(_, _, *rows)] = tables_of("e2e" if domain == "e2e" else "decoder")
+    assert {row[0].strip("`") for row in rows} == {r["method"] for r in found}
     for arm, seeds, *cells in rows:
         ours = [r["after"] for r in found if r["method"] == arm.strip("`")]
         values = [
@@ -416,14 +371,10 @@ def test_the_tables_of_the_decoder_are_what_its_runs_measured(domain, columns):
             mean, _, deviation = cell.split()
             assert_quoted(mean, statistics.mean(column))
             assert_quoted(deviation, statistics.stdev(column))
-        if domain != "e2e":
-            ratio, cosine, _ = traced([r for r in found if r["method"] == arm.strip("`")])
-            ratio = ratio if ratio == "–" else f"{float(ratio):g}"
-            assert [ratio, cosine] == cells[-3:-1]
 
 
 def test_the_table_of_the_default_run_is_what_its_runs_measured():
-    [(_, _, *rows)] = tables_of("The default run, three seeds")
+    [(_, _, *rows)] = tables_of("default")
     assert len(rows) == 4
     for arm, seeds, spread, loss, train, seconds in rows:
         found = [r for r in lines_of("results/default") if r["method"] == arm.strip("`")]
