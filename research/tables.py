@@ -6,6 +6,7 @@ All tables of docs/tables/, from the runs in results/.
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -14,6 +15,7 @@ from research import compare, noise, resolved
 from research.arms import GROUPS
 from research.differences import of_group, row, tables, traced
 from research.results import load_results
+from support.run import settings
 from support.run.files import replacing
 
 ROOT = Path(__file__).parents[1]
@@ -174,13 +176,24 @@ FILES = {
 }
 
 
-def main():
-    for name, lines in FILES.items():
+@dataclass
+class Tables:
+    only: str = ""  # one file, by its name without .md; empty: all of them
+
+
+def write(given):
+    """Write the files of docs/tables/, or the one of --only. Raises ValueError for another name."""
+    if given.only and given.only not in FILES:
+        raise ValueError(f"unknown table {given.only!r}" + settings.suggest(given.only, FILES))
+    for name in [given.only] if given.only else FILES:
         with replacing(TABLES / f"{name}.md") as temporary:
-            temporary.write_text("\n".join(lines()).rstrip() + "\n", encoding="utf-8")
-    print(f"wrote {len(FILES)} files into {TABLES}")
-    return 0
+            temporary.write_text("\n".join(FILES[name]()).rstrip() + "\n", encoding="utf-8")
+        print(f"wrote docs/tables/{name}.md")
+
+
+def main(arguments):
+    return settings.program(arguments, Tables, write, __doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
