@@ -63,14 +63,14 @@ class Adapter:
 
 
 def named_tensors(layers):
-    """The adapter parameters under PEFT's names for them; BiLoRA's λ is folded into B."""
+    """A, B and m of layers under PEFT's names; a method folds its other parameters into A and B."""
     return {
-        f"{PREFIX}{name}.{NAMES[key]}": (
-            layer.folded_B() if key == "lora_B" else getattr(layer, key)
-        ).detach()
+        f"{PREFIX}{name}.{key}": tensor.detach()
         for name, layer in layers.items()
-        for key in NAMES
-        if getattr(layer, key) is not None
+        for key, tensor in zip(
+            NAMES.values(), (*layer.method.factors(layer), layer.lora_magnitude_vector)
+        )
+        if tensor is not None
     }
 
 
@@ -172,8 +172,12 @@ def trained_beside(model, layers, heads):
     The modules to save whole: the heads, and those that own a trained parameter which is not an
     adapter's; and the names of the trained parameters that are in none of them.
     """
-    adapters = {f"{name}.{key}" for name in layers for key in NAMES}
-    adapters |= {f"{name}.lora_lambda" for name in layers}
+    adapters = {
+        f"{name}.{key}"
+        for name, layer in layers.items()
+        for key, _ in layer.named_parameters()
+        if key not in ("weight", "bias")
+    }
     trained = [n for n, p in model.named_parameters() if p.requires_grad and n not in adapters]
     around = {module for name in adapters for module in parents(name)}
     owners = {name.rpartition(".")[0] for name in trained} - around - {""}
@@ -352,10 +356,10 @@ def copy_into(model, layers, adapter):
     saved whole stay trainable. Raises ValueError if unfit.
     """
     folder = adapter.folder
-    if any(layer.method.singular_values for layer in layers.values()):
+    if any(layer.method.factors(layer)[1] is not layer.lora_B for layer in layers.values()):
         raise ValueError(
-            "the model has BiLoRA adapters, whose λ a saved adapter holds folded: "
-            "load it into a model without adapters"
+            "the model's adapters have parameters, such as BiLoRA's λ, that a saved adapter holds "
+            "folded into B: load it into a model without adapters"
         )
 
     own = named_tensors(layers)

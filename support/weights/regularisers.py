@@ -34,7 +34,7 @@ def cosines_apart(layer):
     is computed at the first call and kept in the layer, so each call needs only products of rank r;
     where W0 itself trains, it is computed anew.
     """
-    A, sB = layer.lora_A, layer.scaling * layer.lora_B
+    A, sB = layer.factors()
     weight, dtype = layer.weight, float_dtype(layer.weight)
     row = layer.magnitude_axis == "row"
     base = layer.weight_gram

@@ -154,8 +154,10 @@ def adapted(base, targets, method="bidora"):
     )
     for layer in bidora.adapter_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.1)
-        if layer.magnitude is not None:
-            layer.magnitude.data.mul_(torch.linspace(0.8, 1.2, len(layer.magnitude)))
+        if layer.lora_magnitude_vector is not None:
+            layer.lora_magnitude_vector.data.mul_(
+                torch.linspace(0.8, 1.2, len(layer.lora_magnitude_vector))
+            )
     return model
 
 
