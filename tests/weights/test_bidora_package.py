@@ -19,7 +19,6 @@ import transformers
 from peft import PeftModel
 
 import bidora
-import bilevel
 import hypergrad
 from support.run.files import fetch
 from support.weights import bidora_package
@@ -77,12 +76,12 @@ def our_parameters(function):
 
 FUNCTIONS = {
     "replace_linear_with_bidora": bidora.replace_linear_with_bidora,
-    "create_bilevel_optimizer": bilevel.create_bilevel_optimizer,
+    "create_bilevel_optimizer": bidora.create_bilevel_optimizer,
     "BiDoRALinear.__init__": bidora.BiDoRALinear.__init__,
-    "BiLevelOptimizer.lower_level_step": bilevel.BilevelOptimizer.lower_level_step,
-    "BiLevelOptimizer.upper_level_step": bilevel.BilevelOptimizer.upper_level_step,
-    "BiLevelOptimizer.bilevel_step": bilevel.BilevelOptimizer.bilevel_step,
-    "BiLevelOptimizer.final_finetune_step": bilevel.BilevelOptimizer.final_finetune_step,
+    "BiLevelOptimizer.lower_level_step": bidora.BiLevelOptimizer.lower_level_step,
+    "BiLevelOptimizer.upper_level_step": bidora.BiLevelOptimizer.upper_level_step,
+    "BiLevelOptimizer.bilevel_step": bidora.BiLevelOptimizer.bilevel_step,
+    "BiLevelOptimizer.final_finetune_step": bidora.BiLevelOptimizer.final_finetune_step,
     "BiDoRATrainer.__init__": bidora.BiDoRATrainer.__init__,
     "BiDoRATrainer.train": bidora.BiDoRATrainer.train,
     "FullConfig.auto_adjust_for_hardware": bidora.FullConfig.auto_adjust_for_hardware,
