@@ -51,10 +51,7 @@ def plain_forward(layer, x):
 
 @dataclass(frozen=True)
 class Method:
-    """
-    An entry of METHODS: the parameters of its layers, their low-rank update ΔW, and who trains
-    what. This class has LoRA's update, s·B·A; a subclass can have another one.
-    """
+    """An entry of METHODS: its layers' parameters and update, here LoRA's, and who trains what."""
 
     magnitude: bool = False  # whether a layer has m
     upper: str | None = None  # the name of the parameter that learns at the upper level
@@ -295,10 +292,8 @@ def linear_layers(model, targets):
     for target in targets:
         matching = [name for name in linears if name and f".{name}".endswith(f".{target}")]
         if not matching:
-            ends = sorted({name.rpartition(".")[2] for name in linears})
-            raise ValueError(
-                f"target module {target!r} matches no linear layer; there are: {', '.join(ends)}"
-            )
+            ends = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+            raise ValueError(f"target module {target!r} matches no linear layer; there are: {ends}")
         chosen |= {name: linears[name] for name in matching}
     return chosen
 
@@ -320,13 +315,10 @@ def replace_linear_with_bidora(
     """
     chosen = linear_layers(module, target_modules)
     for name, layer in chosen.items():
-        linear = as_linear(layer)
-        limit = min(linear.in_features, linear.out_features)
-        if not 1 <= rank <= limit:
-            raise ValueError(
-                f"{name}: rank {rank} does not fit a layer of {linear.in_features} inputs and "
-                f"{linear.out_features} outputs: choose 1 to {limit}"
-            )
+        size = as_linear(layer).in_features, as_linear(layer).out_features
+        if not 1 <= rank <= min(size):
+            problem = f"rank {rank} does not fit {size[0]} inputs and {size[1]} outputs"
+            raise ValueError(f"{name}: {problem}: choose 1 to {min(size)}")
     sizes = {name: (rank, lora_alpha) for name in chosen}
     return adapt(module, sizes, lora_dropout, method, **options)
 
@@ -347,9 +339,7 @@ def adapt(module, sizes, lora_dropout, method, **options):
             )
         tied = [n for n, p in owners if p is layer.weight and n != f"{name}.weight"]
         if tied:
-            raise ValueError(
-                f"{name} shares its weight with {tied[0]}, so it can't be adapted by itself"
-            )
+            raise ValueError(f"{name} shares its weight with {tied[0]}: it can't be adapted alone")
 
         linear = as_linear(layer)
         shape = linear.in_features, linear.out_features, rank, lora_alpha, lora_dropout
@@ -364,9 +354,6 @@ def adapt(module, sizes, lora_dropout, method, **options):
         if isinstance(part, nn.TransformerEncoderLayer):
             part.activation_relu_or_gelu = 0  # no fast path, which reads weights in eval mode
     return module
-
-
-# Who trains what
 
 
 def adapter_layers(model):
@@ -411,11 +398,19 @@ def merge(model):
     for name, layer in list(model.named_modules()):
         adapted = isinstance(layer, BiDoRALinear)
         kind = quantized.kind_of(layer.weight) if isinstance(layer, nn.Linear) else None
-        if adapted or kind:
-            dtype = quantized.float_dtype(layer.weight)
-            weight = layer.merged_weight() if adapted else quantized.dequantize(layer.weight, dtype)
-            model.set_submodule(name, ordinary_layer(layer, weight.to(dtype)))
-            kinds |= {kind} - {None}
+        if not (adapted or kind):
+            continue
+
+        kinds |= {kind} - {None}
+        dtype = quantized.float_dtype(layer.weight)
+        weight = layer.merged_weight() if adapted else quantized.dequantize(layer.weight, dtype)
+        new = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        if adapted and layer.transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            new, weight = Conv1D(layer.out_features, layer.in_features), weight.T.contiguous()
+        new.weight, new.bias = nn.Parameter(weight.to(dtype), requires_grad=False), layer.bias
+        model.set_submodule(name, new.train(layer.training))
 
     if kinds:
         packed, dtype = " and ".join(sorted(kinds)), str(dtype).removeprefix("torch.")
@@ -424,17 +419,6 @@ def merge(model):
             model.hf_quantizer.remove_quantization_config(model)
             model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
     return model
-
-
-def ordinary_layer(layer, weight):
-    """The nn.Linear, or Conv1D if that is what an adapter replaced, of a weight (out × in)."""
-    new = nn.Linear(layer.in_features, layer.out_features, device="meta")
-    if getattr(layer, "transposed", False):
-        from transformers.pytorch_utils import Conv1D
-
-        new, weight = Conv1D(layer.out_features, layer.in_features), weight.T.contiguous()
-    new.weight, new.bias = nn.Parameter(weight, requires_grad=False), layer.bias
-    return new.train(layer.training)
 
 
 def save_adapter(model, folder, base_model=""):

@@ -49,7 +49,7 @@ class QuantizationMode(str, Enum):
 
 
 def number(default, least, most=math.inf):
-    return field(default=default, metadata={"range": (least, most)})
+    return field(default=default, metadata={"least": least, "most": most})
 
 
 class Settings:
@@ -57,11 +57,10 @@ class Settings:
 
     def __post_init__(self):
         for setting in fields(self):
-            if "range" in setting.metadata:
-                (least, most), value = setting.metadata["range"], getattr(self, setting.name)
-                if not least <= value <= most:
-                    name = f"{type(self).__name__}: {setting.name}"
-                    raise ValueError(f"{name}={value!r} must be from {least} to {most}")
+            name, value, bounds = setting.name, getattr(self, setting.name), setting.metadata
+            if bounds and not bounds["least"] <= value <= bounds["most"]:
+                span = f"from {bounds['least']} to {bounds['most']}"
+                raise ValueError(f"{type(self).__name__}: {name}={value!r} must be {span}")
 
 
 @dataclass
@@ -231,15 +230,15 @@ def load_and_prepare_dataset(data_config):
 
 def prompt_and_answer(example):
     """The two texts of an example; only the answer is learnt. Plain text has no prompt."""
-    form = format_of(example)
-    if form == "instruction":
-        extra = f"### Input:\n{example['input']}\n\n" if example.get("input") else ""
-        prompt = f"### Instruction:\n{example['instruction']}\n\n{extra}### Response:\n"
-        return prompt, example["output"]
-    if form == "prompt":
-        return f"{example['prompt']}\n\n", example["completion"]
-    if form in ("code", "text"):
-        return "", example[form]
+    match format_of(example):
+        case "instruction":
+            extra = f"### Input:\n{example['input']}\n\n" if example.get("input") else ""
+            prompt = f"### Instruction:\n{example['instruction']}\n\n{extra}### Response:\n"
+            return prompt, example["output"]
+        case "prompt":
+            return f"{example['prompt']}\n\n", example["completion"]
+        case "code" | "text" as key:
+            return "", example[key]
     raise ValueError(f"an example has the keys {', '.join(example)}, which are no known format")
 
 
@@ -273,7 +272,6 @@ class BiDoRATrainer:
         self.model, self.tokenizer = model, tokenizer
         self.train_dataset, self.val_dataset = train_dataset, val_dataset
         self.config, self.output_dir = config, Path(output_dir)
-        self.device = next(model.parameters()).device
         self.rng = random.Random(config.seed)
 
         c, adapters = config.training, config.bidora
@@ -303,7 +301,7 @@ class BiDoRATrainer:
         """Rows as padded tensors; padding is neither seen nor learnt."""
         from transformers import DataCollatorForSeq2Seq
 
-        return DataCollatorForSeq2Seq(self.tokenizer)(rows).to(self.device)
+        return DataCollatorForSeq2Seq(self.tokenizer)(rows).to(self.model.device)
 
     @staticmethod
     def loss(model, micro_batch):
@@ -350,16 +348,11 @@ class BiDoRATrainer:
 
         for batch in self.batches([*self.train_dataset, *self.val_dataset]):
             optimizer.final_finetune_step(self.loss, batch)
-        self.save()
-        return {"best_val_loss": best, "final_epoch": c.num_epochs - 1, "global_step": step}
-
-    def save(self):
-        """Write the adapter, then merge it into the model and write that."""
         bidora.save_adapter(self.model, self.output_dir / "final_adapter")
-        merged = bidora.merge(self.model)
-        merged.save_pretrained(self.output_dir / "final_model")
+        bidora.merge(self.model).save_pretrained(self.output_dir / "final_model")
         self.tokenizer.save_pretrained(self.output_dir / "final_model")
         print(f"saved in {self.output_dir}: best_model, final_adapter, final_model")
+        return {"best_val_loss": best, "final_epoch": c.num_epochs - 1, "global_step": step}
 
 
 def train_bidora(model, tokenizer, dataset, config):
