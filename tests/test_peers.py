@@ -22,11 +22,7 @@ def through_torchopt(c, make_optimizer, steps):
     """The hypergradient of a Curved problem through steps of a differentiable optimizer."""
     model = copy.deepcopy(c.model)
     fixed = {name: p.detach() for name, p in model.named_parameters()}
-    upper = {
-        name: p.detach().clone().requires_grad_()
-        for name, p in model.named_parameters()
-        if "magnitude" in name
-    }
+    upper = {n: p.clone().requires_grad_() for n, p in fixed.items() if "magnitude" in n}
     direction = nn.Module()
     names = [name for name, p in model.named_parameters() if p.requires_grad and name not in upper]
     for i, name in enumerate(names):

@@ -12,6 +12,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.sparse.linalg import LinearOperator, minres
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
 
 import bidora
 from bidora import load_adapter, merge, replace_linear_with_bidora, save_adapter
@@ -136,10 +137,9 @@ def test_what_peft_trained_is_loaded(architecture, tmp_path):
         fan_in_fan_out="c_attn" in targets,
     )
     peer = get_peft_model(copy.deepcopy(base), config)
-    with torch.no_grad():
-        for parameter in peer.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    for parameter in peer.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
     expected = outputs(peer.train(), inputs(0))
     peer.save_pretrained(tmp_path)
     loaded = load_adapter(copy.deepcopy(base), tmp_path)
@@ -181,13 +181,12 @@ class Problem:
         """(H·x, the first entry of ∂²L/∂m∂V · x), from train gradients at V ± ε·x."""
         wanted = [*self.lower, self.upper[0]]
         scale = epsilon / sum(x.square().sum() for x in xs).sqrt()
-        plus, minus = (
-            self.at(
-                lambda: self.gradient(self.train, wanted),
-                [(p, sign * scale * x) for p, x in zip(self.lower, xs)],
-            )
-            for sign in (1, -1)
-        )
+
+        def moved(step):
+            moves = [(p, step * x) for p, x in zip(self.lower, xs)]
+            return self.at(lambda: self.gradient(self.train, wanted), moves)
+
+        plus, minus = moved(scale), moved(-scale)
         difference = [(p - q) / (2 * scale) for p, q in zip(plus, minus)]
         return difference[:-1], difference[-1][0].item()
 
@@ -231,25 +230,23 @@ class Problem:
 
         def product(flat):
             xs = shaped(flat)
-            return flatten([h + damping * x for h, x in zip(self.along(xs)[0], xs)])
+            damped = [h + damping * x for h, x in zip(self.along(xs)[0], xs)]
+            return parameters_to_vector(damped).numpy()
 
-        flatten = lambda xs: torch.cat([x.flatten() for x in xs]).numpy()  # noqa: E731
-        b = flatten(v)
+        b = parameters_to_vector(v).numpy()
         system = LinearOperator((len(b), len(b)), product, dtype=b.dtype)
         return shaped(minres(system, b, rtol=1e-10)[0])
 
 
+def slope_after(steps):
+    return lambda p: p.slope(lambda: p.after_steps(steps, 0.5))
+
+
 VARIANTS = {
-    "first_order": ({}, lambda p: p.slope(lambda: p.val().detach())),
-    "unrolled": (dict(lr=0.5), lambda p: p.slope(lambda: p.after_steps(1, 0.5))),
-    "unrolled, two steps": (
-        dict(lr=0.5, steps=2),
-        lambda p: p.slope(lambda: p.after_steps(2, 0.5)),
-    ),
-    "finite_difference": (
-        dict(lr=0.5, radius=1e-4),
-        lambda p: p.slope(lambda: p.after_steps(1, 0.5)),
-    ),
+    "first_order": ({}, slope_after(0)),
+    "unrolled": (dict(lr=0.5), slope_after(1)),
+    "unrolled, two steps": (dict(lr=0.5, steps=2), slope_after(2)),
+    "finite_difference": (dict(lr=0.5, radius=1e-4), slope_after(1)),
     "neumann": (dict(terms=3, alpha=0.5), lambda p: p.implicit(lambda v: p.series(v, 3, 0.5))),
     "conjugate_gradient": (
         dict(iterations=30, damping=20.0),

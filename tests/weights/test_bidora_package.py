@@ -155,10 +155,7 @@ def tiny(package, tmp_path, monkeypatch):
 
 
 def test_the_readmes_python_runs(package, tiny, capsys):
-    """
-    Training first, whose result the other snippet loads. Adapted: the model's name, and where that
-    snippet's model was saved.
-    """
+    """Training first: the other snippet loads its result. Adapted: the model's name, its folder."""
     use, train = snippets(package, "python")
     names = {}
     exec(train.replace("Qwen/Qwen3-4B", "tiny"), names)
@@ -201,9 +198,8 @@ def test_the_trainer_learns_along_a_true_hypergradient_and_saves_for_others(tiny
 
 
 def test_the_configs_multipliers_and_lower_steps_reach_the_optimizer(tiny):
-    model, tokenizer, rows, config = prepared(
-        rank=4, lower_lr_multiplier=3.0, upper_lr_multiplier=5.0, lower_steps=4
-    )
+    multipliers = dict(lower_lr_multiplier=3.0, upper_lr_multiplier=5.0)
+    model, tokenizer, rows, config = prepared(rank=4, lower_steps=4, **multipliers)
     trainer = bidora.BiDoRATrainer(model, tokenizer, *rows.values(), config, "run")
     optimizer = trainer.bilevel_optimizer
     assert optimizer.lower_optimizer.param_groups[0]["lr"] == pytest.approx(3e-3)
@@ -281,6 +277,6 @@ def test_the_hardware_adjustment_keeps_sixteen_rows_a_step_and_a_gpus_quantisati
         monkeypatch.setattr(bidora_package, "get_hardware_info", lambda info=info: info)
         config = bidora.FullConfig()
         config.auto_adjust_for_hardware()
-        training = config.training
-        assert training.batch_size * training.gradient_accumulation_steps == 16
+        c = config.training
+        assert c.batch_size * c.gradient_accumulation_steps == 16
         assert config.model.quantization == quantization
