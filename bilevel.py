@@ -431,19 +431,5 @@ class BilevelOptimizer:
             val_loss = self.upper_step(loss_fn, val_batch)
         return train_loss, val_loss
 
-    # The names of these steps in the `bidora` package on PyPI:
-
-    def lower_level_step(self, loss_fn, train_batch):
-        return self.lower_step(loss_fn, train_batch)
-
-    def upper_level_step(self, loss_fn, val_batch, train_batch=None):
-        return self.upper_step(loss_fn, val_batch, train_batch)
-
-    def final_finetune_step(self, loss_fn, combined_batch):
-        """A lower_step with the upper parameters fixed for good."""
-        for parameter in self.upper:
-            parameter.requires_grad_(False)
-        return self.lower_step(loss_fn, combined_batch)
-
 
 create_bilevel_optimizer = BilevelOptimizer  # its name in the `bidora` package

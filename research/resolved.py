@@ -106,7 +106,8 @@ class Problem:
         x, targets = self.inputs[split]
         loss = self.whole.loss(model(x), targets)
         if split in ("train", "all"):
-            weights = [p for p in bidora.lower_parameters(model) if p is not model[0].magnitude]
+            m = model[0].lora_magnitude_vector
+            weights = [p for p in bidora.lower_parameters(model) if p is not m]
             loss = loss + self.ridge / 2 * sum(p.square().sum() for p in weights)
         return loss
 
@@ -240,9 +241,9 @@ def search(problem, arm):
         else:
             optimizer.bilevel_step(problem.loss, "train", "val")
 
-    m, start = model[0].magnitude.data, problem.model[0].magnitude.data
+    m, start = (it[0].lora_magnitude_vector.data for it in (model, problem.model))
     model = copy.deepcopy(problem.model)  # the direction and the head begin alike for all
-    model[0].magnitude.data.copy_(m)
+    model[0].lora_magnitude_vector.data.copy_(m)
     problem.solve(model)
     val = problem.loss(model, "val").item()
 

@@ -1,10 +1,8 @@
 """
 Hypergradients against an independent implementation, torchopt 0.7 (arXiv 2211.06934).
 
-Other implementations on PyPI can't be used: betty-ml 0.1.1 has a requirement (numpy>=1.9.*) that
-pip rejects since version 24.1; hypergrad 0.0.1 (not hypertorch, which is not on PyPI) needs
-torchvision, and its package has the name of our file. higher 0.2.1 installs, but differentiates
-unrolled steps only, which torchopt does, too.
+hypergrad 0.0.1 on PyPI (not hypertorch, which is not there) needs torchvision and has the name of
+our file; higher 0.2.1 differentiates unrolled steps only, which torchopt does, too.
 """
 
 import copy
@@ -24,11 +22,7 @@ def through_torchopt(c, make_optimizer, steps):
     """The hypergradient of a Curved problem through steps of a differentiable optimizer."""
     model = copy.deepcopy(c.model)
     fixed = {name: p.detach() for name, p in model.named_parameters()}
-    upper = {
-        name: p.detach().clone().requires_grad_()
-        for name, p in model.named_parameters()
-        if "magnitude" in name
-    }
+    upper = {n: p.clone().requires_grad_() for n, p in fixed.items() if "magnitude" in n}
     direction = nn.Module()
     names = [name for name, p in model.named_parameters() if p.requires_grad and name not in upper]
     for i, name in enumerate(names):
@@ -48,21 +42,16 @@ def through_torchopt(c, make_optimizer, steps):
 def test_unrolled_gradient_descent(steps):
     c = Curved()
     expected = through_torchopt(c, lambda module: torchopt.MetaSGD(module, lr=0.1), steps)
-    torch.testing.assert_close(
-        tuple(unrolled(*c.arguments(), lr=0.1, steps=steps)), expected, rtol=1e-10, atol=1e-12
-    )
+    ours = tuple(unrolled(*c.arguments(), lr=0.1, steps=steps))
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_unrolled_adamw(steps):
     """The tolerance is 1e-5: torchopt keeps its bias corrections in fp32."""
-    c = Curved()
-    expected = through_torchopt(
-        c, lambda module: torchopt.MetaAdamW(module, lr=0.02, weight_decay=0.1), steps
-    )
-    ours = unrolled(
-        *c.arguments(), steps=steps, adam=torch.optim.AdamW(c.lower, lr=0.02, weight_decay=0.1)
-    )
+    c, options = Curved(), dict(lr=0.02, weight_decay=0.1)
+    expected = through_torchopt(c, lambda module: torchopt.MetaAdamW(module, **options), steps)
+    ours = unrolled(*c.arguments(), steps=steps, adam=torch.optim.AdamW(c.lower, **options))
     torch.testing.assert_close(tuple(ours), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -83,12 +72,8 @@ def implicit(p, solve):
 def test_conjugate_gradient():
     p = Logistic()
     expected = implicit(p, torchopt.linear_solve.solve_cg(maxiter=50, atol=0, rtol=1e-14))
-    torch.testing.assert_close(
-        conjugate_gradient(*p.arguments, iterations=6, damping=0.0)[0],
-        expected,
-        rtol=1e-9,
-        atol=1e-12,
-    )
+    ours = conjugate_gradient(*p.arguments, iterations=6, damping=0.0)[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("terms", [1, 8])
@@ -96,6 +81,5 @@ def test_neumann(terms):
     """torchopt's maxiter counts the terms after the first."""
     p = Logistic()
     expected = implicit(p, torchopt.linear_solve.solve_inv(ns=True, maxiter=terms - 1, alpha=0.01))
-    torch.testing.assert_close(
-        neumann(*p.arguments, terms=terms, alpha=0.01)[0], expected, rtol=1e-9, atol=1e-12
-    )
+    ours = neumann(*p.arguments, terms=terms, alpha=0.01)[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)

@@ -151,7 +151,7 @@ def check_combinations(config, method, second_order):
         f"has no upper level",
     )
     packed, ft = config.quantize not in ("auto", "none"), method is None
-    regularised = not ft and (method.magnitude or method.singular_values)
+    regularised = not ft and (method.magnitude or method.upper)
     refuse(
         config.gram_weight and not regularised,
         f"gram_weight={config.gram_weight} regularises directions with a magnitude, or BiLoRA's "

@@ -1,9 +1,7 @@
 """
-The other names of the `bidora` package (0.1.2 on PyPI), for code that imports them: its settings,
-its loading functions and its trainer, on transformers models and lists of dicts.
-
-bidora.py finds these names when they are asked for. Names, order and defaults are the package's;
-docs/coming-from.md says what they do differently here. transformers must be installed.
+The other names of the `bidora` package (0.1.2 on PyPI), for code that imports them from bidora.py,
+which finds them here: settings, loading functions and a trainer, for transformers models and lists
+of dicts. Names, order and defaults are the package's; docs/coming-from.md says what differs.
 """
 
 import itertools
@@ -17,15 +15,29 @@ import torch
 
 import bidora
 from bidora import BiDoRALinear, replace_linear_with_bidora  # noqa: F401
-from bilevel import BilevelOptimizer, MicroBatches, create_bilevel_optimizer
+from bilevel import BilevelOptimizer, MicroBatches
 from data import load_examples
 from support.text.jsonl import format_of
 from support.weights.quantized import kind_of
 
-BiLevelOptimizer = BilevelOptimizer
+
+class BiLevelOptimizer(BilevelOptimizer):
+    """With the package's names of the steps."""
+
+    def lower_level_step(self, loss_fn, train_batch):
+        return self.lower_step(loss_fn, train_batch)
+
+    def upper_level_step(self, loss_fn, val_batch, train_batch=None):
+        return self.upper_step(loss_fn, train_batch, val_batch)
+
+    def final_finetune_step(self, loss_fn, combined_batch):
+        """A lower_step with the upper parameters fixed for good."""
+        for parameter in self.upper:
+            parameter.requires_grad_(False)
+        return self.lower_step(loss_fn, combined_batch)
 
 
-# ------------------------------------------------------------------------------- settings
+create_bilevel_optimizer = BiLevelOptimizer
 
 
 class ModelSize(str, Enum):
@@ -37,8 +49,7 @@ class QuantizationMode(str, Enum):
 
 
 def number(default, least, most=math.inf):
-    """A field that must be in a range."""
-    return field(default=default, metadata={"range": (least, most)})
+    return field(default=default, metadata={"least": least, "most": most})
 
 
 class Settings:
@@ -46,11 +57,10 @@ class Settings:
 
     def __post_init__(self):
         for setting in fields(self):
-            least, most = setting.metadata.get("range", (None, None))
-            value = getattr(self, setting.name)
-            if least is not None and not least <= value <= most:
-                name = f"{type(self).__name__}: {setting.name}"
-                raise ValueError(f"{name}={value!r} must be from {least} to {most}")
+            name, value, bounds = setting.name, getattr(self, setting.name), setting.metadata
+            if bounds and not bounds["least"] <= value <= bounds["most"]:
+                span = f"from {bounds['least']} to {bounds['most']}"
+                raise ValueError(f"{type(self).__name__}: {name}={value!r} must be {span}")
 
 
 @dataclass
@@ -122,10 +132,7 @@ class FullConfig(Settings):
     resume_from_checkpoint: Path | None = None
 
     def auto_adjust_for_hardware(self):
-        """
-        Choose rows per pass by the GPU's memory, always 16 rows a step; above 40 GB longer rows
-        too. Without a GPU nothing is quantised.
-        """
+        """Choose rows per pass and their length by the GPU's memory, always 16 rows a step."""
         memory = get_hardware_info().get("gpu_memory_gb", 0)
         rows = 4 if memory >= 40 else 2 if memory >= 16 else 1
         self.training.batch_size, self.training.gradient_accumulation_steps = rows, 16 // rows
@@ -135,20 +142,14 @@ class FullConfig(Settings):
             self.model.quantization = QuantizationMode.NONE
 
 
-# ----------------------------------------------------------------------------- the model
-
-
 def get_hardware_info():
     """What torch runs on, a dict."""
-    cuda = torch.cuda.is_available()
-    info = {
-        "cuda_available": cuda,
-        "cuda_version": torch.version.cuda if cuda else None,
-        "pytorch_version": torch.__version__,
-    }
+    cuda, version = torch.cuda.is_available(), torch.version.cuda
+    info = {"cuda_available": cuda, "cuda_version": version if cuda else None}
+    info["pytorch_version"] = torch.__version__
     if cuda:
-        properties = torch.cuda.get_device_properties(0)
-        info |= {"gpu_name": properties.name, "gpu_memory_gb": properties.total_memory / 1e9}
+        gpu = torch.cuda.get_device_properties(0)
+        info |= {"gpu_name": gpu.name, "gpu_memory_gb": gpu.total_memory / 1e9}
         info["gpu_count"] = torch.cuda.device_count()
     return info
 
@@ -157,35 +158,28 @@ def create_bnb_config(quantization):
     """transformers' BitsAndBytesConfig for a QuantizationMode, or None."""
     from transformers import BitsAndBytesConfig
 
-    if quantization == QuantizationMode.NONE:
-        return None
-    if quantization == QuantizationMode.INT8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
+    nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    options = {"none": {}, "8bit": dict(load_in_8bit=True), "4bit": nf4}[quantization]
+    return BitsAndBytesConfig(**options) if options else None
 
 
 def load_model_and_tokenizer(model_config):
-    """
-    A causal language model of transformers and its tokenizer, by folder or hub name: bf16 on a GPU
-    that computes in it, else fp32; from safetensors alone.
-    """
+    """A causal language model, in bf16 on a GPU that computes in it, else fp32; its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     cuda = torch.cuda.is_available()
     fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    name, trusted = model_config.model_name, model_config.trust_remote_code
+    name, options = model_config.model_name, {"trust_remote_code": model_config.trust_remote_code}
     model = AutoModelForCausalLM.from_pretrained(
         name,
         dtype=torch.bfloat16 if fast else torch.float32,
         device_map={"": 0} if cuda else None,
         quantization_config=create_bnb_config(model_config.quantization),
         attn_implementation="flash_attention_2" if model_config.use_flash_attention else None,
-        trust_remote_code=trusted,
         use_safetensors=True,
+        **options,
     )
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trusted, padding_side="right")
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -193,10 +187,8 @@ def load_model_and_tokenizer(model_config):
 
 def prepare_bidora_model(model, bidora_config, quantized=None, use_gradient_checkpointing=False):
     """
-    Freeze every parameter of model, then add the adapters of a BiDoRAConfig; return model.
-
-    quantized: whether the base is, which the weights show by themselves. Raises ValueError for
-    quantized=True over an ordinary model, and whenever replace_linear_with_bidora does.
+    Freeze every parameter of model, then add the adapters of a BiDoRAConfig; return model. Raises
+    ValueError for quantized=True over an ordinary model, and when replace_linear_with_bidora does.
     """
     if quantized and not any(kind_of(p) or not p.is_floating_point() for p in model.parameters()):
         raise ValueError("quantized=True, but the model's weights are not quantised")
@@ -215,14 +207,8 @@ def prepare_bidora_model(model, bidora_config, quantized=None, use_gradient_chec
     return model
 
 
-# ------------------------------------------------------------------------------- the data
-
-
 def load_and_prepare_dataset(data_config):
-    """
-    {"train", "validation"}: lists of dicts, from JSONL files or from a hub data set by name, which
-    needs the `datasets` library. Raises ValueError or FileNotFoundError for unusable data.
-    """
+    """{"train", "validation"}: lists of dicts, from JSONL files or from a data set of the hub."""
     c = data_config
     if c.train_file is not None:
         train = load_examples(str(c.train_file))
@@ -244,22 +230,22 @@ def load_and_prepare_dataset(data_config):
 
 def prompt_and_answer(example):
     """The two texts of an example; only the answer is learnt. Plain text has no prompt."""
-    kind = format_of(example)
-    if kind == "instruction":
-        extra = f"### Input:\n{example['input']}\n\n" if example.get("input") else ""
-        prompt = f"### Instruction:\n{example['instruction']}\n\n{extra}### Response:\n"
-        return prompt, example["output"]
-    if kind == "prompt":
-        return f"{example['prompt']}\n\n", example["completion"]
-    if kind in ("code", "text"):
-        return "", example[kind]
+    match format_of(example):
+        case "instruction":
+            extra = f"### Input:\n{example['input']}\n\n" if example.get("input") else ""
+            prompt = f"### Instruction:\n{example['instruction']}\n\n{extra}### Response:\n"
+            return prompt, example["output"]
+        case "prompt":
+            return f"{example['prompt']}\n\n", example["completion"]
+        case "code" | "text" as key:
+            return "", example[key]
     raise ValueError(f"an example has the keys {', '.join(example)}, which are no known format")
 
 
 def prepare_dataset_for_training(dataset, tokenizer, max_length):
     """
-    The splits of a data set as token ids: lists of {"input_ids", "attention_mask", "labels"}, not
-    padded. Too long an example loses its beginning. The answer ends with the end-of-text token.
+    The splits as lists of {"input_ids", "attention_mask", "labels"}, not padded. An answer ends
+    with the end-of-text token; too long an example loses its beginning.
     """
 
     def row(example):
@@ -273,18 +259,11 @@ def prepare_dataset_for_training(dataset, tokenizer, max_length):
     return {split: [row(example) for example in examples] for split, examples in dataset.items()}
 
 
-# ---------------------------------------------------------------------------- the trainer
-
-
 class BiDoRATrainer:
     """
-    The three phases on a transformers model: epochs of bilevel_step on train and validation rows,
-    along the hypergradient through the lower level's last step, then one epoch of
-    final_finetune_step on all rows.
-
-    train_dataset, val_dataset: lists of rows from prepare_dataset_for_training. Writes adapters in
-    PEFT's format into output_dir / "best_model" and "final_adapter", and the merged model into
-    "final_model", as transformers loads it.
+    Epochs of bilevel_step on train and validation rows (of prepare_dataset_for_training), then one
+    of final_finetune_step on all. Writes adapters in PEFT's format into output_dir / "best_model"
+    and "final_adapter", and the merged model, as transformers loads it, into "final_model".
     """
 
     def __init__(self, model, tokenizer, train_dataset, val_dataset, config, output_dir):
@@ -293,18 +272,13 @@ class BiDoRATrainer:
         self.model, self.tokenizer = model, tokenizer
         self.train_dataset, self.val_dataset = train_dataset, val_dataset
         self.config, self.output_dir = config, Path(output_dir)
-        self.device = next(model.parameters()).device
         self.rng = random.Random(config.seed)
 
-        training, adapters = config.training, config.bidora
-        self.bilevel_optimizer = create_bilevel_optimizer(
-            model,
-            training.learning_rate * adapters.lower_lr_multiplier,
-            training.learning_rate * adapters.upper_lr_multiplier,
-            adapters.lower_steps,
-            training.weight_decay,
-            grad_clip=training.max_grad_norm,
-        )
+        c, adapters = config.training, config.bidora
+        multipliers = adapters.lower_lr_multiplier, adapters.upper_lr_multiplier
+        rates = [c.learning_rate * multiplier for multiplier in multipliers]
+        options = (*rates, adapters.lower_steps, c.weight_decay)
+        self.bilevel_optimizer = BiLevelOptimizer(model, *options, grad_clip=c.max_grad_norm)
         if not val_dataset and self.bilevel_optimizer.upper:
             raise ValueError("BiDoRA needs validation rows: give a val_file or a val_split_ratio")
         if not train_dataset:
@@ -312,28 +286,22 @@ class BiDoRATrainer:
 
     def batches(self, rows, shuffle=True):
         """One epoch of MicroBatches of padded tensors, each with its share of the labels."""
-        rows, c = list(rows), self.config.training
-        if shuffle:
-            self.rng.shuffle(rows)
+        c, rows = self.config.training, self.rng.sample(rows, len(rows)) if shuffle else rows
         size = c.batch_size * c.gradient_accumulation_steps
         for start in range(0, len(rows), size):
             whole = rows[start : start + size]
             parts = [whole[i : i + c.batch_size] for i in range(0, len(whole), c.batch_size)]
-            # As in transformers' loss: the label of each position is the next token.
+            # transformers' loss takes the next token as the label of each position.
             counts = [sum(y != -100 for row in part for y in row["labels"][1:]) for part in parts]
             yield MicroBatches(
                 (self.collate(part), count / sum(counts)) for part, count in zip(parts, counts)
             )
 
     def collate(self, rows):
-        """Rows as tensors, padded on the right; padding is neither seen nor learnt."""
-        padding = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
-        return {
-            name: torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value
-            ).to(self.device)
-            for name, value in padding.items()
-        }
+        """Rows as padded tensors; padding is neither seen nor learnt."""
+        from transformers import DataCollatorForSeq2Seq
+
+        return DataCollatorForSeq2Seq(self.tokenizer)(rows).to(self.model.device)
 
     @staticmethod
     def loss(model, micro_batch):
@@ -344,10 +312,8 @@ class BiDoRATrainer:
     def validate(self):
         """The mean loss over the batches of the validation rows, in nats."""
         self.model.eval()
-        losses = [
-            sum(self.loss(self.model, part) for part in batch)
-            for batch in self.batches(self.val_dataset, shuffle=False)
-        ]
+        batches = self.batches(self.val_dataset, shuffle=False)
+        losses = [sum(self.loss(self.model, part) for part in batch) for batch in batches]
         self.model.train()
         return (sum(losses) / len(losses)).item() if losses else math.nan
 
@@ -358,9 +324,8 @@ class BiDoRATrainer:
         size = c.batch_size * c.gradient_accumulation_steps
         steps = c.num_epochs * math.ceil(len(self.train_dataset) / size)
         warmup = min(c.warmup_steps, steps // 10)
-        val_batches = itertools.chain.from_iterable(
-            self.batches(self.val_dataset) for _ in itertools.count()
-        )
+        epochs = (self.batches(self.val_dataset) for _ in itertools.count())
+        val_batches = itertools.chain.from_iterable(epochs)
         best, step = math.inf, 0
 
         self.model.train()
@@ -373,33 +338,26 @@ class BiDoRATrainer:
                 else:  # DoRA or LoRA
                     train_loss = optimizer.lower_step(self.loss, batch)
                 if step % c.logging_steps == 0:
-                    print(f"step {step} of {steps}: train loss {train_loss:.4f}", flush=True)
+                    print(f"step {step} of {steps}: train loss {train_loss:.4f}")
 
             val_loss = self.validate()
-            print(
-                f"epoch {epoch + 1} of {c.num_epochs}: validation loss {val_loss:.4f}", flush=True
-            )
+            print(f"epoch {epoch + 1} of {c.num_epochs}: validation loss {val_loss:.4f}")
             if val_loss < best:
                 best = val_loss
                 bidora.save_adapter(self.model, self.output_dir / "best_model")
 
         for batch in self.batches([*self.train_dataset, *self.val_dataset]):
             optimizer.final_finetune_step(self.loss, batch)
-        self.save()
-        return {"best_val_loss": best, "final_epoch": c.num_epochs - 1, "global_step": step}
-
-    def save(self):
-        """Write the adapter, then merge it into the model and write that."""
         bidora.save_adapter(self.model, self.output_dir / "final_adapter")
-        merged = bidora.merge(self.model)
-        merged.save_pretrained(self.output_dir / "final_model")
+        bidora.merge(self.model).save_pretrained(self.output_dir / "final_model")
         self.tokenizer.save_pretrained(self.output_dir / "final_model")
         print(f"saved in {self.output_dir}: best_model, final_adapter, final_model")
+        return {"best_val_loss": best, "final_epoch": c.num_epochs - 1, "global_step": step}
 
 
 def train_bidora(model, tokenizer, dataset, config):
     """Train on the splits "train" and "validation" of a data set; return the BiDoRATrainer."""
-    splits = dataset["train"], dataset["validation"]
-    trainer = BiDoRATrainer(model, tokenizer, *splits, config, config.output_dir)
+    rows = dataset["train"], dataset["validation"]
+    trainer = BiDoRATrainer(model, tokenizer, *rows, config, config.output_dir)
     trainer.train()
     return trainer

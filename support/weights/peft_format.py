@@ -1,10 +1,10 @@
 """
 Adapters as PEFT saves them: adapter_model.safetensors and adapter_config.json.
 
-Call bidora.save_adapter and bidora.load_adapter; this file has the format. The scale s is saved as
-alpha = s · rank, so it is right for any formula by which a method computes s. PEFT's format has no
-magnitude per column: such an adapter gets a peft_type of our own, which PEFT refuses. Modules that
-were trained beside the adapters, such as a classifier, are saved whole (PEFT's modules_to_save).
+Call bidora.save_adapter and bidora.load_adapter; this file has the format. The factors A and B of a
+method's update are saved as LoRA's, and its scale s as alpha = s · rank. PEFT has no magnitude per
+column: such an adapter gets a peft_type of our own, which PEFT refuses. Modules that were trained
+beside the adapters, such as a classifier, are saved whole (modules_to_save).
 """
 
 import math
@@ -29,17 +29,15 @@ NAMES = {
     "lora_B": "lora_B.weight",
     "lora_magnitude_vector": "lora_magnitude_vector",
 }
-# PEFT's task types, by the end of a transformers class's name, and the heads that PEFT expects in
-# the file for them.
+# By the end of a transformers class's name: PEFT's task type, and the heads it expects in the file.
 TASKS = {
     "ForSequenceClassification": ("SEQ_CLS", ["classifier", "score"]),
     "ForTokenClassification": ("TOKEN_CLS", ["classifier", "score"]),
     "ForQuestionAnswering": ("QUESTION_ANS", ["qa_outputs"]),
     "ForConditionalGeneration": ("SEQ_2_SEQ_LM", []),
 }
-# Settings of PEFT's LoraConfig that these layers know, or that have no effect once an adapter is
-# trained. Any other setting that is switched on means a variant of LoRA that computes something
-# else; numbers switch nothing on by themselves.
+# Settings of PEFT's LoraConfig that are read here, or have no effect after training. Any other one
+# that is switched on means another variant of LoRA; numbers alone switch nothing on.
 KNOWN = set(
     "peft_type peft_version task_type auto_mapping parent_library base_model_name_or_path revision "
     "inference_mode r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern "
@@ -63,30 +61,21 @@ class Adapter:
 
 
 def named_tensors(layers):
-    """The adapter parameters under PEFT's names for them; BiLoRA's λ is folded into B."""
-    return {
-        f"{PREFIX}{name}.{NAMES[key]}": (
-            layer.folded_B() if key == "lora_B" else getattr(layer, key)
-        ).detach()
-        for name, layer in layers.items()
-        for key in NAMES
-        if getattr(layer, key) is not None
-    }
+    """A, B and m of layers, under PEFT's names."""
+    tensors = {}
+    for name, layer in layers.items():
+        parts = *layer.method.factors(layer), layer.lora_magnitude_vector
+        for key, tensor in zip(NAMES.values(), parts):
+            if tensor is not None:
+                tensors[f"{PREFIX}{name}.{key}"] = tensor.detach()
+    return tensors
 
 
 def write(folder, model, layers, base_model):
-    """
-    Write the adapters of a model's layers, {name: BiDoRALinear}, and the other modules that were
-    trained, each file atomically.
-
-    base_model: name, name@revision or folder. Raises ValueError without layers, or for several
-    kinds of them; OSError when the folder can't be written; and, after writing the rest, ValueError
-    for trained parameters that the format can't hold.
-    """
+    """Write the adapters of a model's layers, {name: BiDoRALinear}, as save_adapter says."""
     if not layers:
         raise ValueError("the model has no adapters to save")
-    kinds = {(layer.method.magnitude, layer.magnitude_axis) for layer in layers.values()}
-    if len(kinds) > 1:
+    if len({(layer.method.magnitude, layer.magnitude_axis) for layer in layers.values()}) > 1:
         raise ValueError(
             "the model's adapters differ in having a magnitude, or in its axis; "
             "one file holds one kind"
@@ -98,11 +87,13 @@ def write(folder, model, layers, base_model):
     tensors = named_tensors(layers)
     for name, tensor in model.state_dict().items():
         if set(whole) & set(parents(name)):
-            tensors[f"{PREFIX}{name}"] = tensor.clone()  # tied weights share memory
+            tensors[f"{PREFIX}{name}"] = tensor
+    # Copies, since tied weights, or factors that layers share, share their memory.
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     folder = Path(folder)
     make_folder(folder)
     with replacing(folder / "adapter_model.safetensors") as temporary:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
+        save_file(tensors, temporary)
     write_json(folder / "adapter_config.json", config)
 
     if lost:
@@ -121,10 +112,8 @@ def config_of(model, layers, base_model, task, whole):
     rank, alpha, dropout = statistics.mode(
         (layer.rank, alphas[name], layer.dropout.p) for name, layer in layers.items()
     )
-    patterns = {
-        name: f"^{name}" if any(other.endswith(f".{name}") for other in layers) else name
-        for name in layers
-    }
+    ends = {name: any(other.endswith(f".{name}") for other in layers) for name in layers}
+    patterns = {name: f"^{name}" if shared else name for name, shared in ends.items()}
     base, revision = split_revision(base_model)
     return {
         "peft_type": COLUMN_DORA if magnitude and axis == "column" else "LORA",
@@ -172,16 +161,19 @@ def trained_beside(model, layers, heads):
     The modules to save whole: the heads, and those that own a trained parameter which is not an
     adapter's; and the names of the trained parameters that are in none of them.
     """
-    adapters = {f"{name}.{key}" for name in layers for key in NAMES}
-    adapters |= {f"{name}.lora_lambda" for name in layers}
-    trained = [n for n, p in model.named_parameters() if p.requires_grad and n not in adapters]
-    around = {module for name in adapters for module in parents(name)}
-    owners = {name.rpartition(".")[0] for name in trained} - around - {""}
+    trained, owners = [], set()
+    for name, parameter in model.named_parameters():
+        owner, _, key = name.rpartition(".")
+        adapters = owner in layers and key not in ("weight", "bias")
+        if parameter.requires_grad and not adapters:
+            trained.append(name)
+            owners.add(owner)
 
-    # PEFT finds heads by the ends of their names.
+    around = {module for name in layers for module in parents(f"{name}.weight")}
     modules = [name for name, _ in model.named_modules()]
-    found = owners | {m for m in modules if any(m.endswith(head) for head in heads)}
-    whole = [m for m in sorted(found) if not found & set(parents(m))]
+    heads = {m for m in modules if m.endswith(tuple(heads))}  # as PEFT finds them
+    chosen = (owners - around - {""}) | heads
+    whole = [m for m in sorted(chosen) if not chosen & set(parents(m))]
     return whole, [name for name in trained if not set(whole) & set(parents(name))]
 
 
@@ -204,40 +196,39 @@ def target_modules(layers, modules):
 def read(folder, parameters):
     """
     The Adapter in a folder that `write` or PEFT wrote. parameters: the base's, {name: tensor}.
-
     rsLoRA's scale alpha / √rank (arXiv 2312.03732) becomes the alpha that gives the same scale.
+
     Raises FileNotFoundError for a missing file, ValueError for a damaged one and for variants of
     LoRA that BiDoRALinear does not compute.
     """
     folder = Path(folder)
-    config = read_json(folder / "adapter_config.json")
+    settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config = read_json(settings)
     try:
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = load_file(weights)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{folder / 'adapter_model.safetensors'} is missing "
-            f"(adapters are read from safetensors only)"
-        ) from None
+        problem = f"{weights} is missing (adapters are read from safetensors only)"
+        raise FileNotFoundError(problem) from None
     except SafetensorError as error:
-        raise ValueError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from None
-    check_config(config, folder / "adapter_config.json")
+        raise ValueError(f"{weights} is damaged: {error}") from None
+    check_config(config, settings)
 
-    found, saved = by_layer(tensors, folder, parameters, config.get("modules_to_save") or [])
+    layers, saved = by_layer(tensors, folder, parameters, config.get("modules_to_save") or [])
     magnitude = bool(config.get("use_dora"))
-    if {"lora_magnitude_vector" in parts for parts in found.values()} != {magnitude}:
+    if {"lora_magnitude_vector" in parts for parts in layers.values()} != {magnitude}:
         raise ValueError(
             f"{folder}: adapter_config.json has use_dora={magnitude}, which the tensors contradict"
         )
 
-    sizes, alphas = {}, alphas_of(found, config, folder / "adapter_config.json")
-    for name, parts in found.items():
+    sizes, alphas = {}, alphas_of(layers, config, settings)
+    for name, parts in layers.items():
         # Any rank will do for a damaged file: copy_into reports the misshapen tensor.
         matrix = "lora_A" in parts and parts["lora_A"].dim() == 2
-        rank = len(parts["lora_A"]) if matrix else 1
+        rank = max(1, len(parts["lora_A"])) if matrix else 1
         sizes[name] = rank, alphas[name] * (rank**0.5 if config.get("use_rslora") else 1)
     axis = "column" if config.get("peft_type") == COLUMN_DORA else "row"
     dropout = config.get("lora_dropout") or 0.0
-    return Adapter(folder, found, sizes, dropout, magnitude, axis, saved)
+    return Adapter(folder, layers, sizes, dropout, magnitude, axis, saved)
 
 
 def check_config(config, where):
@@ -272,9 +263,8 @@ def check_config(config, where):
         raise ValueError(f"{where}: lora_dropout={dropout!r} must be at least 0 and below 1")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or any(len(pattern) > 1000 for pattern in patterns):
-        raise ValueError(
-            f"{where}: alpha_pattern is not a JSON object, or a pattern exceeds 1000 characters"
-        )
+        problem = "is not a JSON object, or a pattern exceeds 1000 characters"
+        raise ValueError(f"{where}: alpha_pattern {problem}")
     for alpha in (config.get("lora_alpha"), *patterns.values()):
         if not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
             raise ValueError(
@@ -288,7 +278,7 @@ def check_config(config, where):
 
 def by_layer(tensors, folder, parameters, modules_to_save):
     """The file's tensors: ({layer: {"lora_A": tensor, …}}, {name: tensor of a whole module})."""
-    found, saved = {}, {}
+    layers, saved = {}, {}
     for key, tensor in tensors.items():
         # PEFT also saves the base weight of an adapted head.
         if key.endswith(".base_layer.weight"):
@@ -302,23 +292,20 @@ def by_layer(tensors, folder, parameters, modules_to_save):
             saved[name] = tensor
             continue
 
-        kinds = r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?"
-        match = re.fullmatch(re.escape(PREFIX) + kinds, key)
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(NAMES)})(\.weight)?", key)
         if not match:
             raise ValueError(
                 f"{folder}: {key} belongs to no LoRA or DoRA adapter of linear layers, "
                 f"which is not supported"
             )
-        found.setdefault(match[1], {})[match[2]] = tensor
+        layers.setdefault(match[1], {})[match[2]] = tensor
 
     for end in modules_to_save:
         wanted = {n for n in parameters if any(module.endswith(end) for module in parents(n))}
         if wanted and not wanted & saved.keys():
-            raise ValueError(
-                f"{folder}: modules_to_save names {end}, of which adapter_model.safetensors holds "
-                f"nothing"
-            )
-    return found, saved
+            problem = f"modules_to_save names {end}, of which the file holds nothing"
+            raise ValueError(f"{folder}: {problem}")
+    return layers, saved
 
 
 def alphas_of(names, config, where, seconds=5):
@@ -327,16 +314,14 @@ def alphas_of(names, config, where, seconds=5):
 
     Raises ValueError for invalid patterns, and for some that together take more than `seconds`.
     """
-    patterns, end = config.get("alpha_pattern") or {}, time.monotonic() + seconds
-    compiled, alphas = {}, {}
+    alphas, end = dict.fromkeys(names, config["lora_alpha"]), time.monotonic() + seconds
+    patterns = (config.get("alpha_pattern") or {}).items()
     try:
-        for key in patterns:
-            compiled[key] = regex.compile(rf"(.*\.)?({key})$")
+        compiled = [(regex.compile(rf"(.*\.)?({key})$"), alpha) for key, alpha in patterns]
         for name in names:
-            alphas[name] = config["lora_alpha"]
-            for key, pattern in compiled.items():
+            for pattern, alpha in compiled:
                 if pattern.match(name, timeout=max(1e-6, end - time.monotonic())):
-                    alphas[name] = patterns[key]
+                    alphas[name] = alpha
                     break
     except (regex.error, RecursionError, TimeoutError) as error:
         raise ValueError(
@@ -351,12 +336,14 @@ def copy_into(model, layers, adapter):
     Copy an Adapter's tensors into a model and its layers, {name: BiDoRALinear}; modules that were
     saved whole stay trainable. Raises ValueError if unfit.
     """
-    folder = adapter.folder
-    if any(layer.method.singular_values for layer in layers.values()):
-        raise ValueError(
-            "the model has BiLoRA adapters, whose λ a saved adapter holds folded: "
-            "load it into a model without adapters"
-        )
+    unfit = f"{adapter.folder}: the adapter does not fit the model:"
+    for layer in layers.values():
+        A, B = layer.method.factors(layer)
+        if A is not layer.lora_A or B is not layer.lora_B:
+            raise ValueError(
+                "the model's adapters have other parameters, such as BiLoRA's λ, which a saved "
+                "adapter holds folded into A and B: load it into a model without adapters"
+            )
 
     own = named_tensors(layers)
     tensors = {
@@ -369,20 +356,14 @@ def copy_into(model, layers, adapter):
         tensors[name] = tensor
         own |= {name: state[name]} if name in state else {}
     for name in sorted(own.keys() | tensors.keys()):
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
-            shapes = [
-                tuple(side[name].shape) if name in side else "none" for side in (tensors, own)
-            ]
-            raise ValueError(
-                f"{folder}: the adapter does not fit the model: {name} is {shapes[0]} in the file, "
-                f"{shapes[1]} in the model"
-            )
+        shapes = [tuple(side[name].shape) if name in side else "none" for side in (tensors, own)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{unfit} {name} is {shapes[0]} in the file, {shapes[1]} in the model")
     for name, layer in layers.items():
         alphas = adapter.sizes[name][1], layer.scaling * layer.rank
         if not math.isclose(*alphas):
             raise ValueError(
-                f"{folder}: the adapter does not fit the model: {name} has alpha {alphas[0]:g} "
-                f"in the file, {alphas[1]:g} in the model"
+                f"{unfit} {name} has alpha {alphas[0]:g} in the file, {alphas[1]:g} in the model"
             )
 
     for name, tensor in own.items():

@@ -13,10 +13,8 @@ from support.weights.quantized import blocks, float_dtype, kind_of, linear, tran
 
 def regulariser(layers):
     """The mean of the regularisers of layers, an iterable of BiDoRALinear: a scalar."""
-    values = [
-        cosines_apart(layer) if layer.method.magnitude else orthonormal(layer) for layer in layers
-    ]
-    return sum(values) / len(values)
+    own = [cosines_apart(x) if x.method.magnitude else orthonormal(x) for x in layers]
+    return sum(own) / len(own)
 
 
 def orthonormal(layer):
@@ -30,11 +28,10 @@ def cosines_apart(layer):
     """
     ‖C - I‖, a scalar, C the cosines between the rows (or columns) of W0 + s·B·A.
 
-    It is computed from the factors and W0·W0ᵀ (or W0ᵀ·W0). That matrix, (out × out) or (in × in),
-    is computed at the first call and kept in the layer, so each call needs only products of rank r;
-    where W0 itself trains, it is computed anew.
+    It is computed from the factors and W0·W0ᵀ, (out × out), or W0ᵀ·W0, (in × in). The layer keeps
+    that matrix, so that later calls need only products of rank r, unless W0 itself trains.
     """
-    A, sB = layer.lora_A, layer.scaling * layer.lora_B
+    A, sB = layer.factors()
     weight, dtype = layer.weight, float_dtype(layer.weight)
     row = layer.magnitude_axis == "row"
     base = layer.weight_gram

@@ -88,7 +88,7 @@ def layer_delta(layer, axis="row"):
     if axis != layer.magnitude_axis:
         return delta(layer.merged_weight(), dequantize(layer.weight, torch.float64), axis)
 
-    A, B = layer.lora_A, layer.scaling * layer.folded_B()
+    A, B = layer.factors()  # s is in B
     dtype = float_dtype(layer.weight)
     if axis == "row":
         inner = (linear(A.to(dtype), layer.weight).T * B).sum(1)

@@ -333,9 +333,9 @@ def test_our_transposed_layer_is_the_published_one():
     assert (layer.lora_A == 0).all() and layer.lora_B.std() > 0.3
     with torch.no_grad():
         layer.lora_A.normal_()
-        layer.magnitude.mul_(1.5)
+        m = layer.lora_magnitude_vector.mul_(1.5)
     found = layer(x)
-    expected = published_layer(x, weight, bias, layer.lora_B.T, layer.lora_A.T, layer.magnitude)
+    expected = published_layer(x, weight, bias, layer.lora_B.T, layer.lora_A.T, m)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 

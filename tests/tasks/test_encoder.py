@@ -241,7 +241,8 @@ def adapted(encoder):
     )
     for layer in bidora.adapter_layers(encoder).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
-        layer.magnitude.data.mul_(torch.linspace(0.8, 1.2, len(layer.magnitude)))
+        m = layer.lora_magnitude_vector.data
+        m.mul_(torch.linspace(0.8, 1.2, len(m)))
     return encoder
 
 

@@ -91,8 +91,8 @@ def test_layers_are_measured_from_their_factors_as_from_the_merged_weight(
 ):
     layer = BiDoRALinear(24, 16, rank=4, method=method, magnitude_axis=own_axis)
     with torch.no_grad():
-        for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.lora_lambda):
-            if p is not None:
+        for p in layer.parameters():
+            if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
     assert layer_delta(layer, axis) == pytest.approx(
         definition(layer.merged_weight(), layer.weight, dim), rel=1e-4

@@ -7,6 +7,7 @@ fit a CPU's torch, and transformers then fails to import.
 import ast
 import inspect
 import json
+import operator
 import re
 import zipfile
 from pathlib import Path
@@ -19,7 +20,6 @@ import transformers
 from peft import PeftModel
 
 import bidora
-import bilevel
 import hypergrad
 from support.run.files import fetch
 from support.weights import bidora_package
@@ -75,36 +75,20 @@ def our_parameters(function):
     return {p.name: ... if p.default is p.empty else p.default for p in positional}
 
 
-FUNCTIONS = {
-    "replace_linear_with_bidora": bidora.replace_linear_with_bidora,
-    "create_bilevel_optimizer": bilevel.create_bilevel_optimizer,
-    "BiDoRALinear.__init__": bidora.BiDoRALinear.__init__,
-    "BiLevelOptimizer.lower_level_step": bilevel.BilevelOptimizer.lower_level_step,
-    "BiLevelOptimizer.upper_level_step": bilevel.BilevelOptimizer.upper_level_step,
-    "BiLevelOptimizer.bilevel_step": bilevel.BilevelOptimizer.bilevel_step,
-    "BiLevelOptimizer.final_finetune_step": bilevel.BilevelOptimizer.final_finetune_step,
-    "BiDoRATrainer.__init__": bidora.BiDoRATrainer.__init__,
-    "BiDoRATrainer.train": bidora.BiDoRATrainer.train,
-    "FullConfig.auto_adjust_for_hardware": bidora.FullConfig.auto_adjust_for_hardware,
-    **{
-        name: getattr(bidora, name)
-        for name in (
-            "create_bnb_config",
-            "get_hardware_info",
-            "load_model_and_tokenizer",
-            "prepare_bidora_model",
-            "load_and_prepare_dataset",
-            "prepare_dataset_for_training",
-            "train_bidora",
-        )
-    },
-}
+FUNCTIONS = """
+replace_linear_with_bidora create_bilevel_optimizer create_bnb_config get_hardware_info
+load_model_and_tokenizer prepare_bidora_model load_and_prepare_dataset prepare_dataset_for_training
+train_bidora BiDoRALinear.__init__ BiDoRATrainer.__init__ BiDoRATrainer.train
+BiLevelOptimizer.lower_level_step BiLevelOptimizer.upper_level_step BiLevelOptimizer.bilevel_step
+BiLevelOptimizer.final_finetune_step FullConfig.auto_adjust_for_hardware
+"""
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS.split())
 def test_calls_by_place_and_by_name_work(name, package):
     """Ours has the package's parameters first, with its defaults; more may follow."""
-    theirs, ours = their_parameters(definitions(package)[name]), our_parameters(FUNCTIONS[name])
+    theirs = their_parameters(definitions(package)[name])
+    ours = our_parameters(operator.attrgetter(name)(bidora))
     assert list(ours)[: len(theirs)] == list(theirs)
     for parameter, default in theirs.items():
         if default is not ... and f"{name}.{parameter}" not in DIFFERENT_DEFAULTS:
@@ -133,13 +117,8 @@ def test_settings_have_the_packages_names_defaults_and_ranges(name, package):
 
 
 def test_every_name_that_the_package_exports_is_found(package):
-    tree = ast.parse(package["bidora/__init__.py"])
-    [exported] = [
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
-    ]
-    for name in exported:
+    [exported] = re.findall(r"(?s)__all__ = (\[.*?\])", package["bidora/__init__.py"])
+    for name in ast.literal_eval(exported):
         assert name == "__version__" or getattr(bidora, name)
     with pytest.raises(AttributeError, match="no attribute 'no_such'"):
         bidora.no_such  # noqa: B018
@@ -154,12 +133,8 @@ def snippets(files, language):
 def tiny(package, tmp_path, monkeypatch):
     """A working folder with a tiny model "tiny", and the README's examples as data files."""
     monkeypatch.chdir(tmp_path)
-    lines = [
-        line
-        for block in snippets(package, "json") + snippets(package, "bash")
-        for line in block.splitlines()
-        if line.startswith('{"instruction"')
-    ]
+    blocks = "".join(snippets(package, "json") + snippets(package, "bash"))
+    lines = re.findall(r'(?m)^\{"instruction".*$', blocks)
     assert len(lines) >= 3
     Path("data").mkdir()
     Path("data/train.jsonl").write_text("\n".join(lines * 4))
@@ -170,26 +145,17 @@ def tiny(package, tmp_path, monkeypatch):
     model = tokenizers.models.WordLevel(vocabulary, unk_token="<unk>")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained("tiny")
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained("tiny")
+    special = dict(eos_token="</s>", unk_token="<unk>")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.save_pretrained("tiny")
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    sizes |= dict(vocab_size=len(vocabulary), bos_token_id=None, eos_token_id=1)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    model.save_pretrained("tiny")
 
 
 def test_the_readmes_python_runs(package, tiny, capsys):
-    """
-    Training first, whose result the other snippet loads. Adapted: the model's name, and where that
-    snippet's model was saved.
-    """
+    """Training first: the other snippet loads its result. Adapted: the model's name, its folder."""
     use, train = snippets(package, "python")
     names = {}
     exec(train.replace("Qwen/Qwen3-4B", "tiny"), names)
@@ -210,9 +176,8 @@ def prepared(**settings):
     )
     model, tokenizer = bidora.load_model_and_tokenizer(config.model)
     model = bidora.prepare_bidora_model(model, config.bidora)
-    rows = bidora.prepare_dataset_for_training(
-        bidora.load_and_prepare_dataset(config.data), tokenizer, 64
-    )
+    examples = bidora.load_and_prepare_dataset(config.data)
+    rows = bidora.prepare_dataset_for_training(examples, tokenizer, 64)
     return model, tokenizer, rows, config
 
 
@@ -233,9 +198,8 @@ def test_the_trainer_learns_along_a_true_hypergradient_and_saves_for_others(tiny
 
 
 def test_the_configs_multipliers_and_lower_steps_reach_the_optimizer(tiny):
-    model, tokenizer, rows, config = prepared(
-        rank=4, lower_lr_multiplier=3.0, upper_lr_multiplier=5.0, lower_steps=4
-    )
+    multipliers = dict(lower_lr_multiplier=3.0, upper_lr_multiplier=5.0)
+    model, tokenizer, rows, config = prepared(rank=4, lower_steps=4, **multipliers)
     trainer = bidora.BiDoRATrainer(model, tokenizer, *rows.values(), config, "run")
     optimizer = trainer.bilevel_optimizer
     assert optimizer.lower_optimizer.param_groups[0]["lr"] == pytest.approx(3e-3)
@@ -297,9 +261,7 @@ def test_padding_and_prompts_are_not_learnt(tiny):
         (lambda: bidora.ModelConfig(quantization="5bit"), "5bit"),
         (lambda: bidora.load_and_prepare_dataset(bidora.DataConfig()), "give train_file or"),
         (
-            lambda: bidora.prepare_bidora_model(
-                nn.ModuleDict({"q_proj": nn.Linear(4, 4)}), bidora.BiDoRAConfig(), quantized=True
-            ),
+            lambda: bidora.prepare_bidora_model(nn.Linear(4, 4), bidora.BiDoRAConfig(), True),
             "not quantised",
         ),
     ],
@@ -315,6 +277,6 @@ def test_the_hardware_adjustment_keeps_sixteen_rows_a_step_and_a_gpus_quantisati
         monkeypatch.setattr(bidora_package, "get_hardware_info", lambda info=info: info)
         config = bidora.FullConfig()
         config.auto_adjust_for_hardware()
-        training = config.training
-        assert training.batch_size * training.gradient_accumulation_steps == 16
+        c = config.training
+        assert c.batch_size * c.gradient_accumulation_steps == 16
         assert config.model.quantization == quantization
