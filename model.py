@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support.fast import rotary
-from support.fast.kernels import QUERIES, ROWS, cross_entropy, recompute, recompute_module
+from support.fast.kernels import QUERIES, ROWS, TWICE, cross_entropy, recompute, recompute_module
 from support.run.files import read_json
 from support.weights import hf_format
 
@@ -160,8 +160,8 @@ class Attention(nn.Module):
     def attention(self, q, k, v):
         """The last T of S tokens see all before them: (B, H, T, head_dim), in q's dtype."""
         (T, S), dtype = (q.size(2), k.size(2)), q.dtype
-        fused = torch.backends.cuda.flash_sdp_enabled()  # not for second derivatives: hypergrad.py
-        if T > QUERIES and not fused:  # the scores would be kept
+        twice = TWICE.get()  # whether second derivatives will be taken: no fused attention
+        if T > QUERIES and twice:  # all scores would be kept
             ends = [*range(QUERIES, T, QUERIES), T]
             parts = [
                 recompute(self.attention, part, k[:, :, : S - T + end], v[:, :, : S - T + end])
@@ -169,7 +169,7 @@ class Attention(nn.Module):
             ]
             return torch.cat(parts, dim=2)
 
-        if q.device.type == "cpu" and dtype == torch.bfloat16 and (S <= 256 or not fused):
+        if q.device.type == "cpu" and dtype == torch.bfloat16 and (S <= 256 or twice):
             # On CPUs the fused kernel's backward pass is slow in bf16: for 8 × 64 tokens 10 ms per
             # layer, against 2 ms in fp32, which is also more precise. Unfused, all of it is slow.
             q, k, v = q.float(), k.float(), v.float()

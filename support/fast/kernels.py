@@ -5,9 +5,12 @@ Autograd functions that trade a plain formula for speed or memory, all twice dif
     rescale         a magnitude applied in place
     recompute       a block whose activations are dropped, also in second derivatives;
                     recompute_module calls it for a module
+
+second_derivatives is the context in which models are called whose gradients will be differentiated.
 """
 
 import contextlib
+import contextvars
 import functools
 
 import torch
@@ -19,6 +22,21 @@ from support.run import distributed
 
 ROWS = 128  # positions at a time, whose logits are computed
 QUERIES = 256  # tokens at a time, whose attention scores are computed for second derivatives
+TWICE = contextvars.ContextVar("TWICE", default=False)  # whether they will be taken
+
+
+@contextlib.contextmanager
+def second_derivatives():
+    """
+    A context for passes whose gradients will be differentiated: attention is not fused, since fused
+    kernels have no second derivative. The models here see from TWICE that its scores would be kept.
+    """
+    token = TWICE.set(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        TWICE.reset(token)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -154,7 +172,7 @@ class Pullback(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *tangents):
         gy, *inputs = ctx.saved_tensors
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), ctx.replay.twice():
+        with torch.enable_grad(), second_derivatives(), ctx.replay.twice():
             gy = gy.detach().requires_grad_()
             y, inputs = ctx.replay(inputs)
             g = torch.autograd.grad(y, inputs, gy, create_graph=True)
@@ -163,23 +181,27 @@ class Pullback(torch.autograd.Function):
 
 
 class Replay:
-    """Calls a function again, with the random numbers (dropout) and autocast of its first call."""
+    """
+    Calls a function again, with the random numbers (dropout) and the contexts of its first call:
+    on a GPU, backward passes run in a thread that has contexts of its own.
+    """
 
     def __init__(self, function, x, count, twice):
         self.function, self.count, self.twice = function, count, twice  # count: of its arguments
         self.gpus = [x.device] if x.is_cuda else []
         self.states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.gpus)]
-        kind = x.device.type
+        self.context = second_derivatives if TWICE.get() else contextlib.nullcontext
+        device = x.device.type
         self.autocast = dict(
-            device_type=kind,
-            dtype=torch.get_autocast_dtype(kind),
-            enabled=torch.is_autocast_enabled(kind),
+            device_type=device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
         )
 
     def __call__(self, inputs):
         """The result, and the inputs on which it depends: new leaves, and the parameters."""
         leaves = [x.detach().requires_grad_() for x in inputs[: self.count]]
-        with torch.random.fork_rng(self.gpus), torch.autocast(**self.autocast):
+        with torch.random.fork_rng(self.gpus), torch.autocast(**self.autocast), self.context():
             torch.set_rng_state(self.states[0])
             for gpu, state in zip(self.gpus, self.states[1:]):
                 torch.cuda.set_rng_state(state, gpu)

@@ -192,21 +192,22 @@ def test_second_derivatives_of_recomputed_blocks_equal_the_others():
     assert (ours - plain).abs().max() <= 1e-12 * plain.abs().max()
 
 
-def test_recomputed_dropout_and_autocast_are_those_of_the_first_call():
+def test_recomputed_dropout_and_contexts_are_those_of_the_first_call():
     x = torch.randn(64, 64, requires_grad=True)
-    seen = []
+    seen, twice = [], []
 
     def layer(x):
         y = F.dropout(x @ x, 0.5)
         seen.append(y.detach())
+        twice.append(kernels.TWICE.get())
         return y.float()
 
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), kernels.second_derivatives():
         y = kernels.recompute(layer, x)
     torch.rand(3)
     before = torch.get_rng_state()
     (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     g.sum().backward()
-    assert len(seen) == 4 and seen[0].dtype == torch.bfloat16
+    assert twice == [True] * 4 and seen[0].dtype == torch.bfloat16
     assert all(torch.equal(seen[0], again) for again in seen)
     assert torch.equal(before, torch.get_rng_state())  # what is drawn next is not changed
