@@ -368,7 +368,7 @@ class Encoder(nn.Module):
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if "inv_freq" in found:
             expected["inv_freq"] = tuple(model.inv_freq.shape)
-        hf_format.check_tensors(found, expected, False, folder)
+        hf_format.check_tensors(found, expected, folder)
 
         for name in expected:
             path, _, key = found[name]
