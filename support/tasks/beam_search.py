@@ -26,8 +26,9 @@ import torch
 
 class Search:
     """
-    The search for one prompt. Its sequences are (sum of log p in nats, or the score of a finished
-    one; parent, the place in running that it extends; ids, which begin with the prompt's).
+    The search for one prompt. Its sequences are (sum of log p in nats, parent, ids); finished ones
+    have the score instead of the sum. ids begin with the prompt's; parent: the place in running of
+    the sequence that it extends.
     """
 
     def __init__(self, prompt, start, max_new_tokens, stop_ids, beams, length_penalty):
@@ -38,7 +39,10 @@ class Search:
         self.finished = []  # the best, at most `beams`, best first
 
     def advance(self, log_p, tokens):
-        """Extend the running sequences by one of tokens, a list for each of them, best first."""
+        """
+        Extend the running sequences by a token. log_p, tokens: a list for each of them, of its
+        likeliest next tokens, best first.
+        """
         read = len(self.running[0][2])
         if read < len(self.prompt):
             self.running = [(0.0, 0, self.prompt[: read + 1])]

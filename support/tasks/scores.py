@@ -133,10 +133,10 @@ def tagging(predictions, references):
     predictions nor references hold an entity.
     """
     check_lengths(predictions, references)
-    for number, (tags, words) in enumerate(zip(predictions, references), start=1):
-        if len(tags) != len(words):
-            raise ValueError(f"sentence {number}: {len(tags)} tags for {len(words)} words")
-        if strange := [tag for tag in (*tags, *words) if tag != "O" and tag[:2] not in BIO]:
+    for number, (tags, right) in enumerate(zip(predictions, references), start=1):
+        if len(tags) != len(right):
+            raise ValueError(f"sentence {number}: {len(tags)} tags for {len(right)} words")
+        if strange := [tag for tag in (*tags, *right) if tag != "O" and tag[:2] not in BIO]:
             raise ValueError(f"sentence {number}: the tag {strange[0]!r} is not O, B-… or I-…")
 
     names = ("precision", "recall", "f1")

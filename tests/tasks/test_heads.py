@@ -9,7 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_architectures import Problem
-from test_encoder import BASIC, adapted, batch, checkpoint, rewrite, without
+from test_encoder import BASIC, adapted, batch, checkpoint, refused, rewrite, without
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 import bidora
@@ -357,9 +357,8 @@ UNFIT = {
 def test_a_head_that_does_not_exist_is_refused_in_one_line(case, tmp_path):
     kind, labels, message = UNFIT[case]
     checkpoint(tmp_path, "bert")
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message):
         EncoderWithHead.from_pretrained(tmp_path, kind, labels)
-    assert "\n" not in str(error.value)
 
 
 NONE = [[IGNORED] * 4] * 2
@@ -382,18 +381,16 @@ WRONG = {
 def test_targets_that_do_not_fit_are_refused_in_one_line(case, tmp_path):
     kind, targets, message = WRONG[case]
     checkpoint(tmp_path, "bert")
-    model = load(tmp_path, kind)
-    with pytest.raises(ValueError, match=message) as error:
-        model(torch.full((2, 4), 5), targets=torch.tensor(targets))
-    assert "\n" not in str(error.value)
+    with refused(message):
+        load(tmp_path, kind)(torch.full((2, 4), 5), targets=torch.tensor(targets))
 
 
 def test_rows_that_begin_with_padding_are_refused_where_the_first_token_is_read(tmp_path):
     checkpoint(tmp_path, "bert")
     ids, mask = torch.full((2, 4), 5), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    EncoderWithHead.from_pretrained(tmp_path, "tagging", 2)(ids, mask)
+    load(tmp_path, "tagging")(ids, mask)
     with pytest.raises(ValueError, match="a row begins with padding: pad the end"):
-        EncoderWithHead.from_pretrained(tmp_path, "classification", 2)(ids, mask)
+        load(tmp_path, "classification")(ids, mask)
 
 
 def test_text_that_can_not_be_encoded_as_asked_is_refused(tmp_path):
