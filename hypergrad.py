@@ -23,7 +23,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+try:
+    from support.fast.kernels import second_derivatives
+except ImportError:  # copied alone into another project
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def second_derivatives():
+        return sdpa_kernel(SDPBackend.MATH)
+
 
 # Three of them in their plainest form, for reading; tests compare them with those below.
 
@@ -124,7 +132,7 @@ class LowerGradient:
             self.value = total_gradient(self.losses, lower, reduce)
 
     def differentiable(self, loss):
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention kernels have no second derivative
+        with second_derivatives():  # fused attention kernels have no second derivative
             return gradient(loss(), self.lower, create_graph=True)
 
     def product(self, vectors, parameters, last=False):
@@ -139,7 +147,7 @@ class LowerGradient:
 
             outputs, weights = map(list, zip(*pairs))
             keep = bool(self.graph) and not last
-            with sdpa_kernel(SDPBackend.MATH), self.mode():
+            with second_derivatives(), self.mode():
                 products.append(
                     gradient(outputs, parameters, grad_outputs=weights, retain_graph=keep)
                 )

@@ -23,19 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support.fast import rotary
-from support.fast.kernels import QUERIES, ROWS, cross_entropy, recompute, recompute_module
+from support.fast.kernels import QUERIES, ROWS, TWICE, cross_entropy, recompute, recompute_module
 from support.run.files import read_json
 from support.weights import hf_format
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 @dataclass
@@ -72,11 +62,11 @@ class Rows:
     serve all rows. rows: B lists of token ids of any lengths.
     """
 
-    WORTH = 8  # shared tokens; for fewer, a second attention call costs more than it saves
+    MIN_SHARED = 8  # tokens; for fewer, a second attention call costs more than it saves
 
     def __init__(self, rows, device):
         shared = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
-        self.shared = shared if len(rows) > 1 and shared >= self.WORTH else 0  # P
+        self.shared = shared if len(rows) > 1 and shared >= self.MIN_SHARED else 0  # P
         own = [row[self.shared :] for row in rows]
         lengths = torch.tensor([len(row) for row in own])
         self.longest = max(map(len, own))  # S
@@ -91,9 +81,8 @@ class Rows:
             self.packed = real.flatten().nonzero()[:, 0].to(device)  # place of each own token
 
         ids = [*rows[0][: self.shared], *(token for row in own for token in row)]
-        positions = torch.cat(
-            (torch.arange(self.shared), (self.shared + columns).expand_as(real)[real])
-        )
+        own_positions = (self.shared + columns).expand_as(real)[real]
+        positions = torch.cat((torch.arange(self.shared), own_positions))
         self.ids, self.positions = torch.tensor(ids).to(device), positions.to(device)  # (N,)
 
     def find(self, row, position):
@@ -123,8 +112,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, keys, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, keys, bias=c.qkv_bias)
         self.o_proj = nn.Linear(queries, c.hidden_size, bias=c.o_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, cache=None, rows=None):
         """x: (B, T, hidden_size), maybe with a cache; of Rows (N, hidden_size)."""
@@ -160,8 +149,8 @@ class Attention(nn.Module):
     def attention(self, q, k, v):
         """The last T of S tokens see all before them: (B, H, T, head_dim), in q's dtype."""
         (T, S), dtype = (q.size(2), k.size(2)), q.dtype
-        fused = torch.backends.cuda.flash_sdp_enabled()  # not for second derivatives: hypergrad.py
-        if T > QUERIES and not fused:  # the scores would be kept
+        twice = TWICE.get()  # whether second derivatives will be taken: no fused attention
+        if T > QUERIES and twice:  # all scores would be kept
             ends = [*range(QUERIES, T, QUERIES), T]
             parts = [
                 recompute(self.attention, part, k[:, :, : S - T + end], v[:, :, : S - T + end])
@@ -169,25 +158,19 @@ class Attention(nn.Module):
             ]
             return torch.cat(parts, dim=2)
 
-        if q.device.type == "cpu" and dtype == torch.bfloat16 and (S <= 256 or not fused):
+        if q.device.type == "cpu" and dtype == torch.bfloat16 and (S <= 256 or twice):
             # On CPUs the fused kernel's backward pass is slow in bf16: for 8 × 64 tokens 10 ms per
             # layer, against 2 ms in fp32, which is also more precise. Unfused, all of it is slow.
             q, k, v = q.float(), k.float(), v.float()
 
         mask = self.mask(T, S, q.device)
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            enable_gqa=self.c.num_key_value_heads != self.c.num_attention_heads,
-        ).to(dtype)
+        causal = mask is None and T > 1
+        grouped = self.c.num_key_value_heads != self.c.num_attention_heads
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+        return y.to(dtype)
 
     def mask(self, T, S, device):
-        """
-        (T, S), True where a new token sees an earlier one; None where is_causal alone says it.
-        """
+        """(T, S), True where a new token sees an earlier one; None where is_causal says it."""
         beyond = self.window is not None and S > self.window
         if T in (1, S) and not beyond:
             return None
@@ -209,9 +192,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c, window):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c, window)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, cache=None, rows=None):
@@ -221,10 +204,7 @@ class Block(nn.Module):
 
 class Head(nn.Linear):
     def forward(self, hidden, targets=None):
-        """
-        hidden (..., hidden_size) -> logits (..., vocab). With targets (N,) and hidden
-        (N, hidden_size): the mean cross-entropy, with no gradient for the weight.
-        """
+        """Logits (..., vocab); with targets (N,), the mean loss, without the weight's gradient."""
         if targets is None:
             return super().forward(hidden)
         return cross_entropy(hidden, self.weight, targets)
@@ -232,9 +212,8 @@ class Head(nn.Linear):
 
 class Transformer(nn.Module):
     """
-    The language model. With the attribute gradient_checkpointing set, each block's activations are
-    dropped after the forward pass and recomputed in the backward pass, which saves memory at the
-    cost of one more forward pass (arXiv 1604.06174).
+    The language model. gradient_checkpointing: whether the blocks' activations are dropped and
+    recomputed in the backward pass: less memory, one more forward pass (arXiv 1604.06174).
     """
 
     def __init__(self, config):
@@ -244,40 +223,34 @@ class Transformer(nn.Module):
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
                 "layers": nn.ModuleList(Block(config, window) for window in config.windows),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+                "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden_states(self, input_ids, caches=None):
+    def hidden_states(self, input_ids, caches=None, rows=None):
         """
-        The last layer's normalised output, (B, T, hidden_size). caches: one dict per layer, empty
-        at first, that collects the keys and values of all tokens so far.
+        The last layer's normalised output, (B, T, hidden_size), or (N, hidden_size) for rows.
+        caches: a dict per layer, empty at first, that collects all tokens' keys and values.
         """
-        past = caches[0]["k"].size(2) if caches and caches[0] else 0
-        positions = torch.arange(past, past + input_ids.size(1), device=input_ids.device)
-        return self.through_blocks(input_ids, positions, past + input_ids.size(1), caches)
+        if rows is not None:
+            positions, length = rows.positions, rows.shared + rows.longest
+        else:
+            past = caches[0]["k"].size(2) if caches and caches[0] else 0
+            length = past + input_ids.size(1)
+            positions = torch.arange(past, length, device=input_ids.device)
 
-    def over_rows(self, rows):
-        """hidden_states of Rows, (N, hidden_size)."""
-        return self.through_blocks(rows.ids, rows.positions, rows.shared + rows.longest, rows=rows)
-
-    def through_blocks(self, input_ids, positions, length, caches=None, rows=None):
-        """What hidden_states and over_rows share. positions: (T,) or (N,), all below length."""
         trained = self.config.max_position_embeddings
         if self.config.rope["rope_type"] == "dynamic" and length > trained:
             raise ValueError(
-                f"{length} tokens: with rope type 'dynamic' only the {trained} that the model "
-                f"was trained on are supported"
+                f"{length} tokens: rope type 'dynamic' is supported up to the trained {trained}"
             )
 
         x = self.model.embed_tokens(input_ids)  # (..., hidden_size)
-
-        frequencies, scale = rotary.frequencies(self.config.rope, self.config.head_dim)
-        frequencies = frequencies.to(x.device, non_blocking=True)
-        cos, sin = rotary.angles(positions, frequencies, scale, x.dtype)  # (T, 1, head_dim) each
+        turns = rotary.frequencies(self.config.rope, self.config.head_dim)
+        cos, sin = rotary.angles(positions, *turns, x.dtype)  # (T, 1, head_dim) each
 
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -288,8 +261,7 @@ class Transformer(nn.Module):
 
     def forward(self, input_ids, labels=None):
         """
-        Without labels: the logits, (B, T, vocab). With labels: the mean cross-entropy in nats, a
-        scalar.
+        The logits, (B, T, vocab); with labels, the mean cross-entropy in nats, a scalar.
 
         input_ids: (B, T). labels: (B, T), -100 where a position is not supervised; shifted inside,
         so labels[t] is the token that position t-1 should predict.
@@ -315,13 +287,11 @@ class Transformer(nn.Module):
         ids = [row[:length] for row, length in zip(input_ids.tolist(), needed.tolist())]
         rows = Rows(ids, device)
         where = rows.find(row, position).to(device)
-        return self.over_rows(rows)[where], labels[row, position + 1].to(device)
+        return self.hidden_states(rows.ids, rows=rows)[where], labels[row, position + 1].to(device)
 
     @torch.no_grad()
     def totals(self, input_ids, labels):
-        """
-        (summed cross-entropy in nats, number of right predictions, number of supervised positions).
-        """
+        """(summed cross-entropy in nats, right predictions, supervised positions): numbers."""
         hidden, targets = self.supervised(input_ids, labels)
         loss = right = 0
         for part, answers in zip(hidden.split(ROWS), targets.split(ROWS)):  # not all logits at once
@@ -333,10 +303,9 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def score(self, prompts, answers):
         """
-        log p(answer | prompt) in nats, summed over the answer's tokens: (prompts, answers). Both
-        are lists of lists of token ids.
+        log p(answer | prompt) in nats, (prompts, answers). Both are lists of lists of token ids.
 
-        Answers that differ only in their last token share a forward pass, so one-token labels cost
+        Answers that differ in their last token alone share a forward pass: one-token labels cost
         one in all.
         """
         device = self.lm_head.weight.device
@@ -345,7 +314,7 @@ class Transformer(nn.Module):
 
         for head in {tuple(answer[:-1]) for answer in answers}:
             rows = Rows([[*prompt, *head] for prompt in prompts], device)
-            x = self.over_rows(rows)  # (N, hidden_size)
+            x = self.hidden_states(rows.ids, rows=rows)  # (N, hidden_size)
 
             every = torch.arange(len(prompts))
             log_p = [  # for the answer's i-th token, each (P, vocab)
@@ -391,9 +360,9 @@ class Transformer(nn.Module):
         """
         Load a Hugging Face folder: config.json and model.safetensors, or shards with their index.
 
-        quantize: None, or 'nf4', 'fp4', 'int8' for the blocks' linear layers; embeddings, norms and
-        the head stay in dtype. mapped: leave tensors that already have this dtype and device mapped
-        to their files, so that the system reads them on demand and processes share the memory.
+        quantize: None, or 'nf4', 'fp4', 'int8' for the blocks' linear layers. mapped: tensors that
+        already have this dtype and device stay mapped to their files: the system reads them on
+        demand, and processes share the memory.
 
         Raises FileNotFoundError when a file is missing, ValueError for an unsupported model, a
         damaged file, or a missing, unexpected or misshapen tensor.

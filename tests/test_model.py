@@ -1,5 +1,6 @@
 """The transformer against transformers' own, on small random checkpoints that transformers made."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -26,8 +27,6 @@ LLAMA = dict(
     max_position_embeddings=128,
     rms_norm_eps=1e-5,
 )
-
-
 FAMILIES = {
     name: (getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM"))
     for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -57,28 +56,31 @@ def checkpoint(folder, family="Llama", save=None, **changes):
     return peer
 
 
-def rope(rope_type, **values):
-    return dict(rope_parameters=dict(rope_theta=10000.0, rope_type=rope_type, **values))
+def rope(rope_type, theta=10000.0, **values):
+    return dict(rope_parameters=dict(rope_theta=theta, rope_type=rope_type, **values))
 
 
+def assert_alike(ours, peer, ids, kept=slice(None)):
+    """Logits within 1e-4 in fp32: both sum the same products in another order."""
+    with torch.no_grad():
+        logits, expected = ours(ids)[kept], peer(ids).logits[kept]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+YARN = dict(factor=4.0, original_max_position_embeddings=32)
+OTHER_YARN = dict(factor=8.0, original_max_position_embeddings=24, beta_fast=16, beta_slow=2)
+OTHER_YARN |= dict(mscale=0.7, mscale_all_dim=1.2, truncate=False)
+SLIDING, FULL = "sliding_attention", "full_attention"
+MIXED = dict(use_sliding_window=True, layer_types=[SLIDING, FULL, SLIDING])
 CHECKPOINTS = {
-    "llama, tied, other theta": (
-        "Llama",
-        dict(
-            tie_word_embeddings=True,
-            rope_parameters={"rope_theta": 100000.0, "rope_type": "default"},
-        ),
-    ),
+    "llama, tied, other theta": ("Llama", rope("default", 1e5) | dict(tie_word_embeddings=True)),
     "llama, biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
     "llama, no grouped queries, own head_dim": ("Llama", dict(num_key_value_heads=6, head_dim=12)),
     "llama, one key head": ("Llama", dict(num_key_value_heads=1)),
     "llama, sharded": ("Llama", dict(save=dict(max_shard_size="50KB"))),
     "llama, linear": ("Llama", rope("linear", factor=4.0)),
     "llama, dynamic": ("Llama", rope("dynamic", factor=4.0)),
-    "llama, llama3": (
-        "Llama",
-        dict(rope_parameters=dict(rope_theta=500000.0, **LLAMA3), tie_word_embeddings=True),
-    ),
+    "llama, llama3": ("Llama", rope(theta=5e5, **LLAMA3) | dict(tie_word_embeddings=True)),
     "mistral": ("Mistral", dict(sliding_window=None)),
     "mistral, window": ("Mistral", dict(sliding_window=7, head_dim=10)),
     "qwen2, tied": ("Qwen2", dict(tie_word_embeddings=True)),
@@ -86,41 +88,19 @@ CHECKPOINTS = {
         "Qwen2",
         dict(use_sliding_window=True, sliding_window=9, max_window_layers=1),
     ),
-    "qwen2, yarn": ("Qwen2", rope("yarn", factor=4.0, original_max_position_embeddings=32)),
-    "qwen2, yarn with everything": (
-        "Qwen2",
-        rope(
-            "yarn",
-            factor=8.0,
-            original_max_position_embeddings=24,
-            beta_fast=16,
-            beta_slow=2,
-            mscale=0.7,
-            mscale_all_dim=1.2,
-            truncate=False,
-        ),
-    ),
+    "qwen2, yarn": ("Qwen2", rope("yarn", **YARN)),
+    "qwen2, yarn with everything": ("Qwen2", rope("yarn", **OTHER_YARN)),
     "qwen3": ("Qwen3", dict(head_dim=16)),
     "qwen3, biases, windows, tied": (
         "Qwen3",
-        dict(
-            head_dim=10,
-            attention_bias=True,
-            tie_word_embeddings=True,
-            use_sliding_window=True,
-            sliding_window=5,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        ),
+        dict(head_dim=10, attention_bias=True, tie_word_embeddings=True, sliding_window=5) | MIXED,
     ),
 }
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_logits_and_generation_equal_transformers(tmp_path, name):
-    """
-    At every position of ragged, right-padded batches, within 1e-4 in fp32: both sum the same
-    products in another order. Then 64 greedy tokens.
-    """
+    """At every position of ragged, right-padded batches. Then 64 greedy tokens."""
     family, changes = CHECKPOINTS[name]
     peer = checkpoint(tmp_path, family, **changes)
     assert (tmp_path / "model.safetensors.index.json").exists() == ("sharded" in name)
@@ -128,9 +108,8 @@ def test_logits_and_generation_equal_transformers(tmp_path, name):
     lengths = torch.tensor([40, 3, 17, 1])
     ids = torch.randint(3, 131, (4, 40))
     there = torch.arange(40) < lengths[:, None]
-    with torch.no_grad():
-        expected = peer(ids, attention_mask=there.long()).logits
-        torch.testing.assert_close(ours(ids * there)[there], expected[there], atol=1e-4, rtol=1e-4)
+    masked = functools.partial(peer, attention_mask=there.long())
+    assert_alike(lambda ids: ours(ids * there), masked, ids, there)
     prompt = ids[:2, :6]
     peer.generation_config.eos_token_id = None
     assert torch.equal(
@@ -148,117 +127,56 @@ def test_bfloat16_checkpoint_is_read_and_computed_as_transformers_does(tmp_path)
     peer.save_pretrained(tmp_path)
     exact = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = torch.randint(0, 131, (3, 30))
+    assert_alike(Transformer.from_pretrained(tmp_path), exact, ids)
     with torch.no_grad():
         truth, theirs = exact(ids).logits, peer(ids).logits.float()
-        torch.testing.assert_close(
-            Transformer.from_pretrained(tmp_path)(ids), truth, atol=1e-4, rtol=1e-4
-        )
         ours = Transformer.from_pretrained(tmp_path, torch.bfloat16)(ids).float()
     assert (ours - truth).norm() < 1.3 * (theirs - truth).norm()
 
 
-def test_both_spellings_of_config_are_read(tmp_path):
+def test_both_spellings_of_config_are_read():
     config = LLAMA | {"model_type": "llama"}
-    old = ModelConfig.from_hf(
-        config
-        | {
-            "rope_theta": 500000.0,
-            "torch_dtype": "bfloat16",
-            "rope_scaling": {k.replace("rope_type", "type"): v for k, v in LLAMA3.items()},
-        }
-    )
-    new = ModelConfig.from_hf(
-        config | {"dtype": "bfloat16", "rope_parameters": {"rope_theta": 500000.0, **LLAMA3}}
-    )
-    assert {
-        k: v for k, v in old.rope.items() if k != "type"
-    } == new.rope and old.windows == new.windows == [None] * 3
+    scaling = {name.replace("rope_type", "type"): value for name, value in LLAMA3.items()}
+    old = {"rope_theta": 5e5, "torch_dtype": "bfloat16", "rope_scaling": scaling}
+    new = {"dtype": "bfloat16", "rope_parameters": {"rope_theta": 5e5, **LLAMA3}}
+    old, new = (ModelConfig.from_hf(config | spelling) for spelling in (old, new))
+    assert {name: x for name, x in old.rope.items() if name != "type"} == new.rope
+    assert old.windows == new.windows == [None] * 3
 
 
-@pytest.mark.parametrize(
-    "family, change",
-    [
-        (
-            "Llama",
-            {
-                "rope_scaling": {
-                    "rope_type": "yarn",
-                    "factor": 4.0,
-                    "original_max_position_embeddings": 32,
-                }
-            },
-        ),  # added by hand to what transformers 5 wrote
-        ("Qwen2", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
-        ("Qwen2", {"rope_parameters": ..., "rope_theta": 500.0}),
-        (
-            "Qwen2",
-            {
-                "rope_parameters": {
-                    "rope_type": "yarn",
-                    "factor": None,
-                    "rope_theta": 10000.0,
-                    "original_max_position_embeddings": 32,
-                }
-            },
-        ),
-        (
-            "Qwen3",
-            {
-                "rope_parameters": {
-                    "rope_type": "yarn",
-                    "factor": 4.0,
-                    "rope_theta": 10000.0,
-                    "original_max_position_embeddings": 32,
-                },
-                "original_max_position_embeddings": 64,
-            },
-        ),
-        (
-            "Mistral",
-            {
-                "max_position_embeddings": ...,
-                "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0},
-            },
-        ),
-        (
-            "Qwen2",
-            {
-                "max_position_embeddings": ...,
-                "rope_parameters": {
-                    "rope_type": "llama3",
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "rope_theta": 10000.0,
-                },
-            },
-        ),
-        (
-            "Llama",
-            {"max_position_embeddings": ..., "rms_norm_eps": ..., "num_key_value_heads": ...},
-        ),
-        ("Mistral", {"sliding_window": ..., "rms_norm_eps": ...}),
-    ],
-)
-def test_edited_and_shortened_configs_mean_what_they_mean_to_transformers(tmp_path, family, change):
-    """`...` stands for a key that is left out."""
-    checkpoint(
-        tmp_path,
-        family,
-        **(dict(num_key_value_heads=6) if change.get("num_key_value_heads") else {}),
-    )
-    path = tmp_path / "config.json"
+def edited(folder, change):
+    """Change a folder's config.json by hand. `...` stands for a key that is left out."""
+    path = folder / "config.json"
     config = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
-    ids = torch.randint(0, 131, (2, 60))
-    with torch.no_grad():
-        expected = FAMILIES[family][1].from_pretrained(tmp_path).eval()(ids).logits
-        torch.testing.assert_close(
-            Transformer.from_pretrained(tmp_path)(ids), expected, atol=1e-4, rtol=1e-4
-        )
 
 
-SLIDING, FULL = "sliding_attention", "full_attention"
+EDITED = [
+    ("Llama", {"rope_scaling": {"rope_type": "yarn", **YARN}}),  # beside what transformers 5 wrote
+    ("Qwen2", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    ("Qwen2", {"rope_parameters": ..., "rope_theta": 500.0}),
+    ("Qwen2", rope("yarn", **YARN | {"factor": None})),
+    ("Qwen3", {"original_max_position_embeddings": 64, **rope("yarn", **YARN)}),
+    ("Mistral", {"max_position_embeddings": ..., **rope("yarn", factor=4.0)}),
+    (
+        "Qwen2",
+        {
+            "max_position_embeddings": ...,
+            **rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0),
+        },
+    ),
+    ("Llama", {"max_position_embeddings": ..., "rms_norm_eps": ..., "num_key_value_heads": ...}),
+    ("Mistral", {"sliding_window": ..., "rms_norm_eps": ...}),
+]
+
+
+@pytest.mark.parametrize("family, change", EDITED)
+def test_edited_and_shortened_configs_mean_what_they_mean_to_transformers(tmp_path, family, change):
+    heads = dict(num_key_value_heads=6) if "num_key_value_heads" in change else {}
+    checkpoint(tmp_path, family, **heads)
+    edited(tmp_path, change)
+    peer = FAMILIES[family][1].from_pretrained(tmp_path).eval()
+    assert_alike(Transformer.from_pretrained(tmp_path), peer, torch.randint(0, 131, (2, 60)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -268,23 +186,16 @@ SLIDING, FULL = "sliding_attention", "full_attention"
         dict(sliding_window=7),
         dict(sliding_window=7, use_sliding_window=True, max_window_layers=1),
         dict(sliding_window=7, use_sliding_window=False, max_window_layers=1),
-        dict(sliding_window=7, use_sliding_window=True, layer_types=[SLIDING, FULL, SLIDING]),
+        dict(sliding_window=7, **MIXED),
         dict(sliding_window=None, use_sliding_window=True, max_window_layers=1),
     ],
 )
 def test_a_window_counts_where_it_counts_in_transformers(tmp_path, family, change):
-    """
-    Within 1e-4 in fp32, as above. A leftover window that counts would change llama's logits by 3.
-    """
+    """A leftover window that counts would change llama's logits by 3."""
     checkpoint(tmp_path, family)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    ids = torch.randint(0, 131, (2, 30))
-    with torch.no_grad():
-        expected = FAMILIES[family][1].from_pretrained(tmp_path).eval()(ids).logits
-        torch.testing.assert_close(
-            Transformer.from_pretrained(tmp_path)(ids), expected, atol=1e-4, rtol=1e-4
-        )
+    edited(tmp_path, change)
+    peer = FAMILIES[family][1].from_pretrained(tmp_path).eval()
+    assert_alike(Transformer.from_pretrained(tmp_path), peer, torch.randint(0, 131, (2, 30)))
 
 
 @pytest.mark.parametrize(
@@ -302,8 +213,7 @@ def test_windows_that_transformers_cannot_compute_are_refused(change, said):
 
 def test_a_head_that_is_said_to_be_tied_but_differs_is_refused(tmp_path):
     checkpoint(tmp_path, tie_word_embeddings=False)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    edited(tmp_path, {"tie_word_embeddings": True})
     with pytest.raises(ValueError, match="another lm_head.weight"):
         Transformer.from_pretrained(tmp_path)
 
@@ -325,14 +235,6 @@ def test_a_dynamic_rope_ends_at_the_trained_length(tmp_path):
         model(torch.zeros(1, 25, dtype=torch.long))
     with pytest.raises(ValueError, match="25 tokens"):
         model.generate(torch.zeros(1, 20, dtype=torch.long), 10)
-
-
-def test_right_padding_changes_nothing_before_it(tmp_path):
-    checkpoint(tmp_path)
-    model = Transformer.from_pretrained(tmp_path)
-    ids = torch.randint(0, 131, (1, 12))
-    padded = torch.cat((ids, torch.zeros(1, 9, dtype=torch.long)), dim=1)
-    torch.testing.assert_close(model(padded)[:, :12], model(ids), atol=1e-5, rtol=1e-5)
 
 
 def test_loss_equals_transformers_where_labels_ask(tmp_path):
@@ -410,16 +312,6 @@ def test_tokens_that_rows_share_and_padding_never_reach_a_linear_layer(tmp_path)
     assert [shape[:-1].numel() for shape in seen] == [20 + 8 * 9]
 
 
-def test_sharded_checkpoint_loads_as_one(tmp_path):
-    peer = checkpoint(tmp_path / "one")
-    peer.save_pretrained(tmp_path / "many", max_shard_size="50KB")
-    assert (tmp_path / "many" / "model.safetensors.index.json").exists()
-    one, many = (
-        Transformer.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many")
-    )
-    assert one.keys() == many.keys() and all(torch.equal(one[key], many[key]) for key in one)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "family, changes",
@@ -428,18 +320,17 @@ def test_sharded_checkpoint_loads_as_one(tmp_path):
         ("Llama", dict(tie_word_embeddings=False)),
         ("Qwen3", dict(head_dim=10)),
         ("Mistral", dict(sliding_window=7)),
-        ("Qwen2", rope("yarn", factor=4.0, original_max_position_embeddings=32)),
+        ("Qwen2", rope("yarn", **YARN)),
     ],
 )
 @pytest.mark.parametrize("adapted", [False, True])
 def test_saved_model_loads_in_transformers(tmp_path, family, changes, dtype, adapted):
-    """The same weights in the same dtype; so the logits are equal too, in fp32 within 1e-4."""
+    """The same weights in the same dtype; so the logits are equal too."""
     checkpoint(tmp_path / "peer", family, **changes)
     ours = Transformer.from_pretrained(tmp_path / "peer", dtype)
     if adapted:
-        for layer in bidora.adapter_layers(
-            bidora.replace_linear_with_bidora(ours, 4, target_modules=["q_proj", "down_proj"])
-        ).values():
+        bidora.replace_linear_with_bidora(ours, 4, target_modules=["q_proj", "down_proj"])
+        for layer in bidora.adapter_layers(ours).values():
             torch.nn.init.normal_(layer.lora_B, std=0.1)
             layer.lora_magnitude_vector.data *= 1.1
         with pytest.raises(ValueError, match="merge"):
@@ -450,21 +341,7 @@ def test_saved_model_loads_in_transformers(tmp_path, family, changes, dtype, ada
     assert peer.dtype == dtype
     saved, own = peer.state_dict(), ours.state_dict()
     assert saved.keys() == own.keys() and all(torch.equal(saved[key], own[key]) for key in own)
-    ids = torch.randint(0, 131, (2, 20))
-    with torch.no_grad():
-        torch.testing.assert_close(
-            ours.float()(ids), peer.float()(ids).logits, atol=1e-4, rtol=1e-4
-        )
-
-
-def test_cached_greedy_generation_equals_uncached(tmp_path):
-    checkpoint(tmp_path, "Mistral", sliding_window=6)
-    ours = Transformer.from_pretrained(tmp_path)
-    prompt = torch.randint(3, 131, (2, 7))
-    uncached = prompt
-    for _ in range(40):
-        uncached = torch.cat((uncached, ours(uncached)[:, -1:].argmax(-1)), dim=1)
-    assert torch.equal(ours.generate(prompt, 40, temperature=0), uncached)
+    assert_alike(ours.float(), peer.float(), torch.randint(0, 131, (2, 20)))
 
 
 def test_generation_stops_at_a_stop_token(tmp_path):
@@ -492,10 +369,7 @@ def test_top_k_and_top_p_keep_only_the_likeliest_tokens(tmp_path):
 
 
 def test_score_is_the_log_probability_of_the_answer(tmp_path):
-    """
-    Against one plain forward pass for each prompt and answer; prompts share a beginning, answers
-    differ in length.
-    """
+    """Against a plain forward pass for each prompt and answer; some share a beginning."""
     peer = checkpoint(tmp_path)
     ours = Transformer.from_pretrained(tmp_path)
     prompts = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8, 10, 11]]
@@ -505,9 +379,8 @@ def test_score_is_the_log_probability_of_the_answer(tmp_path):
         for j, answer in enumerate(answers):
             with torch.no_grad():
                 log_p = peer(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-            expected[i, j] = sum(
-                log_p[len(prompt) - 1 + k, token] for k, token in enumerate(answer)
-            )
+            before = range(len(prompt) - 1, len(prompt) - 1 + len(answer))
+            expected[i, j] = log_p[before, answer].sum()
     torch.testing.assert_close(ours.score(prompts, answers), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(
         ours.score([[7]], answers), ours.score([[7], [8]], answers)[:1], atol=1e-4, rtol=1e-4
@@ -524,10 +397,7 @@ def test_score_is_the_log_probability_of_the_answer(tmp_path):
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "longrope.*yarn"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "'factor' is missing"),
         ({"partial_rotary_factor": 0.5}, "whole heads"),
-        (
-            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-            "the same in all layers",
-        ),
+        ({"rope_parameters": {FULL: {"rope_type": "default"}}}, "the same in all layers"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised already"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_size": ...}, "hidden_size"),
@@ -543,10 +413,7 @@ def test_score_is_the_log_probability_of_the_answer(tmp_path):
         ({"rope_scaling": {"type": "yarn", "factor": -2}}, "must be positive"),
         ({"model_type": "mistral", "sliding_window": "x"}, "must be positive"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
-        (
-            {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]},
-            "must be positive",
-        ),
+        ({"model_type": "qwen2", **MIXED, "layer_types": [FULL]}, "must be positive"),
     ],
 )
 def test_unsupported_config_is_refused_by_name(change, named):
@@ -565,20 +432,11 @@ def test_unsupported_config_is_refused_by_name(change, named):
 )
 def test_loading_never_holds_the_weights_twice(tmp_path, file_dtype, dtype, layers):
     """Peak memory of a fresh process: at most 1.15 × the loaded size, of some 500 MB."""
-    config = transformers.LlamaConfig(
-        **(
-            LLAMA
-            | dict(
-                vocab_size=32000,
-                hidden_size=1024,
-                intermediate_size=2816,
-                num_hidden_layers=layers,
-                num_attention_heads=16,
-                num_key_value_heads=4,
-                tie_word_embeddings=True,
-            )
-        )
+    sizes = dict(
+        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers
     )
+    heads = dict(num_attention_heads=16, num_key_value_heads=4)
+    config = transformers.LlamaConfig(**LLAMA | sizes | heads, tie_word_embeddings=True)
     peer = transformers.LlamaForCausalLM(config).to(getattr(torch, file_dtype))
     peer.save_pretrained(tmp_path, max_shard_size="200MB")
     checkpoint(tmp_path / "small")
@@ -598,73 +456,53 @@ model = Transformer.from_pretrained({str(tmp_path)!r}, torch.{dtype})
 total = sum(float(p.detach().view(-1)[::1000].sum()) for p in model.parameters())
 print(peak() - before)
 """
-    grown = int(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-    )
+    command = [sys.executable, "-c", code]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert size > 500e6 and 0.9 * size < grown < 1.15 * size, (size, grown)
 
 
 def test_broken_weights_are_refused_by_name(tmp_path):
     checkpoint(tmp_path)
-    path = tmp_path / "model.safetensors"
+    path, index = tmp_path / "model.safetensors", tmp_path / "model.safetensors.index.json"
     whole, tensors = path.read_bytes(), load_file(path)
-    name = "model.layers.1.mlp.up_proj.weight"
+    name, shard = "model.layers.1.mlp.up_proj.weight", "model-00001-of-00002.safetensors"
+
+    def refused(message, error=ValueError):
+        with pytest.raises(error, match=message):
+            Transformer.from_pretrained(tmp_path)
+
     save_file({key: t for key, t in tensors.items() if key != name}, path)
-    with pytest.raises(ValueError, match=f"{name} is missing"):
-        Transformer.from_pretrained(tmp_path)
+    refused(f"{name} is missing")
     save_file(tensors | {name: tensors[name][:5].contiguous()}, path)
-    with pytest.raises(ValueError, match=f"{name} is"):
-        Transformer.from_pretrained(tmp_path)
+    refused(f"{name} is")
     save_file(tensors | {"model.extra": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="model.extra"):
-        Transformer.from_pretrained(tmp_path)
+    refused("model.extra")
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="damaged.*download it again"):
-        Transformer.from_pretrained(tmp_path)
+    refused("damaged.*download it again")
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n")
-    with pytest.raises(ValueError, match="git lfs pull"):
-        Transformer.from_pretrained(tmp_path)
+    refused("git lfs pull")
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="model.safetensors"):
-        Transformer.from_pretrained(tmp_path)
+    refused("model.safetensors", FileNotFoundError)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="pickles.*safetensors"):
-        Transformer.from_pretrained(tmp_path)
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {name: "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(
-        FileNotFoundError,
-        match="model-00001-of-00002.safetensors is missing, though .*index.json lists it",
-    ):
-        Transformer.from_pretrained(tmp_path)
+    refused("pickles.*safetensors", FileNotFoundError)
+
+    index.write_text(json.dumps({"weight_map": {name: shard}}))
+    refused(f"{shard} is missing, though .*index.json lists it", FileNotFoundError)
     index.write_text('{"weight_map": null}')
-    with pytest.raises(ValueError, match="weight_map is missing or empty"):
-        Transformer.from_pretrained(tmp_path)
+    refused("weight_map is missing or empty")
+    index.write_text(json.dumps({"weight_map": {name: "../model.safetensors"}}))
+    refused("does not name a safetensors file in this folder")
     index.unlink()
     (tmp_path / "pytorch_model.bin").unlink()
-    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(whole)
-    with pytest.raises(FileNotFoundError, match="index.json is missing, though shards are there"):
-        Transformer.from_pretrained(tmp_path)
-    index.write_text(json.dumps({"weight_map": {name: "../model.safetensors"}}))
-    with pytest.raises(ValueError, match="does not name a safetensors file in this folder"):
-        Transformer.from_pretrained(tmp_path)
+    (tmp_path / shard).write_bytes(whole)
+    refused("index.json is missing, though shards are there", FileNotFoundError)
 
 
 def test_old_tables_and_a_second_copy_of_the_shared_matrix_are_passed_over(tmp_path):
     peer = checkpoint(tmp_path, tie_word_embeddings=True)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
-    save_file(
-        tensors
-        | {
-            "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
-            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-        },
-        path,
-    )
-    ids = torch.randint(0, 131, (2, 9))
-    torch.testing.assert_close(
-        Transformer.from_pretrained(tmp_path)(ids), peer(ids).logits, atol=1e-4, rtol=1e-4
-    )
+    more = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    more["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors | more, path)
+    assert_alike(Transformer.from_pretrained(tmp_path), peer, torch.randint(0, 131, (2, 9)))

@@ -8,6 +8,7 @@ Autograd functions that trade a plain formula for speed or memory, all twice dif
 """
 
 import contextlib
+import contextvars
 import functools
 
 import torch
@@ -19,18 +20,32 @@ from support.run import distributed
 
 ROWS = 128  # positions at a time, whose logits are computed
 QUERIES = 256  # tokens at a time, whose attention scores are computed for second derivatives
+TWICE = contextvars.ContextVar("TWICE", default=False)  # whether they will be taken
+
+
+@contextlib.contextmanager
+def second_derivatives():
+    """
+    The context of passes whose gradients will be differentiated. Fused attention has no second
+    derivative; the models here see from TWICE that the scores of the plain one would be kept.
+    """
+    token = TWICE.set(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        TWICE.reset(token)
 
 
 class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, differentiable):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        loss = torch.zeros((), device=hidden.device, dtype=dtype)
+        loss = hidden.new_zeros((), dtype=dtype)
         gradient = torch.empty_like(hidden) if differentiable else None
         rows = min(ROWS, len(targets))
-        shape, device = (rows, len(weight)), hidden.device
-        logits_buffer = torch.empty(shape, dtype=hidden.dtype, device=device)
-        log_p_buffer = torch.empty(shape, dtype=dtype, device=device)
+        logits_buffer = hidden.new_empty(rows, len(weight))
+        log_p_buffer = hidden.new_empty(rows, len(weight), dtype=dtype)
 
         for i in range(0, len(targets), rows):
             part, answers = hidden[i : i + rows], targets[i : i + rows, None]
@@ -80,16 +95,13 @@ class CrossEntropyGradient(torch.autograd.Function):
 def cross_entropy(hidden, weight, targets):
     """
     The mean of -log softmax(hidden·weightᵀ)[target] in nats, a scalar in fp32 or finer; twice
-    differentiable with respect to hidden.
-
-    hidden: (N, hidden_size), N ≥ 1; weight: (vocab, hidden_size), which gets no gradient; targets:
-    (N,).
+    differentiable by hidden, (N, hidden_size), N ≥ 1. weight: (vocab, hidden_size), which gets no
+    gradient; targets: (N,).
 
     All logits at once are often the largest tensors of a step: 512 positions × 49,152 tokens take
-    100 MB in fp32, several times over. Here the chunks share one buffer, and since the head is
-    frozen, the gradient with respect to hidden is already computed in the forward pass. This needs
-    no more products than the plain form (on two CPU cores: 0.65 of its time in bf16, the same in
-    fp32), and equals it up to rounding.
+    100 MB in fp32, several times over. Here chunks share one buffer, and since the head is frozen,
+    the forward pass computes the gradient, too. This needs no more products than the plain form (on
+    two CPU cores: 0.65 of its time in bf16, the same in fp32), and equals it up to rounding.
     """
     differentiable = hidden.requires_grad and torch.is_grad_enabled()
     return CrossEntropy.apply(hidden, weight, targets, differentiable)
@@ -118,9 +130,9 @@ def rescale(y, change):
     """
     (1 + change) ⊙ y, written into y. y: (N, out), change: (out,).
 
-    Autograd would keep y beside the result and allocate four more tensors of its size. Here y is
-    recovered from the result by one division, so only one temporary is allocated. That took a DoRA
-    step from 1.30 to 1.23 LoRA steps (SmolLM2, bf16, 8 × 64 tokens, two CPU cores).
+    Autograd would keep y and allocate four more tensors of its size. Here one division recovers y
+    from the result, with one temporary: a DoRA step took 1.23 instead of 1.30 LoRA steps (SmolLM2,
+    bf16, 8 × 64 tokens, two CPU cores).
     """
     return Rescale.apply(y, change)
 
@@ -154,7 +166,7 @@ class Pullback(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *tangents):
         gy, *inputs = ctx.saved_tensors
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), ctx.replay.twice():
+        with torch.enable_grad(), second_derivatives(), ctx.replay.twice():
             gy = gy.detach().requires_grad_()
             y, inputs = ctx.replay(inputs)
             g = torch.autograd.grad(y, inputs, gy, create_graph=True)
@@ -163,23 +175,27 @@ class Pullback(torch.autograd.Function):
 
 
 class Replay:
-    """Calls a function again, with the random numbers (dropout) and autocast of its first call."""
+    """
+    Calls a function again, with the random numbers (dropout) and the contexts of its first call:
+    on a GPU, backward passes run in a thread that has contexts of its own.
+    """
 
     def __init__(self, function, x, count, twice):
         self.function, self.count, self.twice = function, count, twice  # count: of its arguments
         self.gpus = [x.device] if x.is_cuda else []
         self.states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.gpus)]
-        kind = x.device.type
+        self.context = second_derivatives if TWICE.get() else contextlib.nullcontext
+        device = x.device.type
         self.autocast = dict(
-            device_type=kind,
-            dtype=torch.get_autocast_dtype(kind),
-            enabled=torch.is_autocast_enabled(kind),
+            device_type=device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
         )
 
     def __call__(self, inputs):
         """The result, and the inputs on which it depends: new leaves, and the parameters."""
         leaves = [x.detach().requires_grad_() for x in inputs[: self.count]]
-        with torch.random.fork_rng(self.gpus), torch.autocast(**self.autocast):
+        with torch.random.fork_rng(self.gpus), torch.autocast(**self.autocast), self.context():
             torch.set_rng_state(self.states[0])
             for gpu, state in zip(self.gpus, self.states[1:]):
                 torch.cuda.set_rng_state(state, gpu)

@@ -1,9 +1,9 @@
 """
 Rotary positions (arXiv 2104.09864), also for contexts longer than the model was pretrained on:
 
-    linear    slows down the rotation of all pairs of a head by one factor
-    llama3    slows down the slow pairs only (arXiv 2407.21783, section 3.4.2, and its code)
-    yarn      slows down the slow pairs only, and sharpens attention (arXiv 2309.00071, section 3.2)
+    linear    slows down all pairs of a head by one factor
+    llama3    slows down the slow pairs (arXiv 2407.21783, section 3.4.2, and its code)
+    yarn      slows down the slow pairs and sharpens attention (arXiv 2309.00071, section 3.2)
     dynamic   changes rotations beyond the trained length only, which model.py does not support
 """
 
@@ -24,15 +24,13 @@ def frequencies(rope, head_dim):
     if rope["rope_type"] == "linear":
         return slowed, 1.0
 
-    if rope["rope_type"] == "llama3":
+    if rope["rope_type"] == "yarn":
+        keep, scale = yarn_ramp(rope, head_dim), yarn_scale(rope)
+    else:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        trained = rope["original_max_position_embeddings"]
-        turns = trained * plain / (2 * math.pi)  # in the trained length
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return (1 - keep) * slowed + keep * plain, 1.0
-
-    keep = yarn_ramp(rope, head_dim)
-    return (1 - keep) * slowed + keep * plain, yarn_scale(rope)
+        turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
+        keep, scale = ((turns - low) / (high - low)).clamp(0, 1), 1.0
+    return (1 - keep) * slowed + keep * plain, scale
 
 
 def yarn_ramp(rope, d):
@@ -66,8 +64,8 @@ def yarn_scale(rope):
 
 def angles(positions, frequencies, scale, dtype):
     """cos and sin of the angles by which tokens at positions, (T,), turn: (T, 1, head_dim) each."""
-    turned = torch.outer(positions.float(), frequencies)  # (T, head_dim / 2)
-    turned = torch.cat((turned, turned), dim=-1)[:, None]  # (T, 1, head_dim)
+    frequencies = frequencies.to(positions.device, non_blocking=True)
+    turned = torch.outer(positions.float(), frequencies).repeat(1, 2)[:, None]  # (T, 1, head_dim)
     return (scale * turned.cos()).to(dtype), (scale * turned.sin()).to(dtype)
 
 

@@ -1,6 +1,6 @@
 """
-Beam search with a length penalty, for many prompts at once, as data-to-text generation decodes. On
-E2E, LoRA's paper (arXiv 2106.09685) uses 10 beams, length penalty 0.9 and no repeated 4-grams:
+Beam search with a length penalty, for many prompts at once. For data-to-text on E2E, LoRA's paper
+(arXiv 2106.09685) uses 10 beams, length penalty 0.9 and no repeated 4-grams:
 
     stop = [tokenizer.eos_id]
     answers = beam_search(model, prompts, 64, stop, 10, 0.9, no_repeat_ngram=4, within_prompt=False)
@@ -11,12 +11,12 @@ all these sequences. A beam that stops is finished, and competes by its score
     sum of log p over its tokens / number of its tokens ** length_penalty
 
 where the stop token counts. The search ends when no running beam, at its present length, scores
-better than the worst finished one. This is what transformers 5 computes (generation/utils.py with
-early_stopping=False), and for one beam it is greedy search.
+better than the worst finished one. transformers 5 computes the same (generation/utils.py with
+early_stopping=False). One beam is greedy search.
 
-Prompts of unequal length need no padding. The model first reads as much of each as the shortest one
-has; then a longer prompt's next tokens are read while the shorter ones' beams grow. So in any step
-all rows are equally long, and share a forward pass.
+Prompts of unequal length need no padding: the model reads as much of each as the shortest one has,
+then a longer prompt's next tokens while the shorter ones' beams grow. So in any step all rows are
+equally long, and share a forward pass.
 """
 
 import math
@@ -26,9 +26,9 @@ import torch
 
 class Search:
     """
-    The search for one prompt. Its sequences are (sum of log p in nats, parent, ids), when finished
-    with the score instead of the sum. ids begin with the prompt; parent is the place that the
-    sequence without its last token had in running.
+    The search for one prompt. Its sequences are (sum of log p in nats, parent, ids); finished ones
+    have the score instead of the sum. ids begin with the prompt's; parent: the place in running of
+    the sequence that it extends.
     """
 
     def __init__(self, prompt, start, max_new_tokens, stop_ids, beams, length_penalty):
@@ -40,7 +40,7 @@ class Search:
 
     def advance(self, log_p, tokens):
         """
-        Extend the running sequences by one token. log_p, tokens: a list for each of them, of its
+        Extend the running sequences by a token. log_p, tokens: a list for each of them, of its
         likeliest next tokens, best first.
         """
         read = len(self.running[0][2])
@@ -69,10 +69,9 @@ class Search:
 
         if not extended and not self.finished:  # any token would repeat an n-gram: end before it
             self.finished = before[:1]
-
-        if len(self.finished) == self.beams and self.running:
-            if self.running[0][0] / scale <= self.finished[-1][0]:
-                self.running = []
+        full = len(self.finished) == self.beams
+        if full and self.running and self.running[0][0] / scale <= self.finished[-1][0]:
+            self.running = []
 
     def answer(self):
         """The best finished sequence's new tokens, without the stop token."""
@@ -89,9 +88,8 @@ def repeating(ids, n):
 @torch.no_grad()
 def search_together(model, searches, no_repeat_ngram, within_prompt):
     """Run searches that have all begun with equally many tokens to their ends."""
-    device = model.lm_head.weight.device
+    device, count = model.lm_head.weight.device, searches[0].candidates
     caches = [{} for _ in model.model.layers]
-    count = searches[0].candidates
     new = [search.running[0][2] for search in searches]  # tokens that are not in the caches yet
 
     while searches:
@@ -134,12 +132,10 @@ def beam_search(
     The best continuation of each prompt: lists of new token ids, without the stop token.
 
     model: a model.Transformer. prompts: lists of token ids. length_penalty: above 0 it favours long
-    answers, below 0 short ones. no_repeat_ngram: no answer repeats so many tokens in a row; 0: any
-    may. within_prompt: the prompt's tokens count, as in transformers; if False, an answer may copy
-    them, as in LoRA's code. batch_size: how many prompts share a forward pass, which computes
-    batch_size · beams rows and keeps their keys and values.
-
-    Raises ValueError for an empty prompt and for numbers out of range.
+    answers, below 0 short ones. no_repeat_ngram: no answer repeats so many tokens in a row (0: any
+    may), nor the prompt's tokens if within_prompt, as in transformers but not in LoRA's code.
+    batch_size: how many prompts share a forward pass, which keeps the keys and values of
+    batch_size · beams rows. Raises ValueError for an empty prompt and for numbers out of range.
     """
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 1),
@@ -158,7 +154,7 @@ def beam_search(
     left = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     while left:
         start = len(prompts[left[0]])
-        # Beyond this difference, a batch of its own takes fewer steps than reading token by token.
+        # Beyond this difference, batches of their own take fewer steps than reading on does.
         group = [i for i in left[:batch_size] if len(prompts[i]) - start <= max_new_tokens]
         left = left[len(group) :]
         searches = [Search(prompts[i], start, *settings) for i in group]

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from support.fast import rotary
-from support.fast.kernels import QUERIES, recompute, recompute_module
+from support.fast.kernels import QUERIES, TWICE, recompute, recompute_module
 from support.run.files import malformed, read_json
 from support.weights import hf_format
 
@@ -181,8 +181,8 @@ class Packing:
 
 def attention(q, k, v, mask):
     """Every token sees all real ones. q, k, v: (B, H, T, head_dim)."""
-    if q.size(2) > QUERIES and not torch.backends.cuda.flash_sdp_enabled():
-        # For second derivatives (hypergrad.py): all scores at once would be kept.
+    if q.size(2) > QUERIES and TWICE.get():
+        # For second derivatives: all scores at once would be kept.
         part = functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
         return torch.cat([recompute(part, some, k, v) for some in q.split(QUERIES, dim=2)], dim=2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -368,7 +368,7 @@ class Encoder(nn.Module):
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if "inv_freq" in found:
             expected["inv_freq"] = tuple(model.inv_freq.shape)
-        hf_format.check_tensors(found, expected, False, folder)
+        hf_format.check_tensors(found, expected, folder)
 
         for name in expected:
             path, _, key = found[name]

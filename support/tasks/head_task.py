@@ -24,7 +24,7 @@ from support.text.tokenizer_files import FILES
 @dataclass
 class Row:
     input_ids: list
-    types: list  # as long; which of two texts a token belongs to
+    types: list  # which of two texts each token belongs to
     target: object  # a class, a list of 0 and 1, a number, or a class or -100 for each token
     answer: object  # the example's own: what predictions are compared with
     words: list = None  # tagging: each token's word if it is the word's first one, else -100
@@ -52,9 +52,7 @@ class HeadTask:
     def notes(self, cut, block_size):
         """Lines about the data. cut: how many examples were too long."""
         if cut:
-            yield (
-                f"{cut} examples were longer than block_size={block_size} tokens: cut on the right"
-            )
+            yield f"{cut} examples were longer than block_size={block_size}: cut on the right"
 
     # ------------------------------------------------------------------------------- the rows
 
@@ -64,22 +62,22 @@ class HeadTask:
         row. Raises ValueError for a block_size without room, and for a sentence without a token.
         """
         encode = self.encode_tags if self.kind == "tagging" else self.encode_text
-        found = [encode(example, block_size) for example in examples]
-        return [row for row, _ in found], sum(cut for _, cut in found)
+        encoded = [encode(example, block_size) for example in examples]
+        return [row for row, _ in encoded], sum(cut for _, cut in encoded)
 
     def encode_text(self, example, block_size):
         text, text_b = example["text"], example.get("text_b")
         ids, types, cut = encode_pair(self.tokenizer, text, text_b, block_size)
         if not ids:
             raise ValueError(f"{place_of(example)}: the tokenizer leaves nothing of {text!r:.60}")
-        if self.kind == "classification":
-            answer = example["label"]
-            target = self.names.index(answer)
+        if self.kind == "regression":
+            answer = target = example["score"]
         elif self.kind == "multi_label":
             answer = example["labels"]
             target = [float(name in answer) for name in self.names]
         else:
-            answer = target = example["score"]
+            answer = example["label"]
+            target = self.names.index(answer)
         return Row(ids, types, target, answer), cut
 
     def encode_tags(self, example, block_size):
@@ -128,7 +126,7 @@ class HeadTask:
     def attach(self, backbone, rows=()):
         """
         An Encoder or a model.Transformer with a fresh head. An encoder's regression begins at the
-        mean of the rows' scores, which would take many steps to learn; decoders' have no bias.
+        mean of the rows' scores, which would take many steps to learn; a decoder's has no bias.
         """
         build = EncoderWithHead if isinstance(backbone, Encoder) else DecoderWithHead
         model = build(backbone, self.kind, len(self.names) or 1)
@@ -156,20 +154,20 @@ class HeadTask:
         """(summed loss, number of targets, a list of (prediction, answer)) of a few rows."""
         *inputs, targets = self.collate(rows)
         logits, count = model(*inputs), self.supervised(rows)
-        found = model.predict(logits).tolist()
-        pairs = [(self.in_words(row, values), row.answer) for row, values in zip(rows, found)]
+        predictions = model.predict(logits).tolist()
+        pairs = [(self.in_words(row, x), row.answer) for row, x in zip(rows, predictions)]
         return count * model.loss(logits, targets).item(), count, pairs
 
-    def in_words(self, row, found):
+    def in_words(self, row, prediction):
         """A prediction in the form of the examples' answers."""
         if self.kind == "regression":
-            return found
+            return prediction
         if self.kind == "classification":
-            return self.names[found]
+            return self.names[prediction]
         if self.kind == "multi_label":
-            return [name for name, chosen in zip(self.names, found) if chosen]
+            return [name for name, chosen in zip(self.names, prediction) if chosen]
         tags = ["O"] * len(row.answer)  # also of words beyond block_size
-        for place, tag in zip(row.words, found):
+        for place, tag in zip(row.words, prediction):
             if place != IGNORED:
                 tags[place] = self.names[tag]
         return tags
@@ -180,17 +178,17 @@ class HeadTask:
         if self.kind == "tagging":
             words = text.split()
             ids, places = encode_words(self.tokenizer, words, range(len(words)), block_size)
-            found = model.predict(model(torch.tensor([ids])))[0].tolist()
-            row = Row(ids, None, None, words, places)
-            return [f"{w}\t{tag}" for w, tag in zip(words, self.in_words(row, found))]
+            prediction = model.predict(model(torch.tensor([ids])))[0].tolist()
+            tags = self.in_words(Row(ids, None, None, words, places), prediction)
+            return [f"{word}\t{tag}" for word, tag in zip(words, tags)]
 
         ids, types, _ = encode_pair(self.tokenizer, text, text_b or None, block_size)
         logits = model(torch.tensor([ids]), None, torch.tensor([types]))[0]
         if self.kind == "regression":
             return [f"{logits.item():.3f}"]
         p = logits.softmax(-1) if self.kind == "classification" else logits.sigmoid()
-        found = sorted(zip(p.tolist(), self.names), reverse=True)
-        return [f"{share:6.1%}  {name}" for share, name in found]
+        ranked = sorted(zip(p.tolist(), self.names), reverse=True)
+        return [f"{share:6.1%}  {name}" for share, name in ranked]
 
     def scores(self, pairs):
         """The task's metrics, {name: number}, of (prediction, answer) pairs."""
@@ -209,15 +207,11 @@ def place_of(example):
 
 def load_tokenizer(folder):
     """
-    (the tokenizers.Tokenizer, the id that pads rows) of a Hugging Face folder, from tokenizer.json,
-    or ESM-2's vocab.txt.
-
-    Raises FileNotFoundError without either, ValueError for a damaged file or without the library.
+    (the tokenizers.Tokenizer, the id that pads rows) of a folder with tokenizer.json, or ESM-2's
+    vocab.txt. Raises FileNotFoundError without either, ValueError for a damaged one.
     """
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ValueError(f"a head needs tokenizers ({error}): pip install tokenizers") from None
+    from tokenizers import Tokenizer
+
     path, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
     config = read_json(folder / "config.json")
     pad_id = config.get("pad_token_id") or 0  # any will do where the model names none
@@ -226,7 +220,7 @@ def load_tokenizer(folder):
             return letters(vocabulary), pad_id
         raise FileNotFoundError(f"{path} is missing")
     try:
-        return tokenizers.Tokenizer.from_file(str(path)), pad_id
+        return Tokenizer.from_file(str(path)), pad_id
     except Exception as error:  # the library raises no other
         raise ValueError(f"{path} is not a tokenizer: {error}") from None
 
@@ -262,10 +256,8 @@ def truncate(tokenizer, block_size, pair):
 def encode_pair(tokenizer, text, text_b=None, block_size=512):
     """
     (token ids, token types, whether it was cut) of a text or a pair, with special tokens. Of a pair
-    that is longer than block_size tokens, the longer text is cut first.
-
-    tokenizer: a tokenizers.Tokenizer, whose truncation and padding are set. Raises ValueError for a
-    block_size that holds special tokens only.
+    the longer text is cut first. tokenizer: a tokenizers.Tokenizer, whose truncation and padding
+    are set. Raises ValueError for a block_size that holds special tokens only.
     """
     truncate(tokenizer, block_size, text_b is not None)
     encoding = tokenizer.encode(text, text_b)
@@ -274,11 +266,10 @@ def encode_pair(tokenizer, text, text_b=None, block_size=512):
 
 def encode_words(tokenizer, words, targets, block_size=512):
     """
-    (token ids, a target a token) of a row of words: a word's target is on its first token, and -100
-    on all others. Words without a token, such as "", and words beyond block_size have no place.
-
-    tokenizer: as in encode_pair. Each word begins with a space, as within a text. Raises ValueError
-    as there, and unless there is one target a word.
+    (token ids, a target a token) of a row of words, each after a space: a word's target is on its
+    first token, and -100 on all others. Words without a token, such as "", and words beyond
+    block_size have no place. Other arguments and errors: as in encode_pair. Raises ValueError
+    unless there is one target a word.
     """
     if len(words) != len(targets):
         raise ValueError(f"{len(targets)} targets for {len(words)} words: give one a word")

@@ -73,8 +73,8 @@ def fresh(module):
 
 class Head(nn.Module):
     """
-    What the two classes below share. They compute `logits`; kind: a key of KINDS. labels: the
-    number of classes; 1 for regression. Raises ValueError for others.
+    What the two classes below share; they compute `logits`. kind: a key of KINDS. labels: how many
+    classes; 1 for regression. Raises ValueError for others.
     """
 
     def __init__(self, kind, labels):
@@ -95,24 +95,24 @@ class Head(nn.Module):
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, targets=None):
         """
         The logits, (B, labels) or (B, T, labels) for tagging; with targets, the mean loss, a scalar
-        in fp32 or finer.
+        in fp32 or finer:
 
             classification   cross-entropy in nats    targets (B,), 0 to labels - 1
             multi_label      binary cross-entropy     (B, labels), 0 to 1
             regression       squared error            (B,), finite numbers
             tagging          cross-entropy            (B, T), as in classification, or -100: none
 
-        Other arguments as in Encoder.forward; token types are left out where the model has none, as
-        ESM and decoders; tensors are moved to the model's device. Raises ValueError for
-        targets that don't fit, and, unless for tagging, for a row that is padded on the left.
+        Other arguments as in Encoder.forward; ESM and decoders leave token types out. Raises
+        ValueError for targets that don't fit, and, but for tagging, for a row that is padded on the
+        left.
         """
         if targets is not None:
             self.check_targets(targets, input_ids)
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.kind != "tagging" and not real[:, 0].all():
             raise ValueError("a row begins with padding: pad the end")
-        device, types = self.output.weight.device, token_type_ids
-        types = None if types is None else types.to(device)
+        device = self.output.weight.device
+        types = None if token_type_ids is None else token_type_ids.to(device)
         logits = self.logits(input_ids.to(device), real.bool().to(device), types)
         return logits if targets is None else self.loss(logits, targets)
 
@@ -123,19 +123,19 @@ class Head(nn.Module):
         shape, given = shapes.get(self.kind, (rows,)), tuple(targets.shape)
         if given != shape:
             raise ValueError(f"targets are {given}: {self.kind} needs {shape} here")
+        if self.kind == "tagging" and (targets == IGNORED).all():
+            raise ValueError(f"all targets are {IGNORED}: a batch needs at least one tag")
 
         if self.kind == "regression":
             fits, needed = targets.isfinite(), "finite"
         elif self.kind == "multi_label":
             fits, needed = (targets >= 0) & (targets <= 1), "from 0 to 1"
         else:
-            whole = not targets.is_floating_point()
-            fits = whole & (targets >= 0) & (targets < self.labels)
+            fits = (targets >= 0) & (targets < self.labels)
             needed = f"integers from 0 to {self.labels - 1}"
-        if self.kind == "tagging":
-            fits, needed = fits | (whole & (targets == IGNORED)), f"{needed}, or {IGNORED}"
-            if (targets == IGNORED).all():
-                raise ValueError(f"all targets are {IGNORED}: a batch needs at least one tag")
+            if self.kind == "tagging":
+                fits, needed = fits | (targets == IGNORED), f"{needed}, or {IGNORED}"
+            fits &= not targets.is_floating_point()
         if not fits.all():
             raise ValueError(f"target {targets[~fits][0].item()}: {self.kind} needs {needed}")
 
@@ -150,9 +150,7 @@ class Head(nn.Module):
         return F.cross_entropy(logits.flatten(0, -2), targets, ignore_index=IGNORED)
 
     def predict(self, logits):
-        """
-        Classes, (B,); 0 or 1 a label, (B, labels); numbers, (B,); or a tag a token, (B, T).
-        """
+        """Classes (B,), 0 or 1 a label (B, labels), numbers (B,), or a tag a token (B, T)."""
         if self.kind == "regression":
             return logits[:, 0]
         return (logits > 0).long() if self.kind == "multi_label" else logits.argmax(-1)

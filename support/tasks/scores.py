@@ -1,17 +1,15 @@
 """
-The field's metrics, computed by the field's libraries: {name: number} from predictions and
-references.
+The field's metrics, by the field's libraries: {name: number} of predictions and references.
 
     classification   accuracy, F1 of one class, macro F1, Matthews correlation   scikit-learn
     regression       Pearson's and Spearman's correlation                        scipy
     multi_label      micro and macro F1                                          scikit-learn
     tagging          precision, recall and F1 of whole entities                  seqeval
     generation       BLEU, chrF, ROUGE-L, NIST, METEOR               sacrebleu, rouge-score, nltk
-    glue             those of them that a GLUE task is judged by
+    glue             those that a GLUE task is judged by
 
-A library is imported when a score needs it. Every score is a float, or None where it is undefined,
-as each function says. All functions raise ValueError for lists of unequal or no length, and for a
-library that is not installed.
+A library is imported when a score needs it. A score is a float, or None where it is undefined. All
+functions raise ValueError for lists of unequal or no length, and for a library that is missing.
 """
 
 import contextlib
@@ -23,7 +21,6 @@ from statistics import fmean
 
 PACKAGES = {"sklearn": "scikit-learn", "rouge_score": "rouge-score"}  # where pip's name differs
 BIO = ("B-", "I-")
-
 GLUE = {  # by task, as the GLUE paper says in its Table 1 (arXiv 1804.07461)
     "cola": ("matthews",),
     "sst2": ("accuracy",),
@@ -67,10 +64,9 @@ def glue(task, predictions, references):
 
 def classification(predictions, references, positive=None):
     """
-    accuracy, f1_macro and matthews of labels, one an example; and the f1 of the label `positive`.
-
-    f1_macro is the mean over all labels that are predicted or right. An F1 whose label is neither
-    is 0; so is Matthews correlation where all predictions, or all references, are the same.
+    accuracy, f1_macro (over all labels that are predicted or right) and matthews of labels, one an
+    example, and the f1 of the label `positive`. That is 0 where the label is neither; so is
+    matthews where all predictions, or all references, are the same.
     """
     check_lengths(predictions, references)
     metrics = library("sklearn.metrics")
@@ -82,19 +78,16 @@ def classification(predictions, references, positive=None):
         warnings.filterwarnings("ignore", "A single label was found")
         scores["matthews"] = metrics.matthews_corrcoef(references, predictions)
     if positive is not None:
-        found = [label == positive for label in predictions]
-        right = [label == positive for label in references]
-        scores["f1"] = metrics.f1_score(right, found, zero_division=0.0)
+        both = ([label == positive for label in labels] for labels in (references, predictions))
+        scores["f1"] = metrics.f1_score(*both, zero_division=0.0)
     return {name: float(score) for name, score in scores.items()}
 
 
 def regression(predictions, references):
     """
-    pearson and spearman of numbers, one an example.
-
-    They are None where they are undefined: for fewer than two examples, for predictions or
-    references that are all the same (pearson: but for rounding), and for numbers that are not
-    finite.
+    pearson and spearman of numbers, one an example; None for fewer than two examples, for
+    predictions or references that are all the same (pearson: but for rounding), and for numbers
+    that are not finite.
     """
     check_lengths(predictions, references)
     stats = library("scipy.stats")
@@ -112,10 +105,8 @@ def regression(predictions, references):
 
 def multi_label(predictions, references):
     """
-    f1_micro and f1_macro of collections of labels, one an example.
-
-    The mean of f1_macro is over all labels that are predicted or right. Both are None where no
-    example has a label or gets one.
+    f1_micro and f1_macro (over all labels that are predicted or right) of collections of labels,
+    one an example; None where no example has a label or gets one.
     """
     check_lengths(predictions, references)
     metrics, preprocessing = library("sklearn.metrics"), library("sklearn.preprocessing")
@@ -123,14 +114,13 @@ def multi_label(predictions, references):
     if not len(columns.classes_):
         return {"f1_micro": None, "f1_macro": None}
 
-    found, right = columns.transform(predictions), columns.transform(references)
-    # Of one column, scikit-learn would count 0 and 1 as two labels.
-    options = {"labels": [1]} if len(columns.classes_) == 1 else {}
+    both = columns.transform(references), columns.transform(predictions)
+    options = {"zero_division": 0.0}
+    if len(columns.classes_) == 1:  # scikit-learn would count 0 and 1 as two labels
+        options["labels"] = [1]
     return {
-        f"f1_{kind}": float(
-            metrics.f1_score(right, found, average=kind, zero_division=0.0, **options)
-        )
-        for kind in ("micro", "macro")
+        f"f1_{average}": float(metrics.f1_score(*both, average=average, **options))
+        for average in ("micro", "macro")
     }
 
 
@@ -138,35 +128,34 @@ def tagging(predictions, references):
     """
     precision, recall and f1 (micro) of entities, from lists of BIO tags, one a sentence.
 
-    An entity counts if its first word, last word and type are right. As in conlleval, I-X without
-    an entity of type X before it begins one. A ratio over no entity is 0; all are None where
-    neither predictions nor references hold an entity.
+    An entity counts if its first word, last word and type are right. I-X without an entity of type
+    X before it begins one (conlleval). A ratio over no entity is 0; all are None where neither
+    predictions nor references hold an entity.
     """
     check_lengths(predictions, references)
-    for number, (found, right) in enumerate(zip(predictions, references), start=1):
-        if len(found) != len(right):
-            raise ValueError(f"sentence {number}: {len(found)} tags for {len(right)} words")
-        if strange := [tag for tag in (*found, *right) if tag != "O" and tag[:2] not in BIO]:
+    for number, (tags, right) in enumerate(zip(predictions, references), start=1):
+        if len(tags) != len(right):
+            raise ValueError(f"sentence {number}: {len(tags)} tags for {len(right)} words")
+        if strange := [tag for tag in (*tags, *right) if tag != "O" and tag[:2] not in BIO]:
             raise ValueError(f"sentence {number}: the tag {strange[0]!r} is not O, B-… or I-…")
 
     names = ("precision", "recall", "f1")
     if all(tag == "O" for tags in (*predictions, *references) for tag in tags):
         return dict.fromkeys(names)
     score = library("seqeval.metrics.sequence_labeling").precision_recall_fscore_support
-    found = score(references, predictions, average="micro", zero_division=0)
-    return {name: float(value) for name, value in zip(names, found)}
+    values = score(references, predictions, average="micro", zero_division=0)
+    return {name: float(value) for name, value in zip(names, values)}
 
 
 def generation(predictions, references):
     """
     bleu, chrf, rougeL, nist and meteor of texts, each with a list of one or more references.
 
-    bleu and chrf are from 0 to 100, rougeL (F-measure, unstemmed) and meteor from 0 to 1, means
+    bleu and chrf are from 0 to 100; rougeL (F-measure, unstemmed) and meteor from 0 to 1, means
     over the examples with the best reference of each; nist is 0 or more. NIST and METEOR count
-    BLEU's tokens (mteval-v13a). rouge-score's tokens are a-z and 0-9 alone: other scripts get 0.
-    An empty prediction is worth 0. nist is None where no prediction has five tokens, its longest
-    n-gram, or no reference has any; meteor where NLTK's WordNet is not on this machine (nothing is
-    downloaded).
+    BLEU's tokens (mteval-v13a). rouge-score's tokens are a-z and 0-9: other scripts get 0. An empty
+    prediction is worth 0. nist is None where no prediction has five tokens, or no reference any;
+    meteor where NLTK's WordNet is not on this machine (nothing is downloaded).
     """
     check_lengths(predictions, references)
     for number, texts in enumerate(references, start=1):
@@ -177,22 +166,22 @@ def generation(predictions, references):
     streams = list(zip_longest(*references))  # all first references, all second ones …; or None
     bleu = sacrebleu.BLEU(force=True)  # silent about texts that look tokenized
     rouge_l = rouge.RougeScorer(["rougeL"])
-    best = [rouge_l.score_multi(texts, found) for found, texts in zip(predictions, references)]
+    best = [rouge_l.score_multi(texts, text) for text, texts in zip(predictions, references)]
 
     tokens = library("sacrebleu.tokenizers.tokenizer_13a").Tokenizer13a()
-    found = [tokens(text).split() for text in predictions]
+    words = [tokens(text).split() for text in predictions]
     right = [[tokens(text).split() for text in texts] for texts in references]
     return {
         "bleu": bleu.corpus_score(predictions, streams).score,
         "chrf": sacrebleu.CHRF().corpus_score(predictions, streams).score,
         "rougeL": fmean(score["rougeL"].fmeasure for score in best),
-        "nist": nist(found, right),
-        "meteor": meteor(found, right),
+        "nist": nist(words, right),
+        "meteor": meteor(words, right),
     }
 
 
 def nist(predictions, references):
-    """NIST-5 of lists of tokens, or None where no prediction has five, or no reference any."""
+    """NIST-5 of lists of tokens, or None."""
     try:
         return float(library("nltk.translate.nist_score").corpus_nist(references, predictions, n=5))
     except ZeroDivisionError:
@@ -200,7 +189,7 @@ def nist(predictions, references):
 
 
 def meteor(predictions, references):
-    """The mean METEOR of lists of tokens, or None where NLTK's WordNet is not on this machine."""
+    """The mean METEOR of lists of tokens, or None without NLTK's WordNet."""
     score = library("nltk.translate.meteor_score").meteor_score
     wordnet = library("nltk.corpus").wordnet
     try:
@@ -208,4 +197,4 @@ def meteor(predictions, references):
     except LookupError:
         return None
     pairs = zip(references, predictions)
-    return fmean(score(texts, found, wordnet=wordnet) for texts, found in pairs)
+    return fmean(score(texts, words, wordnet=wordnet) for texts, words in pairs)

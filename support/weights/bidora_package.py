@@ -28,7 +28,7 @@ class BiLevelOptimizer(BilevelOptimizer):
         return self.lower_step(loss_fn, train_batch)
 
     def upper_level_step(self, loss_fn, val_batch, train_batch=None):
-        return self.upper_step(loss_fn, train_batch, val_batch)
+        return self.upper_step(loss_fn, val_batch, train_batch)
 
     def final_finetune_step(self, loss_fn, combined_batch):
         """A lower_step with the upper parameters fixed for good."""

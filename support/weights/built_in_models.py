@@ -11,7 +11,6 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import os
-import re
 import tempfile
 import zipfile
 from pathlib import Path
@@ -107,30 +106,14 @@ def write_smollm2(folder):
     convert_gguf(gguf_path, folder)
 
 
-# GGUF's names, and Hugging Face's names for the same tensors
-GGUF_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-CONTROL = 3  # a control token, among GGUF's token types
+def hf_names(layers):
+    """{GGUF's name of a tensor: Hugging Face's}, of a LLaMA."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
 
-
-def hf_name(gguf_name):
-    """'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'"""
-    pattern = r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)"
-    block, module, kind = re.fullmatch(pattern, gguf_name).groups()
-    prefix = f"model.layers.{block}." if block else ""
-    return f"{prefix}{GGUF_NAMES[module]}.{kind}"
+    modules = ["model.embed_tokens", "model.norm", "lm_head"]
+    modules += [f"model.layers.{i}.{name}" for i in range(layers) for name in (*MATRICES, *NORMS)]
+    table = get_tensor_name_map(MODEL_ARCH.LLAMA, layers)
+    return {f"{table.get_name(module)}.weight": f"{module}.weight" for module in modules}
 
 
 def unpermute(weight, heads):
@@ -148,9 +131,8 @@ def convert_gguf(path, folder):
     """
     Write the LLaMA model in the GGUF file `path` as a folder in Hugging Face's layout.
 
-    The gguf package dequantises the weights to fp32; they are stored as bf16, SmolLM2's own
-    precision. Raises ValueError for a damaged file, and for an architecture or a pre-tokenizer
-    other than SmolLM2's.
+    The gguf package dequantises the weights to fp32; they are stored as bf16, SmolLM2's own dtype.
+    Raises ValueError for a damaged file, or an architecture or pre-tokenizer unlike SmolLM2's.
     """
     try:
         with malformed("the file"):
@@ -176,16 +158,19 @@ def read_gguf(path):
             f"{architecture!r} with {splitter!r}"
         )
 
-    heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
-    tensors = {}
+    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
+    config, tensors = gguf_config(field, tied), {}
+    names = hf_names(min(config["num_hidden_layers"], len(reader.tensors)))
     for tensor in progress.over(reader.tensors, "convert", "tensor"):
+        name = names[tensor.name]
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
-            weight = unpermute(weight, heads if ".attn_q." in tensor.name else kv_heads)
-        tensors[hf_name(tensor.name)] = weight.to(torch.bfloat16)
+        for module, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if module in name:
+                weight = unpermute(weight, config[heads])
+        tensors[name] = weight.to(torch.bfloat16)
 
     tokens, types = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
-    special = [token for token, type_ in zip(tokens, types) if type_ == CONTROL]
+    special = [token for token, number in zip(tokens, types) if number == 3]  # control tokens
     tokenizer_config = {
         "chat_template": field("tokenizer.chat_template"),
         "bos_token": tokens[field("tokenizer.ggml.bos_token_id")],
@@ -193,7 +178,7 @@ def read_gguf(path):
         "pad_token": tokens[field("tokenizer.ggml.padding_token_id")],
     }
     tokenizer = byte_level_bpe(tokens, field("tokenizer.ggml.merges"), special)
-    return gguf_config(field, tensors, tokens), tensors, tokenizer, tokenizer_config
+    return config, tensors, tokenizer, tokenizer_config
 
 
 def open_gguf(path):
@@ -210,14 +195,14 @@ def open_gguf(path):
     return Reader(path)
 
 
-def gguf_config(field, tensors, tokens):
+def gguf_config(field, tied):
     """config.json's content, from a GGUF file's fields."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
         "hidden_act": "silu",
-        "vocab_size": len(tokens),
+        "vocab_size": len(field("tokenizer.ggml.tokens")),
         "hidden_size": field("llama.embedding_length"),
         "intermediate_size": field("llama.feed_forward_length"),
         "num_hidden_layers": field("llama.block_count"),
@@ -226,7 +211,7 @@ def gguf_config(field, tensors, tokens):
         "max_position_embeddings": field("llama.context_length"),
         "rms_norm_eps": field("llama.attention.layer_norm_rms_epsilon"),
         "rope_theta": field("llama.rope.freq_base"),
-        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "tie_word_embeddings": tied,
         "bos_token_id": field("tokenizer.ggml.bos_token_id"),
         "eos_token_id": field("tokenizer.ggml.eos_token_id"),
     }
@@ -250,7 +235,7 @@ TINY_CONFIG = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-TINY_SHAPES = {  # (out, in) of each matrix of a layer
+MATRICES = {  # of a layer, with their shapes (out, in) in tiny-random
     "self_attn.q_proj": (64, 64),
     "self_attn.k_proj": (32, 64),
     "self_attn.v_proj": (32, 64),
@@ -259,6 +244,7 @@ TINY_SHAPES = {  # (out, in) of each matrix of a layer
     "mlp.up_proj": (128, 64),
     "mlp.down_proj": (64, 128),
 }
+NORMS = ("input_layernorm", "post_attention_layernorm")
 TINY_CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -282,9 +268,9 @@ def write_tiny_random(folder):
         "model.norm.weight": torch.ones(64),
     }
     for layer in ("model.layers.0", "model.layers.1"):
-        for name, shape in TINY_SHAPES.items():
+        for name, shape in MATRICES.items():
             tensors[f"{layer}.{name}.weight"] = random(*shape)
-        for name in ("input_layernorm", "post_attention_layernorm"):
+        for name in NORMS:
             tensors[f"{layer}.{name}.weight"] = torch.ones(64)
 
     tokenizer_config = {

@@ -49,20 +49,17 @@ SIZES = (
 @malformed("config.json")
 def read_config(config_dict):
     """
-    The fields of a model.ModelConfig, as a dict, from the dict of a config.json of transformers 4
-    or 5.
-
-    Raises ValueError, naming the key, for a model that model.py does not support: another
-    model_type, rotary scaling or activation, a checkpoint that is quantised already, or a size that
-    is missing or not a positive integer.
+    The fields of a model.ModelConfig, as a dict, from the dict of transformers 4's or 5's
+    config.json. Raises ValueError, naming the key, for what model.py does not support: another
+    model_type, rotary scaling or activation, a quantised checkpoint, or a number out of range.
     """
-    kind = config_dict.get("model_type")
-    if kind not in DEFAULTS:
+    family = config_dict.get("model_type")
+    if family not in DEFAULTS:
         raise ValueError(
-            f"config.json: model_type {kind!r} is not supported here; the language models are: "
+            f"config.json: model_type {family!r} is not supported here; the language models are: "
             f"{', '.join(DEFAULTS)}"
         )
-    c = DEFAULTS[kind] | config_dict
+    c = DEFAULTS[family] | config_dict
     if c.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json: hidden_act {c['hidden_act']!r} is not supported; 'silu' is")
     if c.get("quantization_config"):
@@ -73,7 +70,7 @@ def read_config(config_dict):
 
     rope, sizes = read_rope(c), read_sizes(c)
     head_dim = c["head_dim"] or sizes["hidden_size"] // sizes["num_attention_heads"]
-    windows = read_windows(c, kind, sizes["num_hidden_layers"])
+    windows = read_windows(c, family, sizes["num_hidden_layers"])
     check_numbers(c, rope, head_dim, windows)
 
     biased = bool(c.get("attention_bias"))
@@ -84,19 +81,19 @@ def read_config(config_dict):
         rope=rope,
         windows=windows,
         tie_word_embeddings=bool(c.get("tie_word_embeddings")),
-        qkv_bias=kind == "qwen2" or (kind != "mistral" and biased),
-        o_bias=kind in ("llama", "qwen3") and biased,
-        mlp_bias=kind == "llama" and bool(c.get("mlp_bias")),
-        qk_norm=kind == "qwen3",
+        qkv_bias=family == "qwen2" or (family != "mistral" and biased),
+        o_bias=family in ("llama", "qwen3") and biased,
+        mlp_bias=family == "llama" and bool(c.get("mlp_bias")),
+        qk_norm=family == "qwen3",
         hf=dict(config_dict),
     )
 
 
 def check_numbers(c, rope, head_dim, windows):
     """Raise ValueError for numbers that are not positive, or a rope that can't be computed."""
+    names = ("rope_theta", "factor", "original_max_position_embeddings")
     positive = [c["rms_norm_eps"], head_dim, *(w for w in windows if w is not None)]
-    for name in ("rope_theta", "factor", "original_max_position_embeddings"):
-        positive += [rope[name]] if name in rope else []
+    positive += [rope[name] for name in names if name in rope]
     if type(head_dim) is not int or head_dim % 2 or head_dim > 10**5:  # rotary: pairs
         raise ValueError(
             f"config.json: head_dim={head_dim!r:.40} is not an even integer up to 100,000"
@@ -130,14 +127,10 @@ def read_rope(c):
             f"same in all layers and over whole heads: {', '.join(ROPE_TYPES)}"
         )
 
-    original = (
-        c.get("original_max_position_embeddings")
-        or rope.get("original_max_position_embeddings")
-        or c["max_position_embeddings"]
-    )
-    rope["original_max_position_embeddings"] = original
-    if rope["rope_type"] == "yarn" and "factor" in rope and rope["factor"] is None:
-        rope["factor"] = c["max_position_embeddings"] / original
+    name, most = "original_max_position_embeddings", c["max_position_embeddings"]
+    rope[name] = c.get(name) or rope.get(name) or most
+    if rope["rope_type"] == "yarn" and rope.get("factor", 1) is None:
+        rope["factor"] = most / rope[name]
     return rope
 
 
@@ -159,26 +152,24 @@ def read_sizes(c):
     return sizes
 
 
-def read_windows(c, kind, layers):
+def read_windows(c, family, layers):
     """
-    For each layer: how many tokens back it sees, itself included; None for all of them.
-
-    As in transformers, llama has no windows, whatever else its config.json holds, and mistral has
-    the same one in all layers. Raises ValueError for another kind of layer.
+    For each layer: how many tokens back it sees, itself included; None for all of them. In
+    transformers, llama has no windows, whatever its config.json holds. Raises ValueError.
     """
-    if kind in ("llama", "mistral"):
-        return [c["sliding_window"] if kind == "mistral" else None] * layers
-    full = ["full_attention"] * layers  # Qwen's first layers see everything
-    types = c.get("layer_types") or [
-        full[i] if i < c["max_window_layers"] else "sliding_attention" for i in range(layers)
+    if family in ("llama", "mistral"):
+        return [c["sliding_window"] if family == "mistral" else None] * layers
+    full, sliding = "full_attention", "sliding_attention"
+    types = c.get("layer_types") or [  # Qwen's first layers see everything
+        full if i < c["max_window_layers"] else sliding for i in range(layers)
     ]
-    if unknown := [t for t in types if t not in ("full_attention", "sliding_attention")]:
+    if unknown := [t for t in types if t not in (full, sliding)]:
         raise ValueError(
             f"config.json: layer_types holds {unknown[0]!r}, which is not supported; "
-            f"'full_attention' and 'sliding_attention' are"
+            f"{full!r} and {sliding!r} are"
         )
-    slides = bool(c.get("use_sliding_window"))
-    return [c["sliding_window"] if slides and t == "sliding_attention" else None for t in types]
+    window = c["sliding_window"] if c.get("use_sliding_window") else None
+    return [window if t == sliding else None for t in types]
 
 
 def find_tensors(folder):
@@ -200,15 +191,11 @@ def find_tensors(folder):
                     if not key.endswith("rotary_emb.inv_freq"):  # in old LLaMA files, not needed
                         tensors[key] = path, tuple(file.get_slice(key).get_shape())
         except SafetensorError as error:
+            problem = f"damaged or not a safetensors file ({error}): download it again"
             with open(path, "rb") as file:
                 if file.read(40).startswith(b"version https://git-lfs"):
-                    raise ValueError(
-                        f"{path} is a git-lfs pointer, not the weights: "
-                        f"fetch them with `git lfs pull`"
-                    ) from None
-            raise ValueError(
-                f"{path} is damaged or not a safetensors file ({error}): download it again"
-            ) from None
+                    problem = "a git-lfs pointer, not the weights: fetch them with `git lfs pull`"
+            raise ValueError(f"{path} is {problem}") from None
     return tensors
 
 
@@ -237,48 +224,50 @@ def weight_files(folder, index):
     return [single]
 
 
-def check_tensors(found, expected, tied, folder):
-    """Raise ValueError unless the tensors found are the expected ones, {name: shape}."""
-    if tied:
-        del expected["lm_head.weight"]
-        if "lm_head.weight" in found:  # some files hold the shared matrix twice
-            names = [n for n in ("lm_head.weight", "model.embed_tokens.weight") if n in found]
-            both = [safe_open(found[name][0], "pt").get_tensor(name) for name in names]
-            if len(both) == 2 and not torch.equal(*both):
-                raise ValueError(
-                    f"{folder}: config.json ties the head to the embeddings, but the files hold "
-                    f"another lm_head.weight: set tie_word_embeddings to false in config.json"
-                )
-            del found["lm_head.weight"]
-
-    for key, shape in expected.items():
-        if key not in found:
-            raise ValueError(f"{folder}: tensor {key} is missing")
-        if found[key][1] != shape:
+def check_tied(stored, folder):
+    """Leave a tied head out of the stored tensors. Raises ValueError if it differs."""
+    both = [name for name in ("lm_head.weight", "model.embed_tokens.weight") if name in stored]
+    if len(both) == 2:  # some files hold the shared matrix twice
+        head, embeddings = (safe_open(stored[name][0], "pt").get_tensor(name) for name in both)
+        if not torch.equal(head, embeddings):
             raise ValueError(
-                f"{folder}: tensor {key} is {found[key][1]}, but config.json says {shape}"
+                f"{folder}: config.json ties the head to the embeddings, but the files hold "
+                f"another lm_head.weight: set tie_word_embeddings to false in config.json"
             )
-    if unexpected := sorted(found.keys() - expected.keys()):
+    stored.pop("lm_head.weight", None)
+
+
+def check_tensors(stored, expected, folder):
+    """Raise ValueError unless the stored tensors are the expected ones, {name: shape}."""
+    for key, shape in expected.items():
+        if key not in stored:
+            raise ValueError(f"{folder}: tensor {key} is missing")
+        if stored[key][1] != shape:
+            raise ValueError(
+                f"{folder}: tensor {key} is {stored[key][1]}, but config.json says {shape}"
+            )
+    if unexpected := sorted(stored.keys() - expected.keys()):
         more = len(unexpected) - 1
         raise ValueError(f"{folder}: unexpected tensor {unexpected[0]} (and {more} more)")
 
 
 def load_weights(model, folder, dtype, device, quantize=None, mapped=False):
     """
-    Load a folder's weights into a Transformer on the meta device; the arguments are as in
+    Load a folder's weights into a Transformer on the meta device; arguments and errors are those of
     Transformer.from_pretrained.
-
-    Raises FileNotFoundError or ValueError, naming the file or the tensor.
     """
-    found, tied = find_tensors(folder), model.config.tie_word_embeddings
+    stored, tied = find_tensors(folder), model.config.tie_word_embeddings
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    check_tensors(found, expected, tied, folder)
+    if tied:
+        del expected["lm_head.weight"]
+        check_tied(stored, folder)
+    check_tensors(stored, expected, folder)
 
     # To save memory: the largest tensor first, and the file closed after each one, which releases
     # its pages. So there is at most one tensor more in memory than has been loaded.
     keys = sorted(expected, key=lambda key: -math.prod(expected[key]))
     for key in progress.over(keys, "load the model", "tensor"):
-        with safe_open(found[key][0], framework="pt") as file:
+        with safe_open(stored[key][0], framework="pt") as file:
             tensor = file.get_tensor(key).to(device, dtype, copy=not mapped)
         path, _, name = key.rpartition(".")
         layer = model.get_submodule(path)
@@ -294,9 +283,7 @@ def load_weights(model, folder, dtype, device, quantize=None, mapped=False):
 
 
 def save(model, folder):
-    """
-    Write a Transformer as config.json and model.safetensors. Raises ValueError as save_pretrained.
-    """
+    """Transformer.save_pretrained."""
     state = model.state_dict(keep_vars=True)
     if any("lora_" in key or kind_of(value) for key, value in state.items()):
         raise ValueError(
@@ -314,8 +301,7 @@ def write(folder, config, tensors, dtype):
     folder = Path(folder)
     make_folder(folder)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    config = {key: value for key, value in config.items() if key != "torch_dtype"}
-    # "dtype" is the new name of "torch_dtype".
+    config = {key: value for key, value in config.items() if key != "torch_dtype"}  # its old name
     config["dtype"] = str(dtype).removeprefix("torch.")
 
     with replacing(folder / "model.safetensors") as temporary:

@@ -1,6 +1,6 @@
 """
-Where weights come from. `find_model(name)` returns a folder in Hugging Face's layout
-(config.json, model.safetensors, tokenizer.json, tokenizer_config.json) for each kind of name:
+Where weights come from: find_model(name) gives a folder in Hugging Face's layout (config.json,
+model.safetensors, tokenizer.json, tokenizer_config.json) for each of these names:
 
     a path                 the folder itself
     owner/name             a repository of the Hugging Face hub, in safetensors
@@ -21,9 +21,8 @@ from support.weights.built_in_models import BUILT_IN, built_in
 
 def split_revision(name):
     """
-    Split 'owner/name@v2' into ('owner/name', 'v2'); without a revision return (name, None).
-
-    A folder may have an @ in its path: the path of an existing folder is never split.
+    'owner/name@v2' as ('owner/name', 'v2'); without a revision, and for an existing folder, whose
+    path may hold an @, (name, None).
     """
     if Path(os.path.expanduser(name)).exists():
         return name, None
@@ -32,16 +31,15 @@ def split_revision(name):
 
 
 def is_hub_name(name):
-    """Whether find_model asks the hub: for owner/name, or owner/name@revision, if not a folder."""
+    """Whether find_model asks the hub: for owner/name or owner/name@revision, unless a folder."""
     base, _ = split_revision(name)
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) is not None and not Path(base).exists()
 
 
 def find_model(name):
     """
-    Return a model's folder (a Path), downloading or writing it the first time.
+    The folder (a Path) of a model, named as above; downloaded or written the first time.
 
-    name: a folder, owner/name or owner/name@revision on the hub, or a key of BUILT_IN.
     Raises FileNotFoundError for an unknown name, a folder or repository without a model, and a
     repository that can't be read (gated, private, offline); ValueError for a revision of anything
     that is not on the hub.
@@ -74,19 +72,13 @@ def from_hub(name, revision):
 
     HF_HUB_OFFLINE, HF_HUB_CACHE, HF_TOKEN and HF_ENDPOINT are honoured. Raises FileNotFoundError.
     """
-    import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors, snapshot_download
 
-    weights = ["*.safetensors", "*.safetensors.index.json"]
+    files = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
+    other = ["*/*", "consolidated*"]  # subfolders; the weights again, in Mistral's own layout
     try:
         folder = Path(
-            huggingface_hub.snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=[*weights, "config.json", *TOKENIZER_FILES],
-                # No subfolders, and no second copy of the weights in Mistral's own layout.
-                ignore_patterns=["*/*", "consolidated*"],
-            )
+            snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=other)
         )
     except errors.GatedRepoError:
         problem = "is gated: accept its terms on its page, then run `hf auth login` or set HF_TOKEN"
@@ -99,10 +91,9 @@ def from_hub(name, revision):
         problem = f"has no revision {revision!r} on the hub"
     except errors.LocalEntryNotFoundError:
         place = f" at revision {revision!r}" if revision else ""
-        offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        reason = (
-            "HF_HUB_OFFLINE is set" if offline else "the hub does not answer: check the network"
-        )
+        reason = "the hub does not answer: check the network"
+        if constants.HF_HUB_OFFLINE:
+            reason = "HF_HUB_OFFLINE is set"
         problem = f"is not a folder here and not in the hub's cache{place}, and {reason}"
     except Exception as error:  # anything that the network, or a server that is not a hub, causes
         first_line = (str(error).splitlines() or ["no reason given"])[0]
@@ -116,9 +107,8 @@ def from_hub(name, revision):
 
 def fingerprints(folder):
     """
-    Digests of a model's folder, {"config.json", "the weights", "the tokenizer"}: SHA-256 of whole
-    files up to 64 MB; of larger ones, so that it takes no time, their size, their first MB (with
-    safetensors' header) and a thousand blocks of 4 KB, evenly spaced.
+    SHA-256 of a model's "config.json", "the weights" and "the tokenizer". A file of more than 64 MB
+    counts by its size, its first MB (with safetensors' header) and a thousand blocks of 4 KB.
     """
     folder = Path(folder)
     parts = {
@@ -126,19 +116,19 @@ def fingerprints(folder):
         "the weights": [*folder.glob("*.safetensors"), *folder.glob("*.index.json")],
         "the tokenizer": [folder / name for name in TOKENIZER_FILES],
     }
-    found = {}
+    digests = {}
     for part, paths in parts.items():
         digest = hashlib.sha256()
         for path in sorted(path for path in paths if path.exists()):
             digest.update(f"{path.name} {path.stat().st_size} ".encode())
             for block in sampled(path):
                 digest.update(block)
-        found[part] = digest.hexdigest()
-    return found
+        digests[part] = digest.hexdigest()
+    return digests
 
 
 def sampled(path, whole=64 * 2**20, blocks=1000):
-    """Yield the bytes of a file, or of one larger than `whole` those that `fingerprints` names."""
+    """Yield a file's bytes, or those of a large one that count, evenly spaced."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         if size <= whole:

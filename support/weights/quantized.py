@@ -4,11 +4,10 @@ Frozen weights in 4 or 8 bits, packed by bitsandbytes; no dequantised copy is ev
     nf4, fp4    64 weights share a scale, and the scales are quantised, too    QLoRA, section 3
     int8        a row shares a scale, its largest absolute value               LLM.int8, section 2.1
 
-A product x·Wᵀ dequantises W one block of rows at a time and drops each block after use. So do its
-first and second derivatives, which are products with W and Wᵀ again. Activations are not quantised,
-for int8 neither, so the derivatives are exact.
+A product x·Wᵀ dequantises W one block of rows at a time. So do its first and second derivatives,
+which are products with W and Wᵀ again; they are exact, since activations are not quantised.
 
-Sources: QLoRA, arXiv 2305.14314; LLM.int8, arXiv 2208.07339
+QLoRA: arXiv 2305.14314; LLM.int8: arXiv 2208.07339
 """
 
 import contextlib
@@ -29,37 +28,31 @@ def pack(weight, kind):
     A weight (out, in) as bitsandbytes' Params4bit or Int8Params, on the weight's device.
 
     kind: 'nf4', 'fp4' or 'int8'. Raises ValueError for another kind, for a weight that is not
-    floating-point, and when bitsandbytes is not installed.
+    floating-point, and without bitsandbytes.
     """
     if kind not in KINDS or not weight.is_floating_point():
         raise ValueError(
             f"unknown quantisation {kind!r} of a {weight.dtype} weight: choose {', '.join(KINDS)}"
         )
-
-    # bitsandbytes warns of an optional kernel that is not used here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a kernel that is not used here
     try:
         from bitsandbytes.nn import Int8Params, Params4bit
     except ImportError as error:
-        raise ValueError(
-            f"quantisation needs bitsandbytes ({error}): pip install bitsandbytes"
-        ) from None
+        raise ValueError(f"quantisation needs bitsandbytes ({error}): pip install it") from None
 
     if kind == "int8":
         packed = Int8Params(weight, requires_grad=False)._quantize(weight.device)
         packed.float_dtype = weight.dtype
     else:
         packed = Params4bit(weight, requires_grad=False, quant_type=kind)._quantize(weight.device)
-
     return_freed_memory(weight.device)
     return packed
 
 
 def return_freed_memory(device):
     """
-    Let glibc return the memory of temporary copies to the system, which it would keep: for SmolLM2,
-    whose packed weights take 110 MB, 400 MB after packing and up to 250 MB after adapting. device:
-    where the copies were.
+    Let glibc return the memory of temporary copies on a device, which it would keep: for SmolLM2,
+    whose packed weights take 110 MB, 400 MB after packing and up to 250 MB after adapting.
     """
     if device.type == "cpu" and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -83,9 +76,9 @@ def float_dtype(weight):
 
 def complete(module):
     """
-    Write into the int8 weights that transformers loads what bitsandbytes leaves out: their scales,
-    which a layer moves to its `state` when it is first called, and the dtype before packing, which
-    is that of the model's other parameters.
+    Write into int8 weights that transformers loaded what bitsandbytes leaves out: their scales,
+    which a layer moves to its `state` at its first call, and the dtype before packing, which is
+    that of the model's other parameters.
     """
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     for layer in module.modules():
@@ -99,13 +92,11 @@ def complete(module):
 def blocks(weight, dtype):
     """
     Yield (start, stop, rows): the weight's rows from start to stop in dtype, (stop - start, in).
-
     An ordinary weight is one block.
     """
-    kind = kind_of(weight)
-    if kind is None:
+    if kind_of(weight) is None:
         yield 0, weight.size(0), weight.to(dtype)
-    elif kind == "int8":
+    elif kind_of(weight) == "int8":
         for start in range(0, weight.size(0), BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, weight.size(0))
             rows = weight.data[start:stop] * (weight.SCB[start:stop, None] / 127)  # in fp32
@@ -123,26 +114,24 @@ def blocks_of_4_bits(weight, dtype):
     if state.nested:  # the scales are quantised themselves
         scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
 
-    # A multiple of the number of weights that share a scale, so that no block cuts such a group.
     rows, columns = state.shape
-    group, step = state.blocksize, max(BLOCK_ROWS, state.blocksize)
+    group = state.blocksize  # so many weights share a scale, which no block of rows may cut
+    step = max(BLOCK_ROWS, group)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         a, b = start * columns, stop * columns
-
         # The shape given is (groups, weights in a group), not (rows, columns): on CPUs,
         # bitsandbytes 0.50 gives wrong numbers where a row ends inside a group.
         count, rest = divmod(b - a, group)
         shape = torch.Size((1, b - a) if rest else (count, group))
         own_scales = scales[a // group : -(-b // group)]
         own_state = QuantState(own_scales, shape, state.code, group, state.quant_type, dtype)
-
         values = dequantize_4bit(packed_bytes[a // 2 : -(-b // 2), None], own_state)
         yield start, stop, values.view(stop - start, columns)
 
 
 def dequantize(weight, dtype):
-    """The whole weight as an ordinary tensor, (out, in): for merging and analysis, not training."""
+    """The whole weight as an ordinary tensor, (out, in): for merging and analysis."""
     return torch.cat([rows for _, _, rows in blocks(weight, dtype)])
 
 
@@ -161,9 +150,8 @@ def nbytes(model):
 
 class Product(torch.autograd.Function):
     """
-    x·Wᵀ, (..., in) -> (..., out); with transpose g·W, (..., out) -> (..., in).
-
-    Each is the other's derivative, so both can be differentiated any number of times.
+    x·Wᵀ, (..., in) -> (..., out); with transpose g·W, (..., out) -> (..., in). Each is the other's
+    derivative, so both can be differentiated any number of times.
     """
 
     @staticmethod

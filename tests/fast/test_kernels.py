@@ -45,8 +45,8 @@ def test_value_and_gradient_equal_the_plain_form(n, dtype, tolerance):
 def test_second_derivatives_are_right(monkeypatch):
     monkeypatch.setattr(kernels, "ROWS", 2)
     hidden, weight, targets = example(5, torch.float64, vocab=7)
-    assert torch.autograd.gradcheck(lambda h: cross_entropy(h, weight, targets), hidden)
-    assert torch.autograd.gradgradcheck(lambda h: cross_entropy(h, weight, targets), hidden)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda h: cross_entropy(h, weight, targets), hidden)
 
 
 def test_second_derivatives_equal_the_plain_form():
@@ -87,9 +87,8 @@ def test_second_derivatives_need_no_integers_as_wide_as_the_vocabulary():
     """One-hot targets would take 8 bytes per logit, twice as much as the logits in fp32."""
     hidden, weight, targets = example(5, torch.float32)
     with Made() as made:
-        (g,) = torch.autograd.grad(
-            cross_entropy(hidden, weight, targets), hidden, create_graph=True
-        )
+        loss = cross_entropy(hidden, weight, targets)
+        (g,) = torch.autograd.grad(loss, hidden, create_graph=True)
         torch.autograd.grad(g.square().sum(), hidden)
     wide = {dtype for shape, dtype in made.tensors if shape and shape[-1] == 300}
     assert wide == {torch.float32}
@@ -105,27 +104,20 @@ def test_evaluation_without_gradients_equals_the_one_with():
 # ------------------------------------------------------------------------------- recompute
 
 
-def block(x, other, weight):
-    return torch.tanh(x @ weight) * other.exp() + x.square()
-
-
-def inputs(n=4):
-    torch.manual_seed(0)
-    shapes = ((3, n), (3, n), (n, n))
-    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-
-
 def test_recomputed_derivatives_are_right():
     """Both orders, by every argument and parameter, through two blocks."""
-    x, other, weight = inputs()
+    shapes = (3, 4), (3, 4), (4, 4)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
-    def twice(x, other, weight):
-        run = functools.partial(block, weight=weight)
-        y = kernels.recompute(run, x, other, parameters=[weight])
-        return kernels.recompute(run, y, other, parameters=[weight])
+    def blocks(x, other, weight):
+        def block(x, other):
+            return torch.tanh(x @ weight) * other.exp() + x.square()
 
-    assert torch.autograd.gradcheck(twice, (x, other, weight))
-    assert torch.autograd.gradgradcheck(twice, (x, other, weight))
+        y = kernels.recompute(block, x, other, parameters=[weight])
+        return kernels.recompute(block, y, other, parameters=[weight])
+
+    assert torch.autograd.gradcheck(blocks, inputs)
+    assert torch.autograd.gradgradcheck(blocks, inputs)
 
 
 def chain(run, blocks=12, rows=200):
@@ -180,33 +172,33 @@ def test_second_derivatives_keep_one_blocks_graph_at_a_time():
     for run in (recomputed, torchs, lambda layer, x: layer(x)):
         few, many = (peak(functools.partial(chain, run, blocks)) for blocks in (12, 24))
         growth.append((many - few) / 12 / 200 / 8)  # numbers a row and block
-    print(growth)
     assert growth[0] < 45 < 200 < growth[1], growth
     assert growth[1] > 0.8 * growth[2]
 
 
 def test_second_derivatives_of_recomputed_blocks_equal_the_others():
     """1e-12 of the largest: the same products in float64, summed in another order."""
-    plain = torch.cat([t.flatten() for t in chain(lambda layer, x: layer(x), rows=20)])
-    ours = torch.cat([t.flatten() for t in chain(recomputed, rows=20)])
+    results = (chain(run, rows=20) for run in (lambda layer, x: layer(x), recomputed))
+    plain, ours = (torch.cat([t.flatten() for t in result]) for result in results)
     assert (ours - plain).abs().max() <= 1e-12 * plain.abs().max()
 
 
-def test_recomputed_dropout_and_autocast_are_those_of_the_first_call():
+def test_recomputed_dropout_and_contexts_are_those_of_the_first_call():
     x = torch.randn(64, 64, requires_grad=True)
-    seen = []
+    seen, twice = [], []
 
     def layer(x):
         y = F.dropout(x @ x, 0.5)
         seen.append(y.detach())
+        twice.append(kernels.TWICE.get())
         return y.float()
 
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), kernels.second_derivatives():
         y = kernels.recompute(layer, x)
     torch.rand(3)
     before = torch.get_rng_state()
     (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     g.sum().backward()
-    assert len(seen) == 4 and seen[0].dtype == torch.bfloat16
+    assert twice == [True] * 4 and seen[0].dtype == torch.bfloat16
     assert all(torch.equal(seen[0], again) for again in seen)
     assert torch.equal(before, torch.get_rng_state())  # what is drawn next is not changed

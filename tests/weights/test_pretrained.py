@@ -65,9 +65,8 @@ def test_a_hub_name_is_told_from_a_path(tmp_path):
     assert is_hub_name("Qwen/Qwen2.5-0.5B") and not any(
         map(is_hub_name, ("owner/folder", "./a/b", "/a/b", "~/a", "smollm2-135m", "a/b/c", "../a"))
     )
-    with pytest.raises(
-        FileNotFoundError, match="owner/folder contains no model: config.json is missing"
-    ):
+    missing = "owner/folder contains no model: config.json is missing"
+    with pytest.raises(FileNotFoundError, match=missing):
         find_model("owner/folder")
 
 
@@ -83,9 +82,8 @@ def test_a_revision_follows_the_name_on_the_hub(tmp_path):
             find_model(name)
     for name in ("/no/such@v1", "owner/name@"):
         assert not is_hub_name(name)
-        with pytest.raises(
-            FileNotFoundError, match=f"no model '{name}': give.*owner/name@revision"
-        ):
+        unknown = f"no model '{name}': give.*owner/name@revision"
+        with pytest.raises(FileNotFoundError, match=unknown):
             find_model(name)
 
     shutil.copytree(find_model("tiny-random"), tmp_path / "owner" / "folder@v1")
@@ -121,26 +119,11 @@ def test_the_hubs_cache_is_used_offline(tmp_path):
 
 
 # The files of a repository that are downloaded, and those that are not
-FILES = {
-    "config.json",
-    "generation_config.json",
-    "model-00001-of-00001.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-}
-OTHERS = {
-    "pytorch_model.bin",
-    "consolidated.safetensors",
-    "onnx/model.safetensors",
-    "original/params.json",
-    "README.md",
-    "modeling_evil.py",
-    "training_args.bin",
-}
+FILES = """config.json generation_config.json model-00001-of-00001.safetensors merges.txt vocab.json
+    model.safetensors.index.json tokenizer.json tokenizer_config.json chat_template.jinja"""
+OTHERS = """pytorch_model.bin consolidated.safetensors onnx/model.safetensors original/params.json
+    README.md modeling_evil.py training_args.bin"""
+FILES, OTHERS = set(FILES.split()), set(OTHERS.split())
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -171,20 +154,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 return self.answer(status, X_Error_Code=code)
         if "/api/models/" in self.path:
             files = sorted(FILES | OTHERS)
-            content = (
-                [{"type": "file", "path": f, "size": 2, "oid": f} for f in files]
-                if "/tree/" in self.path
-                else {
-                    "id": "me/tiny",
-                    "sha": COMMIT,
-                    "siblings": [{"rfilename": f} for f in files],
-                    "private": False,
-                    "disabled": False,
-                    "downloads": 0,
-                    "likes": 0,
-                    "tags": [],
-                }
-            )
+            content = {
+                "id": "me/tiny",
+                "sha": COMMIT,
+                "siblings": [{"rfilename": f} for f in files],
+            }
+            content |= {"private": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+            if "/tree/" in self.path:
+                content = [{"type": "file", "path": f, "size": 2, "oid": f} for f in files]
             return self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
         if "/resolve/" not in self.path:
             return self.answer(404)

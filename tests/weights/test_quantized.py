@@ -1,8 +1,4 @@
-"""
-Packed bases against their own dequantised weights.
-
-Products, both derivatives, every method and hypergradient, merging.
-"""
+"""Packed bases against their own dequantised weights: derivatives, methods, merging."""
 
 import copy
 import subprocess
@@ -26,9 +22,8 @@ from support.weights.quantized import KINDS, dequantize, kind_of, linear, pack
 
 def unpacked(packed, shape):
     """
-    Each code's value times its scale, by hand.
-
-    On CPUs, bitsandbytes' own dequantize_4bit gives wrong numbers where a row ends between scales.
+    Each code's value times its scale, by hand: on CPUs, bitsandbytes' own dequantize_4bit gives
+    wrong numbers where a row ends between scales.
     """
     if packed.dtype == torch.int8:
         return packed.data.float() * (packed.SCB[:, None] / 127)
@@ -42,11 +37,7 @@ def unpacked(packed, shape):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(96, 64), (2100, 48), (33, 40), (1500, 7), (1025, 128)])
 def test_blocks_are_codes_times_scales(kind, shape):
-    """
-    Also where a row ends between two scales or inside a byte, and for several blocks of rows.
-
-    The tolerance 1e-6 is one rounding.
-    """
+    """Also where a row ends between two scales or inside a byte. 1e-6 is one rounding."""
     weight = torch.randn(shape)
     packed = pack(weight, kind)
     assert kind_of(packed) == kind and quantized.float_dtype(packed) == torch.float32
@@ -67,9 +58,8 @@ def test_products_and_both_derivatives_are_those_of_the_dequantised_weight(kind)
         (gg,) = torch.autograd.grad((g**2).sum(), x)
         return y, g, gg
 
-    ours = derivatives(linear(x, packed))
-    expected = derivatives(nn.functional.linear(x, weight))
-    for a, b in zip(ours, expected):
+    plain = nn.functional.linear(x, weight)
+    for a, b in zip(derivatives(linear(x, packed)), derivatives(plain)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
@@ -92,13 +82,8 @@ def models(folder, kind, method="bidora", **options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_blocks_linear_layers_are_packed(tmp_path, kind):
     model, plain = models(tmp_path, kind)
-    packed = {
-        name
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and kind_of(layer.weight)
-    }
-    linear_layers = {name for name, m in plain.named_modules() if isinstance(m, nn.Linear)}
-    assert packed == linear_layers - {"lm_head"}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert {name for name, m in layers.items() if not kind_of(m.weight)} == {"lm_head"}
     assert model.model.embed_tokens.weight.dtype == model.model.norm.weight.dtype == torch.float32
     assert quantized.nbytes(model) < 0.62 * quantized.nbytes(plain)
     with pytest.raises(ValueError, match="merge"):
@@ -109,9 +94,8 @@ def test_only_the_blocks_linear_layers_are_packed(tmp_path, kind):
 @pytest.mark.parametrize("method", ["lora", "dora", "bidora"])
 def test_a_packed_base_is_equal_to_its_dequantised_weights(tmp_path, kind, method):
     """
-    Loss and every gradient, within 1e-4 of the largest value: the same sums in another order.
-
-    The magnitude starts at the norm of the dequantised weights.
+    Loss and every gradient, within 1e-4 of the largest value: the same sums in another order. The
+    magnitude starts at the norm of the dequantised weights.
     """
     packed, plain = models(tmp_path, kind, method)
     for a, b in zip(adapter_layers(packed).values(), adapter_layers(plain).values()):
@@ -121,13 +105,12 @@ def test_a_packed_base_is_equal_to_its_dequantised_weights(tmp_path, kind, metho
             )
 
     ids = torch.randint(0, 131, (3, 12))
-    losses = [model(ids, ids) for model in (packed, plain)]
+    losses, gradients = [], []
+    for model in (packed, plain):
+        losses.append(model(ids, ids))
+        parameters = bidora.lower_parameters(model) + bidora.upper_parameters(model)
+        gradients.append(torch.autograd.grad(losses[-1], parameters))
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
-
-    gradients = [
-        torch.autograd.grad(loss, bidora.lower_parameters(model) + bidora.upper_parameters(model))
-        for loss, model in zip(losses, (packed, plain))
-    ]
     for ours, expected in zip(*gradients):
         assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
 
@@ -137,16 +120,15 @@ def test_a_packed_base_is_equal_to_its_dequantised_weights(tmp_path, kind, metho
 def test_every_hypergradient_on_a_packed_base(tmp_path, kind, name):
     packed, plain = models(tmp_path, kind)
     train, val = (torch.randint(0, 131, (3, 12)) for _ in range(2))
-    options = {
-        "unrolled": dict(lr=0.1),
-        "finite_difference": dict(lr=0.1),
-        "neumann": dict(alpha=0.05),
-    }.get(name, {})
+    rate = dict(lr=0.1)
+    options = {"unrolled": rate, "finite_difference": rate, "neumann": dict(alpha=0.05)}
 
     def hypergradient(model):
         lower, upper = bidora.lower_parameters(model), bidora.upper_parameters(model)
         train_loss, val_loss = lambda: model(train, train), lambda: model(val, val)
-        return HYPERGRADIENTS[name].function(train_loss, val_loss, lower, upper, **options)
+        return HYPERGRADIENTS[name].function(
+            train_loss, val_loss, lower, upper, **options.get(name, {})
+        )
 
     ours, expected = hypergradient(packed), hypergradient(plain)
     for a, b in zip(ours, expected):
@@ -168,11 +150,7 @@ def test_merging_dequantises_and_says_so_and_transformers_loads_it(tmp_path, kin
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("called", [False, True])
 def test_layers_that_bitsandbytes_made_are_adapted_too(tmp_path, kind, called):
-    """
-    As in a transformers model loaded in 4 or 8 bits.
-
-    called: an int8 layer moves its scales to another place at its first call.
-    """
+    """called: an int8 layer moves its scales to another place at its first call."""
 
     def make(i, o):
         if kind == "nf4":
@@ -199,9 +177,11 @@ def test_layers_that_bitsandbytes_made_are_adapted_too(tmp_path, kind, called):
 
     # It learns.
     optimizer = create_bilevel_optimizer(model, 1e-2, 1e-2, hypergradient="unrolled")
-    losses = [
-        optimizer.bilevel_step(lambda m, b: (m(b) - 1).square().mean(), x, x)[0] for _ in range(20)
-    ]
+
+    def loss_fn(model, batch):
+        return (model(batch) - 1).square().mean()
+
+    losses = [optimizer.bilevel_step(loss_fn, x, x)[0] for _ in range(20)]
     assert losses[-1] < 0.8 * losses[0]
 
     # Its adapter is refused by a model with other layers.
@@ -224,9 +204,8 @@ def test_an_unknown_kind_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_training_never_holds_a_dequantised_copy(tmp_path, kind):
     """
-    A layer of 67 M weights, 268 MB in fp32, with an adapter, a step and its second derivatives.
-
-    They take less than 150 MB beyond the packed weight: a few blocks of 1,024 rows, 33 MB each.
+    A step and its second derivatives, of an adapter on 67 M weights, 268 MB in fp32, take less than
+    150 MB beyond the packed ones: a few blocks of 1,024 rows, 33 MB each.
     """
     code = f"""
 import re, sys
@@ -247,11 +226,8 @@ g = torch.autograd.grad(loss, [layer.lora_A, layer.lora_B], create_graph=True)
 torch.autograd.grad(sum(p.square().sum() for p in g), layer.lora_magnitude_vector)
 print(status("VmHWM") - start)
 """
-    grown = float(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-    )
+    command = [sys.executable, "-c", code]
+    grown = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert grown < 150, grown
 
 
@@ -267,27 +243,24 @@ LOADED = {
 }
 
 
+def load(folder, kind):
+    """A folder's model, quantised by transformers."""
+    options = transformers.BitsAndBytesConfig(**LOADED[kind])
+    auto = transformers.AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=options)
+
+
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("kind", LOADED)
 def test_models_that_transformers_quantised_are_adapted_and_merged(kind, called, tmp_path):
     """
     After merging, all is ordinary and bf16, and transformers saves and loads it. Within 2 % of the
-    adapted model: merged weights are rounded to bf16. `called`: bitsandbytes' int8 layers move
-    their scales when they are first called.
+    adapted model: merged weights are rounded to bf16. called: as above.
     """
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
-    packing = transformers.BitsAndBytesConfig(**LOADED[kind])
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", dtype=torch.bfloat16, quantization_config=packing
-    )
+    model = load(tmp_path / "base", kind)
     ids = torch.arange(12).view(2, 6)
     if called:
         model(ids)
@@ -312,10 +285,7 @@ def test_models_that_transformers_quantised_are_adapted_and_merged(kind, called,
 @pytest.mark.parametrize("kind", LOADED)
 def test_layers_without_an_adapter_are_dequantised_too(kind, tmp_path):
     checkpoint(tmp_path, "Llama")
-    packing = transformers.BitsAndBytesConfig(**LOADED[kind])
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.bfloat16, quantization_config=packing
-    )
+    model = load(tmp_path, kind)
     model(torch.arange(6)[None])
     replace_linear_with_bidora(model.requires_grad_(False), 2, target_modules=["q_proj"])
     assert {p.dtype for p in merge(model).parameters()} == {torch.bfloat16}
