@@ -224,7 +224,7 @@ class Task:
     config: Config  # its automatic settings resolved, except device and dtype
     device: str
     dtype: str
-    why: str  # the reason for this dtype
+    dtype_reason: str
     folder: Path  # of the base model
     name: str  # a key of tasks.TASKS
     kind: tasks.LanguageTask | tasks.HeadTask
@@ -320,7 +320,7 @@ def prepare(config, device, resuming=False):
         f"{config.data} has no dev set for the upper level: give a val_fraction above 0",
     )
     precise = is_bilevel(config) and HYPERGRADIENTS[config.hypergradient].float32
-    dtype, why = hardware.choose_dtype(config, device, precise)
+    dtype, dtype_reason = hardware.choose_dtype(config, device, precise)
 
     def encode(block_size):
         found = {
@@ -339,7 +339,7 @@ def prepare(config, device, resuming=False):
     kind.rehearse(encoded["train"])
 
     model = build_model(config, folder, dtype, device, kind, encoded["train"])
-    about = (config, device, dtype, why, folder, name, kind)
+    about = (config, device, dtype, dtype_reason, folder, name, kind)
     return Task(*about, splits, encoded, cut, labels, *model)
 
 

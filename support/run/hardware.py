@@ -133,8 +133,8 @@ def choose_dtype(config, device, precise):
         return "float32", "finite differences need it"
 
     def measured():
-        dtype, why = fast_dtype(device)
-        return str(dtype).removeprefix("torch."), why
+        dtype, reason = fast_dtype(device)
+        return str(dtype).removeprefix("torch."), reason
 
     return distributed.from_first(measured)
 
