@@ -190,7 +190,7 @@ def check(config):
     settings.at_least(config, max_new_tokens=1, temperature=0, top_k=0)
     if not 0 < config.top_p <= 1:
         raise ValueError(f"top_p={config.top_p} must be above 0 and at most 1")
-    rules.check_device(config)
+    rules.refuse(rules.device(config))
 
 
 def respond(model, tokenizer, run, config):
@@ -199,10 +199,13 @@ def respond(model, tokenizer, run, config):
     labels = labels or run.get("labels", [])
     size, task, pairs = run.get("block_size"), run.get("task"), run.get("pairs")
     scored = isinstance(tokenizer, HeadTask) or (labels and not config.raw and not config.chat)
-    rules.refuse(config.prompt_b and not scored, "prompt_b is for a run that classifies pairs")
+    if config.prompt_b and not scored:
+        raise ValueError("prompt_b is for a run that classifies pairs")
     if pairs is not None and config.prompt and not (config.raw or config.labels):
-        rules.refuse(pairs and not config.prompt_b, "the run is on pairs of texts: add --prompt_b")
-        rules.refuse(config.prompt_b and not pairs, "the run is on single texts: omit --prompt_b")
+        if pairs and not config.prompt_b:
+            raise ValueError("the run is on pairs of texts: add --prompt_b")
+        if config.prompt_b and not pairs:
+            raise ValueError("the run is on single texts: omit --prompt_b")
     if isinstance(tokenizer, HeadTask):
         if config.chat or config.raw or config.labels:
             raise ValueError(

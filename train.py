@@ -314,11 +314,11 @@ def prepare(config, device, resuming=False):
     if distributed.LOCAL_RANK == 0:
         distributed.wait()  # lets the others continue
 
-    rules.check_task(config, name, name in tasks.HEADS, tasks.is_encoder(shape))
-    rules.refuse(
-        is_bilevel(config) and not splits["val"] and config.upper_data == "val",
-        f"{config.data} has no dev set for the upper level: give a val_fraction above 0",
-    )
+    rules.refuse(rules.task(config, name, name in tasks.HEADS, tasks.is_encoder(shape)))
+    if is_bilevel(config) and not splits["val"] and config.upper_data == "val":
+        raise ValueError(
+            f"{config.data} has no dev set for the upper level: give a val_fraction above 0"
+        )
     precise = is_bilevel(config) and HYPERGRADIENTS[config.hypergradient].float32
     dtype, dtype_reason = hardware.choose_dtype(config, device, precise)
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from bidora import METHODS
 from model import ModelConfig
-from support.run import settings
+from support.run import rules, settings
 from support.run.files import read_json
 from support.run.hardware import linear_shapes, need, sent
-from support.run.rules import check_micro_batch
 from support.weights.pretrained import find_model
 
 # Published config.json values: a name of NAMES each
@@ -62,7 +61,7 @@ class Memory:
 def check(memory):
     """Raises ValueError for settings that make no sense."""
     settings.at_least(memory, rank=1, length=1, batch_size=1, micro_batch_size=0)
-    check_micro_batch(memory)
+    rules.refuse(rules.micro_batch(memory))
     if memory.optimizer not in ("adamw", "adamw8bit"):
         raise ValueError(f"unknown optimizer {memory.optimizer!r}: choose adamw, adamw8bit")
     if not all(number.isdigit() and int(number) > 1 for number in memory.devices):

@@ -31,8 +31,9 @@ class Merge:
 
 def write_merged(config):
     """Write the merged folder, and print what it holds. Raises ValueError or OSError."""
-    rules.refuse(not config.adapter or not config.out_dir, "give --adapter and --out_dir")
-    rules.check_values(config, {"quantize": ("", "none", *KINDS)})
+    if not config.adapter or not config.out_dir:
+        raise ValueError("give --adapter and --out_dir")
+    rules.refuse(rules.values(config, {"quantize": ("", "none", *KINDS)}))
     out = Path(config.out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out_dir")
