@@ -19,7 +19,9 @@ from support.text.datasets import BUILT_IN
 from support.text.official import HUB_NAME
 
 # Besides the settings that are 0 by default
-MAY_BE_ZERO = set("val_fraction length_penalty search_steps retrain_steps lr_floor damping".split())
+MAY_BE_ZERO = set(
+    "val_fraction length_penalty search_steps retrain_steps lr_floor damping temperature".split()
+)
 BELOW_ONE = {"dropout", "val_fraction", "adam_beta2", "lr_floor"}
 MOST = {"snapshots": 1000, "num_beams": 1000, "length_penalty": 100}
 
@@ -43,8 +45,9 @@ def values(config, choices):
     for field in dataclasses.fields(config):
         if field.type in (int, float):
             yield from number(field.name, getattr(config, field.name), field.default)
-    if config.out_dir and os.path.basename(config.out_dir.rstrip("/")) in ("", ".", ".."):
-        yield f"out_dir={config.out_dir}: name a folder for this run alone"
+    out = getattr(config, "out_dir", "")
+    if out and os.path.basename(out.rstrip("/")) in ("", ".", ".."):
+        yield f"out_dir={out}: name a folder for this run alone"
 
 
 def number(name, value, default):
