@@ -23,9 +23,7 @@ class Merge:
     adapter: str = ""  # out_dir of a run, or any LoRA or DoRA adapter folder in PEFT's format
     out_dir: str = ""  # the folder to write; it must be new or empty
     model: str = ""  # the base model, a folder or owner/name@revision; empty: as in training
-    quantize: str = (
-        ""  # how to pack the base: nf4, fp4, int8 or none; empty: as in training, because
-    )
+    quantize: str = ""  # how to pack the base: nf4, fp4, int8 or none; empty: as in training, since
     #: an adapter fits the base that it was trained on
 
 
