@@ -47,16 +47,11 @@ def cases(count):
     )
 
 
+SCALARS = st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | st.text(max_size=8)
+NUMBERS = st.sampled_from([0, -1, 2**31, 2**63, 10**30])
+STRINGS = ["", "../x", "/etc/passwd", "\ud800", "llama", "yarn", "BPE", "{{ 1 }}"]
 VALUES = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(-3, 10**6),
-        st.sampled_from([0, -1, 2**31, 2**63, 10**30]),
-        st.floats(),
-        st.text(max_size=8),
-        st.sampled_from(["", "../x", "/etc/passwd", "\ud800", "llama", "yarn", "BPE", "{{ 1 }}"]),
-    ),
+    SCALARS | NUMBERS | st.sampled_from(STRINGS),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
     ),
@@ -204,24 +199,26 @@ def test_config_json(config):
     survives(lambda: ModelConfig.from_hf(config), "config.json")
 
 
-def changed(more, content):
-    """The bytes of a JSON file, changed as JSON or as bytes."""
-    if more.draw(st.booleans()):
-        return json.dumps(more.draw(changed_json(json.loads(content)))).encode()
-    return more.draw(changed_bytes(content))
-
-
 def copy_of(folder, name, source="model"):
     shutil.copytree(folder / source, folder / name, dirs_exist_ok=True)
     return folder / name
+
+
+def damage(more, path):
+    """Change a file's bytes; of a JSON file, its values or its bytes."""
+    content = path.read_bytes()
+    if path.suffix == ".json" and more.draw(st.booleans()):
+        path.write_text(json.dumps(more.draw(changed_json(json.loads(content)))))
+    else:
+        path.write_bytes(more.draw(changed_bytes(content)))
 
 
 @cases(700)
 @given(st.data())
 def test_tokenizer_json(folder, more):
     copied = copy_of(folder, "tokenizer")
-    name = more.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))
-    (copied / name).write_bytes(changed(more, (folder / "model" / name).read_bytes()))
+    path = copied / more.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))
+    damage(more, path)
 
     def read():
         tokenizer = Tokenizer.from_pretrained(copied)
@@ -238,14 +235,14 @@ def test_safetensors_and_their_index(folder, more):
     shutil.rmtree(folder / "weights", ignore_errors=True)
     copied = copy_of(folder, "weights")
     weights = (copied / "model.safetensors").read_bytes()
-    damage = more.draw(st.sampled_from(["header", "bytes", "index", "index"]))
-    if damage == "header":
+    part = more.draw(st.sampled_from(["header", "bytes", "index", "index"]))
+    if part == "header":
         end = 8 + int.from_bytes(weights[:8], "little")
         header = json.dumps(more.draw(changed_json(json.loads(weights[8:end])))).encode()
         size = len(header).to_bytes(8, "little")
         (copied / "model.safetensors").write_bytes(size + header + weights[end:])
-    elif damage == "bytes":
-        (copied / "model.safetensors").write_bytes(more.draw(changed_bytes(weights)))
+    elif part == "bytes":
+        damage(more, copied / "model.safetensors")
     else:
         names = ("model.norm.weight", "lm_head.weight")
         index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
@@ -308,11 +305,10 @@ def test_gguf_files_whose_counts_exceed_the_file(folder, gguf_bytes, name):
 @given(st.data())
 def test_adapter_folders(folder, more):
     damaged = copy_of(folder, "damaged", "adapter")
-    name = more.draw(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]))
-    content = (folder / "adapter" / name).read_bytes()
-    is_json = name.endswith("json")
-    content = changed(more, content) if is_json else more.draw(changed_bytes(content))
-    (damaged / name).write_bytes(content)
+    path = damaged / more.draw(
+        st.sampled_from(["adapter_config.json", "adapter_model.safetensors"])
+    )
+    damage(more, path)
     model = Transformer.from_pretrained(folder / "model")
     survives(lambda: load_adapter(model, damaged), "damaged")
 
@@ -321,12 +317,9 @@ NAMES = list(train.Config.__dataclass_fields__)
 ARGUMENT = st.tuples(
     st.sampled_from([*(f"--{name}" for name in NAMES), "--config", "rank", "--", "--rnak"]),
     st.sampled_from(["=", "", " "]),
-    st.one_of(
-        st.text(max_size=6),
-        st.integers().map(str),
-        st.floats().map(str),
-        st.sampled_from(["small.py", "tiny.py", "bidora", "q_proj,", "1e400", "True"]),
-    ),
+    (st.integers() | st.floats()).map(str)
+    | st.text(max_size=6)
+    | st.sampled_from(["small.py", "tiny.py", "bidora", "q_proj,", "1e400", "True"]),
 )
 
 

@@ -37,7 +37,18 @@ def start(device):
     torchrun could not restart the processes.
     """
     if WORLD_SIZE > 1 and device.startswith("cuda"):
-        device = own_gpu(device)
+        if device != "cuda":
+            raise ValueError(
+                f"device={device} is one GPU, and each process needs its own: use device=cuda, and "
+                f"choose GPUs by CUDA_VISIBLE_DEVICES"
+            )
+        count = torch.cuda.device_count()
+        if LOCAL_WORLD_SIZE > count:
+            raise ValueError(
+                f"{LOCAL_WORLD_SIZE} processes on this machine need a GPU each, and it has "
+                f"{count}: use torchrun --nproc_per_node={count}, or device=cpu"
+            )
+        device = f"cuda:{LOCAL_RANK}"
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # pinned memory, for one, belongs to the current GPU
     if WORLD_SIZE == 1:
@@ -71,22 +82,6 @@ def leave(status):
     if status == 0:
         dist.destroy_process_group()
     os._exit(status)
-
-
-def own_gpu(device):
-    """The GPU of this process, one of several. Raises ValueError as start does."""
-    if device != "cuda":
-        raise ValueError(
-            f"device={device} is one GPU, and each process needs its own: use device=cuda, and "
-            f"choose GPUs by CUDA_VISIBLE_DEVICES"
-        )
-    count = torch.cuda.device_count()
-    if LOCAL_WORLD_SIZE > count:
-        raise ValueError(
-            f"{LOCAL_WORLD_SIZE} processes on this machine need a GPU each, and it has {count}: "
-            f"use torchrun --nproc_per_node={count}, or device=cpu"
-        )
-    return f"cuda:{LOCAL_RANK}"
 
 
 def add_up(tensors):
@@ -201,15 +196,13 @@ def from_first(function):
     if RANK == 0:
         try:
             message[0] = function()
-        except ValueError as error:
-            message[1] = ValueError(str(error))  # of a class that every process can unpack
-        except OSError as error:
-            message[1] = OSError(str(error))
+        except (ValueError, OSError) as error:
+            plain = ValueError if isinstance(error, ValueError) else OSError
+            message[1] = plain(str(error))  # every process can unpack it
     dist.broadcast_object_list(message)
-    result, error = message
-    if error:
-        raise error
-    return result
+    if message[1]:
+        raise message[1]
+    return message[0]
 
 
 def wait():

@@ -176,13 +176,18 @@ def test_one_process_makes_the_gpu_that_it_is_given_torchs_current_one(monkeypat
     assert distributed.start("cuda:1") == "cuda:1" and given == ["cuda:1"]
 
 
-def test_all_processes_learn_the_highest_of_their_numbers():
+def test_all_processes_learn_the_highest_of_their_numbers_and_what_the_first_one_says():
     script = """
 from support.run import distributed
 distributed.start("cpu")
-sys.stdout.write(f"{distributed.highest([-3, 15][distributed.RANK])}\\n")
+result = distributed.from_first(lambda: ("a", {1: 2.5}))
+try:
+    distributed.from_first(lambda: open("nowhere"))
+except OSError as error:
+    sys.stdout.write(f"{distributed.highest([-3, 15][distributed.RANK])} {result} {error}\\n")
 """
-    assert torchrun(script).stdout.split() == ["15", "15"]
+    said = "15 ('a', {1: 2.5}) [Errno 2] No such file or directory: 'nowhere'"
+    assert torchrun(script).stdout.splitlines() == [said, said]
 
 
 def test_shares_of_a_batch_add_up_to_one_whatever_the_sizes():
