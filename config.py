@@ -31,20 +31,17 @@ class Config:
     train_file: str = ""  # or your own data: a JSONL, CSV or parquet file (docs/using.md: formats)
     val_file: str = ""  # without it, val_fraction of train_file is split off
     test_file: str = ""  # used for evaluation only
-    train_size: int = 0  # examples that are drawn, train and val together; 0: 200 of a built-in
-    #: set (at most half of it), all of another
-    test_size: int = 0  # examples kept for testing, the same for every seed; 0: 400 of a built-in
-    #: set (at most half of it), all of another
-    tune_size: int = 0  # other examples of a built-in set, which are tested instead, to choose
-    #: settings on
+    train_size: int = 0  # examples drawn, train and val together; 0: 200 of a built-in set (at most
+    #: half of it), all of another
+    test_size: int = 0  # examples tested, the same for every seed; 0: 400 of a built-in set (at
+    #: most half of it), all of another
+    tune_size: int = 0  # test on other examples of a built-in set instead, to choose settings on
     val_fraction: float = 0.2  # the upper level's share of the training data; the paper's is 0.2;
     #: 0: the data set's own validation set, which otherwise is the test set where there is no other
     task: str = "auto"  # label_words, language_model, generation, classification, multi_label,
     #: regression, tagging; auto: what fits the examples (the last four train a head on the model)
-    block_size: int = 0  # most tokens of an example; longer ones are cut; 0 means 256, or the
-    #: fewer that the model can take
-    label_prompt: str = ""  # a classification question with {text}, and {labels} if wanted; empty:
-    #: the data set's own
+    block_size: int = 0  # most tokens of an example, others are cut; 0: 256, or the model's limit
+    label_prompt: str = ""  # a question with {text}, and {labels} if wanted; empty: the data set's
     train_on_prompt: bool = False  # count the prompt in the loss too, not only the answer
 
     # generated texts, of task=generation
@@ -59,20 +56,17 @@ class Config:
     dropout: float = 0.0  # on the update's input; off while a hypergradient is computed
     target_modules: tuple = bidora.ALL_LINEAR  # the adapted layers; of an encoder, by default
     #: query,key,value,intermediate.dense,output.dense
-    magnitude_axis: str = "row"  # one magnitude per output (row, as in PEFT) or per input (column,
-    #: as in the papers)
-    init: str = "kaiming"  # of A, while B is 0: kaiming (as in LoRA) or normal (N(0, 1)); normal_b:
-    #: of B, while A is 0
+    magnitude_axis: str = "row"  # a magnitude per output (row, PEFT) or per input (column, papers)
+    init: str = "kaiming"  # of A, while B is 0: kaiming (LoRA's) or normal, N(0, 1); normal_b: of B
     norm_grad: str = "exact"  # exact, or detach: a constant norm in the backward pass, as in PEFT
     gram_weight: float = 0.0  # weight of a regulariser in the lower loss: it keeps directions apart
 
-    # the budget: every method takes search_steps + retrain_steps lower-level steps (most people set
-    # both, and lower_lr)
+    # the budget, of every method: search_steps + retrain_steps (most people set both, and lower_lr)
     search_steps: int = 12  # lower-level steps of the search phase
     retrain_steps: int = 54  # steps of the final phase: direction only, on train + val
     batch_size: int = 4  # examples per step, at either level
-    micro_batch_size: int = 0  # examples whose activations are in memory at once: fewer take less
-    #: memory and give the same result; 0 means the whole batch
+    micro_batch_size: int = 0  # examples in memory at once: fewer take less, with the same result;
+    #: 0: the whole batch
     lower_lr: float = 0.0  # AdamW's peak learning rate, lower level; 0 means 1e-3, or 2e-5 for ft
     upper_lr: float = 1e-2  # AdamW's peak learning rate, upper level
     retrain_lr: float = 0.0  # AdamW's peak learning rate in the final phase; 0 means lower_lr
@@ -83,8 +77,7 @@ class Config:
     grad_clip: float = 1.0  # the norm to which each level's gradient is clipped
     optimizer: str = "adamw"  # of both levels: adamw, or adamw8bit (bitsandbytes, 8-bit moments)
     final_init: str = "fresh"  # retrain from a fresh direction, as in the paper, or continue
-    two_phases: bool = False  # dora: train A, B and m for search_steps, then fix m and retrain A, B
-    #: afresh, as a control for bidora
+    two_phases: bool = False  # dora, as a control: train A, B, m; then fix m, retrain A, B afresh
     upper_data: str = "val"  # what the upper level learns from: val, or train, as a control
 
     # the hypergradient (hypergrad.py)
@@ -130,62 +123,51 @@ CHOICES = {
     "task": ("auto", *TASKS),
 }
 MAY_CHANGE = {"out_dir", "overwrite", "resume", "checkpoint_every", "fsdp"}  # when a run is resumed
-OTHER_NAMES = {  # of other programs and of earlier versions
-    "lr": "use --lower_lr (and --upper_lr for the upper level)",
-    "learning_rate": "use --lower_lr (and --upper_lr for the upper level)",
-    "epochs": "set --search_steps and --retrain_steps, each with --batch_size examples a step",
-    "num_epochs": "set --search_steps and --retrain_steps, each with --batch_size examples a step",
-    "num_train_epochs": "set --search_steps and --retrain_steps",
-    "steps": "set --search_steps and --retrain_steps",
-    "max_steps": "set --search_steps and --retrain_steps",
-    "max_iters": "set --search_steps and --retrain_steps",
-    "r": "use --rank",
-    "lora_r": "use --rank",
-    "lora_rank": "use --rank",
-    "lora_alpha": "use --alpha",
-    "lora_dropout": "use --dropout",
-    "output_dir": "use --out_dir",
-    "dataset": "use --data, or --train_file for a file of your own",
-    "model_name_or_path": "use --model",
-    "per_device_train_batch_size": "use --batch_size, of all processes together",
-    "gradient_accumulation_steps": "use --micro_batch_size, the examples in memory at once",
-    "max_length": "use --block_size, in tokens",
-    "max_seq_length": "use --block_size, in tokens",
-    "resume_from_checkpoint": "use --resume",
-    "bf16": "use --dtype=bfloat16",
-    "load_in_4bit": "use --quantize=nf4",
-    "revision": "write --model=owner/name@revision",
-    "accumulate": "use --micro_batch_size, the examples in memory at once",
-    "hvp_batch": "use --micro_batch_size",
-    "unroll_steps": "use --hypergradient_steps",
-    "terms": "use --hypergradient_steps",
-    "cg_iterations": "use --hypergradient_steps",
-    "unroll_lr": "use --hypergradient_lr",
-    "neumann_alpha": "use --hypergradient_lr",
-    "mode": "use --hypergradient=finite_difference, or unrolled for exact derivatives",
-    "lambda_kind": "use --method=bilora_softmax or bilora_binary",
-    "warmup": "edit learning_rate_scale in train.py, which warms up over a tenth of the steps",
-    "eval_batch_size": "evaluation chooses its own batch size",
+STEPS = "set --search_steps and --retrain_steps"
+OTHER_NAMES = {  # of other programs
+    name: instead
+    for instead, names in {
+        "use --lower_lr (and --upper_lr for the upper level)": "lr learning_rate",
+        f"{STEPS}, each with --batch_size examples a step": "epochs num_epochs num_train_epochs",
+        STEPS: "steps max_steps max_iters",
+        "use --rank": "r lora_r lora_rank",
+        "use --alpha": "lora_alpha",
+        "use --dropout": "lora_dropout",
+        "use --out_dir": "output_dir",
+        "use --data, or --train_file for a file of your own": "dataset",
+        "use --model": "model_name_or_path",
+        "write --model=owner/name@revision": "revision",
+        "use --batch_size, of all processes together": "per_device_train_batch_size",
+        "use --micro_batch_size, of examples in memory": "gradient_accumulation_steps accumulate",
+        "use --block_size, in tokens": "max_length max_seq_length",
+        "use --resume": "resume_from_checkpoint",
+        "use --dtype=bfloat16": "bf16",
+        "use --quantize=nf4": "load_in_4bit",
+        "use --hypergradient_steps": "unroll_steps terms cg_iterations",
+        "use --hypergradient_lr": "unroll_lr neumann_alpha",
+        "use --method=bilora_softmax or bilora_binary": "lambda_kind",
+        "edit learning_rate_scale in train.py, which warms up over a tenth of the steps": "warmup",
+        "evaluation chooses its own batch size": "eval_batch_size",
+    }.items()
+    for name in names.split()
 }
 
 
 def read_config(arguments, kind=Config):
     """
-    The Config of a command line, or one of `kind`, which extends it; see settings.read. Raises
-    ValueError or FileNotFoundError.
+    The Config of a command line, or one of `kind`, which extends it. Raises ValueError or
+    FileNotFoundError; see settings.read.
     """
     arguments = settings.split(kind, arguments)
     given = {argument.partition("=")[0] for argument in arguments}
     config, path = settings.read(kind, arguments, OTHER_NAMES)
     overrides = "--train_file" in given and "--data" not in given
-    rules.refuse(
-        config.data and config.train_file and not overrides,
-        "data and train_file are two sources: choose one",
-    )
-    rules.refuse(
-        config.train_file and "--test_size" in given,
-        f"test_size={config.test_size}: files are taken whole; give test examples as --test_file",
-    )
+    if config.data and config.train_file and not overrides:
+        raise ValueError("data and train_file are two sources: choose one")
+    if config.train_file and "--test_size" in given:
+        raise ValueError(
+            f"test_size={config.test_size}: files are taken whole; give test examples as test_file"
+        )
     if path and not config.out_dir:
         suffix = f"-{config.method}" * ("--method" in given)
         config.out_dir = str(Path("out") / (path.stem + suffix))
@@ -203,8 +185,8 @@ def second_order(config):
 
 def resolve(config, shape):
     """
-    config with values in place of its automatic settings. shape: the model's, from
-    tasks.read_shape. Raises ValueError for a block_size that is larger than its positions.
+    config with values in place of its automatic settings. shape: from tasks.read_shape. Raises
+    ValueError for a block_size above the model's positions.
     """
     encoder = is_encoder(shape)
     positions = shape.positions if encoder else shape.max_position_embeddings
@@ -212,10 +194,10 @@ def resolve(config, shape):
     if encoder and targets == bidora.ALL_LINEAR:
         targets = ENCODER_LINEAR
     block_size = config.block_size or min(256, positions)
-    rules.refuse(
-        block_size > positions,
-        f"block_size={block_size} is more than the {positions} positions of {config.model}",
-    )
+    if block_size > positions:
+        raise ValueError(
+            f"block_size={block_size} is more than the {positions} positions of {config.model}"
+        )
     return dataclasses.replace(
         config,
         lower_lr=config.lower_lr or (2e-5 if config.method == "ft" else 1e-3),
@@ -227,14 +209,18 @@ def resolve(config, shape):
 
 def check(config):
     """Raise ValueError for settings that make no sense, before any work is done."""
-    rules.check_values(config, CHOICES | {"method": (*METHODS, "ft")})
-    two_levels, method = is_bilevel(config), METHODS.get(config.method)
-    rules.check_device(config)
-    rules.check_budget(config, two_levels, HYPERGRADIENTS[config.hypergradient])
-    rules.check_data(config, two_levels)
-    used = config.hypergradient if two_levels else "first_order"  # without an upper level: unused
+    rules.refuse(rules.values(config, CHOICES | {"method": (*METHODS, "ft")}))
+    method, hypergradient = METHODS.get(config.method), HYPERGRADIENTS[config.hypergradient]
+    rules.refuse(
+        rules.device(config),
+        rules.budget(config, is_bilevel(config), hypergradient),
+        rules.data(config, is_bilevel(config)),
+    )
+    used = config.hypergradient if is_bilevel(config) else "first_order"  # else: unused
     coarse = config.dtype == "bfloat16"
     bilevel.check_choices(used, config.optimizer, config.precondition, coarse)
-    rules.check_combinations(config, method, second_order(config))
-    if config.fsdp:
-        rules.check_fsdp(config, second_order(config))
+    rules.refuse(
+        rules.combinations(config, method),
+        rules.compiled(config, second_order(config)),
+        rules.sharded(config, second_order(config)),
+    )

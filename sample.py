@@ -54,10 +54,7 @@ class Sample:
 
 
 def own_dtype(folder):
-    """
-    The dtype that a model's config.json names. float32 if it names none, or float16, which is slow
-    on CPUs.
-    """
+    """bfloat16 if a model's config.json names it, or float32: float16 is slow on CPUs."""
     config = read_json(folder / "config.json")
     named = (config.get("dtype"), config.get("torch_dtype"))
     return torch.bfloat16 if "bfloat16" in named else torch.float32
@@ -68,9 +65,9 @@ def read_run(folder):
     if not (folder / "run.json").exists():
         return {}
     run = read_json(folder / "run.json")
-    kinds = dict.fromkeys(("model", "dtype", "quantize", "label_prompt", "task"), str)
-    for name, kind in (kinds | {"block_size": int, "labels": list}).items():
-        if type(run.get(name, kind())) is not kind:  # True is no size
+    types = dict.fromkeys(("model", "dtype", "quantize", "label_prompt", "task"), str)
+    for name, known in (types | {"block_size": int, "labels": list}).items():
+        if type(run.get(name, known())) is not known:  # True is no size
             raise ValueError(f"{folder / 'run.json'}: {name} has a value of the wrong type")
     if not all(isinstance(label, str) and label for label in run.get("labels", [])):
         raise ValueError(f"{folder / 'run.json'}: labels holds something that is not a name")
@@ -83,19 +80,17 @@ def read_run(folder):
 def load(adapter="", model_name="", device="cpu", quantize=""):
     """
     The model, its tokenizer (with a head: its HeadTask), and the settings of the run that trained
-    it ({} for a model or an adapter from elsewhere).
-
-    Arguments left empty are taken from that run. Raises FileNotFoundError or ValueError with a
-    message for the user.
+    it, from which empty arguments are taken ({} for a model or an adapter from elsewhere). Raises
+    FileNotFoundError or ValueError with a message for the user.
     """
     if not adapter:
         folder = find_model(model_name)
         run = read_run(folder)
         if run.get("task") in tasks.HEADS:  # full fine-tuning of an encoder
-            kind = HeadTask(run["task"], run["labels"], *load_tokenizer(folder))
-            labels = len(kind.names) or 1
-            model = EncoderWithHead.from_pretrained(folder, kind.kind, labels, device=device)
-            return model, kind, run
+            task = HeadTask(run["task"], run["labels"], *load_tokenizer(folder))
+            labels = len(task.names) or 1
+            model = EncoderWithHead.from_pretrained(folder, task.kind, labels, device=device)
+            return model, task, run
         packed = None if quantize in ("", "none") else quantize
         model = Transformer.from_pretrained(folder, own_dtype(folder), device, packed)
         return model, Tokenizer.from_pretrained(folder), run
@@ -107,8 +102,7 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
     if not (adapter / "adapter_config.json").exists():  # full fine-tuning leaves a whole model
         if not (adapter / "config.json").exists():
             raise FileNotFoundError(
-                f"{adapter} holds neither an adapter (adapter_config.json) nor a model "
-                f"(config.json)"
+                f"{adapter} holds no adapter (adapter_config.json) and no model (config.json)"
             )
         return load("", str(adapter), device, quantize)
 
@@ -181,16 +175,9 @@ def check(config):
         raise ValueError("give --adapter=out/..., or --model=... for a base model")
     if config.chat == bool(config.prompt):
         raise ValueError('give either --prompt="..." or --chat')
-    if config.quantize not in ("", "none", *KINDS):
-        raise ValueError(
-            f"unknown quantize {config.quantize!r}" + settings.suggest(config.quantize, KINDS)
-        )
-    if not 0 <= config.seed <= 2**62:
-        raise ValueError(f"seed={config.seed} must be at least 0 and at most 2^62")
-    settings.at_least(config, max_new_tokens=1, temperature=0, top_k=0)
-    if not 0 < config.top_p <= 1:
-        raise ValueError(f"top_p={config.top_p} must be above 0 and at most 1")
-    rules.check_device(config)
+    rules.refuse(rules.values(config, {"quantize": ("", "none", *KINDS)}), rules.device(config))
+    if config.top_p > 1:
+        raise ValueError(f"top_p={config.top_p} must be at most 1")
 
 
 def respond(model, tokenizer, run, config):
@@ -199,10 +186,11 @@ def respond(model, tokenizer, run, config):
     labels = labels or run.get("labels", [])
     size, task, pairs = run.get("block_size"), run.get("task"), run.get("pairs")
     scored = isinstance(tokenizer, HeadTask) or (labels and not config.raw and not config.chat)
-    rules.refuse(config.prompt_b and not scored, "prompt_b is for a run that classifies pairs")
-    if pairs is not None and config.prompt and not (config.raw or config.labels):
-        rules.refuse(pairs and not config.prompt_b, "the run is on pairs of texts: add --prompt_b")
-        rules.refuse(config.prompt_b and not pairs, "the run is on single texts: omit --prompt_b")
+    if config.prompt_b and not scored:
+        raise ValueError("prompt_b is for a run that classifies pairs")
+    if config.prompt and pairs is (not config.prompt_b) and not (config.raw or config.labels):
+        wanted = "pairs of texts: add" if pairs else "single texts: omit"
+        raise ValueError(f"the run is on {wanted} --prompt_b")
     if isinstance(tokenizer, HeadTask):
         if config.chat or config.raw or config.labels:
             raise ValueError(
@@ -222,10 +210,9 @@ def respond(model, tokenizer, run, config):
         writer = tasks.LanguageTask(tokenizer, "", {}, False, tasks.search_options(run), None)
         ids = tokenizer.prefix_ids + tokenizer.encode(config.prompt)
         print(*writer.write(model, [ids]))
-    elif config.raw:
-        print(answer(model, tokenizer, config.prompt, config))
     else:
-        print(answer(model, tokenizer, [{"role": "user", "content": config.prompt}], config))
+        turn = [{"role": "user", "content": config.prompt}]
+        print(answer(model, tokenizer, config.prompt if config.raw else turn, config))
 
 
 def use(config):

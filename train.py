@@ -200,7 +200,7 @@ class Task:
     config: Config  # its automatic settings resolved, except device and dtype
     device: str
     dtype: str
-    why: str  # the reason for this dtype
+    dtype_reason: str
     folder: Path  # of the base model
     name: str  # a key of tasks.TASKS
     kind: tasks.LanguageTask | tasks.HeadTask
@@ -298,13 +298,13 @@ def prepare(config, device, resuming=False):
     if distributed.LOCAL_RANK == 0:
         distributed.wait()  # lets the others continue
 
-    rules.check_task(config, name, name in tasks.HEADS, tasks.is_encoder(shape))
-    rules.refuse(
-        is_bilevel(config) and not splits["val"] and config.upper_data == "val",
-        f"{config.data} has no dev set for the upper level: give a val_fraction above 0",
-    )
+    rules.refuse(rules.task(config, name, name in tasks.HEADS, tasks.is_encoder(shape)))
+    if is_bilevel(config) and not splits["val"] and config.upper_data == "val":
+        raise ValueError(
+            f"{config.data} has no dev set for the upper level: give a val_fraction above 0"
+        )
     precise = is_bilevel(config) and HYPERGRADIENTS[config.hypergradient].float32
-    dtype, why = hardware.choose_dtype(config, device, precise)
+    dtype, dtype_reason = hardware.choose_dtype(config, device, precise)
 
     def encode(block_size):
         found = {
@@ -327,7 +327,7 @@ def prepare(config, device, resuming=False):
         config=config,
         device=device,
         dtype=dtype,
-        why=why,
+        dtype_reason=dtype_reason,
         folder=folder,
         name=name,
         kind=kind,

@@ -47,18 +47,13 @@ def cases(count):
     )
 
 
+SCALARS = st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | st.text(max_size=8)
+NUMBERS = st.sampled_from([0, -1, 2**31, 2**63, 10**30])
+STRINGS = ["", "../x", "/etc/passwd", "\ud800", "llama", "yarn", "BPE", "{{ 1 }}"]
 VALUES = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(-3, 10**6),
-        st.sampled_from([0, -1, 2**31, 2**63, 10**30]),
-        st.floats(),
-        st.text(max_size=8),
-        st.sampled_from(["", "../x", "/etc/passwd", "\ud800", "llama", "yarn", "BPE", "{{ 1 }}"]),
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    SCALARS | NUMBERS | st.sampled_from(STRINGS),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
     ),
     max_leaves=5,
 )
@@ -67,13 +62,11 @@ VALUES = st.recursive(
 def places(value, path=()):
     """The paths to all values inside a JSON value; of a list, to the first four."""
     yield path
-    inside = ()
+    if isinstance(value, list):
+        value = dict(enumerate(value[:4]))
     if isinstance(value, dict):
-        inside = value.items()
-    elif isinstance(value, list):
-        inside = enumerate(value[:4])
-    for key, inner in inside:
-        yield from places(inner, (*path, key))
+        for key, inner in value.items():
+            yield from places(inner, (*path, key))
 
 
 @st.composite
@@ -106,13 +99,12 @@ def changed_bytes(draw, original):
         in_header = draw(st.integers(0, 3))
         last = max(0, min(400, len(content)) - 1) if in_header else len(content)
         at = draw(st.integers(0, last))
-
-        kind, new = draw(st.integers(0, 3)), draw(st.binary(min_size=1, max_size=9))
-        if kind == 0:
+        change, new = draw(st.integers(0, 3)), draw(st.binary(min_size=1, max_size=9))
+        if change == 0:
             content[at : at + len(new)] = new
-        elif kind == 1:
+        elif change == 1:
             content[at:at] = new
-        elif kind == 2:
+        elif change == 2:
             del content[at : at + draw(st.integers(1, 50))]
         else:
             del content[at:]
@@ -152,15 +144,11 @@ LINES = [
 ]
 
 
+ANY_LINE = st.one_of(*map(changed_json, LINES), st.sampled_from(LINES))
+
+
 @cases(2500)
-@given(
-    st.lists(
-        st.one_of(*(changed_json(line) for line in LINES), st.sampled_from(LINES)),
-        min_size=1,
-        max_size=3,
-    ),
-    st.data(),
-)
+@given(st.lists(ANY_LINE, min_size=1, max_size=3), st.data())
 def test_jsonl_with_changed_values(folder, lines, more):
     text = "\n".join(json.dumps(line, ensure_ascii=more.draw(st.booleans())) for line in lines)
     path = folder / "data.jsonl"
@@ -169,9 +157,8 @@ def test_jsonl_with_changed_values(folder, lines, more):
     def read():
         examples = data.load_examples(path)
         tokenizer = Tokenizer.from_pretrained(folder / "model")
-        label_ids = data.tokenize_labels(
-            sorted({example["label"] for example in examples if "label" in example}), tokenizer
-        )
+        labels = sorted({example["label"] for example in examples if "label" in example})
+        label_ids = data.tokenize_labels(labels, tokenizer)
         data.encode(examples, tokenizer, 256, data.LABEL_PROMPT, label_ids)
 
     survives(read, "data.jsonl", "label", "block_size", "example")
@@ -202,52 +189,42 @@ def test_jsonl_that_is_known_to_be_hostile(folder, line, message):
         data.load_examples(folder / "data.jsonl")
 
 
+ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+ROPE["original_max_position_embeddings"] = 64
+
+
 @cases(2500)
-@given(
-    changed_json(
-        LLAMA
-        | {
-            "model_type": "llama",
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-        }
-    )
-)
+@given(changed_json(LLAMA | {"model_type": "llama", "rope_scaling": ROPE}))
 def test_config_json(config):
     survives(lambda: ModelConfig.from_hf(config), "config.json")
+
+
+def copy_of(folder, name, source="model"):
+    shutil.copytree(folder / source, folder / name, dirs_exist_ok=True)
+    return folder / name
+
+
+def damage(more, path):
+    """Change a file's bytes; of a JSON file, its values or its bytes."""
+    content = path.read_bytes()
+    if path.suffix == ".json" and more.draw(st.booleans()):
+        path.write_text(json.dumps(more.draw(changed_json(json.loads(content)))))
+    else:
+        path.write_bytes(more.draw(changed_bytes(content)))
 
 
 @cases(700)
 @given(st.data())
 def test_tokenizer_json(folder, more):
-    original = Path(folder / "model" / "tokenizer.json").read_text()
-    shutil.copytree(folder / "model", folder / "tokenizer", dirs_exist_ok=True)
-    if more.draw(st.booleans()):
-        name, content = (
-            "tokenizer.json",
-            json.dumps(more.draw(changed_json(json.loads(original)))).encode(),
-        )
-    elif more.draw(st.booleans()):
-        settings_ = json.loads(Path(folder / "model" / "tokenizer_config.json").read_text())
-        name, content = (
-            "tokenizer_config.json",
-            json.dumps(more.draw(changed_json(settings_))).encode(),
-        )
-    else:
-        name, content = "tokenizer.json", more.draw(changed_bytes(original.encode()))
-    (folder / "tokenizer" / name).write_bytes(content)
+    copied = copy_of(folder, "tokenizer")
+    path = copied / more.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))
+    damage(more, path)
 
     def read():
-        tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer = Tokenizer.from_pretrained(copied)
         tokenizer.decode(tokenizer.encode("aeae <|im_end|> x1 ü"))
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "hm"}], add_generation_prompt=True
-        )
+        talk = [{"role": "user", "content": "hm"}]
+        tokenizer.apply_chat_template(talk, add_generation_prompt=True)
 
     survives(read, "tokenizer", "template")
 
@@ -256,70 +233,40 @@ def test_tokenizer_json(folder, more):
 @given(st.data())
 def test_safetensors_and_their_index(folder, more):
     shutil.rmtree(folder / "weights", ignore_errors=True)
-    shutil.copytree(folder / "model", folder / "weights")
-    weights = (folder / "weights" / "model.safetensors").read_bytes()
-    if more.draw(st.booleans()):
-        size = int.from_bytes(weights[:8], "little")
-        header = json.loads(weights[8 : 8 + size])
-        if more.draw(st.booleans()):
-            header = json.dumps(more.draw(changed_json(header))).encode()
-            weights = len(header).to_bytes(8, "little") + header + weights[8 + size :]
-        else:
-            weights = more.draw(changed_bytes(weights))
-        (folder / "weights" / "model.safetensors").write_bytes(weights)
+    copied = copy_of(folder, "weights")
+    weights = (copied / "model.safetensors").read_bytes()
+    part = more.draw(st.sampled_from(["header", "bytes", "index", "index"]))
+    if part == "header":
+        end = 8 + int.from_bytes(weights[:8], "little")
+        header = json.dumps(more.draw(changed_json(json.loads(weights[8:end])))).encode()
+        size = len(header).to_bytes(8, "little")
+        (copied / "model.safetensors").write_bytes(size + header + weights[end:])
+    elif part == "bytes":
+        damage(more, copied / "model.safetensors")
     else:
-        index = {
-            "metadata": {},
-            "weight_map": {
-                "model.norm.weight": "model.safetensors",
-                "lm_head.weight": "model.safetensors",
-            },
-        }
-        (folder / "weights" / "model.safetensors.index.json").write_text(
-            json.dumps(more.draw(changed_json(index)))
-        )
-    survives(
-        lambda: Transformer.from_pretrained(folder / "weights"), "model.safetensors", "weights"
-    )
+        names = ("model.norm.weight", "lm_head.weight")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+        index = json.dumps(more.draw(changed_json(index)))
+        (copied / "model.safetensors.index.json").write_text(index)
+    survives(lambda: Transformer.from_pretrained(copied), "model.safetensors", "weights")
 
 
 @pytest.fixture(scope="module")
 def gguf_bytes(folder):
     """The smallest valid GGUF file: SmolLM2's keys, one block of width 4."""
     writer = GGUFWriter(folder / "whole.gguf", "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(32)
-    writer.add_embedding_length(4)
-    writer.add_feed_forward_length(4)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(1e4)
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<|endoftext|>", "a", "b", "ab"])
-    writer.add_token_types([3, 1, 1, 1])
-    writer.add_token_merges(["a b"])
-    writer.add_chat_template("{{ messages }}")
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    writer.add_pad_token_id(0)
+    keys = dict(block_count=1, context_length=32, embedding_length=4, feed_forward_length=4)
+    keys |= dict(head_count=2, head_count_kv=1, layer_norm_rms_eps=1e-5, rope_freq_base=1e4)
+    keys |= dict(tokenizer_pre="smollm", token_list=["<|endoftext|>", "a", "b", "ab"])
+    keys |= dict(token_types=[3, 1, 1, 1], token_merges=["a b"], chat_template="{{ messages }}")
+    keys |= dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    for name, value in keys.items():
+        getattr(writer, f"add_{name}")(value)
 
-    shapes = {
-        "attn_q": (4, 4),
-        "attn_k": (2, 4),
-        "attn_v": (2, 4),
-        "attn_output": (4, 4),
-        "ffn_gate": (4, 4),
-        "ffn_up": (4, 4),
-        "ffn_down": (4, 4),
-        "attn_norm": (4,),
-        "ffn_norm": (4,),
-    }
-    for name, shape in {
-        "token_embd": (4, 4),
-        "output_norm": (4,),
-        **{f"blk.0.{name}": shape for name, shape in shapes.items()},
-    }.items():
+    shapes = dict.fromkeys(["attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down"], (4, 4))
+    shapes |= {"attn_k": (2, 4), "attn_v": (2, 4), "attn_norm": (4,), "ffn_norm": (4,)}
+    shapes = {f"blk.0.{name}": shape for name, shape in shapes.items()}
+    for name, shape in (shapes | {"token_embd": (4, 4), "output_norm": (4,)}).items():
         writer.add_tensor(f"{name}.weight", numpy.ones(shape, dtype=numpy.float32))
 
     writer.write_header_to_file()
@@ -333,16 +280,12 @@ def gguf_bytes(folder):
     return (folder / "whole.gguf").read_bytes()
 
 
-def converts(folder, content):
-    (folder / "damaged.gguf").write_bytes(content)
-    shutil.rmtree(folder / "converted", ignore_errors=True)
-    survives(lambda: convert_gguf(folder / "damaged.gguf", folder / "converted"), "damaged.gguf")
-
-
 @cases(1000)
 @given(st.data())
 def test_gguf_files(folder, gguf_bytes, more):
-    converts(folder, more.draw(changed_bytes(gguf_bytes)))
+    (folder / "damaged.gguf").write_bytes(more.draw(changed_bytes(gguf_bytes)))
+    shutil.rmtree(folder / "converted", ignore_errors=True)
+    survives(lambda: convert_gguf(folder / "damaged.gguf", folder / "converted"), "damaged.gguf")
 
 
 @pytest.mark.parametrize(
@@ -361,90 +304,54 @@ def test_gguf_files_whose_counts_exceed_the_file(folder, gguf_bytes, name):
 @cases(700)
 @given(st.data())
 def test_adapter_folders(folder, more):
-    shutil.copytree(folder / "adapter", folder / "damaged", dirs_exist_ok=True)
-    name = more.draw(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]))
-    content = (folder / "adapter" / name).read_bytes()
-    if name.endswith("json") and more.draw(st.booleans()):
-        content = json.dumps(more.draw(changed_json(json.loads(content)))).encode()
-    else:
-        content = more.draw(changed_bytes(content))
-    (folder / "damaged" / name).write_bytes(content)
+    damaged = copy_of(folder, "damaged", "adapter")
+    path = damaged / more.draw(
+        st.sampled_from(["adapter_config.json", "adapter_model.safetensors"])
+    )
+    damage(more, path)
     model = Transformer.from_pretrained(folder / "model")
-    survives(lambda: load_adapter(model, folder / "damaged"), "damaged")
+    survives(lambda: load_adapter(model, damaged), "damaged")
 
 
-NAMES = st.sampled_from(
-    [f"--{name}" for name in train.Config.__dataclass_fields__]
-    + ["--config", "rank", "--", "--rnak"]
+NAMES = list(train.Config.__dataclass_fields__)
+ARGUMENT = st.tuples(
+    st.sampled_from([*(f"--{name}" for name in NAMES), "--config", "rank", "--", "--rnak"]),
+    st.sampled_from(["=", "", " "]),
+    (st.integers() | st.floats()).map(str)
+    | st.text(max_size=6)
+    | st.sampled_from(["small.py", "tiny.py", "bidora", "q_proj,", "1e400", "True"]),
 )
 
 
 @cases(1200)
-@given(
-    st.lists(
-        st.tuples(
-            NAMES,
-            st.sampled_from(["=", "", " "]),
-            st.one_of(
-                st.text(max_size=6),
-                st.integers().map(str),
-                st.floats().map(str),
-                st.sampled_from(["small.py", "tiny.py", "bidora", "q_proj,", "1e400", "True"]),
-            ),
-        ),
-        max_size=4,
-    )
-)
+@given(st.lists(ARGUMENT, max_size=4))
 def test_command_lines(folder, arguments):
     def read():
-        config = train.read_config([name + equals + value for name, equals, value in arguments])
-        train.check(config)
+        train.check(train.read_config(list(map("".join, arguments))))
 
-    survives(
-        read,
-        *(name.strip("-") or "--" for name, _, _ in arguments),
-        "no data",
-        "nothing to train",
-        "unknown device",
-        "val_file and test_file",
-    )
+    named = [name.strip("-") or "--" for name, _, _ in arguments]
+    others = ("no data", "nothing to train", "unknown device", "val_file and test_file")
+    survives(read, *named, *others)
 
 
 @cases(400)
 @given(st.data())
 def test_config_files(folder, more):
-    if more.draw(st.booleans()):
-        path, content = (
-            folder / "mine.json",
-            json.dumps(
-                more.draw(
-                    st.dictionaries(
-                        st.sampled_from(list(train.Config.__dataclass_fields__) + ["x"]),
-                        VALUES,
-                        max_size=3,
-                    )
-                )
-            ),
-        )
+    path = folder / more.draw(st.sampled_from(["mine.json", "mine.py"]))
+    if path.suffix == ".json":
+        settings_ = st.dictionaries(st.sampled_from([*NAMES, "x"]), VALUES, max_size=3)
+        content = json.dumps(more.draw(settings_))
     else:
-        path, content = (
-            folder / "mine.py",
-            more.draw(
-                changed_bytes(b"rank = 4\nlower_lr = 1e-3\ntarget_modules = ['q_proj']\n")
-            ).decode("latin-1"),
-        )
+        valid = b"rank = 4\nlower_lr = 1e-3\ntarget_modules = ['q_proj']\n"
+        content = more.draw(changed_bytes(valid)).decode("latin-1")
     path.write_text(content, encoding="utf-8", errors="surrogatepass")
     survives(lambda: train.read_config([f"--config={path}"]), "mine.", "command line")
 
 
 def test_nothing_here_unpickles():
+    unpickles = r"torch\.load\(|import pickle|import marshal|weights_only|(?<!\.)\b(eval|exec)\("
     for path in Path(train.__file__).parent.rglob("*.py"):
-        if "tests" in path.parts:
-            continue
-        assert not re.search(
-            r"torch\.load\(|import pickle|import marshal|weights_only|(?<!\.)\b(eval|exec)\(",
-            path.read_text(),
-        ), path
+        assert "tests" in path.parts or not re.search(unpickles, path.read_text()), path
 
 
 # ------------------------------------------------------------ hostile on purpose, one by one
@@ -454,6 +361,24 @@ def last_line(capsys):
     """What a failed command has printed on stderr, which must be one line."""
     [line] = capsys.readouterr().err.strip().splitlines()
     return line
+
+
+@pytest.fixture
+def load_changed(tmp_path):
+    """A function that loads an adapter of which some settings were changed, within 20 seconds."""
+    model = Transformer.from_pretrained(find_model("tiny-random")).requires_grad_(False)
+    save_adapter(replace_linear_with_bidora(model, 2), tmp_path)
+    path = tmp_path / "adapter_config.json"
+
+    def load(change):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        model, start = Transformer.from_pretrained(find_model("tiny-random")), time.process_time()
+        try:
+            load_adapter(model, tmp_path)
+        finally:
+            assert time.process_time() - start < 20  # of its own: other programs may delay it
+
+    return load
 
 
 @pytest.mark.parametrize(
@@ -468,39 +393,22 @@ def last_line(capsys):
         ({"alpha_pattern": {"(" * 450 + ")" * 450: 4}}, "invalid regular expression"),
     ],
 )
-def test_adapters_that_are_hostile_on_purpose(tmp_path, change, said):
-    model = Transformer.from_pretrained(find_model("tiny-random")).requires_grad_(False)
-    save_adapter(replace_linear_with_bidora(model, 2), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+def test_adapters_that_are_hostile_on_purpose(load_changed, change, said):
     with pytest.raises(ValueError, match=said) as caught:
-        load_adapter(Transformer.from_pretrained(find_model("tiny-random")), tmp_path)
+        load_changed(change)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
-def test_patterns_that_backtrack_are_refused_after_seconds(tmp_path):
+def test_patterns_that_backtrack_are_refused_after_seconds(load_changed):
     """Each of them takes ages, for each of fourteen layers."""
-    model = Transformer.from_pretrained(find_model("tiny-random")).requires_grad_(False)
-    save_adapter(replace_linear_with_bidora(model, 2), tmp_path)
-    path = tmp_path / "adapter_config.json"
     hostile = {r"(\w|\.|[a-z]|[a-p])+\s" + str(i): 4 for i in range(99)}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": hostile}))
-    start = time.time()
     with pytest.raises(ValueError, match="alpha_pattern .*slow ones .*timed out"):
-        load_adapter(Transformer.from_pretrained(find_model("tiny-random")), tmp_path)
-    assert time.time() - start < 20
+        load_changed({"alpha_pattern": hostile})
 
 
-def test_a_pattern_that_backtracks_for_ever_does_not(tmp_path):
+def test_a_pattern_that_backtracks_for_ever_does_not(load_changed):
     """Python's own `re` would take 2^20 times as long for each twenty characters."""
-    model = Transformer.from_pretrained(find_model("tiny-random")).requires_grad_(False)
-    save_adapter(replace_linear_with_bidora(model, 2), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    hostile = {"alpha_pattern": {r"((\w|\.)+)+X": 4}}
-    path.write_text(json.dumps(json.loads(path.read_text()) | hostile))
-    start = time.time()
-    load_adapter(Transformer.from_pretrained(find_model("tiny-random")), tmp_path)
-    assert time.time() - start < 20
+    load_changed({"alpha_pattern": {r"((\w|\.)+)+X": 4}})
 
 
 @pytest.mark.parametrize(
@@ -543,7 +451,6 @@ def test_models_whose_sizes_make_no_sense(change, said):
         (["--lower_lr=inf"], "lower_lr='inf' is not a finite number"),
         (["--rank=1e3"], "rank='1e3' is not an integer"),
         (["--train_file=mine.jsonl"], "data and train_file are two sources: choose one"),
-        (["--search_steps=0"], "search_steps=0: method=bidora needs a search"),
     ],
 )
 def test_command_lines_that_are_refused_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
@@ -637,13 +544,6 @@ def test_a_seed_that_torch_refuses_is_named_by_sample(capsys):
     assert f"seed={2**64} must be" in last_line(capsys)
 
 
-def test_a_loss_that_grew_is_named_below_the_table(tmp_path, capsys):
-    options = ["--data=toy-sentiment", "--model=tiny-random", "--lower_lr=1e3", "--grad_clip=1e9"]
-    budget = ["--search_steps=4", "--retrain_steps=4", "--test_size=20", "--eval_size=20"]
-    assert train.main([*options, *budget, f"--out_dir={tmp_path / 'run'}"]) == 0
-    assert re.search(r"warning: training ended no better than it began", capsys.readouterr().out)
-
-
 # ------------------------------------------------------------------- whole programs, and limits
 
 TEMPLATES = [  # what a template may hold; the loops take all of their five seconds
@@ -673,25 +573,26 @@ TEMPLATES = [  # what a template may hold; the loops take all of their five seco
     "\0",
 ]
 PATTERNS = [r"\s+|\S+", "(a|aa)+(?=b)|[^a]+", "^(a|aa)+(?=b)", "(", "a{99999}{99999}", r"\p{F}"]
-KINDS = ["config", "tokenizer", "template", "adapter", "run", "split"]
-SETTINGS = [name for name in train.Config.__dataclass_fields__ if not name.endswith("_steps")]
+CHANGES = {  # what is changed, in which file
+    "config": "model/config.json",
+    "tokenizer": "model/tokenizer.json",
+    "template": "model/tokenizer_config.json",
+    "adapter": "adapter/adapter_config.json",
+    "run": "adapter/run.json",
+    "split": "model/tokenizer.json",
+}
+SETTINGS = [name for name in NAMES if not name.endswith("_steps")]
 
 
 def hostile_file(more, base):
     """Change one file of a model's folder, of an adapter's, or of a run's."""
-    kind = more.draw(st.sampled_from(KINDS))
-    name = {
-        "config": "model/config.json",
-        "adapter": "adapter/adapter_config.json",
-        "run": "adapter/run.json",
-        "template": "model/tokenizer_config.json",
-    }.get(kind, "model/tokenizer.json")
-    path = base / name
+    change = more.draw(st.sampled_from(list(CHANGES)))
+    path = base / CHANGES[change]
     content = json.loads(path.read_text()) if path.exists() else {"model": "model", "labels": ["a"]}
-    if kind == "template":
+    if change == "template":
         pieces = st.lists(st.sampled_from(TEMPLATES), min_size=1, max_size=3)
         content["chat_template"] = "".join(more.draw(pieces))
-    elif kind == "split":
+    elif change == "split":
         split = {"Regex": more.draw(st.sampled_from(PATTERNS))}
         split = {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False}
         steps = [split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
@@ -705,33 +606,32 @@ def hostile_file(more, base):
 @given(st.data())
 def test_programs_end_well_or_in_one_line_within_20_seconds_and_3_gb(folder, more):
     """sample.py, or train.py, on folders of which one file or one setting was changed."""
-    shutil.rmtree(folder / "whole", ignore_errors=True)
-    for name in ("model", "adapter"):
-        shutil.copytree(folder / name, folder / "whole" / name)
     base = folder / "whole"
+    shutil.rmtree(base, ignore_errors=True)
+    for name in ("model", "adapter"):
+        shutil.copytree(folder / name, base / name)
+    changed_setting, prompt = {}, "a" * 99 + " <|im_end|>"
     if more.draw(st.integers(0, 2)):
         hostile_file(more, base)
-        arguments = []
     else:
         values = ["", "~", "nan", "1e999", "-1", "2", "9" * 20, "a" * 300]
         value = more.draw(st.sampled_from(values))
-        arguments = [f"--{more.draw(st.sampled_from(SETTINGS))}={value}"]
+        changed_setting[more.draw(st.sampled_from(SETTINGS))] = value
 
-    program, prompt = more.draw(st.sampled_from([sample, train])), "a" * 99 + " <|im_end|>"
+    program = more.draw(st.sampled_from([sample, train]))
     if program is sample:
-        arguments = ["--adapter=whole/adapter", "--model=whole/model", f"--prompt={prompt}"]
-        arguments += ["--max_new_tokens=2"]
+        options = dict(adapter="whole/adapter", model="whole/model", prompt=prompt)
+        options["max_new_tokens"] = 2
     else:
         talk = [{"role": role, "content": prompt} for role in ("user", "assistant") * 3]
-        defaults = dict(model="whole/model", out_dir="whole/run", train_file="whole/data.jsonl")
-        defaults |= dict(method="lora", search_steps=1, retrain_steps=0, val_fraction=0)
-        given_ = {argument.partition("=")[0] for argument in arguments}
-        arguments += [f"--{k}={v}" for k, v in defaults.items() if f"--{k}" not in given_]
         (base / "data.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+        options = dict(model="whole/model", out_dir="whole/run", train_file="whole/data.jsonl")
+        options |= dict(method="lora", search_steps=1, retrain_steps=0, val_fraction=0)
+        options |= changed_setting
 
     said, start = io.StringIO(), time.time()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        status = program.main(arguments)
+        status = program.main([f"--{name}={value}" for name, value in options.items()])
     assert status in (0, 2)
     if status == 2:
         # a run that diverges has shown its bar

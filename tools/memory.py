@@ -7,43 +7,32 @@ The memory that training takes, by the formulas in support/run/hardware.py, for 
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bidora import METHODS
+from config import Config
 from model import ModelConfig
-from support.run import settings
+from support.run import rules, settings
 from support.run.files import read_json
-from support.run.hardware import linear_shapes, need, sent
-from support.run.rules import check_micro_batch
+from support.run.hardware import need
 from support.weights.pretrained import find_model
 
-# Published config.json values: a name of NAMES each
+# Published config.json values of these names
+NAMES = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "vocab_size tie_word_embeddings"
+).split()
 QWEN25 = {
-    "0.5B": (896, 4864, 24, 14, 2, 64, 151936, True),
-    "1.5B": (1536, 8960, 28, 12, 2, 128, 151936, True),
-    "7B": (3584, 18944, 28, 28, 4, 128, 152064, False),
-    "14B": (5120, 13824, 48, 40, 8, 128, 152064, False),
-    "32B": (5120, 27648, 64, 40, 8, 128, 152064, False),
+    "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True),
+    "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True),
+    "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False),
+    "Qwen2.5-14B": (5120, 13824, 48, 40, 8, 152064, False),
+    "Qwen2.5-32B": (5120, 27648, 64, 40, 8, 152064, False),
 }
 LLAMA2 = {
-    "7B": (4096, 11008, 32, 32, 32, 128, 32000, False),
-    "70B": (8192, 28672, 80, 64, 8, 128, 32000, False),
+    "LLaMA 2 7B": (4096, 11008, 32, 32, 32, 32000, False),
+    "LLaMA 2 70B": (8192, 28672, 80, 64, 8, 32000, False),
 }
-NAMES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-)
-
-
-def published(model_type, values):
-    """The ModelConfig of an entry of QWEN25 or LLAMA2."""
-    return ModelConfig.from_hf({"model_type": model_type, **dict(zip(NAMES, values))})
 
 
 @dataclass
@@ -61,10 +50,8 @@ class Memory:
 
 def check(memory):
     """Raises ValueError for settings that make no sense."""
-    settings.at_least(memory, rank=1, length=1, batch_size=1, micro_batch_size=0)
-    check_micro_batch(memory)
-    if memory.optimizer not in ("adamw", "adamw8bit"):
-        raise ValueError(f"unknown optimizer {memory.optimizer!r}: choose adamw, adamw8bit")
+    known = {"optimizer": ("adamw", "adamw8bit")}
+    rules.refuse(rules.values(memory, known), rules.micro_batch(memory))
     if not all(number.isdigit() and int(number) > 1 for number in memory.devices):
         raise ValueError(f"devices={','.join(memory.devices)} must be integers above 1")
 
@@ -74,12 +61,14 @@ def models_of(memory):
     if memory.model:
         config = read_json(find_model(memory.model) / "config.json")
         return {memory.model: ModelConfig.from_hf(config)}
-    if memory.devices:
-        return {f"LLaMA 2 {size}": published("llama", values) for size, values in LLAMA2.items()}
-    return {f"Qwen2.5-{size}": published("qwen2", values) for size, values in QWEN25.items()}
+    model_type, published = ("llama", LLAMA2) if memory.devices else ("qwen2", QWEN25)
+    return {
+        name: ModelConfig.from_hf({"model_type": model_type, **dict(zip(NAMES, values))})
+        for name, values in published.items()
+    }
 
 
-def print_devices(models, memory):
+def print_devices(models, memory, config):
     """A table over numbers of devices: what each holds and sends, alone and with --fsdp=True."""
     print(
         "computed, not measured: GB that each device holds, and sends a step (dora, bfloat16, "
@@ -87,42 +76,30 @@ def print_devices(models, memory):
         f"{'':14}{'devices':>8}{'holds':>16}{'sends':>9}{'--fsdp=True holds':>20}{'sends':>9}"
     )
     for name, c in models.items():
-        # FSDP gathers a block at a time; the embeddings and the head count as one more
-        linears = sum(out * into for out, into in linear_shapes(c))
-        gathered = 2 * (linears + c.vocab_size * c.hidden_size)
-        n = need(
-            c,
-            METHODS["dora"],
-            2,
-            memory.length,
-            memory.batch_size,
-            memory.micro_batch_size,
-            rank=memory.rank,
-            optimizer=memory.optimizer,
-            gradient_checkpointing=memory.gradient_checkpointing,
-        )
+        n = need(c, METHODS["dora"], 2, memory.length, config)
         for devices in map(int, memory.devices):
-            sharded = n.total - n.weights * (1 - 1 / devices) + gathered
-            sends = [
-                sent(c, METHODS["dora"], devices, 2, memory.rank, fsdp) for fsdp in (False, True)
-            ]
             print(
-                f"{name:14}{devices:8}{n.total / 1e9:16.1f}{sends[0] / 1e9:9.2f}"
-                f"{sharded / 1e9:20.1f}{sends[1] / 1e9:9.1f}"
+                f"{name:14}{devices:8}{n.total / 1e9:16.1f}{n.sent(devices) / 1e9:9.2f}"
+                f"{n.held(devices) / 1e9:20.1f}{n.sent(devices, fsdp=True) / 1e9:9.1f}"
             )
 
 
-def print_methods(models, memory):
+def print_methods(models, memory, config):
     """A table over methods and kinds of packed weights: GB of weights, and in all."""
     options = {key: value for key, value in vars(memory).items() if key not in ("model", "devices")}
     shown = ", ".join(f"{key} {value}" for key, value in options.items())
     print(f"computed, not measured: GB of weights, and in all (bfloat16; {shown})\n")
 
-    columns = [(m, kind) for kind in ("none", "int8", "nf4") for m in ("lora", "dora", "bidora")]
-    print(f"{'':14}" + "".join(f"{f'{method} {kind}':>16}" for method, kind in columns))
+    columns = [
+        (m, packed) for packed in ("none", "int8", "nf4") for m in ("lora", "dora", "bidora")
+    ]
+    print(f"{'':14}" + "".join(f"{f'{method} {packed}':>16}" for method, packed in columns))
     for name, c in models.items():
-        needs = [need(c, METHODS[m], 2, quantize=kind, **options) for m, kind in columns]
-        print(f"{name:14}" + "".join(f"{n.weights / 1e9:8.1f}{n.total / 1e9:8.1f}" for n in needs))
+        line = f"{name:14}"
+        for method, packed in columns:
+            n = need(c, METHODS[method], 2, memory.length, replace(config, quantize=packed))
+            line += f"{n.weights / 1e9:8.1f}{n.total / 1e9:8.1f}"
+        print(line)
     print(
         "\nbidora: with exact second derivatives. --hypergradient=first_order takes as much as dora"
     )
@@ -132,10 +109,9 @@ def estimate(memory):
     """Print the table of the devices or of the methods."""
     check(memory)
     models = models_of(memory)
-    if memory.devices:
-        print_devices(models, memory)
-    else:
-        print_methods(models, memory)
+    shared = ("rank", "batch_size", "micro_batch_size", "gradient_checkpointing", "optimizer")
+    config = Config(**{name: getattr(memory, name) for name in shared})
+    (print_devices if memory.devices else print_methods)(models, memory, config)
 
 
 def main(arguments):

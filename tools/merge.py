@@ -23,16 +23,15 @@ class Merge:
     adapter: str = ""  # out_dir of a run, or any LoRA or DoRA adapter folder in PEFT's format
     out_dir: str = ""  # the folder to write; it must be new or empty
     model: str = ""  # the base model, a folder or owner/name@revision; empty: as in training
-    quantize: str = (
-        ""  # how to pack the base: nf4, fp4, int8 or none; empty: as in training, because
-    )
+    quantize: str = ""  # how to pack the base: nf4, fp4, int8 or none; empty: as in training, since
     #: an adapter fits the base that it was trained on
 
 
 def write_merged(config):
     """Write the merged folder, and print what it holds. Raises ValueError or OSError."""
-    rules.refuse(not config.adapter or not config.out_dir, "give --adapter and --out_dir")
-    rules.check_values(config, {"quantize": ("", "none", *KINDS)})
+    if not config.adapter or not config.out_dir:
+        raise ValueError("give --adapter and --out_dir")
+    rules.refuse(rules.values(config, {"quantize": ("", "none", *KINDS)}))
     out = Path(config.out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out_dir")

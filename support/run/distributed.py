@@ -4,10 +4,9 @@ products and losses are summed over all processes.
 
     torchrun --standalone --nproc_per_node=2 train.py --config=small.py
 
-torchrun sets RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE, this machine's processes. Without
-them there is one process, and the functions here do nothing. A loss is weighted by its rows' share
-of the labels in the whole batch, so the sum over the processes is what one process would have
-computed.
+torchrun sets RANK and WORLD_SIZE, and for this machine's processes LOCAL_RANK and LOCAL_WORLD_SIZE.
+Without them there is one process, and the functions here do nothing. A loss is weighted by its
+rows' share of the labels in the whole batch, so the processes' sum is what one would compute.
 
 With --fsdp=True (FSDP2) each process keeps only its share of the frozen weights. It collects a
 whole block, the embeddings or the head only while it computes them.
@@ -16,7 +15,6 @@ whole block, the embeddings or the head only while it computes them.
 import atexit
 import contextlib
 import ctypes
-import json
 import os
 import sys
 from datetime import timedelta
@@ -24,23 +22,33 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-WORLD_SIZE, LOCAL_WORLD_SIZE = (
-    int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
-)
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def start(device):
     """
-    Join the other processes, once, and return this process's device; a GPU becomes torch's current
-    one.
+    Join the other processes, once. Returns this process's device; if a GPU, torch's current one.
 
-    device: 'cpu', 'cuda', or one GPU such as 'cuda:1', for a single process only. The processes
-    talk by NCCL between GPUs, by gloo between CPUs. Raises ValueError where there is no GPU for
-    each process, or where torchrun could not restart them.
+    device: 'cpu', 'cuda', or one GPU such as 'cuda:1', for a single process only. GPU tensors
+    travel by NCCL, CPU tensors by gloo. Raises ValueError if a process has no GPU of its own, or
+    torchrun could not restart the processes.
     """
     if WORLD_SIZE > 1 and device.startswith("cuda"):
-        device = own_gpu(device)
+        if device != "cuda":
+            raise ValueError(
+                f"device={device} is one GPU, and each process needs its own: use device=cuda, and "
+                f"choose GPUs by CUDA_VISIBLE_DEVICES"
+            )
+        count = torch.cuda.device_count()
+        if LOCAL_WORLD_SIZE > count:
+            raise ValueError(
+                f"{LOCAL_WORLD_SIZE} processes on this machine need a GPU each, and it has "
+                f"{count}: use torchrun --nproc_per_node={count}, or device=cpu"
+            )
+        device = f"cuda:{LOCAL_RANK}"
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # pinned memory, for one, belongs to the current GPU
     if WORLD_SIZE == 1:
@@ -48,8 +56,7 @@ def start(device):
 
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun would keep one store over all restarts. The new processes would find the old
-        # ones' addresses there, and wait for them forever.
+        # In one store for all restarts, the new processes wait for the old ones' addresses forever.
         raise ValueError(
             "torchrun --max-restarts needs a fresh store for each restart: "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ..."
@@ -77,22 +84,6 @@ def leave(status):
     os._exit(status)
 
 
-def own_gpu(device):
-    """The GPU of this process, one of several. Raises ValueError as start does."""
-    if device != "cuda":
-        raise ValueError(
-            f"device={device} is one GPU, and each process needs its own: use device=cuda, and "
-            f"choose GPUs by CUDA_VISIBLE_DEVICES"
-        )
-    count = torch.cuda.device_count()
-    if LOCAL_WORLD_SIZE > count:
-        raise ValueError(
-            f"{LOCAL_WORLD_SIZE} processes on this machine need a GPU each, and it has {count}: "
-            f"use torchrun --nproc_per_node={count}, or device=cpu"
-        )
-    return f"cuda:{LOCAL_RANK}"
-
-
 def add_up(tensors):
     """The tensors of a list, each summed over the processes, in one message."""
     if WORLD_SIZE == 1:
@@ -107,18 +98,18 @@ def highest(number):
     """The highest of the processes' integers, sent between CPUs: no process waits for its GPU."""
     if WORLD_SIZE == 1:
         return number
-    found = torch.tensor(number)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.item()
+    result = torch.tensor(number)
+    dist.all_reduce(result, dist.ReduceOp.MAX)
+    return result.item()
 
 
 def gather(items):
     """The processes' lists as one, in every process."""
     if WORLD_SIZE == 1:
         return items
-    found = [None] * WORLD_SIZE
-    dist.all_gather_object(found, items)
-    return [item for own in found for item in own]
+    lists = [None] * WORLD_SIZE
+    dist.all_gather_object(lists, items)
+    return sum(lists, [])
 
 
 def same_everywhere(tensors):
@@ -130,11 +121,9 @@ def same_everywhere(tensors):
 
 def give_memory_back():
     """
-    Make glibc return freed tensors' memory to the system at once. Call it before loading a model.
-
-    A process that keeps only its share of the model needs this. Otherwise glibc keeps the memory of
-    the whole blocks, and of measuring the weights' norms: on two processes, SmolLM2 in fp32 took
-    1.3 GB; with M_MMAP_THRESHOLD (-3) at 1 MB it takes 0.7 GB.
+    Make glibc return freed tensors' memory to the system at once. Call it before a model that will
+    be sharded is loaded: glibc would keep the memory of whole blocks and of measuring their norms.
+    SmolLM2 in fp32, on two processes: 1.3 GB; 0.7 GB with M_MMAP_THRESHOLD (-3) at 1 MB.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -145,14 +134,14 @@ def shard(model, device, twice=False):
     """
     Keep only this process's share of a Transformer's frozen weights, on its device.
 
-    Blocks, embeddings and head collect the other processes' shares when they are called. Adapters
-    are small and stay whole in each process, so gradients and checkpoints need no special care.
+    Blocks, embeddings and head collect the other shares when they are called. Adapters are small
+    and stay whole in each process, so gradients and checkpoints need no special care.
 
     twice: whether second derivatives will be taken. A backward pass gives the collected weights
-    back, but the second one needs them, too. So the blocks must be recomputed (kept_whole), and the
-    head stays whole from a backward pass to the next forward pass.
+    back, and the second one needs them again. So the blocks must be recomputed (kept_whole), and
+    the head stays whole from a backward pass to the next forward pass.
     """
-    # Imported here, since these modules take a second to load and few runs need them.
+    # These modules take a second to load, and few runs need them.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -160,8 +149,7 @@ def shard(model, device, twice=False):
     trained = {p for p in model.parameters() if p.requires_grad}
     whole = trained | set(model.model.norm.parameters())
 
-    # Tied embeddings and head share one weight: they form one unit, which is collected at the
-    # embeddings and kept until the head is done.
+    # Tied embeddings and head are one unit: collected at the embeddings, kept until the head ends.
     ends = [model.model.embed_tokens, model.lm_head]
     tied = ends[0].weight is ends[1].weight
     units = [*model.model.layers, *([ends] if tied else ends)]
@@ -198,35 +186,23 @@ def local_bytes(model):
 
 def from_first(function):
     """
-    Call a function in the first process alone, and return its result in all processes.
-
-    function: takes nothing and returns anything that JSON can represent. When it raises ValueError
-    or OSError, all processes raise that error, so none waits for one that has ended.
+    The result of function(), which the first process alone calls, in all processes. If it raises
+    ValueError or OSError, all of them raise that, so none waits for one that has ended.
     """
     if WORLD_SIZE == 1:
         return function()
 
-    size = torch.zeros(1, dtype=torch.int64)
+    message = [None, None]  # the result, the error
     if RANK == 0:
         try:
-            content = {"value": function()}
+            message[0] = function()
         except (ValueError, OSError) as error:
-            kind = "ValueError" if isinstance(error, ValueError) else "OSError"
-            content = {"error": str(error), "kind": kind}
-        message = list(json.dumps(content).encode())
-        message = torch.tensor(message, dtype=torch.uint8)
-        size[0] = len(message)
-
-    # The length first: the others need it to receive the message.
-    dist.broadcast(size, 0)
-    if RANK != 0:
-        message = torch.zeros(size.item(), dtype=torch.uint8)
-    dist.broadcast(message, 0)
-
-    content = json.loads(bytes(message.tolist()))
-    if "error" in content:
-        raise {"ValueError": ValueError, "OSError": OSError}[content["kind"]](content["error"])
-    return content["value"]
+            plain = ValueError if isinstance(error, ValueError) else OSError
+            message[1] = plain(str(error))  # every process can unpack it
+    dist.broadcast_object_list(message)
+    if message[1]:
+        raise message[1]
+    return message[0]
 
 
 def wait():

@@ -5,7 +5,7 @@ In bytes, for L layers with widths h (hidden), q (queries), kv (keys, values), f
 
     weights        per number its dtype's size; in linear layers nf4 0.52, int8 1; embeddings, norms
                    and head are never quantised
-    adapters       per trained number 24 (value, gradient, AdamW's two moments, two copies for
+    training state per trained number 24 (value, gradient, AdamW's two moments, two copies for
                    recovery); with adamw8bit 18
     activations    per token 1.25 · L · (6h + 4q + 4kv + 6f) numbers; for LoRA and ft, which keep no
                    layer's output, 1.25 · L · (4h + 3q + 3kv + 4f)
@@ -16,12 +16,12 @@ In bytes, for L layers with widths h (hidden), q (queries), kv (keys, values), f
     logits         per logit at supervised positions 12; with a frozen head, 128 positions at a time
 
 Each of N devices (distributed.py) sends the trained numbers' gradients once, 2 (N - 1)/N of 4 bytes
-per number. With --fsdp=True it keeps 1/N of the weights, plus one whole block, the embeddings or
+per number. With --fsdp=True it keeps 1/N of the weights, plus one whole block and the embeddings or
 the head at a time, and sends (N - 1)/N of all weights' bytes twice per step.
 
 The factors were measured on SmolLM2-135M on a CPU (float32 and bfloat16, 64 to 512 tokens); tests
-hold the formula to within 40 %. They make glibc return each freed tensor of 1 MB and more. Left
-alone, it keeps some for later: 0 to 200 MB here, which differs from run to run.
+hold the formula to within 40 %. glibc returned each freed tensor of 1 MB and more; left alone, it
+keeps 0 to 200 MB for later.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ import functools
 import itertools
 import math
 import platform
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,14 +47,19 @@ def choose_device(name):
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def proc(path, name):
+    """What a file in Linux's /proc says after `name:`; "" if there is none."""
+    path = Path("/proc", path)
+    line = path.exists() and re.search(rf"^{name}\s*:\s*(.*)", path.read_text(), re.MULTILINE)
+    return line[1] if line else ""
+
+
 def peak_memory(device):
     """Peak memory so far, in GB: allocated on a GPU; of the process on a CPU (0 where unknown)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux; getrusage's count would include the parent process's
-        lines = status.read_text().splitlines()
-        return next(int(x.split()[1]) * 1024 / 1e9 for x in lines if x.startswith("VmHWM"))
+    if peak := proc("self/status", "VmHWM"):  # getrusage's would include the parent process's
+        return int(peak.split()[0]) * 1024 / 1e9
     if platform.system() == "Windows":
         return 0.0
     import resource
@@ -63,19 +69,16 @@ def peak_memory(device):
 
 def processor():
     """The CPU in words: its name, the threads that torch uses, and the vector units that matter."""
-    name, flags, info = platform.processor() or platform.machine(), "", Path("/proc/cpuinfo")
-    if info.exists():
-        lines = (line.partition(":") for line in info.read_text().splitlines())
-        entries = {key.strip(): value.strip() for key, _, value in lines}
-        name, flags = entries.get("model name", name), entries.get("flags", "")
+    name = proc("cpuinfo", "model name") or platform.processor() or platform.machine()
+    flags = proc("cpuinfo", "flags").split()
     units = {
         "avx2": "AVX2",
         "avx512f": "AVX-512",
         "avx512_bf16": "bf16 products",
         "amx_bf16": "AMX (bf16 matrices)",
     }
-    found = [unit for flag, unit in units.items() if flag in flags.split()]
-    return ", ".join((name, f"{torch.get_num_threads()} threads", *found))
+    present = [unit for flag, unit in units.items() if flag in flags]
+    return ", ".join((name, f"{torch.get_num_threads()} threads", *present))
 
 
 def free_memory(device):
@@ -85,12 +88,10 @@ def free_memory(device):
     """
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    if not meminfo.exists():
+    available, limit = proc("meminfo", "MemAvailable"), Path("/sys/fs/cgroup/memory.max")
+    if not available:
         return None
-
-    lines = meminfo.read_text().splitlines()
-    free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    free = int(available.split()[0]) * 1024
     if limit.exists() and limit.read_text().strip().isdigit():
         used = int((limit.parent / "memory.current").read_text())
         free = min(free, int(limit.read_text()) - used)
@@ -103,7 +104,6 @@ def fast_dtype(device):
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU supports it"
         return torch.float32, "the GPU has no bfloat16, or only emulates it"
-
     ratio = bfloat16_speed()
     dtype = torch.bfloat16 if ratio > 1.5 else torch.float32
     return dtype, f"a bfloat16 product runs at {ratio:.1f} × float32's speed here"
@@ -131,124 +131,101 @@ def choose_dtype(config, device, precise):
         return "float32", "full fine-tuning needs it"
     if precise:
         return "float32", "finite differences need it"
-
-    def measured():
-        dtype, why = fast_dtype(device)
-        return str(dtype).removeprefix("torch."), why
-
-    return distributed.from_first(measured)
+    dtype, reason = distributed.from_first(lambda: fast_dtype(device))
+    return str(dtype).removeprefix("torch."), reason
 
 
 @dataclass
 class Need:
-    """The memory that a run needs, in bytes."""
+    """What a run needs by this file's formula, in bytes, and how many numbers it trains."""
 
     weights: float
-    adapters: float
+    state: float
     activations: float  # at the step that needs most
+    collected: float  # the weights that a device has whole at a time, with --fsdp=True
+    trained: int
 
     @property
     def total(self):
-        return self.weights + self.adapters + self.activations
+        return self.weights + self.state + self.activations
+
+    def held(self, devices):
+        """Bytes on each of several devices, with --fsdp=True."""
+        return self.total - self.weights * (1 - 1 / devices) + self.collected
+
+    def sent(self, devices, fsdp=False):
+        """Bytes that each of several devices sends per training step."""
+        return (devices - 1) / devices * (2 * 4 * self.trained + 2 * self.weights * fsdp)
 
 
-def linear_shapes(c):
-    """The (out, in) of a block's seven linear layers."""
-    h, f = c.hidden_size, c.intermediate_size
-    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    return [(q, h), (kv, h), (kv, h), (h, q), (f, h), (f, h), (h, f)]
-
-
-def need(
-    c,
-    method,
-    itemsize,
-    length,
-    batch_size,
-    micro_batch_size=0,
-    *,
-    quantize="none",
-    gradient_checkpointing=False,
-    rank=8,
-    optimizer="adamw",
-    supervised=1,
-):
+def need(c, method, itemsize, length, config, supervised=1):
     """
-    The Need of training a model (c: its ModelConfig) by this file's formula, with all seven linear
-    layers adapted.
+    The Need of training a model (c: its ModelConfig), with all seven linear layers adapted.
 
     method: an entry of bidora.METHODS, or None for full fine-tuning; itemsize: bytes per number of
-    the base's dtype; length: tokens per row; supervised: supervised positions per row.
+    the base's dtype; length: tokens per row; config: a Config; supervised: supervised positions per
+    row.
     """
     h, f, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes = [(q, h), (kv, h), (kv, h), (h, q), (f, h), (f, h), (h, f)]  # (out, in)
     magnitude = method is not None and method.magnitude
+    recomputes = config.gradient_checkpointing
 
-    shapes = linear_shapes(c)
-    linears = L * sum(out * into for out, into in shapes)
-    others = c.vocab_size * h * (1 if c.tie_word_embeddings else 2)
-    linear_bytes = {"none": itemsize, "int8": 1, "nf4": 0.52, "fp4": 0.52}[quantize]
-    trained = L * sum(rank * (out + into) + magnitude * out for out, into in shapes)
+    block, embeddings = sum(out * into for out, into in shapes), c.vocab_size * h
+    others = embeddings * (1 if c.tie_word_embeddings else 2)
+    linear_bytes = {"int8": 1, "nf4": 0.52, "fp4": 0.52}.get(config.quantize, itemsize)
+    weights = L * block * linear_bytes + others * itemsize
+    trained = L * sum(config.rank * (out + into) + magnitude * out for out, into in shapes)
     if method is None:
-        trained = linears + others
+        trained = L * block + others
+    state = trained * (18 if config.optimizer == "adamw8bit" else 24)
 
     kept = 6 * h + 4 * q + 4 * kv + 6 * f if magnitude else 4 * h + 3 * q + 3 * kv + 4 * f
     layer = 1.25 * kept * itemsize  # bytes per token
-    through = L * h * itemsize + 6 * layer if gradient_checkpointing else L * layer
-    rows = micro_batch_size or batch_size
+    through = L * h * itemsize + 6 * layer if recomputes else L * layer
+    rows = config.micro_batch_size or config.batch_size
     positions = rows * supervised if method is None else min(rows * supervised, ROWS)
-    activations = rows * length * through + 12 * c.vocab_size * positions
+    logits = 12 * c.vocab_size * positions
+    activations = rows * length * through + logits
     if method is not None and method.upper:
         scores = 24 * c.num_attention_heads * min(length, QUERIES) * length  # of a layer
-        if gradient_checkpointing:
+        if recomputes:
             second = (2 * L * h * itemsize + 5 * layer) * length + scores
         else:
             second = 4 * L * layer * length + (L if length <= QUERIES else 1) * scores
-        activations = max(activations, rows * second + 12 * c.vocab_size * positions)
-    state = trained * (18 if optimizer == "adamw8bit" else 24)
-    return Need(linears * linear_bytes + others * itemsize, state, activations)
-
-
-def sent(c, method, devices, itemsize=2, rank=8, fsdp=False):
-    """Bytes that each of several devices sends per training step, by this file's formula."""
-    whole = need(c, method, itemsize, 1, 1, rank=rank)
-    ring = (devices - 1) / devices
-    return ring * (2 * 4 * whole.adapters / 24 + (2 * whole.weights if fsdp else 0))
+        activations = max(activations, rows * second + logits)
+    return Need(weights, state, activations, (block + embeddings) * itemsize, trained)
 
 
 def candidates(c, config, method, data):
     """
-    The combinations to try, best first: (block_size, quantize, gradient_checkpointing,
-    micro_batch_size).
+    The choices to try, best first, as dicts of settings. A setting that is not at its default stays
+    as it is; so does batch_size, since it changes a run's result.
     """
-    floor = max(128, data["shortest"])
-    longest, batch = data["longest"], config.batch_size
-    block = min(c.max_position_embeddings, max(floor, 64 * math.ceil(longest / 64)))
-    blocks = [max(min(block, floor), block >> i) for i in range(8)]
+    floor, batch = max(128, data["shortest"]), config.batch_size
+    block = min(c.max_position_embeddings, max(floor, 64 * math.ceil(data["longest"] / 64)))
     packs = not (method is None or config.fsdp or config.compile)
-    kinds = ["none", "int8", "nf4"] if packs else ["none"]
-    recompute = [True] if config.gradient_checkpointing else [False, True]
-    micro = [batch // n for n in range(1, batch + 1) if batch % n == 0]
-
-    # product varies the last factor fastest, so the cheapest sacrifice comes last.
-    return list(
-        itertools.product(
-            [config.block_size] if config.block_size else blocks,
-            [config.quantize] if config.quantize != "auto" else kinds,
-            recompute,
-            [config.micro_batch_size] if config.micro_batch_size else micro,
-        )
-    )
+    options = {  # from what costs most, less text, to what costs least, the same result
+        "block_size": [max(min(block, floor), block >> i) for i in range(8)],
+        "quantize": ["none", "int8", "nf4"] if packs else ["none"],
+        "gradient_checkpointing": [False, True],
+        "micro_batch_size": [batch // n for n in range(1, batch + 1) if batch % n == 0],
+    }
+    for name in options:
+        if getattr(config, name) != getattr(type(config), name):
+            options[name] = [getattr(config, name)]
+    # product varies the last setting fastest, so the cheapest sacrifice comes first.
+    return [dict(zip(options, values)) for values in itertools.product(*options.values())]
 
 
 def choose(c, config, method, itemsize, data, free):
     """
-    What --auto_hardware=True chooses: (a dict of settings, lines that say why).
+    What --auto_hardware=True chooses: (a dict of settings, lines that give the reason).
 
     Of all choices whose need fits in 80 % of the free memory, it is the one that sacrifices least:
     first smaller micro-batches (the same result), then recomputed activations (one more forward
-    pass), then a quantised base (other weights), then shorter rows (less text). A setting that is
-    not at its default stays; so does batch_size, since it changes a run's result.
+    pass), then a quantised base (other weights), then shorter rows (less text).
 
     c: ModelConfig; config: a Config; method: as in `need`; free: bytes. data: a dict of the longest
     row's tokens ("longest"), the most supervised positions of a row ("supervised"), and the least
@@ -256,36 +233,21 @@ def choose(c, config, method, itemsize, data, free):
     """
 
     def needed(choice):
-        block, kind, again, rows = choice
-        return need(
-            c,
-            method,
-            itemsize,
-            min(block, data["longest"]),
-            config.batch_size,
-            rows,
-            quantize=kind,
-            gradient_checkpointing=again,
-            rank=config.rank,
-            optimizer=config.optimizer,
-            supervised=min(data["supervised"], block),
-        )
+        block, changed = choice["block_size"], dataclasses.replace(config, **choice)
+        length, supervised = min(block, data["longest"]), min(block, data["supervised"])
+        return need(c, method, itemsize, length, changed, supervised)
 
     choices = candidates(c, config, method, data)
     best = next((choice for choice in choices if needed(choice).total < 0.8 * free), choices[-1])
-
-    names = ("block_size", "quantize", "gradient_checkpointing", "micro_batch_size")
-    picked, takes = dict(zip(names, best)), needed(best)
+    takes = needed(best)
     fits = "fits in 80 % of it"
     if takes.total >= 0.8 * free:
         fits = "does not fit in 80 % of it, and nothing leaner is left to try"
-    weights, state, activations = (
-        f"{size / 1e9:.1f}" for size in (takes.weights, takes.adapters, takes.activations)
-    )
-    return picked, [
+    return best, [
         f"auto_hardware: {free / 1e9:.1f} GB free; about {takes.total / 1e9:.1f} GB needed "
-        f"({weights} weights, {state} training state, {activations} activations), which {fits}",
-        f"auto_hardware: {', '.join(f'{name}={value}' for name, value in picked.items())}",
+        f"({takes.weights / 1e9:.1f} weights, {takes.state / 1e9:.1f} training state, "
+        f"{takes.activations / 1e9:.1f} activations), which {fits}",
+        f"auto_hardware: {', '.join(f'{name}={value}' for name, value in best.items())}",
     ]
 
 
@@ -304,13 +266,13 @@ def fit_memory(config, method, device, dtype, c, encode):
 
     splits, _ = encode(config.block_size or c.max_position_embeddings)
     rows = [row for split in splits.values() for row in split]
-    supervised = [sum(label != -100 for label in row.labels) for row in rows]
+    supervised = max(sum(label != -100 for label in row.labels) for row in rows)
     # Rows with unsupervised positions have answers, which are never cut; plain text may be.
     answers = any(label == -100 for row in rows for label in row.labels[1:])
     data = {
         "longest": max(len(row.labels) for row in rows),
-        "supervised": max(supervised),
-        "shortest": max(supervised) + 1 if answers else 2,
+        "supervised": supervised,
+        "shortest": supervised + 1 if answers else 2,
     }
     picked, lines = choose(c, config, method, getattr(torch, dtype).itemsize, data, free)
     print(*lines, sep="\n")

@@ -23,8 +23,8 @@ def announce(task, method):
     config = task.config
     packed = "" if config.quantize == "none" else f"{config.quantize} and "
     print(
-        f"{config.method} on {config.model}, {packed}{task.dtype} on {task.device} ({task.why}): "
-        f"{task.sizes['weight_bytes'] / 1e6:.0f} MB of weights"
+        f"{config.method} on {config.model}, {packed}{task.dtype} on {task.device} "
+        f"({task.dtype_reason}): {task.sizes['weight_bytes'] / 1e6:.0f} MB of weights"
     )
     if distributed.WORLD_SIZE > 1:
         own = (

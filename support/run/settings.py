@@ -23,7 +23,7 @@ from support.run.files import read_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEXTS = ("prompt", "prompt_b", "label_prompt")  # settings in which ~ is no home folder
-KINDS = {
+IN_WORDS = {
     tuple: "a list of names, separated by commas",
     bool: "True or False",
     str: "text",
@@ -49,27 +49,22 @@ def typed(field, value, where):
     kind = field.type
     try:
         if kind is tuple:
-            value = value.split(",") if isinstance(value, str) else value
-            if (
-                isinstance(value, (list, tuple))
-                and value
-                and all(isinstance(v, str) and v for v in value)
-            ):
-                return tuple(value)
-        elif kind is bool:
-            if str(value).lower() in ("true", "false"):
-                return str(value).lower() == "true"
-        elif kind is str:
-            if isinstance(value, (str, Path)) and "\0" not in str(value):
-                # The shell leaves ~ alone after --name=.
-                return str(value) if field.name in TEXTS else os.path.expanduser(value)
-        elif not isinstance(value, bool):
+            names = value.split(",") if isinstance(value, str) else value
+            listed = isinstance(names, (list, tuple)) and names
+            if listed and all(isinstance(name, str) and name for name in names):
+                return tuple(names)
+        elif kind is bool and str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        elif kind is str and isinstance(value, (str, Path)) and "\0" not in str(value):
+            # The shell leaves ~ alone after --name=.
+            return str(value) if field.name in TEXTS else os.path.expanduser(value)
+        elif kind in (int, float) and not isinstance(value, bool):
             number = kind(value)
             if math.isfinite(number) and (isinstance(value, str) or number == value):
                 return number  # 8.5 is not an int
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"{where}: {field.name}={value!r} is not {KINDS[kind]}")
+    raise ValueError(f"{where}: {field.name}={value!r} is not {IN_WORDS[kind]}")
 
 
 def split(kind, arguments):
@@ -77,39 +72,39 @@ def split(kind, arguments):
     A command line for the dataclass `kind` as a list of --name=value: `--name value` becomes one
     argument, `--name` of a bool --name=True, and out-dir out_dir. Raises ValueError for others.
     """
-    types = {field.name: field.type for field in dataclasses.fields(kind)}
-    found, rest = [], list(arguments)
+    type_of = {field.name: field.type for field in dataclasses.fields(kind)}
+    whole, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
-        name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--"):
             raise ValueError(f"argument {argument!r}: write --name=value or --name value")
+        name, equals, value = argument.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        follows = bool(rest) and not rest[0].startswith("--")
-        if types.get(name) is bool and not equals:
+        follows = rest and not rest[0].startswith("--")
+        if type_of.get(name) is bool and not equals:
             truth = follows and rest[0].lower() in ("true", "false")
             value = rest.pop(0) if truth else "True"
         elif not equals and follows:
             value = rest.pop(0)
-        elif not equals and name in {*types, "config"}:
+        elif not equals and name in {*type_of, "config"}:
             raise ValueError(f"--{name} needs a value: write --{name}=value or --{name} value")
-        found.append(f"--{name}={value}")
-    return found
+        whole.append(f"--{name}={value}")
+    return whole
 
 
-def read(kind, arguments, other_names=None):
+def read(kind, arguments, other_names=()):
     """
     Read a command line into an instance of the dataclass `kind`. Returns it, and the path of its
     config file or None.
 
     arguments: as for split; the file of --config=file is looked for here, then in configs/.
-    other_names: {a name that others or earlier versions use: what to write instead}. Raises
-    ValueError or FileNotFoundError, with one line that names what is wrong and where.
+    other_names: {a name that other programs use: what to write instead}. Raises ValueError or
+    FileNotFoundError, with one line that names what is wrong and where.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
 
-    def known(name, where, shown):
-        if name in (other_names or {}):
+    def check_name(name, where, shown):
+        if name in other_names:
             raise ValueError(f"{where}{shown} is not a setting here: {other_names[name]}")
         if name not in fields:
             names = [*fields] if where else ["config", *fields]  # a file can't name another
@@ -119,7 +114,7 @@ def read(kind, arguments, other_names=None):
     for argument in split(kind, arguments):
         name, _, value = argument.removeprefix("--").partition("=")
         if name != "config":
-            known(name, "", f"--{name}" if name.isprintable() else repr(f"--{name}"))
+            check_name(name, "", f"--{name}" if name.isprintable() else repr(f"--{name}"))
         if name in given:
             raise ValueError(f"--{name} is given twice, as {given[name]!r} and as {value!r}")
         given[name] = value
@@ -129,7 +124,7 @@ def read(kind, arguments, other_names=None):
         path = find_config(given.pop("config"))
         contents = read_json(path) if path.suffix.lower() == ".json" else run(path)
         for name, value in contents.items():
-            known(name, f"{path}: ", repr(name))
+            check_name(name, f"{path}: ", repr(name))
             values[name] = typed(fields[name], value, path)
     values |= {name: typed(fields[name], value, "command line") for name, value in given.items()}
     return kind(**values), path
@@ -138,43 +133,40 @@ def read(kind, arguments, other_names=None):
 def at_least(config, **least):
     """Raise ValueError for a setting below its least value, {name: value}."""
     for name, value in least.items():
-        found = getattr(config, name)
-        if found < value:
-            raise ValueError(f"{name}={found} must be at least {value}")
+        if getattr(config, name) < value:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least {value}")
 
 
 def program(arguments, kind, do, text, resumes=False, reader=None):
     """
-    Run a program: do(settings), an instance of the dataclass `kind` read from its command line, or
-    with --help print its text and settings. resumes: whether the same command goes on after Ctrl-C.
-    reader: a function that reads the command line, if not `read`. Returns the exit status: 0; 2
-    after one line about wrong input or a missing library; 130 after Ctrl-C.
+    Run do(settings), with an instance of the dataclass `kind` that `reader`, or `read`, reads from
+    the command line; with --help print the text and the settings instead. resumes: whether the same
+    command goes on after Ctrl-C. Returns the exit status: 0; 2 after one line about wrong input, a
+    missing library or too little memory; 130 after Ctrl-C.
     """
     if {"--help", "-h"} & set(arguments):
         print(text.strip(), help_text(kind), sep="\n\n")
         return 0
     try:
         do(reader(arguments) if reader else read(kind, arguments)[0])
+        return 0
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed: pip install -r requirements-dev.txt"
-        print(f"error: {message}", file=sys.stderr)
-        return 2
     except (ValueError, OSError, FloatingPointError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # in one line
-        return 2
+        message = " ".join(str(error).split())  # in one line
     except RuntimeError as error:  # of torch
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        message = f"out of memory: {str(error).splitlines()[0]}"
     except KeyboardInterrupt:
         print("interrupted" + "; the same command resumes" * resumes, file=sys.stderr)
         return 130
-    return 0
+    print("error:", message, file=sys.stderr)
+    return 2
 
 
 def find_config(name):
-    """The path of a config file, here or in configs/. Raises FileNotFoundError."""
+    """The path of a config file, here or in configs/. Raises FileNotFoundError or ValueError."""
     path = Path(os.path.expanduser(name))
     path = path if path.exists() else CONFIGS / name
     if not path.is_file():
@@ -189,8 +181,8 @@ def find_config(name):
 
 def run(path):
     """
-    The names that a Python config file sets, without modules and names that begin with _. Raises
-    ValueError, naming the line, if the file fails.
+    What a Python config file sets, without modules and names that begin with _: {name: value}.
+    Raises ValueError, naming the line, if the file fails.
     """
     try:
         names = runpy.run_path(str(path))
@@ -209,17 +201,19 @@ def run(path):
 
 def help_text(kind):
     """Every field with its default and comment, in groups, read from the dataclass's source."""
-    lines = []
+    lines = [
+        "settings:",
+        "  --config=file",
+        "        Python or JSON that sets any of these: a path, here or in configs/",
+    ]
     for line in inspect.getsource(kind).splitlines()[2:]:
         if match := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):
-            name, comment = match.groups()
-            default = getattr(kind, name)
+            default = getattr(kind, match[1])
             shown = ",".join(default) if isinstance(default, tuple) else default
-            lines += [f"  --{name}={shown}", f"        {comment}"]
+            lines += [f"  --{match[1]}={shown}", f"        {match[2]}"]
         elif match := re.fullmatch(r"    #: (.*)", line):
-            lines.append(f"        {match.group(1)}")
+            lines.append(f"        {match[1]}")
         elif match := re.fullmatch(r"    # (.*)", line):
-            header = lines and not lines[-1].startswith(" ") and lines[-1]
-            lines += [match.group(1)] if header else ["", match.group(1)]
-    first = "        Python or JSON that sets any of these: a path, here or in configs/"
-    return "\n".join(["settings:", "  --config=file", first, *lines])
+            begins = lines[-1].startswith(" ")  # a group; otherwise its headline goes on
+            lines += ["", match[1]] if begins else [match[1]]
+    return "\n".join(lines)

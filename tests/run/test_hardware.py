@@ -25,6 +25,9 @@ from tools import memory
 from train import Config, train
 
 ROOT = Path(__file__).parents[2]
+DORA = METHODS["dora"]
+RUN = dict(model="tiny-random", data="toy-sentiment", test_size=20, eval_size=20)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the memory from /proc")
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +35,30 @@ def smollm2():
     return ModelConfig.from_hf(read_json(find_model("smollm2-135m") / "config.json"))
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc"
-)
+def printed_by(code, **environment):
+    """
+    The number that a program prints, in a process of its own. `memory(name)` is what /proc says of
+    it in MB: VmHWM, its peak, or RssAnon, what it takes now.
+    """
+    start = f"""
+import re, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import bidora, data, train
+from bilevel import create_bilevel_optimizer
+from model import Transformer
+from support.weights.pretrained import find_model
+folder, targets = find_model("smollm2-135m"), train.Config.target_modules
+def memory(name):
+    status = open("/proc/self/status").read()
+    return int(re.search(name + r":\\s*(\\d+) kB", status)[1]) * 1024 / 1e6
+"""
+    command, env = [sys.executable, "-c", start + code], os.environ | environment
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
+    return float(done.stdout)
+
+
+@linux
 @pytest.mark.parametrize(
     "method, quantize, checkpointing, length",
     [
@@ -56,22 +80,13 @@ def test_the_formula_is_within_40_percent_of_the_measured_peak(
     """
     dtype, _ = hardware.fast_dtype("cpu")
     code = f"""
-import re, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch
-import bidora, bitsandbytes, data, train
-from bilevel import create_bilevel_optimizer
-from model import Transformer
-from support.weights.pretrained import find_model
-peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+import bitsandbytes
 Transformer.from_pretrained(find_model("tiny-random"))
-start = peak()
+start = memory("VmHWM")
 quantize = {None if quantize == "none" else quantize!r}
-folder = find_model("smollm2-135m")
 model = Transformer.from_pretrained(folder, {dtype}, quantize=quantize)
 model.gradient_checkpointing = {checkpointing}
 model.requires_grad_(False)
-targets = train.Config.target_modules
 bidora.replace_linear_with_bidora(model, 8, target_modules=targets, method={method!r})
 optimizer = create_bilevel_optimizer(model, 1e-3, 1e-2, hypergradient="unrolled")
 ids = torch.randint(0, 49152, (4, {length}))
@@ -81,48 +96,24 @@ loss_fn = lambda model, batch: model(*batch)
 optimizer.lower_step(loss_fn, (ids, labels))
 if optimizer.upper:
     optimizer.upper_step(loss_fn, (ids, labels))
-print(peak() - start)
+print(memory("VmHWM") - start)
 """
-    measured = int(
-        subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)},
-        ).stdout
-    )
-    computed = need(
-        smollm2,
-        METHODS[method],
-        dtype.itemsize,
-        length,
-        batch_size=4,
-        quantize=quantize,
-        gradient_checkpointing=checkpointing,
-    ).total
-    assert 0.6 < computed / measured < 1.4, (computed / 1e6, measured / 1e6)
+    measured = printed_by(code, MALLOC_MMAP_THRESHOLD_=str(2**20))
+    config = Config(quantize=quantize, gradient_checkpointing=checkpointing)
+    computed = need(smollm2, METHODS[method], dtype.itemsize, length, config).total / 1e6
+    assert 0.6 < computed / measured < 1.4, (computed, measured)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's memory, read from /proc")
+@linux
 def test_adapting_leaves_no_holes_in_memory():
     """SmolLM2's adapters take 10 MB; the fp32 copies of its weights left 200 to 280 MB behind."""
-    code = f"""
-import re, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch
-import bidora, train
-from model import Transformer
-from support.weights.pretrained import find_model
-used = lambda: int(re.search(r"RssAnon:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
-model = Transformer.from_pretrained(find_model("smollm2-135m"), torch.bfloat16)
-start = used()
-bidora.replace_linear_with_bidora(model, 8, target_modules=train.Config.target_modules)
-print(used() - start)
+    code = """
+model = Transformer.from_pretrained(folder, torch.bfloat16)
+start = memory("RssAnon")
+bidora.replace_linear_with_bidora(model, 8, target_modules=targets)
+print(memory("RssAnon") - start)
 """
-    command = [sys.executable, "-c", code]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert 5 < float(printed) < 80
+    assert 5 < printed_by(code) < 80
 
 
 LONG = {"longest": 1000, "supervised": 1, "shortest": 2}
@@ -133,92 +124,88 @@ def test_less_memory_gives_up_the_cheapest_things_first(smollm2):
     Micro-batches, then recomputing, then packing, then length: each appears no later than the next,
     as memory shrinks.
     """
-    seen, config = [], Config(method="dora", batch_size=8)
-
-    def size(micro_batch_size, again, kind, block):
-        return need(
-            smollm2,
-            METHODS["dora"],
-            2,
-            min(block, 1000),
-            8,
-            micro_batch_size,
-            quantize=kind,
-            gradient_checkpointing=again,
-        ).total
-
+    seen, sizes, config = [], [], Config(method="dora", batch_size=8)
+    names = ("micro_batch_size", "gradient_checkpointing", "quantize", "block_size")
     for free in (64e9, 12e9, 6e9, 3e9, 2e9, 1.2e9, 0.8e9, 0.5e9, 0.1e9):
-        picked, lines = choose(smollm2, config, METHODS["dora"], 2, LONG, free)
-        names = ("micro_batch_size", "gradient_checkpointing", "quantize", "block_size")
+        picked, lines = choose(smollm2, config, DORA, 2, LONG, free)
         seen.append(tuple(picked[name] for name in names))
+        length = min(picked["block_size"], 1000)
+        sizes.append(need(smollm2, DORA, 2, length, Config(batch_size=8, **picked)).total)
         says_fits = " fits " in " ".join(lines).replace("not fit", "")
-        assert (size(*seen[-1]) < 0.8 * free) == says_fits or free == 0.1e9
+        assert (sizes[-1] < 0.8 * free) == says_fits or free == 0.1e9
     assert seen[0] == (8, False, "none", 1024) and seen[-1] == (1, True, "nf4", 128)
     assert "nothing leaner is left" in lines[0]
-    sizes = [size(*choice) for choice in seen]
     assert sizes == sorted(sizes, reverse=True)
     first = [next((i for i, s in enumerate(seen) if s[j] != seen[0][j]), 99) for j in range(4)]
     assert first == sorted(first)
 
 
 def test_what_the_user_set_is_not_touched(smollm2):
-    config = Config(
-        method="dora",
-        batch_size=8,
-        micro_batch_size=4,
-        gradient_checkpointing=True,
-        quantize="int8",
-        block_size=512,
-    )
+    own = dict(micro_batch_size=4, gradient_checkpointing=True, quantize="int8", block_size=512)
     for free in (1e8, 1e12):
-        picked, _ = choose(smollm2, config, METHODS["dora"], 2, LONG, free)
-        assert picked == {
-            "micro_batch_size": 4,
-            "gradient_checkpointing": True,
-            "quantize": "int8",
-            "block_size": 512,
-        }
+        config = Config(method="dora", batch_size=8, **own)
+        assert choose(smollm2, config, DORA, 2, LONG, free)[0] == own
     picked, _ = choose(smollm2, Config(method="ft"), None, 4, LONG, free=1e8)
     assert picked["quantize"] == "none"
 
 
-def test_block_size_never_passes_the_models_positions_or_cuts_an_answer():
-    small = ModelConfig.from_hf(
-        dict(
-            model_type="llama",
-            vocab_size=99,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-        )
-    )
+@pytest.mark.parametrize("setting", ["fsdp", "compile"])
+def test_the_base_is_not_packed_where_packed_weights_are_refused(smollm2, setting):
+    config = Config(method="dora", batch_size=8, **{setting: True})
+    picked, lines = choose(smollm2, config, DORA, 2, LONG, free=1e8)
+    assert picked["quantize"] == "none" and "nothing leaner is left" in lines[0]
 
-    def block(c, free, **data):
+
+def test_block_size_never_passes_the_models_positions_or_cuts_an_answer():
+    sizes = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    sizes |= dict(model_type="llama", num_attention_heads=4)
+
+    def block(positions, free, **data):
+        c = ModelConfig.from_hf(sizes | {"max_position_embeddings": positions})
         return choose(c, Config(), METHODS["bidora"], 4, data, free)[0]["block_size"]
 
     short = dict(longest=50, supervised=1, shortest=2)
-    assert block(small, 1e12, **short) == block(small, 1, **short) == 64
-    large = ModelConfig.from_hf(small.hf | {"max_position_embeddings": 2048})
-    assert block(large, 1, longest=900, supervised=321, shortest=322) == 322
+    assert block(64, 1e12, **short) == block(64, 1, **short) == 64
+    assert block(2048, 1, longest=900, supervised=321, shortest=322) == 322
 
 
 def test_the_table_runs_and_knows_the_published_sizes(capsys):
     assert memory.main(["--length=128"]) == 0
     out = capsys.readouterr().out
-    assert "computed, not measured" in out and [
-        float(w) for w in re.search(r"Qwen2.5-7B +(.*)", out)[1].split()
-    ][0] == pytest.approx(15.2)
-    assert (
-        memory.main(["--model=no/such/model"]) == 2
-        and memory.main(["--rnak=3"])
-        == memory.main(["--optimizer=foo"])
-        == memory.main(["--length=-5"])
-        == memory.main(["--micro_batch_size=8"])
-        == 2
-    )
-    assert "did you mean 'rank'" in capsys.readouterr().err
+    [weights, *_] = re.search(r"Qwen2.5-7B +(.*)", out)[1].split()
+    assert "computed, not measured" in out and float(weights) == pytest.approx(15.2)
+
+
+@pytest.mark.parametrize(
+    "argument, said",
+    [
+        ("--model=no/such/model", "no/such/model"),
+        ("--rnak=3", "did you mean 'rank'"),
+        ("--optimizer=foo", "unknown optimizer 'foo'"),
+        ("--length=-5", "length=-5"),
+        ("--micro_batch_size=8", "is more than batch_size=4"),
+        ("--devices=1", "above 1"),
+    ],
+)
+def test_a_table_that_makes_no_sense_is_refused(argument, said, capsys):
+    assert memory.main([argument]) == 2 and said in capsys.readouterr().err
+
+
+def test_the_table_for_several_devices(capsys):
+    """
+    LLaMA 2 7B in bf16: 13.5 GB of weights, of which eight devices hold an eighth each, and what
+    they send grows with the weights.
+    """
+    assert memory.main(["--devices=8", "--batch_size=1", "--length=1"]) == 0
+    line = capsys.readouterr().out.splitlines()[3].strip()
+    name, devices, *numbers = re.split(r"\s{2,}", line)
+    assert (name, devices) == ("LLaMA 2 7B", "8")
+    holds, sends, sharded_holds, sharded_sends = map(float, numbers)
+    weights, embeddings = 13.5, 2 * 32000 * 4096 / 1e9
+    collected = (weights - 2 * embeddings) / 32 + embeddings
+    assert sharded_holds == pytest.approx(holds - 7 / 8 * weights + collected, abs=0.2)
+    assert sharded_sends == pytest.approx(2 * 7 / 8 * weights + sends, abs=0.2)
+    assert holds > weights and sends < 0.2
 
 
 def test_free_memory_is_less_than_the_machine_has():
@@ -226,6 +213,14 @@ def test_free_memory_is_less_than_the_machine_has():
     assert free is None or 0 < free < 1e13
     assert 0.05 < hardware.peak_memory("cpu") < 100
     assert hardware.fast_dtype("cpu")[0] in (torch.float32, torch.bfloat16)
+
+
+@linux
+def test_processes_on_one_cpu_share_its_memory(monkeypatch):
+    """Up to a tenth, by which other programs may change what is free meanwhile."""
+    whole = hardware.free_memory("cpu")
+    monkeypatch.setattr(distributed, "LOCAL_WORLD_SIZE", 4)
+    assert hardware.free_memory("cpu") == pytest.approx(whole / 4, rel=0.1)
 
 
 def test_the_choice_of_a_dtype_does_not_depend_on_what_else_runs(monkeypatch):
@@ -236,31 +231,6 @@ def test_the_choice_of_a_dtype_does_not_depend_on_what_else_runs(monkeypatch):
     assert hardware.bfloat16_speed.__wrapped__() == 3  # not the one that is kept
 
 
-def test_the_table_for_several_devices(capsys):
-    """
-    LLaMA 2 7B in bf16: 13.5 GB of weights, of which eight devices hold an eighth each, and what
-    they send grows with the weights.
-    """
-    assert memory.main(["--devices=8", "--batch_size=1", "--length=1"]) == 0
-    name, devices, holds, sends, shared_holds, shared_sends = re.split(
-        r"\s{2,}", capsys.readouterr().out.splitlines()[3].strip()
-    )
-    weights, embeddings = 13.5, 2 * 32000 * 4096 / 1e9
-    assert (name, devices) == ("LLaMA 2 7B", "8")
-    assert (
-        float(shared_holds)
-        == pytest.approx(
-            float(holds) - 7 / 8 * weights + (weights - 2 * embeddings) / 32 + embeddings, abs=0.2
-        )
-        and float(holds) > weights
-    )
-    assert (
-        float(shared_sends) == pytest.approx(2 * 7 / 8 * weights + float(sends), abs=0.2)
-        and float(sends) < 0.2
-    )
-    assert memory.main(["--devices=1"]) == 2 and "above 1" in capsys.readouterr().err
-
-
 # --------------------------------------------- CUDA: no GPU here, so torch's functions are replaced
 
 
@@ -269,8 +239,8 @@ def test_a_gpu_that_only_emulates_bfloat16_gets_float32(major, dtype, monkeypatc
     """Before Ampere (compute capability 8), bfloat16 tensors work, but slowly."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    found = SimpleNamespace(major=major)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    properties = SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     assert hardware.fast_dtype("cuda")[0] == dtype
 
@@ -295,13 +265,12 @@ def test_a_search_step_reads_few_numbers_from_tensors(monkeypatch, tmp_path):
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "LOG_EVERY", math.inf)
-    found = []
+    files = []
     for steps in (5, 15):
-        settings = dict(model="tiny-random", data="toy-sentiment", test_size=20, eval_size=20)
         with Reads() as reads:
-            train(Config(search_steps=steps, retrain_steps=0, out_dir=f"{steps}", **settings))
-        found.append(reads.files)
-    ten_steps = found[1] - found[0]
+            train(Config(search_steps=steps, retrain_steps=0, out_dir=f"{steps}", **RUN))
+        files.append(reads.files)
+    ten_steps = files[1] - files[0]
     assert {"data.py", "model.py", "bilevel.py"} == set(ten_steps)
     assert ten_steps["bilevel.py"] == 10 * 2
 
@@ -319,9 +288,8 @@ def test_a_run_that_fails_has_logged_every_step_before(monkeypatch, tmp_path):
         return losses[-1]
 
     monkeypatch.setattr(bilevel.BilevelOptimizer, "lower_step", fails)
-    settings = dict(model="tiny-random", data="toy-sentiment", test_size=20, eval_size=20)
     with pytest.raises(FloatingPointError):
-        train(Config(method="lora", out_dir="run", **settings))
+        train(Config(method="lora", out_dir="run", **RUN))
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [line["train_loss"] for line in lines] == [loss.item() for loss in losses]
 
@@ -354,21 +322,3 @@ def test_a_checkpoint_asks_no_gpu_that_the_run_does_not_use(monkeypatch):
     )
     checkpoint.set_random_states(states)
     assert asked == ["cuda", ("cuda", state.tolist())]  # "cuda" is the current one
-
-
-# ----------------------------------------------------------------------------- several processes
-
-
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads Linux's /proc")
-def test_processes_on_one_cpu_share_its_memory(monkeypatch):
-    """Up to a tenth, by which other programs may change what is free meanwhile."""
-    whole = hardware.free_memory("cpu")
-    monkeypatch.setattr(distributed, "LOCAL_WORLD_SIZE", 4)
-    assert hardware.free_memory("cpu") == pytest.approx(whole / 4, rel=0.1)
-
-
-@pytest.mark.parametrize("setting", ["fsdp", "compile"])
-def test_the_base_is_not_packed_where_packed_weights_are_refused(smollm2, setting):
-    config = Config(method="dora", batch_size=8, **{setting: True})
-    picked, lines = choose(smollm2, config, METHODS["dora"], 2, LONG, free=1e8)
-    assert picked["quantize"] == "none" and "nothing leaner is left" in lines[0]
