@@ -37,9 +37,10 @@ from support.weights.pretrained import find_model, is_hub_name
 from support.weights.regularisers import regulariser
 
 
-def train(config):
+def train(config, task_class=None):
     """
-    Run all phases of a config; return the results that summary.json holds.
+    Run all phases of a config; return the results that summary.json holds. task_class: a subclass
+    of Task that does a part of this in another way.
 
     Raises ValueError or OSError for wrong input, before the first step; FloatingPointError for a
     loss that is not finite; Stopped, a KeyboardInterrupt, at SIGINT or SIGTERM, after saving the
@@ -48,7 +49,7 @@ def train(config):
     check(config)
     with Run(config, hardware.choose_device(config.device), MAY_CHANGE) as run:
         check(run.config)  # that of a resumed run comes from a file
-        task = prepare(run.config, run.device, run.resuming)
+        task = prepare(run.config, run.device, run.resuming, task_class or Task)
         config = task.config
         run.start(task)
         report.announce(task, METHODS.get(config.method))
@@ -148,7 +149,7 @@ def build_optimizer(task, phase):
         for option, setting in HYPERGRADIENTS[config.hypergradient].options.items()
         if getattr(config, setting) or setting == "damping"
     }
-    optimizer = create_bilevel_optimizer(
+    optimizer = task.create_optimizer(
         task.model,
         lower_lr,
         config.upper_lr,
@@ -237,6 +238,8 @@ class Task:
     local_weight_bytes: int  # the share of them that this process holds
     sizes: dict  # {"lower", "upper"}: how many parameters each level trains
 
+    create_optimizer = staticmethod(create_bilevel_optimizer)
+
     @property
     def evaluated(self):
         """The rows of each split that are evaluated, at most eval_size, the same every time."""
@@ -298,7 +301,7 @@ class Task:
         }
 
 
-def prepare(config, device, resuming=False):
+def prepare(config, device, resuming=False, task_class=Task):
     """
     The Task of a config: data, tokens, and the model with its adapters.
 
@@ -340,7 +343,7 @@ def prepare(config, device, resuming=False):
 
     model = build_model(config, folder, dtype, device, kind, encoded["train"])
     about = (config, device, dtype, why, folder, name, kind)
-    return Task(*about, splits, encoded, cut, labels, *model)
+    return task_class(*about, splits, encoded, cut, labels, *model)
 
 
 def build_model(config, folder, dtype, device, kind, rows):

@@ -20,7 +20,6 @@ import itertools
 import shlex
 import sys
 from dataclasses import dataclass
-from unittest import mock
 
 import numpy
 import torch
@@ -36,7 +35,6 @@ from research.arms import GROUPS
 from research.differences import row
 from research.results import mend, read_results, save
 from support.run import settings
-from support.tasks import encoder
 
 RADIUS = 0.01  # Betty's darts_alpha
 ENOUGH = 0.81 / 0.19  # n = ENOUGH · N²/S² draws have a cosine of 0.9
@@ -128,30 +126,22 @@ def measure(noise, domain, steps):
     options |= {"train_size": 2 * max(map(int, noise.batches)), "val_fraction": 0.5}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     config = published.read_config([*arguments, "--network", "--noise"])
-    task = train.prepare(config, "cpu")
+    task = train.prepare(config, "cpu", task_class=published.PublishedTask)
+    optimizer = task.create_optimizer(task.model, config.lower_lr)
+    rows = data.batches(task.encoded["train"], 8, task.kind.collate, seed=0)
+    for batch in itertools.islice(rows, steps):
+        optimizer.lower_step(lambda model, tensors: model(*tensors), batch)
 
-    with mock.patch.object(encoder, "attention", published.add_dropout(task.model)):
-        base = published.base_weights(task.model)
-        optimizer = published.ObservedOptimizer(
-            task.model, config.lower_lr, published=config, base=base
-        )
-        rows = data.batches(task.encoded["train"], 8, task.kind.collate, seed=0)
-        for batch in itertools.islice(rows, steps):
-            optimizer.lower_step(lambda model, tensors: model(*tensors), batch)
-
-        for size in map(int, noise.batches):
-            splits = (task.encoded["train"], task.encoded["val"])
-            batches = [task.kind.collate(split[:size]) for split in splits]
-            seeds = [None, *range(noise.draws)]
-            found = [
-                draw(task, optimizer.adapters, optimizer.lower, batches, seed)
-                for seed in tqdm(seeds, desc=f"{domain}, step {steps}, {size} rows")
-            ]
-            direct = numpy.array([d for d, _ in found])
-            for weights in ("adapters", "all"):
-                indirect = numpy.array([parts[weights] for _, parts in found])
-                line = statistics(direct[1:], indirect[1:], (direct[0], indirect[0]))
-                yield {"batch": size, "weights": weights, "draws": noise.draws} | line
+    for size in map(int, noise.batches):
+        splits = (task.encoded["train"], task.encoded["val"])
+        batches = [task.kind.collate(split[:size]) for split in splits]
+        seeds = tqdm([None, *range(noise.draws)], desc=f"{domain}, step {steps}, {size} rows")
+        draws = [draw(task, optimizer.adapters, optimizer.lower, batches, seed) for seed in seeds]
+        direct = numpy.array([d for d, _ in draws])
+        for weights in ("adapters", "all"):
+            indirect = numpy.array([parts[weights] for _, parts in draws])
+            line = statistics(direct[1:], indirect[1:], (direct[0], indirect[0]))
+            yield {"batch": size, "weights": weights, "draws": noise.draws} | line
 
 
 def table(results):

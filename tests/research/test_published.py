@@ -302,7 +302,7 @@ def test_dropout_is_where_transformers_bert_has_it(monkeypatch):
 
     monkeypatch.setattr(F, "dropout", scaled)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(published.encoder, "attention", published.add_dropout(ours))
+    published.add_dropout(ours)
     expected = peer(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(ours.train()(ids, mask), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.eval()(ids, mask), plain, rtol=1e-5, atol=1e-5)
@@ -327,10 +327,11 @@ def test_our_transposed_layer_is_the_published_one():
     """Rows of Wᵀ, B = Aᵀ and A = Bᵀ: 1e-12 in float64."""
     base = nn.Sequential(nn.Linear(6, 6)).double().requires_grad_(False)
     weight, bias = base[0].weight.clone(), base[0].bias.clone()
-    model = published.transposed(lambda: base, ["0"])
-    bidora.replace_linear_with_bidora(model, 2, 2.0, target_modules=["0"], init="normal_b")
-    layer, x = model[0], torch.randn(3, 6, dtype=torch.float64)
+    bidora.replace_linear_with_bidora(base, 2, 2.0, target_modules=["0"], init="normal_b")
+    published.transpose(base)
+    layer, x = base[0], torch.randn(3, 6, dtype=torch.float64)
     assert (layer.lora_A == 0).all() and layer.lora_B.std() > 0.3
+    torch.testing.assert_close(layer.magnitude.data, weight.norm(dim=0), rtol=1e-12, atol=0)
     with torch.no_grad():
         layer.lora_A.normal_()
         layer.magnitude.mul_(1.5)
