@@ -109,12 +109,12 @@ class ObservedOptimizer(BilevelOptimizer):
         modules = set(self.model.modules()) if self.published.noise else ()
         with in_training(self.model, modules), differentiable(lower):
             with torch.random.fork_rng():  # both draw the same masks on the val batch
-                direct = None if self.trace is None else self.direct(val_loss)
+                direct = None if self.trace is None else self.direct()
             h = self.hypergradient(train_loss, val_loss, lower, upper, **options)
         self.parts = direct, [x.clone() for x in h]  # before it is clipped
         return h
 
-    def direct(self, val_loss):
+    def direct(self):
         """
         ∂F/∂m at the V where the hypergradient takes it: neumann and conjugate_gradient look back to
         before the last step that was kept.
@@ -122,10 +122,11 @@ class ObservedOptimizer(BilevelOptimizer):
         with restored(self.lower):
             if self.past and self.entry.looks_back and "steps" not in self.entry.options:
                 assign(self.lower, self.past[-1].values)
-            return first_order(None, val_loss, self.lower, self.upper, reduce=self.reduce)
+            return first_order(None, self.val_loss, self.lower, self.upper, reduce=self.reduce)
 
-    def upper_step(self, *batches):
-        loss = super().upper_step(*batches)
+    def upper_step(self, loss_fn, train_batch, val_batch):
+        self.val_loss = self.watched(loss_fn, val_batch, [])  # for `direct`; not added to the log
+        loss = super().upper_step(loss_fn, train_batch, val_batch)
         if self.trace is not None:
             direct, h = self.parts
             indirect = [x - d for x, d in zip(h, direct)]
