@@ -13,7 +13,7 @@ import torch.nn as nn
 import train
 from bidora import BiDoRALinear
 from support.weights import weight_changes
-from support.weights.weight_changes import Trajectory, changes, decompose, delta, layer_delta
+from support.weights.weight_changes import Trajectory, decompose, delta, layer_delta
 from tools import analysis
 from tools.analysis import fit
 from train import Config
@@ -42,14 +42,12 @@ def definition(weight, base, dim):
     return (weight.norm(dim=dim) - base.norm(dim=dim)).abs().mean().item(), (1 - cos).mean().item()
 
 
-@pytest.mark.parametrize("axis", ["row", "column"])
-def test_decomposition_multiplies_to_the_weight_and_its_directions_are_unit_vectors(axis):
+@pytest.mark.parametrize("axis, dim", [("row", 1), ("column", 0)])
+def test_decomposition_multiplies_to_the_weight_and_its_directions_are_unit_vectors(axis, dim):
     weight = torch.randn(7, 5)
     magnitude, direction = decompose(weight, axis)
     assert torch.allclose(magnitude * direction, weight)
-    assert torch.allclose(
-        direction.norm(dim=1 if axis == "row" else 0), torch.ones(7 if axis == "row" else 5)
-    )
+    assert torch.allclose(direction.norm(dim=dim), torch.ones(weight.size(1 - dim)))
 
 
 @pytest.mark.parametrize("axis, dim", [("row", 1), ("column", 0)])
@@ -57,46 +55,44 @@ def test_decomposition_multiplies_to_the_weight_and_its_directions_are_unit_vect
 def test_delta_is_the_definition(axis, dim, size):
     base = torch.randn(20, 30)
     weight = base + size * torch.randn(20, 30)
-    assert delta(weight, base, axis) == pytest.approx(
-        definition(weight, base, dim), rel=1e-8, abs=1e-13
-    )
+    expected = definition(weight, base, dim)
+    assert delta(weight, base, axis) == pytest.approx(expected, rel=1e-8, abs=1e-13)
 
 
-def test_small_changes_keep_their_precision_in_float32():
-    base, d = torch.randn(50, 40).double(), 1e-4 * torch.randn(50, 40).double()
-    sums = base.square().sum(1), (base * d).sum(1), d.square().sum(1)
-    exact, low = changes(*sums), changes(*(s.float() for s in sums))
-    assert torch.allclose(low[1].double(), exact[1], rtol=1e-4)
-    naive = 1 - torch.nn.functional.cosine_similarity(base.float(), (base + d).float(), dim=1)
-    assert not torch.allclose(naive.double(), exact[1], rtol=1e-1)  # the plain definition loses it
+def test_small_changes_keep_their_precision():
+    """
+    Against sin² / (1 + cos) of the changes themselves; the plain definition in float32 loses them.
+    """
+    base = torch.randn(50, 40, dtype=torch.float64)
+    for size in (1e-4, 1e-7):
+        d = size * torch.randn(50, 40, dtype=torch.float64)
+        squares, inner, change = base.square().sum(1), (base * d).sum(1), d.square().sum(1)
+        after = squares + 2 * inner + change
+        sin2 = (squares * change - inner**2) / (squares * after)
+        exact = (sin2 / (1 + (1 - sin2).sqrt())).mean().item()
+        assert delta(base + d, base)[1] == pytest.approx(exact, rel=1e-6)
+        naive = 1 - torch.nn.functional.cosine_similarity(base.float(), (base + d).float(), dim=1)
+        assert naive.mean().item() != pytest.approx(exact, rel=1e-1)
 
 
 def test_vectors_that_reverse_or_were_zero_have_values_of_their_own():
-    base, weight = (
-        torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]),
-        torch.tensor([[-2.0, 0.0], [0.0, 0.0], [0.0, 3.0], [1.0, 1.0]]),
-    )
-    d = weight - base
-    moved, turned = changes(base.square().sum(1), (base * d).sum(1), d.square().sum(1))
-    assert moved.tolist() == pytest.approx(
-        [1.0, 0.0, 3.0, 0.0]
-    ) and turned.tolist() == pytest.approx([2.0, 0.0, 1.0, 0.0])
+    base = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    weight = torch.tensor([[-2.0, 0.0], [0.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
+    each = [delta(weight[i : i + 1], base[i : i + 1]) for i in range(4)]
+    assert each == [(1.0, 2.0), (0.0, 0.0), (3.0, 1.0), (0.0, 0.0)]
 
 
 @pytest.mark.parametrize("axis, dim", [("row", 1), ("column", 0)])
 @pytest.mark.parametrize("own_axis", ["row", "column"])
 @pytest.mark.parametrize("method", ["lora", "dora", "bidora", "bilora"])
-def test_layers_are_measured_from_their_factors_as_from_the_merged_weight(
-    method, own_axis, axis, dim
-):
+def test_layers_are_measured_as_the_merged_weight(method, own_axis, axis, dim):
     layer = BiDoRALinear(24, 16, rank=4, method=method, magnitude_axis=own_axis)
     with torch.no_grad():
         for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.lora_lambda):
             if p is not None:
                 p.add_(0.1 * torch.randn_like(p))
-    assert layer_delta(layer, axis) == pytest.approx(
-        definition(layer.merged_weight(), layer.weight, dim), rel=1e-4
-    )
+    expected = definition(layer.merged_weight(), layer.weight, dim)
+    assert layer_delta(layer, axis) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_trained_magnitude_and_lora_along_the_weight_move_no_direction():
