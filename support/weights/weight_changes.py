@@ -57,7 +57,11 @@ def delta(weight, base, axis="row"):
 @torch.no_grad()
 def layer_delta(layer, axis="row"):
     """(ΔM, ΔD), floats, of a BiDoRALinear against its own frozen weight."""
-    return delta(layer.merged_weight(), dequantize(layer.weight, torch.float64), axis)
+    moved, turned = delta(layer.merged_weight(), dequantize(layer.weight, torch.float64), axis)
+    if layer.magnitude is not None and axis == layer.magnitude_axis:
+        # m itself, without the merged weight's rounding: ΔM rests while m is fixed
+        moved = (layer.magnitude - layer.weight_squares.sqrt()).abs().mean().item()
+    return moved, turned
 
 
 @dataclass

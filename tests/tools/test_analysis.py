@@ -98,7 +98,10 @@ def test_layers_are_measured_as_the_merged_weight(method, own_axis, axis, dim):
 def test_a_trained_magnitude_and_lora_along_the_weight_move_no_direction():
     layer = BiDoRALinear(6, 4, rank=1, method="dora")
     layer.lora_magnitude_vector.data += 0.5
-    assert layer_delta(layer) == pytest.approx((0.5, 0.0), abs=1e-6)
+    moved, turned = layer_delta(layer)
+    assert (moved, turned) == pytest.approx((0.5, 0.0), abs=1e-6)
+    layer.lora_B.data += 0.1
+    assert layer_delta(layer)[0] == moved and layer_delta(layer)[1] > 1e-3  # m is fixed: exactly
     layer = BiDoRALinear(6, 1, rank=1, lora_alpha=1, method="lora")
     layer.lora_A.data, layer.lora_B.data = layer.weight.data.clone(), torch.tensor([[0.5]])
     assert layer_delta(layer) == pytest.approx((0.5 * layer.weight.norm().item(), 0.0), abs=1e-6)
