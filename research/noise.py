@@ -50,6 +50,24 @@ class Noise:
     report: bool = False  # only print the table
 
 
+def signal(indirect):
+    """S²/N² of some draws, a row each."""
+    n = len(indirect)
+    gram = indirect @ indirect.T
+    inner = (gram.sum() - gram.trace()) / (n * (n - 1))
+    return inner / (gram.trace() / n - inner)
+
+
+def needed(ratio):
+    """How many draws have a cosine of 0.9, or None where no number has it."""
+    return float(ENOUGH / ratio) if ratio > 0 else None
+
+
+def cosines(x, y):
+    """Between all rows of x and all rows of y."""
+    return x @ y.T / numpy.outer(numpy.linalg.norm(x, axis=1), numpy.linalg.norm(y, axis=1))
+
+
 def statistics(direct, indirect, without):
     """
     What a line of the results says. direct, indirect: arrays with a row a draw; without: the pair
@@ -57,24 +75,9 @@ def statistics(direct, indirect, without):
     """
     n = len(indirect)
     pairs = ~numpy.eye(n, dtype=bool)
-
-    def cosines(x, y):
-        return x @ y.T / numpy.outer(numpy.linalg.norm(x, axis=1), numpy.linalg.norm(y, axis=1))
-
-    def signal(chosen):
-        """S²/N² of some of the draws."""
-        gram = indirect[chosen] @ indirect[chosen].T
-        k = len(gram)
-        inner = (gram.sum() - gram.trace()) / (k * (k - 1))
-        return inner / (gram.trace() / k - inner)
-
-    everything = numpy.arange(n)
-    left_out = numpy.array([signal(everything != i) for i in everything])
+    ratio = signal(indirect)
+    left_out = numpy.array([signal(numpy.delete(indirect, i, axis=0)) for i in range(n)])
     error = numpy.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
-    ratio = signal(everything)
-
-    def needed(ratio):
-        return float(ENOUGH / ratio) if ratio > 0 else None
 
     among = cosines(indirect, indirect)[pairs]
     mean, (direct0, indirect0) = indirect.mean(0), without

@@ -23,9 +23,7 @@ class Merge:
     adapter: str = ""  # out_dir of a run, or any LoRA or DoRA adapter folder in PEFT's format
     out_dir: str = ""  # the folder to write; it must be new or empty
     model: str = ""  # the base model, a folder or owner/name@revision; empty: as in training
-    quantize: str = (
-        ""  # how to pack the base: nf4, fp4, int8 or none; empty: as in training, because
-    )
+    quantize: str = ""  # how to pack the base: nf4, fp4, int8 or none; empty: as in training, since
     #: an adapter fits the base that it was trained on
 
 
@@ -50,10 +48,10 @@ def write_merged(config):
     if run:  # sample.py reads its labels and its question
         write_json(out / "run.json", run)
 
-    files = ", ".join(sorted(path.name for path in out.iterdir()))
+    print(f"saved in {out}:", ", ".join(sorted(path.name for path in out.iterdir())))
     second = ' --prompt_b="..."' if run.get("pairs") else ""
     model = shlex.quote(f"--model={out}")
-    print(f'saved in {out}: {files}\nnext:\n  python sample.py {model} --prompt="..."{second}')
+    print(f'next:\n  python sample.py {model} --prompt="..."{second}')
 
 
 def main(arguments):
