@@ -1,6 +1,5 @@
 """ΔM and ΔD against their definitions in float64; recording, fitting, saving and drawing them."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,10 +8,10 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn as nn
+from safetensors.torch import save_file
 
 import train
 from bidora import BiDoRALinear
-from support.weights import weight_changes
 from support.weights.weight_changes import Trajectory, decompose, delta, layer_delta
 from tools import analysis
 from tools.analysis import fit
@@ -123,44 +122,30 @@ def line_of(slope, noise, layers=12, snapshots=3):
 def test_fit_is_least_squares_and_scipys_correlations():
     trajectory = line_of(-3.0, 0.5)
     x, y = numpy.ravel(trajectory.delta_d), numpy.ravel(trajectory.delta_m)
-    found = fit([trajectory])
-    assert found["k"][0] == pytest.approx(numpy.polyfit(x, y, 1)[0]) and found["relative"][
-        0
-    ] == pytest.approx(found["k"][0] / 2)
-    assert found["r"][0] == pytest.approx(scipy.stats.pearsonr(x, y)[0]) and found["rho"][
-        0
-    ] == pytest.approx(scipy.stats.spearmanr(x, y)[0])
-    for value, low, high in found.values():
-        assert low < value < high
+    line, slope = fit([trajectory]), numpy.polyfit(x, y, 1)[0]
+    assert line["k"][0] == pytest.approx(slope) and line["relative"][0] == pytest.approx(slope / 2)
+    assert line["r"][0] == pytest.approx(scipy.stats.pearsonr(x, y)[0])
+    assert line["rho"][0] == pytest.approx(scipy.stats.spearmanr(x, y)[0])
+    assert all(low < value < high for value, low, high in line.values())
 
 
 def test_intervals_cover_the_true_slope_and_shrink_with_more_layers():
-    few, many = fit([line_of(-3.0, 0.5, layers=8)])["k"], fit([line_of(-3.0, 0.5, layers=200)])["k"]
-    assert (
-        few[1] < -3 < few[2]
-        and many[1] < -3 < many[2]
-        and many[2] - many[1] < 0.4 * (few[2] - few[1])
-    )
+    few, many = (fit([line_of(-3.0, 0.5, layers=n)])["k"] for n in (8, 200))
+    assert few[1] < -3 < few[2] and many[1] < -3 < many[2]
+    assert many[2] - many[1] < 0.4 * (few[2] - few[1])
 
 
 def test_fewer_than_eight_layers_get_no_interval():
-    found = fit([line_of(-3.0, 0.5, layers=7)])
-    assert all(
-        numpy.isfinite(value) and numpy.isnan(low) and numpy.isnan(high)
-        for value, low, high in found.values()
-    )
+    numbers = numpy.array([*fit([line_of(-3.0, 0.5, layers=7)]).values()])
+    assert numpy.isfinite(numbers[:, 0]).all() and numpy.isnan(numbers[:, 1:]).all()
 
 
 def test_a_slope_is_not_a_correlation():
     """The papers' k = -8.042 is no correlation: a slope has the weights' unit, r has none."""
     small, large = line_of(-3.0, 0.5), line_of(-3.0, 0.5)
     large.delta_m, large.magnitude = (10 * numpy.array(large.delta_m)).tolist(), [20.0] * 12
-    a, b = fit([small]), fit([large])
-    assert (
-        b["k"][0] == pytest.approx(10 * a["k"][0])
-        and b["r"][0] == pytest.approx(a["r"][0])
-        and b["relative"][0] == pytest.approx(a["relative"][0])
-    )
+    a, b = ({name: value for name, (value, *_) in fit([t]).items()} for t in (small, large))
+    assert b == pytest.approx(a | {"k": 10 * a["k"]})
 
 
 def test_the_table_says_why_a_number_has_no_interval():
@@ -204,59 +189,42 @@ def test_points_that_do_not_vary_have_no_slope():
 
 @pytest.mark.parametrize("method", ["bidora", "dora", "lora", "bilora", "ft"])
 def test_training_records_every_adapted_matrix_at_equal_intervals_and_at_the_end(method):
-    train.train(
-        Config(
-            method=method, out_dir="run", snapshots=2, target_modules=("q_proj", "v_proj"), **TINY
-        )
-    )
+    targets = ("q_proj", "v_proj")
+    train.train(Config(method=method, out_dir="run", snapshots=2, target_modules=targets, **TINY))
     trajectory = Trajectory.load("run")
-    phases = (
-        {"search": 4, "retrain": 4} if train.is_bilevel(Config(method=method)) else {"train": 8}
-    )
-    steps, wanted = 0, []
-    for phase, count in phases.items():
-        wanted += [
-            {"phase": phase, "step": steps + count // 2},
-            {"phase": phase, "step": steps + count},
-        ]
-        steps += count
-    assert trajectory.snapshots == wanted and {
-        name.rpartition(".")[2] for name in trajectory.layers
-    } == {"q_proj", "v_proj"}
+    times = [("search", 2), ("search", 4), ("retrain", 6), ("retrain", 8)]
+    if method not in ("bidora", "bilora"):
+        times = [("train", 4), ("train", 8)]
+    assert [(s["phase"], s["step"]) for s in trajectory.snapshots] == times
+    assert {name.rpartition(".")[2] for name in trajectory.layers} == {*targets}
     assert numpy.min(trajectory.delta_d) > 0 and numpy.min(trajectory.delta_m) > 0
-    last = analysis.of_checkpoints("run")
-    for name, moved, turned in zip(
-        trajectory.layers, trajectory.delta_m[-1], trajectory.delta_d[-1]
-    ):
-        assert (moved, turned) == pytest.approx(
-            (last.delta_m[0][last.layers.index(name)], last.delta_d[0][last.layers.index(name)]),
-            rel=1e-3,
-        )
+
+    end = analysis.of_checkpoints("run")
+    for name in ("delta_m", "delta_d"):
+        recorded = dict(zip(trajectory.layers, getattr(trajectory, name)[-1]))
+        computed = dict(zip(end.layers, getattr(end, name)[0]))
+        assert recorded == pytest.approx(computed, rel=1e-3)
 
 
 def test_recording_changes_nothing_in_training():
     for folder, snapshots in (("without", 0), ("with", 3)):
         train.train(Config(out_dir=folder, snapshots=snapshots, **TINY))
-    assert (
-        Path("without/adapter_model.safetensors").read_bytes()
-        == Path("with/adapter_model.safetensors").read_bytes()
+    without, recorded = (
+        Path(folder, "adapter_model.safetensors").read_bytes() for folder in ("without", "with")
     )
+    assert without == recorded
 
 
 def test_the_command_line_draws_runs_and_checkpoints(capsys):
-    for method in ("dora", "ft"):
-        train.train(
-            Config(method=method, out_dir=method, snapshots=2 if method == "dora" else 0, **TINY)
-        )
+    train.train(Config(method="dora", out_dir="dora", snapshots=2, **TINY))
+    train.train(Config(method="ft", out_dir="ft", **TINY))
     assert analysis.main(["--tuned=dora,ft", "--targets=q_proj,gate_proj"]) == 0
     out = capsys.readouterr().out
     assert "14 matrices by row, snapshots: 2\n" in out and "snapshots: 1\n" in out
     assert out.count("q_proj") == 2
     shutil.copytree("dora", "elsewhere/dora")
-    assert (
-        analysis.main(["--tuned=dora,elsewhere/dora"]) == 0
-        and capsys.readouterr().out.count(", q_proj") == 2
-    )
+    assert analysis.main(["--tuned=dora,elsewhere/dora"]) == 0
+    assert capsys.readouterr().out.count(", q_proj") == 2
     assert Path("dora/analysis.png").read_bytes().startswith(b"\x89PNG")
     assert not Path("analysis.png").exists()
 
@@ -277,10 +245,8 @@ def test_wrong_input_gets_one_line(arguments, message, capsys):
     if arguments[0] == "--tuned=dora":
         train.train(Config(method="dora", out_dir="dora", snapshots=1, **TINY))
     Path("torn").mkdir()
-    Path("torn/trajectory.json").write_text(
-        json.dumps({"axis": "row", "layers": ["a"], "snapshots": []})
-    )
-    weight_changes.save_file({"magnitude": torch.ones(2)}, "torn/trajectory.safetensors")
+    Path("torn/trajectory.json").write_text('{"axis": "row", "layers": ["a"], "snapshots": []}')
+    save_file({"magnitude": torch.ones(2)}, "torn/trajectory.safetensors")
     shutil.copytree("torn", "damaged"), shutil.copytree("torn", "odd")
     Path("damaged/trajectory.safetensors").write_bytes(b"half")
     Path("odd/trajectory.json").write_text('{"layers": 5, "snapshots": 3, "axis": 1}')
