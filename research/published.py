@@ -154,13 +154,8 @@ def differentiable(weights):
 
 def base_weights(model):
     """All parameters of a model but its adapters' own, as (parameter, its value) pairs."""
-    adapters = {
-        id(p)
-        for layer in adapter_layers(model).values()
-        for name, p in layer.named_parameters()
-        if name.startswith("lora_")
-    }
-    return [(p, p.detach().clone()) for p in model.parameters() if id(p) not in adapters]
+    named = [(name.rpartition(".")[2], p) for name, p in model.named_parameters()]
+    return [(p, p.detach().clone()) for name, p in named if not name.startswith("lora_")]
 
 
 def transpose(model):

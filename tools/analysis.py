@@ -86,7 +86,7 @@ def fit(trajectories, samples=2000, seed=0):
 MARKERS = "os^vDP*X<>"
 
 
-def panel(axes, trajectory, title, samples):
+def panel(axes, trajectory, title):
     """Draw the points of one trajectory, and their line; returns what a colour bar needs."""
     count = len(trajectory.layers)
     depth = ScalarMappable(Normalize(0, max(1, count - 1)), "viridis")
@@ -97,7 +97,7 @@ def panel(axes, trajectory, title, samples):
         faces = "none" if phases[t] == "retrain" else colors
         axes.scatter(x, y, s=22, marker=marker, facecolors=faces, edgecolors=colors)
 
-    line, x = fit([trajectory], samples), numpy.ravel(trajectory.delta_d)
+    line, x = fit([trajectory]), numpy.ravel(trajectory.delta_d)
     slope = line["k"][0]
     if numpy.isfinite(slope):
         ends = numpy.array([x.min(), x.max()])
@@ -127,7 +127,7 @@ def legend(figure, trajectories):
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
 
 
-def plot(trajectories, targets=("q_proj", "v_proj"), samples=2000):
+def plot(trajectories, targets=("q_proj", "v_proj")):
     """
     The papers' scatter plot, as a matplotlib figure.
 
@@ -141,7 +141,7 @@ def plot(trajectories, targets=("q_proj", "v_proj"), samples=2000):
     for row, (title, trajectory) in zip(panels, trajectories.items()):
         for axes, target in zip(row, targets):
             label = f"{title}, {target.removesuffix('_proj')}"
-            depth = panel(axes, trajectory.select(target), label, samples)
+            depth = panel(axes, trajectory.select(target), label)
     whole = MaxNLocator(integer=True, min_n_ticks=1)  # there is no layer 0.2
     figure.colorbar(depth, ax=panels, label="layer, from 0", aspect=30, ticks=whole)
     legend(figure, trajectories)
@@ -161,7 +161,7 @@ NOTES = {
 }
 
 
-def table(trajectories, targets, samples=2000):
+def table(trajectories, targets):
     """Lines of text: the fit of each {title: Trajectory} for each target, with its interval."""
     lines = [
         f"{'':28}{'points':>8}{'mean ΔM':>10}{'mean ΔD':>10}{'slope k':>30}"
@@ -170,7 +170,7 @@ def table(trajectories, targets, samples=2000):
     for title, trajectory in trajectories.items():
         for target in targets:
             chosen = trajectory.select(target)
-            k, relative, r, rho = (interval(*number) for number in fit([chosen], samples).values())
+            k, relative, r, rho = (interval(*number) for number in fit([chosen]).values())
             lines.append(
                 f"{title + ', ' + target:28}{numpy.size(chosen.delta_d):8}"
                 f"{numpy.mean(chosen.delta_m):10.2g}{numpy.mean(chosen.delta_d):10.2g}"

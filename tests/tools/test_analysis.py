@@ -150,9 +150,9 @@ def test_a_slope_is_not_a_correlation():
 
 def test_the_table_says_why_a_number_has_no_interval():
     few, many = line_of(-3.0, 0.5, layers=7), line_of(-3.0, 0.5, layers=8)
-    *_, note = analysis.table({"a": few}, ["q_proj"], samples=20)
+    *_, note = analysis.table({"a": few}, ["q_proj"])
     assert "no interval" in note and "fewer than 8" in note
-    assert "interval" not in "".join(analysis.table({"a": many}, ["q_proj"], samples=20))
+    assert "interval" not in "".join(analysis.table({"a": many}, ["q_proj"]))
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def two_layers():
     """The figure of one run over two layers with two phases, drawn."""
     run = line_of(-3.0, 0.5, layers=2, snapshots=8)
     run.snapshots = [{"phase": "search" if t < 4 else "retrain", "step": t} for t in range(8)]
-    figure = analysis.plot({"one run": run}, ["q_proj"], samples=20)
+    figure = analysis.plot({"one run": run}, ["q_proj"])
     figure.savefig("drawn.png")
     return figure
 
