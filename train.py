@@ -36,9 +36,10 @@ from support.weights.pretrained import find_model, is_hub_name
 from support.weights.regularisers import regulariser
 
 
-def train(config):
+def train(config, task_class=None):
     """
-    Run all phases of a config; return the results that summary.json holds.
+    Run all phases of a config; return the results that summary.json holds. task_class: a subclass
+    of Task that does a part of this in another way.
 
     Raises ValueError or OSError for wrong input, before the first step; FloatingPointError for a
     loss that is not finite; Stopped, a KeyboardInterrupt, at SIGINT or SIGTERM, after saving the
@@ -47,7 +48,7 @@ def train(config):
     check(config)
     with Run(config, hardware.choose_device(config.device), MAY_CHANGE) as run:
         check(run.config)  # that of a resumed run comes from a file
-        task = prepare(run.config, run.device, run.resuming)
+        task = prepare(run.config, run.device, run.resuming, task_class or Task)
         config = task.config
         run.start(task)
         report.announce(task, METHODS.get(config.method))
@@ -123,7 +124,7 @@ def build_optimizer(task, phase):
         for option, setting in HYPERGRADIENTS[config.hypergradient].options.items()
         if getattr(config, setting) or setting == "damping"
     }
-    optimizer = create_bilevel_optimizer(
+    optimizer = task.create_optimizer(
         task.model,
         lower_lr,
         config.upper_lr,
@@ -237,6 +238,8 @@ class Task:
             loss = loss + gram_weight * share * regulariser(adapter_layers(model).values())
         return loss
 
+    create_optimizer = staticmethod(create_bilevel_optimizer)
+
     @property
     def evaluated(self):
         """The rows of each split that are evaluated, at most eval_size, the same every time."""
@@ -282,7 +285,7 @@ class Task:
             bidora.save_adapter(self.model, out, name if is_hub_name(name) else str(self.folder))
 
 
-def prepare(config, device, resuming=False):
+def prepare(config, device, resuming=False, task_class=Task):
     """
     The Task of a config: data, tokens, and the model with its adapters.
 
@@ -323,7 +326,7 @@ def prepare(config, device, resuming=False):
     kind.rehearse(encoded["train"])
 
     model, sizes = build_model(config, folder, dtype, device, kind, encoded["train"])
-    return Task(
+    return task_class(
         config=config,
         device=device,
         dtype=dtype,

@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
@@ -36,6 +37,14 @@ GREEN, VERMILION, PURPLE = "#009E73", "#D55E00", "#CC79A7"
 DTYPES = {"bf16": (BLUE, ""), "fp32": (ORANGE, "////")}  # colour and hatching
 LINES = (BLUE, ORANGE, VERMILION, SKY, GREEN, PURPLE, "black")
 SHOWN = ("as-written", "written+identity", "as-published", "m-fixed", "identity", "unrolled-adam")
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+DOTTED = {"color": "black", "linewidth": 1, "linestyle": ":"}
+ABOVE = {"loc": "outside upper center", "ncols": 3}  # where a legend is
 PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text that crosses a line
 
 
@@ -77,12 +86,11 @@ def draw_data(axes):
     for x, width, name in ((1, 66, "SEARCH: phases 1 and 2 alternate"), (69, 30.5, "RETRAIN")):
         box(axes, x, 1, width, 46, facecolor="#F2F2F2", edgecolor="none")
         write(axes, x + width / 2, 44.6, name, 10, weight="bold")
-    for x, width, text in (
-        (3, 50, "train split: 80 % of the examples"),
-        (53, 12, "val: 20 %"),
-        (70.5, 28, "train + val: 100 %"),
+    for x, width, color, text in (
+        (3, 50, "white", "train split: 80 % of the examples"),
+        (53, 12, "#BDBDBD", "val: 20 %"),
+        (70.5, 28, "white", "train + val: 100 %"),
     ):
-        color = "#BDBDBD" if x == 53 else "white"
         axes.add_patch(Rectangle((x, 38.5), width, 4, facecolor=color, edgecolor="black"))
         write(axes, x + width / 2, 40.5, text)
     for x in (16, 59, 84.5):
@@ -91,25 +99,26 @@ def draw_data(axes):
 
 def draw_phases(axes):
     """A box for each phase, with the three groups of parameters in it, and what they hand over."""
-    for x, title, learns in (
-        (3, "1  lower level", "A, B learn on train"),
-        (37, "2  upper level", "m learns on val"),
-        (70.5, "3  final phase", "A, B learn afresh on everything"),
+    for x, title, learns, trained in (
+        (3, "1  lower level", "A, B learn on train", {"A, B": ORANGE}),
+        (37, "2  upper level", "m learns on val", {"m": SKY}),
+        (70.5, "3  final phase", "A, B learn afresh on everything", {"A, B": ORANGE}),
     ):
         box(axes, x, 17, 28, 18)
         write(axes, x + 14, 32.6, title, 11, weight="bold")
         write(axes, x + 14, 29.2, learns)
-        upper = title.startswith("2")
         tile(axes, x + 0.9, 19, "$W_0$", "frozen")
-        tile(axes, x + 10, 19, "A, B", *(["fixed"] if upper else ["trains", ORANGE]))
-        tile(axes, x + 19.1, 19, "m", *(["trains", SKY] if upper else ["fixed"]))
+        for aside, name in ((10, "A, B"), (19.1, "m")):
+            state = "trains" if name in trained else "fixed"
+            tile(axes, x + aside, 19, name, state, trained.get(name))
 
-    arrow(axes, (31.2, 26), (36.8, 26))
-    write(axes, 34, 27.7, "A, B")
-    arrow(axes, (36.8, 22), (31.2, 22))
-    write(axes, 34, 20.2, "m")
-    arrow(axes, (65.2, 24), (70.3, 24))
-    write(axes, 67.8, 25.7, "m")
+    for start, end, name, x, y in (
+        ((31.2, 26), (36.8, 26), "A, B", 34, 27.7),
+        ((36.8, 22), (31.2, 22), "m", 34, 20.2),
+        ((65.2, 24), (70.3, 24), "m", 67.8, 25.7),
+    ):
+        arrow(axes, start, end)
+        write(axes, x, y, name)
 
 
 def draw_formulas(axes):
@@ -135,7 +144,7 @@ def draw_formulas(axes):
 
 def phases():
     """BiDoRA's three phases: the data that each one sees, and the parameters that learn from it."""
-    figure = Figure(figsize=(8.6, 4.13))
+    figure = Figure(figsize=(8.6, 4.13), layout="none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 100), ylim=(0, 48))
     axes.axis("off")
@@ -172,32 +181,29 @@ def differences_of(parts, arms, domains, sign, tool):
     results of one size}: the mean over all domains with its 95 % interval, and each domain's mean.
     sign: as in research/differences.py; tool: what makes the results, for a message.
     """
-    first = arms[0]
-    found = {}  # of each part, each measure's differences
+    first, rows = arms[0], {}
     for label, results in parts.items():
         size = results[0]["size"]
-        of_part = [differences(results, size, m, first, sign) for m in MEASURES]
-        if any(domain == "all" for domain, _ in of_part[0]):
-            found[label] = of_part
-    if not found:
+        measured = [differences(results, size, measure, first, sign) for measure in MEASURES]
+        if complete := [arm for arm in arms if ("all", arm) in measured[0]]:
+            rows[label] = complete, measured
+    if not rows:
         raise ValueError(f"no arm has six seeds beside {first}: python -m {tool} makes them")
 
-    arms = {label: [a for a in arms if ("all", a) in found[label][0]] for label in found}
-    heights = [1 + len(arms[label]) for label in found]
-    figure = Figure(figsize=(8.6, max(3.6, 1 + 0.3 * sum(heights))), layout="constrained")
+    heights = [1 + len(complete) for complete, _ in rows.values()]
+    figure = Figure(figsize=(8.6, max(3.6, 1 + 0.3 * sum(heights))))
     options = {"sharex": "col", "sharey": "row", "squeeze": False, "height_ratios": heights}
-    panels = figure.subplots(len(found), 2, **options)
-    for row, label in zip(panels, found):
-        for axes, by_arm in zip(row, found[label]):
-            dots(axes, by_arm, arms[label], domains)
+    panels = figure.subplots(len(rows), 2, **options)
+    for row, (label, (complete, measured)) in zip(panels, rows.items()):
+        for axes, by_arm in zip(row, measured):
+            dots(axes, by_arm, complete, domains)
         row[0].invert_yaxis()
         row[0].set_ylabel(label)
 
     what = f"{first} minus the other" if sign == 1 else f"the arm minus {first}"
     for axes, measure in zip(panels[-1], MEASURES):
         axes.set_xlabel(f"{measure}, points:\n{what}")
-    where = {"loc": "outside upper center", "ncols": 3, "frameon": False}
-    figure.legend(*unique_labels(panels[0, 0]), **where)
+    figure.legend(*unique_labels(panels[0, 0]), **ABOVE)
     return figure
 
 
@@ -208,23 +214,22 @@ def unique_labels(axes):
     return unique.values(), unique
 
 
-def dots(axes, found, arms, domains):
-    """A panel: the differences of the arms in one measure."""
-    for (domain, arm), (_, mean, half, *_) in found.items():
+def dots(axes, by_arm, arms, domains):
+    """A panel: the `differences` of the arms in one measure."""
+    for (domain, arm), (_, mean, half, *_) in by_arm.items():
         if arm not in arms:  # not yet in every domain
             continue
         y = arms.index(arm)
         if domain == "all":
             style = {"color": BLUE, "markersize": 7, "linewidth": 2, "zorder": 3}
             axes.errorbar(mean, y, xerr=half, fmt="D", label="mean of the tasks", **style)
-            continue
-        marker = "ov^sPX*"[domains.index(domain) % 7]
-        style = {"color": "none", "markeredgecolor": "#767676", "markersize": 6}
-        axes.plot(mean, y, marker, label=domain, **style)
-    axes.axvline(0, color="black", linewidth=1, linestyle=":")
+        else:
+            marker = "ov^sPX*"[domains.index(domain) % 7]
+            style = {"color": "none", "markeredgecolor": "#767676", "markersize": 6}
+            axes.plot(mean, y, marker, label=domain, **style)
+    axes.axvline(0, **DOTTED)
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(-0.6, len(arms) - 0.4)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def curve(axes, i, *points, **style):
@@ -240,23 +245,19 @@ def search(folder):
     """
     results = load_results(f"{folder}/study")
     runs = of_group(results, GROUPS["paper"]) + of_group(results, GROUPS["hypergradients"])
-    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
+    figure = Figure(figsize=(8.6, 3.6))
+    ratio, cosine = figure.subplots(1, 2)
     for i, arm in enumerate(SHOWN):
         traces = [r["trace"] for r in runs if r["method"] == arm and "trace" in r]
         if not traces:
             raise ValueError(f"no run of {arm} has a trace: python -m research.study makes them")
-        for axes, key in zip(panels, ("indirect", "cosine")):
+        for axes, key in ((ratio, "indirect"), (cosine, "cosine")):
             medians = numpy.median([trace[key] for trace in traces], axis=0)
             curve(axes, i, range(1, 1 + len(medians)), medians, label=arm)
 
-    panels[0].set(yscale="log", ylabel="‖indirect part‖ / ‖∂F/∂m‖")
-    panels[1].set(ylim=(-1, 1), ylabel="their cosine")
-    for axes in panels:
-        axes.set_xlabel("upper-level step")
-        axes.spines[["top", "right"]].set_visible(False)
-    where = {"loc": "outside upper center", "ncols": 3, "frameon": False}
-    figure.legend(*panels[0].get_legend_handles_labels(), **where)
+    ratio.set(yscale="log", ylabel="‖indirect part‖ / ‖∂F/∂m‖", xlabel="upper-level step")
+    cosine.set(ylim=(-1, 1), ylabel="their cosine", xlabel="upper-level step")
+    figure.legend(*ratio.get_legend_handles_labels(), **ABOVE)
     return figure
 
 
@@ -267,30 +268,26 @@ def truth(folder):
     """
     given = resolved.Resolved(results=f"{folder}/resolved")
     runs, results = resolved.results_of(given)
-    found = differences(results, 100, "test score", resolved.ARMS[0], -1)
-    arms = [arm for arm in resolved.ARMS if ("all", arm) in found]
+    by_arm = differences(results, 100, "test score", resolved.ARMS[0], -1)
+    arms = [arm for arm in resolved.ARMS if ("all", arm) in by_arm]
     if not arms or not runs:
         raise ValueError("too few results: python -m research.resolved makes them")
 
-    figure = Figure(figsize=(8.6, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.6, 4.4))
     left, right = figure.subplots(1, 2)
     shown = [arm for arm in resolved.SEARCHES if arm not in ("unrolled-5", "adam-1")]
     for i, arm in enumerate(shown):
         after = resolved.errors_of(runs, arm)
         curve(left, i, [*map(str, after)], [error for error, _ in after.values()], label=arm)
-    left.set(
-        yscale="log",
-        xlabel="lower-level steps before it is measured",
-        ylabel="error / length of the truth",
-    )
-    left.axhline(1, color="black", linewidth=1, linestyle=":")
-    left.spines[["top", "right"]].set_visible(False)
-    left.legend(fontsize=8, frameon=False)
+    left.set(yscale="log", xlabel="lower-level steps before it is measured")
+    left.set_ylabel("error / length of the truth")
+    left.axhline(1, **DOTTED)
+    left.legend(fontsize=8)
 
-    dots(right, found, arms, given.domains)
+    dots(right, by_arm, arms, given.domains)
     right.invert_yaxis()
     right.set_xlabel(f"test score minus that of {resolved.ARMS[0]}, points")
-    right.legend(*unique_labels(right), loc=(0.02, 0.35), fontsize=8, frameon=False)
+    right.legend(*unique_labels(right), loc=(0.02, 0.35), fontsize=8)
     return figure
 
 
@@ -298,10 +295,8 @@ def rows(path, section):
     """The first table below a heading of a Markdown file: {first cell: list of the others}."""
     lines = path.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].splitlines()
     lines = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in itertools.takewhile(lambda line: line.startswith("|"), lines)
-    ]
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     if len(cells) < 3:
         raise ValueError(f"{path}: there is no table below '## {section}'")
     return {name: values for name, *values in cells[2:]}
@@ -314,17 +309,15 @@ def bars(axes, limit, pairs):
             value = 0 if text == "refused" else float(text)
             axes.barh(y + aside, value, 0.38, color=color, hatch=hatch, edgecolor="white")
             axes.text(value + 0.01 * limit, y + aside, text, va="center", size=8, bbox=PLAIN)
-
-    axes.axvline(1, color="black", linewidth=1, linestyle=":")
+    axes.axvline(1, **DOTTED)
     axes.set_yticks(range(len(pairs)), pairs)
     axes.set_xlim(0, limit)
     axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def speed(path):
     """What an iteration of search costs, and a step's speed beside PEFT's, of docs/speed.md."""
-    figure = Figure(figsize=(8.6, 4), layout="constrained")
+    figure = Figure(figsize=(8.6, 4))
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
 
     costs = {
@@ -335,14 +328,12 @@ def speed(path):
     left.set_title("an iteration of search", size=10)
     left.set_xlabel("time, in DoRA steps (dotted: one step)")
 
-    peer = rows(path, "A training step, beside PEFT")
-    end = ", speed relative to PEFT"
-    steps = {
-        f"{method}{kind.partition(' (')[0]}".replace(" with ", ",\n"): (cells[0], cells[2])
-        for kind in ("", " with one label a row (classification)")
-        for method in ("LoRA", "DoRA")
-        for cells in [peer[f"{method}{kind}{end}"]]
-    }
+    peer, steps = rows(path, "A training step, beside PEFT"), {}
+    for labels in ("", " with one label a row (classification)"):
+        for method in ("LoRA", "DoRA"):
+            cells = peer[f"{method}{labels}, speed relative to PEFT"]
+            name = f"{method}{labels.partition(' (')[0]}".replace(" with ", ",\n")
+            steps[name] = (cells[0], cells[2])
     bars(right, 2.4, steps)
     right.set_title("a training step, beside PEFT", size=10)
     right.set_xlabel("speed relative to PEFT (dotted: equal)")
@@ -351,7 +342,7 @@ def speed(path):
         Rectangle((0, 0), 1, 1, facecolor=color, hatch=hatch, edgecolor="white")
         for color, hatch in DTYPES.values()
     ]
-    figure.legend(patches, DTYPES, loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(patches, DTYPES, **ABOVE)
     return figure
 
 
@@ -383,7 +374,8 @@ def draw(figures):
         )
     for name in [figures.only] if figures.only else pictures:
         path = Path(figures.docs) / f"{name}.png"
-        save(pictures[name](), path)
+        with matplotlib.rc_context(STYLE):
+            save(pictures[name](), path)
         print(f"saved {path}")
 
 

@@ -20,7 +20,6 @@ import itertools
 import shlex
 import sys
 from dataclasses import dataclass
-from unittest import mock
 
 import numpy
 import torch
@@ -36,7 +35,6 @@ from research.arms import GROUPS
 from research.differences import row
 from research.results import mend, read_results, save
 from support.run import settings
-from support.tasks import encoder
 
 RADIUS = 0.01  # Betty's darts_alpha
 ENOUGH = 0.81 / 0.19  # n = ENOUGH · N²/S² draws have a cosine of 0.9
@@ -52,6 +50,24 @@ class Noise:
     report: bool = False  # only print the table
 
 
+def signal(indirect):
+    """S²/N² of some draws, a row each."""
+    n = len(indirect)
+    gram = indirect @ indirect.T
+    inner = (gram.sum() - gram.trace()) / (n * (n - 1))
+    return inner / (gram.trace() / n - inner)
+
+
+def needed(ratio):
+    """How many draws have a cosine of 0.9, or None where no number has it."""
+    return float(ENOUGH / ratio) if ratio > 0 else None
+
+
+def cosines(x, y):
+    """Between all rows of x and all rows of y."""
+    return x @ y.T / numpy.outer(numpy.linalg.norm(x, axis=1), numpy.linalg.norm(y, axis=1))
+
+
 def statistics(direct, indirect, without):
     """
     What a line of the results says. direct, indirect: arrays with a row a draw; without: the pair
@@ -59,24 +75,9 @@ def statistics(direct, indirect, without):
     """
     n = len(indirect)
     pairs = ~numpy.eye(n, dtype=bool)
-
-    def cosines(x, y):
-        return x @ y.T / numpy.outer(numpy.linalg.norm(x, axis=1), numpy.linalg.norm(y, axis=1))
-
-    def signal(chosen):
-        """S²/N² of some of the draws."""
-        gram = indirect[chosen] @ indirect[chosen].T
-        k = len(gram)
-        inner = (gram.sum() - gram.trace()) / (k * (k - 1))
-        return inner / (gram.trace() / k - inner)
-
-    everything = numpy.arange(n)
-    left_out = numpy.array([signal(everything != i) for i in everything])
+    ratio = signal(indirect)
+    left_out = numpy.array([signal(numpy.delete(indirect, i, axis=0)) for i in range(n)])
     error = numpy.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
-    ratio = signal(everything)
-
-    def needed(ratio):
-        return float(ENOUGH / ratio) if ratio > 0 else None
 
     among = cosines(indirect, indirect)[pairs]
     mean, (direct0, indirect0) = indirect.mean(0), without
@@ -128,31 +129,23 @@ def measure(noise, domain, steps):
     options |= {"train_size": 2 * max(map(int, noise.batches)), "val_fraction": 0.5}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     config = published.read_config([*arguments, "--network", "--noise"])
-    task = train.prepare(config, "cpu")
+    task = train.prepare(config, "cpu", task_class=published.PublishedTask)
+    optimizer = task.create_optimizer(task.model, config.lower_lr)
+    rows = data.Batches(task.encoded["train"], 8, seed=0)
+    for step in range(steps):
+        batch = task.kind.collate(rows[step])
+        optimizer.lower_step(lambda model, tensors: model(*tensors), batch)
 
-    with mock.patch.object(encoder, "attention", published.add_dropout(task.model)):
-        base = published.base_weights(task.model)
-        optimizer = published.ObservedOptimizer(
-            task.model, config.lower_lr, published=config, base=base
-        )
-        rows = data.Batches(task.encoded["train"], 8, seed=0)
-        for step in range(steps):
-            batch = task.kind.collate(rows[step])
-            optimizer.lower_step(lambda model, tensors: model(*tensors), batch)
-
-        for size in map(int, noise.batches):
-            splits = (task.encoded["train"], task.encoded["val"])
-            batches = [task.kind.collate(split[:size]) for split in splits]
-            seeds = [None, *range(noise.draws)]
-            found = [
-                draw(task, optimizer.adapters, optimizer.lower, batches, seed)
-                for seed in tqdm(seeds, desc=f"{domain}, step {steps}, {size} rows")
-            ]
-            direct = numpy.array([d for d, _ in found])
-            for weights in ("adapters", "all"):
-                indirect = numpy.array([parts[weights] for _, parts in found])
-                line = statistics(direct[1:], indirect[1:], (direct[0], indirect[0]))
-                yield {"batch": size, "weights": weights, "draws": noise.draws} | line
+    for size in map(int, noise.batches):
+        splits = (task.encoded["train"], task.encoded["val"])
+        batches = [task.kind.collate(split[:size]) for split in splits]
+        seeds = tqdm([None, *range(noise.draws)], desc=f"{domain}, step {steps}, {size} rows")
+        draws = [draw(task, optimizer.adapters, optimizer.lower, batches, seed) for seed in seeds]
+        direct = numpy.array([d for d, _ in draws])
+        for weights in ("adapters", "all"):
+            indirect = numpy.array([parts[weights] for _, parts in draws])
+            line = statistics(direct[1:], indirect[1:], (direct[0], indirect[0]))
+            yield {"batch": size, "weights": weights, "draws": noise.draws} | line
 
 
 def table(results):

@@ -13,8 +13,6 @@ import contextlib
 import functools
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
-from unittest import mock
 
 import numpy
 import torch
@@ -22,13 +20,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train as program
-from bidora import adapter_layers, linear_layers
+from bidora import adapter_layers
 from bilevel import BilevelOptimizer, in_training
 from hypergrad import assign, dot, first_order, restored
 from research.arms import EFFECTS
 from support.run import settings
-from support.run.files import read_json, write_json
-from support.tasks import encoder
+from support.tasks.encoder import Encoder
 
 
 @dataclass
@@ -44,6 +41,39 @@ class Published(program.Config):
     #: and in the hypergradient too, whose passes then draw different masks
     trace: bool = False  # print how the indirect part of the hypergradient compares with the direct
     #: one, ∂F/∂m, and how far m moves; summary.json has it for each upper-level step
+
+
+read_config = functools.partial(program.read_config, kind=Published)
+
+
+def effects(config):
+    """The settings of a Published that change the run, by name."""
+    return [name for name in EFFECTS if getattr(config, name)]
+
+
+@dataclass
+class PublishedTask(program.Task):
+    """A task that does what its config, a Published, says."""
+
+    def __post_init__(self):
+        config = self.config
+        self.trace = {"indirect": [], "cosine": [], "moved": []} if config.trace else None
+        if config.transposed:
+            transpose(self.model)
+        if config.noise:
+            add_dropout(self.model)
+        self.base = base_weights(self.model) if config.network or config.all_weights else []
+
+    def create_optimizer(self, model, *arguments, **options):
+        observed = {"published": self.config, "base": self.base, "trace": self.trace}
+        return ObservedOptimizer(model, *arguments, **observed, **options)
+
+    def save(self, out):
+        if not effects(self.config):
+            super().save(out)
+
+    def summary(self):
+        return super().summary() | ({"trace": self.trace} if self.config.trace else {})
 
 
 class ObservedOptimizer(BilevelOptimizer):
@@ -79,12 +109,12 @@ class ObservedOptimizer(BilevelOptimizer):
         modules = set(self.model.modules()) if self.published.noise else ()
         with in_training(self.model, modules), differentiable(lower):
             with torch.random.fork_rng():  # both draw the same masks on the val batch
-                direct = None if self.trace is None else self.direct(val_loss)
+                direct = None if self.trace is None else self.direct()
             h = self.hypergradient(train_loss, val_loss, lower, upper, **options)
         self.parts = direct, [x.clone() for x in h]  # before it is clipped
         return h
 
-    def direct(self, val_loss):
+    def direct(self):
         """
         ∂F/∂m at the V where the hypergradient takes it: neumann and conjugate_gradient look back to
         before the last step that was kept.
@@ -92,9 +122,10 @@ class ObservedOptimizer(BilevelOptimizer):
         with restored(self.lower):
             if self.past and self.entry.looks_back and "steps" not in self.entry.options:
                 assign(self.lower, self.past[-1].values)
-            return first_order(None, val_loss, self.lower, self.upper, reduce=self.reduce)
+            return first_order(None, self.val_loss, self.lower, self.upper, reduce=self.reduce)
 
     def upper_step(self, loss_fn, val_batch, train_batch=None):
+        self.val_loss = self.watched(loss_fn, val_batch, [])  # for `direct`; not added to the log
         loss = super().upper_step(loss_fn, val_batch, train_batch)
         if self.trace is not None:
             direct, h = self.parts
@@ -123,27 +154,34 @@ def differentiable(weights):
 
 def base_weights(model):
     """All parameters of a model but its adapters' own, as (parameter, its value) pairs."""
-    adapters = {
-        id(p)
-        for layer in adapter_layers(model).values()
-        for name, p in layer.named_parameters()
-        if name.startswith("lora_")
-    }
-    return [(p, p.detach().clone()) for p in model.parameters() if id(p) not in adapters]
+    named = [(name.rpartition(".")[2], p) for name, p in model.named_parameters()]
+    return [(p, p.detach().clone()) for name, p in named if not name.startswith("lora_")]
+
+
+def transpose(model):
+    """
+    Put W0ᵀ in the place of W0 in every adapted layer, and start m at the norms of W0ᵀ. Raises
+    ValueError for a layer that is not square.
+    """
+    for name, layer in adapter_layers(model).items():
+        if layer.in_features != layer.out_features:
+            raise ValueError(f"--transposed: {name} is not square; choose other target_modules")
+        layer.weight = nn.Parameter(layer.weight.data.T.contiguous(), requires_grad=False)
+        if layer.magnitude is not None:
+            layer.magnitude.data.copy_(layer.squared_norms().sqrt())
 
 
 def add_dropout(model):
     """
     Put dropout where transformers' BERT and RoBERTa have it, in training mode: after the
     embeddings, before each residual sum, on the attention's weights, and before the head's layers.
-    Returns the function that takes the place of support.tasks.encoder.attention. Raises ValueError
-    for other models.
+    Raises ValueError for other models.
     """
-    [network] = [part for part in model.modules() if isinstance(part, encoder.Encoder)] or [None]
+    [network] = [part for part in model.modules() if isinstance(part, Encoder)] or [None]
     if network is None or network.config.pre_norm:
         raise ValueError("--noise is of BERT's and RoBERTa's dropout, which this model lacks")
-    hf = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1} | network.config.hf
-    hidden, p = hf["hidden_dropout_prob"], hf["attention_probs_dropout_prob"]
+    rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1} | network.config.hf
+    hidden, p = rates["hidden_dropout_prob"], rates["attention_probs_dropout_prob"]
 
     def after(module, inputs, output):
         return F.dropout(output, hidden, module.training)
@@ -151,41 +189,25 @@ def add_dropout(model):
     def before(module, inputs):
         return (F.dropout(inputs[0], hidden, module.training),)
 
+    def attend(q, k, v, mask):
+        rate = p if network.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+
     network.embeddings.register_forward_hook(after)
     for layer in network.encoder.layer:
+        layer.attention["self"].attend = attend
         for block in (layer.attention.output, layer.output):
             block.dense.register_forward_hook(after)
     for part in model.classifier.modules():
         if isinstance(part, nn.Linear):
             part.register_forward_pre_hook(before)
 
-    def attention(q, k, v, mask):
-        rate = p if network.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
-
-    return attention
-
-
-def transposed(load, targets, *arguments):
-    """load_backbone, with the weights of the layers that match `targets` transposed."""
-    model = load(*arguments)
-    for name, layer in linear_layers(model, targets).items():
-        if layer.in_features != layer.out_features:
-            raise ValueError(f"--transposed: {name} is not square; choose other target_modules")
-        layer.weight.data = layer.weight.data.T.contiguous()
-    return model
-
-
-def read_config(arguments):
-    """The Published of a command line; as config.read_config."""
-    return program.read_config(arguments, Published)
-
 
 def checked(config):
     """
     A Published whose dtype fits it. Raises ValueError where its own settings do not fit the others.
     """
-    altered = [name for name in EFFECTS if getattr(config, name)]
+    altered = effects(config)
     if altered and (config.resume or config.method == "ft"):
         raise ValueError(f"--{altered[0]} works neither with resume=True nor with method=ft")
     if config.all_weights and config.hypergradient != "identity_difference":
@@ -201,43 +223,12 @@ def checked(config):
 
 def train(config):
     """
-    train.train for a Published; without its own settings it is that function. Returns its summary,
-    with "trace" if asked for. Raises as train.train and `checked` do.
+    train.train for a Published: returns its summary, with "trace" if asked for. Raises as
+    train.train and `checked` do.
     """
-    config = checked(config)
-    altered = any(getattr(config, name) for name in EFFECTS)
-    trace = {"indirect": [], "cosine": [], "moved": []} if config.trace else None
-    base = None
-
-    with contextlib.ExitStack() as patches:
-
-        def patch(owner, name, value):
-            patches.enter_context(mock.patch.object(owner, name, value))
-
-        def build(model, *arguments, **options):
-            nonlocal base
-            if base is None:  # before the first phase
-                base = base_weights(model) if config.network or config.all_weights else []
-                if config.noise:
-                    patch(encoder, "attention", add_dropout(model))
-            observed = dict(published=config, base=base, trace=trace)
-            return ObservedOptimizer(model, *arguments, **observed, **options)
-
-        if config.transposed:
-            load = functools.partial(transposed, program.tasks.load_backbone, config.target_modules)
-            patch(program.tasks, "load_backbone", load)
-        if altered:
-            patch(program.bidora, "save_adapter", lambda *arguments: None)
-        if altered or config.trace:
-            patch(program, "create_bilevel_optimizer", build)
-        summary = program.train(config)
-
-    if altered:
+    summary = program.train(checked(config), PublishedTask)
+    if effects(config):
         print("no adapter was saved: it would not fit the base model's file")
-    if trace:
-        out = Path(summary["out_dir"])
-        summary = summary | {"trace": trace}
-        write_json(out / "summary.json", read_json(out / "summary.json") | {"trace": trace})
     return summary
 
 

@@ -8,7 +8,7 @@ A weight W0 became W; its rows (or columns) w0_n became w_n (DoRA, arXiv 2402.09
 Each adapted matrix at each snapshot of training is a point, and a line is fitted to the points. The
 papers print its slope, and BiDoRA (arXiv 2410.09758, figure 1) calls the slope a correlation. But a
 slope has a unit, that of the weights, so `fit` returns the least-squares slope k, Pearson's r and
-Spearman's ρ.
+Spearman's ρ. support/weights/weight_changes.py measures ΔM and ΔD.
 
     python -m tools.analysis --tuned=out/small                     a run, at its recorded snapshots
                                                                    (train.py --snapshots=4) or end
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -49,43 +48,45 @@ def fit(trajectories, samples=2000, seed=0):
     """
     x = numpy.concatenate([t.delta_d for t in trajectories])  # (snapshots, layers)
     y = numpy.concatenate([t.delta_m for t in trajectories])
-    scaled = numpy.concatenate([numpy.asarray(t.delta_m) / t.magnitude for t in trajectories])
+    scaled = numpy.concatenate([numpy.divide(t.delta_m, t.magnitude) for t in trajectories])
 
     count = x.shape[1]
     resampled = numpy.random.default_rng(seed).integers(count, size=(samples, count))
     drawn = numpy.concatenate([[range(count)], resampled])  # the first draw is all layers
 
     def points(values):
-        flat = values[:, drawn].transpose(1, 0, 2).reshape(len(drawn), -1)  # (1 + samples, points)
-        return flat - flat.mean(1, keepdims=True)
+        return values[:, drawn].transpose(1, 0, 2).reshape(len(drawn), -1)  # (1 + samples, points)
 
-    def ranks(values):
-        return rankdata(values, axis=1) - (values.shape[1] + 1) / 2
+    def inner(a, b):
+        """Σ (a - mean a)·(b - mean b) of each draw."""
+        return ((a - a.mean(1, keepdims=True)) * (b - b.mean(1, keepdims=True))).sum(1)
 
     def correlation(a, b):
-        return (a * b).sum(1) / numpy.sqrt((a * a).sum(1) * (b * b).sum(1))
+        return inner(a, b) / numpy.sqrt(inner(a, a) * inner(b, b))
 
     x, y, scaled = points(x), points(y), points(scaled)
     with numpy.errstate(invalid="ignore", divide="ignore"):
-        found = {
-            "k": (x * y).sum(1) / (x * x).sum(1),
-            "relative": (x * scaled).sum(1) / (x * x).sum(1),
+        line = {
+            "k": inner(x, y) / inner(x, x),
+            "relative": inner(x, scaled) / inner(x, x),
             "r": correlation(x, y),
-            "rho": correlation(ranks(x), ranks(y)),
+            "rho": correlation(rankdata(x, axis=1), rankdata(y, axis=1)),
         }
 
-    for name, values in found.items():
+    for name, (value, *draws) in line.items():
         low, high = numpy.nan, numpy.nan
-        if count >= 8 and numpy.isfinite(values[0]):
-            low, high = numpy.nanpercentile(values[1:], (2.5, 97.5))
-        found[name] = (values[0] if numpy.isfinite(values[0]) else numpy.nan, low, high)
-    return found
+        if not numpy.isfinite(value):
+            value = numpy.nan
+        elif count >= 8:
+            low, high = numpy.nanpercentile(draws, (2.5, 97.5))
+        line[name] = (value, low, high)
+    return line
 
 
 MARKERS = "os^vDP*X<>"
 
 
-def panel(axes, trajectory, title, samples):
+def panel(axes, trajectory, title):
     """Draw the points of one trajectory, and their line; returns what a colour bar needs."""
     count = len(trajectory.layers)
     depth = ScalarMappable(Normalize(0, max(1, count - 1)), "viridis")
@@ -96,7 +97,7 @@ def panel(axes, trajectory, title, samples):
         faces = "none" if phases[t] == "retrain" else colors
         axes.scatter(x, y, s=22, marker=marker, facecolors=faces, edgecolors=colors)
 
-    line, x = fit([trajectory], samples), numpy.ravel(trajectory.delta_d)
+    line, x = fit([trajectory]), numpy.ravel(trajectory.delta_d)
     slope = line["k"][0]
     if numpy.isfinite(slope):
         ends = numpy.array([x.min(), x.max()])
@@ -113,10 +114,10 @@ def panel(axes, trajectory, title, samples):
 
 def legend(figure, trajectories):
     """Which marker is which snapshot, as few in a row as fit into the figure."""
-    phases = [[s["phase"] for s in t.snapshots] for t in trajectories.values()]
-    count = max(found.count(phase) for found in phases for phase in found)
-    marks = [(marker, "full", f"snapshot {t + 1}") for t, marker in zip(range(count), MARKERS)]
-    if any("retrain" in found for found in phases):
+    runs = [[snapshot["phase"] for snapshot in t.snapshots] for t in trajectories.values()]
+    most = max(phases.count(phase) for phases in runs for phase in phases)
+    marks = [(marker, "full", f"snapshot {t + 1}") for t, marker in enumerate(MARKERS[:most])]
+    if any("retrain" in phases for phases in runs):
         marks.append(("o", "none", "hollow: retrain"))
     handles = [
         Line2D([], [], linestyle="", color="gray", marker=marker, fillstyle=fill, label=text)
@@ -126,7 +127,7 @@ def legend(figure, trajectories):
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
 
 
-def plot(trajectories, targets=("q_proj", "v_proj"), samples=2000):
+def plot(trajectories, targets=("q_proj", "v_proj")):
     """
     The papers' scatter plot, as a matplotlib figure.
 
@@ -140,7 +141,7 @@ def plot(trajectories, targets=("q_proj", "v_proj"), samples=2000):
     for row, (title, trajectory) in zip(panels, trajectories.items()):
         for axes, target in zip(row, targets):
             label = f"{title}, {target.removesuffix('_proj')}"
-            depth = panel(axes, trajectory.select(target), label, samples)
+            depth = panel(axes, trajectory.select(target), label)
     whole = MaxNLocator(integer=True, min_n_ticks=1)  # there is no layer 0.2
     figure.colorbar(depth, ax=panels, label="layer, from 0", aspect=30, ticks=whole)
     legend(figure, trajectories)
@@ -148,37 +149,34 @@ def plot(trajectories, targets=("q_proj", "v_proj"), samples=2000):
 
 
 def interval(value, low, high):
-    """A number of `fit` as text. A dash is what there is none of: see NOTES."""
+    """A number of `fit` as text; NOTES explain its dashes."""
     if numpy.isnan(value):
         return "–"
     return f"{value:.3g} (–)" if numpy.isnan(low) else f"{value:.3g} ({low:.3g} … {high:.3g})"
 
 
-NOTES = {  # how a cell of the table ends: why
+NOTES = {
     "(–)": "(–): no interval. It draws layers at random, and fewer than 8 are too few to draw from",
-    "–": "–: undefined, since ΔD or ΔM is the same in all points",
+    " –": "–: undefined, since ΔD or ΔM is the same in all points",
 }
 
 
-def table(trajectories, targets, samples=2000):
+def table(trajectories, targets):
     """Lines of text: the fit of each {title: Trajectory} for each target, with its interval."""
     lines = [
         f"{'':28}{'points':>8}{'mean ΔM':>10}{'mean ΔD':>10}{'slope k':>30}"
         f"{'k, ΔM relative':>36}{'Pearson r':>28}{'Spearman ρ':>28}"
     ]
-    ends = set()
     for title, trajectory in trajectories.items():
         for target in targets:
             chosen = trajectory.select(target)
-            found = fit([chosen], samples)
-            cells = [interval(*found[name]) for name in ("k", "relative", "r", "rho")]
-            ends |= {cell.split()[-1] for cell in cells}
+            k, relative, r, rho = (interval(*number) for number in fit([chosen]).values())
             lines.append(
                 f"{title + ', ' + target:28}{numpy.size(chosen.delta_d):8}"
                 f"{numpy.mean(chosen.delta_m):10.2g}{numpy.mean(chosen.delta_d):10.2g}"
-                f"{cells[0]:>30}{cells[1]:>36}{cells[2]:>28}{cells[3]:>28}"
+                f"{k:>30}{relative:>36}{r:>28}{rho:>28}"
             )
-    return lines + [note for end, note in NOTES.items() if end in ends]
+    return lines + [note for end, note in NOTES.items() if any(end in line for line in lines)]
 
 
 def of_checkpoints(tuned, base="", axis="row", targets=("q_proj", "v_proj")):
@@ -192,20 +190,17 @@ def of_checkpoints(tuned, base="", axis="row", targets=("q_proj", "v_proj")):
     is_adapter = (Path(tuned) / "adapter_config.json").exists()
     model, _, run = load(tuned, base) if is_adapter else load("", tuned)
 
-    if adapter_layers(model):
-        trajectory = Trajectory.start(adapter_layers(model), axis)
+    if layers := adapter_layers(model):
+        trajectory = Trajectory.start(layers, axis)
     else:
-        if not (base or run.get("model")):
+        base = base or run.get("model")
+        if not base:
             raise ValueError(f"{tuned} is a whole model: name its base model with --base=...")
-        original, _, _ = load("", base or run["model"])
-        trajectory = Trajectory.start(linear_layers(original, targets), axis)
-        layers = dict(model.named_modules())
-        for name in trajectory.layers:
-            weight = getattr(layers.get(name), "weight", torch.empty(0))
-            if weight.shape != trajectory.base[name].shape:
-                raise ValueError(
-                    f"{tuned} was not tuned from {base or run['model']}: {name} has another shape"
-                )
+        trajectory = Trajectory.start(linear_layers(load("", base)[0], targets), axis)
+        shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+        for name, weight in trajectory.base.items():
+            if shapes.get(f"{name}.weight") != weight.shape:
+                raise ValueError(f"{tuned} was not tuned from {base}: {name} has another shape")
 
     trajectory.record(model, "end", 1)
     return trajectory
@@ -223,17 +218,17 @@ class Analysis:
 def trajectory_at(folder, analysis):
     """The Trajectory recorded in a folder, or else its finished model's. Raises ValueError."""
     if (Path(folder) / "trajectory.json").exists():
-        found = Trajectory.load(folder)
+        trajectory = Trajectory.load(folder)
     else:
-        found = of_checkpoints(folder, analysis.base, analysis.axis, analysis.targets)
+        trajectory = of_checkpoints(folder, analysis.base, analysis.axis, analysis.targets)
 
-    if not found.snapshots:
+    if not trajectory.snapshots:
         raise ValueError(f"{folder} has no snapshot: its run ended before the first one")
     for target in analysis.targets:
-        if not found.select(target).layers:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in found.layers}))
+        if not trajectory.select(target).layers:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in trajectory.layers}))
             raise ValueError(f"{folder} has no matrix {target!r}: set --targets to some of {known}")
-    return found
+    return trajectory
 
 
 def analyse(analysis):
@@ -251,11 +246,10 @@ def analyse(analysis):
 
     trajectories = {}
     for folder in analysis.tuned:
-        found = trajectory_at(folder, analysis)
-        trajectories[str(Path(folder))] = found
+        trajectory = trajectories[str(Path(folder))] = trajectory_at(folder, analysis)
         print(
-            f"{folder}: {len(found.layers)} matrices by {found.axis}, "
-            f"snapshots: {len(found.snapshots)}"
+            f"{folder}: {len(trajectory.layers)} matrices by {trajectory.axis}, "
+            f"snapshots: {len(trajectory.snapshots)}"
         )
     print("", *table(trajectories, analysis.targets), sep="\n")
     with replacing(out) as temporary:

@@ -17,15 +17,17 @@ lower-level and an upper-level step.
 import copy
 import dataclasses
 import functools
-import json
+import itertools
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -63,35 +65,47 @@ class Bench:
     quick: bool = False  # three rounds of forward, lora, dora and unrolled
     scaling: bool = False  # instead: LoRA, DoRA and search over rank, length and depth
     out: str = "bench.json"  # where the numbers are written; a chart goes beside
-    only: str = ""  # print the seconds and the peak memory of this kind alone
 
 
-KINDS = {  # name: (method, options of create_bilevel_optimizer)
-    "forward": ("none", {}),
-    "ft": ("ft", {}),
-    "lora": ("lora", {}),
-    "dora": ("dora", {}),
-    "lora one label": ("lora", {}),  # a row, whatever `labels` says
-    "dora one label": ("dora", {}),
-    "dora norm detached": ("dora", {}),
-    "dora recomputed": ("dora", {}),  # with gradient checkpointing
-    "retrain": ("bidora", {}),
-    "first_order": ("bidora", {"hypergradient": "first_order"}),
-    "unrolled": ("bidora", {"hypergradient": "unrolled"}),
-    "unrolled recomputed": ("bidora", {"hypergradient": "unrolled"}),
-    "unrolled adam": ("bidora", {"hypergradient": "unrolled", "precondition": "adam"}),
-    "unrolled differences": ("bidora", {"hypergradient": "finite_difference"}),
-    "neumann 3 terms": ("bidora", {"hypergradient": "neumann", "terms": 3}),
-    "cg 3 iterations": ("bidora", {"hypergradient": "conjugate_gradient", "iterations": 3}),
-    "unrolled micro-batch 2": ("bidora", {"hypergradient": "unrolled"}),
-    "peft lora": ("peft", {"use_dora": False}),
-    "peft dora": ("peft", {"use_dora": True}),
+@dataclass(frozen=True)
+class Kind:
+    """A kind of step."""
+
+    method: str = "bidora"  # of bidora.METHODS, or ft; none: a forward pass alone
+    hypergradient: str = ""  # that of an iteration of search; empty: a lower-level step alone
+    options: dict = dataclasses.field(default_factory=dict)  # of create_bilevel_optimizer
+    peer: bool = False  # transformers and PEFT instead
+    one_label: bool = False  # a row, whatever `labels` says
+    norm_grad: str = "exact"
+    recomputed: bool = False  # with gradient checkpointing
+    micro_batch: int = 0  # rows of a search whose activations are in memory at once; 0: all
+
+
+KINDS = {
+    "forward": Kind("none"),
+    "ft": Kind("ft"),
+    "lora": Kind("lora"),
+    "dora": Kind("dora"),
+    "lora one label": Kind("lora", one_label=True),
+    "dora one label": Kind("dora", one_label=True),
+    "dora norm detached": Kind("dora", norm_grad="detach"),
+    "dora recomputed": Kind("dora", recomputed=True),
+    "retrain": Kind(),
+    "first_order": Kind(hypergradient="first_order"),
+    "unrolled": Kind(hypergradient="unrolled"),
+    "unrolled recomputed": Kind(hypergradient="unrolled", recomputed=True),
+    "unrolled adam": Kind(hypergradient="unrolled", options={"precondition": "adam"}),
+    "unrolled differences": Kind(hypergradient="finite_difference"),
+    "neumann 3 terms": Kind(hypergradient="neumann", options={"terms": 3}),
+    "cg 3 iterations": Kind(hypergradient="conjugate_gradient", options={"iterations": 3}),
+    "unrolled micro-batch 2": Kind(hypergradient="unrolled", micro_batch=2),
+    "peft lora": Kind("lora", peer=True),
+    "peft dora": Kind("dora", peer=True),
 }
-SEARCH = [name for name, (method, options) in KINDS.items() if "hypergradient" in options]
-ENTRIES = {name: HYPERGRADIENTS[KINDS[name][1]["hypergradient"]] for name in SEARCH}
-SECOND = [name for name, entry in ENTRIES.items() if entry.second_order]  # take second derivatives
+SEARCH = {n: HYPERGRADIENTS[k.hypergradient] for n, k in KINDS.items() if k.hypergradient}
+SECOND = [name for name, entry in SEARCH.items() if entry.second_order]  # take second derivatives
 # Only in float32: in bfloat16, ft's small updates round to nothing and differences are noise
-SINGLE = ["ft", *(name for name, entry in ENTRIES.items() if entry.float32)]
+SINGLE = ["ft", *(name for name, entry in SEARCH.items() if entry.float32)]
 
 
 def shape(bench):
@@ -101,8 +115,9 @@ def shape(bench):
     return ModelConfig.from_hf(read_json(find_model(bench.model) / "config.json"))
 
 
-def load(bench, dtype):
+def load(bench):
     """The frozen base model."""
+    dtype = getattr(torch, bench.dtype)
     if bench.model == "random-0.5b":
         torch.manual_seed(0)
         with torch.device("meta"):
@@ -124,7 +139,7 @@ def load(bench, dtype):
     return model.requires_grad_(False)
 
 
-def peft_model(base, bench, use_dora):
+def peft_model(base, rank, use_dora):
     """transformers' model with PEFT's adapters, over the weights of `base`."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     from peft import LoraConfig, get_peft_model
@@ -136,35 +151,32 @@ def peft_model(base, bench, use_dora):
     model.load_state_dict(base.state_dict(), assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is in no state_dict
     targets = list(bidora.ALL_LINEAR)
-    options = LoraConfig(r=bench.rank, lora_alpha=16, use_dora=use_dora, target_modules=targets)
-    return get_peft_model(model, options)
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=16, use_dora=use_dora, target_modules=targets)
+    )
 
 
 def model_of(bench, name, base):
     """The model that a kind of step trains; it shares the weights of `base` unless they train."""
-    method, options = KINDS[name]
+    kind = KINDS[name]
     torch.manual_seed(0)
-    if method == "none":
+    if kind.method == "none":
         return base
-    if method == "peft":
-        model = peft_model(base, bench, **options)
-    elif method == "ft":
+    if kind.peer:
+        model = peft_model(base, bench.rank, kind.method == "dora")
+    elif kind.method == "ft":
         model = copy.deepcopy(base).requires_grad_(True)
     else:
-        shared = {id(p): p for p in base.parameters()}
-        model = bidora.replace_linear_with_bidora(
-            copy.deepcopy(base, shared),
-            bench.rank,
-            target_modules=bidora.ALL_LINEAR,
-            method=method,
-            norm_grad="detach" if "detached" in name else "exact",
+        model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+        options = {"method": kind.method, "norm_grad": kind.norm_grad}
+        bidora.replace_linear_with_bidora(
+            model, bench.rank, target_modules=bidora.ALL_LINEAR, **options
         )
+        model.gradient_checkpointing = kind.recomputed
     if name == "retrain":
         bidora.start_retrain(model)
-    if "recomputed" in name:
-        model.gradient_checkpointing = True
     if bench.compile and name not in SECOND:
-        for block in (model.get_base_model() if method == "peft" else model).model.layers:
+        for block in (model.get_base_model() if kind.peer else model).model.layers:
             block.compile()
     return model
 
@@ -178,13 +190,13 @@ def rows_of(name, model):
     return data.encode(examples[:400], tokenizer, 256, question, labels)[0], tokenizer.pad_id
 
 
-def make_rows(bench, name, vocab_size, rng):
+def rows_for(bench, kind, vocab_size, rng):
     """Rows of random token ids and their labels, or rows of the data set."""
     if bench.data:
         return rng.sample(rows_of(bench.data, bench.model)[0], bench.batch_size)
     ids = torch.randint(vocab_size, (bench.batch_size, bench.length))
     labels = ids
-    if bench.labels != "all" or "one label" in name:
+    if bench.labels != "all" or kind.one_label:
         labels = torch.full_like(ids, -100)
         labels[:, -1] = ids[:, -1]
     return [data.Encoded(*row) for row in zip(ids.tolist(), labels.tolist())]
@@ -192,25 +204,20 @@ def make_rows(bench, name, vocab_size, rng):
 
 def step(bench, name, base):
     """A function that takes one step, or one iteration of search, of a kind on a random batch."""
-    method, options = KINDS[name]
-    model, rng = model_of(bench, name, base), random.Random(0)  # each kind sees the same rows
-
+    kind, model = KINDS[name], model_of(bench, name, base)
+    rng = random.Random(0)  # each kind sees the same rows
     pad_id = rows_of(bench.data, bench.model)[1] if bench.data else 0
 
     def rows():
-        return make_rows(bench, name, base.config.vocab_size, rng)
+        return rows_for(bench, kind, base.config.vocab_size, rng)
 
     def batch():
         return data.collate(rows(), pad_id)
 
-    def loss_fn(model, micro_batch):
-        rows, share = micro_batch
-        return model(*data.collate(rows, pad_id)) * share
-
-    if method == "none":
+    if kind.method == "none":
         return torch.no_grad()(lambda: model(*batch()))
 
-    if method == "peft":
+    if kind.peer:
         trained = [p for p in model.parameters() if p.requires_grad]
         peft_optimizer = torch.optim.AdamW(trained, 1e-3, fused=True)
 
@@ -222,14 +229,19 @@ def step(bench, name, base):
 
         return peft_step
 
+    options = kind.options | ({"hypergradient": kind.hypergradient} if name in SEARCH else {})
     optimizer = create_bilevel_optimizer(model, 1e-3, 1e-2, **options)
-    size = 2 if "micro-batch" in name else 0
+
+    def loss_fn(model, micro_batch):
+        rows, share = micro_batch
+        return model(*data.collate(rows, pad_id)) * share
 
     def lower():
         optimizer.lower_step(loss_fn, MicroBatches(data.micro_batches(rows())))
 
     def search():
-        optimizer.lower_step(loss_fn, MicroBatches(data.micro_batches(rows(), size)))
+        parts = data.micro_batches(rows(), kind.micro_batch)
+        optimizer.lower_step(loss_fn, MicroBatches(parts))
         optimizer.upper_step(loss_fn, MicroBatches(data.micro_batches(rows())))
 
     return search if name in SEARCH else lower
@@ -241,25 +253,55 @@ def timed(run):
     return time.perf_counter() - start
 
 
-def alone(bench, name, dtype, **changes):
-    """
-    Measure one kind in a process of its own: {"seconds": of each round, "peak_gb": ...}.
+def in_its_process(bench, name):
+    """{"kind", "seconds": of each round, "peak_gb": beyond the loaded model}, of this process."""
+    base = load(bench)
+    before = peak_memory("cpu")
+    run = step(bench, name, base)
+    times = [timed(run) for _ in range(bench.rounds + 1)][1:]
+    return {"kind": name, "seconds": times, "peak_gb": peak_memory("cpu") - before}
 
-    The peak memory is beyond the loaded model. Raises ValueError with the process's message.
+
+def alone(bench, name):
+    """`in_its_process` in a new process. Raises ValueError if that is killed."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(in_its_process, bench, name).result()
+        except BrokenProcessPool:
+            raise ValueError(f"{name}: its process was killed, perhaps for its memory") from None
+
+
+def measure(bench):
     """
-    given = vars(bench) | {"only": name, "dtype": str(dtype).removeprefix("torch.")}
-    given |= {"kinds": ",".join(bench.kinds), "quick": False, "scaling": False} | changes
-    arguments = [f"--{key}={value}" for key, value in given.items() if value != ""]
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.bench", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-    )
-    if done.returncode != 0:
-        message = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise ValueError(f"{name}: {message.removeprefix('error: ')}")
-    return json.loads(done.stdout.splitlines()[-1])
+    Time all kinds in turn, then measure the peak memory of each.
+
+    Returns ({kind: seconds of each round}, {kind: peak GB}). Raises ValueError if no kind is left.
+    """
+    names = [
+        name
+        for name in bench.kinds or KINDS
+        if (bench.dtype == "float32" or name not in SINGLE)
+        and (bench.peer or not KINDS[name].peer)
+        and (bench.labels == "all" or not KINDS[name].one_label)
+    ]
+    if not names:
+        raise ValueError(
+            f"nothing to measure: of kinds={','.join(bench.kinds)}, {', '.join(SINGLE)} need "
+            "dtype=float32, those of PEFT peer=True, those with one label labels=all"
+        )
+
+    base = load(bench)
+    runs = {name: step(bench, name, base) for name in names}
+    seconds = {name: [] for name in names}
+    for _ in tqdm(range(bench.rounds + 1), desc="bench", unit="round"):
+        for name, run in runs.items():
+            seconds[name].append(timed(run))
+
+    del base, runs
+    once = dataclasses.replace(bench, rounds=1)
+    shown = tqdm(names, desc="peak memory", unit="method")
+    peaks = {name: alone(once, name)["peak_gb"] for name in shown}
+    return {name: times[1:] for name, times in seconds.items()}, peaks
 
 
 def table(bench, seconds, peaks):
@@ -302,9 +344,8 @@ def draw(path, title, seconds):
     axes = figure.subplots()
     for y, (name, times) in enumerate(seconds.items()):
         value = statistics.median(times)
-        color = "tab:orange" if name in SEARCH else "tab:blue"
-        color = "tab:gray" if name.startswith("peft") else color
-        axes.barh(y, value, color=color, height=0.7)
+        color = "gray" if KINDS[name].peer else "orange" if name in SEARCH else "blue"
+        axes.barh(y, value, color=f"tab:{color}", height=0.7)
         axes.plot([min(times), max(times)], [y, y], color="black", linewidth=1)
         axes.text(max(times), y, f" {value:.2f}", va="center")
 
@@ -319,89 +360,37 @@ def draw(path, title, seconds):
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def scaling(bench, dtype):
+def scaling(bench):
     """Print and return seconds and peak memory over rank, length and depth, one at a time."""
     c = shape(bench)
     depth = c.num_hidden_layers
     widest = min(256, c.num_key_value_heads * c.head_dim)  # no rank above a layer's outputs
-    axes = {
-        "rank": (4, 16, 64, widest),
-        "length": (64, 256, 512, 1024, 2048),
-        "layers": (depth // 4, depth // 2, depth),
-    }
-    kinds, results = ("lora", "dora", "unrolled"), []
-    print(f"{'':16}" + "".join(f"{f'{name}, s':>14}{'GB':>7}" for name in kinds))
+    changes = [{"rank": rank} for rank in (4, 16, 64, widest)]
+    changes += [{"length": n, "batch_size": 2} for n in (64, 256, 512, 1024, 2048)]
+    changes += [{"layers": n} for n in (depth // 4, depth // 2, depth)]
 
-    for what, values in axes.items():
-        for value in values:
-            changes = {what: value} | ({"batch_size": 2} if what == "length" else {})
-            cells = ""
-            for name in kinds:
-                if name == "unrolled" and changes.get("length", 0) > 512:
-                    cells += f"{'':21}"  # it would take too long
-                    continue
-                found = alone(bench, name, dtype, **changes)
-                results.append({"kind": name, **changes, **found})
-                cells += f"{statistics.median(found['seconds']):14.2f}{found['peak_gb']:7.2f}"
-            print(f"{f'{what} {value}':16}{cells}", flush=True)
+    results = []
+    print(f"{'':28}{'seconds':>9}{'GB':>7}")
+    for change, name in itertools.product(changes, ("lora", "dora", "unrolled")):
+        if name == "unrolled" and change.get("length", 0) > 512:
+            continue  # it would take too long
+        results.append(change | alone(dataclasses.replace(bench, **change), name))
+        seconds, gb = statistics.median(results[-1]["seconds"]), results[-1]["peak_gb"]
+        what, value = next(iter(change.items()))
+        print(f"{f'{what} {value}':16}{name:12}{seconds:9.2f}{gb:7.2f}", flush=True)
     return results
-
-
-def measure(bench, dtype):
-    """
-    Time all kinds in turn, then measure the peak memory of each.
-
-    Returns ({kind: seconds of each round}, {kind: peak GB}). Raises ValueError if no kind is left.
-    """
-    names = [
-        name
-        for name in bench.kinds or KINDS
-        if (dtype == torch.float32 or name not in SINGLE)
-        and (bench.peer or KINDS[name][0] != "peft")
-        and (bench.labels == "all" or "one label" not in name)
-    ]
-    if not names:
-        raise ValueError(
-            f"nothing to measure: of kinds={','.join(bench.kinds)}, {', '.join(SINGLE)} need "
-            "dtype=float32, those of PEFT peer=True, those with one label labels=all"
-        )
-
-    base = load(bench, dtype)
-    runs = {name: step(bench, name, base) for name in names}
-    seconds = {name: [] for name in names}
-    for _ in tqdm(range(bench.rounds + 1), desc="bench", unit="round"):
-        for name, run in runs.items():
-            seconds[name].append(timed(run))
-
-    runs.clear()
-    peaks = {}
-    for name in tqdm(names, desc="peak memory", unit="method"):
-        peaks[name] = alone(bench, name, dtype, rounds=1)["peak_gb"]
-    return {name: times[1:] for name, times in seconds.items()}, peaks
-
-
-def measure_here(bench, dtype):
-    """What `alone` runs in its process: one kind's seconds, and its peak GB beyond the model."""
-    base = load(bench, dtype)
-    before = peak_memory("cpu")
-    run = step(bench, bench.only, base)
-    times = [timed(run) for _ in range(bench.rounds + 1)][1:]
-    return {"seconds": times, "peak_gb": peak_memory("cpu") - before}
 
 
 def check(bench):
     """Raises ValueError or OSError for settings that make no sense."""
     settings.at_least(bench, rounds=1, rank=1, upper_every=1, layers=0, batch_size=2, length=2)
-    for name, known in (
-        ("kinds", KINDS),
-        ("only", ("", *KINDS)),
-        ("labels", ("all", "last")),
-        ("data", ("", *BUILT_IN)),
-        ("dtype", ("auto", "float32", "bfloat16")),
-    ):
-        for value in bench.kinds if name == "kinds" else [getattr(bench, name)]:
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}" + settings.suggest(value, known))
+    dtypes, labels = ("auto", "float32", "bfloat16"), ("all", "last")
+    choices = {"labels": labels, "data": ("", *BUILT_IN), "dtype": dtypes, "kinds": KINDS}
+    for name, known in choices.items():
+        value = getattr(bench, name)
+        for each in value if isinstance(value, tuple) else [value]:
+            if each not in known:
+                raise ValueError(f"unknown {name} {each!r}" + settings.suggest(each, known))
 
     out = Path(bench.out)
     if out.suffix != ".json" or out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
@@ -414,33 +403,31 @@ def check(bench):
 def run(bench):
     """Measure, print and write."""
     check(bench)
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    dtype = dtypes.get(bench.dtype) or fast_dtype("cpu")[0]
-    if bench.only:
-        print(json.dumps(measure_here(bench, dtype)))
-        return
+    if bench.dtype == "auto":
+        fastest = str(fast_dtype("cpu")[0]).removeprefix("torch.")
+        bench = dataclasses.replace(bench, dtype=fastest)
     if bench.quick:
         kinds = ("forward", "lora", "dora", "unrolled")
         bench = dataclasses.replace(bench, rounds=3, kinds=kinds)
 
     labels = {"all": "a label on each", "last": "one label a row"}[bench.labels]
     what = (
-        f"{bench.model}, {str(dtype).removeprefix('torch.')}, {bench.batch_size} rows of "
+        f"{bench.model}, {bench.dtype}, {bench.batch_size} rows of "
         f"{bench.data or f'{bench.length} tokens, {labels}'}, rank {bench.rank}"
         f"{', compiled' if bench.compile else ''}"
     )
-    about = {"settings": vars(bench) | {"dtype": str(dtype)}, "processor": processor()}
-    print(what, about["processor"], sep="\n", flush=True)
+    results = {"settings": vars(bench), "processor": processor()}
+    print(what, results["processor"], sep="\n", flush=True)
     chart, saved = Path(bench.out).with_suffix(".png"), bench.out
     if bench.scaling:
-        found = {"scaling": scaling(bench, dtype)}
+        results["scaling"] = scaling(bench)
     else:
-        seconds, peaks = measure(bench, dtype)
-        found = {"seconds": seconds, "peak_gb": peaks}
+        seconds, peaks = measure(bench)
+        results |= {"seconds": seconds, "peak_gb": peaks}
         print("", *table(bench, seconds, peaks), sep="\n")
         draw(chart, what, seconds)
         saved = f"{bench.out} and {chart}"
-    write_json(bench.out, about | found)
+    write_json(bench.out, results)
     print(f"\nsaved in {saved}")
 
 

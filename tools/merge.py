@@ -49,10 +49,10 @@ def write_merged(config):
     if run:  # sample.py reads its labels and its question
         write_json(out / "run.json", run)
 
-    files = ", ".join(sorted(path.name for path in out.iterdir()))
+    print(f"saved in {out}:", ", ".join(sorted(path.name for path in out.iterdir())))
     second = ' --prompt_b="..."' if run.get("pairs") else ""
     model = shlex.quote(f"--model={out}")
-    print(f'saved in {out}: {files}\nnext:\n  python sample.py {model} --prompt="..."{second}')
+    print(f'next:\n  python sample.py {model} --prompt="..."{second}')
 
 
 def main(arguments):

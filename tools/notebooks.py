@@ -29,9 +29,12 @@ def execute(path, timeout=3600):
     import nbformat
     from nbclient import NotebookClient
 
-    options = {"timeout": timeout, "resources": {"metadata": {"path": str(path.parent)}}}
-    options["record_timing"] = False  # times of day would make every cell differ from its last run
-    return NotebookClient(nbformat.read(path, 4), **options).execute()
+    return NotebookClient(
+        nbformat.read(path, 4),
+        timeout=timeout,
+        resources={"metadata": {"path": str(path.parent)}},
+        record_timing=False,  # times of day would make every cell differ from its last run
+    ).execute()
 
 
 def execute_all(notebooks):
@@ -42,12 +45,12 @@ def execute_all(notebooks):
     if not paths:
         raise ValueError(f"{notebooks.folder} has no notebook {notebooks.only}*.ipynb")
     for path in paths:
-        found = execute(path)
+        notebook = execute(path)
         if os.environ.get("QUICK"):
             print(f"{path}: runs; not kept, since QUICK is set")
             continue
         with replacing(path) as temporary:
-            nbformat.write(found, temporary)
+            nbformat.write(notebook, temporary)
         print(f"{path}: runs, and has its new outputs")
 
 

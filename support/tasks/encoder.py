@@ -189,6 +189,8 @@ def attention(q, k, v, mask):
 
 
 class Attention(nn.Module):
+    attend = staticmethod(attention)  # research/published.py gives a layer one with dropout
+
     def __init__(self, c):
         super().__init__()
         self.heads = (c.num_attention_heads, c.hidden_size // c.num_attention_heads)
@@ -204,7 +206,7 @@ class Attention(nn.Module):
         if angles is not None:
             q, k = rotary.rotate(q, *angles), rotary.rotate(k, *angles)
         q, k, v = (packing.unpack(t).transpose(1, 2) for t in (q, k, v))  # (B, H, T, head_dim)
-        return packing.pack(attention(q, k, v, packing.mask).transpose(1, 2)).flatten(-2)
+        return packing.pack(self.attend(q, k, v, packing.mask).transpose(1, 2)).flatten(-2)
 
 
 def dense(inputs, outputs):

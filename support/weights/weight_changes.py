@@ -1,12 +1,11 @@
 """
 How fine-tuning moved the weights: ΔM, the change of magnitudes, and ΔD, the change of directions.
 
-For a weight W0 that became W, with rows (or columns) w0_n and w_n (DoRA, arXiv 2402.09353, section
-3.2):
+A weight W0 became W; its rows (or columns) w0_n became w_n (DoRA, arXiv 2402.09353, section 3.2):
 
     ΔM = mean_n | ‖w_n‖ - ‖w0_n‖ |          ΔD = mean_n (1 - cos(w_n, w0_n))
 
-A Trajectory records both at snapshots during training.
+`delta` computes them, and a Trajectory records them at snapshots of a training run.
 """
 
 from dataclasses import dataclass, field
@@ -17,90 +16,53 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from support.run.files import malformed, read_json, replacing, write_json
-from support.weights.quantized import dequantize, float_dtype, linear, transposed
+from support.weights.quantized import dequantize
+
+
+def norms(weight, axis):
+    """‖w_n‖ of the rows, (out, 1), or columns, (1, in), of a weight; ValueError for others."""
+    if axis not in ("row", "column"):
+        raise ValueError(f"unknown axis {axis!r}: choose row, column")
+    return torch.linalg.vector_norm(weight, dim=1 if axis == "row" else 0, keepdim=True)
 
 
 def decompose(weight, axis="row"):
     """
-    A weight (out, in) as magnitude and direction: weight = magnitude ⊙ direction.
-
-    axis: 'row' or 'column', the vectors of the weight. Returns magnitude, (out, 1) or (1, in), and
-    direction, (out, in), of unit vectors; a zero vector has the direction zero. Raises ValueError
-    for another axis.
+    A weight (out, in) as magnitude, (out, 1) or (1, in), and direction, (out, in), of unit vectors:
+    weight = magnitude ⊙ direction. A vector of zeros has the direction zero.
     """
-    if axis not in ("row", "column"):
-        raise ValueError(f"unknown axis {axis!r}: choose row, column")
-    magnitude = torch.linalg.vector_norm(weight, dim=1 if axis == "row" else 0, keepdim=True)
+    magnitude = norms(weight, axis)
     return magnitude, weight / magnitude.clamp_min(torch.finfo(weight.dtype).tiny)
-
-
-def changes(squares, inner, change):
-    """
-    |‖w‖ - ‖w0‖| and 1 - cos(w, w0) of vectors w = w0 + d.
-
-    squares: ‖w0‖². inner: w0·d. change: ‖d‖². All are tensors of one shape, which the results have.
-
-    Fine-tuning moves a weight so little that ‖w‖ - ‖w0‖ and 1 - cos would be differences of nearly
-    equal numbers. Expanded, they are not:
-
-        ‖w‖² - ‖w0‖² = 2 w0·d + ‖d‖²
-        sin² = (‖w0‖²‖d‖² - (w0·d)²) / (‖w0‖²‖w‖²),   1 - cos = sin² / (1 + cos)
-
-    A zero vector that stays zero keeps its direction; if it changes, 1 - cos = 1.
-    """
-    tiny = torch.finfo(squares.dtype).tiny
-    after = (squares + 2 * inner + change).clamp_min(0)
-    norms = (squares.sqrt(), after.sqrt())
-
-    cos = (squares + inner) / (norms[0] * norms[1]).clamp_min(tiny)
-    sin2 = (squares * change - inner**2).clamp_min(0) / (squares * after).clamp_min(tiny)
-    turned = torch.where(cos > 0, sin2 / (1 + cos.clamp_min(0)), 1 - cos)
-
-    moved = (2 * inner + change).abs() / sum(norms).clamp_min(tiny)
-    return moved, torch.where(change == 0, 0.0, turned)
 
 
 def delta(weight, base, axis="row"):
     """
-    (ΔM, ΔD), floats, of a weight (out, in) against its base (out, in), computed in float64.
+    (ΔM, ΔD), floats, of a weight (out, in) against its base (out, in). Raises ValueError for
+    unequal shapes or an unknown axis.
 
-    Raises ValueError for unequal shapes or an unknown axis.
+    Fine-tuning turns a vector so little that 1 - cos would be the difference of nearly equal
+    numbers. It equals half the squared distance of the two directions, which keeps its digits.
     """
     if weight.shape != base.shape:
         raise ValueError(
             f"the weights have different shapes, {tuple(weight.shape)} and {tuple(base.shape)}"
         )
-    base, dim = base.double(), {"row": 1, "column": 0}[axis]
-    d = weight.double() - base
-    moved, turned = changes(base.square().sum(dim), (base * d).sum(dim), d.square().sum(dim))
-    return moved.mean().item(), turned.mean().item()
+    m, v = decompose(weight.double(), axis)
+    m0, v0 = decompose(base.double(), axis)
+    turned = norms(v - v0, axis) ** 2 / 2
+    turned[(m == 0) != (m0 == 0)] = 1  # a vector of zeros has no direction: cos = 0
+    return (m - m0).abs().mean().item(), turned.mean().item()
 
 
 @torch.no_grad()
 def layer_delta(layer, axis="row"):
-    """
-    (ΔM, ΔD), floats, of a BiDoRALinear against its own frozen weight.
-
-    Where the layer normalises along the same axis, both come from the factors, without building
-    W0 + s·B·A: scaling a row by its magnitude does not change its direction. Otherwise they come
-    from the merged weight.
-    """
-    if axis != layer.magnitude_axis:
-        return delta(layer.merged_weight(), dequantize(layer.weight, torch.float64), axis)
-
-    A, B = layer.factors()  # s is in B
-    dtype = float_dtype(layer.weight)
-    if axis == "row":
-        inner = (linear(A.to(dtype), layer.weight).T * B).sum(1)
-        change = ((B @ (A @ A.T)) * B).sum(1)
-    else:
-        inner = (transposed(B.T.to(dtype), layer.weight) * A).sum(0)
-        change = (((B.T @ B) @ A) * A).sum(0)
-
-    moved, turned = changes(layer.weight_squares, inner, change)
-    if layer.lora_magnitude_vector is not None:
-        moved = (layer.lora_magnitude_vector - layer.weight_squares.sqrt()).abs()
-    return moved.mean().item(), turned.mean().item()
+    """(ΔM, ΔD), floats, of a BiDoRALinear against its own frozen weight."""
+    moved, turned = delta(layer.merged_weight(), dequantize(layer.weight, torch.float64), axis)
+    m = layer.lora_magnitude_vector
+    if m is not None and axis == layer.magnitude_axis:
+        # m itself, without the merged weight's rounding: ΔM rests while m is fixed
+        moved = (m - layer.weight_squares.sqrt()).abs().mean().item()
+    return moved, turned
 
 
 @dataclass
@@ -124,36 +86,31 @@ class Trajectory:
     @classmethod
     def start(cls, layers, axis="row"):
         """
-        An empty trajectory, to be made before training.
-
-        layers: {name: module}, either all BiDoRALinear, or all nn.Linear whose own weights will
-        change.
+        An empty trajectory, to be made before training. layers: {name: module}, all BiDoRALinear,
+        or all nn.Linear whose own weights will change.
         """
-        base = {
-            name: layer.weight.detach().clone()
-            for name, layer in layers.items()
-            if not hasattr(layer, "lora_A")
-        }
-
-        # One at a time, since a dequantised weight is large.
-        magnitude = []
+        base, magnitude = {}, []
         for name, layer in layers.items():
-            weight = base[name] if base else dequantize(layer.weight, torch.float32)
-            magnitude.append(decompose(weight.float(), axis)[0].mean().item())
+            if not hasattr(layer, "lora_A"):
+                base[name] = layer.weight.detach().clone()
+            weight = dequantize(layer.weight, torch.float32)  # one at a time, since it is large
+            magnitude.append(norms(weight.detach(), axis).mean().item())
         return cls(axis, list(layers), magnitude, base=base)
 
     def record(self, model, phase, step):
         """Add a snapshot of the model's current weights."""
-        pairs = []
+        moved, turned = [], []
         for name in self.layers:
             layer = model.get_submodule(name)
             if self.base:
-                pairs.append(delta(layer.weight.detach(), self.base[name], self.axis))
+                m, d = delta(layer.weight.detach(), self.base[name], self.axis)
             else:
-                pairs.append(layer_delta(layer, self.axis))
+                m, d = layer_delta(layer, self.axis)
+            moved.append(m)
+            turned.append(d)
         self.snapshots.append({"phase": phase, "step": step})
-        self.delta_m.append([moved for moved, _ in pairs])
-        self.delta_d.append([turned for _, turned in pairs])
+        self.delta_m.append(moved)
+        self.delta_d.append(turned)
 
     def save(self, folder):
         """Write trajectory.safetensors (the numbers) and trajectory.json (their meaning)."""
@@ -165,50 +122,36 @@ class Trajectory:
 
         with replacing(folder / "trajectory.safetensors") as temporary:
             save_file(numbers, temporary)
-        about = {"axis": self.axis, "layers": self.layers, "snapshots": self.snapshots}
-        write_json(folder / "trajectory.json", about)
+        meaning = {"axis": self.axis, "layers": self.layers, "snapshots": self.snapshots}
+        write_json(folder / "trajectory.json", meaning)
 
     @classmethod
     def load(cls, folder):
         """
-        Read what `save` wrote.
-
-        Raises FileNotFoundError for a missing file; ValueError for damaged files, and for files
-        that don't fit together.
+        Read what `save` wrote. Raises FileNotFoundError for a missing file, and ValueError for
+        files that are damaged or don't fit together.
         """
+        tensors = Path(folder) / "trajectory.safetensors"
         with malformed(f"{folder}: trajectory.json or trajectory.safetensors"):
-            return cls.read(Path(folder))
+            meaning = read_json(Path(folder) / "trajectory.json")
+            try:
+                numbers = load_file(tensors)
+            except SafetensorError as error:
+                raise ValueError(f"{tensors} is damaged: {error}") from None
 
-    @classmethod
-    def read(cls, folder):
-        """`load`, without the check for unexpected structure."""
-        about = read_json(folder / "trajectory.json")
-        try:
-            numbers = load_file(folder / "trajectory.safetensors")
-        except SafetensorError as error:
-            raise ValueError(f"{folder / 'trajectory.safetensors'} is damaged: {error}") from None
-
-        shape = (len(about.get("snapshots", ())), len(about.get("layers", ())))
-        shapes = {"magnitude": shape[1:], "delta_m": shape, "delta_d": shape}
-        if {"axis", "layers", "snapshots"} - about.keys() or any(
-            name not in numbers or numbers[name].shape != wanted for name, wanted in shapes.items()
-        ):
-            raise ValueError(
-                f"{folder}: trajectory.json and trajectory.safetensors don't fit together"
-            )
-        return cls(
-            about["axis"],
-            about["layers"],
-            snapshots=about["snapshots"],
-            **{name: tensor.tolist() for name, tensor in numbers.items()},
-        )
+            shape = (len(meaning.get("snapshots", ())), len(meaning.get("layers", ())))
+            wanted = {"magnitude": shape[1:], "delta_m": shape, "delta_d": shape}
+            shapes = {name: tuple(tensor.shape) for name, tensor in numbers.items()}
+            if meaning.keys() != {"axis", "layers", "snapshots"} or shapes != wanted:
+                raise ValueError(
+                    f"{folder}: trajectory.json and trajectory.safetensors don't fit together"
+                )
+            return cls(**meaning, **{name: tensor.tolist() for name, tensor in numbers.items()})
 
     def select(self, target, phase=None):
         """The layers whose names end in target, in all snapshots or one phase's: a Trajectory."""
         keep = [i for i, name in enumerate(self.layers) if f".{name}".endswith(f".{target}")]
-        times = [
-            t for t, snapshot in enumerate(self.snapshots) if phase in (None, snapshot["phase"])
-        ]
+        times = [t for t, s in enumerate(self.snapshots) if phase in (None, s["phase"])]
         return Trajectory(
             self.axis,
             [self.layers[i] for i in keep],

@@ -6,6 +6,7 @@ and against formulas of its own; and research.published, which does the same.
 import copy
 import email
 import importlib
+import json
 import subprocess
 import sys
 import zipfile
@@ -109,8 +110,7 @@ def by_betty(release, problem, lower_lr, frozen=(), group_lr=None):
     adapters = [p for n, p in zip(names, lower.chosen) if n not in frozen]
     start = [p.detach().clone() for p in upper.chosen]
     options = dict(config=Config(type="darts", retain_graph=True))
-    if release == "0.1.1":
-        options["device"] = torch.device("cpu")
+    options |= {"device": torch.device("cpu")} if release == "0.1.1" else {}
     group = {"params": adapters, "lr": lower_lr if group_lr is None else group_lr}
     inner = Inner("inner", module=lower, optimizer=torch.optim.SGD([group], lr=lower_lr),
                   train_data_loader=[problem.train], **options)  # fmt: skip
@@ -123,18 +123,23 @@ def by_betty(release, problem, lower_lr, frozen=(), group_lr=None):
     Engine(config=engine, problems=[outer, inner], dependencies=links).run()
 
     h = [s - p.detach() for s, p in zip(start, upper.chosen)]
-    given = [p.detach() for p in lower.chosen]
-    return h, dict(zip(names, given))
+    return h, {name: p.detach() for name, p in zip(names, lower.chosen)}
+
+
+def copy_of(problem):
+    """A copy of a Curved problem, with levels of its own."""
+    here = copy.deepcopy(problem)
+    here.lower = bidora.lower_parameters(here.model)
+    here.upper = bidora.upper_parameters(here.model)
+    return here
 
 
 def after_a_step(problem, lr, frozen=()):
     """The problem after a step of gradient descent of its lower level, and of weights in frozen."""
     moved = copy.deepcopy(problem)
-    weights = dict(moved.model.named_parameters())
     for name in frozen:
-        weights[name].requires_grad_()
-    moved.lower = bidora.lower_parameters(moved.model)
-    moved.upper = bidora.upper_parameters(moved.model)
+        moved.model.get_parameter(name).requires_grad_()
+    moved = copy_of(moved)
     gradients = torch.autograd.grad(moved.loss(moved.model, moved.train), moved.lower)
     with torch.no_grad():
         for p, g in zip(moved.lower, gradients):
@@ -207,9 +212,7 @@ def test_the_optimizer_s_identity_is_at_the_values_after_the_lower_step():
         c.model, 1e-2, 1e-3, weight_decay=0.0, hypergradient="identity_difference", grad_clip=1e9
     )
     optimizer.lower_step(c.loss, c.train)
-    here = copy.deepcopy(c)
-    here.lower = bidora.lower_parameters(here.model)
-    here.upper = bidora.upper_parameters(here.model)
+    here = copy_of(c)
     expected = identity(*here.arguments(), mode="finite_difference")
     optimizer.upper_step(c.loss, c.val)
     for p, q, g in zip(c.upper, here.upper, expected):  # Adam's first step is the sign's
@@ -230,13 +233,14 @@ def test_betty_0_1_1_leaves_every_weight_a_step_down_the_val_loss(betty):
         torch.testing.assert_close(moved[name], expected, rtol=1e-9, atol=1e-12)
 
 
-def observed(problem, **settings):
+def observed(problem, rate=1e-12, base=None, **settings):
     """An ObservedOptimizer of a Curved problem, whose lower steps are next to nothing."""
     config = published.Published(hypergradient="identity_difference", **settings)
+    base = published.base_weights(problem.model) if base is None else base
+    options = {"weight_decay": 0.0, "hypergradient": config.hypergradient}
     return published.ObservedOptimizer(
-        problem.model, 1e-12, 1e-3, weight_decay=0.0, hypergradient=config.hypergradient,
-        published=config, base=published.base_weights(problem.model),
-    )  # fmt: skip
+        problem.model, rate, 1e-3, published=config, base=base, **options
+    )
 
 
 @pytest.mark.parametrize("network", [False, True])
@@ -262,13 +266,11 @@ def test_a_product_over_the_adapters_stays_so_while_the_network_trains():
 def test_the_network_trains_and_retraining_begins_at_its_original_weights():
     c = Curved()
     base = published.base_weights(c.model)
-    options = dict(published=published.Published(network=True), base=base)
-    optimizer = published.ObservedOptimizer(c.model, 1e-2, **options)
-    optimizer.bilevel_step(c.loss, c.train, c.val)
+    observed(c, 1e-2, base, network=True).bilevel_step(c.loss, c.train, c.val)
     assert not any(torch.equal(p, value) for p, value in base)
 
     bidora.start_retrain(c.model)
-    optimizer = published.ObservedOptimizer(c.model, 1e-2, **options)
+    optimizer = observed(c, 1e-2, base, network=True)
     assert all(torch.equal(p, value) for p, value in base)
     assert {id(p) for p, _ in base} < {id(p) for p in optimizer.lower}
     assert not {id(m) for m in c.upper} & {id(p) for p in optimizer.lower}
@@ -302,7 +304,7 @@ def test_dropout_is_where_transformers_bert_has_it(monkeypatch):
 
     monkeypatch.setattr(F, "dropout", scaled)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(published.encoder, "attention", published.add_dropout(ours))
+    published.add_dropout(ours)
     expected = peer(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(ours.train()(ids, mask), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.eval()(ids, mask), plain, rtol=1e-5, atol=1e-5)
@@ -327,10 +329,11 @@ def test_our_transposed_layer_is_the_published_one():
     """Rows of Wᵀ, B = Aᵀ and A = Bᵀ: 1e-12 in float64."""
     base = nn.Sequential(nn.Linear(6, 6)).double().requires_grad_(False)
     weight, bias = base[0].weight.clone(), base[0].bias.clone()
-    model = published.transposed(lambda: base, ["0"])
-    bidora.replace_linear_with_bidora(model, 2, 2.0, target_modules=["0"], init="normal_b")
-    layer, x = model[0], torch.randn(3, 6, dtype=torch.float64)
+    bidora.replace_linear_with_bidora(base, 2, 2.0, target_modules=["0"], init="normal_b")
+    published.transpose(base)
+    layer, x = base[0], torch.randn(3, 6, dtype=torch.float64)
     assert (layer.lora_A == 0).all() and layer.lora_B.std() > 0.3
+    torch.testing.assert_close(layer.magnitude.data, weight.norm(dim=0), rtol=1e-12, atol=0)
     with torch.no_grad():
         layer.lora_A.normal_()
         m = layer.lora_magnitude_vector.mul_(1.5)
@@ -345,30 +348,42 @@ def elsewhere(tmp_path, monkeypatch, request):
     monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
 
 
-TOY = ["--model=tiny-random", "--data=toy-sentiment", "--train_size=20", "--test_size=20"]
-TOY += ["--search_steps=3", "--retrain_steps=2", "--eval_before=False", "--out_dir=out/toy"]
+RUN = ["--train_size=20", "--test_size=20", "--search_steps=3", "--retrain_steps=2"]
+RUN += ["--eval_before=False", "--overwrite"]
+TOY = [*RUN, "--model=tiny-random", "--data=toy-sentiment"]
+ENCODER = [*RUN, "--model=minilm", "--data=movie-sentiment", "--target_modules=query,value"]
+ENCODER += ["--dtype=float32", "--block_size=16", "--trace"]
+
+
+def trained(*arguments):
+    """The summary of a run of research.published."""
+    return published.train(published.read_config([*arguments, "--out_dir=out"]))
+
+
+def logged(folder):
+    """The log of a run without its times."""
+    lines = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def test_tracing_changes_no_result(elsewhere):
-    plain = train.train(train.read_config([*TOY[:-1], "--out_dir=out/plain"]))
-    traced = published.train(published.read_config([*TOY, "--trace"]))
-    assert traced["after"] == plain["after"]
-    assert read_json("out/toy/summary.json")["trace"] == traced["trace"]
+    plain = train.train(train.read_config([*TOY, "--out_dir=plain"]))
+    traced = trained(*TOY, "--trace")
+    assert traced["after"] == plain["after"] and logged("out") == logged("plain")
+    assert read_json("out/summary.json")["trace"] == traced["trace"]
     assert len(traced["trace"]["moved"]) == 3 and traced["trace"]["moved"][-1] > 0
 
 
 @pytest.mark.parametrize("name", ["neumann", "unrolled"])
 def test_an_indirect_part_with_a_rate_of_nothing_is_nothing(name, elsewhere):
     """Both parts are taken at the same V: neumann's is the one before the last kept step."""
-    rate = ["--hypergradient_lr=1e-12", f"--hypergradient={name}"]
-    found = published.train(published.read_config([*TOY, "--trace", *rate]))
-    assert max(found["trace"]["indirect"]) < 1e-6
+    summary = trained(*TOY, "--trace", f"--hypergradient={name}", "--hypergradient_lr=1e-12")
+    assert max(summary["trace"]["indirect"]) < 1e-6
 
 
 def test_the_trace_of_the_first_order_hypergradient_has_no_indirect_part(elsewhere):
     """Within 1e-5 of the direct part: fp32."""
-    arguments = [*TOY, "--trace", "--hypergradient=first_order"]
-    summary = published.train(published.read_config(arguments))
+    summary = trained(*TOY, "--trace", "--hypergradient=first_order")
     assert max(summary["trace"]["indirect"]) < 1e-5
     assert all(abs(cosine) <= 1.001 for cosine in summary["trace"]["cosine"])  # NaN is not
 
@@ -377,32 +392,26 @@ def test_the_network_trains_in_float32_where_bfloat16_is_faster(elsewhere, monke
     """In bfloat16, small updates of a weight round to nothing."""
     monkeypatch.setattr(hardware, "fast_dtype", lambda device: (torch.bfloat16, "measured"))
     for more, dtype in (([], "bfloat16"), (["--network"], "float32")):
-        summary = published.train(published.read_config([*TOY, *more, "--overwrite"]))
-        assert summary["dtype"] == dtype
-
-
-ENCODER = ["--model=minilm", "--data=movie-sentiment", "--target_modules=query,value", *TOY[2:]]
-ENCODER += ["--dtype=float32", "--block_size=16", "--overwrite", "--trace"]
+        assert trained(*TOY, *more)["dtype"] == dtype
 
 
 def test_dropout_makes_the_difference_random_and_the_trace_is_of_one_draw(elsewhere):
     """With first order there is no indirect part: the direct one is taken under the same masks."""
-    arguments = [*ENCODER, "--noise", "--hypergradient=first_order"]
-    assert max(published.train(published.read_config(arguments))["trace"]["indirect"]) < 1e-4
+    first = trained(*ENCODER, "--noise", "--hypergradient=first_order")
+    assert max(first["trace"]["indirect"]) < 1e-4
 
-    def indirect(*more):
-        arguments = [*ENCODER, "--hypergradient=identity_difference", "--lower_lr=1e-9", *more]
-        return published.train(published.read_config(arguments))["trace"]["indirect"][0]
-
-    assert indirect("--noise") > 2 * indirect()
+    difference = [*ENCODER, "--hypergradient=identity_difference", "--lower_lr=1e-9"]
+    noisy, still = trained(*difference, "--noise"), trained(*difference)
+    assert noisy["trace"]["indirect"][0] > 2 * still["trace"]["indirect"][0]
 
 
 def test_a_run_of_the_program_keeps_its_scores_but_no_adapter(elsewhere, capsys):
     effects = ["--network", "--all_weights", "--noise", "--transposed", "--gram_weight=1e-5"]
-    assert published.main([*ENCODER, *effects, "--hypergradient=identity_difference"]) == 0
+    effects += ["--hypergradient=identity_difference", "--out_dir=out"]
+    assert published.main([*ENCODER, *effects]) == 0
     said = capsys.readouterr().out
     assert "no adapter was saved" in said and "of 3 upper-level steps" in said
-    assert not list(Path("out/toy").glob("adapter*")) and Path("out/toy/summary.json").exists()
+    assert not list(Path("out").glob("adapter*")) and Path("out/summary.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """ΔM and ΔD against their definitions in float64; recording, fitting, saving and drawing them."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,11 +8,11 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn as nn
+from safetensors.torch import save_file
 
 import train
 from bidora import BiDoRALinear
-from support.weights import weight_changes
-from support.weights.weight_changes import Trajectory, changes, decompose, delta, layer_delta
+from support.weights.weight_changes import Trajectory, decompose, delta, layer_delta
 from tools import analysis
 from tools.analysis import fit
 from train import Config
@@ -42,14 +41,12 @@ def definition(weight, base, dim):
     return (weight.norm(dim=dim) - base.norm(dim=dim)).abs().mean().item(), (1 - cos).mean().item()
 
 
-@pytest.mark.parametrize("axis", ["row", "column"])
-def test_decomposition_multiplies_to_the_weight_and_its_directions_are_unit_vectors(axis):
+@pytest.mark.parametrize("axis, dim", [("row", 1), ("column", 0)])
+def test_decomposition_multiplies_to_the_weight_and_its_directions_are_unit_vectors(axis, dim):
     weight = torch.randn(7, 5)
     magnitude, direction = decompose(weight, axis)
     assert torch.allclose(magnitude * direction, weight)
-    assert torch.allclose(
-        direction.norm(dim=1 if axis == "row" else 0), torch.ones(7 if axis == "row" else 5)
-    )
+    assert torch.allclose(direction.norm(dim=dim), torch.ones(weight.size(1 - dim)))
 
 
 @pytest.mark.parametrize("axis, dim", [("row", 1), ("column", 0)])
@@ -57,52 +54,53 @@ def test_decomposition_multiplies_to_the_weight_and_its_directions_are_unit_vect
 def test_delta_is_the_definition(axis, dim, size):
     base = torch.randn(20, 30)
     weight = base + size * torch.randn(20, 30)
-    assert delta(weight, base, axis) == pytest.approx(
-        definition(weight, base, dim), rel=1e-8, abs=1e-13
-    )
+    expected = definition(weight, base, dim)
+    assert delta(weight, base, axis) == pytest.approx(expected, rel=1e-8, abs=1e-13)
 
 
-def test_small_changes_keep_their_precision_in_float32():
-    base, d = torch.randn(50, 40).double(), 1e-4 * torch.randn(50, 40).double()
-    sums = base.square().sum(1), (base * d).sum(1), d.square().sum(1)
-    exact, low = changes(*sums), changes(*(s.float() for s in sums))
-    assert torch.allclose(low[1].double(), exact[1], rtol=1e-4)
-    naive = 1 - torch.nn.functional.cosine_similarity(base.float(), (base + d).float(), dim=1)
-    assert not torch.allclose(naive.double(), exact[1], rtol=1e-1)  # the plain definition loses it
+def test_small_changes_keep_their_precision():
+    """
+    Against sin² / (1 + cos) of the changes themselves; the plain definition in float32 loses them.
+    """
+    base = torch.randn(50, 40, dtype=torch.float64)
+    for size in (1e-4, 1e-7):
+        d = size * torch.randn(50, 40, dtype=torch.float64)
+        squares, inner, change = base.square().sum(1), (base * d).sum(1), d.square().sum(1)
+        after = squares + 2 * inner + change
+        sin2 = (squares * change - inner**2) / (squares * after)
+        exact = (sin2 / (1 + (1 - sin2).sqrt())).mean().item()
+        assert delta(base + d, base)[1] == pytest.approx(exact, rel=1e-6)
+        naive = 1 - torch.nn.functional.cosine_similarity(base.float(), (base + d).float(), dim=1)
+        assert naive.mean().item() != pytest.approx(exact, rel=1e-1)
 
 
 def test_vectors_that_reverse_or_were_zero_have_values_of_their_own():
-    base, weight = (
-        torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]),
-        torch.tensor([[-2.0, 0.0], [0.0, 0.0], [0.0, 3.0], [1.0, 1.0]]),
-    )
-    d = weight - base
-    moved, turned = changes(base.square().sum(1), (base * d).sum(1), d.square().sum(1))
-    assert moved.tolist() == pytest.approx(
-        [1.0, 0.0, 3.0, 0.0]
-    ) and turned.tolist() == pytest.approx([2.0, 0.0, 1.0, 0.0])
+    base = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    weight = torch.tensor([[-2.0, 0.0], [0.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
+    each = [delta(weight[i : i + 1], base[i : i + 1]) for i in range(4)]
+    assert each == [(1.0, 2.0), (0.0, 0.0), (3.0, 1.0), (0.0, 0.0)]
 
 
 @pytest.mark.parametrize("axis, dim", [("row", 1), ("column", 0)])
 @pytest.mark.parametrize("own_axis", ["row", "column"])
 @pytest.mark.parametrize("method", ["lora", "dora", "bidora", "bilora"])
-def test_layers_are_measured_from_their_factors_as_from_the_merged_weight(
-    method, own_axis, axis, dim
-):
+def test_layers_are_measured_as_the_merged_weight(method, own_axis, axis, dim):
     layer = BiDoRALinear(24, 16, rank=4, method=method, magnitude_axis=own_axis)
     with torch.no_grad():
         for p in layer.parameters():
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
-    assert layer_delta(layer, axis) == pytest.approx(
-        definition(layer.merged_weight(), layer.weight, dim), rel=1e-4
-    )
+    expected = definition(layer.merged_weight(), layer.weight, dim)
+    assert layer_delta(layer, axis) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_trained_magnitude_and_lora_along_the_weight_move_no_direction():
     layer = BiDoRALinear(6, 4, rank=1, method="dora")
     layer.lora_magnitude_vector.data += 0.5
-    assert layer_delta(layer) == pytest.approx((0.5, 0.0), abs=1e-6)
+    moved, turned = layer_delta(layer)
+    assert (moved, turned) == pytest.approx((0.5, 0.0), abs=1e-6)
+    layer.lora_B.data += 0.1
+    assert layer_delta(layer)[0] == moved and layer_delta(layer)[1] > 1e-3  # m is fixed: exactly
     layer = BiDoRALinear(6, 1, rank=1, lora_alpha=1, method="lora")
     layer.lora_A.data, layer.lora_B.data = layer.weight.data.clone(), torch.tensor([[0.5]])
     assert layer_delta(layer) == pytest.approx((0.5 * layer.weight.norm().item(), 0.0), abs=1e-6)
@@ -124,51 +122,37 @@ def line_of(slope, noise, layers=12, snapshots=3):
 def test_fit_is_least_squares_and_scipys_correlations():
     trajectory = line_of(-3.0, 0.5)
     x, y = numpy.ravel(trajectory.delta_d), numpy.ravel(trajectory.delta_m)
-    found = fit([trajectory])
-    assert found["k"][0] == pytest.approx(numpy.polyfit(x, y, 1)[0]) and found["relative"][
-        0
-    ] == pytest.approx(found["k"][0] / 2)
-    assert found["r"][0] == pytest.approx(scipy.stats.pearsonr(x, y)[0]) and found["rho"][
-        0
-    ] == pytest.approx(scipy.stats.spearmanr(x, y)[0])
-    for value, low, high in found.values():
-        assert low < value < high
+    line, slope = fit([trajectory]), numpy.polyfit(x, y, 1)[0]
+    assert line["k"][0] == pytest.approx(slope) and line["relative"][0] == pytest.approx(slope / 2)
+    assert line["r"][0] == pytest.approx(scipy.stats.pearsonr(x, y)[0])
+    assert line["rho"][0] == pytest.approx(scipy.stats.spearmanr(x, y)[0])
+    assert all(low < value < high for value, low, high in line.values())
 
 
 def test_intervals_cover_the_true_slope_and_shrink_with_more_layers():
-    few, many = fit([line_of(-3.0, 0.5, layers=8)])["k"], fit([line_of(-3.0, 0.5, layers=200)])["k"]
-    assert (
-        few[1] < -3 < few[2]
-        and many[1] < -3 < many[2]
-        and many[2] - many[1] < 0.4 * (few[2] - few[1])
-    )
+    few, many = (fit([line_of(-3.0, 0.5, layers=n)])["k"] for n in (8, 200))
+    assert few[1] < -3 < few[2] and many[1] < -3 < many[2]
+    assert many[2] - many[1] < 0.4 * (few[2] - few[1])
 
 
 def test_fewer_than_eight_layers_get_no_interval():
-    found = fit([line_of(-3.0, 0.5, layers=7)])
-    assert all(
-        numpy.isfinite(value) and numpy.isnan(low) and numpy.isnan(high)
-        for value, low, high in found.values()
-    )
+    numbers = numpy.array([*fit([line_of(-3.0, 0.5, layers=7)]).values()])
+    assert numpy.isfinite(numbers[:, 0]).all() and numpy.isnan(numbers[:, 1:]).all()
 
 
 def test_a_slope_is_not_a_correlation():
     """The papers' k = -8.042 is no correlation: a slope has the weights' unit, r has none."""
     small, large = line_of(-3.0, 0.5), line_of(-3.0, 0.5)
     large.delta_m, large.magnitude = (10 * numpy.array(large.delta_m)).tolist(), [20.0] * 12
-    a, b = fit([small]), fit([large])
-    assert (
-        b["k"][0] == pytest.approx(10 * a["k"][0])
-        and b["r"][0] == pytest.approx(a["r"][0])
-        and b["relative"][0] == pytest.approx(a["relative"][0])
-    )
+    a, b = ({name: value for name, (value, *_) in fit([t]).items()} for t in (small, large))
+    assert b == pytest.approx(a | {"k": 10 * a["k"]})
 
 
 def test_the_table_says_why_a_number_has_no_interval():
     few, many = line_of(-3.0, 0.5, layers=7), line_of(-3.0, 0.5, layers=8)
-    *_, note = analysis.table({"a": few}, ["q_proj"], samples=20)
+    *_, note = analysis.table({"a": few}, ["q_proj"])
     assert "no interval" in note and "fewer than 8" in note
-    assert "interval" not in "".join(analysis.table({"a": many}, ["q_proj"], samples=20))
+    assert "interval" not in "".join(analysis.table({"a": many}, ["q_proj"]))
 
 
 @pytest.fixture
@@ -176,7 +160,7 @@ def two_layers():
     """The figure of one run over two layers with two phases, drawn."""
     run = line_of(-3.0, 0.5, layers=2, snapshots=8)
     run.snapshots = [{"phase": "search" if t < 4 else "retrain", "step": t} for t in range(8)]
-    figure = analysis.plot({"one run": run}, ["q_proj"], samples=20)
+    figure = analysis.plot({"one run": run}, ["q_proj"])
     figure.savefig("drawn.png")
     return figure
 
@@ -205,59 +189,42 @@ def test_points_that_do_not_vary_have_no_slope():
 
 @pytest.mark.parametrize("method", ["bidora", "dora", "lora", "bilora", "ft"])
 def test_training_records_every_adapted_matrix_at_equal_intervals_and_at_the_end(method):
-    train.train(
-        Config(
-            method=method, out_dir="run", snapshots=2, target_modules=("q_proj", "v_proj"), **TINY
-        )
-    )
+    targets = ("q_proj", "v_proj")
+    train.train(Config(method=method, out_dir="run", snapshots=2, target_modules=targets, **TINY))
     trajectory = Trajectory.load("run")
-    phases = (
-        {"search": 4, "retrain": 4} if train.is_bilevel(Config(method=method)) else {"train": 8}
-    )
-    steps, wanted = 0, []
-    for phase, count in phases.items():
-        wanted += [
-            {"phase": phase, "step": steps + count // 2},
-            {"phase": phase, "step": steps + count},
-        ]
-        steps += count
-    assert trajectory.snapshots == wanted and {
-        name.rpartition(".")[2] for name in trajectory.layers
-    } == {"q_proj", "v_proj"}
+    times = [("search", 2), ("search", 4), ("retrain", 6), ("retrain", 8)]
+    if method not in ("bidora", "bilora"):
+        times = [("train", 4), ("train", 8)]
+    assert [(s["phase"], s["step"]) for s in trajectory.snapshots] == times
+    assert {name.rpartition(".")[2] for name in trajectory.layers} == {*targets}
     assert numpy.min(trajectory.delta_d) > 0 and numpy.min(trajectory.delta_m) > 0
-    last = analysis.of_checkpoints("run")
-    for name, moved, turned in zip(
-        trajectory.layers, trajectory.delta_m[-1], trajectory.delta_d[-1]
-    ):
-        assert (moved, turned) == pytest.approx(
-            (last.delta_m[0][last.layers.index(name)], last.delta_d[0][last.layers.index(name)]),
-            rel=1e-3,
-        )
+
+    end = analysis.of_checkpoints("run")
+    for name in ("delta_m", "delta_d"):
+        recorded = dict(zip(trajectory.layers, getattr(trajectory, name)[-1]))
+        computed = dict(zip(end.layers, getattr(end, name)[0]))
+        assert recorded == pytest.approx(computed, rel=1e-3)
 
 
 def test_recording_changes_nothing_in_training():
     for folder, snapshots in (("without", 0), ("with", 3)):
         train.train(Config(out_dir=folder, snapshots=snapshots, **TINY))
-    assert (
-        Path("without/adapter_model.safetensors").read_bytes()
-        == Path("with/adapter_model.safetensors").read_bytes()
+    without, recorded = (
+        Path(folder, "adapter_model.safetensors").read_bytes() for folder in ("without", "with")
     )
+    assert without == recorded
 
 
 def test_the_command_line_draws_runs_and_checkpoints(capsys):
-    for method in ("dora", "ft"):
-        train.train(
-            Config(method=method, out_dir=method, snapshots=2 if method == "dora" else 0, **TINY)
-        )
+    train.train(Config(method="dora", out_dir="dora", snapshots=2, **TINY))
+    train.train(Config(method="ft", out_dir="ft", **TINY))
     assert analysis.main(["--tuned=dora,ft", "--targets=q_proj,gate_proj"]) == 0
     out = capsys.readouterr().out
     assert "14 matrices by row, snapshots: 2\n" in out and "snapshots: 1\n" in out
     assert out.count("q_proj") == 2
     shutil.copytree("dora", "elsewhere/dora")
-    assert (
-        analysis.main(["--tuned=dora,elsewhere/dora"]) == 0
-        and capsys.readouterr().out.count(", q_proj") == 2
-    )
+    assert analysis.main(["--tuned=dora,elsewhere/dora"]) == 0
+    assert capsys.readouterr().out.count(", q_proj") == 2
     assert Path("dora/analysis.png").read_bytes().startswith(b"\x89PNG")
     assert not Path("analysis.png").exists()
 
@@ -278,10 +245,8 @@ def test_wrong_input_gets_one_line(arguments, message, capsys):
     if arguments[0] == "--tuned=dora":
         train.train(Config(method="dora", out_dir="dora", snapshots=1, **TINY))
     Path("torn").mkdir()
-    Path("torn/trajectory.json").write_text(
-        json.dumps({"axis": "row", "layers": ["a"], "snapshots": []})
-    )
-    weight_changes.save_file({"magnitude": torch.ones(2)}, "torn/trajectory.safetensors")
+    Path("torn/trajectory.json").write_text('{"axis": "row", "layers": ["a"], "snapshots": []}')
+    save_file({"magnitude": torch.ones(2)}, "torn/trajectory.safetensors")
     shutil.copytree("torn", "damaged"), shutil.copytree("torn", "odd")
     Path("damaged/trajectory.safetensors").write_bytes(b"half")
     Path("odd/trajectory.json").write_text('{"layers": 5, "snapshots": 3, "axis": 1}')
