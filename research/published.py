@@ -167,8 +167,8 @@ def transpose(model):
         if layer.in_features != layer.out_features:
             raise ValueError(f"--transposed: {name} is not square; choose other target_modules")
         layer.weight = nn.Parameter(layer.weight.data.T.contiguous(), requires_grad=False)
-        if layer.magnitude is not None:
-            layer.magnitude.data.copy_(layer.squared_norms().sqrt())
+        if layer.lora_magnitude_vector is not None:
+            layer.lora_magnitude_vector.data.copy_(layer.squared_norms().sqrt())
 
 
 def add_dropout(model):

@@ -56,16 +56,18 @@ def check(memory):
         raise ValueError(f"devices={','.join(memory.devices)} must be integers above 1")
 
 
+def published(model_type, values):
+    """The ModelConfig of an entry of QWEN25 or LLAMA2."""
+    return ModelConfig.from_hf({"model_type": model_type, **dict(zip(NAMES, values))})
+
+
 def models_of(memory):
     """{name: ModelConfig} of the models in the table. Raises ValueError or OSError."""
     if memory.model:
         config = read_json(find_model(memory.model) / "config.json")
         return {memory.model: ModelConfig.from_hf(config)}
-    model_type, published = ("llama", LLAMA2) if memory.devices else ("qwen2", QWEN25)
-    return {
-        name: ModelConfig.from_hf({"model_type": model_type, **dict(zip(NAMES, values))})
-        for name, values in published.items()
-    }
+    model_type, sizes = ("llama", LLAMA2) if memory.devices else ("qwen2", QWEN25)
+    return {name: published(model_type, values) for name, values in sizes.items()}
 
 
 def print_devices(models, memory, config):

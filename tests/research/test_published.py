@@ -333,7 +333,9 @@ def test_our_transposed_layer_is_the_published_one():
     published.transpose(base)
     layer, x = base[0], torch.randn(3, 6, dtype=torch.float64)
     assert (layer.lora_A == 0).all() and layer.lora_B.std() > 0.3
-    torch.testing.assert_close(layer.magnitude.data, weight.norm(dim=0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        layer.lora_magnitude_vector.data, weight.norm(dim=0), rtol=1e-12, atol=0
+    )
     with torch.no_grad():
         layer.lora_A.normal_()
         m = layer.lora_magnitude_vector.mul_(1.5)
