@@ -20,6 +20,7 @@ import re
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from support.text.jsonl import format_of
 from support.text.splits import LABEL_PROMPT, load_examples, load_splits, split  # noqa: F401
@@ -188,34 +189,22 @@ def encode(
 
 
 def check_vocabulary(encoded, vocab_size, tokenizer):
-    """Raise ValueError for a token in any split, or for padding, that the model does not have."""
+    """Raise ValueError for a token in any split that the model does not have."""
     largest = max(max(row.input_ids) for rows in encoded.values() for row in rows)
     if largest >= vocab_size:
         raise ValueError(
             f"{tokenizer.folder}: the tokenizer produced token {largest}, but the model's "
             f"vocabulary has only {vocab_size} tokens"
         )
-    if tokenizer.pad_id >= vocab_size:
-        token = next(text for text, i in tokenizer.added.items() if i == tokenizer.pad_id)
-        raise ValueError(
-            f"{tokenizer.folder}: the padding token {token!r} has the id {tokenizer.pad_id}, but "
-            f"the model's vocabulary has only {vocab_size} tokens: set pad_token in "
-            f"tokenizer_config.json to an added token with a lower id"
-        )
 
 
 # --------------------------------------------------------------------------------- batches
 
 
-def pad(rows, value):
-    """Lists of ids as one tensor, (rows, longest row), padded with value on the right."""
-    tensors = [torch.tensor(row) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-
 def collate(encoded, pad_id):
-    """A list of Encoded as (input_ids, labels), both (B, T)."""
-    return pad([e.input_ids for e in encoded], pad_id), pad([e.labels for e in encoded], -100)
+    """A list of Encoded as (input_ids, labels), (B, T) padded on the right, for other models."""
+    columns = (([e.input_ids for e in encoded], pad_id), ([e.labels for e in encoded], -100))
+    return tuple(pad_sequence(map(torch.tensor, rows), True, value) for rows, value in columns)
 
 
 class Batches:

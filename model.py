@@ -264,7 +264,8 @@ class Transformer(nn.Module):
         The logits, (B, T, vocab); with labels, the mean cross-entropy in nats, a scalar.
 
         input_ids: (B, T). labels: (B, T), -100 where a position is not supervised; shifted inside,
-        so labels[t] is the token that position t-1 should predict.
+        so labels[t] is the token that position t-1 should predict. With labels, both may also be
+        lists of rows of any lengths.
         """
         if labels is None:
             return self.lm_head(self.hidden_states(input_ids))
@@ -279,15 +280,17 @@ class Transformer(nn.Module):
         The hidden states, (N, hidden_size), and the targets, (N,), of the N supervised positions.
         Tokens that no target depends on, such as padding, are left out.
         """
-        device, input_ids, labels = self.lm_head.weight.device, input_ids.cpu(), labels.cpu()
-        wanted = labels[:, 1:] != -100  # (B, T - 1)
-        row, position = wanted.nonzero().T
-        needed = (wanted * torch.arange(1, labels.size(1))).amax(1).clamp_min(1)  # (B,)
+        if isinstance(labels, torch.Tensor):
+            input_ids, labels = input_ids.tolist(), labels.tolist()
+        wanted = [[t for t, label in enumerate(row[1:]) if label != -100] for row in labels]
+        places = [(i, t) for i, row in enumerate(wanted) for t in row]
+        row, position = torch.tensor(places, dtype=torch.long).view(-1, 2).T
 
-        ids = [row[:length] for row, length in zip(input_ids.tolist(), needed.tolist())]
-        rows = Rows(ids, device)
-        where = rows.find(row, position).to(device)
-        return self.hidden_states(rows.ids, rows=rows)[where], labels[row, position + 1].to(device)
+        device = self.lm_head.weight.device
+        rows = Rows([ids[: max(row, default=0) + 1] for ids, row in zip(input_ids, wanted)], device)
+        hidden = self.hidden_states(rows.ids, rows=rows)[rows.find(row, position).to(device)]
+        targets = torch.tensor([labels[i][t + 1] for i, t in places], dtype=torch.long)
+        return hidden, targets.to(device)
 
     @torch.no_grad()
     def totals(self, input_ids, labels):

@@ -143,9 +143,9 @@ class LanguageTask:
         options = (self.question, self.label_ids, self.train_on_prompt)
         return data.encode(examples, self.tokenizer, block_size, *options)
 
-    def collate(self, rows):
-        """As data.collate."""
-        return data.collate(rows, self.tokenizer.pad_id)
+    def loss(self, model, rows):
+        """The mean loss of a list of rows, a scalar tensor."""
+        return model([row.input_ids for row in rows], [row.labels for row in rows])
 
     def supervised(self, rows):
         """As data.supervised."""
@@ -188,7 +188,8 @@ class LanguageTask:
             pairs = [(labels[i], row.label) for i, row in zip(found.argmax(1).tolist(), rows)]
             return loss, sum(len(self.label_ids[row.label]) for row in rows), pairs
 
-        loss, right, count = model.totals(*self.collate(rows))
+        ids, labels = [row.input_ids for row in rows], [row.labels for row in rows]
+        loss, right, count = model.totals(ids, labels)
         if not self.search:
             return loss, count, [(right, count)]
         if not scored:

@@ -229,7 +229,7 @@ class Task:
 
     def loss(self, model, micro_batch):
         rows, share = micro_batch
-        return model(*self.kind.collate(rows)) * share
+        return self.kind.loss(model, rows) * share
 
     def lower_loss(self, model, micro_batch):
         loss, gram_weight = self.loss(model, micro_batch), self.config.gram_weight

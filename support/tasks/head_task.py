@@ -100,6 +100,10 @@ class HeadTask:
         targets = pad(targets, IGNORED) if self.kind == "tagging" else torch.tensor(targets)
         return ids, mask, pad([row.types for row in rows], 0), targets
 
+    def loss(self, model, rows):
+        """The mean loss of a list of rows, a scalar tensor."""
+        return model(*self.collate(rows))
+
     def supervised(self, rows):
         """How many targets of rows count in their mean loss."""
         if self.kind != "tagging":
