@@ -43,7 +43,7 @@ TASKS = LANGUAGE | HEADS
 def read_shape(folder):
     """The sizes of a folder's model: a ModelConfig, or an EncoderConfig. Raises as from_hf."""
     hf = read_json(folder / "config.json")
-    kind = EncoderConfig if hf.get("model_type") in DEFAULTS else ModelConfig
+    kind = EncoderConfig if hf.get("model_type") in list(DEFAULTS) else ModelConfig  # any JSON
     return kind.from_hf(hf)
 
 

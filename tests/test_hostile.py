@@ -27,6 +27,7 @@ from test_model import LLAMA
 
 import data
 import sample
+import tasks
 import train
 from bidora import load_adapter, replace_linear_with_bidora, save_adapter
 from config import read_config
@@ -430,6 +431,12 @@ def test_a_pattern_that_backtracks_for_ever_does_not(load_changed):
 def test_models_whose_sizes_make_no_sense(change, said):
     with pytest.raises(ValueError, match=said):
         ModelConfig.from_hf(LLAMA | {"model_type": "llama"} | change)
+
+
+def test_a_model_type_that_is_no_name_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"model_type": ["llama"]}))
+    with pytest.raises(ValueError, match="config.json has an unexpected structure"):
+        tasks.read_shape(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ SINGLE = ["ft", *(name for name, entry in SEARCH.items() if entry.float32)]
 def shape(bench):
     """The model's ModelConfig."""
     if bench.model == "random-0.5b":
-        return published("qwen2", QWEN25["Qwen2.5-0.5B"])
+        return published("qwen2", QWEN25["0.5B"])
     return ModelConfig.from_hf(read_json(find_model(bench.model) / "config.json"))
 
 

@@ -23,16 +23,21 @@ NAMES = (
     "vocab_size tie_word_embeddings"
 ).split()
 QWEN25 = {
-    "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True),
-    "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True),
-    "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False),
-    "Qwen2.5-14B": (5120, 13824, 48, 40, 8, 152064, False),
-    "Qwen2.5-32B": (5120, 27648, 64, 40, 8, 152064, False),
+    "0.5B": (896, 4864, 24, 14, 2, 151936, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False),
+    "14B": (5120, 13824, 48, 40, 8, 152064, False),
+    "32B": (5120, 27648, 64, 40, 8, 152064, False),
 }
 LLAMA2 = {
-    "LLaMA 2 7B": (4096, 11008, 32, 32, 32, 32000, False),
-    "LLaMA 2 70B": (8192, 28672, 80, 64, 8, 32000, False),
+    "7B": (4096, 11008, 32, 32, 32, 32000, False),
+    "70B": (8192, 28672, 80, 64, 8, 32000, False),
 }
+
+
+def published(model_type, values):
+    """The ModelConfig of an entry of QWEN25 or LLAMA2."""
+    return ModelConfig.from_hf({"model_type": model_type, **dict(zip(NAMES, values))})
 
 
 @dataclass
@@ -56,18 +61,14 @@ def check(memory):
         raise ValueError(f"devices={','.join(memory.devices)} must be integers above 1")
 
 
-def published(model_type, values):
-    """The ModelConfig of an entry of QWEN25 or LLAMA2."""
-    return ModelConfig.from_hf({"model_type": model_type, **dict(zip(NAMES, values))})
-
-
 def models_of(memory):
     """{name: ModelConfig} of the models in the table. Raises ValueError or OSError."""
     if memory.model:
         config = read_json(find_model(memory.model) / "config.json")
         return {memory.model: ModelConfig.from_hf(config)}
-    model_type, sizes = ("llama", LLAMA2) if memory.devices else ("qwen2", QWEN25)
-    return {name: published(model_type, values) for name, values in sizes.items()}
+    if memory.devices:
+        return {f"LLaMA 2 {size}": published("llama", values) for size, values in LLAMA2.items()}
+    return {f"Qwen2.5-{size}": published("qwen2", values) for size, values in QWEN25.items()}
 
 
 def print_devices(models, memory, config):
