@@ -449,9 +449,8 @@ def load_adapter(model, folder):
     if not adapter_layers(model):
         linears = {name for name, layer in model.named_modules() if as_linear(layer)}
         if missing := sorted(saved.tensors.keys() - linears):
-            raise ValueError(
-                f"{folder}: the adapter does not fit the model: no linear layer {missing[0]}"
-            )
+            problem = f"the adapter does not fit the model: no linear layer {missing[0]}"
+            raise ValueError(f"{folder}: {problem}")
         model.requires_grad_(False)
         method = "dora" if saved.magnitude else "lora"
         adapt(model, saved.sizes, saved.dropout, method, magnitude_axis=saved.axis)

@@ -178,10 +178,7 @@ def trained_beside(model, layers, heads):
 
 
 def target_modules(layers, modules):
-    """
-    PEFT's target_modules for these layers and no other module: short names ("q_proj") if they say
-    it, else whole names, else a regular expression.
-    """
+    """For these layers alone: short names ("q_proj"), else whole ones, else a pattern."""
 
     def matched(targets):
         return {n for n in modules if any(f".{n}".endswith(f".{target}") for target in targets)}
@@ -216,9 +213,8 @@ def read(folder, parameters):
     layers, saved = by_layer(tensors, folder, parameters, config.get("modules_to_save") or [])
     magnitude = bool(config.get("use_dora"))
     if {"lora_magnitude_vector" in parts for parts in layers.values()} != {magnitude}:
-        raise ValueError(
-            f"{folder}: adapter_config.json has use_dora={magnitude}, which the tensors contradict"
-        )
+        problem = f"use_dora={magnitude}, which the tensors contradict"
+        raise ValueError(f"{folder}: adapter_config.json has {problem}")
 
     sizes, alphas = {}, alphas_of(layers, config, settings)
     for name, parts in layers.items():
@@ -234,10 +230,8 @@ def read(folder, parameters):
 def check_config(config, where):
     """Raise ValueError for an adapter_config.json that BiDoRALinear does not support."""
     if config.get("peft_type", "LORA") not in ("LORA", COLUMN_DORA):
-        raise ValueError(
-            f"{where}: peft_type {config['peft_type']!r} is not supported; "
-            f"'LORA', with or without use_dora, is"
-        )
+        problem = f"peft_type {config['peft_type']!r} is not supported"
+        raise ValueError(f"{where}: {problem}; 'LORA', with or without use_dora, is")
 
     # "pissa", "olora", "loftq" and the like change the base's weights before training, and the file
     # does not contain the changed weights.
@@ -267,10 +261,8 @@ def check_config(config, where):
         raise ValueError(f"{where}: alpha_pattern {problem}")
     for alpha in (config.get("lora_alpha"), *patterns.values()):
         if not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
-            raise ValueError(
-                f"{where}: lora_alpha, or a value of alpha_pattern, is missing or not a number "
-                f"below 1e9 ({str(alpha)[:40]})"
-            )
+            problem = f"is missing or not a number below 1e9 ({str(alpha)[:40]})"
+            raise ValueError(f"{where}: lora_alpha, or a value of alpha_pattern, {problem}")
     heads = config.get("modules_to_save") or []
     if not isinstance(heads, list) or not all(isinstance(head, str) for head in heads):
         raise ValueError(f"{where}: modules_to_save is not a list of names")
@@ -294,10 +286,8 @@ def by_layer(tensors, folder, parameters, modules_to_save):
 
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(NAMES)})(\.weight)?", key)
         if not match:
-            raise ValueError(
-                f"{folder}: {key} belongs to no LoRA or DoRA adapter of linear layers, "
-                f"which is not supported"
-            )
+            problem = "belongs to no LoRA or DoRA adapter of linear layers, which is not supported"
+            raise ValueError(f"{folder}: {key} {problem}")
         layers.setdefault(match[1], {})[match[2]] = tensor
 
     for end in modules_to_save:
@@ -311,7 +301,6 @@ def by_layer(tensors, folder, parameters, modules_to_save):
 def alphas_of(names, config, where, seconds=5):
     """
     {layer: its alpha}, by PEFT's rule: that of the first pattern that matches, else lora_alpha.
-
     Raises ValueError for invalid patterns, and for some that together take more than `seconds`.
     """
     alphas, end = dict.fromkeys(names, config["lora_alpha"]), time.monotonic() + seconds
@@ -324,9 +313,8 @@ def alphas_of(names, config, where, seconds=5):
                     alphas[name] = alpha
                     break
     except (regex.error, RecursionError, TimeoutError) as error:
-        raise ValueError(
-            f"{where}: alpha_pattern holds an invalid regular expression, or slow ones ({error})"
-        ) from None
+        problem = f"an invalid regular expression, or slow ones ({error})"
+        raise ValueError(f"{where}: alpha_pattern holds {problem}") from None
     return alphas
 
 
