@@ -2,7 +2,7 @@
 Numbers that README.md, docs/ and the lessons quote from results/ are the numbers of results/.
 
 They are computed here from the lines of runs.jsonl and compared at the precision that the text has;
-only what is not computed here is compared with what research.compare and research.study report.
+only what is not computed here is compared with what research.sweep reports.
 """
 
 import collections
@@ -15,9 +15,9 @@ import nbformat
 import pytest
 from scipy.stats import wilcoxon
 
-from research import compare, noise, resolved, results
+from research import noise, resolved, results
 from research.arms import GROUPS
-from research.differences import of_group, tables, traced
+from research.differences import of_group, seconds_table, tables, traced
 
 ROOT = Path(__file__).parents[2]
 README, RESULTS = (
@@ -364,14 +364,17 @@ def test_the_generated_table_of_the_noise_is_the_report():
     assert text.splitlines() == list(noise.table(lines_of("results/noise")))
 
 
-@pytest.mark.parametrize("name", ["main", "rate-0.001", *(g for g in GROUPS if g not in GENERATED)])
+ENCODER = [name for name in GROUPS if name not in (*GENERATED, "smollm2")]
+
+
+@pytest.mark.parametrize("name", ["main", "rate-0.001", *ENCODER])
 def test_the_rows_of_the_tables_are_the_report_s(name):
     """All cells, also those that are not computed here: intervals, Holm's p, traces, seconds."""
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    if group := GROUPS.get(name):
-        lines = tables(of_group(STUDY, group), group.arms, group.sign)
-    else:
-        lines = compare.report(results.load_results(ROOT / "results", name))
+    group = GROUPS.get(name, GROUPS["smollm2"])
+    runs = results.load_results(ROOT / group.results, name) if name not in GROUPS else STUDY
+    runs = of_group(runs, group)
+    lines = *tables(runs, group.arms, group.sign), *seconds_table(runs, group.arms)
     rows = [line for line in lines if line.startswith("| `") or "AMD" in line]
     with_traces = name == "hypergradients"
     scores = len(rows) // 2 if with_traces else len(rows)
