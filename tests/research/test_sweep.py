@@ -147,7 +147,7 @@ def test_the_point_of_a_grid_with_the_lowest_mean_loss_is_chosen_for_all_domains
 
 
 def test_a_run_that_diverges_is_kept_as_such_and_any_other_failure_stops():
-    toy, job = Sweep(quick=True), Job("toy-sentiment", 40, "lora", 0)
+    toy, job = Sweep(quick=True), Job("toy-sentiment", 40, "ft", 0)
     assert "not finite" in sweep.run(toy, "a", job, {"lower_lr": 1e30})["diverged"]
     with pytest.raises(ValueError, match="b: lower_lr=-1.0 must be at least 0"):
         sweep.run(toy, "b", job, {"lower_lr": -1.0})
