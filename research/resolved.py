@@ -294,17 +294,13 @@ def error_table(results):
     for arm in SEARCHES:
         pairs = list(errors_of(results, arm).values())
         for domain in domains:
-            of_domain = [r for r in results if r["domain"] == domain]
-            pairs.append(errors_of(of_domain, arm)["solved"])
+            pairs.append(errors_of([r for r in results if r["domain"] == domain], arm)["solved"])
         yield row(f"`{arm}`", *(f"{error:.2g}, {cosine:+.2f}" for error, cosine in pairs))
     yield ""
 
 
 def loss_table(results):
-    """
-    Lines of Markdown: by domain, the means of the val loss at V*(m), of the test loss and of how
-    far m moves, over the seeds that all arms have.
-    """
+    """Lines of Markdown: what the title says, by domain."""
     found = {}  # of each domain and seed, each arm's values
     for r in results:
         values = r["val"], r["after"]["test"]["loss"], r["moved"]

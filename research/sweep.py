@@ -20,7 +20,8 @@ on a grid, half a decade apart, until none is better by half a percent. So no ch
 edge. For more examples it goes on from there, where the domain has enough of them. On SmolLM2 all
 points of an arm's grid are tried on film reviews, for all domains and sizes. Arms without rates of
 their own take another's. A run is one call of train.py, or of research.published; its result and
-command are one line of runs.jsonl.
+command are one line of runs.jsonl. On SmolLM2, ΔM and ΔD of the adapted matrices, four snapshots a
+phase, are in trajectories.safetensors.
 """
 
 import contextlib

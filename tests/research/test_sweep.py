@@ -19,14 +19,8 @@ from support.run import run_folder
 
 ROOT = Path(sweep.__file__).parents[1]
 OPTIONS = "--model=minilm --target_modules=query,value --dtype=float32"
-TOY = [
-    "--model=tiny-random",
-    "--target_modules=q_proj,v_proj",
-    "--domains=toy-sentiment",
-    "--sizes=20",
-    "--arms=lora",
-    "--seeds=2",
-]
+TOY = ["--model=tiny-random", "--target_modules=q_proj,v_proj", "--domains=toy-sentiment"]
+TOY += ["--sizes=20", "--arms=lora", "--seeds=2"]
 
 
 @pytest.fixture(autouse=True)
