@@ -1,7 +1,8 @@
 """
-What research/study.py compares: the arms, each a run's settings, and the groups of them.
+What research/sweep.py compares: the arms, each a run's settings, and the groups of them.
 
-    methods          the methods, and DoRA in BiDoRA's phases
+    smollm2          the methods and DoRA in BiDoRA's phases, on SmolLM2; all others are on MiniLM
+    methods          the same arms
     controls         BiDoRA with one of its parts changed: what it holds out, and how much
     paper            from BiDoRA as written to its published program, one change at a time
     published        and back: the program without (a minus) one of its changes
@@ -9,9 +10,15 @@ What research/study.py compares: the arms, each a run's settings, and the groups
     hypergradients   BiDoRA along each of them, and at other rates of its magnitudes
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import bidora
 
 EFFECTS = ("transposed", "network", "all_weights", "noise")  # by research.published
+# The settings of all runs on MiniLM; the paper adapts queries and values, too.
+MINILM = {"model": "minilm", "target_modules": "query,value", "dtype": "float32"}
+MINILM |= {"rank": 4, "alpha": 8.0, "batch_size": 8, "block_size": 48}
+MINILM |= {"eval_before": False, "checkpoint_every": 10**6}
 
 
 @dataclass(frozen=True)
@@ -30,26 +37,30 @@ class Group:
     seeds: int = 20
     sizes: tuple = ("100",)  # training examples, train and val together
     sign: int = -1  # 1: of the first minus another, -1: of another minus the first
+    settings: dict = field(default_factory=MINILM.copy)  # of all runs
+    grids: dict = field(
+        default_factory=dict
+    )  # {arm or "others": {name: the rates to try}}, once for
+    #: all domains; {}: each domain has rates of its own, searched for from the arm's first guess
+    results: str = "results/study"  # folder of the results
+    out_dir: str = "out/study"  # folder of the runs
 
 
 LOWER, BOTH = {"lower_lr": 3e-3}, {"lower_lr": 3e-3, "upper_lr": 1e-2}
 BIDORA = {"method": "bidora"}
 METHODS = {
-    "bidora": Arm(BIDORA, BOTH),
-    "dora": Arm({"method": "dora"}, LOWER),
-    "lora": Arm({"method": "lora"}, LOWER),
-    "bilora": Arm({"method": "bilora"}, BOTH),
-    "ft": Arm({"method": "ft"}, {"lower_lr": 1e-4}),
+    name: Arm({"method": name}, BOTH if method.upper else LOWER)
+    for name, method in bidora.METHODS.items()
 }
+METHODS["ft"] = Arm({"method": "ft"}, {"lower_lr": 1e-4})
 CONTROLS = {
     "bidora-on-train": Arm(BIDORA | {"upper_data": "train"}, "bidora"),
     "dora-two-phases": Arm({"method": "dora", "two_phases": True}, LOWER),
     "dora-at-bidora-rate": Arm({"method": "dora"}, "bidora"),
-    "bidora-9:1": Arm(BIDORA | {"val_fraction": 0.1}, "bidora"),
-    "bidora-7:3": Arm(BIDORA | {"val_fraction": 0.3}, "bidora"),
-    "bidora-6:4": Arm(BIDORA | {"val_fraction": 0.4}, "bidora"),
-    "bidora-5:5": Arm(BIDORA | {"val_fraction": 0.5}, "bidora"),
 }
+for tenths in (1, 3, 4, 5):  # of the examples, held out for the upper level
+    val = {"val_fraction": tenths / 10}
+    CONTROLS[f"bidora-{10 - tenths}:{tenths}"] = Arm(BIDORA | val, "bidora")
 
 TRACED = BIDORA | {"trace": True}
 WRITTEN = TRACED | {"magnitude_axis": "column"}
@@ -108,27 +119,39 @@ PUBLISHED |= {
 NETWORK = ("written+network", "written+network-m-fixed", "as-published", "published-m-fixed")
 NETWORK += ("published-transposed", "published-normal", "as-published-script-rates")
 
-HYPERGRADIENTS = {
-    "first-order": Arm(TRACED | {"hypergradient": "first_order"}, "bidora"),
-    "identity": Arm(TRACED | {"hypergradient": "identity"}, "bidora"),
-    "unrolled-adam": Arm(TRACED | {"precondition": "adam"}, "bidora"),
-    "unrolled-5": Arm(TRACED | {"hypergradient_steps": 5, "upper_every": 5}, "bidora"),
-    "first-order-5": Arm(TRACED | {"hypergradient": "first_order", "upper_every": 5}, "bidora"),
-    "neumann-10": Arm(TRACED | {"hypergradient": "neumann", "hypergradient_steps": 10}, "bidora"),
-    "cg-10": Arm(
-        TRACED | {"hypergradient": "conjugate_gradient", "hypergradient_steps": 10}, "bidora"
-    ),
-    "m-fixed": Arm(TRACED, "bidora", upper_factor=M_FIXED),
-    "m-rate-0.1": Arm(TRACED, "bidora", upper_factor=0.1),
-    "m-rate-10": Arm(TRACED, "bidora", upper_factor=10.0),
+ALONG = {  # the settings of each hypergradient
+    "first-order": {"hypergradient": "first_order"},
+    "identity": {"hypergradient": "identity"},
+    "unrolled-adam": {"precondition": "adam"},
+    "unrolled-5": {"hypergradient_steps": 5, "upper_every": 5},
+    "first-order-5": {"hypergradient": "first_order", "upper_every": 5},
+    "neumann-10": {"hypergradient": "neumann", "hypergradient_steps": 10},
+    "cg-10": {"hypergradient": "conjugate_gradient", "hypergradient_steps": 10},
 }
+HYPERGRADIENTS = {name: Arm(TRACED | settings, "bidora") for name, settings in ALONG.items()}
+for name, factor in (("m-fixed", M_FIXED), ("m-rate-0.1", 0.1), ("m-rate-10", 10.0)):
+    HYPERGRADIENTS[name] = Arm(TRACED, "bidora", upper_factor=factor)
 
 ARMS = METHODS | CONTROLS | PAPER | PUBLISHED | HYPERGRADIENTS
+COMPARED = ("bidora", "dora", "dora-two-phases", "lora", "bilora", "ft")
 # bbc-topics is left out: all arms are within a point of each other there, and it takes longest
 SOME = ("similarity", "movie-sentiment", "peptides")
+GRIDS = {"others": {"lower_lr": (3e-4, 1e-3, 3e-3, 1e-2), "upper_lr": (3e-3, 3e-2)}}
+GRIDS |= {"ft": {"lower_lr": (7e-6, 2e-5, 6e-5)}}  # smaller, since it moves every weight
 GROUPS = {
+    "smollm2": Group(
+        COMPARED,
+        ("movie-sentiment", "product-sentiment"),
+        seeds=10,
+        sizes=("100", "400"),
+        sign=1,
+        settings={"model": "smollm2-135m", "snapshots": 4},
+        grids=GRIDS,
+        results="results",
+        out_dir="out/smollm2",
+    ),
     "methods": Group(
-        (*METHODS, "dora-two-phases"),
+        ("bidora", "dora", "lora", "bilora", "ft", "dora-two-phases"),
         ("similarity", "movie-sentiment", "bbc-topics", "movie-ratings", "peptides"),
         sizes=("100", "400"),
         sign=1,

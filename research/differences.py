@@ -1,6 +1,6 @@
 """
-Arms side by side, from the runs of research/compare.py or research/study.py: scores, and paired
-differences with intervals and tests, as tables in Markdown.
+Arms side by side, from the runs of research/sweep.py: scores, paired differences with intervals and
+tests, and the seconds that a run takes, as tables in Markdown.
 """
 
 import numpy
@@ -20,13 +20,12 @@ MEASURES = {
 
 def of_group(results, group):
     """
-    The results of a group's runs, without those for the rates, in the order of its domains. group:
-    one of research/arms.py, or a Study, which has the same names.
+    Those results of a set that are of a group's runs, in the order of its domains. group: one of
+    research/arms.py, or a Sweep, which has the same names.
     """
-    main = [r for r in results if r["set"] == "main" and str(r["size"]) in group.sizes]
-    main = [r for r in main if r["method"] in group.arms and r["domain"] in group.domains]
-    main = [r for r in main if r["seed"] < group.seeds]
-    return sorted(main, key=lambda r: group.domains.index(r["domain"]))
+    own = [r for r in results if str(r["size"]) in group.sizes and r["seed"] < group.seeds]
+    own = [r for r in own if r["method"] in group.arms and r["domain"] in group.domains]
+    return sorted(own, key=lambda r: group.domains.index(r["domain"]))
 
 
 def collect(results, size, measure):
@@ -162,3 +161,22 @@ def tables_at(size, results, arms, sign):
             cells = [difference_cell(found.get((domain, arm))) for domain in (*domains, "all")]
             yield row(f"`{arm}`", *cells)
         yield ""
+
+
+def seconds_table(results, arms):
+    """Lines of Markdown: the median seconds of the arms' runs, if some say on how many threads."""
+    if not any("threads" in r for r in results):
+        return
+    seconds = {}
+    for r in results:
+        if "seconds" in r:  # it did not diverge
+            where = r["size"], r.get("processor", "unrecorded"), r.get("dtype"), r.get("threads")
+            times = seconds.setdefault(where, {}).setdefault(r["method"], [])
+            times.append(r["seconds"]["total"])
+    arms = [arm for arm in arms if any(arm in times for times in seconds.values())]
+    yield from ("**median seconds of a run**, to be compared within a row", "")
+    yield row("examples", "processor, dtype, threads", *(f"`{arm}`" for arm in arms))
+    yield row(*["---"] * (2 + len(arms)))
+    for (size, *where), times in sorted(seconds.items(), key=lambda item: item[0][0]):
+        cells = [f"{numpy.median(times[a]):.0f}" if a in times else "–" for a in arms]
+        yield row(size, ", ".join(map(str, where)), *cells)

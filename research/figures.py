@@ -28,7 +28,7 @@ from PIL import Image
 from research import resolved
 from research.arms import GROUPS
 from research.differences import MEASURES, differences, of_group
-from research.results import COMPARED, load_results
+from research.results import load_results
 from support.run import settings
 from support.run.files import make_folder, replacing
 
@@ -52,7 +52,7 @@ PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text t
 class Figures:
     only: str = ""  # one picture: phases, compare, study, ablation, back, hypergradients,
     #: search, truth or speed; empty: all of them
-    results: str = "results"  # of research.compare; in its study/, those of research.study
+    results: str = "results"  # of research.sweep
     docs: str = "docs"  # where speed.md is read and the pictures are written
 
 
@@ -155,18 +155,18 @@ def phases():
 
 
 def compare(folder):
-    """BiDoRA minus each other method, of the results of research.compare."""
+    """BiDoRA minus each other method on SmolLM2, of the results of research.sweep."""
     best, same = load_results(folder), load_results(folder, "rate-0.001")
     domains = list(dict.fromkeys(result["domain"] for result in best))
     parts = by_size(best, ",\neach at its chosen rate") | by_size(same, ",\nall at 1e-3")
-    return differences_of(parts, COMPARED, domains, 1, "research.compare")
+    return differences_of(parts, GROUPS["smollm2"].arms, domains, 1)
 
 
 def study(folder, name):
-    """The differences of a group of research/arms.py, of the results of research.study."""
+    """The differences of a group of research/arms.py, of the results of research.sweep."""
     group = GROUPS[name]
     parts = by_size(of_group(load_results(f"{folder}/study"), group))
-    return differences_of(parts, group.arms, group.domains, group.sign, "research.study")
+    return differences_of(parts, group.arms, group.domains, group.sign)
 
 
 def by_size(results, note=""):
@@ -175,11 +175,11 @@ def by_size(results, note=""):
     return {f"{size} examples{note}": [r for r in results if r["size"] == size] for size in sizes}
 
 
-def differences_of(parts, arms, domains, sign, tool):
+def differences_of(parts, arms, domains, sign):
     """
     The differences of the first arm and the others, a row of panels for each of the parts, {label:
     results of one size}: the mean over all domains with its 95 % interval, and each domain's mean.
-    sign: as in research/differences.py; tool: what makes the results, for a message.
+    sign: as in research/differences.py.
     """
     first, rows = arms[0], {}
     for label, results in parts.items():
@@ -188,7 +188,7 @@ def differences_of(parts, arms, domains, sign, tool):
         if complete := [arm for arm in arms if ("all", arm) in measured[0]]:
             rows[label] = complete, measured
     if not rows:
-        raise ValueError(f"no arm has six seeds beside {first}: python -m {tool} makes them")
+        raise ValueError(f"no arm has six seeds beside {first}: run python -m research.sweep")
 
     heights = [1 + len(complete) for complete, _ in rows.values()]
     figure = Figure(figsize=(8.6, max(3.6, 1 + 0.3 * sum(heights))))
@@ -241,7 +241,7 @@ def curve(axes, i, *points, **style):
 def search(folder):
     """
     The indirect part of the hypergradient beside the direct one, ∂F/∂m, at each upper-level step:
-    their ratio and their cosine, medians over tasks and seeds, of the results of research.study.
+    their ratio and their cosine, medians over tasks and seeds, of the results of research.sweep.
     """
     results = load_results(f"{folder}/study")
     runs = of_group(results, GROUPS["paper"]) + of_group(results, GROUPS["hypergradients"])
@@ -250,7 +250,7 @@ def search(folder):
     for i, arm in enumerate(SHOWN):
         traces = [r["trace"] for r in runs if r["method"] == arm and "trace" in r]
         if not traces:
-            raise ValueError(f"no run of {arm} has a trace: python -m research.study makes them")
+            raise ValueError(f"no run of {arm} has a trace: python -m research.sweep makes them")
         for axes, key in ((ratio, "indirect"), (cosine, "cosine")):
             medians = numpy.median([trace[key] for trace in traces], axis=0)
             curve(axes, i, range(1, 1 + len(medians)), medians, label=arm)

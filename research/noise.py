@@ -30,7 +30,7 @@ import train
 from bidora import upper_parameters
 from bilevel import in_training
 from hypergrad import Step, central_difference, restored, same, val_gradients
-from research import published, study
+from research import published, sweep
 from research.arms import GROUPS
 from research.differences import row
 from research.results import mend, read_results, save
@@ -123,9 +123,9 @@ def draw(task, adapters, weights, batches, seed):
 
 def measure(noise, domain, steps):
     """Yield the results of a domain after some steps of the network, a dict for each line."""
-    given = study.check(study.Study(group="paper", domains=(domain,)))
-    rates = study.tuned(given, None, domain, 100, "ft")
-    options = study.options_of(given, "unused", domain, 100, "bidora", 0, rates)
+    given = sweep.Sweep(group="paper")
+    rates = sweep.rates_of(given, domain, 100, "ft", make=False)
+    options = sweep.options_of(given, "unused", sweep.Job(domain, 100, "bidora", 0), rates)
     options |= {"train_size": 2 * max(map(int, noise.batches)), "val_fraction": 0.5}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     config = published.read_config([*arguments, "--network", "--noise"])

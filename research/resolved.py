@@ -28,7 +28,6 @@ from dataclasses import dataclass
 
 import numpy
 import torch
-from tqdm import tqdm
 
 import bidora
 import train
@@ -36,7 +35,7 @@ from bilevel import HYPERGRADIENTS, create_bilevel_optimizer
 from research.differences import row, tables
 from research.results import load_results, mend, read_results, save
 from research.sharpness import largest_eigenvalue
-from research.study import Study, ended_with, interrupt, options_of, start_pool
+from research.sweep import Job, Sweep, check_names, in_workers, options_of
 from support.run import settings
 from support.text.datasets import BUILT_IN
 from support.weights import hf_format
@@ -79,16 +78,12 @@ class Problem:
     """
 
     def __init__(self, given, domain, seed):
-        study = Study(model=given.model, target_modules=("pooler.dense",))
-        options = options_of(study, "unused", domain, SIZE, "bidora", seed, {})
+        sweep = Sweep(model=given.model, target_modules=("pooler.dense",))
+        options = options_of(sweep, "unused", Job(domain, SIZE, "bidora", seed), {})
         config = train.read_config([f"--{name}={value}" for name, value in options.items()])
         task = train.prepare(config, "cpu")
-        if not any(
-            name.endswith("pooler.dense.weight") for name in hf_format.find_tensors(task.folder)
-        ):
-            raise ValueError(
-                f"{given.model} has no pretrained pooler: choose a BERT that has, as minilm"
-            )
+        if not any(n.endswith("pooler.dense.weight") for n in hf_format.find_tensors(task.folder)):
+            raise ValueError(f"{given.model} has no pretrained pooler: choose a BERT with one")
 
         self.task, self.whole, self.ridge, self.seed = task, task.model, given.ridge, seed
         self.rows = task.encoded | {"all": task.encoded["train"] + task.encoded["val"]}
@@ -272,18 +267,16 @@ def measure(given, domain, seed):
             result |= {"errors": errors(problem, seed)} if arm == "errors" else search(problem, arm)
         except FloatingPointError as error:
             result["diverged"] = str(error)
-        save(given.results, result, None)
+        save(given.results, result)
 
 
 def results_of(given):
     """The lines that hold errors, and those that hold scores, of the given domains and seeds."""
-
-    def load(which):
-        found = load_results(given.results, which)
-        found = [r for r in found if r["domain"] in given.domains and r["seed"] < given.seeds]
-        return [r for r in found if "diverged" not in r]
-
-    return load("errors"), load("main")
+    sets = [load_results(given.results, which) for which in ("errors", "main")]
+    for i, results in enumerate(sets):
+        own = [r for r in results if r["domain"] in given.domains and r["seed"] < given.seeds]
+        sets[i] = [r for r in own if "diverged" not in r]
+    return sets
 
 
 def errors_of(results, arm):
@@ -302,17 +295,13 @@ def error_table(results):
     for arm in SEARCHES:
         pairs = list(errors_of(results, arm).values())
         for domain in domains:
-            of_domain = [r for r in results if r["domain"] == domain]
-            pairs.append(errors_of(of_domain, arm)["solved"])
+            pairs.append(errors_of([r for r in results if r["domain"] == domain], arm)["solved"])
         yield row(f"`{arm}`", *(f"{error:.2g}, {cosine:+.2f}" for error, cosine in pairs))
     yield ""
 
 
 def loss_table(results):
-    """
-    Lines of Markdown: by domain, the means of the val loss at V*(m), of the test loss and of how
-    far m moves, over the seeds that all arms have.
-    """
+    """Lines of Markdown: what the title says, by domain."""
     found = {}  # of each domain and seed, each arm's values
     for r in results:
         values = r["val"], r["after"]["test"]["loss"], r["moved"]
@@ -336,10 +325,9 @@ def loss_table(results):
 def to_do(given):
     """The (domain, seed) pairs that lack a result. Raises ValueError for unfit settings."""
     settings.at_least(given, seeds=1, workers=1)
+    check_names("domains", given.domains, BUILT_IN)
     if given.ridge <= 0:
         raise ValueError(f"ridge={given.ridge} must be positive: else V*(m) may lie at infinity")
-    for domain in set(given.domains) - set(BUILT_IN):
-        raise ValueError(f"unknown domains {domain!r}" + settings.suggest(domain, BUILT_IN))
     done = read_results(given.results)
     for name, result in done.items():
         if (result.get("model"), result.get("ridge")) != (given.model, given.ridge):
@@ -359,11 +347,7 @@ def do_all(given):
     missing = to_do(given)
     if missing and not given.report:
         mend(given.results)
-        pool = start_pool(given.workers)
-        with ended_with(pool):
-            made = [pool.submit(measure, given, *pair) for pair in missing]
-            for future in tqdm(made, desc="problems"):
-                future.result()
+        in_workers(given.workers, "problems", measure, [(given, *pair) for pair in missing])
 
     with_errors, results = results_of(given)
     if not results or not with_errors:
@@ -377,5 +361,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

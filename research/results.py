@@ -1,15 +1,14 @@
 """
-The results of research/compare.py: a line a run in runs.jsonl, all trajectories in one file.
+The results of research/: a line a run in runs.jsonl, all trajectories in one file.
 
 A line of runs.jsonl is a JSON object: the run's name; its set, "main", "tune" (the runs that chose
 the learning rates) or a set of its own; domain, size, method, seed and rates; the command; and what
 the run measured. trajectories.safetensors holds, in float32, <name>.magnitude (layers),
-<name>.delta_m and <name>.delta_d (snapshots × layers). Axis and snapshots are in the run's line.
-Many runs share their layers, so the layers' names are in the file's metadata once, under a key that
-the run's line gives.
+<name>.delta_m and <name>.delta_d (snapshots × layers). Axis and snapshots are in the run's line;
+the layers' names, which many runs share, are in the file's metadata, under a key that it gives.
 
 Several processes may write to one folder: each locks runs.jsonl, replaces the safetensors file and
-appends one whole line. Windows has no such lock: run one comparison at a time there.
+appends one whole line. Windows has no such lock: run one program at a time there.
 """
 
 import contextlib
@@ -22,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from bidora import METHODS
 from support.run.files import make_folder, malformed, replacing
 from support.weights.weight_changes import Trajectory
 
@@ -32,8 +30,6 @@ except ImportError:  # Windows
     fcntl = None
 
 NUMBERS = ("magnitude", "delta_m", "delta_d")
-COMPARED = ("bidora", "dora", "dora-two-phases", "lora", "bilora", "ft")
-ORDER = tuple(dict.fromkeys((*COMPARED, *METHODS)))
 THREADS = threading.Lock()  # between the threads of one process, on Windows too
 
 
@@ -46,13 +42,6 @@ def opened(folder, mode):
         yield file
 
 
-def is_json(line):
-    try:
-        return bool(json.loads(line))
-    except ValueError:
-        return False
-
-
 def whole_lines(file):
     """
     The lines of an open runs.jsonl as dicts, and the bytes that hold them.
@@ -61,23 +50,19 @@ def whole_lines(file):
     Raises ValueError for any other line that is not a JSON object with a name.
     """
     file.seek(0)
-    content = file.read()
-    end = content.rfind(b"\n") + 1
-    if is_json(content[end:]):  # some editors leave out the last line's newline
-        end = len(content)
-    runs = []
-
-    for number, line in enumerate(content[:end].splitlines(), 1):
+    content, runs, end = file.read(), [], 0
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
         where = f"{file.name}, line {number}"
         try:
             runs.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{where}: not valid JSON ({error})") from None
+            if line.endswith(b"\n"):
+                raise ValueError(f"{where}: not valid JSON ({error})") from None
+            tqdm.write(f"{file.name}: the last line is torn and dropped; its run is made again")
+            break
         if not isinstance(runs[-1], dict) or "name" not in runs[-1]:
             raise ValueError(f"{where}: not a JSON object with a name")
-
-    if content[end:]:
-        tqdm.write(f"{file.name}: the last line is torn and dropped; its run has to be made again")
+        end += len(line)
     return runs, content[:end]
 
 
@@ -101,7 +86,7 @@ def mend(folder):
             file.truncate(len(whole_lines(file)[1]))
 
 
-def save(folder, result, trajectory):
+def save(folder, result, trajectory=None):
     """
     Add a run: its trajectory first, then its line, so that a line always finds its numbers.
 
@@ -156,15 +141,10 @@ def read_results(folder):
 
 
 def load_results(folder, which="main"):
-    """The results of one set in a folder, sorted by domain, size, method and seed."""
-
-    def key(result):
-        method = result["method"]
-        place = ORDER.index(method) if method in ORDER else len(ORDER)
-        return result["domain"], result["size"], place, method, result["seed"]
-
+    """The results of one set in a folder, in the order of domains and sizes."""
     with malformed(f"a line of {folder}/runs.jsonl"):
-        return sorted((r for r in read_results(folder).values() if r["set"] == which), key=key)
+        own = [r for r in read_results(folder).values() if r["set"] == which]
+        return sorted(own, key=lambda r: (r["domain"], r["size"]))
 
 
 def trajectory_of(result):

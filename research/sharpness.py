@@ -1,15 +1,15 @@
 """
 λ_max, the largest eigenvalue of the Hessian of the train loss in the weights of the lower level,
-beside the learning rate that research.study chose for them.
+beside the learning rate that research.sweep chose for them.
 
-    python -m research.sharpness                  LoRA, DoRA and BiDoRA on the study's five tasks
+    python -m research.sharpness                  LoRA, DoRA and BiDoRA on the five tasks of MiniLM
     python -m research.sharpness --arms=lora,dora --domains=similarity --seeds=3
 
 Gradient descent on a quadratic diverges at rates above 2 / λ_max, so a sharper loss should want a
 smaller rate. arXiv 2602.04998 explains by it why variants of LoRA have different best rates. Here
 the loss is that of all 100 examples, and the weights are A and B, and for DoRA the magnitudes: at
-the start of a run of the study (B = 0), and after 50 steps at 1e-3, the same for all. The head
-learns beside them, but is not among the weights, since its own curvature would hide theirs.
+the start of a run (B = 0), and after 50 steps at 1e-3, the same for all. The head learns beside
+them, but is not among the weights, since its own curvature would hide theirs.
 """
 
 import itertools
@@ -26,15 +26,14 @@ import train
 from bidora import adapter_layers, lower_parameters
 from bilevel import create_bilevel_optimizer
 from hypergrad import LowerGradient
-from research import study
-from research.arms import GROUPS
+from research.sweep import Job, Sweep, options_of, rates_of
 from support.run import settings
 
 
 @dataclass
 class Sharpness:
     arms: tuple = ("lora", "dora", "bidora")  # of research/arms.py
-    domains: tuple = GROUPS["methods"].domains  # built-in data sets
+    domains: tuple = ()  # built-in data sets; empty: those of the group methods
     steps: int = 50  # of the lower level, between the two
     rate: float = 1e-3  # of these steps
     seeds: int = 1  # samples of the data, each with an initial adapter and head
@@ -59,10 +58,8 @@ def largest_eigenvalue(loss, parameters, tolerance=0.01):
     n = sum(sizes)
     hessian = LinearOperator((n, n), product, dtype=numpy.float64)
     start = numpy.random.default_rng(0).standard_normal(n)
-    [found] = eigsh(
-        hessian, 1, which="LA", v0=start, tol=tolerance, ncv=min(n, 12), return_eigenvectors=False
-    )
-    return float(found)
+    options = {"v0": start, "tol": tolerance, "ncv": min(n, 12), "return_eigenvectors": False}
+    return float(eigsh(hessian, 1, which="LA", **options)[0])
 
 
 def before_and_after(config, steps, rate):
@@ -85,39 +82,32 @@ def before_and_after(config, steps, rate):
     return before, largest_eigenvalue(loss, weights)
 
 
-def rows(given, steps, rate):
-    """Yield (domain, arm, λ_max before, after, the chosen lower_lr or None) of a study's pairs."""
-    for domain, arm in itertools.product(given.domains, given.arms):
+def print_table(given):
+    """Print λ_max of each domain and arm beside the chosen rate."""
+    settings.at_least(given, steps=0, seeds=1)
+    if given.rate <= 0:
+        raise ValueError(f"rate={given.rate} must be positive")
+    names = ("arms", "domains", "model", "target_modules", "results")
+    sweep = Sweep(**{name: getattr(given, name) for name in names})
+
+    columns = ("at the start", f"after {given.steps} steps", "chosen rate")
+    print(f"{'λ_max':34}" + "".join(f"{name:>16}" for name in columns))
+    unknown = 0
+    for domain, arm in tqdm([*itertools.product(sweep.domains, sweep.arms)], unit="arm"):
         found = []
         for seed in range(given.seeds):
-            options = study.options_of(given, "unused", domain, 100, arm, seed, {})
+            options = options_of(sweep, "unused", Job(domain, 100, arm, seed), {})
             config = train.read_config([f"--{name}={value}" for name, value in options.items()])
-            found.append(before_and_after(config, steps, rate))
+            found.append(before_and_after(config, given.steps, given.rate))
+        texts = [f"{value:.3g}" for value in numpy.mean(found, axis=0)]
         try:
-            chosen = study.tuned(given, None, domain, 100, arm)["lower_lr"]
-        except LookupError:  # not yet
-            chosen = None
-        yield domain, arm, *numpy.mean(found, axis=0), chosen
-
-
-def print_table(sharpness):
-    """Print λ_max of each domain and arm beside the chosen rate."""
-    steps, rate = sharpness.steps, sharpness.rate
-    settings.at_least(sharpness, steps=0)
-    if rate <= 0:
-        raise ValueError(f"rate={rate} must be positive")
-    names = ("arms", "domains", "seeds", "model", "target_modules", "results")
-    given = study.check(study.Study(**{name: getattr(sharpness, name) for name in names}))
-
-    columns = ("at the start", f"after {steps} steps", "chosen rate")
-    print(f"{'λ_max':34}" + "".join(f"{name:>16}" for name in columns))
-    total, open_choices = len(given.domains) * len(given.arms), 0
-    for domain, arm, *values in tqdm(rows(given, steps, rate), total=total, unit="arm"):
-        texts = ["–" if value is None else f"{value:.3g}" for value in values]
+            texts.append(f"{rates_of(sweep, domain, 100, arm, make=False)['lower_lr']:.3g}")
+        except LookupError:
+            texts.append("–")
+            unknown += 1
         tqdm.write(f"{domain:16}{arm:18}" + "".join(f"{text:>16}" for text in texts))
-        open_choices += values[-1] is None
-    if open_choices:
-        print(f"–: {given.results} has no chosen rate yet: python -m research.study chooses it")
+    if unknown:
+        print(f"–: {given.results} has no chosen rate yet: python -m research.sweep chooses it")
 
 
 def main(arguments):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy
 
-from research import compare, noise, resolved
+from research import noise, resolved
 from research.arms import GROUPS
-from research.differences import of_group, row, tables, traced
+from research.differences import of_group, row, seconds_table, tables, traced
 from research.results import load_results
 from support.run import settings
 from support.run.files import replacing
@@ -71,8 +71,11 @@ def default():
 
 def comparison(which):
     """A set of the comparison on SmolLM2; with the main one, the losses that chose its rates."""
-    lines = list(compare.report(load_results(RESULTS, which)))
-    return [*lines, "", *chosen_by()] if which == "main" else lines
+    given = GROUPS["smollm2"]
+    runs = of_group(load_results(RESULTS, which), given)
+    yield from (*tables(runs, given.arms, given.sign), *seconds_table(runs, given.arms))
+    if which == "main":
+        yield from ("", *chosen_by())
 
 
 def chosen_by():

@@ -32,7 +32,7 @@ import train
 from bidora import load_adapter, replace_linear_with_bidora, save_adapter
 from config import read_config
 from model import ModelConfig, Transformer
-from research import compare, study
+from research import sweep
 from support.text.tokenizer import Tokenizer
 from support.weights.built_in_models import convert_gguf
 from support.weights.pretrained import find_model
@@ -479,8 +479,7 @@ def test_command_lines_that_are_refused_in_one_line(arguments, said, tmp_path, m
     [
         (train, ["--config=tiny.py", "--out_dir=file/run/a"], "out_dir"),
         (train, ["--config=tiny.py"], "BIDORA_CACHE"),
-        (compare, ["--results=file/a", "--methods=lora"], "--results"),
-        (study, ["--results=file/a", "--arms=lora"], "--results"),
+        (sweep, ["--results=file/a", "--arms=lora"], "--results"),
     ],
 )
 def test_a_folder_that_cannot_be_made_is_named_with_its_setting_before_any_run(

@@ -1,5 +1,7 @@
 """λ_max: beside the whole Hessian of a small network, and for the arms of a study."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn as nn
@@ -7,6 +9,8 @@ import torch.nn.functional as F
 from torch.func import functional_call, hessian
 
 from research import sharpness
+from research.results import save
+from research.sweep import TUNING_SEEDS
 
 
 def test_the_largest_eigenvalue_is_that_of_the_whole_hessian():
@@ -33,18 +37,21 @@ def test_the_table_has_a_row_for_each_arm(tmp_path, monkeypatch, capsys):
     toy = ["--model=tiny-random", "--target_modules=q_proj,v_proj", "--domains=toy-sentiment"]
     assert sharpness.main([*toy, "--arms=lora,dora", "--steps=2"]) == 0
     head, *lines, note = capsys.readouterr().out.splitlines()
-    assert note == "–: results/study has no chosen rate yet: python -m research.study chooses it"
+    assert note == "–: results/study has no chosen rate yet: python -m research.sweep chooses it"
     assert head.split()[-4:] == ["2", "steps", "chosen", "rate"]
     assert [line.split()[:2] for line in lines] == [[toy[2][10:], arm] for arm in ("lora", "dora")]
     for line in lines:
         *values, rate = line.split()[2:]
         assert all(float(value) > 0 for value in values) and rate == "–"
 
-    # The note is for any row, not only for the last.
-    chosen = iter([None, 1e-3])
-    monkeypatch.setattr(sharpness, "rows", lambda *_: (("a", "b", 1.0, 2.0, r) for r in chosen))
-    assert sharpness.main(toy) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == note
+    # The note is for any row, not only for the last: here dora has a choice.
+    for rate, seed in itertools.product((1e-3, 3e-3, 1e-2), TUNING_SEEDS):
+        line = {"name": f"tune-toy-sentiment-dora-{rate:g}-{seed}", "set": "tune"}
+        line |= {"command": " ".join([*toy[:2], "--dtype=float32", f"--lower_lr={rate}"])}
+        save("results/study", line | {"after": {"test": {"loss": abs(rate - 3e-3)}}})
+    assert sharpness.main([*toy, "--arms=lora,dora", "--steps=0"]) == 0
+    *_, without, chosen, last = capsys.readouterr().out.splitlines()
+    assert without.split()[-1] == "–" and chosen.split()[-1] == "0.003" and last == note
 
     assert sharpness.main(["--arms=doar"]) == 2
     out, error = capsys.readouterr()

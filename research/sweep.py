@@ -1,0 +1,436 @@
+"""
+Arms side by side, over tasks and many seeds: --group is one of research/arms.py.
+
+    python -m research.sweep --group=paper     make every run of the group that has no result yet
+    ... --report          print the tables of the results so far, in Markdown
+    ... --list            one command a job that is still to do, for a job array or GNU parallel
+                          (... --list | parallel -j 2): the choices of rates, then the runs
+    ... --job=NAME        do one job
+    ... --lower_lr=1e-3   the same with all arms at one rate, as a set of its own
+    ... --quick           a toy in two minutes, in folders of its own
+
+Stop it at any time: the same command resumes. Several machines may work on one folder: a run that
+another process holds is left to it. In each domain 300 examples are the test set, the same for all
+runs; the seed draws a training sample from the rest. With n examples every arm takes 50·√(n/100)
+lower-level steps, those with two phases a fifth of them in search.
+
+Rates are chosen by the loss on 200 other examples, at 100 training examples, mean over three seeds.
+On MiniLM each arm and domain has its own: from a first guess the search goes to the best neighbour
+on a grid, half a decade apart, until none is better by half a percent. So no choice lies at an
+edge. For more examples it goes on from there, where the domain has enough of them. On SmolLM2 all
+points of an arm's grid are tried on film reviews, for all domains and sizes. Arms without rates of
+their own take another's. A run is one call of train.py, or of research.published; its result and
+command are one line of runs.jsonl. On SmolLM2, ΔM and ΔD of the adapted matrices, four snapshots a
+phase, are in trajectories.safetensors.
+"""
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import torch
+from tqdm import tqdm
+
+import data
+from research import published
+from research.arms import ARMS, EFFECTS, GROUPS
+from research.differences import of_group, seconds_table, tables
+from research.results import load_results, mend, read_results, save
+from support.run import settings
+from support.run.files import make_folder
+from support.run.hardware import processor
+from support.text.datasets import BUILT_IN
+from support.weights.weight_changes import Trajectory
+
+RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0]
+TUNING_SEEDS = (1000, 1001, 1002)
+SMALL = ("similarity",)  # domains with too few examples to choose rates with more than 100
+TOY = {"domains": ("toy-sentiment",), "sizes": ("40",), "seeds": 2, "model": "tiny-random"}
+TOY |= {"target_modules": ("q_proj", "v_proj")}
+
+
+@dataclass
+class Sweep:
+    group: str = "methods"  # smollm2, methods, controls, paper, published, network or
+    #: hypergradients
+    arms: tuple = ()  # what is compared; this and what follows, if empty: the group's
+    domains: tuple = ()  # built-in data sets
+    sizes: tuple = ()  # training examples, train and val together
+    seeds: int = 0  # each draws the sample, the split, the initial adapter and the batches
+    model: str = ""  # the base model
+    target_modules: tuple = ()  # the adapted layers
+    results: str = ""  # folder of the results
+    out_dir: str = ""  # folder of the runs
+    lower_lr: float = 0.0  # of all arms, which are then not tuned; 0: each takes its chosen one
+    upper_lr: float = 3e-2  # beside such a lower_lr, of the arms that have an upper level
+    workers: int = 2  # runs at a time, which share the CPU's cores
+    report: bool = False  # only print the tables
+    list: bool = False  # only print the jobs that are still to do
+    job: str = ""  # do this one alone
+    quick: bool = False  # two seeds of a toy on a tiny random model
+
+    def __post_init__(self):
+        check_names("group", [self.group], GROUPS)
+        group = GROUPS[self.group]
+        for name in ("arms", "domains", "sizes", "seeds", "results", "out_dir"):
+            setattr(self, name, getattr(self, name) or getattr(group, name))
+        if self.quick:
+            folders = {name: f"{getattr(self, name)}-quick" for name in ("results", "out_dir")}
+            vars(self).update(TOY | folders)
+
+        self.set = f"rate-{self.lower_lr:g}" if self.lower_lr else "main"
+        given = {"model": self.model, "target_modules": ",".join(self.target_modules)}
+        self.settings = group.settings | {name: value for name, value in given.items() if value}
+
+        check_names("arms", self.arms, ARMS)
+        check_names("domains", self.domains, BUILT_IN)
+        if not all(size.isdigit() and int(size) >= 20 for size in self.sizes):
+            raise ValueError(f"sizes={','.join(self.sizes)} must be integers of at least 20")
+        settings.at_least(self, seeds=1, workers=1, lower_lr=0, upper_lr=0)
+        if self.list + self.report + bool(self.job) > 1:
+            raise ValueError("list, report and job are three things to do: choose one")
+
+
+class Job(NamedTuple):
+    """A run; without a seed, the choice of its rates."""
+
+    domain: str
+    size: int
+    arm: str
+    seed: int | None = None
+
+
+def check_names(setting, values, known):
+    """Raise ValueError for a value of a setting that is not known."""
+    for value in values:
+        if value not in known:
+            raise ValueError(f"unknown {setting} {value!r}" + settings.suggest(value, known))
+
+
+# ------------------------------------------------------------------------------------- a run
+
+
+def options_of(sweep, name, job, rates, tuning=False):
+    """The settings of a run, {name: value}. tuning: the tuning set takes the test set's place."""
+    steps = round(50 * (job.size / 100) ** 0.5)
+    options = sweep.settings | ARMS[job.arm].settings | rates | {"seed": job.seed}
+    options |= {"search_steps": steps // 5, "retrain_steps": steps - steps // 5, "eval_size": 300}
+    if GROUPS[sweep.group].grids:
+        options |= write_files(sweep, job, tuning)
+    else:
+        options |= {"data": job.domain, "train_size": job.size, "test_size": 300}
+        options |= {"tune_size": 200} if tuning else {}
+    return options | {"out_dir": f"{sweep.out_dir}/{name}", "overwrite": True}
+
+
+def write_files(sweep, job, tuning):
+    """
+    Write a run's train and test JSONL files; returns the settings that name them. Here, unlike in
+    train.py's own samples, the tuning set is apart from the training examples of all runs.
+    """
+    examples = data.load_examples(job.domain)
+    rest, test = data.split(examples, 300 / len(examples), seed=0)
+    rest, tune = data.split(rest, 200 / len(rest), seed=0)
+    _, sample = data.split(rest, job.size / len(rest), job.seed, grouped=False)
+    parts = {"train": (f"{job.size}-{job.seed}", sample)}
+    parts["test"] = ("tune", tune) if tuning else ("test", test)
+
+    files = {"label_prompt": BUILT_IN[job.domain].question}
+    for split, (name, chosen) in parts.items():
+        path = Path(sweep.out_dir) / "data" / f"{job.domain}-{name}.jsonl"
+        make_folder(path.parent, "choose another --out_dir")
+        temporary = path.with_name(f"{path.name}-{os.getpid()}")  # others may write it just now
+        temporary.write_text("".join(json.dumps(example) + "\n" for example in chosen), "utf-8")
+        os.replace(temporary, path)
+        files[f"{split}_file"] = path
+    return files
+
+
+def results_of(sweep):
+    """read_results of the sweep's folder, again only when the file has changed."""
+    path = Path(sweep.results) / "runs.jsonl"
+    state = path.stat() if path.exists() else None
+    return read_at(sweep.results, state and (state.st_mtime_ns, state.st_size))
+
+
+@functools.lru_cache(maxsize=1)
+def read_at(folder, version):
+    return read_results(folder)
+
+
+def check_made(sweep, result, rates):
+    """Raise ValueError unless a result's run had the sweep's model and layers, and these rates."""
+    own = ("model", "target_modules", "dtype")
+    wanted = {name: sweep.settings[name] for name in own if name in sweep.settings} | rates
+    options = {f"--{name}={value}" for name, value in wanted.items()}
+    if missing := options - set(shlex.split(result.get("command", ""))):
+        raise ValueError(
+            f"{result['name']} in {sweep.results}/runs.jsonl was made without "
+            f"{', '.join(sorted(missing))}: remove its line, or choose another --results"
+        )
+
+
+def run(sweep, name, job, rates, tuning=False, make=True):
+    """
+    Train once, unless there is a result already; returns the result, or None if another process
+    makes it. A run that diverges has "diverged", the message. Raises ValueError for a run that
+    fails, and for an earlier result of other settings; without `make`, LookupError for none.
+    """
+    if result := results_of(sweep).get(name):
+        check_made(sweep, result, rates)
+        return result
+    if not make:
+        raise LookupError(name)
+
+    options = options_of(sweep, name, job, rates, tuning)
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    own = {*EFFECTS, "trace"} & options.keys()
+    command = ["python", *(["-m", "research.published"] if own else ["train.py"]), *arguments]
+    result = {"name": name, "set": "tune" if tuning else sweep.set, "domain": job.domain}
+    result |= {"size": job.size, "method": job.arm, "seed": job.seed, **rates}
+    result |= {"command": shlex.join(command), "threads": torch.get_num_threads()}
+    result |= {"processor": re.sub(r", \d+ threads", "", processor())}
+
+    trajectory = None
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            summary = published.train(published.read_config(arguments))
+            kept = ("metric", "before", "after", "seconds", "dtype", "trace")
+            result |= {key: summary[key] for key in kept if key in summary}
+            if "snapshots" in options:
+                trajectory = Trajectory.load(options["out_dir"])
+        except FloatingPointError as error:
+            result["diverged"] = str(error)
+        except (ValueError, OSError) as error:
+            if "in use by another run" in str(error):
+                return None
+            raise ValueError(f"{name}: {error}") from error
+    save(sweep.results, result, trajectory)
+    return results_of(sweep)[name]
+
+
+# ---------------------------------------------------------------------------- learning rates
+
+
+def neighbours(rates):
+    """
+    The points of the grid around one, each with one rate moved by one place. Raises ValueError at
+    the grid's edge.
+    """
+    for name, value in rates.items():
+        place = RATES.index(value)
+        if place in (0, len(RATES) - 1):
+            raise ValueError(f"{name}={value:g} is at the edge of RATES: extend it")
+        for near in (place - 1, place + 1):
+            yield rates | {name: RATES[near]}
+
+
+def climb(loss, best):
+    """From a point, {name: rate}, to the local optimum of loss(point) that it leads to."""
+    while best:
+        near = min(neighbours(best), key=loss)
+        if loss(near) > 0.995 * loss(best):  # or it would wander over a plateau
+            break
+        best = near
+    return best
+
+
+def best_of(grid, arm, loss):
+    """The point of an arm's grid with the lowest loss. Raises ValueError if all diverged."""
+    names = ARMS[arm].rates
+    points = itertools.product(*(grid[name] for name in names))
+    best = min((dict(zip(names, point)) for point in points), key=loss)
+    if loss(best) == numpy.inf:
+        raise ValueError(f"all rates of {arm}'s grid diverged: lower them in research/arms.py")
+    return best
+
+
+def choice_of(sweep, domain, size, arm):
+    """The choice of rates for runs of an arm that has rates of its own: (its name, its Job)."""
+    if GROUPS[sweep.group].grids:
+        place = (TOY["domains"][0], 40) if sweep.quick else ("movie-sentiment", 100)
+        return f"tune-{arm}", Job(*place, arm)
+    if size <= 100 or domain in SMALL:
+        return f"tune-{domain}-{arm}", Job(domain, 100, arm)
+    return f"tune-{domain}-{size}-{arm}", Job(domain, size, arm)
+
+
+def choose(sweep, domain, size, arm, make=True):
+    """
+    The rates of an arm that has its own, {name: rate}, for runs of a domain and size. Without
+    `make`, LookupError is raised where a run is missing.
+    """
+    if sweep.lower_lr:
+        return {name: getattr(sweep, name) for name in ARMS[arm].rates}
+    choice, job = choice_of(sweep, domain, size, arm)
+
+    def loss_of(seed, rates):
+        name = "-".join([choice, *(f"{rate:g}" for rate in rates.values()), str(seed)])
+        while not (result := run(sweep, name, job._replace(seed=seed), rates, True, make)):
+            time.sleep(5)  # another process makes it
+        return numpy.inf if "diverged" in result else result["after"]["test"]["loss"]
+
+    def loss(rates):
+        seeds = TUNING_SEEDS[:1] if sweep.quick else TUNING_SEEDS
+        return numpy.mean([loss_of(seed, rates) for seed in seeds])
+
+    if grids := GROUPS[sweep.group].grids:
+        return best_of(grids.get(arm, grids["others"]), arm, loss)
+    if job.size == 100:
+        return climb(loss, ARMS[arm].rates)
+    return climb(loss, choose(sweep, domain, 100, arm, make))
+
+
+def sources_of(arm):
+    """The arms whose rates an arm takes: its own or another's, and perhaps the upper level's."""
+    rates = ARMS[arm].rates
+    return [rates if isinstance(rates, str) else arm, *filter(None, [ARMS[arm].upper_from])]
+
+
+def rates_of(sweep, domain, size, arm, make=True):
+    """The rates of an arm's runs, those of its sources; DoRA takes the lower level's alone."""
+    source, *upper = (choose(sweep, domain, size, other, make) for other in sources_of(arm))
+    rates = source.copy()
+    for other in upper:
+        rates["upper_lr"] = other["upper_lr"]
+    if ARMS[arm].settings["method"] == "dora":
+        rates.pop("upper_lr", None)
+    elif "upper_lr" in rates:
+        rates["upper_lr"] *= ARMS[arm].upper_factor
+    return rates
+
+
+# ---------------------------------------------------------------------------------- the jobs
+
+
+def runs_of(sweep):
+    """{name: Job} of all runs, in the order in which they are made."""
+    prefix = "" if sweep.set == "main" else f"{sweep.set}-"
+    parts = map(int, sweep.sizes), range(sweep.seeds), sweep.domains, sweep.arms
+    return {
+        f"{prefix}{domain}-{size}-{arm}-{seed}": Job(domain, size, arm, seed)
+        for size, seed, domain, arm in itertools.product(*parts)
+    }
+
+
+def choices_of(sweep, runs):
+    """{name: Job} of the choices of rates that runs need."""
+    if sweep.lower_lr:
+        return {}
+    places = ((run.domain, run.size, arm) for run in runs for arm in sources_of(run.arm))
+    return dict(choice_of(sweep, *place) for place in dict.fromkeys(places))
+
+
+def to_do(sweep):
+    """{name: Job} of the choices of rates that are still to be made, and of the runs."""
+    done, choices = results_of(sweep), {}
+    runs = {name: job for name, job in runs_of(sweep).items() if name not in done}
+    for name, job in choices_of(sweep, runs.values()).items():
+        try:
+            choose(sweep, job.domain, job.size, job.arm, make=False)
+        except LookupError:
+            choices[name] = job
+    return choices, runs
+
+
+def do(sweep, name, job):
+    """Do a job, in a worker process; returns False if another process makes its run."""
+    rates = rates_of(sweep, job.domain, job.size, job.arm)
+    return job.seed is None or bool(run(sweep, name, job, rates))
+
+
+def in_workers(workers, title, function, jobs):
+    """
+    Call function(*job) for each job, in processes that share the CPU's cores and end with this one.
+    Returns the results in the order in which they come.
+    """
+    # Of the workers, which start afresh: they read it when torch is imported.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    context = multiprocessing.get_context("spawn")
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process, which ends the workers
+    pool = ProcessPoolExecutor(workers, context, signal.signal, ignore)
+    try:
+        made = [pool.submit(function, *job) for job in jobs]
+        return [one.result() for one in tqdm(as_completed(made), desc=title, total=len(made))]
+    except BaseException as error:
+        for child in multiprocessing.active_children():
+            child.kill()
+        if isinstance(error, BrokenProcessPool):
+            message = "a worker was killed, perhaps for want of memory (try --workers=1)"
+            raise ValueError(f"{message}; the same command resumes") from error
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def work(sweep, title, jobs):
+    """Do the jobs, {name: Job}."""
+    for domain in {job.domain for job in jobs.values()}:
+        data.load_examples(domain)  # a missing download shows now, and happens once
+    made = in_workers(sweep.workers, title, do, [(sweep, *job) for job in jobs.items()])
+    if skipped := made.count(False):
+        print(f"{skipped} runs are being made by other processes; the same command adds them")
+
+
+# -------------------------------------------------------------------------------- the program
+
+
+def make(sweep, arguments):
+    """List what is missing, do the one job that is asked for, or do all. arguments: as given."""
+    choices, runs = to_do(sweep)
+    if sweep.list:
+        given = [a for a in settings.split(Sweep, arguments) if not a.startswith("--list=")]
+        for name in choices or runs:
+            print(shlex.join(["python", "-m", "research.sweep", *given, f"--job={name}"]))
+        return
+
+    mend(sweep.results)
+    if not sweep.job:
+        print(f"{len(runs)} runs to do, for {sweep.results}", file=sys.stderr)
+        work(sweep, "tuning", choices)
+        work(sweep, "runs", runs)
+    elif sweep.job in choices | runs:
+        work(sweep, sweep.job, {sweep.job: (choices | runs)[sweep.job]})
+    elif sweep.job not in runs_of(sweep) | choices_of(sweep, runs_of(sweep).values()):
+        raise ValueError(f"unknown job {sweep.job!r}: --list shows those that are still to do")
+
+
+def do_all(sweep, arguments):
+    """Make what is missing, and print the tables. arguments: the command line."""
+    for result in results_of(sweep).values():
+        check_made(sweep, result, {})
+    if not sweep.report:
+        make(sweep, arguments)
+    if sweep.list or sweep.job:
+        return
+    results = of_group(load_results(sweep.results, sweep.set), sweep)
+    if not results:
+        again = f"python -m research.sweep --group={sweep.group}"
+        raise FileNotFoundError(f"no results in {sweep.results}: run {again} first")
+    sign = GROUPS[sweep.group].sign
+    print(*tables(results, sweep.arms, sign), *seconds_table(results, sweep.arms), sep="\n")
+
+
+def main(arguments):
+    do = functools.partial(do_all, arguments=arguments)
+    return settings.program(arguments, Sweep, do, __doc__, resumes=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main(sys.argv[1:]))
