@@ -55,7 +55,7 @@ def train(config, task_class=None):
         if config.eval_before:
             # Only what is held out, since the wait is long; a resumed run knows it already.
             run.before = run.before or evaluate(task, task.held_out)
-            report.announce_before(run.before, task.kind.metric)
+            report.announce_before(run.before, task.family.metric)
 
         train_rows, val_rows = task.encoded["train"], task.encoded["val"]
         if is_bilevel(config):
@@ -167,7 +167,7 @@ def evaluate_rows(task, rows, bar=None, scored=True):
     """
     if not rows:
         return None
-    model, kind, sharded = task.model.eval(), task.kind, task.config.fsdp
+    model, family, sharded = task.model.eval(), task.family, task.config.fsdp
     total = count = 0
     found = []
 
@@ -180,7 +180,7 @@ def evaluate_rows(task, rows, bar=None, scored=True):
 
     for start in range(0, len(own), size):
         batch = own[start : start + size]
-        loss, targets, answers = kind.evaluate(model, batch, scored)
+        loss, targets, answers = family.evaluate(model, batch, scored)
         total, count, found = total + loss, count + targets, found + answers
         if bar is not None:
             bar.update(min(share * len(batch), bar.total - bar.n))
@@ -188,7 +188,7 @@ def evaluate_rows(task, rows, bar=None, scored=True):
     if not sharded:
         sums = torch.tensor([total, count], dtype=torch.float64, device=task.device)
         (total, count), found = distributed.add_up([sums])[0].tolist(), distributed.gather(found)
-    return {"loss": total / count} | kind.scores(found)
+    return {"loss": total / count} | family.scores(found)
 
 
 # --------------------------------------------------------------------------- preparation
@@ -204,7 +204,7 @@ class Task:
     dtype_reason: str
     folder: Path  # of the base model
     name: str  # a key of tasks.TASKS
-    kind: tasks.LanguageTask | tasks.HeadTask
+    family: tasks.LanguageTask | tasks.HeadTask  # what rows, losses and scores are here
     splits: dict  # {"train", "val", "test"}: lists of examples
     encoded: dict  # the same splits, as lists of rows
     cut: int  # how many examples were too long
@@ -218,18 +218,18 @@ class Task:
         A function of k = 0, 1, 2, …: the k-th batch of rows, as this process's micro-batches, which
         are pairs of rows and their share of the batch's loss.
         """
-        c, ranks = self.config, (distributed.RANK, distributed.WORLD_SIZE)
+        c, count = self.config, self.family.supervised
+        ranks = distributed.RANK, distributed.WORLD_SIZE
         batches = data.Batches(rows, c.batch_size, c.seed, c.group_by_length, c.shuffle)
 
         def micro_batches(k):
-            parts = data.micro_batches(batches[k], c.micro_batch_size, *ranks, self.kind.supervised)
-            return MicroBatches(parts)
+            return MicroBatches(data.micro_batches(batches[k], c.micro_batch_size, *ranks, count))
 
         return micro_batches
 
     def loss(self, model, micro_batch):
         rows, share = micro_batch
-        return self.kind.loss(model, rows) * share
+        return self.family.loss(model, rows) * share
 
     def lower_loss(self, model, micro_batch):
         loss, gram_weight = self.loss(model, micro_batch), self.config.gram_weight
@@ -271,7 +271,7 @@ class Task:
 
     def metadata(self):
         """What run.json holds besides the settings; sample.py reads it."""
-        question = self.kind.question if self.name == "label_words" else ""
+        question = self.family.question if self.name == "label_words" else ""
         labels = self.labels if self.name in ("label_words", *tasks.HEADS) else []
         metadata = {"task": self.name, "labels": labels, "label_prompt": question}
         return metadata | {"pairs": self.pairs, "dtype": self.dtype}
@@ -279,7 +279,7 @@ class Task:
     def save(self, out):
         """Write the adapter, or for full fine-tuning the model, into the folder `out`."""
         if self.config.method == "ft":
-            self.kind.save_pretrained(self.model, self.folder, out)
+            self.family.save_pretrained(self.model, self.folder, out)
         else:
             name = self.config.model
             bidora.save_adapter(self.model, out, name if is_hub_name(name) else str(self.folder))
@@ -297,7 +297,7 @@ def prepare(config, device, resuming=False, task_class=Task):
     folder = find_model(config.model)
     shape = tasks.read_shape(folder)
     name = tasks.choose(config.task, splits["train"][0], shape)
-    kind = tasks.build(name, config, folder, question, labels, glue)
+    family = tasks.build(name, config, folder, question, labels, glue)
     if distributed.LOCAL_RANK == 0:
         distributed.wait()  # lets the others continue
 
@@ -311,7 +311,7 @@ def prepare(config, device, resuming=False, task_class=Task):
 
     def encode(block_size):
         found = {
-            part: kind.encode(progress.over(examples, f"tokenise {part}", "example"), block_size)
+            part: family.encode(progress.over(examples, f"tokenise {part}", "example"), block_size)
             for part, examples in splits.items()
         }
         rows = {part: rows for part, (rows, _) in found.items()}
@@ -322,10 +322,10 @@ def prepare(config, device, resuming=False, task_class=Task):
         config = hardware.fit_memory(config, method, device, dtype, shape, encode)
     config = resolve(config, shape)
     encoded, cut = encode(config.block_size)
-    kind.check_vocabulary(encoded, shape)
-    kind.rehearse(encoded["train"])
+    family.check_vocabulary(encoded, shape)
+    family.rehearse(encoded["train"])
 
-    model, sizes = build_model(config, folder, dtype, device, kind, encoded["train"])
+    model, sizes = build_model(config, folder, dtype, device, family, encoded["train"])
     return task_class(
         config=config,
         device=device,
@@ -333,7 +333,7 @@ def prepare(config, device, resuming=False, task_class=Task):
         dtype_reason=dtype_reason,
         folder=folder,
         name=name,
-        kind=kind,
+        family=family,
         splits=splits,
         encoded=encoded,
         cut=cut,
@@ -343,7 +343,7 @@ def prepare(config, device, resuming=False, task_class=Task):
     )
 
 
-def build_model(config, folder, dtype, device, kind, rows):
+def build_model(config, folder, dtype, device, family, rows):
     """
     Returns the model with its adapters, and its sizes, those of a Task. rows: the train split's.
     """
@@ -355,7 +355,7 @@ def build_model(config, folder, dtype, device, kind, rows):
     model = tasks.load_backbone(folder, getattr(torch, dtype), place, quantize, config.fsdp)
     model.gradient_checkpointing = config.gradient_checkpointing
     weight_bytes = quantized.nbytes(model)
-    model = kind.attach(model, rows)
+    model = family.attach(model, rows)
 
     if config.method == "ft":
         model.requires_grad_(True)

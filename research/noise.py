@@ -133,12 +133,12 @@ def measure(noise, domain, steps):
     optimizer = task.create_optimizer(task.model, config.lower_lr)
     rows = data.Batches(task.encoded["train"], 8, seed=0)
     for step in range(steps):
-        batch = task.kind.collate(rows[step])
+        batch = task.family.collate(rows[step])
         optimizer.lower_step(lambda model, tensors: model(*tensors), batch)
 
     for size in map(int, noise.batches):
         splits = (task.encoded["train"], task.encoded["val"])
-        batches = [task.kind.collate(split[:size]) for split in splits]
+        batches = [task.family.collate(split[:size]) for split in splits]
         seeds = tqdm([None, *range(noise.draws)], desc=f"{domain}, step {steps}, {size} rows")
         draws = [draw(task, optimizer.adapters, optimizer.lower, batches, seed) for seed in seeds]
         direct = numpy.array([d for d, _ in draws])

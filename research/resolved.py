@@ -89,7 +89,7 @@ class Problem:
         self.rows = task.encoded | {"all": task.encoded["train"] + task.encoded["val"]}
         self.inputs = {}
         for split, rows in self.rows.items():
-            ids, mask, types, targets = task.kind.collate(rows)
+            ids, mask, types, targets = task.family.collate(rows)
             with torch.no_grad():
                 hidden = self.whole.encoder(ids, mask, types)  # zero at padding
             self.inputs[split] = (hidden.sum(1) / mask.sum(1, keepdim=True)).double(), targets
@@ -146,10 +146,10 @@ class Problem:
     def scores(self, model, split):
         """The scores and the loss on a split, {name: number}."""
         x, targets = self.inputs[split]
-        logits, kind = model(x), self.task.kind
+        logits, family = model(x), self.task.family
         found = zip(self.rows[split], self.whole.predict(logits).tolist())
-        pairs = [(kind.in_words(row, value), row.answer) for row, value in found]
-        return kind.scores(pairs) | {"loss": self.whole.loss(logits, targets).item()}
+        pairs = [(family.in_words(row, value), row.answer) for row, value in found]
+        return family.scores(pairs) | {"loss": self.whole.loss(logits, targets).item()}
 
 
 # -------------------------------------------------------------------------------- the errors
@@ -247,7 +247,7 @@ def search(problem, arm):
     problem.solve(model, "all")
     after = {"train": problem.scores(model, "all"), "test": problem.scores(model, "test")}
     moved = ((m - start).norm() / start.norm()).item()
-    return {"metric": problem.task.kind.metric, "moved": moved, "val": val, "after": after}
+    return {"metric": problem.task.family.metric, "moved": moved, "val": val, "after": after}
 
 
 # ------------------------------------------------------------------------------- the program

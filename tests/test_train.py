@@ -506,13 +506,13 @@ def test_evaluation_against_plain_forward_passes():
         total -= scores[row.label]
         tokens += len(label_ids[row.label])
         right += max(scores, key=scores.get) == row.label
-    kind = LanguageTask(tokenizer, "{text}", label_ids, False, {}, None)
-    task = SimpleNamespace(model=model, kind=kind, config=Config(), device="cpu")
+    family = LanguageTask(tokenizer, "{text}", label_ids, False, {}, None)
+    task = SimpleNamespace(model=model, family=family, config=Config(), device="cpu")
     result = train.evaluate_rows(task, rows)
     assert result["loss"] == pytest.approx(total / tokens, rel=1e-4) and result[
         "accuracy"
     ] == right / len(rows)
-    kind.label_ids = {}
+    family.label_ids = {}
     plain = train.evaluate_rows(task, rows)  # the same loss by the other branch
     assert plain["loss"] == pytest.approx(result["loss"], rel=1e-4)
 

@@ -43,9 +43,9 @@ def announce(task, method):
         counts += f" (evaluated: {config.eval_size} of each at most)"
     print(f"data: {source}: {counts}{labels:.300}")
     announce_shared(config, task.splits)
-    print(f"task: {task.name}, scored by {task.kind.metric}")
+    print(f"task: {task.name}, scored by {task.family.metric}")
     print(
-        *task.kind.notes(task.cut, config.block_size),
+        *task.family.notes(task.cut, config.block_size),
         trainable(task.sizes["trainable_parameters"]),
         sep="\n",
     )
@@ -200,7 +200,7 @@ def summary(task):
         | task.sizes
         | {
             "task": task.name,
-            "metric": task.kind.metric,
+            "metric": task.family.metric,
             "pairs": task.pairs,
             "raw": task.raw,
             "dtype": task.dtype,
