@@ -123,34 +123,6 @@ CHOICES = {
     "task": ("auto", *TASKS),
 }
 MAY_CHANGE = {"out_dir", "overwrite", "resume", "checkpoint_every", "fsdp"}  # when a run is resumed
-STEPS = "set --search_steps and --retrain_steps"
-OTHER_NAMES = {  # of other programs
-    name: instead
-    for instead, names in {
-        "use --lower_lr (and --upper_lr for the upper level)": "lr learning_rate",
-        f"{STEPS}, each with --batch_size examples a step": "epochs num_epochs num_train_epochs",
-        STEPS: "steps max_steps max_iters",
-        "use --rank": "r lora_r lora_rank",
-        "use --alpha": "lora_alpha",
-        "use --dropout": "lora_dropout",
-        "use --out_dir": "output_dir",
-        "use --data, or --train_file for a file of your own": "dataset",
-        "use --model": "model_name_or_path",
-        "write --model=owner/name@revision": "revision",
-        "use --batch_size, of all processes together": "per_device_train_batch_size",
-        "use --micro_batch_size, of examples in memory": "gradient_accumulation_steps accumulate",
-        "use --block_size, in tokens": "max_length max_seq_length",
-        "use --resume": "resume_from_checkpoint",
-        "use --dtype=bfloat16": "bf16",
-        "use --quantize=nf4": "load_in_4bit",
-        "use --hypergradient_steps": "unroll_steps terms cg_iterations",
-        "use --hypergradient_lr": "unroll_lr neumann_alpha",
-        "use --method=bilora_softmax or bilora_binary": "lambda_kind",
-        "edit learning_rate_scale in train.py, which warms up over a tenth of the steps": "warmup",
-        "evaluation chooses its own batch size": "eval_batch_size",
-    }.items()
-    for name in names.split()
-}
 
 
 def read_config(arguments, kind=Config):
@@ -160,7 +132,7 @@ def read_config(arguments, kind=Config):
     """
     arguments = settings.split(kind, arguments)
     given = {argument.partition("=")[0] for argument in arguments}
-    config, path = settings.read(kind, arguments, OTHER_NAMES)
+    config, path = settings.read(kind, arguments, rules.OTHER_NAMES)
     overrides = "--train_file" in given and "--data" not in given
     if config.data and config.train_file and not overrides:
         raise ValueError("data and train_file are two sources: choose one")

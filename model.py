@@ -7,14 +7,13 @@ What is notable about it:
 - forward(input_ids, labels) computes logits only at supervised positions: with one answer token
   per row, the head (49k to 150k vocabulary entries) costs almost nothing
 - in training, rows lie end to end and what they all begin with passes once: in classification,
-  the question; norms, linears and MLPs see no padding and no token twice (class Rows)
+  the question; norms, linears and MLPs see no padding and no token twice (support/fast/rows.py)
 - normalisation and loss in fp32, everything else in the weights' dtype
 
 LLaMA: arXiv 2302.13971; grouped queries: 2305.13245; sliding windows (Mistral): 2310.06825;
 Qwen2: 2407.10671; norms on queries and keys (Qwen3): 2505.09388.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 
 from support.fast import rotary
 from support.fast.kernels import QUERIES, ROWS, TWICE, cross_entropy, recompute, recompute_module
+from support.fast.rows import Rows
 from support.run.files import read_json
 from support.weights import hf_format
 
@@ -52,55 +52,6 @@ class ModelConfig:
     def from_hf(cls, config_dict):
         """From the dict of a config.json. Raises ValueError as hf_format.read_config does."""
         return cls(**hf_format.read_config(config_dict))
-
-
-class Rows:
-    """
-    Token sequences laid end to end, (N,); the P tokens that all begin with stand there once, first.
-
-    Causal attention computes the same for a shared beginning in every row, so its keys and values
-    serve all rows. rows: B lists of token ids of any lengths.
-    """
-
-    MIN_SHARED = 8  # tokens; for fewer, a second attention call costs more than it saves
-
-    def __init__(self, rows, device):
-        shared = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
-        self.shared = shared if len(rows) > 1 and shared >= self.MIN_SHARED else 0  # P
-        own = [row[self.shared :] for row in rows]
-        lengths = torch.tensor([len(row) for row in own])
-        self.longest = max(map(len, own))  # S
-
-        columns = torch.arange(self.longest)
-        real = columns < lengths[:, None]  # (B, S), False where a row would be padded
-        self.starts = lengths.cumsum(0) - lengths + self.shared  # of each row's own tokens, (B,)
-        self.ragged = not real.all()
-        if self.ragged:
-            places = (self.starts - self.shared)[:, None] + columns * real
-            self.padded = places.flatten().to(device)  # (B·S,) own token of each place
-            self.packed = real.flatten().nonzero()[:, 0].to(device)  # place of each own token
-
-        ids = [*rows[0][: self.shared], *(token for row in own for token in row)]
-        own_positions = (self.shared + columns).expand_as(real)[real]
-        positions = torch.cat((torch.arange(self.shared), own_positions))
-        self.ids, self.positions = torch.tensor(ids).to(device), positions.to(device)  # (N,)
-
-    def find(self, row, position):
-        """Where tokens are: rows and positions, both (n,), -> places in ids, (n,)."""
-        own = self.starts[row] + position - self.shared
-        return torch.where(position < self.shared, position, own)
-
-    def unpack(self, x):
-        """The rows' own part of x, (N, heads, head_dim), as (B, heads, S, head_dim), padded."""
-        own = x[self.shared :]
-        if self.ragged:
-            own = own.index_select(0, self.padded)
-        return own.unflatten(0, (-1, self.longest)).transpose(1, 2)
-
-    def pack(self, y):
-        """The inverse of unpack, (N - P, heads, head_dim)."""
-        own = y.transpose(1, 2).flatten(0, 1)
-        return own.index_select(0, self.packed) if self.ragged else own
 
 
 class Attention(nn.Module):

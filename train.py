@@ -14,6 +14,7 @@ The other methods train once on train and val together, for as many lower-level 
 
 import support.run.interrupt  # noqa: F401  (Ctrl-C in one line, during these imports too)
 
+import functools
 import os
 import random
 import sys
@@ -309,14 +310,7 @@ def prepare(config, device, resuming=False, task_class=Task):
     precise = is_bilevel(config) and HYPERGRADIENTS[config.hypergradient].float32
     dtype, dtype_reason = hardware.choose_dtype(config, device, precise)
 
-    def encode(block_size):
-        found = {
-            part: family.encode(progress.over(examples, f"tokenise {part}", "example"), block_size)
-            for part, examples in splits.items()
-        }
-        rows = {part: rows for part, (rows, _) in found.items()}
-        return rows, sum(cut for _, cut in found.values())
-
+    encode = functools.partial(encode_splits, family, splits)
     if config.auto_hardware and not resuming:
         method = METHODS.get(config.method)
         config = hardware.fit_memory(config, method, device, dtype, shape, encode)
@@ -341,6 +335,16 @@ def prepare(config, device, resuming=False, task_class=Task):
         model=model,
         sizes=sizes,
     )
+
+
+def encode_splits(family, splits, block_size):
+    """({split: its rows}, how many examples were too long) of {split: examples}."""
+    rows, cut = {}, 0
+    for name, examples in splits.items():
+        shown = progress.over(examples, f"tokenise {name}", "example")
+        rows[name], longer = family.encode(shown, block_size)
+        cut += longer
+    return rows, cut
 
 
 def build_model(config, folder, dtype, device, family, rows):

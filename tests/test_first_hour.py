@@ -18,7 +18,7 @@ import pytest
 import config
 import sample
 import train
-from support.run import files, progress
+from support.run import files, progress, rules
 from tools import merge
 
 ROOT = Path(train.__file__).parent
@@ -174,12 +174,12 @@ def test_a_value_may_follow_its_name_and_a_bool_may_stand_alone(arguments, expec
     assert {name: getattr(settings, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("name", config.OTHER_NAMES)
+@pytest.mark.parametrize("name", rules.OTHER_NAMES)
 def test_a_name_from_elsewhere_is_answered_with_settings_that_exist(name, capsys):
     assert train.main([f"--{name}", "3"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: --{name} is not a setting here: ") and error.count("\n") == 1
-    named = set(re.findall(r"--(\w+)", config.OTHER_NAMES[name]))
+    named = set(re.findall(r"--(\w+)", rules.OTHER_NAMES[name]))
     assert named <= set(config.Config.__dataclass_fields__)
 
 

@@ -202,3 +202,33 @@ def task(config, name, head, encoder):
         yield f"num_beams and no_repeat_ngram_size are for task=generation, not task={name}"
     if head and not encoder and config.method == "ft":
         yield "method=ft trains no head on a language model: use an adapter, or task=label_words"
+
+
+STEPS = "set --search_steps and --retrain_steps"
+OTHER_NAMES = {  # {a setting of another program: what to write here}
+    name: instead
+    for instead, names in {
+        "use --lower_lr (and --upper_lr for the upper level)": "lr learning_rate",
+        f"{STEPS}, each with --batch_size examples a step": "epochs num_epochs num_train_epochs",
+        STEPS: "steps max_steps max_iters",
+        "use --rank": "r lora_r lora_rank",
+        "use --alpha": "lora_alpha",
+        "use --dropout": "lora_dropout",
+        "use --out_dir": "output_dir",
+        "use --data, or --train_file for a file of your own": "dataset",
+        "use --model": "model_name_or_path",
+        "write --model=owner/name@revision": "revision",
+        "use --batch_size, of all processes together": "per_device_train_batch_size",
+        "use --micro_batch_size, of examples in memory": "gradient_accumulation_steps accumulate",
+        "use --block_size, in tokens": "max_length max_seq_length",
+        "use --resume": "resume_from_checkpoint",
+        "use --dtype=bfloat16": "bf16",
+        "use --quantize=nf4": "load_in_4bit",
+        "use --hypergradient_steps": "unroll_steps terms cg_iterations",
+        "use --hypergradient_lr": "unroll_lr neumann_alpha",
+        "use --method=bilora_softmax or bilora_binary": "lambda_kind",
+        "edit learning_rate_scale in train.py, which warms up over a tenth of the steps": "warmup",
+        "evaluation chooses its own batch size": "eval_batch_size",
+    }.items()
+    for name in names.split()
+}

@@ -261,7 +261,7 @@ class Reads(TorchFunctionMode):
 def test_a_search_step_reads_few_numbers_from_tensors(monkeypatch, tmp_path):
     """
     On a GPU, Python waits for each number until the GPU has done all its work. The optimizer reads
-    whether a loss is finite; data.py and model.Rows read from tensors that are always on the CPU.
+    whether a loss is finite; rows.py reads from tensors that are always on the CPU.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "LOG_EVERY", math.inf)
@@ -271,7 +271,7 @@ def test_a_search_step_reads_few_numbers_from_tensors(monkeypatch, tmp_path):
             train(Config(search_steps=steps, retrain_steps=0, out_dir=f"{steps}", **RUN))
         files.append(reads.files)
     ten_steps = files[1] - files[0]
-    assert {"data.py", "model.py", "bilevel.py"} == set(ten_steps)
+    assert {"rows.py", "bilevel.py"} == set(ten_steps)
     assert ten_steps["bilevel.py"] == 10 * 2
 
 
