@@ -27,7 +27,7 @@ from hypergrad import (
     adamw,
     assign,
     gradient_descent,
-    same,
+    one_process,
     steps_taken,
     total_gradient,
 )
@@ -196,7 +196,7 @@ class BilevelOptimizer:
         precondition="none",
         upper_weight_decay=0.0,
         upper_steps=1,
-        reduce=same,
+        reduce=one_process,
         **options,
     ):
         coarse = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())

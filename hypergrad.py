@@ -69,7 +69,7 @@ def plain_neumann(train_loss, val_loss, V, m, alpha, terms):
 # ------------------------------------------------------------------ gradients and products
 
 
-def same(tensors):
+def one_process(tensors):
     """
     The `reduce` for a single process, which has nothing to add. For several, give a function that
     sums each tensor of a list over the processes.
@@ -99,12 +99,12 @@ def gradient(loss, parameters, **options):
     return list(torch.autograd.grad(loss, parameters, materialize_grads=True, **options))
 
 
-def total_gradient(loss, parameters, reduce=same):
+def total_gradient(loss, parameters, reduce=one_process):
     """∂loss/∂parameters, one micro-batch at a time, reduced over the processes."""
     return reduce(add(*(gradient(closure(), parameters) for closure in closures(loss))))
 
 
-def val_gradients(val_loss, lower, upper, reduce=same):
+def val_gradients(val_loss, lower, upper, reduce=one_process):
     """v = ∂F/∂V and ∂F/∂m, from one backward pass per micro-batch."""
     both = total_gradient(val_loss, [*lower, *upper], reduce)
     return both[: len(lower)], both[len(lower) :]
@@ -122,7 +122,7 @@ class LowerGradient:
     the forward pass again there, and must find the model's dropout as it was.
     """
 
-    def __init__(self, train_loss, lower, reduce=same, mode=contextlib.nullcontext):
+    def __init__(self, train_loss, lower, reduce=one_process, mode=contextlib.nullcontext):
         self.losses, self.lower, self.reduce = closures(train_loss), lower, reduce
         self.graph = self.differentiable(self.losses[0]) if len(self.losses) == 1 else None
         self.mode = mode if self.graph else contextlib.nullcontext
@@ -260,7 +260,7 @@ def adjoint(step, v, state):
 # ------------------------------------------------------------------------ hypergradients
 
 
-def first_order(train_loss, val_loss, lower, upper, *, reduce=same):
+def first_order(train_loss, val_loss, lower, upper, *, reduce=one_process):
     """∂F/∂m at the current V: one gradient, which ignores how V would follow a change of m."""
     return val_gradients(val_loss, [], upper, reduce)[1]
 
@@ -278,7 +278,7 @@ def unrolled(
     adam=None,
     grad_clip=None,
     past=None,
-    reduce=same,
+    reduce=one_process,
 ):
     """
     The gradient through K steps V_{k+1} = U(V_k, g_k), g_k = ∂L/∂V(V_k, m), of the lower level.
@@ -372,7 +372,7 @@ def neumann(
     alpha=1e-2,
     precondition=None,
     past=None,
-    reduce=same,
+    reduce=one_process,
 ):
     """
     ∂F/∂m - ∂²L/∂m∂V · q, q = alpha · Σ_{j<terms} (I - alpha·P·H)^j · P · ∂F/∂V, H = ∂²L/∂V².
@@ -410,7 +410,7 @@ def conjugate_gradient(
     damping=1e-2,
     precondition=None,
     past=None,
-    reduce=same,
+    reduce=one_process,
 ):
     """
     ∂F/∂m - ∂²L/∂m∂V · q, with (H + damping·I) · q = ∂F/∂V solved by `iterations` steps of conjugate
@@ -441,7 +441,7 @@ def conjugate_gradient(
     return implicit(solve, train_loss, val_loss, lower, upper, past=past, reduce=reduce)
 
 
-def identity(train_loss, val_loss, lower, upper, *, mode="exact", radius=0.01, reduce=same):
+def identity(train_loss, val_loss, lower, upper, *, mode="exact", radius=0.01, reduce=one_process):
     """
     ∂F/∂m - ∂²L/∂m∂V · ∂F/∂V at the current V: the implicit gradient with H⁻¹ replaced by I.
 

@@ -29,7 +29,7 @@ import data
 import train
 from bidora import upper_parameters
 from bilevel import in_training
-from hypergrad import Step, central_difference, restored, same, val_gradients
+from hypergrad import Step, central_difference, restored, one_process, val_gradients
 from research import published, sweep
 from research.arms import GROUPS
 from research.differences import row
@@ -116,7 +116,7 @@ def draw(task, adapters, weights, batches, seed):
             here = Step([p.data for p in chosen], [], [], None, train_loss)
             along = [gradient[id(p)] for p in chosen]
             with restored(chosen):
-                cross = central_difference(here, along, upper, chosen, RADIUS, same)
+                cross = central_difference(here, along, upper, chosen, RADIUS, one_process)
             parts[name] = -flat(cross)
     return flat(direct), parts
 
