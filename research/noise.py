@@ -29,7 +29,7 @@ import data
 import train
 from bidora import upper_parameters
 from bilevel import in_training
-from hypergrad import Step, central_difference, restored, one_process, val_gradients
+from hypergrad import Step, central_difference, one_process, restored, val_gradients
 from research import published, sweep
 from research.arms import GROUPS
 from research.differences import row
