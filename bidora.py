@@ -1,18 +1,18 @@
 """
-Weight decomposition: a frozen weight W0 (out × in), a low-rank direction B·A, a magnitude m.
+Weight decomposition: a frozen weight W0 (out × in), a low-rank update B·A, a magnitude m.
 
     W' = m ⊙ (W0 + s·B·A) / ‖W0 + s·B·A‖,    s = alpha / rank       (DoRA, arXiv 2402.09353, eq. 5)
 
 DoRA trains A, B and m together; BiDoRA (2410.09758) trains A, B at the lower level, m at the upper.
-LoRA (2106.09685) has no m; nor has BiLoRA (2403.13037), but λ in ΔW = s·B·diag(λ)·A at the upper.
-Norm and m have one number per output row or, as the papers write it, one per input column.
+LoRA (2106.09685) has no m. BiLoRA (2403.13037) has none either: its upper level trains λ in
+ΔW = s·B·diag(λ)·A. Norm and m have one number per output row or, as in the papers, per column.
 
 Training never builds W0 + s·B·A. With ratio = m / ‖·‖, y = ratio ⊙ (W0·x + s·B·(A·x)) + bias, and
 the norm comes from the factors:  ‖W0 + sBA‖² = ‖W0‖² + 2s Σ (W0·Aᵀ) ⊙ B + s² Σ (B·(A·Aᵀ)) ⊙ B.
-(Others found this norm, too: arXiv 2603.22276, and PEFT's pull request 3387.)
+(The same norm: arXiv 2603.22276, and PEFT's pull request 3387.)
 
-Works on any nn.Module with nn.Linear layers (or transformers' Conv1D). All but save_adapter and
-load_adapter also works when this file is copied alone into another project.
+Works on any nn.Module with nn.Linear layers (or transformers' Conv1D). Everything but save_adapter
+and load_adapter also works when this file is copied alone into another project.
 """
 
 import math
@@ -43,20 +43,23 @@ except ImportError:  # copied alone into another project: ordinary weights, plai
 
 def plain_forward(layer, x):
     """The equation above, for reading; a test compares BiDoRALinear.forward with it."""
-    V = layer.weight + layer.scaling * (layer.lora_B @ layer.lora_A)  # (out, in)
-    norm = V.norm(dim=1, keepdim=True)  # (out, 1)
-    W = layer.lora_magnitude_vector[:, None] * V / norm  # (out, in)
+    direction = layer.weight + layer.scaling * (layer.lora_B @ layer.lora_A)  # (out, in)
+    norm = direction.norm(dim=1, keepdim=True)  # (out, 1)
+    W = layer.lora_magnitude_vector[:, None] * direction / norm  # (out, in)
     return F.linear(x, W, layer.bias)
 
 
 @dataclass(frozen=True)
 class Method:
-    """An entry of METHODS: its layers' parameters and update, here LoRA's, and who trains what."""
+    """
+    An entry of METHODS: which parameters a layer has, how they form its update (here LoRA's), and
+    which level trains them.
+    """
 
     magnitude: bool = False  # whether a layer has m
     upper: str | None = None  # the name of the parameter that learns at the upper level
     names: tuple = ("direction", "magnitude")  # of what the lower and the upper level train
-    scale: Callable = lambda alpha, rank: alpha / rank  # s
+    scale: Callable = lambda alpha, rank: alpha / rank  # s; a field, so called without self
 
     def build(self, layer, **new):
         """Give a layer the parameters of its update. new: their device and dtype."""

@@ -4,6 +4,10 @@ The two-level optimizer: AdamW over A and B on train, AdamW over m on val along 
     optimizer = create_bilevel_optimizer(model, lower_lr=1e-2, upper_lr=2e-2)
     train_loss, val_loss = optimizer.bilevel_step(loss_fn, train_batch, val_batch)
 
+V moves by AdamW, and the val loss is taken where it lands. By default the hypergradient's second
+term treats that step as one of gradient descent at the same rate, as the paper's equation does;
+precondition='adam' differentiates through AdamW itself.
+
 hypergrad.py has the hypergradients, as functions of closures; HYPERGRADIENTS here says what the
 optimizer gives to each. With bidora.py and hypergrad.py this file works copied into any project.
 """
@@ -90,54 +94,6 @@ CHOICES = {
 }
 
 
-def check_options(hypergradient, options):
-    """Raise ValueError for options that a hypergradient does not have, or for unfit values."""
-    entry = HYPERGRADIENTS[hypergradient]
-    known = {*entry.options} | ({"radius"} if entry.float32 else set())  # of differences
-    if unknown := sorted(options.keys() - known):
-        has = f"it has {', '.join(sorted(known))}" if known else "it has none"
-        raise ValueError(f"hypergradient={hypergradient} has no option {unknown[0]!r}: {has}")
-    for name, value in options.items():
-        whole = name in ("steps", "terms", "iterations")
-        least = 1 if whole else 0
-        number = isinstance(value, int if whole else (int, float)) and math.isfinite(value)
-        if not number or value < least or (value == 0 and name != "damping"):
-            kind = "a whole number of at least 1" if whole else "a positive number"
-            raise ValueError(f"{name}={value!r} must be {kind}")
-
-
-def check_choices(hypergradient, optimizer, precondition, coarse):
-    """
-    Raise ValueError for an unknown choice, or for choices that exclude each other. coarse: whether
-    the base has 16 bits.
-    """
-    for name, value in zip(CHOICES, (hypergradient, optimizer, precondition)):
-        if value not in CHOICES[name]:
-            raise ValueError(f"unknown {name} {value!r}: choose {', '.join(CHOICES[name])}")
-    if precondition == "adam" and optimizer == "adamw8bit":
-        raise ValueError(
-            "precondition=adam reads AdamW's moments, which adamw8bit keeps in 8 bits: "
-            "use optimizer=adamw"
-        )
-    if HYPERGRADIENTS[hypergradient].float32 and coarse:
-        exact = "identity" if hypergradient.startswith("identity") else "unrolled"
-        raise ValueError(
-            f"hypergradient={hypergradient} loses too many digits in bfloat16 and float16: "
-            f"use hypergradient={exact}, or float32"
-        )
-
-
-def reached(loss):
-    """The ids of the leaves, such as parameters, whose gradient loss.backward() would compute."""
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
-    return {id(node.variable) for node in seen if hasattr(node, "variable")}
-
-
 class MicroBatches(list):
     """
     A batch in parts whose losses add up, so that the activations of one are in memory at a time.
@@ -148,8 +104,8 @@ class MicroBatches(list):
 @contextlib.contextmanager
 def in_training(model, wanted):
     """
-    Put exactly the modules in `wanted` into training mode. Without any, dropout is off: all passes
-    of a hypergradient must see the same function.
+    Put exactly the modules in `wanted` into training mode. Without any, dropout is off: all new
+    passes of a hypergradient must see the same function.
     """
     before = [(module, module.training) for module in model.modules()]
     for module, _ in before:
@@ -170,6 +126,7 @@ class BilevelOptimizer:
     weight_decay    of the lower level; upper_weight_decay: of magnitudes or singular values
     hypergradient   a key of HYPERGRADIENTS; options: that function's own (lr: by default the lower
                     level's rate at the time)
+    beta2           AdamW's, at both levels
     grad_clip       the norm to which the gradient of each level is clipped
     optimizer       'adamw', or 'adamw8bit', bitsandbytes' AdamW with 8-bit moments (tensors below
                     4,096 numbers keep 32 bits)
@@ -191,6 +148,7 @@ class BilevelOptimizer:
         weight_decay=0.01,
         hypergradient="unrolled",
         *,
+        beta2=0.999,
         grad_clip=1.0,
         optimizer="adamw",
         precondition="none",
@@ -224,10 +182,91 @@ class BilevelOptimizer:
         AdamW = functools.partial(torch.optim.AdamW, fused=True)  # one kernel: 5 ms a step, not 19
         if optimizer == "adamw8bit":
             from bitsandbytes.optim import AdamW8bit as AdamW
+        AdamW = functools.partial(AdamW, betas=(0.9, beta2))
         self.lower_optimizer = AdamW(self.lower, lr=lower_lr, weight_decay=weight_decay)
-        self.upper_optimizer = (
-            AdamW(self.upper, lr=upper_lr, weight_decay=upper_weight_decay) if self.upper else None
-        )
+        self.upper_optimizer = None
+        if self.upper:
+            decay = {"weight_decay": upper_weight_decay}
+            self.upper_optimizer = AdamW(self.upper, lr=upper_lr, **decay)
+
+    def bilevel_step(self, loss_fn, train_batch, val_batch):
+        """
+        A round: `lower_steps` steps of the lower level on train_batch, then `upper_steps` of the
+        upper level on val_batch.
+
+        loss_fn(model, batch) -> scalar. Returns (train_loss, val_loss), scalar tensors; the train
+        loss is the one before the last lower step.
+        """
+        for _ in range(self.lower_steps):
+            train_loss = self.lower_step(loss_fn, train_batch)
+        for _ in range(self.upper_steps):
+            val_loss = self.upper_step(loss_fn, val_batch)
+        return train_loss, val_loss
+
+    def lower_step(self, loss_fn, batch):
+        """
+        One step of the lower level on a batch. Returns its loss before the step, a scalar.
+
+        The last steps of a round are kept: the next upper_step differentiates through them, so that
+        one gradient serves both levels.
+        """
+        seen = []
+        keep, losses = self.keeps_next(), self.watched(loss_fn, batch, seen)
+        if keep:
+            self.past = [replace(step, graph=None) for step in self.past]  # saves memory
+            graph = self.kept_graph(losses)
+            g = graph.value if graph else total_gradient(losses, self.lower, self.reduce)
+            self.past = [*self.past, self.kept_step(losses, g, graph)][-self.kept_steps :]
+            g = [x.clone() for x in g]  # clipping writes into them
+        else:
+            self.past = []
+            g = total_gradient(losses, self.lower, self.reduce)
+
+        self.train_loss = losses
+        [total] = self.reduce([sum(seen)])
+        # A kept graph refers to the tensors before the step, and the optimizer writes into copies.
+        # Torch would still count that as a change and refuse to use the graph later. The old values
+        # will be back by then, but no public function can tell torch so.
+        with torch.autograd._unsafe_preserve_version_counter(tuple(self.lower) if keep else ()):
+            self.step(self.lower_optimizer, self.lower, g, total)
+        return total
+
+    def upper_step(self, loss_fn, val_batch, train_batch=None):
+        """
+        One step of the upper level along the hypergradient. Returns the val loss from which the
+        hypergradient was computed, a scalar tensor.
+
+        It differentiates through the lower steps that were kept, under the dropout masks that they
+        had; neumann and conjugate_gradient take everything at V before the last one. If none is
+        kept (in a second upper step of a round), or with a train_batch, it simulates steps from the
+        current V, on the last lower step's batch or on train_batch. A graph that was not kept is
+        built anew, without dropout. Raises ValueError without upper parameters, or before any lower
+        step without a train_batch.
+        """
+        if not self.upper:
+            raise ValueError(
+                "the model has no upper-level parameters: adapt it with method='bidora', "
+                "or take lower_step alone"
+            )
+
+        seen, train_loss, past = [], self.train_loss, self.past
+        if train_batch is not None:
+            train_loss, past = self.watched(loss_fn, train_batch, []), []
+        if train_loss is None and self.entry.reads_train:
+            raise ValueError("no lower step was taken: call lower_step first, or give train_batch")
+        val_loss = self.watched(loss_fn, val_batch, seen)
+        options = self.options | {"reduce": self.reduce} | self.moving_options()
+        if past:
+            options["past"] = past
+
+        try:
+            with in_training(self.model, ()):
+                h = self.function(train_loss, val_loss, self.lower, self.upper, **options)
+        finally:
+            self.past = []
+        [total] = self.reduce([sum(seen)])
+        self.step(self.upper_optimizer, self.upper, h, total)
+        return total
 
     @property
     def optimizers(self):
@@ -324,34 +363,6 @@ class BilevelOptimizer:
         in_round = steps_taken(self.lower_optimizer) - rounds * self.lower_steps
         return bool(in_round >= self.lower_steps - self.kept_steps)
 
-    def lower_step(self, loss_fn, batch):
-        """
-        One step of the lower level on a batch. Returns its loss before the step, a scalar.
-
-        The last steps of a round are kept: the next upper_step differentiates through them, so that
-        one gradient serves both levels.
-        """
-        seen = []
-        keep, losses = self.keeps_next(), self.watched(loss_fn, batch, seen)
-        if keep:
-            self.past = [replace(step, graph=None) for step in self.past]  # saves memory
-            graph = self.kept_graph(losses)
-            g = graph.value if graph else total_gradient(losses, self.lower, self.reduce)
-            self.past = [*self.past, self.kept_step(losses, g, graph)][-self.kept_steps :]
-            g = [x.clone() for x in g]  # clipping writes into them
-        else:
-            self.past = []
-            g = total_gradient(losses, self.lower, self.reduce)
-
-        self.train_loss = losses
-        [total] = self.reduce([sum(seen)])
-        # A kept graph refers to the tensors before the step, and the optimizer writes into copies.
-        # Torch would still count that as a change and refuse to use the graph later. The old values
-        # will be back by then, but no public function can tell torch so.
-        with torch.autograd._unsafe_preserve_version_counter(tuple(self.lower) if keep else ()):
-            self.step(self.lower_optimizer, self.lower, g, total)
-        return total
-
     def kept_graph(self, losses):
         """The differentiable gradient of a lower step; None where it is not differentiated."""
         if not self.entry.second_order:
@@ -370,42 +381,6 @@ class BilevelOptimizer:
         assign(self.lower, [V.data.clone() for V in self.lower])
         return step
 
-    def upper_step(self, loss_fn, val_batch, train_batch=None):
-        """
-        One step of the upper level along the hypergradient. Returns the val loss from which the
-        hypergradient was computed, a scalar tensor.
-
-        It differentiates through the lower steps that were kept. Where there are none, as in a
-        second upper step of a round, or with a train_batch, it does so through simulated steps from
-        the current V, on the last lower step's batch or on train_batch. A graph that was not kept
-        is built anew, without dropout. Raises ValueError without upper parameters, or before any
-        lower step without a train_batch.
-        """
-        if not self.upper:
-            raise ValueError(
-                "the model has no upper-level parameters: adapt it with method='bidora', "
-                "or take lower_step alone"
-            )
-
-        seen, train_loss, past = [], self.train_loss, self.past
-        if train_batch is not None:
-            train_loss, past = self.watched(loss_fn, train_batch, []), []
-        if train_loss is None and self.entry.reads_train:
-            raise ValueError("no lower step was taken: call lower_step first, or give train_batch")
-        val_loss = self.watched(loss_fn, val_batch, seen)
-        options = self.options | {"reduce": self.reduce} | self.moving_options()
-        if past:
-            options["past"] = past
-
-        try:
-            with in_training(self.model, ()):
-                h = self.function(train_loss, val_loss, self.lower, self.upper, **options)
-        finally:
-            self.past = []
-        [total] = self.reduce([sum(seen)])
-        self.step(self.upper_optimizer, self.upper, h, total)
-        return total
-
     def moving_options(self):
         """The hypergradient's options that change from step to step, as far as it takes them."""
         options = {}
@@ -417,19 +392,57 @@ class BilevelOptimizer:
             options["precondition"] = adam_scale(self.lower_optimizer)
         return options
 
-    def bilevel_step(self, loss_fn, train_batch, val_batch):
-        """
-        A round: `lower_steps` steps of the lower level on train_batch, then `upper_steps` of the
-        upper level on val_batch.
-
-        loss_fn(model, batch) -> scalar. Returns (train_loss, val_loss), scalar tensors; the train
-        loss is the one before the last lower step.
-        """
-        for _ in range(self.lower_steps):
-            train_loss = self.lower_step(loss_fn, train_batch)
-        for _ in range(self.upper_steps):
-            val_loss = self.upper_step(loss_fn, val_batch)
-        return train_loss, val_loss
-
 
 create_bilevel_optimizer = BilevelOptimizer  # its name in the `bidora` package
+
+
+# ------------------------------------------------------------------------------ refusals
+
+
+def check_options(hypergradient, options):
+    """Raise ValueError for options that a hypergradient does not have, or for unfit values."""
+    entry = HYPERGRADIENTS[hypergradient]
+    radius = {"radius"} if entry.float32 else set()  # of a difference quotient
+    known = {*entry.options} | radius
+    if unknown := sorted(options.keys() - known):
+        has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+        raise ValueError(f"hypergradient={hypergradient} has no option {unknown[0]!r}: {has}")
+    for name, value in options.items():
+        whole = name in ("steps", "terms", "iterations")
+        least = 1 if whole else 0
+        number = isinstance(value, int if whole else (int, float)) and math.isfinite(value)
+        if not number or value < least or (value == 0 and name != "damping"):
+            kind = "a whole number of at least 1" if whole else "a positive number"
+            raise ValueError(f"{name}={value!r} must be {kind}")
+
+
+def check_choices(hypergradient, optimizer, precondition, coarse):
+    """
+    Raise ValueError for an unknown choice, or for choices that exclude each other. coarse: whether
+    the base has 16 bits.
+    """
+    for name, value in zip(CHOICES, (hypergradient, optimizer, precondition)):
+        if value not in CHOICES[name]:
+            raise ValueError(f"unknown {name} {value!r}: choose {', '.join(CHOICES[name])}")
+    if precondition == "adam" and optimizer == "adamw8bit":
+        raise ValueError(
+            "precondition=adam reads AdamW's moments, which adamw8bit keeps in 8 bits: "
+            "use optimizer=adamw"
+        )
+    if HYPERGRADIENTS[hypergradient].float32 and coarse:
+        exact = "identity" if hypergradient.startswith("identity") else "unrolled"
+        raise ValueError(
+            f"hypergradient={hypergradient} loses too many digits in bfloat16 and float16: "
+            f"use hypergradient={exact}, or float32"
+        )
+
+
+def reached(loss):
+    """The ids of the leaves, such as parameters, whose gradient loss.backward() would compute."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return {id(node.variable) for node in seen if hasattr(node, "variable")}

@@ -53,7 +53,7 @@ class Config:
     # the adapter (most people set rank)
     rank: int = 8  # of the update B·A; a higher rank can learn more, and overfit more
     alpha: float = 16.0  # the update is scaled by alpha / rank
-    dropout: float = 0.0  # on the update's input; off while a hypergradient is computed
+    dropout: float = 0.0  # on the update's input; off in the new passes of a hypergradient
     target_modules: tuple = bidora.ALL_LINEAR  # the adapted layers; of an encoder, by default
     #: query,key,value,intermediate.dense,output.dense
     magnitude_axis: str = "row"  # a magnitude per output (row, PEFT) or per input (column, papers)

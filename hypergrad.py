@@ -9,7 +9,7 @@ F(V*(m), m) on val. So dF/dm = ∂F/∂m + (dV*/dm)ᵀ · ∂F/∂V, and methods
     finite_difference    the same, second derivatives by differences (arXiv 1806.09055, section 2.3)
     neumann              -H⁻¹ · ∂²L/∂V∂m, H⁻¹ by K terms of its series (arXiv 1911.02590)
     conjugate_gradient   as neumann, H⁻¹ · v solved by K iterations of CG (arXiv 1602.02355)
-    identity             as neumann, H⁻¹ replaced by I: the form of what Betty's darts computes
+    identity             as neumann, H⁻¹ replaced by I: the form of what the library Betty computes
 
 All have one signature, f(train_loss, val_loss, lower, upper, *, options) -> a tensor per upper
 parameter. A loss is a closure without arguments that returns a scalar at the parameters' current
@@ -33,7 +33,8 @@ except ImportError:  # copied alone into another project
         return sdpa_kernel(SDPBackend.MATH)
 
 
-# Three of them in their plainest form, for reading; tests compare them with those below.
+# Three of them in their plainest form, for reading; tests compare them with those below, which also
+# have val_gradients (∂F/∂V and ∂F/∂m), assign (gives V other values) and restored (puts V back).
 
 
 def plain_first_order(train_loss, val_loss, V, m):
@@ -178,12 +179,12 @@ def assign(parameters, values):
 
 @dataclass
 class Step:
-    """A step of the lower level, real or simulated: what it started from, and how it moved V."""
+    """A step of the lower level, real or simulated: its start, and a model to differentiate."""
 
     values: list  # V before it
     g: list  # its gradient ∂L/∂V
     state: list  # the optimizer's state before it
-    update: Callable  # (V, g, state) -> (V, state)
+    update: Callable  # the model that is differentiated: (V, g, state) -> (V, state)
     train_loss: object  # the loss whose gradient g is: a closure, or a list of closures
     graph: LowerGradient | None = None  # if kept: differentiates g without a new forward pass
 
@@ -342,7 +343,7 @@ def through_steps(trajectory, v, h, lower, upper, product):
 
 
 def central_difference(step, a, wanted, lower, radius, reduce):
-    """Σ a · ∂g/∂wanted ≈ (∂L(V + ε·a) - ∂L(V - ε·a)) / 2ε, ε = radius / ‖a‖."""
+    """Σ a · ∂g/∂wanted ≈ (∂L/∂wanted at V + ε·a, minus that at V - ε·a) / 2ε, ε = radius / ‖a‖."""
     epsilon = radius / dot(a, a).sqrt().clamp_min(1e-20)
     assign(lower, [V + epsilon * x for V, x in zip(step.values, a)])
     plus = total_gradient(step.train_loss, wanted, reduce)
@@ -352,11 +353,15 @@ def central_difference(step, a, wanted, lower, radius, reduce):
 
 
 def implicit(solve, train_loss, val_loss, lower, upper, *, past, reduce):
-    """∂F/∂m - ∂²L/∂m∂V · q with q = solve(v, H), v = ∂F/∂V, and H multiplying by ∂²L/∂V²."""
+    """
+    ∂F/∂m - ∂²L/∂m∂V · q with q = solve(v, H), v = ∂F/∂V, and H multiplying by ∂²L/∂V². With past,
+    all of it is taken at V before its last step.
+    """
     with restored(lower):
         if past:  # the kept graph of the last step is valid at the values before that step
             assign(lower, past[-1].values)
-        g = past[-1].graph if past else LowerGradient(train_loss, lower, reduce)
+        g = past[-1].graph if past else None
+        g = g or LowerGradient(past[-1].train_loss if past else train_loss, lower, reduce)
         v, h = val_gradients(val_loss, lower, upper, reduce)
         q = solve(v, lambda x: g.product(x, lower))  # one graph serves all products
         return [hm - c for hm, c in zip(h, g.product(q, upper, last=True))]
@@ -377,10 +382,10 @@ def neumann(
     """
     ∂F/∂m - ∂²L/∂m∂V · q, q = alpha · Σ_{j<terms} (I - alpha·P·H)^j · P · ∂F/∂V, H = ∂²L/∂V².
 
-    With more terms, q converges to H⁻¹ · ∂F/∂V if alpha < 2 / (largest eigenvalue of P·H); the
-    error falls geometrically. Otherwise the terms grow: a warning says so. precondition: P as
-    positive tensors shaped like lower, by default the identity. Costs `terms` products. past: as
-    for `unrolled`; only its last step is used.
+    With more terms, q converges to H⁻¹ · ∂F/∂V if all eigenvalues of P·H are positive and alpha is
+    below 2 / the largest; the error falls geometrically. Otherwise the terms grow: a warning says
+    so. precondition: P as positive tensors shaped like lower, by default the identity. Costs
+    `terms` products. past: as for `unrolled`; only its last step is used.
     """
 
     def solve(v, H):
@@ -392,7 +397,8 @@ def neumann(
         if terms > 1 and dot(power, power) > dot(first, first):
             warnings.warn(
                 f"the terms of the Neumann series grow at alpha = {alpha:g}, so it does not "
-                f"converge: take a smaller alpha, or conjugate_gradient",
+                f"converge: alpha is too large, or the Hessian has negative eigenvalues; take a "
+                f"smaller alpha, or conjugate_gradient",
                 stacklevel=2,
             )
         return [alpha * x for x in total]

@@ -9,7 +9,8 @@ Fine-tune a language model, or an encoder, with BiDoRA or one of its relatives.
 BiDoRA's three phases (arXiv 2410.09758, algorithm 1): *search* alternates (1) a step of the
 direction on the train split and (2) a step of the magnitude on the val split, along a
 hypergradient; (3) *retrain* fixes the magnitude and trains the direction on train and val together.
-The other methods train once on train and val together, for as many lower-level steps in total.
+BiLoRA does the same with λ in place of the magnitude. The other methods train once on train and val
+together, for as many lower-level steps in total.
 """
 
 import support.run.interrupt  # noqa: F401  (Ctrl-C in one line, during these imports too)
@@ -54,7 +55,7 @@ def train(config, task_class=None):
         run.start(task)
         report.announce(task, METHODS.get(config.method))
         if config.eval_before:
-            # Only what is held out, since the wait is long; a resumed run knows it already.
+            # Only the held-out split, to save time; a resumed run knows its scores already.
             run.before = run.before or evaluate(task, task.held_out)
             report.announce_before(run.before, task.family.metric)
 
@@ -79,7 +80,10 @@ def train(config, task_class=None):
 
 
 def fit(run, task, phase, steps, rows, val_rows=()):
-    """One phase: every step trains the lower level on rows, every round the upper on val_rows."""
+    """
+    One phase: every step trains the lower level on rows. If there are val_rows, a round is
+    upper_every of these steps, then upper_steps of the upper level on val_rows.
+    """
     if run.done.get(phase, 0) == steps:
         return
 
@@ -93,15 +97,16 @@ def fit(run, task, phase, steps, rows, val_rows=()):
             for turn in upper_turns(step, config) if val_rows else ():
                 losses["val_loss"] = optimizer.upper_step(task.loss, val_batch(turn))
             run.record(step, losses)
-        # A step's loss shows that the step before it went well; the last one has none after it.
+        # A loss is computed before its step: only one more can show that the last step went well.
         run.check_finite(optimizer.loss(task.loss, train_batch(steps)))
 
 
 def upper_turns(step, config):
     """The numbers of the val batches that follow a lower step: upper_steps at a round's end."""
-    rounds, rest = divmod(step, config.upper_every)
-    end = rounds * config.upper_steps
-    return range(end if rest else end - config.upper_steps, end)
+    if step % config.upper_every:
+        return range(0)
+    end = step // config.upper_every * config.upper_steps
+    return range(end - config.upper_steps, end)
 
 
 def learning_rate_scale(step, steps, floor=0.1):
@@ -125,25 +130,22 @@ def build_optimizer(task, phase):
         for option, setting in HYPERGRADIENTS[config.hypergradient].options.items()
         if getattr(config, setting) or setting == "damping"
     }
-    optimizer = task.create_optimizer(
+    return task.create_optimizer(
         task.model,
         lower_lr,
         config.upper_lr,
-        config.upper_every,
-        config.weight_decay,
-        config.hypergradient,
+        lower_steps=config.upper_every,
+        upper_steps=config.upper_steps,
+        hypergradient=config.hypergradient,
+        weight_decay=config.weight_decay,
+        upper_weight_decay=config.upper_weight_decay,
+        beta2=config.adam_beta2,
         grad_clip=config.grad_clip,
         optimizer=config.optimizer,
         precondition=config.precondition,
-        upper_weight_decay=config.upper_weight_decay,
-        upper_steps=config.upper_steps,
         reduce=distributed.add_up,
         **options,
     )
-    for level in optimizer.optimizers.values():
-        for group in level.param_groups:
-            group["betas"] = (0.9, config.adam_beta2)
-    return optimizer
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -211,8 +213,8 @@ class Task:
     cut: int  # how many examples were too long
     labels: list  # sorted; [] where there are none
     model: nn.Module
-    sizes: dict  # {"weight_bytes": of the whole model, "local_weight_bytes": this process's share
-    #: of them, "trainable_parameters": {"lower", "upper"}}
+    sizes: dict  # {"weight_bytes", "local_weight_bytes": this process's share of them,
+    # "trainable_parameters": {"lower", "upper"}}
 
     def batches(self, rows):
         """
