@@ -1,10 +1,9 @@
 """
 A command line for a dataclass: its fields are the settings, their comments the help.
 
-A value is the field's default, unless a config file (Python that sets names, or a JSON object) or,
-before that, --name=value or --name value sets it; it is converted to the field's type. For an
-unknown name, the closest known ones are suggested. In the dataclass, a line `# …` heads a group,
-and a line `#: …` continues a field's comment.
+The command line (--name=value or --name value) goes before a config file (Python that sets names,
+or a JSON object), and that before the field's default. Values are converted to the field's type. In
+the dataclass, a line `# …` heads a group, and a line `#: …` continues a field's comment.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ IN_WORDS = {
 
 
 def suggest(name, known):
-    """The end of a message about an unknown name: the closest of the known names, or all if few."""
+    """The end of a message about an unknown name: the closest known names, or all if few."""
     many = len(known) > 20
     close = difflib.get_close_matches(str(name), known, n=3 if many else 1)
     if close:
@@ -42,10 +41,7 @@ def suggest(name, known):
 
 
 def typed(field, value, where):
-    """
-    A value from the command line (a string) or a config file, converted to the field's type. Raises
-    ValueError, which begins with `where`.
-    """
+    """A value converted to the field's type. Raises ValueError, which begins with `where`."""
     kind = field.type
     try:
         if kind is tuple:
@@ -56,7 +52,7 @@ def typed(field, value, where):
         elif kind is bool and str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
         elif kind is str and isinstance(value, (str, Path)) and "\0" not in str(value):
-            # The shell leaves ~ alone after --name=.
+            # The shell does not expand ~ after --name=.
             return str(value) if field.name in TEXTS else os.path.expanduser(value)
         elif kind in (int, float) and not isinstance(value, bool):
             number = kind(value)
@@ -69,8 +65,8 @@ def typed(field, value, where):
 
 def split(kind, arguments):
     """
-    A command line for the dataclass `kind` as a list of --name=value: `--name value` becomes one
-    argument, `--name` of a bool --name=True, and out-dir out_dir. Raises ValueError for others.
+    A command line for the dataclass `kind`, each argument as --name=value: from `--name value`,
+    from a bool's bare `--name`, and with _ for - in the name. Raises ValueError for others.
     """
     type_of = {field.name: field.type for field in dataclasses.fields(kind)}
     whole, rest = [], list(arguments)
@@ -94,12 +90,10 @@ def split(kind, arguments):
 
 def read(kind, arguments, other_names=()):
     """
-    Read a command line into an instance of the dataclass `kind`. Returns it, and the path of its
-    config file or None.
+    (an instance of the dataclass `kind`, the path of its config file or None) from a command line.
 
-    arguments: as for split; the file of --config=file is looked for here, then in configs/.
-    other_names: {a name that other programs use: what to write instead}. Raises ValueError or
-    FileNotFoundError, with one line that names what is wrong and where.
+    arguments: as for split; --config=file names a file here or in configs/. other_names: {another
+    program's name for a setting: what to write instead}. Raises ValueError or FileNotFoundError.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
 
@@ -139,10 +133,9 @@ def at_least(config, **least):
 
 def program(arguments, kind, do, text, resumes=False, reader=None):
     """
-    Run do(settings), with an instance of the dataclass `kind` that `reader`, or `read`, reads from
-    the command line; with --help print the text and the settings instead. resumes: whether the same
-    command goes on after Ctrl-C. Returns the exit status: 0; 2 after one line about wrong input, a
-    missing library or too little memory; 130 after Ctrl-C.
+    Run do(settings) on what `reader`, or `read`, makes of the command line; for --help, print text
+    and settings. resumes: whether the same command goes on after Ctrl-C. Returns the exit status:
+    0, 130 after Ctrl-C, or 2 after one line about wrong input, a missing library or short memory.
     """
     if {"--help", "-h"} & set(arguments):
         print(text.strip(), help_text(kind), sep="\n\n")
@@ -180,10 +173,7 @@ def find_config(name):
 
 
 def run(path):
-    """
-    What a Python config file sets, without modules and names that begin with _: {name: value}.
-    Raises ValueError, naming the line, if the file fails.
-    """
+    """{name: value} of what a Python config file sets. Raises ValueError, which names the line."""
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # the user's file may raise anything
@@ -200,7 +190,7 @@ def run(path):
 
 
 def help_text(kind):
-    """Every field with its default and comment, in groups, read from the dataclass's source."""
+    """Each field's default and comment, in groups, from the dataclass's source."""
     lines = [
         "settings:",
         "  --config=file",
