@@ -192,7 +192,7 @@ def need(c, method, itemsize, length, config, supervised=1):
 
 
 def candidates(c, config, method, data):
-    """Dicts of settings to try, best first. What is not at its default stays; so does batch_size."""
+    """Dicts of settings to try, best first. Settings that the user set, and batch_size, stay."""
     floor, batch = max(128, data["shortest"]), config.batch_size
     block = min(c.max_position_embeddings, max(floor, 64 * math.ceil(data["longest"] / 64)))
     packs = not (method is None or config.fsdp or config.compile)
