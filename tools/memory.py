@@ -54,7 +54,7 @@ class Memory:
 
 
 def check(memory):
-    """Raises ValueError for settings that make no sense."""
+    """Raise ValueError for settings that make no sense."""
     known = {"optimizer": ("adamw", "adamw8bit")}
     rules.refuse(rules.values(memory, known), rules.micro_batch(memory))
     if not all(number.isdigit() and int(number) > 1 for number in memory.devices):
@@ -88,7 +88,7 @@ def print_devices(models, memory, config):
 
 
 def print_methods(models, memory, config):
-    """A table over methods and kinds of packed weights: GB of weights, and in all."""
+    """A table over methods and packed weights: GB of weights, and in all."""
     options = {key: value for key, value in vars(memory).items() if key not in ("model", "devices")}
     shown = ", ".join(f"{key} {value}" for key, value in options.items())
     print(f"computed, not measured: GB of weights, and in all (bfloat16; {shown})\n")
