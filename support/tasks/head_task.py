@@ -43,8 +43,8 @@ class HeadTask:
     @property
     def metric(self):
         """The score that a run is judged by."""
-        kinds = {"multi_label": "f1_micro", "regression": "pearson", "tagging": "f1"}
-        return scores.GLUE[self.glue][0] if self.glue else kinds.get(self.kind, "accuracy")
+        metrics = {"multi_label": "f1_micro", "regression": "pearson", "tagging": "f1"}
+        return scores.GLUE[self.glue][0] if self.glue else metrics.get(self.kind, "accuracy")
 
     def notes(self, cut, block_size):
         """Lines about the data. cut: the number of examples that were too long."""

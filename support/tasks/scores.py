@@ -20,7 +20,6 @@ from itertools import zip_longest
 from statistics import fmean
 
 PACKAGES = {"sklearn": "scikit-learn", "rouge_score": "rouge-score"}  # where pip's name differs
-BIO = ("B-", "I-")
 GLUE = {  # the scores of each task (arXiv 1804.07461, Table 1)
     "cola": ("matthews",),
     "sst2": ("accuracy",),
@@ -129,7 +128,7 @@ def tagging(predictions, references):
     for number, (tags, right) in enumerate(zip(predictions, references), start=1):
         if len(tags) != len(right):
             raise ValueError(f"sentence {number}: {len(tags)} tags for {len(right)} words")
-        if strange := [tag for tag in (*tags, *right) if tag != "O" and tag[:2] not in BIO]:
+        if strange := [t for t in (*tags, *right) if t != "O" and t[:2] not in ("B-", "I-")]:
             raise ValueError(f"sentence {number}: the tag {strange[0]!r} is not O, B-… or I-…")
 
     names = ("precision", "recall", "f1")

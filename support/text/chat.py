@@ -111,12 +111,12 @@ class ChatTemplate:
     def answer_span(self, text, messages, i):
         """(start, end) of message i, an answer, in the text, by rendering a mark in its place."""
         marked = [*messages[:i], messages[i] | {"content": MARK}, *messages[i + 1 :]]
-        before, found, after = self.render(marked).partition(MARK)
+        before, mark, after = self.render(marked).partition(MARK)
         start = len(before) if text.startswith(before) else None
         end = len(text) - len(after)
 
         start = after_prompt(text, 0, *self.opening("", messages[:i]), start)
-        if not found or start is None or not text.endswith(after) or start >= end:
+        if not mark or start is None or not text.endswith(after) or start >= end:
             raise ValueError(
                 "the chat template omits an answer, or changes the rest of the conversation along "
                 "with it, so the assistant's tokens can't be told from the others"

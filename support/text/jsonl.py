@@ -89,10 +89,8 @@ def check_pairs(examples):
     pairs = [example for example in examples if "text_b" in example]
     if 0 < len(pairs) < len(examples):
         single = next(example for example in examples if "text_b" not in example)
-        raise ValueError(
-            f"{single.where}: text_b is missing, but {pairs[0].where} is a pair: give every line "
-            f"two texts, or one"
-        )
+        problem = f"text_b is missing, but {pairs[0].where} is a pair"
+        raise ValueError(f"{single.where}: {problem}: give every line two texts, or one")
 
 
 def count_shared(examples, others):
@@ -117,9 +115,8 @@ def parse(line):
         if b"\\ud" in line.lower():
             json.dumps(example, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError(
-            "half a surrogate pair (\\ud800 … \\udfff alone) is not a character: remove it"
-        ) from None
+        problem = "half a surrogate pair (\\ud800 … \\udfff alone) is not a character: remove it"
+        raise ValueError(problem) from None
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
         raise ValueError(f"not UTF-8 ({reason}): save the file as UTF-8") from None

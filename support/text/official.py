@@ -86,7 +86,7 @@ def files_of(folder, names):
         task = re.sub("[-_ ]", "", folder.name).lower()
         if task not in GLUE:
             raise ValueError(
-                f"{folder} has GLUE's files, but not the name of a task: call it {GLUE_FOLDERS}"
+                f"{folder} has GLUE's files, but no task's name: call it {GLUE_FOLDERS}"
             )
         files = {"train": "train.tsv", "dev": "dev_matched.tsv" if task == "mnli" else "dev.tsv"}
         if "dev_mismatched.tsv" in names:

@@ -139,9 +139,8 @@ def sample_built_in(config, examples):
 
 def sample_official(config, parts):
     """
-    The splits of a data set that has its own: {"train", "dev", "test"}. With a val_fraction, the
-    papers' rule: val is a part of train, and dev, unless there is a test set, is the test. Without
-    one, val is dev.
+    The splits of a data set with its own parts. With a val_fraction, the papers' rule: val comes
+    from train, and dev stands in for a missing test set. Without one, val is dev.
     """
     if config.val_fraction > 0:
         splits = {"train": parts["train"], "val": [], "test": parts["test"] or parts["dev"]}
@@ -165,8 +164,8 @@ def sample_official(config, parts):
 def labels_of(example):
     """The list of an example's labels or tags; [] if its format has none."""
     key = {"classification": "label", "multi_label": "labels", "tagging": "tags"}
-    found = example.get(key.get(format_of(example)), [])
-    return [found] if isinstance(found, str) else found
+    labels = example.get(key.get(format_of(example)), [])
+    return [labels] if isinstance(labels, str) else labels
 
 
 def one_reference(example):
@@ -198,12 +197,10 @@ def check_splits(splits, labels):
 
     if formats != {"classification"}:
         return
-    found = {label for example in splits["train"] for label in labels_of(example)}
-    if len(found) < 2:
-        raise ValueError(
-            f"all train examples have the label {found.pop()!r}: "
-            f"classification needs two labels or more"
-        )
-    lacking = found.difference(*(labels_of(example) for example in splits["val"]))
+    needed = {label for example in splits["train"] for label in labels_of(example)}
+    if len(needed) < 2:
+        only = f"all train examples have the label {needed.pop()!r}"
+        raise ValueError(f"{only}: classification needs two labels or more")
+    lacking = needed.difference(*(labels_of(example) for example in splits["val"]))
     if splits["val"] and lacking:
         raise ValueError(f"val lacks the label {min(lacking)!r}: give it examples of every label")

@@ -64,10 +64,8 @@ class Tokenizer:
         named = {n: t for n, t in texts.items() if n.endswith("_token") and isinstance(t, str)}
         self.eos_id = self.added.get(named.get("eos_token"))
         if self.eos_id is None:
-            raise ValueError(
-                f"{folder / 'tokenizer_config.json'} is missing, or its eos_token is not an added "
-                f"token"
-            )
+            path = folder / "tokenizer_config.json"
+            raise ValueError(f"{path} is missing, or its eos_token is not an added token")
         self.pad_id = self.added.get(named.get("pad_token"), self.eos_id)
         template = read_chat_template(folder, self.settings)
         self.has_chat_template = template is not None

@@ -17,16 +17,9 @@ import tiktoken
 from support.run.files import read_json
 
 FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "vocab.txt merges.txt chat_template.jinja generation_config.json"
+).split()
 
 # GPT-2 writes each byte as one character: a printable byte as itself, the others from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
