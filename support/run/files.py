@@ -28,9 +28,10 @@ def cache_dir():
 
 
 def make_folder(folder, remedy="choose another folder"):
-    """Make a folder and its parents unless they exist. Raises OSError, with a remedy."""
+    """Make a folder and its parents, and return its Path. Raises OSError, with a remedy."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        return Path(folder)
     except OSError as error:
         reason = f"could not make the folder {folder} ({error.strerror}): {remedy}"
         raise type(error)(reason) from None

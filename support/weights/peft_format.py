@@ -76,10 +76,7 @@ def write(folder, model, layers, base_model):
     if not layers:
         raise ValueError("the model has no adapters to save")
     if len({(layer.method.magnitude, layer.magnitude_axis) for layer in layers.values()}) > 1:
-        raise ValueError(
-            "the model's adapters differ in having a magnitude, or in its axis; "
-            "one file holds one kind"
-        )
+        raise ValueError("one file can't hold adapters that differ in having m, or in its axis")
 
     task, heads = task_of(model, layers)
     whole, lost = trained_beside(model, layers, heads)
@@ -90,8 +87,7 @@ def write(folder, model, layers, base_model):
             tensors[f"{PREFIX}{name}"] = tensor
     # Copies, because tied weights and shared factors share memory, which safetensors refuses.
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-    folder = Path(folder)
-    make_folder(folder)
+    folder = make_folder(folder)
     with replacing(folder / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary)
     write_json(folder / "adapter_config.json", config)
@@ -109,9 +105,8 @@ def config_of(model, layers, base_model, task, whole):
     layer = next(iter(layers.values()))  # all have one kind of magnitude
     magnitude, axis = layer.method.magnitude, layer.magnitude_axis
     alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
-    rank, alpha, dropout = statistics.mode(
-        (layer.rank, alphas[name], layer.dropout.p) for name, layer in layers.items()
-    )
+    of_layers = [(layer.rank, alphas[name], layer.dropout.p) for name, layer in layers.items()]
+    rank, alpha, dropout = statistics.mode(of_layers)
     ends = {name: any(other.endswith(f".{name}") for other in layers) for name in layers}
     patterns = {name: f"^{name}" if shared else name for name, shared in ends.items()}
     base, revision = split_revision(base_model)

@@ -44,9 +44,8 @@ def find_model(name):
         return from_hub(base, revision)
 
     if revision and (base in BUILT_IN or Path(os.path.expanduser(base)).exists()):
-        raise ValueError(
-            f"revision={revision} goes with a name on the hub (owner/name); {base!r} is not one"
-        )
+        hub = "goes with a name on the hub (owner/name)"
+        raise ValueError(f"revision={revision} {hub}; {base!r} is not one")
     if name in BUILT_IN:
         return built_in(name)
 
@@ -68,9 +67,8 @@ def from_hub(name, revision):
     files = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
     other = ["*/*", "consolidated*"]  # subfolders; the weights again, in Mistral's own layout
     try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=other)
-        )
+        options = dict(revision=revision, allow_patterns=files, ignore_patterns=other)
+        folder = Path(snapshot_download(name, **options))
     except errors.GatedRepoError:
         problem = "is gated: accept its terms on its page, then run `hf auth login` or set HF_TOKEN"
     except errors.RepositoryNotFoundError:

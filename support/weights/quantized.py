@@ -21,23 +21,23 @@ KINDS = ("nf4", "fp4", "int8")
 BLOCK_ROWS = 1024  # rows that are dequantised at a time
 
 
-def pack(weight, kind):
+def pack(weight, quantize):
     """A weight (out, in) as bitsandbytes' Params4bit or Int8Params. Raises ValueError."""
-    if kind not in KINDS or not weight.is_floating_point():
-        raise ValueError(
-            f"unknown quantisation {kind!r} of a {weight.dtype} weight: choose {', '.join(KINDS)}"
-        )
+    if quantize not in KINDS or not weight.is_floating_point():
+        problem = f"can't pack a {weight.dtype} weight by {quantize!r}"
+        raise ValueError(f"{problem}: choose {', '.join(KINDS)}")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a kernel that is not used here
     try:
         from bitsandbytes.nn import Int8Params, Params4bit
     except ImportError as error:
         raise ValueError(f"quantisation needs bitsandbytes ({error}): pip install it") from None
 
-    if kind == "int8":
+    if quantize == "int8":
         packed = Int8Params(weight, requires_grad=False)._quantize(weight.device)
         packed.float_dtype = weight.dtype
     else:
-        packed = Params4bit(weight, requires_grad=False, quant_type=kind)._quantize(weight.device)
+        packed = Params4bit(weight, requires_grad=False, quant_type=quantize)
+        packed = packed._quantize(weight.device)
     return_freed_memory(weight.device)
     return packed
 

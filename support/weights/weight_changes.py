@@ -38,9 +38,7 @@ def delta(weight, base, axis="row"):
     small turn, 1 - cos would lose its digits; half the squared distance of the directions is equal.
     """
     if weight.shape != base.shape:
-        raise ValueError(
-            f"the weights have different shapes, {tuple(weight.shape)} and {tuple(base.shape)}"
-        )
+        raise ValueError(f"the shapes {tuple(weight.shape)} and {tuple(base.shape)} differ")
     m, v = decompose(weight.double(), axis)
     m0, v0 = decompose(base.double(), axis)
     turned = norms(v - v0, axis) ** 2 / 2
@@ -125,9 +123,7 @@ class Trajectory:
             wanted = {"magnitude": shape[1:], "delta_m": shape, "delta_d": shape}
             shapes = {name: tuple(tensor.shape) for name, tensor in numbers.items()}
             if meaning.keys() != {"axis", "layers", "snapshots"} or shapes != wanted:
-                raise ValueError(
-                    f"{folder}: trajectory.json and trajectory.safetensors don't fit together"
-                )
+                raise ValueError(f"{folder}: trajectory.* files don't fit together")
             return cls(**meaning, **{name: tensor.tolist() for name, tensor in numbers.items()})
 
     def select(self, target, phase=None):
