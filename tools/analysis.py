@@ -111,7 +111,7 @@ def panel(axes, trajectory, title):
 
 
 def legend(figure, trajectories):
-    """The legend of the snapshots' markers, as many in a row as fit into the figure."""
+    """Draw the legend of the snapshots' markers, in rows that fit into the figure."""
     runs = [[snapshot["phase"] for snapshot in t.snapshots] for t in trajectories.values()]
     most = max(phases.count(phase) for phases in runs for phase in phases)
     marks = [(marker, "full", f"snapshot {t + 1}") for t, marker in enumerate(MARKERS[:most])]

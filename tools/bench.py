@@ -54,7 +54,7 @@ class Bench:
     rounds: int = 9  # timed rounds, after one for warm-up
     batch_size: int = 8  # rows a step, at either level
     length: int = 64  # tokens a row
-    labels: str = "last"  # supervised positions: all, or last, as in classification
+    labels: str = "last"  # supervised positions: all, or last (like classification)
     data: str = ""  # rows of this built-in data set, instead of random ones of one length
     rank: int = 8  # of the adapters, in all seven linear layers
     layers: int = 0  # keep only this many blocks; 0: all

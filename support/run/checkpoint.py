@@ -20,7 +20,7 @@ from support.run.files import digest, read_sealed, seal, write_json
 
 
 def random_states():
-    """The random generators' states, for JSON; of the GPUs, only the current one's, if in use."""
+    """The states of the random generators, for JSON; a GPU's only if it is current and in use."""
     name, numbers, *rest = numpy.random.get_state()
     return {
         "torch": torch.get_rng_state().tolist(),

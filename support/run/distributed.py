@@ -151,7 +151,7 @@ def shard(model, device, twice=False):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     model.lm_head.set_reshard_after_backward(not twice)
     for name in ("score", "totals"):
-        register_fsdp_forward_method(model, name)  # called from outside, as forward is
+        register_fsdp_forward_method(model, name)  # others call it, like forward
 
     for tensor in [*model.parameters(), *model.buffers()]:
         if not hasattr(tensor, "to_local"):  # whole in each process

@@ -53,7 +53,7 @@ def proc(path, name):
 
 
 def peak_memory(device):
-    """Peak memory so far in GB: allocated on a GPU, or of the process on a CPU (0 if unknown)."""
+    """Peak memory so far in GB, allocated on a GPU, or the process's on a CPU (0 if unknown)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
     if peak := proc("self/status", "VmHWM"):  # getrusage's would include the parent process's
@@ -80,7 +80,7 @@ def processor():
 
 
 def free_memory(device):
-    """Bytes that this process may still take: its share of the machine or container, or None."""
+    """Bytes that this process may still take, its share of the machine or container; or None."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     available, limit = proc("meminfo", "MemAvailable"), Path("/sys/fs/cgroup/memory.max")

@@ -38,7 +38,7 @@ class Stopped(KeyboardInterrupt):
 def stop_signals():
     """
     Yield a list that gathers SIGINT and SIGTERM, for the caller to check between steps. A SIGINT
-    after another signal interrupts at once. Outside the main thread the list stays empty.
+    after another signal interrupts at once. Outside the main thread, the list stays empty.
     """
     signals = []
 

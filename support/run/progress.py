@@ -1,4 +1,4 @@
-"""Progress bars on stderr; of several processes, only the first shows one."""
+"""Progress bars on stderr. If there are several processes, only the first shows one."""
 
 import sys
 import time

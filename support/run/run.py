@@ -1,6 +1,6 @@
 """
 A run and its folder: step count, log, progress bar, checkpoints, the stop at a signal, and recovery
-from a loss that is not finite. Of several processes, only the first one writes.
+from a loss that is not finite. If there are several processes, only the first one writes.
 
     with Run(config, device, may_change) as run:           locks out_dir, reads a resumed run
         run.start(task)                                    writes the folder, restores a resumed run

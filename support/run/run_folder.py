@@ -91,10 +91,7 @@ def is_at(handle, folder):
 
 
 def find_run(config, out):
-    """
-    (whether to resume the earlier run in `out`, whether to replace it). Raises ValueError if the
-    folder's content does not fit config.resume and config.overwrite.
-    """
+    """(whether to resume the run in `out`, whether to replace it) or ValueError, by the config."""
     # A kill leaves .tmp files.
     if all(path.name.endswith(".tmp") for path in out.iterdir()):
         if config.resume:

@@ -127,9 +127,9 @@ def beam_search(
     The best continuation of each prompt (a list of token ids): the new ids, without the stop token.
 
     model: a model.Transformer. length_penalty: above 0 it favours long answers, below 0 short ones.
-    no_repeat_ngram: no answer repeats so many tokens in a row (0: any may); within_prompt: nor the
-    prompt's, as in transformers, but not in LoRA's code. batch_size: the prompts that share a
-    forward pass. Raises ValueError for an empty prompt and for numbers out of range.
+    no_repeat_ngram: the length of n-grams that no answer may repeat, or 0; within_prompt: including
+    the prompt's n-grams (transformers does, LoRA's code doesn't). batch_size: the prompts that
+    share a forward pass. Raises ValueError for an empty prompt and for numbers out of range.
     """
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 1),

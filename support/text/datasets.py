@@ -153,7 +153,7 @@ def take_out(folder):
 
 def text_pairs(task, pattern, group=None):
     """
-    A BIG-bench task about two texts, as classification of pairs. pattern: its two groups are the
+    A BIG-bench task about two texts, for classification of pairs. pattern: its two groups match the
     texts in an example's input. group(example, first text): the group of a pair.
     """
     pairs = {}

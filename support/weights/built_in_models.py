@@ -124,7 +124,7 @@ def convert_gguf(path, folder):
 
 
 def read_gguf(path):
-    """A GGUF file's model, as the arguments of write_folder after the folder."""
+    """The arguments of write_folder, after the folder, from a GGUF file."""
     from gguf.quants import dequantize
 
     reader = open_gguf(path)
@@ -168,7 +168,7 @@ def open_gguf(path):
 
     class Reader(GGUFReader):
         def _get(self, offset, dtype, count=1, **order):
-            # gguf itself would read past the end, as far as a damaged count says.
+            # gguf itself would read past the end if a damaged count says so.
             if offset + int(count) * numpy.dtype(dtype).itemsize > len(self.data):
                 raise ValueError("it ends too early")
             return super()._get(offset, dtype, count, **order)

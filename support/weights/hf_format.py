@@ -4,7 +4,7 @@ Models in Hugging Face's layout: config.json, and model.safetensors or shards wi
     read_config    config.json -> the fields of model.ModelConfig
     find_tensors   which file holds which tensor
     load_weights   the files' tensors -> a model, quantised if wanted
-    save           a model -> config.json and model.safetensors, as transformers loads them
+    save           a model -> config.json and model.safetensors, for transformers
 """
 
 import math

@@ -114,7 +114,7 @@ def fingerprints(folder):
 
 
 def sampled(path, whole=64 * 2**20, blocks=1000):
-    """Yield a file's bytes; of a large one, its first MB (the header) and spaced blocks of 4 KB."""
+    """Yield a file's bytes, or a large file's first MB (the header) and spaced blocks of 4 KB."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         if size <= whole:

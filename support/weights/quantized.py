@@ -57,7 +57,7 @@ def kind_of(weight):
 
 
 def float_dtype(weight):
-    """The dtype of a weight; of a packed one, the dtype before packing."""
+    """A weight's dtype, or a packed weight's dtype before packing."""
     if getattr(weight, "quant_state", None) is not None:
         return weight.quant_state.dtype
     default = weight.dtype if weight.is_floating_point() else torch.float32

@@ -27,7 +27,7 @@ def norms(weight, axis):
 
 
 def decompose(weight, axis="row"):
-    """(magnitude, unit direction) of a weight = magnitude ⊙ direction; zeros have no direction."""
+    """(magnitude, direction) of a weight, their product. A vector of zeros has the direction 0."""
     magnitude = norms(weight, axis)
     return magnitude, weight / magnitude.clamp_min(torch.finfo(weight.dtype).tiny)
 
