@@ -133,9 +133,8 @@ def load(bench):
     if bench.layers:
         kept = slice(bench.layers)
         model.model.layers = model.model.layers[kept]
-        model.config = dataclasses.replace(
-            model.config, num_hidden_layers=bench.layers, windows=model.config.windows[kept]
-        )
+        sizes = {"num_hidden_layers": bench.layers, "windows": model.config.windows[kept]}
+        model.config = dataclasses.replace(model.config, **sizes)
     return model.requires_grad_(False)
 
 
@@ -151,9 +150,8 @@ def peft_model(base, rank, use_dora):
     model.load_state_dict(base.state_dict(), assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is in no state_dict
     targets = list(bidora.ALL_LINEAR)
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=16, use_dora=use_dora, target_modules=targets)
-    )
+    adapters = LoraConfig(r=rank, lora_alpha=16, use_dora=use_dora, target_modules=targets)
+    return get_peft_model(model, adapters)
 
 
 def model_of(bench, name, base):
@@ -168,10 +166,9 @@ def model_of(bench, name, base):
         model = copy.deepcopy(base).requires_grad_(True)
     else:
         model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-        options = {"method": kind.method, "norm_grad": kind.norm_grad}
-        bidora.replace_linear_with_bidora(
-            model, bench.rank, target_modules=bidora.ALL_LINEAR, **options
-        )
+        options = {"target_modules": bidora.ALL_LINEAR, "method": kind.method}
+        options["norm_grad"] = kind.norm_grad
+        bidora.replace_linear_with_bidora(model, bench.rank, **options)
         model.gradient_checkpointing = kind.recomputed
     if name == "retrain":
         bidora.start_retrain(model)
@@ -208,8 +205,7 @@ def step(bench, name, base):
     rng = random.Random(0)  # each kind sees the same rows
     pad_id = rows_of(bench.data, bench.model)[1] if bench.data else 0
 
-    def rows():
-        return rows_for(bench, kind, base.config.vocab_size, rng)
+    rows = functools.partial(rows_for, bench, kind, base.config.vocab_size, rng)
 
     def batch():
         return data.collate(rows(), pad_id)
@@ -390,9 +386,7 @@ def check(bench):
 
     out = Path(bench.out)
     if out.suffix != ".json" or out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise ValueError(
-            f"out={bench.out} must be a .json file in an existing folder that can be written to"
-        )
+        raise ValueError(f"out={bench.out} must be a .json file in a folder that can be written to")
     shape(bench)  # raises for an unknown model
 
 

@@ -6,6 +6,7 @@ The memory that training takes, by the formulas in support/run/hardware.py, for 
     python -m tools.memory --devices=8,64                         what each device holds and sends
 """
 
+import itertools
 import sys
 from dataclasses import dataclass, replace
 
@@ -93,13 +94,11 @@ def print_methods(models, memory, config):
     shown = ", ".join(f"{key} {value}" for key, value in options.items())
     print(f"computed, not measured: GB of weights, and in all (bfloat16; {shown})\n")
 
-    columns = [
-        (m, packed) for packed in ("none", "int8", "nf4") for m in ("lora", "dora", "bidora")
-    ]
-    print(f"{'':14}" + "".join(f"{f'{method} {packed}':>16}" for method, packed in columns))
+    columns = list(itertools.product(("none", "int8", "nf4"), ("lora", "dora", "bidora")))
+    print(f"{'':14}" + "".join(f"{f'{method} {packed}':>16}" for packed, method in columns))
     for name, c in models.items():
         line = f"{name:14}"
-        for method, packed in columns:
+        for packed, method in columns:
             n = need(c, METHODS[method], 2, memory.length, replace(config, quantize=packed))
             line += f"{n.weights / 1e9:8.1f}{n.total / 1e9:8.1f}"
         print(line)

@@ -12,15 +12,15 @@ import threading
 START_AGAIN = "start it again with"
 
 
-def excepthook(kind, error, traceback):
+def excepthook(error_type, error, traceback):
     """One line for KeyboardInterrupt, whose exit code stays a killed process's; else Python's."""
-    if issubclass(kind, KeyboardInterrupt):
+    if issubclass(error_type, KeyboardInterrupt):
         again = shlex.join(["python", *sys.orig_argv[1:]])
         print(f"interrupted; {START_AGAIN}: {again}", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)  # with torch, Python's own exit code may be 1
     else:
-        sys.__excepthook__(kind, error, traceback)
+        sys.__excepthook__(error_type, error, traceback)
 
 
 sys.excepthook = excepthook

@@ -27,11 +27,7 @@ def announce(task, method):
         f"({task.dtype_reason}): {task.sizes['weight_bytes'] / 1e6:.0f} MB of weights"
     )
     if distributed.WORLD_SIZE > 1:
-        own = (
-            f", and {task.sizes['local_weight_bytes'] / 1e6:.0f} MB of weights"
-            if config.fsdp
-            else ""
-        )
+        own = f", and {task.sizes['local_weight_bytes'] / 1e6:.0f} MB of weights" * config.fsdp
         print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{own}")
 
     counts = ", ".join(f"{len(examples)} {name}" for name, examples in task.splits.items())
@@ -44,12 +40,8 @@ def announce(task, method):
     print(f"data: {source}: {counts}{labels:.300}")
     announce_shared(config, task.splits)
     print(f"task: {task.name}, scored by {task.family.metric}")
-    print(
-        *task.family.notes(task.cut, config.block_size),
-        trainable(task.sizes["trainable_parameters"]),
-        sep="\n",
-    )
-    print(phases(config, method))
+    notes = task.family.notes(task.cut, config.block_size)
+    print(*notes, trainable(task.sizes["trainable_parameters"]), phases(config, method), sep="\n")
 
 
 def announce_shared(config, splits):
@@ -194,20 +186,16 @@ def without(arguments, *names):
 def summary(task):
     """The part of summary.json that describes the task."""
     names = ("method", "model", "seed", "quantize")
-    settings = {name: getattr(task.config, name) for name in names}
-    return (
-        settings
-        | task.sizes
-        | {
-            "task": task.name,
-            "metric": task.family.metric,
-            "pairs": task.pairs,
-            "raw": task.raw,
-            "dtype": task.dtype,
-            "examples": {name: len(examples) for name, examples in task.splits.items()},
-            "evaluated": {name: len(rows) for name, rows in task.evaluated.items()},
-        }
-    )
+    return {name: getattr(task.config, name) for name in names} | {
+        **task.sizes,
+        "task": task.name,
+        "metric": task.family.metric,
+        "pairs": task.pairs,
+        "raw": task.raw,
+        "dtype": task.dtype,
+        "examples": {name: len(examples) for name, examples in task.splits.items()},
+        "evaluated": {name: len(rows) for name, rows in task.evaluated.items()},
+    }
 
 
 def next_commands(results, arguments, config, other):

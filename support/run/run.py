@@ -114,9 +114,7 @@ class Run:
     def restore(self, tensors, state):
         """Restore a checkpoint but for the optimizers, which phase() restores."""
         if state["fingerprint"] != self.fingerprint:
-            raise ValueError(
-                f"{self.out} can't be resumed: its data or its tokenizer has changed since"
-            )
+            raise ValueError(f"{self.out} can't be resumed: its data or its tokenizer has changed")
 
         self.n, self.done, self.before = state["n"], state["done"], state["before"]
         self.seconds, self.started = state["seconds"], self.started - state["elapsed"]
@@ -319,7 +317,7 @@ class Run:
         checkpoint.save(self.out, self.n, tensors, state)
 
     def finish(self, results):
-        """Add the run's numbers to results; write summary and curves; print the table."""
+        """Add the run's numbers to results, write summary and curves, and print the table."""
         peak = hardware.peak_memory(self.device)
         results |= {
             "before": self.before,

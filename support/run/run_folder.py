@@ -37,9 +37,7 @@ def check_writable(out):
     existing = next(path for path in (out, *out.parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         what = "read-only" if existing.is_dir() else "not a folder"
-        raise ValueError(
-            f"out_dir={out} can't be written, since {existing} is {what}: choose another folder"
-        )
+        raise ValueError(f"out_dir={out} can't be written: {existing} is {what}; choose another")
 
 
 @contextlib.contextmanager
@@ -91,7 +89,7 @@ def is_at(handle, folder):
 
 
 def find_run(config, out):
-    """(whether to resume the run in `out`, whether to replace it) or ValueError, by the config."""
+    """(whether to resume the run in `out`, whether to replace it). Raises ValueError."""
     # A kill leaves .tmp files.
     if all(path.name.endswith(".tmp") for path in out.iterdir()):
         if config.resume:
@@ -114,9 +112,7 @@ def find_run(config, out):
 
     previous = previous_of(out)
     if previous.exists() and not (previous / REPLACED).exists() and not untrained:
-        raise ValueError(
-            f"{previous} is in the way, where the earlier run would be kept: move it elsewhere"
-        )
+        raise ValueError(f"{previous} is in the way of the earlier run: move it elsewhere")
     return False, True
 
 
@@ -133,7 +129,7 @@ def previous_of(out):
 
 
 def set_aside(out):
-    """Keep the earlier run in `out` as its previous one, unless a better one is kept already."""
+    """Keep the earlier run in `out` at previous_of(out), unless what is there is worth more."""
     previous = previous_of(out)
     if (out / "summary.json").exists():
         remove_previous(out)
@@ -201,6 +197,5 @@ def resumed_config(config, out, stored, may_change):
         print(f"changed since the run began: {', '.join(changed.values())}")
 
     kept = {name: stored[name] for name in now if name not in may_change}
-    return dataclasses.replace(
-        config, **{name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
-    )
+    kept |= {name: tuple(value) for name, value in kept.items() if isinstance(value, list)}
+    return dataclasses.replace(config, **kept)

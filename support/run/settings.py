@@ -42,33 +42,33 @@ def suggest(name, known):
 
 def typed(field, value, where):
     """A value converted to the field's type. Raises ValueError, which begins with `where`."""
-    kind = field.type
+    wanted = field.type
     try:
-        if kind is tuple:
+        if wanted is tuple:
             names = value.split(",") if isinstance(value, str) else value
             listed = isinstance(names, (list, tuple)) and names
             if listed and all(isinstance(name, str) and name for name in names):
                 return tuple(names)
-        elif kind is bool and str(value).lower() in ("true", "false"):
+        elif wanted is bool and str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
-        elif kind is str and isinstance(value, (str, Path)) and "\0" not in str(value):
+        elif wanted is str and isinstance(value, (str, Path)) and "\0" not in str(value):
             # The shell does not expand ~ after --name=.
             return str(value) if field.name in TEXTS else os.path.expanduser(value)
-        elif kind in (int, float) and not isinstance(value, bool):
-            number = kind(value)
+        elif wanted in (int, float) and not isinstance(value, bool):
+            number = wanted(value)
             if math.isfinite(number) and (isinstance(value, str) or number == value):
                 return number  # 8.5 is not an int
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"{where}: {field.name}={value!r} is not {IN_WORDS[kind]}")
+    raise ValueError(f"{where}: {field.name}={value!r} is not {IN_WORDS[wanted]}")
 
 
-def split(kind, arguments):
+def split(schema, arguments):
     """
-    A command line for the dataclass `kind`, each argument as --name=value: from `--name value`,
+    A command line for the dataclass `schema`, each argument as --name=value: from `--name value`,
     from a bool's bare `--name`, and with _ for - in the name. Raises ValueError for others.
     """
-    type_of = {field.name: field.type for field in dataclasses.fields(kind)}
+    type_of = {field.name: field.type for field in dataclasses.fields(schema)}
     whole, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -88,14 +88,14 @@ def split(kind, arguments):
     return whole
 
 
-def read(kind, arguments, other_names=()):
+def read(schema, arguments, other_names=()):
     """
-    (an instance of the dataclass `kind`, the path of its config file or None) from a command line.
+    (an instance of the dataclass `schema`, the path of its config file or None) from arguments.
 
     arguments: as for split; --config=file names a file here or in configs/. other_names: {another
     program's name for a setting: what to write instead}. Raises ValueError or FileNotFoundError.
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(schema)}
 
     def check_name(name, where, shown):
         if name in other_names:
@@ -105,7 +105,7 @@ def read(kind, arguments, other_names=()):
             raise ValueError(f"{where}unknown setting {shown}" + suggest(name, names))
 
     given = {}
-    for argument in split(kind, arguments):
+    for argument in split(schema, arguments):
         name, _, value = argument.removeprefix("--").partition("=")
         if name != "config":
             check_name(name, "", f"--{name}" if name.isprintable() else repr(f"--{name}"))
@@ -121,7 +121,7 @@ def read(kind, arguments, other_names=()):
             check_name(name, f"{path}: ", repr(name))
             values[name] = typed(fields[name], value, path)
     values |= {name: typed(fields[name], value, "command line") for name, value in given.items()}
-    return kind(**values), path
+    return schema(**values), path
 
 
 def at_least(config, **least):
@@ -131,17 +131,17 @@ def at_least(config, **least):
             raise ValueError(f"{name}={getattr(config, name)} must be at least {value}")
 
 
-def program(arguments, kind, do, text, resumes=False, reader=None):
+def program(arguments, schema, do, text, resumes=False, reader=None):
     """
     Run do(settings) on what `reader`, or `read`, makes of the command line; for --help, print text
     and settings. resumes: whether the same command goes on after Ctrl-C. Returns the exit status:
     0, 130 after Ctrl-C, or 2 after one line about wrong input, a missing library or short memory.
     """
     if {"--help", "-h"} & set(arguments):
-        print(text.strip(), help_text(kind), sep="\n\n")
+        print(text.strip(), help_text(schema), sep="\n\n")
         return 0
     try:
-        do(reader(arguments) if reader else read(kind, arguments)[0])
+        do(reader(arguments) if reader else read(schema, arguments)[0])
         return 0
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed: pip install -r requirements-dev.txt"
@@ -164,9 +164,8 @@ def find_config(name):
     path = path if path.exists() else CONFIGS / name
     if not path.is_file():
         known = sorted(file.name for file in CONFIGS.iterdir() if file.suffix in (".py", ".json"))
-        raise FileNotFoundError(
-            f"no config file {path.name!r}, here or in {CONFIGS.name}/" + suggest(path.name, known)
-        )
+        problem = f"no config file {path.name!r}, here or in {CONFIGS.name}/"
+        raise FileNotFoundError(problem + suggest(path.name, known))
     if path.suffix.lower() not in (".py", ".json"):
         raise ValueError(f"config file {path}: its name must end in .py or .json")
     return path
@@ -189,16 +188,16 @@ def run(path):
     }
 
 
-def help_text(kind):
+def help_text(schema):
     """Each field's default and comment, in groups, from the dataclass's source."""
     lines = [
         "settings:",
         "  --config=file",
         "        Python or JSON that sets any of these: a path, here or in configs/",
     ]
-    for line in inspect.getsource(kind).splitlines()[2:]:
+    for line in inspect.getsource(schema).splitlines()[2:]:
         if match := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):
-            default = getattr(kind, match[1])
+            default = getattr(schema, match[1])
             shown = ",".join(default) if isinstance(default, tuple) else default
             lines += [f"  --{match[1]}={shown}", f"        {match[2]}"]
         elif match := re.fullmatch(r"    #: (.*)", line):

@@ -85,9 +85,7 @@ def files_of(folder, names):
     if "devel.tsv" not in names and names & {"train.tsv", "dev.tsv", "dev_matched.tsv"}:
         task = re.sub("[-_ ]", "", folder.name).lower()
         if task not in GLUE:
-            raise ValueError(
-                f"{folder} has GLUE's files, but no task's name: call it {GLUE_FOLDERS}"
-            )
+            raise ValueError(f"{folder} has GLUE's files, but no task name: call it {GLUE_FOLDERS}")
         files = {"train": "train.tsv", "dev": "dev_matched.tsv" if task == "mnli" else "dev.tsv"}
         if "dev_mismatched.tsv" in names:
             files["mismatched"] = "dev_mismatched.tsv"
