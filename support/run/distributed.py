@@ -68,8 +68,8 @@ def start(device):
 
 def leave(status):
     """
-    End this process. One of several ends by _exit: gloo's threads may outlive the interpreter,
-    which then aborts. After a failure it does not wait for the others, which may have ended.
+    End this process. Beside others it ends by _exit, since gloo's threads may outlive the
+    interpreter, which then aborts. After a failure it waits for no other process.
     """
     if not dist.is_initialized():
         sys.exit(status)
@@ -173,7 +173,7 @@ def kept_whole(unit):
 
 
 def local_bytes(model):
-    """Bytes of the frozen parameters in this process; a shared matrix counts once."""
+    """Bytes of the frozen parameters in this process, where a shared matrix counts once."""
     frozen = [p for p in set(model.parameters()) if not p.requires_grad]
     return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in frozen)
 

@@ -115,7 +115,7 @@ def run_pip(command, folder, size):
 
 
 def largest(folder):
-    """The largest size of a file below a folder; pip writes a download twice."""
+    """The size of the largest file below a folder: pip writes each download twice."""
     sizes = [0]
     for place, _, names in os.walk(folder):
         for name in names:
@@ -149,7 +149,7 @@ def read_json(path):
 
 @contextlib.contextmanager
 def malformed(what):
-    """In this context, an unexpected structure of the file `what` raises ValueError alone."""
+    """Turn the errors of an unexpected structure into one ValueError that names the file `what`."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
@@ -161,9 +161,8 @@ def malformed(what):
 @contextlib.contextmanager
 def replacing(path):
     """
-    Yield a temporary path; a rename makes it `path` if the block succeeds. It lies in a new folder,
-    path.tmp: nobody's link is followed, and the next write removes what a kill left. Raises
-    OSError.
+    Yield a temporary path, which a rename makes `path` if the block succeeds. Raises OSError. It is
+    in a new folder, path.tmp: no link is followed, and the next write removes what a kill left.
     """
     path = Path(path)
     folder = path.with_name(path.name + ".tmp")

@@ -52,7 +52,7 @@ def check_lengths(predictions, references):
 
 
 def glue(task, predictions, references):
-    """The scores of a GLUE task from labels, strings; for stsb from numbers."""
+    """The scores of a GLUE task, from labels (strings) or, for stsb, from numbers."""
     if task not in GLUE:
         raise ValueError(f"unknown GLUE task {task!r}: choose {', '.join(GLUE)}")
     if task == "stsb":

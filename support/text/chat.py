@@ -1,5 +1,5 @@
 """
-Chat templates turn conversations into text; here is also where the answers are in that text. A
+Chat templates write conversations as text; this file also finds the answers in that text. A
 template is a program that comes with a model, so it runs in a sandbox in a process of its own
 (support/text/render.py). Source: https://huggingface.co/docs/transformers/chat_templating
 """

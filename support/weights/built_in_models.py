@@ -103,8 +103,8 @@ def hf_names(layers):
 
 def unpermute(weight, heads):
     """
-    Undo llama.cpp's row order of a query or key matrix, (heads · head_dim, in). It rotates rows
-    (2i, 2i+1) of a head as a pair; Hugging Face rotates rows (i, i + head_dim/2).
+    Undo llama.cpp's row order of a query or key matrix, (heads · head_dim, in): llama.cpp rotates
+    rows (2i, 2i+1) of a head as a pair, Hugging Face rows (i, i + head_dim/2).
     """
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
