@@ -6,9 +6,8 @@ A weight W0 became W; its rows (or columns) w0_n became w_n (DoRA, arXiv 2402.09
     ΔM = mean_n | ‖w_n‖ - ‖w0_n‖ |          ΔD = mean_n (1 - cos(w_n, w0_n))
 
 Each adapted matrix at each snapshot of training is a point, and a line is fitted to the points. The
-papers print its slope, and BiDoRA (arXiv 2410.09758, figure 1) calls the slope a correlation. But a
-slope has a unit, that of the weights, so `fit` returns the least-squares slope k, Pearson's r and
-Spearman's ρ. support/weights/weight_changes.py measures ΔM and ΔD.
+papers print its slope, which BiDoRA (arXiv 2410.09758, figure 1) calls a correlation. But a slope
+has the weights' unit, so `fit` returns the least-squares slope k, Pearson's r and Spearman's ρ.
 
     python -m tools.analysis --tuned=out/small                     a run, at its recorded snapshots
                                                                    (train.py --snapshots=4) or end
@@ -39,12 +38,11 @@ def fit(trajectories, samples=2000, seed=0):
     The line through the points of one or several trajectories over the same layers.
 
     Returns {"k", "r", "rho", "relative"}, each (value, low, high). k: the least-squares slope of ΔM
-    over ΔD, in the weights' unit. relative: the same with ΔM divided by the matrix's mean
-    magnitude, so that models can be compared. r, rho: Pearson's and Spearman's correlation.
+    over ΔD, in the weights' unit. relative: k with ΔM divided by the matrix's mean magnitude, so
+    that models compare. r, rho: Pearson's and Spearman's correlation. Without variation: NaN.
 
-    low, high: a 95 % bootstrap interval. It resamples whole layers, because the snapshots of a
-    layer are one matrix in motion, not independent points. Below 8 layers it would be too narrow
-    and is NaN. Everything is NaN where ΔD or ΔM does not vary.
+    low, high: a 95 % bootstrap interval. It resamples whole layers, since a layer's snapshots are
+    one matrix in motion, not independent points. Below 8 layers it would be too narrow and is NaN.
     """
     x = numpy.concatenate([t.delta_d for t in trajectories])  # (snapshots, layers)
     y = numpy.concatenate([t.delta_m for t in trajectories])
@@ -87,7 +85,7 @@ MARKERS = "os^vDP*X<>"
 
 
 def panel(axes, trajectory, title):
-    """Draw the points of one trajectory, and their line; returns what a colour bar needs."""
+    """Draw a trajectory's points and line. Returns what a colour bar needs."""
     count = len(trajectory.layers)
     depth = ScalarMappable(Normalize(0, max(1, count - 1)), "viridis")
     colors = depth.to_rgba(numpy.arange(count))
@@ -113,7 +111,7 @@ def panel(axes, trajectory, title):
 
 
 def legend(figure, trajectories):
-    """Which marker is which snapshot, as few in a row as fit into the figure."""
+    """Draw the legend of the snapshots' markers, in rows that fit into the figure."""
     runs = [[snapshot["phase"] for snapshot in t.snapshots] for t in trajectories.values()]
     most = max(phases.count(phase) for phases in runs for phase in phases)
     marks = [(marker, "full", f"snapshot {t + 1}") for t, marker in enumerate(MARKERS[:most])]
@@ -129,11 +127,9 @@ def legend(figure, trajectories):
 
 def plot(trajectories, targets=("q_proj", "v_proj")):
     """
-    The papers' scatter plot, as a matplotlib figure.
-
-    trajectories: {title: Trajectory}, a row of panels each; targets: the columns. Colour is the
-    layer's depth, the marker is the snapshot of its phase, hollow in retrain, and the line is
-    fitted to all points of the panel.
+    The papers' scatter plot, as a matplotlib figure: a row of panels for each {title: Trajectory},
+    a column for each target. Colour is the layer's depth, the marker its phase's snapshot (hollow
+    in retrain), and the line is fitted to all points of the panel.
     """
     size = (max(6.5, 1 + 4.2 * len(targets)), 0.8 + 2.9 * len(trajectories))
     figure = Figure(figsize=size, layout="constrained")
@@ -149,7 +145,7 @@ def plot(trajectories, targets=("q_proj", "v_proj")):
 
 
 def interval(value, low, high):
-    """A number of `fit` as text; NOTES explain its dashes."""
+    """A number of `fit` as text. NOTES explain its dashes."""
     if numpy.isnan(value):
         return "–"
     return f"{value:.3g} (–)" if numpy.isnan(low) else f"{value:.3g} ({low:.3g} … {high:.3g})"
@@ -162,7 +158,7 @@ NOTES = {
 
 
 def table(trajectories, targets):
-    """Lines of text: the fit of each {title: Trajectory} for each target, with its interval."""
+    """Lines of text: the fit of each {title: Trajectory} for each target."""
     lines = [
         f"{'':28}{'points':>8}{'mean ΔM':>10}{'mean ΔD':>10}{'slope k':>30}"
         f"{'k, ΔM relative':>36}{'Pearson r':>28}{'Spearman ρ':>28}"
@@ -181,11 +177,9 @@ def table(trajectories, targets):
 
 def of_checkpoints(tuned, base="", axis="row", targets=("q_proj", "v_proj")):
     """
-    The Trajectory of a finished model, with one snapshot.
-
-    tuned: the folder of an adapter, or of a whole model; base: the folder or name of the model that
-    it was tuned from, where the folder does not say so itself.
-    Raises FileNotFoundError or ValueError for folders without a model, or models of unequal shapes.
+    The Trajectory of a finished model, with one snapshot. tuned: the folder of an adapter or a
+    whole model; base: the model that it was tuned from, if the folder does not say so. Raises
+    FileNotFoundError for a missing model, ValueError for models of unequal shapes.
     """
     is_adapter = (Path(tuned) / "adapter_config.json").exists()
     model, _, run = load(tuned, base) if is_adapter else load("", tuned)
@@ -216,7 +210,7 @@ class Analysis:
 
 
 def trajectory_at(folder, analysis):
-    """The Trajectory recorded in a folder, or else its finished model's. Raises ValueError."""
+    """The Trajectory recorded in a folder, or its finished model's. Raises ValueError."""
     if (Path(folder) / "trajectory.json").exists():
         trajectory = Trajectory.load(folder)
     else:
@@ -232,7 +226,7 @@ def trajectory_at(folder, analysis):
 
 
 def analyse(analysis):
-    """Print the table of the runs or models, and draw their picture."""
+    """Print the table of runs or models, and draw their picture."""
     if analysis.axis not in ("row", "column"):
         raise ValueError(f"unknown axis {analysis.axis!r}: choose row, column")
     if not analysis.tuned:

@@ -7,11 +7,11 @@ What a training step costs, by each method and each hypergradient, side by side.
     python -m tools.bench --peer=True --data=movie-sentiment     the same on rows of a data set
     python -m tools.bench --scaling=True     time and memory over rank, length and depth
 
-All kinds of step share the frozen weights and are timed in turn, round by round, in one process, so
-that a busy moment of the machine hits all of them. Medians count. Each kind's peak memory, beyond
-the loaded model, comes from a process of its own. A LoRA step is given relative to its lower bound,
-two forward passes: one forward, and one backward for the activations. An iteration of search is a
-lower-level and an upper-level step.
+All kinds of step share the frozen weights and take turns, round by round, in one process, so that a
+busy moment of the machine hits them all. Medians count. Each kind's peak memory beyond the loaded
+model comes from a process of its own. The lower bound of a LoRA step is two forward passes: one
+forward, one backward for the activations. An iteration of search is a lower- and an upper-level
+step.
 """
 
 import copy
@@ -54,7 +54,7 @@ class Bench:
     rounds: int = 9  # timed rounds, after one for warm-up
     batch_size: int = 8  # rows a step, at either level
     length: int = 64  # tokens a row
-    labels: str = "last"  # supervised positions: all, or last, as in classification
+    labels: str = "last"  # supervised positions: all, or last (like classification)
     data: str = ""  # rows of this built-in data set, instead of random ones of one length
     rank: int = 8  # of the adapters, in all seven linear layers
     layers: int = 0  # keep only this many blocks; 0: all
@@ -116,13 +116,13 @@ def shape(bench):
 
 
 def load(bench):
-    """The frozen base model."""
+    """The base model, frozen."""
     dtype = getattr(torch, bench.dtype)
     if bench.model == "random-0.5b":
         torch.manual_seed(0)
         with torch.device("meta"):
             model = Transformer(shape(bench))
-        # never in float32 on the way, which would raise the peak that is measured later
+        # no float32 copy, which would raise the peak that is measured later
         model = model.to(dtype).to_empty(device="cpu")
         model.lm_head.weight = model.model.embed_tokens.weight
         for parameter in model.parameters():
@@ -133,9 +133,8 @@ def load(bench):
     if bench.layers:
         kept = slice(bench.layers)
         model.model.layers = model.model.layers[kept]
-        model.config = dataclasses.replace(
-            model.config, num_hidden_layers=bench.layers, windows=model.config.windows[kept]
-        )
+        sizes = {"num_hidden_layers": bench.layers, "windows": model.config.windows[kept]}
+        model.config = dataclasses.replace(model.config, **sizes)
     return model.requires_grad_(False)
 
 
@@ -151,9 +150,8 @@ def peft_model(base, rank, use_dora):
     model.load_state_dict(base.state_dict(), assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is in no state_dict
     targets = list(bidora.ALL_LINEAR)
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=16, use_dora=use_dora, target_modules=targets)
-    )
+    adapters = LoraConfig(r=rank, lora_alpha=16, use_dora=use_dora, target_modules=targets)
+    return get_peft_model(model, adapters)
 
 
 def model_of(bench, name, base):
@@ -168,10 +166,9 @@ def model_of(bench, name, base):
         model = copy.deepcopy(base).requires_grad_(True)
     else:
         model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-        options = {"method": kind.method, "norm_grad": kind.norm_grad}
-        bidora.replace_linear_with_bidora(
-            model, bench.rank, target_modules=bidora.ALL_LINEAR, **options
-        )
+        options = {"target_modules": bidora.ALL_LINEAR, "method": kind.method}
+        options["norm_grad"] = kind.norm_grad
+        bidora.replace_linear_with_bidora(model, bench.rank, **options)
         model.gradient_checkpointing = kind.recomputed
     if name == "retrain":
         bidora.start_retrain(model)
@@ -183,7 +180,7 @@ def model_of(bench, name, base):
 
 @functools.cache
 def rows_of(name, model):
-    """The rows of a built-in data set as train.py encodes them, and the padding's id."""
+    """(rows of a built-in data set as train.py encodes them, the padding's id)."""
     tokenizer, examples = Tokenizer.from_pretrained(find_model(model)), data.load_examples(name)
     labels = data.tokenize_labels(sorted({e["label"] for e in examples}), tokenizer)
     question = BUILT_IN[name].question
@@ -191,7 +188,7 @@ def rows_of(name, model):
 
 
 def rows_for(bench, kind, vocab_size, rng):
-    """Rows of random token ids and their labels, or rows of the data set."""
+    """Rows of the data set, or of random token ids and their labels."""
     if bench.data:
         return rng.sample(rows_of(bench.data, bench.model)[0], bench.batch_size)
     ids = torch.randint(vocab_size, (bench.batch_size, bench.length))
@@ -203,13 +200,12 @@ def rows_for(bench, kind, vocab_size, rng):
 
 
 def step(bench, name, base):
-    """A function that takes one step, or one iteration of search, of a kind on a random batch."""
+    """A function that takes a step, or an iteration of search, of a kind on a random batch."""
     kind, model = KINDS[name], model_of(bench, name, base)
     rng = random.Random(0)  # each kind sees the same rows
     pad_id = rows_of(bench.data, bench.model)[1] if bench.data else 0
 
-    def rows():
-        return rows_for(bench, kind, base.config.vocab_size, rng)
+    rows = functools.partial(rows_for, bench, kind, base.config.vocab_size, rng)
 
     def batch():
         return data.collate(rows(), pad_id)
@@ -254,7 +250,7 @@ def timed(run):
 
 
 def in_its_process(bench, name):
-    """{"kind", "seconds": of each round, "peak_gb": beyond the loaded model}, of this process."""
+    """{"kind", "seconds": of each round, "peak_gb": beyond the loaded model} of this process."""
     base = load(bench)
     before = peak_memory("cpu")
     run = step(bench, name, base)
@@ -272,11 +268,7 @@ def alone(bench, name):
 
 
 def measure(bench):
-    """
-    Time all kinds in turn, then measure the peak memory of each.
-
-    Returns ({kind: seconds of each round}, {kind: peak GB}). Raises ValueError if no kind is left.
-    """
+    """({kind: seconds of each round}, {kind: peak GB}). Raises ValueError if no kind is left."""
     names = [
         name
         for name in bench.kinds or KINDS
@@ -382,7 +374,7 @@ def scaling(bench):
 
 
 def check(bench):
-    """Raises ValueError or OSError for settings that make no sense."""
+    """Raise ValueError or OSError for settings that make no sense."""
     settings.at_least(bench, rounds=1, rank=1, upper_every=1, layers=0, batch_size=2, length=2)
     dtypes, labels = ("auto", "float32", "bfloat16"), ("all", "last")
     choices = {"labels": labels, "data": ("", *BUILT_IN), "dtype": dtypes, "kinds": KINDS}
@@ -394,9 +386,7 @@ def check(bench):
 
     out = Path(bench.out)
     if out.suffix != ".json" or out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise ValueError(
-            f"out={bench.out} must be a .json file in an existing folder that can be written to"
-        )
+        raise ValueError(f"out={bench.out} must be a .json file in a folder that can be written to")
     shape(bench)  # raises for an unknown model
 
 

@@ -6,6 +6,7 @@ The memory that training takes, by the formulas in support/run/hardware.py, for 
     python -m tools.memory --devices=8,64                         what each device holds and sends
 """
 
+import itertools
 import sys
 from dataclasses import dataclass, replace
 
@@ -54,7 +55,7 @@ class Memory:
 
 
 def check(memory):
-    """Raises ValueError for settings that make no sense."""
+    """Raise ValueError for settings that make no sense."""
     known = {"optimizer": ("adamw", "adamw8bit")}
     rules.refuse(rules.values(memory, known), rules.micro_batch(memory))
     if not all(number.isdigit() and int(number) > 1 for number in memory.devices):
@@ -88,18 +89,16 @@ def print_devices(models, memory, config):
 
 
 def print_methods(models, memory, config):
-    """A table over methods and kinds of packed weights: GB of weights, and in all."""
+    """A table over methods and packed weights: GB of weights, and in all."""
     options = {key: value for key, value in vars(memory).items() if key not in ("model", "devices")}
     shown = ", ".join(f"{key} {value}" for key, value in options.items())
     print(f"computed, not measured: GB of weights, and in all (bfloat16; {shown})\n")
 
-    columns = [
-        (m, packed) for packed in ("none", "int8", "nf4") for m in ("lora", "dora", "bidora")
-    ]
-    print(f"{'':14}" + "".join(f"{f'{method} {packed}':>16}" for method, packed in columns))
+    columns = list(itertools.product(("none", "int8", "nf4"), ("lora", "dora", "bidora")))
+    print(f"{'':14}" + "".join(f"{f'{method} {packed}':>16}" for packed, method in columns))
     for name, c in models.items():
         line = f"{name:14}"
-        for method, packed in columns:
+        for packed, method in columns:
             n = need(c, METHODS[method], 2, memory.length, replace(config, quantize=packed))
             line += f"{n.weights / 1e9:8.1f}{n.total / 1e9:8.1f}"
         print(line)

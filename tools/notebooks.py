@@ -5,8 +5,8 @@ Run the lessons from top to bottom and keep their outputs.
     python -m tools.notebooks --only=02      those whose name begins so
     QUICK=1 python -m tools.notebooks        briefly, on toys; their outputs are not kept
 
-A short run must not replace the committed outputs, since the text quotes a full one. A lesson that
-fails keeps the outputs that it had. Needs requirements-dev.txt.
+The text quotes the outputs of a full run, so a short run must not replace them. A lesson that fails
+keeps its outputs. Needs requirements-dev.txt.
 """
 
 import os
@@ -25,7 +25,7 @@ class Notebooks:
 
 
 def execute(path, timeout=3600):
-    """A notebook's new outputs, as a notebook of nbformat. timeout: the seconds that a cell has."""
+    """A notebook with its new outputs. timeout: seconds for each cell."""
     import nbformat
     from nbclient import NotebookClient
 

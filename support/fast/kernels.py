@@ -26,8 +26,8 @@ TWICE = contextvars.ContextVar("TWICE", default=False)  # whether they will be t
 @contextlib.contextmanager
 def second_derivatives():
     """
-    The context of passes whose gradients will be differentiated. Fused attention has no second
-    derivative; the models here see from TWICE that the scores of the plain one would be kept.
+    A context for passes whose gradients will be differentiated: attention is not fused, since fused
+    attention has no second derivative, and TWICE tells the models so.
     """
     token = TWICE.set(True)
     try:
@@ -53,7 +53,7 @@ class CrossEntropy(torch.autograd.Function):
             torch.mm(part, weight.T, out=logits)
             torch.log_softmax(log_p.copy_(logits), -1, out=log_p)
             loss -= log_p.gather(1, answers).sum()
-            if differentiable:  # of the mean: (p - 1 at the answer) / positions, times the weight
+            if differentiable:  # gradient = (p - 1 at the answer) / positions · weight
                 one = torch.full_like(answers, -1, dtype=dtype)
                 log_p.exp_().scatter_add_(1, answers, one).div_(len(targets))
                 torch.mm(logits.copy_(log_p), weight, out=gradient[i : i + rows])
@@ -70,7 +70,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class CrossEntropyGradient(torch.autograd.Function):
-    """∂loss/∂hidden, (N, hidden_size), which is known already; with a derivative."""
+    """∂loss/∂hidden, (N, hidden_size), which is known already, with its derivative."""
 
     @staticmethod
     def forward(ctx, hidden, weight, gradient):
@@ -95,13 +95,13 @@ class CrossEntropyGradient(torch.autograd.Function):
 def cross_entropy(hidden, weight, targets):
     """
     The mean of -log softmax(hidden·weightᵀ)[target] in nats, a scalar in fp32 or finer; twice
-    differentiable by hidden, (N, hidden_size), N ≥ 1. weight: (vocab, hidden_size), which gets no
-    gradient; targets: (N,).
+    differentiable by hidden, (N, hidden_size), N ≥ 1. weight, (vocab, hidden_size), gets no
+    gradient. targets: (N,).
 
-    All logits at once are often the largest tensors of a step: 512 positions × 49,152 tokens take
-    100 MB in fp32, several times over. Here chunks share one buffer, and since the head is frozen,
-    the forward pass computes the gradient, too. This needs no more products than the plain form (on
-    two CPU cores: 0.65 of its time in bf16, the same in fp32), and equals it up to rounding.
+    All logits at once are often a step's largest tensors: 512 positions × 49,152 tokens take 100 MB
+    in fp32, several times over. Here chunks share one buffer, and since the head is frozen, the
+    forward pass computes the gradient too. On two CPU cores this takes 0.65 of the plain form's
+    time in bf16, the same in fp32.
     """
     differentiable = hidden.requires_grad and torch.is_grad_enabled()
     return CrossEntropy.apply(hidden, weight, targets, differentiable)
@@ -119,20 +119,18 @@ class Rescale(torch.autograd.Function):
     def backward(ctx, g):
         y, change = ctx.saved_tensors
         product = g * y
-        # The ratio is 0 for a row of zeros only. There y is 0, so any divisor will do.
+        # Only a row of zeros has ratio 0. There y is 0, so any divisor will do.
         by_change = product.sum(0) / torch.where(change == -1, 1, 1 + change)
-        # The result may overwrite product, unless this gradient will be differentiated itself.
+        # The result may overwrite product, unless this gradient will be differentiated.
         out = None if torch.is_grad_enabled() else product
         return torch.addcmul(g, g, change.to(g.dtype), out=out), by_change
 
 
 def rescale(y, change):
     """
-    (1 + change) ⊙ y, written into y. y: (N, out), change: (out,).
-
-    Autograd would keep y and allocate four more tensors of its size. Here one division recovers y
-    from the result, with one temporary: a DoRA step took 1.23 instead of 1.30 LoRA steps (SmolLM2,
-    bf16, 8 × 64 tokens, two CPU cores).
+    (1 + change) ⊙ y, written into y. y: (N, out), change: (out,). Autograd would keep y and
+    allocate four more tensors of its size. Here a division recovers y from the result: a DoRA step
+    took 1.23 instead of 1.30 LoRA steps (SmolLM2, bf16, 8 × 64 tokens, two CPU cores).
     """
     return Rescale.apply(y, change)
 
@@ -176,8 +174,8 @@ class Pullback(torch.autograd.Function):
 
 class Replay:
     """
-    Calls a function again, with the random numbers (dropout) and the contexts of its first call:
-    on a GPU, backward passes run in a thread that has contexts of its own.
+    Calls a function again with its first call's random numbers (dropout) and contexts, which a
+    GPU's backward pass, in a thread of its own, would not see.
     """
 
     def __init__(self, function, x, count, twice):
@@ -193,7 +191,7 @@ class Replay:
         )
 
     def __call__(self, inputs):
-        """The result, and the inputs on which it depends: new leaves, and the parameters."""
+        """(the result, the inputs that it depends on: new leaves, and the parameters)."""
         leaves = [x.detach().requires_grad_() for x in inputs[: self.count]]
         with torch.random.fork_rng(self.gpus), torch.autocast(**self.autocast), self.context():
             torch.set_rng_state(self.states[0])
@@ -205,29 +203,29 @@ class Replay:
 def recompute(function, *arguments, parameters=(), twice=contextlib.nullcontext):
     """
     function(*arguments), a tensor, without keeping its activations: each backward pass computes
-    them again (gradient checkpointing, arXiv 1604.06174). Only the arguments, tensors all of them,
-    and the result's gradient are kept. parameters: the leaves that the function reads besides;
-    twice: makes a context manager for two backward passes through the function.
+    them again (gradient checkpointing, arXiv 1604.06174). Only the arguments, all tensors, and the
+    result's gradient are kept. parameters: the other leaves that the function reads; twice: makes a
+    context for two backward passes through the function.
 
-    Second derivatives drop them, too. Torch's own checkpointing does not do so: there, the graphs
-    of all blocks wait for the second backward pass. For blocks x' = f(x, θ) and a direction a of θ,
-    the product Σ a · ∂(∂L/∂θ)/∂θ is the gradient of the directional derivative L̇ = Σ a · ∂L/∂θ.
-    Pearlmutter (1994, "Fast exact multiplication by the Hessian") computes it in two sweeps:
+    Second derivatives drop activations too. In torch's own checkpointing, the graphs of all blocks
+    wait for the second backward pass. For blocks x' = f(x, θ) and a direction a of θ, the product
+    Σ a · ∂(∂L/∂θ)/∂θ is the gradient of the directional derivative L̇ = Σ a · ∂L/∂θ. Pearlmutter
+    (1994, "Fast exact multiplication by the Hessian") computes it in two sweeps:
 
         upward     ẋ' = ∂f/∂x · ẋ + ∂f/∂θ · a         how x moves when θ moves along a
         downward   p = p' · ∂f/∂x + ∂(q' · ẋ')/∂x      with q = ∂L/∂x and p = ∂L̇/∂x
 
     Here autograd does both, block by block. The gradient's graph is a chain of Pullback nodes, one
-    a block, q = q' · ∂f/∂x. The backward pass through it meets the lowest block first: its
+    a block: q = q' · ∂f/∂x. The backward pass through it meets the lowest block first, whose
     derivative by q' is ẋ', and by x the second term of p. The loss turns ẋ into p', and the
-    Recomputed nodes lead p' down. So one block's graph is alive at a time.
+    Recomputed nodes lead p' down. So only one block's graph is alive at a time.
     """
     replay = Replay(function, arguments[0], len(arguments), twice)
     return Recomputed.apply(replay, *arguments, *parameters)
 
 
 def recompute_module(module, x, **options):
-    """module(x, **options) by recompute; sharded weights stay whole between two backward passes."""
+    """recompute for a module; sharded weights stay whole between two backward passes."""
     run = functools.partial(module, **options)
     trained = [p for p in module.parameters() if p.requires_grad]
     twice = functools.partial(distributed.kept_whole, module)

@@ -1,10 +1,10 @@
 """
-Rotary positions (arXiv 2104.09864), also for contexts longer than the model was pretrained on:
+Rotary positions (arXiv 2104.09864), also for contexts beyond the pretrained length:
 
     linear    slows down all pairs of a head by one factor
     llama3    slows down the slow pairs (arXiv 2407.21783, section 3.4.2, and its code)
     yarn      slows down the slow pairs and sharpens attention (arXiv 2309.00071, section 3.2)
-    dynamic   changes rotations beyond the trained length only, which model.py does not support
+    dynamic   changes only rotations beyond the trained length, which model.py does not support
 """
 
 import math
@@ -14,8 +14,8 @@ import torch
 
 def frequencies(rope, head_dim):
     """
-    (the angle per position by which each pair of a head turns, (head_dim / 2,) in fp32; the factor
-    by which cos and sin are scaled). rope: rope_type, rope_theta, and the numbers the type needs.
+    (the angle that each pair of a head turns per position, (head_dim / 2,) in fp32; the factor on
+    cos and sin). rope: {"rope_type", "rope_theta", and the numbers that the type needs}.
     """
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
     if rope["rope_type"] in ("default", "dynamic"):
@@ -34,10 +34,10 @@ def frequencies(rope, head_dim):
 
 
 def yarn_ramp(rope, d):
-    """How much of its frequency each pair keeps, (d / 2,): from 1 for fast to 0 for slow pairs."""
+    """The share of its frequency that each pair keeps, (d / 2,): 1 for fast, 0 for slow pairs."""
     trained = rope["original_max_position_embeddings"]
 
-    def pair_that_turns(times):  # so often in the trained length; its index, not rounded
+    def pair_that_turns(times):  # the index, not rounded, of the pair that turns so often
         return d * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
 
     first = pair_that_turns(rope.get("beta_fast") or 32)
@@ -63,7 +63,7 @@ def yarn_scale(rope):
 
 
 def angles(positions, frequencies, scale, dtype):
-    """cos and sin of the angles by which tokens at positions, (T,), turn: (T, 1, head_dim) each."""
+    """cos and sin of the angles of tokens at positions, (T,): (T, 1, head_dim) each."""
     frequencies = frequencies.to(positions.device, non_blocking=True)
     turned = torch.outer(positions.float(), frequencies).repeat(1, 2)[:, None]  # (T, 1, head_dim)
     return (scale * turned.cos()).to(dtype), (scale * turned.sin()).to(dtype)

@@ -1,9 +1,9 @@
 """
 Checkpoints, from which a killed run resumes bit for bit.
 
-A checkpoint is a folder such as checkpoints/000120 in the run's folder. state.safetensors holds all
-tensors (parameters, both optimizers' states), state.json the rest (phases, steps, random states,
-snapshots). It is written under another name and then renamed, so it is complete or absent.
+A checkpoint is a folder, such as checkpoints/000120. state.safetensors holds the tensors
+(parameters and both optimizers' states), state.json the rest (phases, steps, random states,
+snapshots). A rename ends the writing, so a checkpoint is complete or absent.
 """
 
 import os
@@ -20,10 +20,7 @@ from support.run.files import digest, read_sealed, seal, write_json
 
 
 def random_states():
-    """
-    The states of the random generators of torch, numpy and Python, in a form for JSON. Of the GPUs
-    only the current one is asked, and only if it is in use.
-    """
+    """The states of the random generators, for JSON; a GPU's only if it is current and in use."""
     name, numbers, *rest = numpy.random.get_state()
     return {
         "torch": torch.get_rng_state().tolist(),
@@ -43,9 +40,7 @@ def set_random_states(states):
 
 
 def optimizer_state(bilevel_optimizer):
-    """
-    Both levels' states, {"<level>.<parameter's index>.<name>": tensor}; numbers become tensors.
-    """
+    """{"<level>.<parameter's index>.<name>": tensor} of both levels; numbers become tensors."""
     return {
         f"{level}.{i}.{name}": torch.as_tensor(value).clone()
         for level, optimizer in bilevel_optimizer.optimizers.items()
@@ -55,13 +50,13 @@ def optimizer_state(bilevel_optimizer):
 
 
 def load_optimizer_state(bilevel_optimizer, tensors):
-    """Load the result of optimizer_state into a fresh optimizer over the same parameters."""
+    """Load what optimizer_state returned into a fresh optimizer over the same parameters."""
     states = bilevel_optimizer.state_dict()
     for key, value in tensors.items():
         level, _, rest = key.partition(".")
         if level in states:
             i, name = rest.split(".")
-            # The number of steps: torch keeps a float tensor, bitsandbytes an int.
+            # The number of steps is a float tensor in torch, an int in bitsandbytes.
             whole = value.dim() == 0 and not value.is_floating_point()
             state = states[level]["state"].setdefault(int(i), {})
             state[name] = value.item() if whole else value
@@ -70,16 +65,14 @@ def load_optimizer_state(bilevel_optimizer, tensors):
 
 def save(run, step, tensors, state):
     """
-    Write the checkpoint of a step into the run's folder, then remove all but the last two.
-
-    tensors: {name: tensor}; state: a dict for JSON. Raises OSError, naming the path, when it can't
-    be written; the earlier checkpoints stay.
+    Write the checkpoint of a step, then remove all but the last two. tensors: {name: tensor};
+    state: a dict for JSON. Raises OSError if it can't be written; the earlier checkpoints stay.
     """
     final = Path(run) / "checkpoints" / f"{step:06d}"
     temporary = final.with_suffix(".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        # Without parents=True: if the run's folder has vanished, a checkpoint in it is no use.
+        # No parents=True: if the run's folder has vanished, a checkpoint in it is no use.
         temporary.parent.mkdir(exist_ok=True)
         temporary.mkdir()
 
@@ -96,7 +89,7 @@ def save(run, step, tensors, state):
         raise OSError(f"could not write the checkpoint {final} ({reason})") from None
 
     earlier = [path for path in names(run) if int(path.name) < step]
-    # Later ones are left from a run that found them damaged and began before them.
+    # A run that found later checkpoints damaged has begun before them.
     for old in {*names(run)} - {*earlier[-1:], final}:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -108,10 +101,7 @@ def names(run):
 
 
 def load(run):
-    """
-    The newest checkpoint of a run that is not damaged, as (tensors, state), or None. Prints a line
-    for each damaged one.
-    """
+    """(tensors, state) of a run's newest intact checkpoint, or None; reports damaged ones."""
     for folder in reversed(names(run)):
         try:
             state = read_sealed(folder / "state.json")

@@ -4,12 +4,10 @@ products and losses are summed over all processes.
 
     torchrun --standalone --nproc_per_node=2 train.py --config=small.py
 
-torchrun sets RANK and WORLD_SIZE, and for this machine's processes LOCAL_RANK and LOCAL_WORLD_SIZE.
-Without them there is one process, and the functions here do nothing. A loss is weighted by its
-rows' share of the labels in the whole batch, so the processes' sum is what one would compute.
-
-With --fsdp=True (FSDP2) each process keeps only its share of the frozen weights. It collects a
-whole block, the embeddings or the head only while it computes them.
+torchrun sets RANK and WORLD_SIZE, and per machine LOCAL_RANK and LOCAL_WORLD_SIZE. Without them
+there is one process, and these functions do nothing. Each loss is weighted by its share of the
+batch's labels, so the sum over processes equals the loss of one. With --fsdp=True (FSDP2) a process
+keeps its share of the frozen weights, and collects whole blocks only while it computes them.
 """
 
 import atexit
@@ -30,11 +28,9 @@ LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 def start(device):
     """
-    Join the other processes, once. Returns this process's device; if a GPU, torch's current one.
-
-    device: 'cpu', 'cuda', or one GPU such as 'cuda:1', for a single process only. GPU tensors
-    travel by NCCL, CPU tensors by gloo. Raises ValueError if a process has no GPU of its own, or
-    torchrun could not restart the processes.
+    Join the other processes, once. Returns this process's device. device: 'cpu', 'cuda' or, for a
+    single process, one GPU such as 'cuda:1'. GPU tensors travel by NCCL, CPU tensors by gloo.
+    Raises ValueError if a process has no GPU of its own, or torchrun could not restart it.
     """
     if WORLD_SIZE > 1 and device.startswith("cuda"):
         if device != "cuda":
@@ -56,7 +52,7 @@ def start(device):
 
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # In one store for all restarts, the new processes wait for the old ones' addresses forever.
+        # In a store that restarts share, the new processes wait forever for the old addresses.
         raise ValueError(
             "torchrun --max-restarts needs a fresh store for each restart: "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ..."
@@ -72,8 +68,8 @@ def start(device):
 
 def leave(status):
     """
-    End this process. One of several ends at once: a thread of gloo's may outlive the interpreter,
-    which then aborts. After a failure it does not wait for the others, which may have ended.
+    End this process. Beside others it ends by _exit, since gloo's threads may outlive the
+    interpreter, which then aborts. After a failure it waits for no other process.
     """
     if not dist.is_initialized():
         sys.exit(status)
@@ -85,7 +81,7 @@ def leave(status):
 
 
 def add_up(tensors):
-    """The tensors of a list, each summed over the processes, in one message."""
+    """Each tensor of a list, summed over the processes in one message."""
     if WORLD_SIZE == 1:
         return tensors
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -95,7 +91,7 @@ def add_up(tensors):
 
 
 def highest(number):
-    """The highest of the processes' integers, sent between CPUs: no process waits for its GPU."""
+    """The highest of the processes' integers; it travels between CPUs, so no GPU has to wait."""
     if WORLD_SIZE == 1:
         return number
     result = torch.tensor(number)
@@ -104,7 +100,7 @@ def highest(number):
 
 
 def gather(items):
-    """The processes' lists as one, in every process."""
+    """The processes' lists joined, in every process."""
     if WORLD_SIZE == 1:
         return items
     lists = [None] * WORLD_SIZE
@@ -113,7 +109,7 @@ def gather(items):
 
 
 def same_everywhere(tensors):
-    """Overwrite tensors with those of the first process."""
+    """Overwrite tensors with the first process's."""
     if WORLD_SIZE > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
@@ -121,9 +117,8 @@ def same_everywhere(tensors):
 
 def give_memory_back():
     """
-    Make glibc return freed tensors' memory to the system at once. Call it before a model that will
-    be sharded is loaded: glibc would keep the memory of whole blocks and of measuring their norms.
-    SmolLM2 in fp32, on two processes: 1.3 GB; 0.7 GB with M_MMAP_THRESHOLD (-3) at 1 MB.
+    Make glibc return freed tensors' memory at once, by M_MMAP_THRESHOLD (-3) at 1 MB. Called before
+    a sharded model is loaded: SmolLM2 in fp32 on two processes then takes 0.7 instead of 1.3 GB.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -132,10 +127,9 @@ def give_memory_back():
 
 def shard(model, device, twice=False):
     """
-    Keep only this process's share of a Transformer's frozen weights, on its device.
-
-    Blocks, embeddings and head collect the other shares when they are called. Adapters are small
-    and stay whole in each process, so gradients and checkpoints need no special care.
+    Keep only this process's share of a Transformer's frozen weights, on its device. Blocks,
+    embeddings and head collect the other shares when they are called. Adapters stay whole, so
+    gradients and checkpoints need no special care.
 
     twice: whether second derivatives will be taken. A backward pass gives the collected weights
     back, and the second one needs them again. So the blocks must be recomputed (kept_whole), and
@@ -157,7 +151,7 @@ def shard(model, device, twice=False):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     model.lm_head.set_reshard_after_backward(not twice)
     for name in ("score", "totals"):
-        register_fsdp_forward_method(model, name)  # called from outside, as forward is
+        register_fsdp_forward_method(model, name)  # others call it, like forward
 
     for tensor in [*model.parameters(), *model.buffers()]:
         if not hasattr(tensor, "to_local"):  # whole in each process
@@ -166,7 +160,7 @@ def shard(model, device, twice=False):
 
 @contextlib.contextmanager
 def kept_whole(unit):
-    """For two backward passes through a sharded module: keep its weights after the first one."""
+    """In this context, a sharded module keeps its weights after a backward pass."""
     if not hasattr(unit, "set_reshard_after_backward"):
         yield
         return
@@ -179,16 +173,13 @@ def kept_whole(unit):
 
 
 def local_bytes(model):
-    """Bytes of the frozen parameters that this process holds; a shared matrix counts once."""
+    """Bytes of the frozen parameters in this process, where a shared matrix counts once."""
     frozen = [p for p in set(model.parameters()) if not p.requires_grad]
     return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in frozen)
 
 
 def from_first(function):
-    """
-    The result of function(), which the first process alone calls, in all processes. If it raises
-    ValueError or OSError, all of them raise that, so none waits for one that has ended.
-    """
+    """The first process's function(), in all processes: its result, ValueError or OSError."""
     if WORLD_SIZE == 1:
         return function()
 
@@ -206,6 +197,6 @@ def from_first(function):
 
 
 def wait():
-    """Wait until all processes have come to this point."""
+    """Wait for all processes."""
     if WORLD_SIZE > 1:
         dist.barrier()

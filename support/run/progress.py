@@ -1,4 +1,4 @@
-"""Progress bars on stderr, with the unit of what they count; of several processes, the first's."""
+"""Progress bars on stderr. If there are several processes, only the first shows one."""
 
 import sys
 import time
@@ -9,12 +9,9 @@ from support.run import distributed
 
 
 class Bar(tqdm):
-    """
-    A bar whose rate, and so the time left, leaves out the first step, which also pays for memory
-    and kernels that the later ones use again.
-    """
+    """A bar whose rate leaves out the slow first step, so that the time left is right."""
 
-    first = last = None  # (when, how many were done) after the first step, and after the last one
+    first = last = None  # (time, number done) after the first update and after the last one
 
     def update(self, n=1):
         self.last = time.time(), self.n + n
@@ -31,14 +28,14 @@ class Bar(tqdm):
 
 
 def bar(name, total, unit, begin=0, **options):
-    """A Bar; rarely drawn where stderr is a log. options: tqdm's."""
+    """A Bar, which is drawn rarely if stderr is a log. options: tqdm's."""
     options |= dict(desc=name, total=total, unit=unit, initial=begin)
     every = 0.5 if sys.stderr.isatty() else 10  # seconds
     return Bar(disable=distributed.RANK > 0, mininterval=every, **options)
 
 
 def over(items, name, unit):
-    """Yield the items of a list, with a bar if that takes more than 3 seconds."""
+    """Yield the items of a list, with a bar after 3 seconds."""
     with bar(name, len(items), unit, delay=3) as shown:
         for item in items:
             yield item

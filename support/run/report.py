@@ -1,4 +1,4 @@
-"""What a run prints: its plan, the final table and what to try next. Also draws the loss curves."""
+"""What a run prints: its plan, the final table and what to try next; and its loss curves."""
 
 import itertools
 import shlex
@@ -27,11 +27,7 @@ def announce(task, method):
         f"({task.dtype_reason}): {task.sizes['weight_bytes'] / 1e6:.0f} MB of weights"
     )
     if distributed.WORLD_SIZE > 1:
-        own = (
-            f", and {task.sizes['local_weight_bytes'] / 1e6:.0f} MB of weights"
-            if config.fsdp
-            else ""
-        )
+        own = f", and {task.sizes['local_weight_bytes'] / 1e6:.0f} MB of weights" * config.fsdp
         print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{own}")
 
     counts = ", ".join(f"{len(examples)} {name}" for name, examples in task.splits.items())
@@ -44,16 +40,12 @@ def announce(task, method):
     print(f"data: {source}: {counts}{labels:.300}")
     announce_shared(config, task.splits)
     print(f"task: {task.name}, scored by {task.family.metric}")
-    print(
-        *task.family.notes(task.cut, config.block_size),
-        trainable(task.sizes["trainable_parameters"]),
-        sep="\n",
-    )
-    print(phases(config, method))
+    notes = task.family.notes(task.cut, config.block_size)
+    print(*notes, trainable(task.sizes["trainable_parameters"]), phases(config, method), sep="\n")
 
 
 def announce_shared(config, splits):
-    """Print how many lines of val_file and test_file are also in the files before them."""
+    """Print how many lines of val_file and test_file an earlier file also holds."""
     files = {f"{name}_file": rows for name, rows in splits.items()}
     if not config.val_file:  # then val is a part of train_file
         files["train_file"] = splits["train"] + files.pop("val_file")
@@ -69,7 +61,7 @@ def trainable(sizes):
 
 
 def phases(config, method):
-    """The lines of the plan about the phases."""
+    """The plan's lines about the phases."""
     bilevel = method is not None and method.upper is not None
     if not bilevel and not config.two_phases:
         unused = "; retrain_lr is for a final phase" if config.retrain_lr else ""
@@ -96,7 +88,7 @@ def announce_before(before, metric):
 
 
 def in_form(name, score):
-    """A score as text; one that is undefined, or was not computed, is a dash."""
+    """A score as text; a dash if it is undefined or was not computed."""
     if score is None:
         return "–"
     if name in ("bleu", "chrf"):
@@ -126,7 +118,7 @@ def plot_losses(path, metrics, results):
         axes.text(first, 1.01, phase, transform=axes.get_xaxis_transform(), color="gray")
 
     axes.set(xlabel="lower-level step", ylabel="loss", ylim=(0, None))
-    # hub names and folders can be long; above the names of the phases
+    # Folders and hub names can be long. The title stands above the phases' names.
     title = f"{results['method']} on {Path(results['model']).name}"
     axes.set_title(title, fontsize=10, pad=18)
     axes.legend()
@@ -135,7 +127,7 @@ def plot_losses(path, metrics, results):
 
 
 def table(results):
-    """The final table, and the lines below it, from the results in summary.json."""
+    """The final table and the lines below it. results: the content of summary.json."""
     splits = [split for split, scores in results["after"].items() if scores]
     rows = {"": splits}
     rows["examples"] = [results["evaluated"][split] for split in splits]
@@ -164,7 +156,7 @@ def table(results):
 
 
 def trained_on(config, phases):
-    """Whether a run of these phases has trained on each split, as words for the table."""
+    """{split: whether these phases trained on it, in words for the table}."""
     val = "yes" if "train" in phases else f"in {phases[-1]}"
     if phases == ["search"] and config.upper_data == "train":
         val = "no"
@@ -172,12 +164,12 @@ def trained_on(config, phases):
 
 
 def warnings(results):
-    """Lines about a run that has learnt nothing, or nothing that holds for test."""
+    """Lines about a run that learnt nothing, or nothing that holds on held-out data."""
     first, last = results["first_train_loss"], results["after"]["train"]["loss"]
     before = results["before"] or {}
     worse = [s for s in before if results["after"][s]["loss"] >= before[s]["loss"]]
     rates = "--lower_lr" + " or --upper_lr" * (results["trainable_parameters"]["upper"] > 0)
-    # The first step's loss is that of one batch: where test has improved, it was a lucky one.
+    # The first loss is one batch's: if test has improved, that batch was a lucky one.
     if last >= first and (worse or not before):
         return [
             f"warning: training ended no better than it began (train loss {first:.3f} at the first "
@@ -192,26 +184,22 @@ def without(arguments, *names):
 
 
 def summary(task):
-    """What summary.json holds besides the run's own numbers."""
+    """The part of summary.json that describes the task."""
     names = ("method", "model", "seed", "quantize")
-    settings = {name: getattr(task.config, name) for name in names}
-    return (
-        settings
-        | task.sizes
-        | {
-            "task": task.name,
-            "metric": task.family.metric,
-            "pairs": task.pairs,
-            "raw": task.raw,
-            "dtype": task.dtype,
-            "examples": {name: len(examples) for name, examples in task.splits.items()},
-            "evaluated": {name: len(rows) for name, rows in task.evaluated.items()},
-        }
-    )
+    return {name: getattr(task.config, name) for name in names} | {
+        **task.sizes,
+        "task": task.name,
+        "metric": task.family.metric,
+        "pairs": task.pairs,
+        "raw": task.raw,
+        "dtype": task.dtype,
+        "examples": {name: len(examples) for name, examples in task.splits.items()},
+        "evaluated": {name: len(rows) for name, rows in task.evaluated.items()},
+    }
 
 
 def next_commands(results, arguments, config, other):
-    """Commands to try after a run. results: its summary. other: a method to compare with."""
+    """Commands to try next. results: the run's summary. other: a method to compare with."""
     out, prompts = results["out_dir"], ("...", "..." * bool(results["pairs"]))
     if config.data in BUILT_IN and not config.train_file:
         built_in = BUILT_IN[config.data]
@@ -231,14 +219,14 @@ def next_commands(results, arguments, config, other):
 
 
 def failed(error):
-    """Print an error, once a machine: their files and networks may differ. Returns 2."""
+    """Print an error once on each machine. Returns the exit status 2."""
     if distributed.LOCAL_RANK == 0:
         print("error:", *str(error).split(), file=sys.stderr)  # in one line
     return 2
 
 
 def failed_in_torch(error):
-    """Likewise, if torch's memory is short or another process has ended; else raise the error."""
+    """`failed` if memory is short or another process has ended; else raise the error."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         hint = "lower batch_size, micro_batch_size or block_size, or try --auto_hardware=True"
@@ -250,7 +238,7 @@ def failed_in_torch(error):
 
 
 def stopped(error, arguments):
-    """Print how to go on with a run that a signal has ended. Returns its exit status."""
+    """Print how to resume a run that a signal ended. Returns the exit status."""
     if not isinstance(error, interrupt.Stopped):
         error = interrupt.Stopped("interrupted", how=interrupt.START_AGAIN)
     resumes = error.how.startswith("resume")

@@ -1,9 +1,7 @@
 """
-The rules for a run's settings: which values and which combinations are refused.
-
-Each function yields a message for each problem; `refuse` raises the first one. method,
-hypergradient: the entries that the config names (method: None for ft). The rules read these
-entries' fields, so a new entry needs no new rule.
+The rules for a run's settings: which values and combinations are refused. Each function yields a
+message for each problem; `refuse` raises the first one. method, hypergradient: the entries that the
+config names (method: None for ft). The rules read their fields, so a new entry needs no new rule.
 """
 
 import dataclasses
@@ -27,7 +25,7 @@ MOST = {"snapshots": 1000, "num_beams": 1000, "length_penalty": 100}
 
 
 def refuse(*rules):
-    """Raise ValueError with the first message that one of the rules yields, if there is one."""
+    """Raise ValueError with the first message that a rule yields, if any."""
     for message in itertools.chain(*rules):
         raise ValueError(message)
 
@@ -65,7 +63,7 @@ def device(config):
     place, _, index = config.device.partition(":")
     if config.device not in ("auto", "cpu", "cuda") and not (place == "cuda" and index.isdigit()):
         yield f"unknown device {config.device!r}: choose auto, cpu or cuda"
-    # Without a tensor there: each process would open the first GPU.
+    # A tensor would show this too, but make each process open the first GPU.
     if place == "cuda" and int(index or 0) >= torch.cuda.device_count():
         yield f"device={config.device} is not available: use device=cpu"
 
@@ -184,7 +182,7 @@ def sharded(config, second_order):
 
 
 def task(config, name, head, encoder):
-    """name: the task's; head: whether it trains one; encoder: whether the model is one."""
+    """name: the task's; head: whether it trains a head; encoder: whether the model is one."""
     what = "an encoder" if encoder else "a head"
     if head and config.fsdp:
         yield f"fsdp=True shards language models only, not {what}: leave it out"

@@ -1,6 +1,6 @@
 """
-A run and its folder: step count, log, progress bar, checkpoints, stopping at a signal, and recovery
-from a loss that is not finite. Of several processes, only the first one writes.
+A run and its folder: step count, log, progress bar, checkpoints, the stop at a signal, and recovery
+from a loss that is not finite. If there are several processes, only the first one writes.
 
     with Run(config, device, may_change) as run:           locks out_dir, reads a resumed run
         run.start(task)                                    writes the folder, restores a resumed run
@@ -27,7 +27,7 @@ from support.run.files import read_sealed, replacing, seal, write_json
 from support.weights.pretrained import fingerprints
 from support.weights.weight_changes import Trajectory
 
-LOG_EVERY = 0.25  # least seconds between writes: to read a loss, Python waits for the GPU
+LOG_EVERY = 0.25  # seconds between writes at least, since Python waits for the GPU to read a loss
 LEVELS = {"train_loss": "lower", "val_loss": "upper"}
 
 
@@ -38,10 +38,8 @@ def digest_of(lines):
 
 class Run:
     """
-    The run of a config as given on the command line; for a resumed run, `config` becomes the one
-    that it started with. may_change: the settings that may differ when a run is resumed.
-
-    Raises ValueError or OSError, before any work, for a folder that can't be used.
+    The run of a config. `config` becomes that of the earlier run if one is resumed; only the
+    settings may_change may differ. Raises ValueError or OSError for a folder that can't be used.
     """
 
     def __init__(self, config, device, may_change):
@@ -53,7 +51,7 @@ class Run:
         self.opened = False  # whether the folder holds this run
 
         with contextlib.ExitStack() as locks:
-            # Run by the first process alone, since a folder can be locked only once.
+            # A folder can be locked only once, so the first process does this for all.
             def find_folder():
                 run_folder.check_writable(self.out)
                 locks.enter_context(run_folder.locked(self.out))
@@ -75,11 +73,11 @@ class Run:
 
     def __exit__(self, error_type, *error):
         self.locks.close()
-        if error_type is KeyboardInterrupt:  # between two phases, or the second one within a step
+        if error_type is KeyboardInterrupt:  # between phases, or the second signal within a step
             raise self.interrupted() from None
 
     def interrupted(self):
-        """What takes the place of a KeyboardInterrupt: it says what has been saved."""
+        """The error that replaces a KeyboardInterrupt and says what has been saved."""
         if not self.opened or run_folder.is_untrained(self.out):
             return interrupt.Stopped("interrupted before the first step", how=interrupt.START_AGAIN)
         if (self.out / "summary.json").exists():
@@ -92,10 +90,8 @@ class Run:
 
     def start(self, task):
         """
-        Set an earlier run aside, write the folder's first files, and restore a resumed run.
-
-        task: a train.Task, of which config, folder, model, encoded, layers, metadata() and
-        save(folder) are used. Raises ValueError or OSError.
+        Restore a resumed run, or set an earlier run aside; then write the folder's first files.
+        task: a train.Task. Raises ValueError or OSError.
         """
         self.config, self.task = task.config, task
         self.fingerprint = hashlib.sha256(repr(task.encoded).encode()).hexdigest()
@@ -104,28 +100,26 @@ class Run:
         if self.config.snapshots:
             self.trajectory = Trajectory.start(task.layers, self.config.magnitude_axis)
 
-        # n: steps so far; done: how many of each phase; before: the results before training
+        # n: steps so far; done: {phase: its steps so far}; before: the results before training
         self.n, self.done, self.seconds, self.before, self.metrics = 0, {}, {}, None, []
         if self.state:
             self.restore(*self.state)
 
         distributed.from_first(self.open_folder)
         self.opened = True
-        # Each process draws dropout masks of its own, after a resume too.
+        # Each process draws its own dropout masks, after a resume too.
         if not self.is_first:
             torch.manual_seed(hash((self.config.seed, distributed.RANK, self.n)))
 
     def restore(self, tensors, state):
-        """Restore a checkpoint; phase() restores the optimizers."""
+        """Restore a checkpoint but for the optimizers, which phase() restores."""
         if state["fingerprint"] != self.fingerprint:
-            raise ValueError(
-                f"{self.out} can't be resumed: its data or its tokenizer has changed since"
-            )
+            raise ValueError(f"{self.out} can't be resumed: its data or its tokenizer has changed")
 
         self.n, self.done, self.before = state["n"], state["done"], state["before"]
         self.seconds, self.started = state["seconds"], self.started - state["elapsed"]
 
-        # The log may have lines of later steps than the checkpoint: those will be done again.
+        # Steps after the checkpoint will be done again, so their lines in the log are dropped.
         log = self.out / "metrics.jsonl"
         lines = log.read_bytes().splitlines()[: self.n]
         if digest_of(lines) != state["log"]:
@@ -143,7 +137,7 @@ class Run:
         checkpoint.set_random_states(state["random"])
 
     def open_folder(self):
-        """Write run.json, the log and the weights, so that a full disk shows before any work."""
+        """Write run.json, the log and the weights: a full disk shows before any work."""
         base = fingerprints(self.task.folder)
         kept = self.earlier_run.get("base", base)
         if changed := [part for part in kept if base.get(part) != kept[part]]:
@@ -178,16 +172,14 @@ class Run:
     @contextlib.contextmanager
     def phase(self, name, steps, optimizer):
         """
-        Yield an iterator over those steps of a phase, 1 to `steps`, that are still to do.
-
-        Raises Stopped at a signal; FloatingPointError if the block raises one, after saving the
-        weights of the last good step.
+        Yield an iterator over the steps of a phase, 1 to `steps`, that are still to do. Raises
+        Stopped at a signal, FloatingPointError after saving the weights of the last good step.
         """
         self.name, self.steps, self.optimizer = name, steps, optimizer
         self.step = self.last_kept = self.done.get(name, 0)
         self.phase_start = time.time() - self.seconds.get(name, 0)
         self.trained = optimizer.lower + optimizer.upper
-        self.last_finite = None  # the weights that last gave a finite loss
+        self.last_finite = None  # the last weights with a finite loss
         count = self.config.snapshots
         self.marks = {math.ceil(steps * i / count) for i in range(1, count + 1)}
 
@@ -227,12 +219,10 @@ class Run:
 
     def record(self, step, losses):
         """
-        Log a finished step; take a snapshot, write the log or a checkpoint, or stop, if it is time
-        for that.
-
-        losses: {"train_loss": a scalar tensor}, and "val_loss" if the upper level took a step.
+        Log a step; if due, take a snapshot, write the log or a checkpoint, or stop. losses:
+        {"train_loss": a scalar tensor}, and "val_loss" if the upper level took a step.
         """
-        self.last_finite = self.before_step  # their loss was finite, or the step had raised
+        self.last_finite = self.before_step  # if their loss were not, the step would have raised
         line = {"step": self.n, "phase": self.name}
         for key, level in LEVELS.items():
             if key in losses:
@@ -248,7 +238,7 @@ class Run:
 
         stop = self.stop_asked()
         due = step - self.last_kept >= self.config.checkpoint_every
-        # A checkpoint does not hold the kept lower-level steps: it waits until they have been used.
+        # A checkpoint can't hold kept lower-level steps, so it waits until they have been used.
         if not self.optimizer.past and step < self.steps and (stop or due):
             self.last_kept = step
             self.write_checkpoint()
@@ -257,13 +247,13 @@ class Run:
                 raise interrupt.Stopped(f"stopped at {self.name} step {step} of {self.steps}", stop)
 
     def check_finite(self, loss):
-        """Raise FloatingPointError for the loss after the last step, a scalar tensor."""
+        """Raise FloatingPointError if the loss after the last step, a scalar, is not finite."""
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss {loss:g} after the last step")
 
     def roll_back(self, error):
-        """Save the weights of the last good step, if any, and say what happened."""
-        if self.last_finite:  # else the folder holds the weights from before this phase
+        """Save the weights of the last good step and raise FloatingPointError."""
+        if self.last_finite:  # else the folder still holds the weights from before this phase
             for parameter, value in zip(self.trained, self.last_finite):
                 parameter.data = value
             self.save()
@@ -273,13 +263,11 @@ class Run:
         ) from None
 
     def stop_asked(self):
-        """
-        The highest signal number that any process has received, or 0: all must stop at one step.
-        """
+        """The highest signal number of any process, or 0: all must stop at the same step."""
         return distributed.highest(self.signals[0] if self.signals else 0)
 
     def write_log(self):
-        """Write the lines of the steps since the last call; show the last one's losses."""
+        """Write the lines of the steps since the last call; show the last losses."""
         lines, self.unwritten, self.last_written = self.unwritten, [], time.time()
         if not lines:
             return
@@ -296,14 +284,14 @@ class Run:
         self.bar.set_postfix(shown, refresh=False)
 
     def save(self):
-        """Write the weights as they are now, and the trajectory."""
+        """Write the present weights, and the trajectory."""
         if self.is_first:
             self.task.save(self.out)
             if self.trajectory:
                 self.trajectory.save(self.out)
 
     def write_checkpoint(self):
-        """Write what the run needs to resume after this step of the phase, the log first."""
+        """Write the log, then all that the run needs to resume after this step."""
         self.write_log()
         self.seconds[self.name] = time.time() - self.phase_start
         self.done[self.name] = self.step
@@ -329,10 +317,7 @@ class Run:
         checkpoint.save(self.out, self.n, tensors, state)
 
     def finish(self, results):
-        """
-        Add the run's own numbers to results, write summary and curves, and print the final table.
-        Returns the results.
-        """
+        """Add the run's numbers to results, write summary and curves, and print the table."""
         peak = hardware.peak_memory(self.device)
         results |= {
             "before": self.before,

@@ -1,8 +1,8 @@
 """
-The rules for a run's folder: who may write there, what is resumed, replaced and removed.
+A run's folder: who may write there; what is resumed, replaced and removed.
 
-A run locks its folder while it writes there. Only --resume and --overwrite touch an earlier run:
---resume continues it; --overwrite keeps it as FOLDER.previous until the new run has finished.
+A run locks its folder while it writes there. --resume continues an earlier run. --overwrite keeps
+it as FOLDER.previous until the new run has finished. Nothing else touches an earlier run.
 """
 
 import contextlib
@@ -37,40 +37,35 @@ def check_writable(out):
     existing = next(path for path in (out, *out.parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         what = "read-only" if existing.is_dir() else "not a folder"
-        raise ValueError(
-            f"out_dir={out} can't be written, since {existing} is {what}: choose another folder"
-        )
+        raise ValueError(f"out_dir={out} can't be written: {existing} is {what}; choose another")
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """
-    Lock a folder for this run, creating it if need be. The system releases the lock when the
-    process ends, even when it is killed. Raises ValueError if another run holds the lock.
-    """
+    """Make and lock a folder. Raises ValueError if another run holds it; a kill frees the lock."""
     folder = Path(folder)
     handle = take_lock(folder)
     try:
         yield
     finally:
-        # While the lock is held, so that nobody else takes this folder in between.
+        # Before the lock ends, so that no other run takes the folder in between.
         if handle is None or is_at(handle, folder):
             with contextlib.suppress(OSError):
-                folder.rmdir()  # works only if nothing was written
+                folder.rmdir()  # works only on an empty folder
         if handle is not None:
             os.close(handle)
 
 
 def take_lock(folder):
-    """Create and lock a folder. Returns a handle whose closing ends the lock; None on Windows."""
+    """Make and lock a folder. Returns a handle, which to close ends the lock; None on Windows."""
     while True:
-        with contextlib.suppress(FileExistsError):  # another run has just removed it
+        with contextlib.suppress(FileExistsError):  # another run removes it just now
             make_folder(folder, "choose another --out_dir")
         if not fcntl:
             return None
         try:
             handle = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # likewise
+        except FileNotFoundError:  # another run has just removed it
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,7 +81,7 @@ def take_lock(folder):
 
 
 def is_at(handle, folder):
-    """Whether an open folder is the one that is now at a path."""
+    """Whether an open folder is still the one at a path."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(folder))
     except FileNotFoundError:
@@ -94,13 +89,8 @@ def is_at(handle, folder):
 
 
 def find_run(config, out):
-    """
-    Look for an earlier run in the folder `out`. Returns (whether to resume it, whether the new run
-    replaces it).
-
-    Raises ValueError when the folder's content does not fit config.resume and config.overwrite.
-    """
-    # A .tmp file is left over from a write that a kill interrupted.
+    """(whether to resume the run in `out`, whether to replace it). Raises ValueError."""
+    # A kill leaves .tmp files.
     if all(path.name.endswith(".tmp") for path in out.iterdir()):
         if config.resume:
             print(f"{out} holds no run to resume: starting one")
@@ -122,9 +112,7 @@ def find_run(config, out):
 
     previous = previous_of(out)
     if previous.exists() and not (previous / REPLACED).exists() and not untrained:
-        raise ValueError(
-            f"{previous} is in the way, where the earlier run would be kept: move it elsewhere"
-        )
+        raise ValueError(f"{previous} is in the way of the earlier run: move it elsewhere")
     return False, True
 
 
@@ -136,15 +124,12 @@ def is_untrained(out):
 
 
 def previous_of(out):
-    """The path under which a folder's earlier run is kept until a new one has finished."""
+    """Where a folder's earlier run is kept until a new one has finished."""
     return out.with_name(out.name + ".previous")
 
 
 def set_aside(out):
-    """
-    Move the earlier run in `out` to previous_of(out), marked as removable. A run that ended before
-    its first step is removed, and one that has not finished makes way for the run kept already.
-    """
+    """Keep the earlier run in `out` at previous_of(out), unless what is there is worth more."""
     previous = previous_of(out)
     if (out / "summary.json").exists():
         remove_previous(out)
@@ -170,9 +155,9 @@ def remove_previous(out):
 
 
 def remove_run(folder):
-    """Remove the files of a run; the folder stays if it also holds files of the user's own."""
+    """Remove a run's files, and its folder if the user keeps no files of their own there."""
     own = own_files(folder)
-    for path in list(folder.glob("*")):  # so that no name in run.json leads out of the folder
+    for path in list(folder.glob("*")):  # no name in run.json can then lead out of the folder
         if path.name.removesuffix(".tmp") in own:
             remove(path)
     for path in (folder / "checkpoints").glob("*"):
@@ -184,7 +169,7 @@ def remove_run(folder):
 
 
 def own_files(folder):
-    """The names of the files that the run in a folder wrote, as it recorded them."""
+    """The names of the files that the run in a folder has written."""
     recorded = {*ADAPTER_FILES}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         recorded = {*read_sealed(folder / "run.json")["files"]}
@@ -193,9 +178,8 @@ def own_files(folder):
 
 def resumed_config(config, out, stored, may_change):
     """
-    The config of the run in `out`, of which run.json stored this, its automatic settings resolved,
-    with the settings in may_change taken from `config`. Raises ValueError when `config` differs in
-    any other setting.
+    The config that run.json of `out` has stored, with the settings in may_change from `config`.
+    Raises ValueError if `config` differs from it in another setting.
     """
     now = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as lists
     asked = stored.get("asked")
@@ -213,6 +197,5 @@ def resumed_config(config, out, stored, may_change):
         print(f"changed since the run began: {', '.join(changed.values())}")
 
     kept = {name: stored[name] for name in now if name not in may_change}
-    return dataclasses.replace(
-        config, **{name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
-    )
+    kept |= {name: tuple(value) for name, value in kept.items() if isinstance(value, list)}
+    return dataclasses.replace(config, **kept)

@@ -1,10 +1,9 @@
 """
 A command line for a dataclass: its fields are the settings, their comments the help.
 
-A value is the field's default, unless a config file (Python that sets names, or a JSON object) or,
-before that, --name=value or --name value sets it; it is converted to the field's type. For an
-unknown name, the closest known ones are suggested. In the dataclass, a line `# …` heads a group,
-and a line `#: …` continues a field's comment.
+The command line (--name=value or --name value) goes before a config file (Python that sets names,
+or a JSON object), and that before the field's default. Values are converted to the field's type. In
+the dataclass, a line `# …` heads a group, and a line `#: …` continues a field's comment.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ IN_WORDS = {
 
 
 def suggest(name, known):
-    """The end of a message about an unknown name: the closest of the known names, or all if few."""
+    """The end of a message about an unknown name: the closest known names, or all if few."""
     many = len(known) > 20
     close = difflib.get_close_matches(str(name), known, n=3 if many else 1)
     if close:
@@ -42,37 +41,34 @@ def suggest(name, known):
 
 
 def typed(field, value, where):
-    """
-    A value from the command line (a string) or a config file, converted to the field's type. Raises
-    ValueError, which begins with `where`.
-    """
-    kind = field.type
+    """A value converted to the field's type. Raises ValueError, which begins with `where`."""
+    wanted = field.type
     try:
-        if kind is tuple:
+        if wanted is tuple:
             names = value.split(",") if isinstance(value, str) else value
             listed = isinstance(names, (list, tuple)) and names
             if listed and all(isinstance(name, str) and name for name in names):
                 return tuple(names)
-        elif kind is bool and str(value).lower() in ("true", "false"):
+        elif wanted is bool and str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
-        elif kind is str and isinstance(value, (str, Path)) and "\0" not in str(value):
-            # The shell leaves ~ alone after --name=.
+        elif wanted is str and isinstance(value, (str, Path)) and "\0" not in str(value):
+            # The shell does not expand ~ after --name=.
             return str(value) if field.name in TEXTS else os.path.expanduser(value)
-        elif kind in (int, float) and not isinstance(value, bool):
-            number = kind(value)
+        elif wanted in (int, float) and not isinstance(value, bool):
+            number = wanted(value)
             if math.isfinite(number) and (isinstance(value, str) or number == value):
                 return number  # 8.5 is not an int
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"{where}: {field.name}={value!r} is not {IN_WORDS[kind]}")
+    raise ValueError(f"{where}: {field.name}={value!r} is not {IN_WORDS[wanted]}")
 
 
-def split(kind, arguments):
+def split(schema, arguments):
     """
-    A command line for the dataclass `kind` as a list of --name=value: `--name value` becomes one
-    argument, `--name` of a bool --name=True, and out-dir out_dir. Raises ValueError for others.
+    A command line for the dataclass `schema`, each argument as --name=value: from `--name value`,
+    from a bool's bare `--name`, and with _ for - in the name. Raises ValueError for others.
     """
-    type_of = {field.name: field.type for field in dataclasses.fields(kind)}
+    type_of = {field.name: field.type for field in dataclasses.fields(schema)}
     whole, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -92,16 +88,14 @@ def split(kind, arguments):
     return whole
 
 
-def read(kind, arguments, other_names=()):
+def read(schema, arguments, other_names=()):
     """
-    Read a command line into an instance of the dataclass `kind`. Returns it, and the path of its
-    config file or None.
+    (an instance of the dataclass `schema`, the path of its config file or None) from arguments.
 
-    arguments: as for split; the file of --config=file is looked for here, then in configs/.
-    other_names: {a name that other programs use: what to write instead}. Raises ValueError or
-    FileNotFoundError, with one line that names what is wrong and where.
+    arguments: as for split; --config=file names a file here or in configs/. other_names: {another
+    program's name for a setting: what to write instead}. Raises ValueError or FileNotFoundError.
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(schema)}
 
     def check_name(name, where, shown):
         if name in other_names:
@@ -111,7 +105,7 @@ def read(kind, arguments, other_names=()):
             raise ValueError(f"{where}unknown setting {shown}" + suggest(name, names))
 
     given = {}
-    for argument in split(kind, arguments):
+    for argument in split(schema, arguments):
         name, _, value = argument.removeprefix("--").partition("=")
         if name != "config":
             check_name(name, "", f"--{name}" if name.isprintable() else repr(f"--{name}"))
@@ -127,7 +121,7 @@ def read(kind, arguments, other_names=()):
             check_name(name, f"{path}: ", repr(name))
             values[name] = typed(fields[name], value, path)
     values |= {name: typed(fields[name], value, "command line") for name, value in given.items()}
-    return kind(**values), path
+    return schema(**values), path
 
 
 def at_least(config, **least):
@@ -137,18 +131,17 @@ def at_least(config, **least):
             raise ValueError(f"{name}={getattr(config, name)} must be at least {value}")
 
 
-def program(arguments, kind, do, text, resumes=False, reader=None):
+def program(arguments, schema, do, text, resumes=False, reader=None):
     """
-    Run do(settings), with an instance of the dataclass `kind` that `reader`, or `read`, reads from
-    the command line; with --help print the text and the settings instead. resumes: whether the same
-    command goes on after Ctrl-C. Returns the exit status: 0; 2 after one line about wrong input, a
-    missing library or too little memory; 130 after Ctrl-C.
+    Run do(settings) on what `reader`, or `read`, makes of the command line; for --help, print text
+    and settings. resumes: whether the same command goes on after Ctrl-C. Returns the exit status:
+    0, 130 after Ctrl-C, or 2 after one line about wrong input, a missing library or short memory.
     """
     if {"--help", "-h"} & set(arguments):
-        print(text.strip(), help_text(kind), sep="\n\n")
+        print(text.strip(), help_text(schema), sep="\n\n")
         return 0
     try:
-        do(reader(arguments) if reader else read(kind, arguments)[0])
+        do(reader(arguments) if reader else read(schema, arguments)[0])
         return 0
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed: pip install -r requirements-dev.txt"
@@ -171,19 +164,15 @@ def find_config(name):
     path = path if path.exists() else CONFIGS / name
     if not path.is_file():
         known = sorted(file.name for file in CONFIGS.iterdir() if file.suffix in (".py", ".json"))
-        raise FileNotFoundError(
-            f"no config file {path.name!r}, here or in {CONFIGS.name}/" + suggest(path.name, known)
-        )
+        problem = f"no config file {path.name!r}, here or in {CONFIGS.name}/"
+        raise FileNotFoundError(problem + suggest(path.name, known))
     if path.suffix.lower() not in (".py", ".json"):
         raise ValueError(f"config file {path}: its name must end in .py or .json")
     return path
 
 
 def run(path):
-    """
-    What a Python config file sets, without modules and names that begin with _: {name: value}.
-    Raises ValueError, naming the line, if the file fails.
-    """
+    """{name: value} of what a Python config file sets. Raises ValueError, which names the line."""
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # the user's file may raise anything
@@ -199,16 +188,16 @@ def run(path):
     }
 
 
-def help_text(kind):
-    """Every field with its default and comment, in groups, read from the dataclass's source."""
+def help_text(schema):
+    """Each field's default and comment, in groups, from the dataclass's source."""
     lines = [
         "settings:",
         "  --config=file",
         "        Python or JSON that sets any of these: a path, here or in configs/",
     ]
-    for line in inspect.getsource(kind).splitlines()[2:]:
+    for line in inspect.getsource(schema).splitlines()[2:]:
         if match := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):
-            default = getattr(kind, match[1])
+            default = getattr(schema, match[1])
             shown = ",".join(default) if isinstance(default, tuple) else default
             lines += [f"  --{match[1]}={shown}", f"        {match[2]}"]
         elif match := re.fullmatch(r"    #: (.*)", line):

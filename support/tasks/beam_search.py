@@ -6,17 +6,16 @@ Beam search with a length penalty, for many prompts at once. For data-to-text on
     answers = beam_search(model, prompts, 64, stop, 10, 0.9, no_repeat_ngram=4, within_prompt=False)
 
 Each step extends every running beam of a prompt by its likeliest tokens and keeps the likeliest of
-all these sequences. A beam that stops is finished, and competes by its score
+these sequences. A beam that stops is finished. Its score, where the stop token counts, is
 
     sum of log p over its tokens / number of its tokens ** length_penalty
 
-where the stop token counts. The search ends when no running beam, at its present length, scores
-better than the worst finished one. transformers 5 computes the same (generation/utils.py with
-early_stopping=False). One beam is greedy search.
+The search ends when no running beam, at its present length, scores better than the worst finished
+one, as in transformers 5 with early_stopping=False. One beam is greedy search.
 
-Prompts of unequal length need no padding: the model reads as much of each as the shortest one has,
-then a longer prompt's next tokens while the shorter ones' beams grow. So in any step all rows are
-equally long, and share a forward pass.
+Prompts of unequal length need no padding: the model reads the shortest prompt's length of each,
+then a longer prompt's next tokens while the shorter ones' beams grow. So in every step all rows are
+equally long and share a forward pass.
 """
 
 import math
@@ -26,23 +25,19 @@ import torch
 
 class Search:
     """
-    The search for one prompt. Its sequences are (sum of log p in nats, parent, ids); finished ones
-    have the score instead of the sum. ids begin with the prompt's; parent: the place in running of
-    the sequence that it extends.
+    The search for one prompt. A sequence is (sum of log p in nats, or the score once finished; the
+    place in `running` of the sequence it extends; ids with the prompt's).
     """
 
     def __init__(self, prompt, start, max_new_tokens, stop_ids, beams, length_penalty):
         self.prompt, self.most, self.stop_ids = prompt, len(prompt) + max_new_tokens, stop_ids
         self.beams, self.length_penalty = beams, length_penalty
-        self.candidates = max(2, 1 + len(stop_ids)) * beams  # of them at least `beams` don't stop
-        self.running = [(0.0, 0, prompt[:start])]  # best first; none: the search has ended
-        self.finished = []  # the best, at most `beams`, best first
+        self.candidates = max(2, 1 + len(stop_ids)) * beams  # so at least `beams` of them go on
+        self.running = [(0.0, 0, prompt[:start])]  # best first; empty when the search has ended
+        self.finished = []  # at most `beams`, best first
 
     def advance(self, log_p, tokens):
-        """
-        Extend the running sequences by a token. log_p, tokens: a list for each of them, of its
-        likeliest next tokens, best first.
-        """
+        """Extend the running sequences by their likeliest next tokens (a list for each of them)."""
         read = len(self.running[0][2])
         if read < len(self.prompt):
             self.running = [(0.0, 0, self.prompt[: read + 1])]
@@ -67,7 +62,7 @@ class Search:
         self.finished.sort(key=lambda sequence: sequence[0], reverse=True)
         del self.running[self.beams :], self.finished[self.beams :]
 
-        if not extended and not self.finished:  # any token would repeat an n-gram: end before it
+        if not extended and not self.finished:  # every token would repeat an n-gram
             self.finished = before[:1]
         full = len(self.finished) == self.beams
         if full and self.running and self.running[0][0] / scale <= self.finished[-1][0]:
@@ -80,17 +75,17 @@ class Search:
 
 
 def repeating(ids, n):
-    """The tokens that would complete, after ids, an n-gram that ids already contain."""
+    """The tokens that would repeat an n-gram of ids if they came next."""
     last = ids[len(ids) - n + 1 :]
     return [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == last]
 
 
 @torch.no_grad()
 def search_together(model, searches, no_repeat_ngram, within_prompt):
-    """Run searches that have all begun with equally many tokens to their ends."""
+    """Run searches, whose first rows are equally long, to their ends."""
     device, count = model.lm_head.weight.device, searches[0].candidates
     caches = [{} for _ in model.model.layers]
-    new = [search.running[0][2] for search in searches]  # tokens that are not in the caches yet
+    new = [search.running[0][2] for search in searches]  # the tokens that the caches lack
 
     while searches:
         hidden = model.hidden_states(torch.tensor(new, device=device), caches)[:, -1]
@@ -129,13 +124,12 @@ def beam_search(
     within_prompt=True,
 ):
     """
-    The best continuation of each prompt: lists of new token ids, without the stop token.
+    The best continuation of each prompt (a list of token ids): the new ids, without the stop token.
 
-    model: a model.Transformer. prompts: lists of token ids. length_penalty: above 0 it favours long
-    answers, below 0 short ones. no_repeat_ngram: no answer repeats so many tokens in a row (0: any
-    may), nor the prompt's tokens if within_prompt, as in transformers but not in LoRA's code.
-    batch_size: how many prompts share a forward pass, which keeps the keys and values of
-    batch_size · beams rows. Raises ValueError for an empty prompt and for numbers out of range.
+    model: a model.Transformer. length_penalty: above 0 it favours long answers, below 0 short ones.
+    no_repeat_ngram: the length of n-grams that no answer may repeat, or 0; within_prompt: including
+    the prompt's n-grams (transformers does, LoRA's code doesn't). batch_size: the prompts that
+    share a forward pass. Raises ValueError for an empty prompt and for numbers out of range.
     """
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 1),
@@ -154,7 +148,7 @@ def beam_search(
     left = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     while left:
         start = len(prompts[left[0]])
-        # Beyond this difference, batches of their own take fewer steps than reading on does.
+        # Prompts that are longer by more take fewer steps in batches of their own.
         group = [i for i in left[:batch_size] if len(prompts[i]) - start <= max_new_tokens]
         left = left[len(group) :]
         searches = [Search(prompts[i], start, *settings) for i in group]

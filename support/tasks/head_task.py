@@ -24,43 +24,37 @@ from support.text.tokenizer_files import FILES
 @dataclass
 class Row:
     input_ids: list
-    types: list  # which of two texts each token belongs to
+    types: list  # the text, 0 or 1, of each token
     target: object  # a class, a list of 0 and 1, a number, or a class or -100 for each token
-    answer: object  # the example's own: what predictions are compared with
-    words: list = None  # tagging: each token's word if it is the word's first one, else -100
+    answer: object  # the example's own, to compare with predictions
+    words: list = None  # tagging: the word of each token that begins one, else -100
 
 
 @dataclass
 class HeadTask:
-    """
-    kind: a key of heads.KINDS. names: the labels, in the order of their numbers. tokenizer: a
-    tokenizers.Tokenizer. glue: the key of scores.GLUE that says which scores are shown, or None.
-    """
+    """A family of tasks with the methods of tasks.LanguageTask."""
 
-    kind: str
-    names: list
-    tokenizer: object
+    kind: str  # a key of heads.KINDS
+    names: list  # the labels, in the order of their numbers
+    tokenizer: object  # a tokenizers.Tokenizer
     pad_id: int
-    glue: str | None = None
+    glue: str | None = None  # the key of scores.GLUE that names the scores
 
     @property
     def metric(self):
         """The score that a run is judged by."""
-        kinds = {"multi_label": "f1_micro", "regression": "pearson", "tagging": "f1"}
-        return scores.GLUE[self.glue][0] if self.glue else kinds.get(self.kind, "accuracy")
+        metrics = {"multi_label": "f1_micro", "regression": "pearson", "tagging": "f1"}
+        return scores.GLUE[self.glue][0] if self.glue else metrics.get(self.kind, "accuracy")
 
     def notes(self, cut, block_size):
-        """Lines about the data. cut: how many examples were too long."""
+        """Lines about the data. cut: the number of examples that were too long."""
         if cut:
             yield f"{cut} examples were longer than block_size={block_size}: cut on the right"
 
     # ------------------------------------------------------------------------------- the rows
 
     def encode(self, examples, block_size):
-        """
-        Turn examples into (list of Row, how many were cut on the right). block_size: most tokens a
-        row. Raises ValueError for a block_size without room, and for a sentence without a token.
-        """
+        """(list of Row, how many were cut on the right) of examples. Raises ValueError."""
         encode = self.encode_tags if self.kind == "tagging" else self.encode_text
         encoded = [encode(example, block_size) for example in examples]
         return [row for row, _ in encoded], sum(cut for _, cut in encoded)
@@ -128,10 +122,7 @@ class HeadTask:
         self.scores([(row.answer, row.answer) for row in rows[:2]])
 
     def attach(self, backbone, rows=()):
-        """
-        An Encoder or a model.Transformer with a fresh head. An encoder's regression begins at the
-        mean of the rows' scores, which would take many steps to learn; a decoder's has no bias.
-        """
+        """The model with a fresh head. A regression's bias, if any, starts at the mean score."""
         build = EncoderWithHead if isinstance(backbone, Encoder) else DecoderWithHead
         model = build(backbone, self.kind, len(self.names) or 1)
         if rows and self.kind == "regression" and model.output.bias is not None:
@@ -139,10 +130,7 @@ class HeadTask:
         return model
 
     def save_pretrained(self, model, base, folder):
-        """
-        Write a trained encoder with its head, and the tokenizer of the folder `base`. Raises
-        ValueError for a language model with a head.
-        """
+        """Write an encoder with its head, and base's tokenizer; ValueError for a language model."""
         if isinstance(model, DecoderWithHead):
             raise ValueError(
                 "a language model with a head can't be written as a whole: keep the adapter, which "
@@ -155,7 +143,7 @@ class HeadTask:
 
     @torch.no_grad()
     def evaluate(self, model, rows, scored=True):
-        """(summed loss, number of targets, a list of (prediction, answer)) of a few rows."""
+        """(summed loss, number of targets, [(prediction, answer)]) of a few rows."""
         *inputs, targets = self.collate(rows)
         logits, count = model(*inputs), self.supervised(rows)
         predictions = model.predict(logits).tolist()
@@ -170,7 +158,7 @@ class HeadTask:
             return self.names[prediction]
         if self.kind == "multi_label":
             return [name for name, chosen in zip(self.names, prediction) if chosen]
-        tags = ["O"] * len(row.answer)  # also of words beyond block_size
+        tags = ["O"] * len(row.answer)  # words beyond block_size keep it
         for place, tag in zip(row.words, prediction):
             if place != IGNORED:
                 tags[place] = self.names[tag]
@@ -178,7 +166,7 @@ class HeadTask:
 
     @torch.no_grad()
     def describe(self, model, text, text_b, block_size):
-        """Lines that say what the model finds in a text, or in a pair; text_b: "" for one text."""
+        """Lines with the prediction for a text or a pair; text_b: "" for one text."""
         if self.kind == "tagging":
             words = text.split()
             ids, places = encode_words(self.tokenizer, words, range(len(words)), block_size)
@@ -211,14 +199,14 @@ def place_of(example):
 
 def load_tokenizer(folder):
     """
-    (the tokenizers.Tokenizer, the id that pads rows) of a folder with tokenizer.json, or ESM-2's
-    vocab.txt. Raises FileNotFoundError without either, ValueError for a damaged one.
+    (tokenizers.Tokenizer, the id that pads rows) of a folder with tokenizer.json, or ESM-2's
+    vocab.txt. Raises FileNotFoundError or ValueError.
     """
     from tokenizers import Tokenizer
 
     path, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
     config = read_json(folder / "config.json")
-    pad_id = config.get("pad_token_id") or 0  # any will do where the model names none
+    pad_id = config.get("pad_token_id") or 0  # any id will do if the model names none
     if not path.exists():
         if vocabulary.exists() and config.get("model_type") == "esm":
             return letters(vocabulary), pad_id
@@ -230,7 +218,7 @@ def load_tokenizer(folder):
 
 
 def letters(path):
-    """ESM-2's tokenizer, a token a letter, from its vocab.txt. Raises ValueError."""
+    """ESM-2's tokenizer, one token a letter, from its vocab.txt. Raises ValueError."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 
     vocab = {token: i for i, token in enumerate(path.read_text(encoding="utf-8").split())}
@@ -259,9 +247,8 @@ def truncate(tokenizer, block_size, pair):
 
 def encode_pair(tokenizer, text, text_b=None, block_size=512):
     """
-    (token ids, token types, whether it was cut) of a text or a pair, with special tokens. Of a pair
-    the longer text is cut first. tokenizer: a tokenizers.Tokenizer, whose truncation and padding
-    are set. Raises ValueError for a block_size that holds special tokens only.
+    (token ids, token types, whether it was cut) of a text or a pair, with special tokens. The
+    longer text of a pair is cut first. Raises ValueError if block_size holds only special tokens.
     """
     truncate(tokenizer, block_size, text_b is not None)
     encoding = tokenizer.encode(text, text_b)
@@ -270,10 +257,9 @@ def encode_pair(tokenizer, text, text_b=None, block_size=512):
 
 def encode_words(tokenizer, words, targets, block_size=512):
     """
-    (token ids, a target a token) of a row of words, each after a space: a word's target is on its
-    first token, and -100 on all others. Words without a token, such as "", and words beyond
-    block_size have no place. Other arguments and errors: as in encode_pair. Raises ValueError
-    unless there is one target a word.
+    (token ids, a target for each) of words, each after a space. A word's target is on its first
+    token; all other tokens have -100. Words without a token, such as "", and words beyond
+    block_size are left out. Raises ValueError unless each word has a target.
     """
     if len(words) != len(targets):
         raise ValueError(f"{len(targets)} targets for {len(words)} words: give one a word")

@@ -72,10 +72,7 @@ def fresh(module):
 
 
 class Head(nn.Module):
-    """
-    What the two classes below share; they compute `logits`. kind: a key of KINDS. labels: how many
-    classes; 1 for regression. Raises ValueError for others.
-    """
+    """What both models share. kind: a key of KINDS. labels: the number of classes, or 1."""
 
     def __init__(self, kind, labels):
         if kind not in KINDS:
@@ -247,16 +244,13 @@ class EncoderWithHead(Head):
 
 
 class DecoderWithHead(Head):
-    """
-    A model.Transformer, frozen but for adapters, with a fresh head in place of its output layer.
-    kind, labels: as in Head.
-    """
+    """A model.Transformer, frozen but for adapters, with a fresh head for its output layer."""
 
     def __init__(self, decoder, kind, labels):
         super().__init__(kind, labels)
         freeze(decoder)
         self.model = decoder.model
-        self.__dict__["decoder"] = decoder  # not as a module: all names would begin with it
+        self.__dict__["decoder"] = decoder  # a module would put its name before all parameters'
         width, weight = decoder.config.hidden_size, decoder.model.embed_tokens.weight
         self.score = fresh(nn.Linear(width, labels, bias=kind == "tagging"))
         self.dtype = torch.promote_types(weight.dtype, torch.float32)

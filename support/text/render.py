@@ -1,8 +1,7 @@
 """
-Renders chat templates in a process of its own, within limits of time, memory and output, since a
-template is a program that comes with a model. support/text/chat.py starts it.
-
-Reads requests from stdin and writes answers to stdout, one a line, in JSON:
+Renders chat templates, programs that come with models, within limits of time, memory and output.
+support/text/chat.py starts this process. It reads requests from stdin and writes answers to stdout,
+one a line, in JSON:
 
     {"source", "tokens", "conversations": [[messages, add_generation_prompt], …]}
     ->  [{"text"} or {"error"}, …]
@@ -24,7 +23,7 @@ MOST_TEXT = 10**7  # characters
 
 
 class GenerationBlock(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %} marks the assistant's text: rendered as it is."""
+    """{% generation %} … {% endgeneration %}, around the assistant's text, changes nothing."""
 
     tags = {"generation"}
 
@@ -42,7 +41,7 @@ def strftime_now(form):
 
 
 def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """jinja2's own tojson escapes HTML."""
+    """tojson without jinja2's escapes for HTML."""
     return json.dumps(
         x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -83,9 +82,9 @@ if __name__ == "__main__":
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
-    except (ImportError, ValueError, OSError):  # Windows and some versions of macOS have none
+    except (ImportError, ValueError, OSError):  # Windows and some versions of macOS have no limits
         pass
-    end_after = getattr(signal, "alarm", lambda seconds: None)  # nor has Windows this one
+    end_after = getattr(signal, "alarm", lambda seconds: None)  # Windows has no alarm
     for line in sys.stdin:
         end_after(MOST_SECONDS)
         request = json.loads(line)

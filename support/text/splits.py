@@ -3,7 +3,7 @@ Splits: which examples train each level, and which are tested.
 
     load_examples(path or name)  ->  list of dicts, all of one format (jsonl.py)
     split(examples, 0.2)         ->  (train, val), stratified, groups kept whole
-    load_splits(config)          ->  Splits: {"train", "val", "test"}, and what is asked
+    load_splits(config)          ->  Splits: {"train", "val", "test"}, question, labels
 """
 
 import os
@@ -23,11 +23,9 @@ LABEL_PROMPT = (
 
 def load_examples(path_or_name):
     """
-    Read a file (JSONL; CSV or parquet; CoNLL's columns, if its name ends in .conll or .bio), or a
-    built-in data set (a key of BUILT_IN), as a list of dicts.
-
-    Raises FileNotFoundError for a missing file; ValueError, naming file and line, for content that
-    can't be trained on.
+    Read a file (JSONL, .csv, .parquet, or CoNLL's columns in .conll or .bio) or a built-in data set
+    (a key of BUILT_IN) as a list of dicts. Raises FileNotFoundError, or ValueError, which names
+    file and line, for content that can't be trained on.
     """
     if path_or_name in BUILT_IN:
         return BUILT_IN[path_or_name].load()
@@ -39,7 +37,7 @@ def load_examples(path_or_name):
             f"{path} does not exist: give a JSONL, CSV or parquet file, or a built-in set with "
             f"--data={'|'.join(BUILT_IN)}"
         )
-    # of these tables, read_table refuses the last two, by name
+    # read_table refuses .tsv and .xlsx, with advice
     readers = dict.fromkeys((".csv", ".parquet", ".tsv", ".xlsx"), tables.read_table)
     readers |= {".conll": tables.read_conll, ".bio": tables.read_conll}
     return readers.get(path.suffix.lower(), read_jsonl)(path)
@@ -47,11 +45,9 @@ def load_examples(path_or_name):
 
 def split(examples, val_fraction=0.2, seed=0, grouped=True):
     """
-    Shuffle and split into (train, val), label by label (stratified).
-
-    grouped: keep examples with the same "group" (sentences of one review) together; val may then be
-    a little smaller than asked. Raises ValueError when train or val would be empty, or would lack a
-    label that the other has.
+    Shuffle and split into (train, val), label by label (stratified). grouped: keep examples of one
+    "group" together, which may make val a little smaller. Raises ValueError if train or val would
+    be empty, or would lack a label that the other has.
     """
     order = random.Random(seed).sample(range(len(examples)), len(examples))
     labels, groups, first = {}, {}, {}
@@ -61,7 +57,7 @@ def split(examples, val_fraction=0.2, seed=0, grouped=True):
         leader = first.setdefault(example.get("group", i), i) if grouped else i
         groups.setdefault(leader, []).append(i)
 
-    # A group's turn comes with its first example; it joins val if that lacks as many of each label.
+    # In the order of first examples, a group joins val if val lacks that many of each label.
     lacking = Counter({label: round(val_fraction * len(rows)) for label, rows in labels.items()})
     chosen = set()
     for members in (groups[i] for i in order if i in groups):
@@ -94,9 +90,8 @@ class Splits(NamedTuple):
 
 def load_splits(config):
     """
-    A config's Splits. Where the data has no val split, val_fraction of train becomes val.
-
-    Raises ValueError when the splits don't fit together.
+    A config's Splits. If the data has no val split, val_fraction of train becomes val. Raises
+    ValueError if the splits don't fit together.
     """
     question, glue = LABEL_PROMPT, None
     if config.train_file:
@@ -114,7 +109,7 @@ def load_splits(config):
 
     if not splits["val"] and config.val_fraction > 0:
         splits["train"], splits["val"] = split(splits["train"], config.val_fraction, config.seed)
-    # Of a published data set, all labels are known; a small sample may lack some.
+    # From the whole data set, since a small sample may lack a label.
     labels = sorted({label for example in whole for label in labels_of(example)})
     check_splits(splits, labels)
     for name in ("train", "val"):
@@ -123,7 +118,7 @@ def load_splits(config):
 
 
 def sample_built_in(config, examples):
-    """A built-in data set's train and test examples; val is split off later."""
+    """The train and test examples of a built-in data set; val is split off later."""
     half = len(examples) // 2
     train_size, test_size = config.train_size or min(200, half), config.test_size or min(400, half)
     taken = train_size + test_size + config.tune_size
@@ -144,9 +139,8 @@ def sample_built_in(config, examples):
 
 def sample_official(config, parts):
     """
-    The splits of a data set that has its own: {"train", "dev", "test"}. With a val_fraction, the
-    papers' rule: val is a part of train, and dev, unless there is a test set, is the test. Without
-    one, val is dev.
+    The splits of a data set with its own parts. With a val_fraction, the papers' rule: val comes
+    from train, and dev stands in for a missing test set. Without one, val is dev.
     """
     if config.val_fraction > 0:
         splits = {"train": parts["train"], "val": [], "test": parts["test"] or parts["dev"]}
@@ -168,14 +162,14 @@ def sample_official(config, parts):
 
 
 def labels_of(example):
-    """The labels or tags of an example, a list; [] where its format has none."""
+    """The list of an example's labels or tags; [] if its format has none."""
     key = {"classification": "label", "multi_label": "labels", "tagging": "tags"}
-    found = example.get(key.get(format_of(example)), [])
-    return [found] if isinstance(found, str) else found
+    labels = example.get(key.get(format_of(example)), [])
+    return [labels] if isinstance(labels, str) else labels
 
 
 def one_reference(example):
-    """Copies of an example, each with one of its references; of another format, the example."""
+    """Copies of an example, each with one of its references; or the example itself."""
     if "references" not in example:
         return [example]
     where = getattr(example, "where", "an example")
@@ -184,8 +178,8 @@ def one_reference(example):
 
 def check_splits(splits, labels):
     """
-    Raise ValueError unless all splits have one format and no label that is not among `labels`; and,
-    for classification, train has two of them or more, and val has all that train has.
+    Raise ValueError unless all splits have one format and no label outside `labels`. Classification
+    also needs two labels in train, and all of train's labels in val.
     """
     firsts = {name: examples[0] for name, examples in splits.items() if examples}
     formats = {format_of(example) for example in firsts.values()}
@@ -203,12 +197,10 @@ def check_splits(splits, labels):
 
     if formats != {"classification"}:
         return
-    found = {label for example in splits["train"] for label in labels_of(example)}
-    if len(found) < 2:
-        raise ValueError(
-            f"all train examples have the label {found.pop()!r}: "
-            f"classification needs two labels or more"
-        )
-    lacking = found.difference(*(labels_of(example) for example in splits["val"]))
+    needed = {label for example in splits["train"] for label in labels_of(example)}
+    if len(needed) < 2:
+        only = f"all train examples have the label {needed.pop()!r}"
+        raise ValueError(f"{only}: classification needs two labels or more")
+    lacking = needed.difference(*(labels_of(example) for example in splits["val"]))
     if splits["val"] and lacking:
         raise ValueError(f"val lacks the label {min(lacking)!r}: give it examples of every label")

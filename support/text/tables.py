@@ -5,9 +5,9 @@ Examples from tables: CSV and parquet files, GLUE's TSV files, CoNLL-2003's colu
     read_glue(path, task)   train.tsv or dev.tsv of a GLUE task
     read_conll(path)        one word and its tag a line
 
-Each returns a list of examples in the formats of jsonl.py, but for conversations and plain text.
-Each raises FileNotFoundError for a missing file; ValueError, naming file and line, for one that
-can't be read. Names of columns are matched in any case; columns with other names are left out.
+Each returns a list of examples in a format of jsonl.py (not conversations or plain text). Each
+raises FileNotFoundError, or ValueError, which names file and line. The case of a column's name does
+not matter; unknown columns are left out.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ PAIRS = (  # the columns of two texts
     ("text_a", "text_b"), ("text", "text_b"), ("sentence1", "sentence2"),
     ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
 )  # fmt: skip
-KEYS = ("label", "score", "labels")  # the last one needs lists, which parquet has
+KEYS = ("label", "score", "labels")  # labels are lists, which only parquet has
 LAYOUTS = (  # {key: column}; a table has the first layout whose columns it has
     {"instruction": "instruction", "output": "output"},
     {"prompt": "prompt", "completion": "completion"},
@@ -39,16 +39,14 @@ LAYOUTS = (  # {key: column}; a table has the first layout whose columns it has
     {"words": "words", "tags": "tags"},
     {"words": "tokens", "tags": "ner_tags"},
 )
-OPTIONAL = ("input", "group")  # kept beside any layout
-COLA_HEADER = ["source", "label", "annotation", "sentence"]  # its files do not name their columns
+OPTIONAL = ("input", "group")  # kept with any layout
+COLA_HEADER = ["source", "label", "annotation", "sentence"]  # CoLA's files have no header
 
 
 def read_table(path):
     """
-    The examples of a CSV or parquet file, whose columns are those of one of LAYOUTS.
-
-    CSV is UTF-8 with commas, quotes as in RFC 4180, and a header. Rows with the same "mr" become
-    one example with several references.
+    The examples of a CSV or parquet file in one of LAYOUTS. CSV is UTF-8 with commas, RFC 4180's
+    quotes and a header. Rows with the same "mr" become one example with several references.
     """
     readers = {".csv": csv_rows, ".parquet": parquet_rows}
     reader = readers.get(Path(path).suffix.lower())
@@ -61,12 +59,9 @@ def read_table(path):
 
 def read_glue(path, task):
     """
-    The examples of a TSV file that the GLUE benchmark gives out (arXiv 1804.07461): train.tsv,
-    dev.tsv, MNLI's dev_matched.tsv and dev_mismatched.tsv. task: a key of GLUE in
-    support/tasks/scores.py. Labels stay as they are written.
-
-    Quotes mean nothing in these files. Some rows of QQP are broken in two; they are left out, as
-    is usual, unless they are more than one in a hundred.
+    The examples of a TSV file of the GLUE benchmark (arXiv 1804.07461): train.tsv, dev.tsv, MNLI's
+    dev_matched.tsv and dev_mismatched.tsv. task: a key of scores.GLUE. Labels stay as written, and
+    quotes mean nothing. Rows of QQP that are broken in two are left out, up to one in a hundred.
     """
     if task not in GLUE:
         raise ValueError(f"unknown GLUE task {task!r}: choose {', '.join(GLUE)}")
@@ -84,12 +79,12 @@ def read_glue(path, task):
 
 def read_conll(path):
     """
-    Sentences as {"words", "tags"}, from a file in the layout of CoNLL-2003 (Tjong Kim Sang & De
-    Meulder, 2003): a word a line, blanks between its columns, the tag in the last one; an empty
-    line after each sentence, and a line -DOCSTART- before each document (JNLPBA: ###MEDLINE:…).
+    Sentences as {"words", "tags"} from a file in CoNLL-2003's layout (Tjong Kim Sang & De Meulder,
+    2003): a word a line, blanks between columns, the tag in the last one; an empty line after each
+    sentence; and a line -DOCSTART- before each document (JNLPBA: ###MEDLINE:…).
 
-    Tags are given as BIO. The original files are IOB1, where B- only parts two neighbours of one
-    type; so I-X becomes B-X unless an entity of type X precedes it, which leaves BIO as it is.
+    Tags become BIO. The original files are IOB1, where B- only parts two neighbours of one type: so
+    I-X becomes B-X unless an entity of type X precedes it. BIO stays as it is.
     """
     sentences, sentence, width = [], None, None
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -137,7 +132,7 @@ def read_text(path):
 
 
 def csv_rows(path, **dialect):
-    """Yield (file and line, list of cells) of each row. The first one is the header."""
+    """Yield (file and line, list of cells) of each row, the header first."""
     reader, end = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, **dialect), 0
     try:
         for cells in reader:
@@ -152,7 +147,7 @@ def csv_rows(path, **dialect):
 
 
 def parquet_rows(path):
-    """Yield (file and row, list of cells) of each row. The first one is the header."""
+    """Yield (file and row, list of cells) of each row, the header first."""
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -169,11 +164,11 @@ def parquet_rows(path):
 
 
 def examples_of(path, rows):
-    """A list of examples, one a row, but one for all references of a prompt. rows: header first."""
+    """One example a row, or one for all references of a prompt. rows: the header first."""
     where, header = next(rows, (path, []))
     names = [name.strip().lower() for name in header]
     layout = layout_of(names, where)
-    examples = {}  # by prompt or place
+    examples = {}  # {prompt or place: example}
     for where, cells in rows:
         if len(cells) != len(names):
             counts = f"{len(cells)} cells, but {len(names)} columns"
@@ -196,7 +191,7 @@ def examples_of(path, rows):
 
 
 def layout_of(names, where):
-    """{key: column} of the columns to read. Raises ValueError, beginning with `where`."""
+    """{key: column} to read. Raises ValueError, which begins with `where`."""
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{where}: the column {twice[0]!r} occurs twice: rename or remove one")
     if len(names) == 1 and re.search(r"[;\t|]", names[0]):
@@ -213,7 +208,7 @@ def layout_of(names, where):
 
 
 def value_of(cell, key):
-    """A cell as JSONL would have it: CSV writes numbers as texts, and parquet labels as numbers."""
+    """A cell as in JSONL: CSV has numbers as texts, and parquet has labels as numbers."""
     if key == "references" and isinstance(cell, str):
         return [cell]
     if key == "score" and isinstance(cell, str):

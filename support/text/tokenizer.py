@@ -34,14 +34,12 @@ from support.text.tokenizer_files import (
 
 class Tokenizer:
     """
-    A tokenizer and its chat template, token for token equal to the tokenizers library.
+    A tokenizer and its chat template. Its tokens equal the tokenizers library's, except perhaps for
+    code points that only the newer of two Unicode tables knows.
 
-    (Unicode tables differ by version: code points that only the newer table knows may differ.)
-
-    added: the added tokens, {text: id}. eos_id: ends a text. pad_id: fills batches; no loss falls
-    on it. stop_ids: end a generated answer. prefix_ids: go before a text (LLaMA:
-    <|begin_of_text|>); chat templates write such tokens themselves.
-    encoding: tiktoken's; None where the tokenizers library runs this tokenizer.
+    added: the added tokens, {text: id}. eos_id ends a text. pad_id fills batches, without a loss.
+    stop_ids end a generated answer. prefix_ids go before a text (LLaMA: <|begin_of_text|>); chat
+    templates write them too. encoding: tiktoken's, or None if the tokenizers library is used.
     """
 
     def __init__(self, folder):
@@ -66,10 +64,8 @@ class Tokenizer:
         named = {n: t for n, t in texts.items() if n.endswith("_token") and isinstance(t, str)}
         self.eos_id = self.added.get(named.get("eos_token"))
         if self.eos_id is None:
-            raise ValueError(
-                f"{folder / 'tokenizer_config.json'} is missing, or its eos_token is not an added "
-                f"token"
-            )
+            path = folder / "tokenizer_config.json"
+            raise ValueError(f"{path} is missing, or its eos_token is not an added token")
         self.pad_id = self.added.get(named.get("pad_token"), self.eos_id)
         template = read_chat_template(folder, self.settings)
         self.has_chat_template = template is not None
@@ -77,21 +73,17 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """
-        Read tokenizer.json, or vocab.json and merges.txt, and tokenizer_config.json.
-
-        Raises FileNotFoundError for a missing file, ValueError for a damaged one.
-        """
+        """The tokenizer of a model's folder. Raises FileNotFoundError or ValueError."""
         with malformed(f"{Path(folder) / 'tokenizer_config.json'} or tokenizer.json"):
             return cls(folder)
 
     @cached_property
     def library(self):
-        """The tokenizers library's tokenizer: it takes time to load, so only where it is needed."""
+        """The tokenizers library's tokenizer, loaded only when it is needed."""
         return open_library(*read_spec(self.folder, self.settings))
 
     def encode(self, text):
-        """Token ids of a text, a list. Added tokens written in the text count as themselves."""
+        """The token ids of a text, a list. Added tokens in the text count as themselves."""
         if self.encoding:
             ids = []
             with contextlib.suppress(ValueError):  # tiktoken gives up on a million spaces
@@ -111,19 +103,19 @@ class Tokenizer:
 
     def encode_cut(self, text, cuts):
         """
-        Token ids of a text cut at some positions (ascending): one list for each segment.
+        The token ids of a text's segments between cuts (ascending positions), a list for each.
 
-        Where all cuts lie between tokens, the tokens are those of the whole text. Otherwise each
-        segment is tokenized by itself, as in generation, where the prompt comes before the answer
-        exists. If the tokenizer puts a space before each text (LLaMA 2: SentencePiece), a token of
-        the whole text belongs to the segment that it ends in.
+        If all cuts lie between tokens, the tokens are the whole text's. Otherwise each segment is
+        encoded by itself, since in generation a prompt comes before its answer exists. If the
+        tokenizer puts a space before each text (LLaMA 2: SentencePiece), a token of the whole text
+        belongs to the segment that it ends in.
         """
-        # What comes before an added token has the same tokens whatever follows, so the text before
-        # a cut is encoded from there on.
+        # Text after an added token does not change the tokens before it, so the text before a cut
+        # is encoded from the last added token on.
         whole, added = self.encode(text), set(self.added.values())
         begins = [0, *(match.start() for match in self.added_pattern.finditer(text))]
         counts = [0, *(n for n, token in enumerate(whole) if token in added)]
-        if len(begins) != len(counts):  # one of them counts only as a word
+        if len(begins) != len(counts):  # one of them counts only as a whole word
             begins, counts = [0], [0]
 
         edges = [0]
@@ -136,7 +128,7 @@ class Tokenizer:
         return [whole[a:b] for a, b in zip(edges, [*edges[1:], len(whole)])]
 
     def encode_apart(self, text, cuts):
-        """encode_cut where a cut lies inside a token."""
+        """encode_cut for a cut inside a token."""
         if self.encoding or self.encode_by_library("a").tokens == ["a"]:  # not "▁a"
             return [self.encode(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)])]
 
@@ -146,7 +138,7 @@ class Tokenizer:
         return segments
 
     def decode(self, ids, skip_special=True):
-        """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids without a token vanish."""
+        """The text of token ids. Broken UTF-8 becomes U+FFFD; ids without a token vanish."""
         if self.encoding:
             hidden = self.special_ids if skip_special else ()
             return self.encoding.decode([i for i in ids if i in self.ids and i not in hidden])
@@ -161,14 +153,14 @@ class Tokenizer:
                     shutil.copyfile(self.folder / name, temporary)
 
     def apply_chat_template(self, messages, add_generation_prompt=False):
-        """ChatTemplate.render, by the name that it has in transformers."""
+        """ChatTemplate.render, under its name in transformers."""
         return self.chat.render(messages, add_generation_prompt)
 
     @cached_property
     def prefix_ids(self):
-        text = next(iter(self.added))  # any that has a token
+        text = next(iter(self.added))  # any text that has a token
         encoding = self.encode_by_library(text, add_special_tokens=True)
-        return encoding.ids[: encoding.sequence_ids.index(0)]  # None where a token isn't the text's
+        return encoding.ids[: encoding.sequence_ids.index(0)]  # 0: a token of the text itself
 
     @cached_property
     def stop_ids(self):

@@ -1,12 +1,10 @@
 """
-Hugging Face's tokenizer files: read, opened by the tokenizers library, or made into a tiktoken
-encoding.
+Hugging Face's tokenizer files, for the tokenizers library or as a tiktoken encoding.
 
 tokenizer.json describes a whole tokenizer: added tokens, normalizer, pre-tokenizer, model
 (vocabulary and merges), post-processor and decoder. Older models have vocab.json and merges.txt
-instead; their tokenizer class, named in tokenizer_config.json, implies the rest.
-
-Source: https://huggingface.co/docs/tokenizers/components
+instead; their class, named in tokenizer_config.json, implies the rest. Source:
+https://huggingface.co/docs/tokenizers/components
 """
 
 import contextlib
@@ -19,28 +17,21 @@ import tiktoken
 from support.run.files import read_json
 
 FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "vocab.txt merges.txt chat_template.jinja generation_config.json"
+).split()
 
-# GPT-2 writes each byte as one character: printable ones as themselves, the others from 256 on.
+# GPT-2 writes each byte as one character: a printable byte as itself, the others from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 CHAR_TO_BYTE = dict(zip(map(chr, [*PRINTABLE, *range(256, 512)]), PRINTABLE + OTHERS))
 
-# The flags of an added token where the file does not give them
+# An added token's flags, if the file does not give them
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Digits are cut out first; GPT-2's split is applied to the text between them. So a digit ends a run
-# of spaces as the end of the text does.
+# Digits are cut out first, and GPT-2's split applies between them: so a digit ends a run of spaces,
+# like the end of the text.
 SMOLLM2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -50,18 +41,18 @@ LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 def read_settings(folder):
-    """The settings in tokenizer_config.json, over those in special_tokens_map.json."""
+    """The settings in special_tokens_map.json and, with priority, tokenizer_config.json."""
     paths = folder / "special_tokens_map.json", folder / "tokenizer_config.json"
     return {k: v for path in paths if path.exists() for k, v in read_json(path).items()}
 
 
 def token_text(token):
-    """A special token's text: settings hold it as a string, or as an object with flags."""
+    """A special token's text, from a string or from an object with flags."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def read_chat_template(folder, settings):
-    """The chat template's text, from chat_template.jinja or else the settings; None without one."""
+    """The chat template's text, from chat_template.jinja or else the settings; or None."""
     path, template = folder / "chat_template.jinja", settings.get("chat_template")
     if path.exists():
         return path.read_text(encoding="utf-8")
@@ -71,11 +62,7 @@ def read_chat_template(folder, settings):
 
 
 def read_spec(folder, settings):
-    """
-    tokenizer.json's path and content; without that file, vocab.json's path and what it implies.
-
-    Raises FileNotFoundError where both are missing.
-    """
+    """(path, content) of tokenizer.json, or what vocab.json implies. Raises FileNotFoundError."""
     path, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
     listed = listed_tokens(folder, settings)
     if not path.exists() and vocab.exists() and merges.exists():
@@ -95,7 +82,7 @@ def read_spec(folder, settings):
 
 
 def listed_tokens(folder, settings):
-    """The added tokens that files beside tokenizer.json list, in order: {id: token}."""
+    """{id: token}, sorted, of the added tokens that files beside tokenizer.json list."""
     path = folder / "added_tokens.json"
     ids = read_json(path) if path.exists() else {}
     listed = {i: {"content": text, "special": True} for text, i in ids.items()}
@@ -108,11 +95,7 @@ def listed_tokens(folder, settings):
 
 
 def spec_from_merges(vocab, merges, settings, listed):
-    """
-    The content of tokenizer.json that vocab.json, merges.txt and the tokenizer class imply.
-
-    listed: from listed_tokens. Adds the classes' eos_token to settings that have none.
-    """
+    """The tokenizer.json that vocab.json, merges.txt and the class imply. May set eos_token."""
     from tokenizers import AddedToken, ByteLevelBPETokenizer, Regex, pre_tokenizers
 
     name = str(settings.get("tokenizer_class", "missing")).removesuffix("Fast")
@@ -139,12 +122,12 @@ def spec_from_merges(vocab, merges, settings, listed):
 
 
 def open_library(path, spec):
-    """The tokenizers library's tokenizer of tokenizer.json's content. Raises ValueError."""
+    """The tokenizers library's tokenizer for tokenizer.json's content. Raises ValueError."""
     import tokenizers
 
     with library_errors(f"{path} is damaged or of an unknown kind"):
         library = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    # A file's truncation and padding are meant for batches.
+    # The file's truncation and padding are meant for batches.
     library.no_truncation()
     library.no_padding()
     return library
@@ -153,10 +136,8 @@ def open_library(path, spec):
 @contextlib.contextmanager
 def library_errors(message):
     """
-    Turn an error of the tokenizers library into a ValueError that begins with `message`.
-
-    Where a regular expression takes too long, Rust panics and reports that on file descriptor 2,
-    which is closed in the meantime.
+    Turn an error of the tokenizers library into a ValueError that begins with `message`. Rust may
+    panic, and reports that on file descriptor 2, which leads nowhere in the meantime.
     """
     sys.stderr.flush()
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -175,9 +156,8 @@ def library_errors(message):
 
 def tiktoken_encoding(spec):
     """
-    tokenizer.json's content as a tiktoken encoding; None where that would give other tokens.
-
-    tiktoken needs an id for every byte: those without a token get ids past the vocabulary.
+    tokenizer.json's content as a tiktoken encoding, or None if that would give other tokens.
+    tiktoken needs an id for each byte: a byte without a token gets one past the vocabulary.
     """
     model, added, normalizer = spec["model"], spec["added_tokens"], spec.get("normalizer")
     more = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
@@ -185,7 +165,7 @@ def tiktoken_encoding(spec):
         model.get("type", "BPE") == "BPE"
         and not any(model.get(option) for option in more)
         and normalizer in (None, {"type": "NFC"})
-        # All added tokens are searched for in the raw text.
+        # Tokenizer.encode searches for added tokens in the raw text, anywhere.
         and not any(token[flag] for token in added for flag in ("single_word", "lstrip", "rstrip"))
         and {token["normalized"] for token in added} in ({False}, {normalizer is None})
         and all(token["content"] for token in added)
@@ -204,7 +184,7 @@ def tiktoken_encoding(spec):
 
 
 def split_pattern(pre_tokenizer):
-    """The regular expression that does what a known model's pre-tokenizers do; None for others."""
+    """The regular expression that equals a known model's pre-tokenizers; None for others."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     types, first, last = [step["type"] for step in steps], steps[0], steps[-1]
     gpt2 = last.get("use_regex", True)
@@ -222,9 +202,8 @@ def split_pattern(pre_tokenizer):
 
 def mergeable_vocab(model, added):
     """
-    The vocabulary {token: id} of a BPE without its added tokens; None where tiktoken would merge
-    otherwise. It merges the pair whose token has the lowest id, and takes a token that is a whole
-    piece without merging.
+    A BPE's {token: id} without its added tokens, or None if tiktoken would merge differently: it
+    merges the pair whose token has the lowest id, and takes a whole piece that is a token as it is.
     """
     merges, contents = model["merges"], {token["content"] for token in added}
     merged = ["".join(m.split(" ", 1) if isinstance(m, str) else m) for m in merges]
@@ -236,5 +215,5 @@ def mergeable_vocab(model, added):
     if model.get("ignore_merges"):
         pairs = ((token[:i], token[i:]) for token in unmade for i in range(1, len(token)))
         unmade = [pair for pair in pairs if vocab.keys() >= set(pair)]
-    unique = len(set(vocab.values())) == len(vocab)  # otherwise tiktoken would panic
+    unique = len(set(vocab.values())) == len(vocab)  # else tiktoken would panic
     return vocab if unique and ids == sorted(ids) and not unmade else None

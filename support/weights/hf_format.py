@@ -4,7 +4,7 @@ Models in Hugging Face's layout: config.json, and model.safetensors or shards wi
     read_config    config.json -> the fields of model.ModelConfig
     find_tensors   which file holds which tensor
     load_weights   the files' tensors -> a model, quantised if wanted
-    save           a model -> config.json and model.safetensors, as transformers loads them
+    save           a model -> config.json and model.safetensors, for transformers
 """
 
 import math
@@ -37,21 +37,16 @@ DEFAULTS = {
 }
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "max_position_embeddings"
+).split()
 
 
 @malformed("config.json")
 def read_config(config_dict):
     """
-    The fields of a model.ModelConfig, as a dict, from the dict of transformers 4's or 5's
-    config.json. Raises ValueError, naming the key, for what model.py does not support: another
-    model_type, rotary scaling or activation, a quantised checkpoint, or a number out of range.
+    The fields of a model.ModelConfig, from the dict of transformers 4's or 5's config.json. Raises
+    ValueError, which names the key, for anything that model.py does not support.
     """
     family = config_dict.get("model_type")
     if family not in DEFAULTS:
@@ -90,14 +85,12 @@ def read_config(config_dict):
 
 
 def check_numbers(c, rope, head_dim, windows):
-    """Raise ValueError for numbers that are not positive, or a rope that can't be computed."""
+    """Raise ValueError for a number that is not positive, or a rope that can't be computed."""
     names = ("rope_theta", "factor", "original_max_position_embeddings")
     positive = [c["rms_norm_eps"], head_dim, *(w for w in windows if w is not None)]
     positive += [rope[name] for name in names if name in rope]
     if type(head_dim) is not int or head_dim % 2 or head_dim > 10**5:  # rotary: pairs
-        raise ValueError(
-            f"config.json: head_dim={head_dim!r:.40} is not an even integer up to 100,000"
-        )
+        raise ValueError(f"config.json: head_dim={head_dim!r:.40} is not an even integer up to 1e5")
     numbers = all(isinstance(value, (int, float)) and 0 < value < 1e12 for value in positive)
     whole = all(isinstance(window, int | None) for window in windows)
     if not numbers or not whole or len(windows) != c["num_hidden_layers"]:
@@ -142,7 +135,7 @@ def read_sizes(c):
             raise ValueError(f"config.json: {name!r} is missing")
         if type(value) is not int or value < 1:
             raise ValueError(f"config.json: {name}={value!r:.40} must be a positive integer")
-        # No model is as large; tensors of such sizes can't even be described.
+        # torch can't even describe tensors beyond such sizes.
         most = 1000 if name == "num_hidden_layers" else 10**8
         if value > most:
             raise ValueError(f"config.json: {name}={value} is more than {most}")
@@ -153,30 +146,24 @@ def read_sizes(c):
 
 
 def read_windows(c, family, layers):
-    """
-    For each layer: how many tokens back it sees, itself included; None for all of them. In
-    transformers, llama has no windows, whatever its config.json holds. Raises ValueError.
-    """
-    if family in ("llama", "mistral"):
+    """For each layer, how many tokens it sees, the current one included; None for all of them."""
+    if family in ("llama", "mistral"):  # transformers ignores a llama's windows
         return [c["sliding_window"] if family == "mistral" else None] * layers
     full, sliding = "full_attention", "sliding_attention"
     types = c.get("layer_types") or [  # Qwen's first layers see everything
         full if i < c["max_window_layers"] else sliding for i in range(layers)
     ]
     if unknown := [t for t in types if t not in (full, sliding)]:
-        raise ValueError(
-            f"config.json: layer_types holds {unknown[0]!r}, which is not supported; "
-            f"{full!r} and {sliding!r} are"
-        )
+        known = f"{full!r} and {sliding!r} are"
+        raise ValueError(f"config.json: layer_types {unknown[0]!r} is not supported; {known}")
     window = c["sliding_window"] if c.get("use_sliding_window") else None
     return [window if t == sliding else None for t in types]
 
 
 def find_tensors(folder):
     """
-    The tensors in a folder's safetensors files, {name: (file, shape)}.
-
-    Raises FileNotFoundError for a missing file, ValueError for a damaged one; both say what to do.
+    {name: (file, shape)} of the tensors in a folder's safetensors files. Raises FileNotFoundError
+    for a missing file, ValueError for a damaged one.
     """
     index = folder / "model.safetensors.index.json"
     tensors = {}
@@ -200,7 +187,7 @@ def find_tensors(folder):
 
 
 def weight_files(folder, index):
-    """The paths of a folder's safetensors files, even missing ones. index: their index's path."""
+    """The paths of a folder's safetensors files, missing ones too. index: their index's path."""
     single = folder / "model.safetensors"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -225,7 +212,7 @@ def weight_files(folder, index):
 
 
 def check_tied(stored, folder):
-    """Leave a tied head out of the stored tensors. Raises ValueError if it differs."""
+    """Drop a tied head from the stored tensors. Raises ValueError if it differs."""
     both = [name for name in ("lm_head.weight", "model.embed_tokens.weight") if name in stored]
     if len(both) == 2:  # some files hold the shared matrix twice
         head, embeddings = (safe_open(stored[name][0], "pt").get_tensor(name) for name in both)
@@ -252,10 +239,7 @@ def check_tensors(stored, expected, folder):
 
 
 def load_weights(model, folder, dtype, device, quantize=None, mapped=False):
-    """
-    Load a folder's weights into a Transformer on the meta device; arguments and errors are those of
-    Transformer.from_pretrained.
-    """
+    """Load weights into a Transformer on the meta device: see Transformer.from_pretrained."""
     stored, tied = find_tensors(folder), model.config.tie_word_embeddings
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     if tied:
@@ -263,8 +247,8 @@ def load_weights(model, folder, dtype, device, quantize=None, mapped=False):
         check_tied(stored, folder)
     check_tensors(stored, expected, folder)
 
-    # To save memory: the largest tensor first, and the file closed after each one, which releases
-    # its pages. So there is at most one tensor more in memory than has been loaded.
+    # Closing the file after each tensor releases its pages, and the largest tensor comes first: so
+    # memory never holds more than one tensor twice.
     keys = sorted(expected, key=lambda key: -math.prod(expected[key]))
     for key in progress.over(keys, "load the model", "tensor"):
         with safe_open(stored[key][0], framework="pt") as file:
@@ -286,10 +270,7 @@ def save(model, folder):
     """Transformer.save_pretrained."""
     state = model.state_dict(keep_vars=True)
     if any("lora_" in key or kind_of(value) for key, value in state.items()):
-        raise ValueError(
-            "the model holds adapters or quantised weights, which are not written here: "
-            "call merge(model) first"
-        )
+        raise ValueError("the model holds adapters or packed weights: call merge(model) first")
 
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -297,9 +278,8 @@ def save(model, folder):
 
 
 def write(folder, config, tensors, dtype):
-    """Write config.json, from its dict, and model.safetensors. dtype: of the model as a whole."""
-    folder = Path(folder)
-    make_folder(folder)
+    """Write config.json from its dict, and model.safetensors. dtype: the one that config names."""
+    folder = make_folder(folder)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     config = {key: value for key, value in config.items() if key != "torch_dtype"}  # its old name
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -307,5 +287,5 @@ def write(folder, config, tensors, dtype):
     with replacing(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(folder / "config.json", config)
-    # An index that was there belongs to another model's shards.
+    # An older index belongs to another model's shards.
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)

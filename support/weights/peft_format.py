@@ -1,10 +1,10 @@
 """
 Adapters as PEFT saves them: adapter_model.safetensors and adapter_config.json.
 
-Call bidora.save_adapter and bidora.load_adapter; this file has the format. The factors A and B of a
-method's update are saved as LoRA's, and its scale s as alpha = s · rank. PEFT has no magnitude per
-column: such an adapter gets a peft_type of our own, which PEFT refuses. Modules that were trained
-beside the adapters, such as a classifier, are saved whole (modules_to_save).
+bidora.save_adapter and bidora.load_adapter call this file. It saves a method's factors A and B as
+LoRA's, and its scale s as alpha = s · rank. PEFT has no magnitude per column: such an adapter gets
+a peft_type of our own, which PEFT refuses. Other trained modules, such as a classifier, are saved
+whole (modules_to_save).
 """
 
 import math
@@ -29,15 +29,15 @@ NAMES = {
     "lora_B": "lora_B.weight",
     "lora_magnitude_vector": "lora_magnitude_vector",
 }
-# By the end of a transformers class's name: PEFT's task type, and the heads it expects in the file.
+# {end of a transformers class's name: (PEFT's task type, the heads that PEFT expects in the file)}
 TASKS = {
     "ForSequenceClassification": ("SEQ_CLS", ["classifier", "score"]),
     "ForTokenClassification": ("TOKEN_CLS", ["classifier", "score"]),
     "ForQuestionAnswering": ("QUESTION_ANS", ["qa_outputs"]),
     "ForConditionalGeneration": ("SEQ_2_SEQ_LM", []),
 }
-# Settings of PEFT's LoraConfig that are read here, or have no effect after training. Any other one
-# that is switched on means another variant of LoRA; numbers alone switch nothing on.
+# The settings of PEFT's LoraConfig that are read here or have no effect after training. Another
+# setting that is switched on means another variant of LoRA; a number switches nothing on.
 KNOWN = set(
     "peft_type peft_version task_type auto_mapping parent_library base_model_name_or_path revision "
     "inference_mode r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern "
@@ -61,7 +61,7 @@ class Adapter:
 
 
 def named_tensors(layers):
-    """A, B and m of layers, under PEFT's names."""
+    """The layers' A, B and m under PEFT's names."""
     tensors = {}
     for name, layer in layers.items():
         parts = *layer.method.factors(layer), layer.lora_magnitude_vector
@@ -72,14 +72,11 @@ def named_tensors(layers):
 
 
 def write(folder, model, layers, base_model):
-    """Write the adapters of a model's layers, {name: BiDoRALinear}, as save_adapter says."""
+    """Write the adapters of a model's layers, {name: BiDoRALinear}: see save_adapter."""
     if not layers:
         raise ValueError("the model has no adapters to save")
     if len({(layer.method.magnitude, layer.magnitude_axis) for layer in layers.values()}) > 1:
-        raise ValueError(
-            "the model's adapters differ in having a magnitude, or in its axis; "
-            "one file holds one kind"
-        )
+        raise ValueError("one file can't hold adapters that differ in having m, or in its axis")
 
     task, heads = task_of(model, layers)
     whole, lost = trained_beside(model, layers, heads)
@@ -88,10 +85,9 @@ def write(folder, model, layers, base_model):
     for name, tensor in model.state_dict().items():
         if set(whole) & set(parents(name)):
             tensors[f"{PREFIX}{name}"] = tensor
-    # Copies, since tied weights, or factors that layers share, share their memory.
+    # Copies, because tied weights and shared factors share memory, which safetensors refuses.
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-    folder = Path(folder)
-    make_folder(folder)
+    folder = make_folder(folder)
     with replacing(folder / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary)
     write_json(folder / "adapter_config.json", config)
@@ -105,13 +101,12 @@ def write(folder, model, layers, base_model):
 
 
 def config_of(model, layers, base_model, task, whole):
-    """adapter_config.json of a model's layers. whole: the modules that are saved whole."""
+    """The content of adapter_config.json. whole: the modules that are saved whole."""
     layer = next(iter(layers.values()))  # all have one kind of magnitude
     magnitude, axis = layer.method.magnitude, layer.magnitude_axis
     alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
-    rank, alpha, dropout = statistics.mode(
-        (layer.rank, alphas[name], layer.dropout.p) for name, layer in layers.items()
-    )
+    of_layers = [(layer.rank, alphas[name], layer.dropout.p) for name, layer in layers.items()]
+    rank, alpha, dropout = statistics.mode(of_layers)
     ends = {name: any(other.endswith(f".{name}") for other in layers) for name in layers}
     patterns = {name: f"^{name}" if shared else name for name, shared in ends.items()}
     base, revision = split_revision(base_model)
@@ -140,13 +135,13 @@ def state_of(model):
 
 
 def parents(name):
-    """The modules that contain a parameter, from the outermost: "a.b.weight" -> ["a", "a.b"]."""
+    """The modules around a parameter, outermost first: "a.b.weight" -> ["a", "a.b"]."""
     parts = name.split(".")[:-1]
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def task_of(model, layers):
-    """PEFT's task type for a model, or None; and the heads that it then expects in the file."""
+    """(PEFT's task type for a model or None, the heads that PEFT expects in the file)."""
     name, own = type(model).__name__, getattr(model, "task_type", None)  # that of heads.py
     for end, (task, heads) in TASKS.items():
         # PEFT adapts no layer in a head that it expects to find whole.
@@ -158,8 +153,8 @@ def task_of(model, layers):
 
 def trained_beside(model, layers, heads):
     """
-    The modules to save whole: the heads, and those that own a trained parameter which is not an
-    adapter's; and the names of the trained parameters that are in none of them.
+    (modules to save whole: the heads, and the owners of trained parameters other than adapters';
+    the trained parameters that lie in none of these modules).
     """
     trained, owners = [], set()
     for name, parameter in model.named_parameters():
@@ -178,7 +173,7 @@ def trained_beside(model, layers, heads):
 
 
 def target_modules(layers, modules):
-    """For these layers alone: short names ("q_proj"), else whole ones, else a pattern."""
+    """What selects these layers alone: short names ("q_proj"), full names, or else a pattern."""
 
     def matched(targets):
         return {n for n in modules if any(f".{n}".endswith(f".{target}") for target in targets)}
@@ -193,10 +188,8 @@ def target_modules(layers, modules):
 def read(folder, parameters):
     """
     The Adapter in a folder that `write` or PEFT wrote. parameters: the base's, {name: tensor}.
-    rsLoRA's scale alpha / √rank (arXiv 2312.03732) becomes the alpha that gives the same scale.
-
-    Raises FileNotFoundError for a missing file, ValueError for a damaged one and for variants of
-    LoRA that BiDoRALinear does not compute.
+    rsLoRA's scale alpha / √rank (arXiv 2312.03732) is converted to an alpha. Raises
+    FileNotFoundError, or ValueError for a damaged file or an unsupported variant of LoRA.
     """
     folder = Path(folder)
     settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -218,7 +211,7 @@ def read(folder, parameters):
 
     sizes, alphas = {}, alphas_of(layers, config, settings)
     for name, parts in layers.items():
-        # Any rank will do for a damaged file: copy_into reports the misshapen tensor.
+        # A damaged file may get any rank here: copy_into reports the misshapen tensor.
         matrix = "lora_A" in parts and parts["lora_A"].dim() == 2
         rank = max(1, len(parts["lora_A"])) if matrix else 1
         sizes[name] = rank, alphas[name] * (rank**0.5 if config.get("use_rslora") else 1)
@@ -233,8 +226,7 @@ def check_config(config, where):
         problem = f"peft_type {config['peft_type']!r} is not supported"
         raise ValueError(f"{where}: {problem}; 'LORA', with or without use_dora, is")
 
-    # "pissa", "olora", "loftq" and the like change the base's weights before training, and the file
-    # does not contain the changed weights.
+    # "pissa", "olora", "loftq" … change the base before training; the file lacks that base.
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
         raise ValueError(
             f"{where}: init_lora_weights {config['init_lora_weights']!r} changes the base itself: "
@@ -269,7 +261,7 @@ def check_config(config, where):
 
 
 def by_layer(tensors, folder, parameters, modules_to_save):
-    """The file's tensors: ({layer: {"lora_A": tensor, …}}, {name: tensor of a whole module})."""
+    """Sort a file's tensors: ({layer: {"lora_A": tensor, …}}, {name: tensor of a whole module})."""
     layers, saved = {}, {}
     for key, tensor in tensors.items():
         # PEFT also saves the base weight of an adapted head.
@@ -299,10 +291,7 @@ def by_layer(tensors, folder, parameters, modules_to_save):
 
 
 def alphas_of(names, config, where, seconds=5):
-    """
-    {layer: its alpha}, by PEFT's rule: that of the first pattern that matches, else lora_alpha.
-    Raises ValueError for invalid patterns, and for some that together take more than `seconds`.
-    """
+    """{layer: alpha} by PEFT's rule: the first matching pattern's, else lora_alpha."""
     alphas, end = dict.fromkeys(names, config["lora_alpha"]), time.monotonic() + seconds
     patterns = (config.get("alpha_pattern") or {}).items()
     try:
@@ -320,10 +309,7 @@ def alphas_of(names, config, where, seconds=5):
 
 @torch.no_grad()
 def copy_into(model, layers, adapter):
-    """
-    Copy an Adapter's tensors into a model and its layers, {name: BiDoRALinear}; modules that were
-    saved whole stay trainable. Raises ValueError if unfit.
-    """
+    """Copy an Adapter into a model and its layers, {name: BiDoRALinear}. Raises ValueError."""
     unfit = f"{adapter.folder}: the adapter does not fit the model:"
     for layer in layers.values():
         A, B = layer.method.factors(layer)

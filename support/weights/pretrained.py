@@ -20,10 +20,7 @@ from support.weights.built_in_models import BUILT_IN, built_in
 
 
 def split_revision(name):
-    """
-    'owner/name@v2' as ('owner/name', 'v2'); without a revision, and for an existing folder, whose
-    path may hold an @, (name, None).
-    """
+    """'owner/name@v2' -> ('owner/name', 'v2'); a folder or a name without @ -> (name, None)."""
     if Path(os.path.expanduser(name)).exists():
         return name, None
     base, _, revision = name.partition("@")
@@ -31,27 +28,24 @@ def split_revision(name):
 
 
 def is_hub_name(name):
-    """Whether find_model asks the hub: for owner/name or owner/name@revision, unless a folder."""
+    """Whether find_model asks the hub: for owner/name(@revision) that is no folder."""
     base, _ = split_revision(name)
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) is not None and not Path(base).exists()
 
 
 def find_model(name):
     """
-    The folder (a Path) of a model, named as above; downloaded or written the first time.
-
-    Raises FileNotFoundError for an unknown name, a folder or repository without a model, and a
-    repository that can't be read (gated, private, offline); ValueError for a revision of anything
-    that is not on the hub.
+    The folder (a Path) of a model, named as above; downloaded or written the first time. Raises
+    FileNotFoundError for a name, folder or repository without a readable model; ValueError for a
+    revision of anything that is not on the hub.
     """
     base, revision = split_revision(name)
     if is_hub_name(name):
         return from_hub(base, revision)
 
     if revision and (base in BUILT_IN or Path(os.path.expanduser(base)).exists()):
-        raise ValueError(
-            f"revision={revision} goes with a name on the hub (owner/name); {base!r} is not one"
-        )
+        hub = "goes with a name on the hub (owner/name)"
+        raise ValueError(f"revision={revision} {hub}; {base!r} is not one")
     if name in BUILT_IN:
         return built_in(name)
 
@@ -67,19 +61,14 @@ def find_model(name):
 
 
 def from_hub(name, revision):
-    """
-    The snapshot folder (a Path) of a hub repository, downloaded once into huggingface_hub's cache.
-
-    HF_HUB_OFFLINE, HF_HUB_CACHE, HF_TOKEN and HF_ENDPOINT are honoured. Raises FileNotFoundError.
-    """
+    """The cached folder (a Path) of a hub repository. Raises FileNotFoundError."""
     from huggingface_hub import constants, errors, snapshot_download
 
     files = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
     other = ["*/*", "consolidated*"]  # subfolders; the weights again, in Mistral's own layout
     try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=other)
-        )
+        options = dict(revision=revision, allow_patterns=files, ignore_patterns=other)
+        folder = Path(snapshot_download(name, **options))
     except errors.GatedRepoError:
         problem = "is gated: accept its terms on its page, then run `hf auth login` or set HF_TOKEN"
     except errors.RepositoryNotFoundError:
@@ -106,10 +95,7 @@ def from_hub(name, revision):
 
 
 def fingerprints(folder):
-    """
-    SHA-256 of a model's "config.json", "the weights" and "the tokenizer". A file of more than 64 MB
-    counts by its size, its first MB (with safetensors' header) and a thousand blocks of 4 KB.
-    """
+    """SHA-256 of a model's "config.json", "the weights" (sampled) and "the tokenizer"."""
     folder = Path(folder)
     parts = {
         "config.json": [folder / "config.json"],
@@ -128,7 +114,7 @@ def fingerprints(folder):
 
 
 def sampled(path, whole=64 * 2**20, blocks=1000):
-    """Yield a file's bytes, or those of a large one that count, evenly spaced."""
+    """Yield a file's bytes, or a large file's first MB (the header) and spaced blocks of 4 KB."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         if size <= whole:

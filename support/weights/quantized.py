@@ -1,13 +1,11 @@
 """
 Frozen weights in 4 or 8 bits, packed by bitsandbytes; no dequantised copy is ever kept.
 
-    nf4, fp4    64 weights share a scale, and the scales are quantised, too    QLoRA, section 3
-    int8        a row shares a scale, its largest absolute value               LLM.int8, section 2.1
+    nf4, fp4    64 weights share a scale, itself quantised      QLoRA, arXiv 2305.14314, section 3
+    int8        a row shares a scale, its largest |weight|      LLM.int8, 2208.07339, section 2.1
 
 A product x·Wᵀ dequantises W one block of rows at a time. So do its first and second derivatives,
-which are products with W and Wᵀ again; they are exact, since activations are not quantised.
-
-QLoRA: arXiv 2305.14314; LLM.int8: arXiv 2208.07339
+which are products with W and Wᵀ again. They are exact, since activations are not quantised.
 """
 
 import contextlib
@@ -23,37 +21,29 @@ KINDS = ("nf4", "fp4", "int8")
 BLOCK_ROWS = 1024  # rows that are dequantised at a time
 
 
-def pack(weight, kind):
-    """
-    A weight (out, in) as bitsandbytes' Params4bit or Int8Params, on the weight's device.
-
-    kind: 'nf4', 'fp4' or 'int8'. Raises ValueError for another kind, for a weight that is not
-    floating-point, and without bitsandbytes.
-    """
-    if kind not in KINDS or not weight.is_floating_point():
-        raise ValueError(
-            f"unknown quantisation {kind!r} of a {weight.dtype} weight: choose {', '.join(KINDS)}"
-        )
+def pack(weight, quantize):
+    """A weight (out, in) as bitsandbytes' Params4bit or Int8Params. Raises ValueError."""
+    if quantize not in KINDS or not weight.is_floating_point():
+        problem = f"can't pack a {weight.dtype} weight by {quantize!r}"
+        raise ValueError(f"{problem}: choose {', '.join(KINDS)}")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a kernel that is not used here
     try:
         from bitsandbytes.nn import Int8Params, Params4bit
     except ImportError as error:
         raise ValueError(f"quantisation needs bitsandbytes ({error}): pip install it") from None
 
-    if kind == "int8":
+    if quantize == "int8":
         packed = Int8Params(weight, requires_grad=False)._quantize(weight.device)
         packed.float_dtype = weight.dtype
     else:
-        packed = Params4bit(weight, requires_grad=False, quant_type=kind)._quantize(weight.device)
+        packed = Params4bit(weight, requires_grad=False, quant_type=quantize)
+        packed = packed._quantize(weight.device)
     return_freed_memory(weight.device)
     return packed
 
 
 def return_freed_memory(device):
-    """
-    Let glibc return the memory of temporary copies on a device, which it would keep: for SmolLM2,
-    whose packed weights take 110 MB, 400 MB after packing and up to 250 MB after adapting.
-    """
+    """Make glibc return the memory of temporary copies; packing SmolLM2 would leave 400 MB."""
     if device.type == "cpu" and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
@@ -67,7 +57,7 @@ def kind_of(weight):
 
 
 def float_dtype(weight):
-    """The dtype of a weight; of a packed one, the dtype before packing."""
+    """A weight's dtype, or a packed weight's dtype before packing."""
     if getattr(weight, "quant_state", None) is not None:
         return weight.quant_state.dtype
     default = weight.dtype if weight.is_floating_point() else torch.float32
@@ -76,9 +66,8 @@ def float_dtype(weight):
 
 def complete(module):
     """
-    Write into int8 weights that transformers loaded what bitsandbytes leaves out: their scales,
-    which a layer moves to its `state` at its first call, and the dtype before packing, which is
-    that of the model's other parameters.
+    Complete the int8 weights of a transformers model. Their scales may have moved to the layer's
+    `state`; their dtype before packing is that of the model's other parameters.
     """
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     for layer in module.modules():
@@ -90,10 +79,7 @@ def complete(module):
 
 
 def blocks(weight, dtype):
-    """
-    Yield (start, stop, rows): the weight's rows from start to stop in dtype, (stop - start, in).
-    An ordinary weight is one block.
-    """
+    """Yield (start, stop, the weight's rows from start to stop in dtype, (stop - start, in))."""
     if kind_of(weight) is None:
         yield 0, weight.size(0), weight.to(dtype)
     elif kind_of(weight) == "int8":
@@ -106,22 +92,22 @@ def blocks(weight, dtype):
 
 
 def blocks_of_4_bits(weight, dtype):
-    """As blocks, for nf4 and fp4."""
+    """`blocks` for nf4 and fp4."""
     from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
     state, packed_bytes = weight.quant_state, weight.data.view(torch.uint8).view(-1)
     scales = state.absmax
-    if state.nested:  # the scales are quantised themselves
+    if state.nested:  # the scales are quantised too
         scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
 
     rows, columns = state.shape
-    group = state.blocksize  # so many weights share a scale, which no block of rows may cut
+    group = state.blocksize  # this many weights share a scale; no block of rows may cut a group
     step = max(BLOCK_ROWS, group)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         a, b = start * columns, stop * columns
-        # The shape given is (groups, weights in a group), not (rows, columns): on CPUs,
-        # bitsandbytes 0.50 gives wrong numbers where a row ends inside a group.
+        # The shape is (groups, weights in a group), since bitsandbytes 0.50 gives wrong numbers on
+        # CPUs where a row ends inside a group.
         count, rest = divmod(b - a, group)
         shape = torch.Size((1, b - a) if rest else (count, group))
         own_scales = scales[a // group : -(-b // group)]
@@ -149,10 +135,7 @@ def nbytes(model):
 
 
 class Product(torch.autograd.Function):
-    """
-    x·Wᵀ, (..., in) -> (..., out); with transpose g·W, (..., out) -> (..., in). Each is the other's
-    derivative, so both can be differentiated any number of times.
-    """
+    """x·Wᵀ, (..., in) -> (..., out), or with transpose x·W; each is the other's derivative."""
 
     @staticmethod
     def forward(ctx, x, weight, transpose):

@@ -1,6 +1,5 @@
 """
-Regularisers that keep a layer's directions apart; the setting gram_weight is their weight in the
-lower loss.
+Regularisers that keep a layer's directions apart. The lower loss adds gram_weight times one.
 
     BiDoRA    ‖C - I‖, C the cosines between the directions (the BiDoRA authors' code, for columns)
     BiLoRA    ‖BᵀB - I‖² + ‖A·Aᵀ - I‖² (arXiv 2403.13037, section 3.2)
@@ -12,7 +11,7 @@ from support.weights.quantized import blocks, float_dtype, kind_of, linear, tran
 
 
 def regulariser(layers):
-    """The mean of the regularisers of layers, an iterable of BiDoRALinear: a scalar."""
+    """The mean regulariser of an iterable of BiDoRALinear, a scalar."""
     own = [cosines_apart(x) if x.method.magnitude else orthonormal(x) for x in layers]
     return sum(own) / len(own)
 
@@ -26,10 +25,8 @@ def orthonormal(layer):
 
 def cosines_apart(layer):
     """
-    ‖C - I‖, a scalar, C the cosines between the rows (or columns) of W0 + s·B·A.
-
-    It is computed from the factors and W0·W0ᵀ, (out × out), or W0ᵀ·W0, (in × in). The layer keeps
-    that matrix, so that later calls need only products of rank r, unless W0 itself trains.
+    ‖C - I‖, a scalar: C holds the cosines between the rows (or columns) of W0 + s·B·A. The layer
+    keeps W0·W0ᵀ (or W0ᵀ·W0) unless W0 trains, so that later calls need only rank-r products.
     """
     A, sB = layer.factors()
     weight, dtype = layer.weight, float_dtype(layer.weight)

@@ -5,7 +5,7 @@ A weight W0 became W; its rows (or columns) w0_n became w_n (DoRA, arXiv 2402.09
 
     ΔM = mean_n | ‖w_n‖ - ‖w0_n‖ |          ΔD = mean_n (1 - cos(w_n, w0_n))
 
-`delta` computes them, and a Trajectory records them at snapshots of a training run.
+`delta` computes them. A Trajectory records them at snapshots of a training run.
 """
 
 from dataclasses import dataclass, field
@@ -20,33 +20,25 @@ from support.weights.quantized import dequantize
 
 
 def norms(weight, axis):
-    """‖w_n‖ of the rows, (out, 1), or columns, (1, in), of a weight; ValueError for others."""
+    """‖w_n‖ of a weight's rows, (out, 1), or columns, (1, in). Raises ValueError."""
     if axis not in ("row", "column"):
         raise ValueError(f"unknown axis {axis!r}: choose row, column")
     return torch.linalg.vector_norm(weight, dim=1 if axis == "row" else 0, keepdim=True)
 
 
 def decompose(weight, axis="row"):
-    """
-    A weight (out, in) as magnitude, (out, 1) or (1, in), and direction, (out, in), of unit vectors:
-    weight = magnitude ⊙ direction. A vector of zeros has the direction zero.
-    """
+    """(magnitude, direction) of a weight, their product. A vector of zeros has the direction 0."""
     magnitude = norms(weight, axis)
     return magnitude, weight / magnitude.clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def delta(weight, base, axis="row"):
     """
-    (ΔM, ΔD), floats, of a weight (out, in) against its base (out, in). Raises ValueError for
-    unequal shapes or an unknown axis.
-
-    Fine-tuning turns a vector so little that 1 - cos would be the difference of nearly equal
-    numbers. It equals half the squared distance of the two directions, which keeps its digits.
+    (ΔM, ΔD), floats, of a weight (out, in) against its base (out, in). Raises ValueError. After a
+    small turn, 1 - cos would lose its digits; half the squared distance of the directions is equal.
     """
     if weight.shape != base.shape:
-        raise ValueError(
-            f"the weights have different shapes, {tuple(weight.shape)} and {tuple(base.shape)}"
-        )
+        raise ValueError(f"the shapes {tuple(weight.shape)} and {tuple(base.shape)} differ")
     m, v = decompose(weight.double(), axis)
     m0, v0 = decompose(base.double(), axis)
     turned = norms(v - v0, axis) ** 2 / 2
@@ -67,28 +59,19 @@ def layer_delta(layer, axis="row"):
 
 @dataclass
 class Trajectory:
-    """
-    ΔM and ΔD of every adapted matrix at each snapshot.
+    """ΔM and ΔD of every adapted matrix at each snapshot."""
 
-    axis: 'row' or 'column'. layers: the matrices' names. magnitude: the mean ‖w0_n‖ of each.
-    snapshots: [{"phase", "step"}]. delta_m, delta_d: for each snapshot, a list over the layers.
-    base: copies of the weights before training, where training changes the weights themselves.
-    """
-
-    axis: str
-    layers: list
-    magnitude: list
-    snapshots: list = field(default_factory=list)
-    delta_m: list = field(default_factory=list)
+    axis: str  # 'row' or 'column'
+    layers: list  # the matrices' names
+    magnitude: list  # the mean ‖w0_n‖ of each matrix
+    snapshots: list = field(default_factory=list)  # [{"phase", "step"}]
+    delta_m: list = field(default_factory=list)  # for each snapshot, a list over the layers
     delta_d: list = field(default_factory=list)
-    base: dict = field(default_factory=dict, repr=False)
+    base: dict = field(default_factory=dict, repr=False)  # the starting weights, if they train
 
     @classmethod
     def start(cls, layers, axis="row"):
-        """
-        An empty trajectory, to be made before training. layers: {name: module}, all BiDoRALinear,
-        or all nn.Linear whose own weights will change.
-        """
+        """An empty trajectory before training. layers: {name: BiDoRALinear}, or trained Linears."""
         base, magnitude = {}, []
         for name, layer in layers.items():
             if not hasattr(layer, "lora_A"):
@@ -127,10 +110,7 @@ class Trajectory:
 
     @classmethod
     def load(cls, folder):
-        """
-        Read what `save` wrote. Raises FileNotFoundError for a missing file, and ValueError for
-        files that are damaged or don't fit together.
-        """
+        """Read what `save` wrote. Raises FileNotFoundError or ValueError."""
         tensors = Path(folder) / "trajectory.safetensors"
         with malformed(f"{folder}: trajectory.json or trajectory.safetensors"):
             meaning = read_json(Path(folder) / "trajectory.json")
@@ -143,9 +123,7 @@ class Trajectory:
             wanted = {"magnitude": shape[1:], "delta_m": shape, "delta_d": shape}
             shapes = {name: tuple(tensor.shape) for name, tensor in numbers.items()}
             if meaning.keys() != {"axis", "layers", "snapshots"} or shapes != wanted:
-                raise ValueError(
-                    f"{folder}: trajectory.json and trajectory.safetensors don't fit together"
-                )
+                raise ValueError(f"{folder}: trajectory.* files don't fit together")
             return cls(**meaning, **{name: tensor.tolist() for name, tensor in numbers.items()})
 
     def select(self, target, phase=None):
