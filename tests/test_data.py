@@ -1,12 +1,14 @@
 """Loss masks by hand and against transformers, and the readers' messages."""
 
 import collections
-import itertools
 import json
 import random
 import shutil
 import tarfile
+from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from test_tokenizer import Listener, trained_tokenizer
 
@@ -19,8 +21,7 @@ from support.text import datasets
 from support.text.splits import sample_built_in
 from support.weights.pretrained import find_model
 
-# -------------------------------------------------------------------------------------------- loss
-# masks
+# ------------------------------------------------------------------------------ loss masks
 
 
 @pytest.fixture(scope="module")
@@ -31,48 +32,50 @@ def tiny(tmp_path_factory):
         return Tokenizer.from_pretrained(find_model("tiny-random"))
 
 
+END, USER, ASSISTANT = "<|im_end|>", "<|im_start|>user\n", "<|im_start|>assistant\n"
+
+
 def masked(tokenizer, example, **options):
     """(the whole row as text, the part that counts as text)"""
-    rows, _ = encode([example], tokenizer, 400, **options)
-    (row,) = rows
+    [row], _ = encode([example], tokenizer, 400, **options)
     assert len(row.input_ids) == len(row.labels)
     assert all(label in (-100, token) for token, label in zip(row.input_ids, row.labels))
-    return tokenizer.decode(row.input_ids, skip_special=False), tokenizer.decode(
-        [t for t in row.labels if t != -100], skip_special=False
-    )
+    counted = [token for token in row.labels if token != -100]
+    return tuple(tokenizer.decode(ids, skip_special=False) for ids in (row.input_ids, counted))
 
 
-def test_loss_masks_by_hand(tiny):
-    end, user, assistant = "<|im_end|>", "<|im_start|>user\n", "<|im_start|>assistant\n"
-    assert masked(tiny, {"text": "A film."}) == (f"A film.{end}",) * 2
-    assert masked(tiny, {"code": "x = 1\n"}) == (f"x = 1\n{end}",) * 2
-    assert masked(tiny, {"prompt": "1+1=", "completion": "2"}) == (f"1+1=2{end}", f"2{end}")
-    assert masked(tiny, {"instruction": "Add.", "input": "1 1", "output": "2"}) == (
-        f"{user}Add.\n\n1 1{end}\n{assistant}2{end}",
-        f"2{end}",
-    )
-    assert masked(tiny, {"instruction": "Hi", "output": "Ho"}) == (
-        f"{user}Hi{end}\n{assistant}Ho{end}",
-        f"Ho{end}",
-    )
-    assert masked(
-        tiny,
-        {"text": "Nice.", "label": "good"},
-        label_prompt="{labels}? {text}",
-        label_ids=data.tokenize_labels(["bad", "good"], tiny),
-    ) == (f"{user}bad, good? Nice.{end}\n{assistant}good", "good")
-    talk = [
-        {"role": "system", "content": "S"},
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-        {"role": "assistant", "content": "d"},
-    ]
-    assert masked(tiny, {"messages": talk}) == (
-        f"<|im_start|>system\nS{end}\n{user}a{end}\n{assistant}b{end}\n"
-        f"{user}c{end}\n{assistant}d{end}",
-        f"b{end}d{end}",
-    )
+TURNS = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+
+
+@pytest.mark.parametrize(
+    "example, before, counted",
+    [
+        ({"text": "A film."}, "", f"A film.{END}"),
+        ({"code": "x = 1\n"}, "", f"x = 1\n{END}"),
+        ({"prompt": "1+1=", "completion": "2"}, "1+1=", f"2{END}"),
+        (
+            {"instruction": "Add.", "input": "1 1", "output": "2"},
+            f"{USER}Add.\n\n1 1{END}\n{ASSISTANT}",
+            f"2{END}",
+        ),
+        ({"instruction": "Hi", "output": "Ho"}, f"{USER}Hi{END}\n{ASSISTANT}", f"Ho{END}"),
+    ],
+)
+def test_loss_masks_by_hand(tiny, example, before, counted):
+    assert masked(tiny, example) == (before + counted, counted)
+
+
+def test_the_label_alone_counts(tiny):
+    question = dict(label_prompt="{labels}? {text}")
+    question["label_ids"] = data.tokenize_labels(["bad", "good"], tiny)
+    expected = f"{USER}bad, good? Nice.{END}\n{ASSISTANT}good"
+    assert masked(tiny, {"text": "Nice.", "label": "good"}, **question) == (expected, "good")
+
+
+def test_all_answers_of_a_conversation_count(tiny):
+    talk = {"messages": [{"role": role, "content": content} for role, content in TURNS]}
+    turns = f"{USER}a{END}\n{ASSISTANT}b{END}\n{USER}c{END}\n{ASSISTANT}d{END}"
+    assert masked(tiny, talk) == (f"<|im_start|>system\nS{END}\n{turns}", f"b{END}d{END}")
 
 
 def test_train_on_prompt_counts_everything(tiny):
@@ -82,24 +85,22 @@ def test_train_on_prompt_counts_everything(tiny):
 
 def test_a_tokenizer_without_chat_template_uses_a_plain_one(tmp_path):
     trained_tokenizer(tmp_path, "smollm", template=None)
-    whole, counted = masked(
-        Tokenizer.from_pretrained(tmp_path), {"instruction": "Hi", "output": "Ho"}
-    )
-    assert (whole, counted) == ("User:\nHi<|im_end|>\nAssistant:\nHo<|im_end|>", "Ho<|im_end|>")
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    whole, counted = masked(tokenizer, {"instruction": "Hi", "output": "Ho"})
+    assert (whole, counted) == (f"User:\nHi{END}\nAssistant:\nHo{END}", f"Ho{END}")
 
 
 def test_long_examples_lose_the_left_of_the_prompt_never_the_answer(tiny):
-    rows, cut = encode(
-        [{"prompt": "p" * 50, "completion": "answer"}, {"prompt": "p", "completion": "a"}], tiny, 20
-    )
+    long = {"prompt": "p" * 50, "completion": "answer"}
+    rows, cut = encode([long, {"prompt": "p", "completion": "a"}], tiny, 20)
     assert cut == 1 and len(rows[0].input_ids) == 20
-    assert tiny.decode(rows[0].input_ids, skip_special=False) == "p" * 13 + "answer<|im_end|>"
+    assert tiny.decode(rows[0].input_ids, skip_special=False) == "p" * 13 + f"answer{END}"
     with pytest.raises(ValueError, match="begins with 'aaaa.*block_size=20"):
         encode([{"prompt": "p", "completion": "a" * 30}], tiny, 20)
 
 
 # A question with the text in its middle, and the tiny model's chat template around a question
-QUESTION, SCAFFOLD = "ok, bad? {text}!", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+QUESTION, SCAFFOLD = "ok, bad? {text}!", USER + "{}" + f"{END}\n{ASSISTANT}"
 
 
 def with_room_for(room, tokenizer):
@@ -156,35 +157,25 @@ def test_long_plain_text_is_laid_out_in_rows(tiny):
     assert sum(len(row.labels) - 1 for row in rows) == 39
 
 
-def test_a_label_that_begins_another_gets_an_end(tiny):
-    assert [
-        tiny.decode(ids, skip_special=False)
-        for ids in data.tokenize_labels(["bad", "good"], tiny).values()
-    ] == ["bad", "good"]
-    ended = data.tokenize_labels(["1", "10"], tiny)
-    assert [tiny.decode(ids, skip_special=False) for ids in ended.values()] == [
-        "1<|im_end|>",
-        "10<|im_end|>",
-    ]
+@pytest.mark.parametrize(
+    "labels, written", [(["bad", "good"], ["bad", "good"]), (["1", "10"], [f"1{END}", f"10{END}"])]
+)
+def test_a_label_that_begins_another_gets_an_end(tiny, labels, written):
+    rows = data.tokenize_labels(labels, tiny).values()
+    assert [tiny.decode(ids, skip_special=False) for ids in rows] == written
 
 
 def test_batches_pad_on_the_right_and_show_every_row_each_epoch(tiny):
     rows, _ = encode([{"prompt": "p" * n, "completion": "c"} for n in range(1, 11)], tiny, 64)
     batches, seen = data.Batches(rows, 5, seed=0), []
     for k in range(4):
-        input_ids, labels = data.collate(batches[k], pad_id=0)
-        lengths = (input_ids != 0).sum(1)
-        seen += lengths.tolist()
-        for row, target, length in zip(input_ids, labels, lengths):
-            assert (
-                (row[length:] == 0).all()
-                and (target[length:] == -100).all()
-                and target[length - 1] == tiny.eos_id
-            )
-    assert (
-        sorted(seen[:10]) == sorted(seen[10:]) == [n + 2 for n in range(1, 11)]
-        and seen[:10] != seen[10:]
-    )
+        for ids, labels in zip(*data.collate(batches[k], pad_id=0)):
+            length = int((ids != 0).sum())
+            seen.append(length)
+            assert (ids[length:] == 0).all() and (labels[length:] == -100).all()
+            assert labels[length - 1] == tiny.eos_id
+    assert sorted(seen[:10]) == sorted(seen[10:]) == [n + 2 for n in range(1, 11)]
+    assert seen[:10] != seen[10:]
     assert len(data.Batches(rows, 100, seed=0)[0]) == 10
 
 
@@ -199,8 +190,7 @@ def test_a_batch_depends_on_its_number_alone(group_by_length, shuffle):
     assert [data.Batches(rows, *options)[k] for k in range(12)] == in_order
 
 
-# ------------------------------------------------------------------------------------- files and
-# splits
+# ------------------------------------------------------------------------ files and splits
 
 
 def test_jsonl_formats_are_read(tmp_path):
@@ -276,8 +266,8 @@ def test_a_split_keeps_groups_whole_and_nearly_its_size_and_its_labels():
         groups = [{example["group"] for example in part} for part in parts]
         assert not groups[0] & groups[1]
         assert sorted(e["text"] for e in sum(parts, [])) == sorted(e["text"] for e in examples)
-        found = collections.Counter(example["label"] for example in parts[1])
-        assert 25 <= found["a"] <= 30 and 15 <= found["b"] <= 20
+        counts = collections.Counter(example["label"] for example in parts[1])
+        assert 25 <= counts["a"] <= 30 and 15 <= counts["b"] <= 20
         assert split(examples, 0.25, seed) == parts
 
 
@@ -287,21 +277,22 @@ def test_a_large_group_is_as_often_in_val_as_a_small_one():
     first 46. Four standard errors of a share of 400 splits are 0.1.
     """
     examples = [{"text": str(i), "group": str(max(0, i - 9))} for i in range(110)]
-    found = [any(e["group"] == "0" for e in split(examples, 0.5, s)[1]) for s in range(400)]
-    assert sum(found) / 400 == pytest.approx(46 / 101, abs=0.1)
+    times = sum(any(e["group"] == "0" for e in split(examples, 0.5, s)[1]) for s in range(400))
+    assert times / 400 == pytest.approx(46 / 101, abs=0.1)
+
+
+TWO_GROUPS = [{"text": str(i), "group": str(i % 2)} for i in range(20)]
 
 
 def test_a_sample_may_divide_groups():
-    examples = [{"text": str(i), "group": str(i % 2)} for i in range(20)]
-    ours = [{"text": example["text"]} for example in examples]
-    _, val = split(examples, 0.2, seed=1, grouped=False)
-    assert [e["text"] for e in val] == [e["text"] for e in split(ours, 0.2, seed=1)[1]]
+    _, val = split(TWO_GROUPS, 0.2, seed=1, grouped=False)
+    _, expected = split([{"text": example["text"]} for example in TWO_GROUPS], 0.2, seed=1)
+    assert [e["text"] for e in val] == [e["text"] for e in expected]
 
 
 def test_groups_that_are_too_large_to_be_split_are_refused():
-    examples = [{"text": str(i), "group": str(i % 2)} for i in range(20)]
     with pytest.raises(ValueError, match="groups stay whole"):
-        split(examples, 0.2)
+        split(TWO_GROUPS, 0.2)
 
 
 @pytest.fixture
@@ -325,20 +316,20 @@ def test_no_product_review_has_sentences_in_two_splits(cache):
     for seed in (0, 1):
         config = Config(data="product-sentiment", train_size=200, test_size=300, seed=seed)
         splits = data.load_splits(config).splits
-        assert [len(splits[name]) for name in ("train", "val", "test")] == pytest.approx(
-            [160, 40, 300], abs=3
-        )
-        for one, other in itertools.combinations(splits.values(), 2):
-            # "great phone." may be a sentence of two reviews.
-            sole = [reviews[e["text"]] for e in one if len(reviews[e["text"]]) == 1]
-            others = [reviews[e["text"]] for e in other if len(reviews[e["text"]]) == 1]
-            assert not set.union(*sole) & set.union(*others)
+        sizes = [len(splits[name]) for name in ("train", "val", "test")]
+        assert sizes == pytest.approx([160, 40, 300], abs=3)
+        # "great phone." may be a sentence of two reviews: only those of one review are compared.
+        of_one = [
+            {review for e in part if len(reviews[e["text"]]) == 1 for review in reviews[e["text"]]}
+            for part in splits.values()
+        ]
+        assert all(of_one) and len(set.union(*of_one)) == sum(map(len, of_one))
 
 
 def test_of_a_small_built_in_set_each_half_is_taken_by_default():
     examples = [{"prompt": f"a {i}", "completion": "b"} for i in range(213)]
-    found = sample_built_in(Config(data="e2e"), examples)
-    assert [len(found[name]) for name in ("train", "val", "test")] == [106, 0, 106]
+    splits = sample_built_in(Config(data="e2e"), examples)
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [106, 0, 106]
 
 
 def test_a_group_in_a_file_is_a_string_or_an_integer(tmp_path):
@@ -360,21 +351,19 @@ def test_toy_sentiment_is_balanced():
 def test_batches_grouped_by_length_hold_every_row_once_an_epoch_with_less_padding():
     rows = [data.Encoded([i] * (5 + i * 7 % 40), [1] * (5 + i * 7 % 40)) for i in range(1, 43)]
 
-    def epoch(seed=0, **options):
-        """Two epochs of 42 rows."""
+    def two_epochs(seed=0, **options):
         batches = data.Batches(rows, 4, seed, **options)
-        return [data.collate(batches[k], pad_id=0) for k in range(21)]
+        return [data.collate(batches[k], pad_id=0)[0] for k in range(21)]
 
-    grouped = epoch(group_by_length=True)
+    grouped = two_epochs(group_by_length=True)
     for half in (grouped[:10], grouped[11:]):
-        assert len({row[0].item() for ids, _ in half for row in ids}) == 40
-    counts = collections.Counter(row[0].item() for ids, _ in grouped for row in ids)
+        assert len({row[0].item() for ids in half for row in ids}) == 40
+    counts = collections.Counter(row[0].item() for ids in grouped for row in ids)
     assert set(counts.values()) == {2} and len(counts) == 42
-    cells = [sum(ids.numel() for ids, _ in found) for found in (epoch(), grouped)]
-    assert cells[1] < 0.85 * cells[0]
-    assert [ids.shape for ids, _ in epoch(seed=1, group_by_length=True)] != [
-        ids.shape for ids, _ in grouped
-    ]
+    padded, less = (sum(ids.numel() for ids in batches) for batches in (two_epochs(), grouped))
+    assert less < 0.85 * padded
+    other = two_epochs(seed=1, group_by_length=True)
+    assert [ids.shape for ids in other] != [ids.shape for ids in grouped]
 
 
 # -------------------------------------------------------------------------------- what a run says
@@ -392,27 +381,24 @@ def begin(cache, tmp_path, monkeypatch):
         raise Begins
 
     def begin(**settings):
-        monkeypatch.setattr(train, "fit", stop)
-        settings = dict(model="tiny-random", dtype="float32", out_dir="run") | settings
-        settings["overwrite"] = True
+        options = dict(model="tiny-random", dtype="float32", out_dir="run", overwrite=True)
         with pytest.raises(Begins):
-            train.train(Config(**settings))
+            train.train(Config(**options, **settings))
 
+    monkeypatch.setattr(train, "fit", stop)
     monkeypatch.chdir(tmp_path)
     return begin
 
 
 def test_lines_of_a_test_or_val_file_that_are_also_in_another_file_are_counted(begin, capsys):
     """Examples are compared: not the order of their keys, spaces, or keys that nobody reads."""
-
-    def write(name, numbers, form):
+    for name, numbers, form in (
+        ("train", range(20), '{{"text": "{}", "label": "{}"}}'),
+        ("val", range(18, 28), '{{"label":  "{1}", "text": "{0}"}}'),
+        ("test", [1, 2, 3, 20, 40, 41], '{{"text": "{}", "label": "{}", "source": "me"}}'),
+    ):
         lines = [form.format(number, ("no", "yes")[number % 2]) for number in numbers]
-        with open(name, "w") as file:
-            file.write("\n".join(lines))
-
-    write("train.jsonl", range(20), '{{"text": "{}", "label": "{}"}}')
-    write("val.jsonl", range(18, 28), '{{"label":  "{1}", "text": "{0}"}}')
-    write("test.jsonl", [1, 2, 3, 20, 40, 41], '{{"text": "{}", "label": "{}", "source": "me"}}')
+        Path(f"{name}.jsonl").write_text("\n".join(lines))
 
     begin(train_file="train.jsonl", val_file="val.jsonl", test_file="test.jsonl")
     out = capsys.readouterr().out
@@ -430,39 +416,32 @@ def test_a_padding_token_that_the_model_lacks_does_not_matter(cache, tmp_path, m
     """Rows are not padded: a step, and an evaluation, with one."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(find_model("tiny-random"), "model")
-    vocab_size = json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"]
+    vocab_size = json.loads(Path("model/config.json").read_text())["vocab_size"]
     token = {"id": vocab_size, "content": "<pad>", "special": True}
-    for name, key, value in (
-        ("tokenizer.json", "added_tokens", [token]),
-        ("tokenizer_config.json", "pad_token", "<pad>"),
-    ):
-        path = tmp_path / "model" / name
-        content = json.loads(path.read_text())
-        content[key] = content[key] + value if isinstance(value, list) else value
-        path.write_text(json.dumps(content))
-    settings = dict(model="model", data="toy-sentiment", test_size=40, train_size=40)
-    config = Config(**settings, method="lora", search_steps=1, retrain_steps=0, out_dir="run")
+    tokenizer, settings = Path("model/tokenizer.json"), Path("model/tokenizer_config.json")
+    content = json.loads(tokenizer.read_text())
+    content["added_tokens"].append(token)
+    tokenizer.write_text(json.dumps(content))
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": "<pad>"}))
+    sizes = dict(test_size=40, train_size=40, search_steps=1, retrain_steps=0)
+    config = Config(model="model", data="toy-sentiment", method="lora", out_dir="run", **sizes)
     assert train.train(config)["after"]["test"]["loss"] > 0
 
 
 def test_files_are_read_by_the_ends_of_their_names(tmp_path):
     """The same example each time, with its place; an empty line ends a sentence."""
-    import pyarrow
-    import pyarrow.parquet
-
     example = {"text": "ab", "text_b": "cd", "label": "p"}
     (tmp_path / "a.jsonl").write_text(json.dumps(example))
     (tmp_path / "a.csv").write_text("text,text_b,label\nab,cd,p\n")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([example]), tmp_path / "a.parquet")
     places = {"jsonl": "a.jsonl:1", "csv": "a.csv:2", "parquet": "a.parquet, row 1"}
     for ending, place in places.items():
-        [found] = load_examples(tmp_path / f"a.{ending}")
-        assert found == example and found.where == f"{tmp_path}/{place}"
+        [row] = load_examples(tmp_path / f"a.{ending}")
+        assert row == example and row.where == f"{tmp_path}/{place}"
     for ending in ("conll", "bio"):
-        (tmp_path / f"a.{ending}").write_text("ab B-X\ncd O\n\n")
-        assert load_examples(tmp_path / f"a.{ending}") == [
-            {"words": ["ab", "cd"], "tags": ["B-X", "O"]}
-        ]
+        path = tmp_path / f"a.{ending}"
+        path.write_text("ab B-X\ncd O\n\n")
+        assert load_examples(path) == [{"words": ["ab", "cd"], "tags": ["B-X", "O"]}]
 
 
 def test_samples_of_a_published_set_are_drawn_and_its_dev_set_is_the_test(tmp_path):

@@ -22,14 +22,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TOP = {"train", "bidora", "hypergrad", "bilevel", "model", "data", "tasks", "config", "sample"}
-DOCUMENTS = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "support" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "support/README.md")]
+DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
+TEXTS = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+README, CONTRIBUTING, SUPPORT = [*TEXTS.values()][:3]
 ROOMS = ("support", "tools", "research")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def name_of(path):
@@ -51,64 +48,47 @@ def test_the_readme_is_short_enough_to_be_read_to_its_end():
 
 def anchors(path):
     """The anchors that GitHub gives to a document's headings."""
-    headings = re.findall(r"(?m)^#+ (.*)$", without_code(path.read_text(encoding="utf-8")))
-    kept = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
-    return {heading.replace(" ", "-") for heading in kept}
+    headings = re.findall(r"(?m)^#+ (.*)$", without_code(TEXTS[path]))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_every_relative_link_and_picture_exists(path):
-    links = re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text(encoding="utf-8")))
-    for link in links:
-        if link.startswith(("http://", "https://")):
-            continue
+    for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", without_code(TEXTS[path])):
         file, _, anchor = link.partition("#")
         target = (path.parent / file).resolve() if file else path
-        assert target.exists(), link
-        assert target.is_relative_to(ROOT), link
+        assert target.exists() and target.is_relative_to(ROOT), link
         assert not anchor or anchor in anchors(target), link
 
 
 def test_every_picture_is_small_and_shown_by_a_document():
     pictures = sorted((ROOT / "docs").glob("*.png"))
-    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
     assert pictures
     for picture in pictures:
         assert picture.stat().st_size < 80_000, picture.name
-        assert any(f"{picture.name})" in text for text in texts), picture.name
+        assert any(f"{picture.name})" in text for text in TEXTS.values()), picture.name
 
 
-def python_blocks(text):
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-
-
-def test_the_readmes_python_runs_as_it_stands(capsys):
-    blocks = [block for block in python_blocks(README) if "bilevel_step" in block]
-    assert len(blocks) == 1
-    exec(blocks[0], {})
-    assert capsys.readouterr().out.count("train ") == 10
-
-
-def test_every_other_python_block_of_the_readme_runs(tmp_path, monkeypatch):
+def test_every_python_block_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for block in python_blocks(README):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert ["bilevel_step" in block for block in blocks].count(True) == 1
+    for block in blocks:
         exec(block, {})
+        lines = capsys.readouterr().out.count("train ")
+        assert lines == 10 or "bilevel_step" not in block
 
 
 def test_the_readme_gives_the_test_command_that_ci_runs():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     [command] = re.findall(r"(?m)^python -m pytest.*$", script)
-    assert f"    {command}\n" in README
-    assert f"    {command}" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert f"    {command}\n" in README and f"    {command}" in CONTRIBUTING
 
 
 def test_support_s_table_lists_exactly_its_files():
-    text = (ROOT / "support" / "README.md").read_text(encoding="utf-8")
-    listed = re.findall(r"(?m)^\| `(\w+/\w+\.py)` \| (\S.*) \|$", text)
-    support = ROOT / "support"
-    files = {str(path.relative_to(support)) for path in support.glob("*/*.py")}
-    assert {name for name, _ in listed} == files
-    assert len(listed) == len(files)
+    listed = re.findall(r"(?m)^\| `(\w+/\w+\.py)` \| (\S.*) \|$", SUPPORT)
+    files = [name_of(path).removeprefix("support/") for path in ROOT.glob("support/*/*.py")]
+    assert sorted(name for name, _ in listed) == sorted(files)
     for name, sentence in listed:
         assert sentence.endswith(".") and sentence.count(". ") == 0, name
 
@@ -119,7 +99,7 @@ def tools_named(text):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_every_tool_that_a_document_names_exists(path):
-    for name in tools_named(path.read_text(encoding="utf-8")):
+    for name in tools_named(TEXTS[path]):
         source = ROOT / f"{name.replace('.', '/')}.py"
         assert source.exists(), name
         assert '__name__ == "__main__"' in source.read_text(encoding="utf-8"), name
@@ -128,13 +108,12 @@ def test_every_tool_that_a_document_names_exists(path):
 @functools.cache
 def options(name):
     """The --names that the help of a program shows: train, sample, tools.NAME or research.NAME."""
-    module = importlib.import_module(name)
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        module.main(["--help"])
-    found = set(re.findall(r"(?m)^ +--(\w+)", shown.getvalue()))
-    assert found, name
-    return found | {"config"}
+        importlib.import_module(name).main(["--help"])
+    names = set(re.findall(r"(?m)^ +--(\w+)", shown.getvalue()))
+    assert names, name
+    return names | {"config"}
 
 
 PROGRAM = re.compile(r"\b(train)\.py|\b(sample)\.py|\b((?:tools|research)\.\w+)")
@@ -142,20 +121,18 @@ PROGRAM = re.compile(r"\b(train)\.py|\b(sample)\.py|\b((?:tools|research)\.\w+)"
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_every_setting_that_a_document_shows_exists(path):
-    sections = re.split(r"(?m)^#+ ", path.read_text(encoding="utf-8"))
-    for section in sections:
+    for section in re.split(r"(?m)^#+ ", TEXTS[path]):
         known = options("train").union(*map(options, tools_named(section)))
         if "sample.py" in section:
             known |= options("sample")
         for code in re.findall(r"(?m)^    .*$|`[^`\n]+`", section):
             if "pytest" in code or code == "`--name=value`":
                 continue
-            programs = list(PROGRAM.finditer(code))
-            start = programs[0].end() if programs else 0
-            names = set(
-                re.findall(r"--(\w+)=", code[start:])
-            )  # torchrun's own come before train.py
-            allowed = options(next(filter(None, programs[0].groups()))) if programs else known
+            program, allowed = PROGRAM.search(code), known
+            if program:
+                allowed = options(next(filter(None, program.groups())))
+                code = code[program.end() :]  # torchrun's own settings come before train.py
+            names = set(re.findall(r"--(\w+)=", code))
             assert names <= allowed, f"{code.strip()}: {names - allowed}"
 
 
@@ -164,21 +141,17 @@ def test_every_method_and_hypergradient_that_a_document_sets_exists(path):
     import bidora
     import bilevel
 
-    text = path.read_text(encoding="utf-8")
-    assert set(re.findall(r"--method=(\w+)", text)) <= {*bidora.METHODS, "ft", "M"}
-    assert set(re.findall(r"--hypergradient=(\w+)", text)) <= set(bilevel.HYPERGRADIENTS)
+    assert set(re.findall(r"--method=(\w+)", TEXTS[path])) <= {*bidora.METHODS, "ft", "M"}
+    assert set(re.findall(r"--hypergradient=(\w+)", TEXTS[path])) <= set(bilevel.HYPERGRADIENTS)
 
 
 # ---------------------------------------------------------------------------------- the shelves
 
 
-def code(folders):
+def code(*folders):
     """The Python files in folders and, but for the top level ("."), in the folders below them."""
-    return sorted(
-        path
-        for folder in folders
-        for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
-    )
+    below = {folder: "*.py" if folder == "." else "**/*.py" for folder in folders}
+    return sorted(path for folder in folders for path in (ROOT / folder).glob(below[folder]))
 
 
 def shelf(module):
@@ -191,23 +164,21 @@ def modules():
     {name: path} of all modules of the three shelves, but for the one that bidora.py looks names of
     another package up in.
     """
-    found = {path.stem: path for path in ROOT.glob("*.py")}
-    for path in code(ROOMS):
-        found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
-    del found["support.weights.bidora_package"]
-    return found
+    paths = {name_of(path.with_suffix("")).replace("/", "."): path for path in code(".", *ROOMS)}
+    del paths["support.weights.bidora_package"]
+    return paths
 
 
 def imports(path, known):
     """The modules among `known` that a file imports anywhere, inside functions too."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative import"
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found & set(known)
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & set(known)
 
 
 def test_the_top_level_holds_the_lesson_s_files_alone():
@@ -224,50 +195,41 @@ def test_nothing_imports_upward_and_there_is_no_circle():
 
 
 def functions(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return [
-        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
 @pytest.mark.parametrize("folder", [".", *ROOMS])
 def test_no_function_is_longer_than_50_lines(folder):
-    found = [f for path in code([folder]) for f in functions(path)]
-    assert {f.name for f in found if f.end_lineno - f.lineno + 1 > 50} == set()
+    for path in code(folder):
+        long = [f.name for f in functions(path) if f.end_lineno - f.lineno + 1 > 50]
+        assert long == [], path.name
 
 
 @pytest.mark.parametrize("name", sorted(TOP))
 def test_no_function_of_the_lesson_takes_more_than_8_positional_parameters(name):
-    counts = {}
     for function in functions(ROOT / f"{name}.py"):
-        names = [a.arg for a in function.args.posonlyargs + function.args.args]
-        counts[function.name] = len([name for name in names if name not in ("self", "cls", "ctx")])
-    assert {name: count for name, count in counts.items() if count > 8} == {}
+        names = {a.arg for a in function.args.posonlyargs + function.args.args}
+        assert len(names - {"self", "cls", "ctx"}) <= 8, function.name
 
 
 def test_no_line_of_code_is_wider_than_100_columns():
-    wide = [
-        f"{name_of(path)}:{number}"
-        for path in code([".", *ROOMS, "tests", "configs"])
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-        if len(line) > 100
-    ]
-    assert wide == []
+    for path in code(".", *ROOMS, "tests", "configs"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert [i for i, line in enumerate(lines, 1) if len(line) > 100] == [], name_of(path)
 
 
 # ---------------------------------------------------------------------------------- the recipes
 
 
-def recipes():
-    """{name: code} of the marked blocks of CONTRIBUTING.md."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    return dict(re.findall(r"<!-- recipe: (.+?) -->\n```python\n(.*?)```", text, re.DOTALL))
+RECIPES = dict(re.findall(r"<!-- recipe: (.+?) -->\n```python\n(.*?)```", CONTRIBUTING, re.DOTALL))
 
 
-def insert(path, code, line, before=False):
-    """Put code after the one line of a file that begins so, or before it."""
+def insert(path, recipe, line, before=False):
+    """Put a recipe's code after the one line of a file that begins so, or before it."""
+    code = RECIPES[recipe]
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    [index] = [i for i, found in enumerate(lines) if found.startswith(line)]
+    [index] = [i for i, there in enumerate(lines) if there.startswith(line)]
     lines.insert(index + (not before), code + "\n\n" * (before and "def " in code))
     path.write_text("".join(lines), encoding="utf-8")
 
@@ -276,18 +238,16 @@ def insert(path, code, line, before=False):
 def copy(tmp_path):
     """The project in a folder of its own, and a function that runs train.py of it."""
     folder = tmp_path / "copy"
-    folder.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in (*ROOMS, "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
-    for name in (*ROOMS, "configs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = os.environ | {"PYTHONPATH": ""}
+    options = dict(cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
     def run(*arguments):
-        command = [sys.executable, *arguments]
-        environment = os.environ | {"PYTHONPATH": ""}
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-        )
+        done = subprocess.run([sys.executable, *arguments], **options)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -299,7 +259,7 @@ QUICK = ("train.py", "--config=tiny.py", "--search_steps=4", "--retrain_steps=4"
 
 def test_the_recipe_for_a_method_gives_one_that_trains_and_loads(copy):
     folder, run = copy
-    insert(folder / "bidora.py", recipes()["method"], "METHODS = {")
+    insert(folder / "bidora.py", "method", "METHODS = {")
     run(*QUICK, "--method=rslora", "--out_dir=out/new")
     assert "%" in run("sample.py", "--adapter=out/new", "--prompt=aeae lim")
 
@@ -345,10 +305,9 @@ assert_close(bidora.merge(model)(x), bidora.load_adapter(base, "out/layers")(x))
 def test_the_recipe_for_a_forward_gives_the_formula_and_trains_and_loads(copy, method):
     """In float64 against VeRA's update built from diagonal matrices, in values and gradients."""
     folder, run = copy
-    place = folder / "bidora.py"
-    insert(place, recipes()["forward import"], "import math", before=True)
-    insert(place, recipes()["forward class"], "METHODS = {", before=True)
-    insert(place, recipes()["forward"], "METHODS = {")
+    insert(folder / "bidora.py", "forward import", "import math", before=True)
+    insert(folder / "bidora.py", "forward class", "METHODS = {", before=True)
+    insert(folder / "bidora.py", "forward", "METHODS = {")
     run("-c", FORWARD, method)
     run(*QUICK, f"--method={method}", "--out_dir=out/new")
     assert "%" in run("sample.py", "--adapter=out/new", "--prompt=aeae lim")
@@ -356,18 +315,16 @@ def test_the_recipe_for_a_forward_gives_the_formula_and_trains_and_loads(copy, m
 
 def test_the_recipe_for_a_hypergradient_gives_one_that_trains(copy):
     folder, run = copy
-    place = folder / "hypergrad.py"
-    insert(place, recipes()["hypergradient function"], "def neumann(", before=True)
-    insert(folder / "bilevel.py", recipes()["hypergradient"], "HYPERGRADIENTS = {")
+    insert(folder / "hypergrad.py", "hypergradient function", "def neumann(", before=True)
+    insert(folder / "bilevel.py", "hypergradient", "HYPERGRADIENTS = {")
     assert "t1t2" in run(*QUICK, "--hypergradient=t1t2", "--hypergradient_lr=0.1")
     run(*QUICK, "--hypergradient=t1t2", "--precondition=none", "--out_dir=out/default")
 
 
 def test_the_recipe_for_a_data_set_gives_one_that_trains_and_says_what_to_try(copy):
     folder, run = copy
-    place = folder / "support" / "text" / "datasets.py"
-    insert(place, recipes()["data set function"], "BUILT_IN = {", before=True)
-    insert(place, recipes()["data set"], "BUILT_IN = {")
+    insert(folder / "support/text/datasets.py", "data set function", "BUILT_IN = {", before=True)
+    insert(folder / "support/text/datasets.py", "data set", "BUILT_IN = {")
     shown = run(*QUICK, "--data=parity")
     assert "even" in shown and '--prompt="1234"' in shown
 
@@ -375,14 +332,12 @@ def test_the_recipe_for_a_data_set_gives_one_that_trains_and_says_what_to_try(co
 def test_the_recipe_for_a_schedule_falls_as_a_cosine(copy):
     folder, run = copy
     path = folder / "train.py"
-    insert(path, recipes()["schedule import"], "import os", before=True)
+    insert(path, "schedule import", "import os", before=True)
     text = path.read_text(encoding="utf-8")
     start = text.index("def learning_rate_scale(")
     old = re.search(r"(?m)^    return 1 - .*\n", text[start:])[0]
-    path.write_text(text.replace(old, recipes()["schedule"]), encoding="utf-8")
-    code = (
-        "import train; print(*(train.learning_rate_scale(step, 100) for step in (5, 10, 55, 100)))"
-    )
-    values = list(map(float, run("-c", code).split()))
+    path.write_text(text.replace(old, RECIPES["schedule"]), encoding="utf-8")
+    values = "*(train.learning_rate_scale(step, 100) for step in (5, 10, 55, 100))"
+    values = list(map(float, run("-c", f"import train; print({values})").split()))
     assert values == pytest.approx([0.5, 1, 0.55, 0.1])
     run(*QUICK)

@@ -1,6 +1,5 @@
 """Each task, from examples to a trained and reloaded model, against transformers and peft."""
 
-import json
 import random
 import sys
 from pathlib import Path
@@ -11,9 +10,10 @@ import pytest
 import sklearn.metrics
 import torch
 import transformers
+from safetensors.torch import load_file
 from test_encoder import checkpoint
 from test_heads import tokenizers as write_tokenizer
-from test_train import TINY
+from test_train import TINY, metrics, write
 
 import data
 import sample
@@ -36,41 +36,47 @@ def elsewhere(tmp_path, monkeypatch, request):
     monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
 
 
-def make(kind, count=24, seed=0):
-    """Examples of a kind of task, with something to learn."""
-    rng = random.Random(seed)
-    found = []
+def make(family, count=24, seed=0):
+    """Examples of a family of tasks, with something to learn."""
+    rng, examples = random.Random(seed), []
     for i in range(count):
         words = rng.choices(WORDS, k=rng.randint(2, 7))
         text = {"text": " ".join(words), "text_b": rng.choice(WORDS)}
-        tags = ["B-X" if word == "ab" else "I-X" if word == "cd" else "O" for word in words]
+        tags = [{"ab": "B-X", "cd": "I-X"}.get(word, "O") for word in words]
         tags[0] = ("B-X", "I-X", "O")[i % 3]
-        found.append(
-            {
-                "classification": text | {"label": "pqr"[i % 3]},
-                "multi_label": text | {"labels": [x for x in "pqr" if x == "pqr"[i % 3] or i % 4]},
-                "regression": text | {"score": len(words) / 2},
-                "tagging": {"words": words, "tags": tags},
-                "generation": {"prompt": words[0], "references": [" ".join(words), words[-1]]},
-            }[kind]
-        )
-    return found
+        forms = {
+            "classification": text | {"label": "pqr"[i % 3]},
+            "multi_label": text | {"labels": [x for x in "pqr" if x == "pqr"[i % 3] or i % 4]},
+            "regression": text | {"score": len(words) / 2},
+            "tagging": {"words": words, "tags": tags},
+            "generation": {"prompt": words[0], "references": [" ".join(words), words[-1]]},
+        }
+        examples.append(forms[family])
+    return examples
 
 
-def write(path, examples):
-    Path(path).write_text("".join(json.dumps(example) + "\n" for example in examples))
-    return str(path)
+def trained(family="", **settings):
+    """The results of a short run, on examples of the family."""
+    return train.train(Config(**STEPS | (files(family) if family else {}) | settings))
 
 
-ESM_TOKENS = [
-    "<cls>",
-    "<pad>",
-    "<eos>",
-    "<unk>",
-    *"LAGVSERTIDPKQNFYMHWCXBUZO.-",
-    "<null_1>",
-    "<mask>",
-]
+def refused(capsys, message, *arguments):
+    """Train.py gives the message in one line, before any work."""
+    capsys.readouterr()
+    assert train.main([*arguments, "--out_dir=run"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not Path("run").exists()
+
+
+def head(family, names, examples, length=64):
+    """A task on an encoder, its backbone, the examples as rows, and how many were cut."""
+    folder = Path(encoder())
+    task = HeadTask(family, names, *load_tokenizer(folder))
+    return task, tasks.load_backbone(folder, torch.float32, "cpu"), *task.encode(examples, length)
+
+
+LETTERS = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
+ESM_TOKENS = ["<cls>", "<pad>", "<eos>", "<unk>", *LETTERS, "<null_1>", "<mask>"]
 
 
 def encoder(name="bert"):
@@ -84,9 +90,9 @@ def encoder(name="bert"):
     return str(folder)
 
 
-def files(kind):
-    train_file = write("train.jsonl", make(kind))
-    return dict(train_file=train_file, test_file=write("test.jsonl", make(kind, 12, seed=1)))
+def files(family):
+    train_file = write("train.jsonl", make(family))
+    return dict(train_file=train_file, test_file=write("test.jsonl", make(family, 12, seed=1)))
 
 
 HEADS = ["classification", "multi_label", "regression", "tagging"]
@@ -100,9 +106,10 @@ def model_of(name):
 
 # ------------------------------------------------------------------------------ the choice
 
+LABELLED = {"text": "a", "label": "b"}
 CHOICES = [  # format of the example, encoder?, chosen
-    ({"text": "a", "label": "b"}, False, "label_words"),
-    ({"text": "a", "label": "b"}, True, "classification"),
+    (LABELLED, False, "label_words"),
+    (LABELLED, True, "classification"),
     ({"text": "a", "labels": ["b"]}, False, "multi_label"),
     ({"text": "a", "score": 1.0}, True, "regression"),
     ({"words": ["a"], "tags": ["O"]}, True, "tagging"),
@@ -124,11 +131,10 @@ def test_the_task_follows_from_the_data_and_the_model(example, is_encoder, expec
     "task, example, message",
     [
         ("auto", {"prompt": "a", "completion": "b"}, "'prompt' need a model that writes, which an"),
-        ("label_words", {"text": "a", "label": "b"}, "need a model that writes"),
-        ("tagging", {"text": "a", "label": "b"}, "task=tagging does not take examples of .*; use "
-         "task=classification"),
+        ("label_words", LABELLED, "need a model that writes"),
+        ("tagging", LABELLED, "task=tagging does not take examples of .*; use task=classification"),
     ],
-)  # fmt: skip
+)
 def test_a_task_that_does_not_fit_is_refused(task, example, message):
     checkpoint(Path("bert"), "bert")
     with pytest.raises(ValueError, match=message):
@@ -138,127 +144,108 @@ def test_a_task_that_does_not_fit_is_refused(task, example, message):
 # ------------------------------------------------------------------------------ the heads
 
 
-def peer_of(kind, model, labels):
+def auto_model(family):
+    return getattr(transformers, CLASSES.get(family, "AutoModelForSequenceClassification"))
+
+
+def peer_of(family, model, labels):
     """Transformers' model with the run's adapter in it, loaded by peft."""
-    name = CLASSES.get(kind, "AutoModelForSequenceClassification")
-    base = getattr(transformers, name).from_pretrained(
-        find_model(model), num_labels=labels, dtype=torch.float32
-    )
+    options = dict(num_labels=labels, dtype=torch.float32)
+    base = auto_model(family).from_pretrained(find_model(model), **options)
     if model == "tiny-random":
         base.config.pad_token_id = 0
     return peft.PeftModel.from_pretrained(base, "run").eval()
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("family", HEADS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_trained_head_gives_the_same_logits_in_transformers_and_peft(name, kind):
+@torch.no_grad()
+def test_a_trained_head_gives_the_same_logits_in_transformers_and_peft(name, family):
     """From examples to the saved adapter. Within 1e-4 of logits of about 1: fp32, another norm."""
     model = model_of(name)
-    config = Config(model=model, task=kind, method="dora", lower_lr=1e-2, **files(kind), **STEPS)
-    train.train(config)
+    with torch.enable_grad():
+        trained(family, model=model, task=family, method="dora", lower_lr=1e-2)
     ours, task, _ = sample.load("run")
-    peer = peer_of(kind, model, len(task.names) or 1)
-    rows, _ = task.encode(make(kind, 12, seed=1), 64)
+    peer = peer_of(family, model, len(task.names) or 1)
+    rows, _ = task.encode(make(family, 12, seed=1), 64)
     *inputs, _ = task.collate(rows)
-    with torch.no_grad():
-        together = ours(*inputs)
+    together = ours(*inputs)
     for place, row in enumerate(rows):
         ids, mask, types, _ = task.collate([row])
-        with torch.no_grad():
-            expected = peer(input_ids=ids, attention_mask=mask).logits
-            if name == "bert":
-                expected = peer(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
-            found = ours(ids, mask, types)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-        padded = together[place] if kind != "tagging" else together[place, : ids.size(1)]
+        more = {"token_type_ids": types} if name == "bert" else {}
+        expected = peer(input_ids=ids, attention_mask=mask, **more).logits
+        torch.testing.assert_close(ours(ids, mask, types), expected, rtol=0, atol=1e-4)
+        padded = together[place] if family != "tagging" else together[place, : ids.size(1)]
         torch.testing.assert_close(padded, expected[0], rtol=0, atol=1e-4)
 
 
-def test_the_losses_and_scores_of_a_run_are_those_of_its_reloaded_model():
+def by_sklearn(family, targets, logits):
+    """The metrics of a run, from each row's target and logits."""
+    if family == "regression":
+        scores = torch.cat(logits).tolist()
+        loss = pytest.approx(sklearn.metrics.mean_squared_error(targets, scores), rel=1e-5)
+        pearson = pytest.approx(numpy.corrcoef(targets, scores)[0, 1], abs=1e-6)
+        return {"loss": loss, "pearson": pearson}
+    if family == "multi_label":
+        labels = torch.stack(logits) > 0
+        score = sklearn.metrics.f1_score(numpy.array(targets), labels, average="micro")
+        return {"f1_micro": pytest.approx(score)}
+    if family == "tagging":
+        pairs = [pair for row in zip(targets, logits) for pair in zip(*row) if pair[0] != -100]
+        targets, logits = zip(*pairs)
+    p = torch.stack(logits).softmax(-1)
+    loss = pytest.approx(sklearn.metrics.log_loss(targets, p, labels=[0, 1, 2]), abs=1e-5)
+    if family == "tagging":
+        return {"loss": loss}
+    return {"loss": loss, "accuracy": sklearn.metrics.accuracy_score(targets, p.argmax(-1))}
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_the_losses_and_scores_of_a_run_are_those_of_its_reloaded_model(family):
     """By scikit-learn, from the logits row by row. On the test split, which no seed shuffles."""
-    for kind in HEADS:
-        config = Config(model=encoder(), method="lora", lower_lr=1e-2, **files(kind), **STEPS)
-        config.out_dir = kind
-        after = train.train(config)["after"]["test"]
-        model, task, _ = sample.load(kind)
-        rows, _ = task.encode(make(kind, 12, seed=1), 64)
-        logits = []
-        with torch.no_grad():
-            for row in rows:
-                *inputs, _ = task.collate([row])
-                logits.append(model(*inputs)[0])
-        if kind == "classification":
-            right = [row.target for row in rows]
-            p = torch.stack(logits).softmax(-1)
-            assert after["loss"] == pytest.approx(sklearn.metrics.log_loss(right, p), abs=1e-5)
-            assert after["accuracy"] == sklearn.metrics.accuracy_score(right, p.argmax(-1))
-        elif kind == "regression":
-            right = [row.target for row in rows]
-            found = torch.cat(logits).tolist()
-            assert after["loss"] == pytest.approx(
-                sklearn.metrics.mean_squared_error(right, found), rel=1e-5
-            )
-            assert after["pearson"] == pytest.approx(numpy.corrcoef(right, found)[0, 1], abs=1e-6)
-        elif kind == "multi_label":
-            right = numpy.array([row.target for row in rows])
-            found = torch.stack(logits) > 0
-            expected = sklearn.metrics.f1_score(right, found, average="micro")
-            assert after["f1_micro"] == pytest.approx(expected)
-        else:
-            pairs = [
-                (target, scores)
-                for row, part in zip(rows, logits)
-                for target, scores in zip(row.target, part)
-                if target != -100
-            ]
-            p = torch.stack([scores for _, scores in pairs]).softmax(-1)
-            expected = sklearn.metrics.log_loss([x for x, _ in pairs], p, labels=[0, 1, 2])
-            assert after["loss"] == pytest.approx(expected, abs=1e-5)
+    after = trained(family, model=encoder(), method="lora", lower_lr=1e-2)["after"]["test"]
+    model, task, _ = sample.load("run")
+    rows, _ = task.encode(make(family, 12, seed=1), 64)
+    with torch.no_grad():
+        logits = [model(*task.collate([row])[:-1])[0] for row in rows]
+    expected = by_sklearn(family, [row.target for row in rows], logits)
+    assert {name: after[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("kind", HEADS)
-def test_micro_batches_add_up_to_the_batch(kind):
+@pytest.mark.parametrize("family", HEADS)
+def test_micro_batches_add_up_to_the_batch(family):
     """Their losses times shares, within fp32's rounding: rows differ in tags, and one is alone."""
-    folder = Path(encoder())
-    names = {"tagging": ["B-X", "I-X", "O"], "regression": []}.get(kind, ["p", "q", "r"])
-    task = HeadTask(kind, names, *load_tokenizer(folder))
-    rows, _ = task.encode(make(kind, 7), 64)
+    names = {"tagging": ["B-X", "I-X", "O"], "regression": []}.get(family, ["p", "q", "r"])
+    task, backbone, rows, _ = head(family, names, make(family, 7))
     torch.manual_seed(0)
-    model = task.attach(tasks.load_backbone(folder, torch.float32, "cpu"), rows)
+    model = task.attach(backbone, rows)
     parts = data.micro_batches(rows, 2, count=task.supervised)
     losses = [model(*task.collate(part)).item() * share for part, share in parts]
     assert sum(losses) == pytest.approx(model(*task.collate(rows)).item(), rel=1e-5)
 
 
 def test_a_regression_begins_at_the_mean_score_of_train():
-    folder = Path(encoder())
-    task = HeadTask("regression", [], *load_tokenizer(folder))
-    rows, _ = task.encode(make("regression"), 64)
-    model = task.attach(tasks.load_backbone(folder, torch.float32, "cpu"), rows)
+    task, backbone, rows, _ = head("regression", [], make("regression"))
     expected = numpy.mean([example["score"] for example in make("regression")])
-    assert model.output.bias.item() == pytest.approx(expected)
+    assert task.attach(backbone, rows).output.bias.item() == pytest.approx(expected)
 
 
 def test_words_that_do_not_fit_are_predicted_as_outside():
-    folder = Path(encoder())
-    task = HeadTask("tagging", ["B-X", "O"], *load_tokenizer(folder))
     example = {"words": ["ab"] * 9, "tags": ["B-X"] * 9}
-    [row], cut = task.encode([example], 6)  # [CLS], four words, [SEP]
+    task, _, [row], cut = head("tagging", ["B-X", "O"], [example], 6)  # [CLS], four words, [SEP]
     assert cut == 1 and len(row.input_ids) == 6
     assert task.in_words(row, [0] * 6) == ["B-X"] * 4 + ["O"] * 5
 
 
-@pytest.mark.parametrize("kind", HEADS)
-def test_full_fine_tuning_of_an_encoder_loads_in_transformers_with_the_labels_names(kind):
-    config = Config(model=encoder(), method="ft", lower_lr=1e-3, **files(kind), **STEPS)
-    train.train(config)
-    name = CLASSES.get(kind, "AutoModelForSequenceClassification")
-    peer = getattr(transformers, name).from_pretrained("run").eval()
+@pytest.mark.parametrize("family", HEADS)
+def test_full_fine_tuning_of_an_encoder_loads_in_transformers_with_the_labels_names(family):
+    trained(family, model=encoder(), method="ft", lower_lr=1e-3)
+    peer = auto_model(family).from_pretrained("run").eval()
     ours, task, _ = sample.load("run")
     ids = torch.tensor([task.tokenizer.encode("abc cab").ids])
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), peer(ids).logits, rtol=0, atol=1e-5)
-    if kind != "regression":
+    if family != "regression":
         assert [peer.config.id2label[i] for i in range(len(task.names))] == task.names
 
 
@@ -280,8 +267,7 @@ def test_letters_of_proteins_become_the_tokens_of_transformers():
 
 
 def test_generated_texts_are_scored_on_the_last_split_and_train_takes_each_reference():
-    config = Config(model="tiny-random", max_new_tokens=8, **files("generation"), **STEPS)
-    results = train.train(config)
+    results = trained("generation", model="tiny-random", max_new_tokens=8)
     assert results["metric"] == "bleu" and results["examples"]["test"] == 12
     assert results["examples"]["train"] + results["examples"]["val"] == 48
     assert results["after"]["test"].keys() >= {"loss", "bleu", "chrf", "rougeL"}
@@ -290,9 +276,7 @@ def test_generated_texts_are_scored_on_the_last_split_and_train_takes_each_refer
 
 def test_a_greedy_text_is_what_generate_writes():
     """On a model that has learnt to copy a word; beams are tested in test_beam_search.py."""
-    config = Config(model="tiny-random", max_new_tokens=8, **files("generation"), **STEPS)
-    config.lower_lr = 1e-2
-    train.train(config)
+    trained("generation", model="tiny-random", max_new_tokens=8, lower_lr=1e-2)
     model, tokenizer, _ = sample.load("run")
     search = dict(max_new_tokens=8, beams=1, length_penalty=1.0, no_repeat_ngram=0)
     task = tasks.LanguageTask(tokenizer, "", {}, False, search, None)
@@ -308,25 +292,16 @@ def test_a_greedy_text_is_what_generate_writes():
 # ---------------------------------------------------------------------------- the controls
 
 
-def magnitudes():
-    """The magnitudes in the run's adapter, as one tensor."""
-    from safetensors.torch import load_file
-
-    tensors = load_file("run/adapter_model.safetensors")
-    return torch.cat([tensors[n] for n in sorted(tensors) if "magnitude" in n])
-
-
 def test_dora_in_two_phases_fixes_the_magnitude_of_its_first_phase():
     ends = []
-    for retrain in (0, 5):
-        config = Config(**TINY | {"retrain_steps": retrain}, method="dora", two_phases=True)
-        config.out_dir, config.overwrite = "run", True
-        train.train(config)
-        ends.append(magnitudes())
-    assert torch.equal(*ends)
-    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert [line["phase"] for line in lines] == ["search"] * 4 + ["retrain"] * 5
-    assert not any("val_loss" in line for line in lines)
+    for steps in (0, 5):
+        settings = dict(method="dora", two_phases=True, overwrite=True, retrain_steps=steps)
+        train.train(Config(**TINY | settings, out_dir="run"))
+        ends.append(load_file("run/adapter_model.safetensors"))
+    magnitudes = [name for name in ends[0] if "magnitude" in name]
+    assert magnitudes and all(torch.equal(ends[0][name], ends[1][name]) for name in magnitudes)
+    assert [line["phase"] for line in metrics()] == ["search"] * 4 + ["retrain"] * 5
+    assert not any("val_loss" in line for line in metrics())
 
 
 def test_the_upper_level_can_learn_from_train_as_a_control(monkeypatch):
@@ -344,60 +319,57 @@ def test_the_upper_level_can_learn_from_train_as_a_control(monkeypatch):
 
 def test_rates_of_their_own_for_the_final_phase_and_its_end():
     train.train(Config(**TINY, retrain_lr=5e-4, lr_floor=0.0, out_dir="run"))
-    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    search, retrain = (
-        [line["lower_lr"] for line in lines if line["phase"] == phase]
-        for phase in ("search", "retrain")
-    )
-    assert max(search) == 1e-3 and max(retrain) == 5e-4
-    assert search[-1] == retrain[-1] == 0
+    rates = {"search": [], "retrain": []}
+    for line in metrics():
+        rates[line["phase"]].append(line["lower_lr"])
+    assert max(rates["search"]) == 1e-3 and max(rates["retrain"]) == 5e-4
+    assert rates["search"][-1] == rates["retrain"][-1] == 0
 
 
 # -------------------------------------------------------------------------------- sample.py
 
 
 @pytest.mark.parametrize(
-    "kind, lines", [("classification", 3), ("multi_label", 3), ("regression", 1), ("tagging", 2)]
+    "family, lines", [("classification", 3), ("multi_label", 3), ("regression", 1), ("tagging", 2)]
 )
-def test_sample_says_what_a_head_finds(kind, lines, capsys):
-    train.train(Config(model=encoder(), method="lora", **files(kind), **STEPS))
+def test_sample_says_what_a_head_finds(family, lines, capsys):
+    trained(family, model=encoder(), method="lora")
     capsys.readouterr()
-    pair = [] if kind == "tagging" else ["--prompt_b=de"]  # as some of the examples are
+    pair = [] if family == "tagging" else ["--prompt_b=de"]  # as some of the examples are
     assert sample.main(["--adapter=run", "--prompt=ab cd", *pair]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == lines
-    if kind == "classification":
+    if family == "classification":
         assert sum(float(line.split("%")[0]) for line in printed) == pytest.approx(100, abs=0.2)
-    if kind == "tagging":
+    if family == "tagging":
         assert [line.split("\t")[0] for line in printed] == ["ab", "cd"]
     assert sample.main(["--adapter=run", "--prompt=ab", "--labels=x,y"]) == 2
-    assert f"the run's task is {kind}: give --prompt alone" in capsys.readouterr().err
+    assert f"the run's task is {family}: give --prompt alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["bert", "tiny-random"])
 def test_a_run_on_pairs_asks_for_both_texts_and_one_on_single_texts_for_one(model, capsys):
     """The last line of the run is a command with both, and sample.py refuses one alone."""
-    train.train(Config(model="tiny-random", data="toy-sentiment", **STEPS))
-    assert sample.main(["--adapter=run", "--prompt=ab", "--prompt_b=cd"]) == 2
+    one, both = ["--adapter=run", "--prompt=ab"], ["--adapter=run", "--prompt=ab", "--prompt_b=de"]
+    trained(model="tiny-random", data="toy-sentiment")
+    assert sample.main(both) == 2
     assert "single texts: omit --prompt_b" in capsys.readouterr().err
 
     pairs = [example | {"text_b": "de"} for example in make("classification")]
-    options = {"model": model_of(model), "train_file": write("train.jsonl", pairs)}
-    options["overwrite"] = True
-    arguments = [f"--{name}={value}" for name, value in (options | STEPS).items()]
-    assert train.main(arguments) == 0
+    settings = STEPS | {"model": model_of(model), "train_file": write("train.jsonl", pairs)}
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    assert train.main([*arguments, "--overwrite=True"]) == 0
     assert '--prompt="..." --prompt_b="..."' in capsys.readouterr().out
-    assert sample.main(["--adapter=run", "--prompt=ab"]) == 2
+    assert sample.main(one) == 2
     assert capsys.readouterr().err == "error: the run is on pairs of texts: add --prompt_b\n"
-    assert sample.main(["--adapter=run", "--prompt=ab", "--prompt_b=de"]) == 0
+    assert sample.main(both) == 0
 
 
 def test_sample_writes_what_a_run_on_data_to_text_has_learnt(capsys):
     """One answer, learnt by heart, by the run's own search."""
     examples = [{"prompt": f"{word} {i}", "references": ["yes"]} for word in WORDS for i in "123"]
-    settings = STEPS | {"search_steps": 20, "retrain_steps": 40}
-    file = write("train.jsonl", examples)
-    train.train(Config(model="tiny-random", train_file=file, lower_lr=2e-2, **settings))
+    settings = dict(train_file=write("train.jsonl", examples), search_steps=20, retrain_steps=40)
+    trained(model="tiny-random", lower_lr=2e-2, **settings)
     capsys.readouterr()
     assert sample.main(["--adapter=run", "--prompt=ab 2"]) == 0
     assert capsys.readouterr().out.strip() == "yes"
@@ -432,16 +404,12 @@ BAD = [  # lines of train, lines of test, the message
 def test_a_wrong_example_is_refused_by_file_and_line_before_any_work(
     lines, test_lines, message, capsys
 ):
-    write("train.jsonl", [GOOD.get(x, x) if isinstance(x, str) else x for x in lines])
-    arguments = [f"--model={encoder()}", "--train_file=train.jsonl", "--out_dir=run"]
-    if test_lines:
-        write("test.jsonl", [GOOD.get(x, x) if isinstance(x, str) else x for x in test_lines])
-        arguments.append("--test_file=test.jsonl")
-    capsys.readouterr()
-    assert train.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-    assert not Path("run").exists()
+    arguments = [f"--model={encoder()}"]
+    for name, rows in (("train", lines), ("test", test_lines)):
+        if rows:
+            rows = [GOOD[row] if isinstance(row, str) else row for row in rows]
+            arguments.append(f"--{name}_file={write(f'{name}.jsonl', rows)}")
+    refused(capsys, message, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -455,55 +423,46 @@ def test_a_wrong_example_is_refused_by_file_and_line_before_any_work(
         (["--block_size=900"], "block_size=900 is more than the 64 positions of bert"),
         (["--block_size=2"], "block_size=2 leaves no room beside 3 special tokens"),
         (["--target_modules=q_proj"], "target module 'q_proj' matches no linear layer"),
+        (["--label_prompt=Is {text} good?"], "label_prompt is a question"),
+        (["--num_beams=2"], "are for"),
     ],
 )
-def test_a_setting_that_an_encoder_can_not_have_is_refused(arguments, message, capsys):
-    write("train.jsonl", make("classification"))
-    start = [f"--model={encoder()}", "--train_file=train.jsonl", "--out_dir=run"]
-    capsys.readouterr()
-    assert train.main([*start, *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-    assert not Path("run").exists()
+def test_a_setting_that_an_encoder_or_its_head_can_not_have_is_refused(arguments, message, capsys):
+    file = write("train.jsonl", make("classification"))
+    refused(capsys, message, f"--model={encoder()}", f"--train_file={file}", *arguments)
 
 
 def test_a_folder_without_a_dev_set_can_not_serve_the_upper_level(capsys):
     Path("folder").mkdir()
     write("folder/train.jsonl", make("classification"))
-    arguments = [f"--model={encoder()}", "--data=folder", "--val_fraction=0", "--out_dir=run"]
-    capsys.readouterr()
-    assert train.main(arguments) == 2
-    assert "folder has no dev set for the upper level" in capsys.readouterr().err
+    said = "folder has no dev set for the upper level"
+    refused(capsys, said, f"--model={encoder()}", "--data=folder", "--val_fraction=0")
 
 
-def test_a_tag_that_occurs_once_is_learnt_wherever_the_split_puts_it():
-    rare = {"words": ["de"], "tags": ["B-RARE"]}
-    for place in range(3):
-        write(
-            "train.jsonl",
-            make("tagging", 9)[: 3 * place] + [rare] + make("tagging", 9)[3 * place :],
-        )
-        splits = data.load_splits(Config(train_file="train.jsonl"))
-        assert splits.labels == ["B-RARE", "B-X", "I-X", "O"]
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_a_tag_that_occurs_once_is_learnt_wherever_the_split_puts_it(place):
+    examples = make("tagging", 9)
+    examples.insert(place, {"words": ["de"], "tags": ["B-RARE"]})
+    splits = data.load_splits(Config(train_file=write("train.jsonl", examples)))
+    assert splits.labels == ["B-RARE", "B-X", "I-X", "O"]
 
 
 def test_a_text_without_a_token_is_named(capsys):
     """The tiny model's tokenizer adds no special tokens."""
-    write("train.jsonl", [*make("regression", 9), {"text": "", "text_b": "", "score": 1}])
-    arguments = ["--model=tiny-random", "--train_file=train.jsonl", "--out_dir=run"]
-    assert train.main(arguments) == 2
-    assert "train.jsonl:10: the tokenizer leaves nothing of ''" in capsys.readouterr().err
+    file = write("train.jsonl", [*make("regression", 9), {"text": "", "text_b": "", "score": 1}])
+    said = "train.jsonl:10: the tokenizer leaves nothing of ''"
+    refused(capsys, said, "--model=tiny-random", f"--train_file={file}")
 
 
 def test_a_library_that_the_scores_need_is_missed_before_training(monkeypatch, capsys):
     """Also where nothing is scored before training."""
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    write("train.jsonl", make("classification"))
-    arguments = [f"--model={encoder()}", "--train_file=train.jsonl", "--eval_before=False"]
-    capsys.readouterr()
-    assert train.main([*arguments, "--out_dir=run"]) == 2
-    assert "pip install scikit-learn" in capsys.readouterr().err
-    assert not Path("run").exists()
+    file = write("train.jsonl", make("classification"))
+    arguments = [f"--model={encoder()}", f"--train_file={file}", "--eval_before=False"]
+    refused(capsys, "pip install scikit-learn", *arguments)
+
+
+LORA, DORA = (dict(data="toy-sentiment", method=method) for method in ("lora", "dora"))
 
 
 @pytest.mark.parametrize(
@@ -511,12 +470,9 @@ def test_a_library_that_the_scores_need_is_missed_before_training(monkeypatch, c
     [
         (dict(train_file="train.jsonl", train_size=9), "train_size=9: train_file is taken whole"),
         (dict(data="folder", tune_size=9), "tune_size is for a built-in set"),
-        (dict(data="toy-sentiment", method="lora", upper_data="train"), "lora has no upper level"),
-        (dict(data="toy-sentiment", method="lora", two_phases=True), "two_phases=True is for met"),
-        (
-            dict(data="toy-sentiment", method="dora", two_phases=True, search_steps=0),
-            "two_phases=True needs search_steps",
-        ),
+        (LORA | dict(upper_data="train"), "lora has no upper level"),
+        (LORA | dict(two_phases=True), "two_phases=True is for met"),
+        (DORA | dict(two_phases=True, search_steps=0), "two_phases=True needs search_steps"),
         (dict(data="toy-sentiment", length_penalty=1e9), "length_penalty=1000000000.0 must be at"),
         (dict(data="toys"), "unknown data 'toys'"),
     ],
@@ -527,28 +483,13 @@ def test_a_setting_that_would_do_nothing_is_refused(settings, message):
         train.check(Config(**settings))
 
 
-@pytest.mark.parametrize(
-    "setting, message",
-    [
-        ("--label_prompt=Is {text} good?", "label_prompt is a question"),
-        ("--num_beams=2", "are for"),
-    ],
-)
-def test_a_setting_that_a_head_does_not_use_is_refused(setting, message, capsys):
-    write("train.jsonl", make("classification"))
-    arguments = [f"--model={encoder()}", "--train_file=train.jsonl", "--out_dir=run", setting]
-    assert train.main(arguments) == 2
-    assert message in capsys.readouterr().err and not Path("run").exists()
-
-
 def test_tags_and_labels_of_other_formats_are_notes():
     """Instruction data often has fields of these names."""
-    train_file = write(
-        "train.jsonl",
-        [{"instruction": "a", "output": "b", "tags": tags} for tags in (["x"], 3, ["y"], ["z"])],
-    )
-    test_file = write("test.jsonl", [{"instruction": "a", "output": "b", "labels": ["other"]}])
-    assert data.load_splits(Config(train_file=train_file, test_file=test_file)).labels == []
+    row = {"instruction": "a", "output": "b"}
+    rows = [row | {"tags": tags} for tags in (["x"], 3, ["y"], ["z"])]
+    test_file = write("test.jsonl", [row | {"labels": ["other"]}])
+    config = Config(train_file=write("train.jsonl", rows), test_file=test_file)
+    assert data.load_splits(config).labels == []
 
 
 # ------------------------------------------------------------------------ words and pairs
@@ -557,10 +498,8 @@ def test_tags_and_labels_of_other_formats_are_notes():
 @pytest.mark.parametrize("name", ["bert", "tiny-random"])
 def test_words_are_the_tokens_that_they_are_within_a_text(name):
     """By the tokenizers library itself, on a text that begins with a space."""
-    folder = find_model(name) if name == "tiny-random" else Path(encoder())
-    tokenizer, _ = load_tokenizer(folder)
-    words = ["ab", "cab", "de"]
-    ids, places = encode_words(tokenizer, words, range(3), 64)
+    tokenizer, _ = load_tokenizer(Path(find_model(model_of(name))))
+    ids, places = encode_words(tokenizer, ["ab", "cab", "de"], range(3), 64)
     assert ids == tokenizer.encode(" ab cab de").ids
     assert [place for place in places if place >= 0] == [0, 1, 2]
 
@@ -585,20 +524,20 @@ def test_of_a_long_pair_the_left_of_the_longer_text_is_cut_first(sizes):
 
 
 def test_an_encoder_with_a_head_is_merged_for_transformers_and_for_sample(capsys):
-    train.train(Config(model=encoder(), method="bidora", **files("classification"), **STEPS))
+    trained("classification", model=encoder(), method="bidora")
     assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
     ours, task, _ = sample.load("run")
     peer = transformers.AutoModelForSequenceClassification.from_pretrained("merged").eval()
     again, _, _ = sample.load("", "merged")
     ids = torch.tensor([task.tokenizer.encode("abc cab").ids])
     with torch.no_grad():
-        for model in (lambda x: peer(x).logits, again):
-            torch.testing.assert_close(model(ids), ours(ids), rtol=0, atol=1e-5)
+        for logits in (peer(ids).logits, again(ids)):
+            torch.testing.assert_close(logits, ours(ids), rtol=0, atol=1e-5)
     assert peer.config.id2label == {0: "p", 1: "q", 2: "r"}
 
 
 def test_a_language_model_with_a_head_is_not_merged(capsys):
-    train.train(Config(model="tiny-random", **files("regression"), **STEPS))
+    trained("regression", model="tiny-random")
     capsys.readouterr()
     assert merge.main(["--adapter=run", "--out_dir=merged"]) == 2
     assert "keep the adapter, which holds the head" in capsys.readouterr().err

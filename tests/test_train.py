@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -12,8 +13,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import bidora
@@ -31,14 +34,9 @@ from tools import merge
 from train import Config
 
 ROOT = Path(train.__file__).parent
-TINY = dict(
-    model="tiny-random",
-    data="toy-sentiment",
-    dtype="float32",
-    search_steps=4,
-    retrain_steps=3,
-    test_size=40,
-)
+TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", test_size=40)
+TINY |= dict(search_steps=4, retrain_steps=3)
+SETTINGS = [f"--{name}={value}" for name, value in TINY.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -49,14 +47,39 @@ def elsewhere(tmp_path, monkeypatch, request):
 
 
 def command(*arguments, **options):
-    """Run train.py as a user does."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **options,
-    )
+    """Run a program as a user does: train.py, if none is named."""
+    if arguments[0].startswith("--"):
+        arguments = (str(ROOT / "train.py"), *arguments)
+    options = dict(capture_output=True, text=True, timeout=300) | options
+    return subprocess.run([sys.executable, *arguments], **options)
+
+
+def trained(out_dir="run", **settings):
+    """The results of a run on the tiny model."""
+    return train.train(Config(**TINY | settings, out_dir=out_dir))
+
+
+def learnt(results):
+    return results["after"]["test"]["loss"] < results["before"]["test"]["loss"]
+
+
+def same_loss(results, others, rel):
+    ours, theirs = (each["after"]["test"]["loss"] for each in (results, others))
+    return ours == pytest.approx(theirs, rel=rel)
+
+
+def adapter(folder):
+    return load_file(f"{folder}/adapter_model.safetensors")
+
+
+def metrics(folder="run"):
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def write(path, rows):
+    """A file with a JSON object a line; returns its path."""
+    Path(path).write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
 
 
 def refused(capsys, *arguments):
@@ -64,44 +87,29 @@ def refused(capsys, *arguments):
     last = {argument.partition("=")[0]: argument for argument in arguments}
     assert train.main([*last.values()]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert (
-        lines[-1].startswith("error: ")
-        and sum("error" in line.lower() or "Traceback" in line for line in lines) == 1
-    )
+    assert lines[-1].startswith("error: ")
+    assert sum("error" in line.lower() or "Traceback" in line for line in lines) == 1
     return lines[-1]
 
 
-# ------------------------------------------------------------------------------------------ the
-# whole job
+# -------------------------------------------------------------------------- the whole job
 
 
 def test_tiny_config_learns_and_leaves_all_its_files():
     done = command("--config=tiny.py")
     assert done.returncode == 0, done.stderr
     out = Path("out/tiny")
-    assert {p.name for p in out.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "loss.png",
-        "metrics.jsonl",
-        "run.json",
-        "summary.json",
-    }
+    adapters = {"adapter_config.json", "adapter_model.safetensors"}
+    others = {"loss.png", "metrics.jsonl", "run.json", "summary.json"}
+    assert {p.name for p in out.iterdir()} == adapters | others
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["before"]["test"]["accuracy"] < 0.6 < 0.9 < summary["after"]["test"]["accuracy"]
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((out / "run.json").read_text())
-    assert [line["step"] for line in lines] == list(
-        range(1, config["search_steps"] + config["retrain_steps"] + 1)
-    )
-    assert [line["phase"] for line in lines] == ["search"] * config["search_steps"] + [
-        "retrain"
-    ] * config["retrain_steps"]
-    assert (
-        all("val_loss" in line for line in lines if line["phase"] == "search")
-        and "val_loss" not in lines[-1]
-    )
+    assert summary["before"]["test"]["accuracy"] < 0.6 < 0.9 < summary["after"]["test"]["accuracy"]
+    search, retrain, lines = config["search_steps"], config["retrain_steps"], metrics(out)
+    assert [line["step"] for line in lines] == list(range(1, search + retrain + 1))
+    assert [line["phase"] for line in lines] == ["search"] * search + ["retrain"] * retrain
+    assert all("val_loss" in line for line in lines[:search]) and "val_loss" not in lines[-1]
     for said in (
         "bidora on tiny-random",
         "before training: test accuracy",
@@ -116,17 +124,11 @@ def test_tiny_config_learns_and_leaves_all_its_files():
 
 @pytest.mark.parametrize("method", ["ft", "lora", "dora", "bidora", "bilora"])
 def test_every_method_takes_the_same_lower_steps_and_reports_alike(method):
-    results = train.train(Config(**TINY, method=method, out_dir="run"))
-    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 7
-    assert list(results["seconds"]) == (
-        ["search", "retrain"] if train.is_bilevel(Config(method=method)) else ["train"]
-    ) + ["total"]
-    assert (results["trainable_parameters"]["upper"] > 0) == (
-        train.is_bilevel(Config(method=method))
-    )
-    assert results["after"]["test"]["loss"] < results["before"]["test"]["loss"]
-    assert results["examples"] == {"train": 160, "val": 40, "test": 40}
+    results, bilevel = trained(method=method), train.is_bilevel(Config(method=method))
+    assert len(metrics()) == 7
+    assert [*results["seconds"]] == [*(("search", "retrain") if bilevel else ["train"]), "total"]
+    assert (results["trainable_parameters"]["upper"] > 0) == bilevel
+    assert results["examples"] == {"train": 160, "val": 40, "test": 40} and learnt(results)
 
 
 @pytest.mark.parametrize(
@@ -148,20 +150,21 @@ def test_every_method_takes_the_same_lower_steps_and_reports_alike(method):
         dict(method="bilora_binary", upper_steps=2, upper_every=2),
         dict(gram_weight=1e-3),
         dict(gram_weight=1e-3, magnitude_axis="column", micro_batch_size=2),
+        dict(optimizer="adamw8bit"),
     ],
 )
-def test_every_hypergradient_runs_through_all_phases(options):
-    results = train.train(Config(**TINY, **options, out_dir="run"))
-    assert results["after"]["test"]["loss"] < results["before"]["test"]["loss"]
+def test_every_way_to_train_runs_through_all_phases(options):
+    assert learnt(trained(**options))
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another():
-    adapters = {}
+    adapters = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train.train(Config(**TINY, seed=seed, out_dir=name))
-        adapters[name] = load_file(f"{name}/adapter_model.safetensors")
-    assert all(torch.equal(adapters["a"][key], adapters["b"][key]) for key in adapters["a"])
-    assert not all(torch.equal(adapters["a"][key], adapters["c"][key]) for key in adapters["a"])
+        trained(name, seed=seed)
+        adapters.append(adapter(name))
+    a, b, c = adapters
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
 
 
 def test_the_test_examples_never_change_and_are_never_trained_on():
@@ -175,25 +178,20 @@ def test_the_test_examples_never_change_and_are_never_trained_on():
 
 
 def test_magnitude_learns_in_search_and_rests_in_retrain(monkeypatch):
-    """
-    The adapter saved after search and the one saved at the end have the same magnitudes, and these
-    are not ‖W0‖.
-    """
-    saved = []
-    save = bidora.save_adapter
+    """It is ‖W0‖ in the adapter saved at first; what search and the end save is another one."""
+    saved, save = [], bidora.save_adapter
 
     def spy(model, folder, *names):
         save(model, folder, *names)
-        saved.append(load_file(Path(folder) / "adapter_model.safetensors"))
+        saved.append(adapter(folder))
 
     monkeypatch.setattr(bidora, "save_adapter", spy)
-    train.train(Config(**TINY, out_dir="run"))
+    trained()
     start, searched, final = saved
     magnitudes = [key for key in start if "magnitude" in key]
-    assert magnitudes and all(
-        torch.equal(searched[key], final[key]) and not torch.equal(start[key], final[key])
-        for key in magnitudes
-    )
+    assert magnitudes
+    for key in magnitudes:
+        assert torch.equal(searched[key], final[key]) and not torch.equal(start[key], final[key])
 
 
 def test_retrain_starts_afresh_or_continues():
@@ -201,19 +199,12 @@ def test_retrain_starts_afresh_or_continues():
     Adam's first step moves each entry by the rate at most: from a fresh start B, which is zero
     there, is no larger after it.
     """
-    largest = {}
+    largest = []
     for final_init in ("fresh", "continue"):
-        train.train(
-            Config(
-                **TINY
-                | dict(retrain_steps=1, lower_lr=1e-3, final_init=final_init, out_dir=final_init)
-            )
-        )
-        tensors = load_file(f"{final_init}/adapter_model.safetensors")
-        largest[final_init] = max(
-            t.abs().max().item() for key, t in tensors.items() if "lora_B" in key
-        )
-    assert largest["fresh"] <= 1.001e-3 < largest["continue"]
+        trained(final_init, retrain_steps=1, lower_lr=1e-3, final_init=final_init)
+        B = [t for key, t in adapter(final_init).items() if "lora_B" in key]
+        largest.append(max(t.abs().max().item() for t in B))
+    assert largest[0] <= 1.001e-3 < largest[1]
 
 
 @pytest.mark.parametrize("method", ["bidora", "dora"])
@@ -229,190 +220,121 @@ def test_each_level_sees_its_own_examples_only(monkeypatch, method):
         return batch(self, k)
 
     monkeypatch.setattr(data.Batches, "__getitem__", spy)
-    config = Config(**TINY, method=method, out_dir="run")
-    train.train(config)
-    parts, question, *_ = data.load_splits(config)
+    trained(method=method)
+    parts, question, *_ = data.load_splits(Config(**TINY))
     tokenizer = data.Tokenizer.from_pretrained(find_model("tiny-random"))
-    sets = {
-        name: {
-            tuple(row.input_ids)
-            for row in data.encode(
-                part, tokenizer, 256, question, data.tokenize_labels(["no", "yes"], tokenizer)
-            )[0]
-        }
-        for name, part in parts.items()
-    }
-    both = sets["train"] | sets["val"]
+    label_ids = data.tokenize_labels(["no", "yes"], tokenizer)
+    only_train, only_val = (
+        {tuple(row.input_ids) for row in data.encode(part, tokenizer, 256, question, label_ids)[0]}
+        for part in (parts["train"], parts["val"])
+    )
+    both = only_train | only_val
     # lower and val batches of four search steps; three lower steps of retrain; one batch to check
     # each phase's end
-    search = [sets["train"], sets["val"]] * 4 + [sets["train"]]
+    search = [only_train, only_val] * 4 + [only_train]
     assert seen == (search + [both] * 4 if method == "bidora" else [both] * 8)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("method", ["lora", "dora", "bidora"])
 def test_every_method_trains_on_a_packed_base(capsys, quantize, method):
-    results = train.train(
-        Config(**TINY, method=method, quantize=quantize, lower_lr=1e-2, out_dir="run")
-    )
-    assert (
-        results["after"]["test"]["loss"] < results["before"]["test"]["loss"]
-        and results["quantize"] == quantize
-    )
+    results = trained(method=method, quantize=quantize, lower_lr=1e-2)
+    assert learnt(results) and results["quantize"] == quantize
     assert f"{quantize} and float32 on cpu" in capsys.readouterr().out
-    assert (
-        results["weight_bytes"]
-        < 0.65 * train.train(Config(**TINY, method="lora", out_dir="plain"))["weight_bytes"]
-    )
+    plain = trained("plain", method="lora")
+    assert results["weight_bytes"] < 0.65 * plain["weight_bytes"]
 
 
 def test_memory_settings_change_no_result():
     """Parts and checkpointing compute the same numbers, up to the order of fp32 sums."""
-    plain = train.train(Config(**TINY, dropout=0.1, out_dir="plain"))
-    lean = train.train(
-        Config(**TINY, dropout=0.0, micro_batch_size=1, gradient_checkpointing=True, out_dir="lean")
-    )
-    whole = train.train(Config(**TINY, dropout=0.0, out_dir="whole"))
-    assert lean["after"]["test"]["loss"] == pytest.approx(whole["after"]["test"]["loss"], rel=1e-4)
-    assert plain["after"]["test"]["loss"] != pytest.approx(whole["after"]["test"]["loss"], rel=1e-4)
+    whole = trained("whole", dropout=0.0)
+    lean = trained("lean", dropout=0.0, micro_batch_size=1, gradient_checkpointing=True)
+    assert same_loss(lean, whole, 1e-4)
+    assert not same_loss(trained("dropped", dropout=0.1), whole, 1e-4)
 
 
 def test_a_compiled_run_gives_the_same_adapter():
     """Within 1e-4: sums in another order, magnified by AdamW where gradients are near 0."""
     layers = ("q_proj", "down_proj")  # with all seven it takes twice as long
-    options = TINY | dict(hypergradient="first_order", target_modules=layers)
-    results = [
-        train.train(Config(**options, compile=compiled, out_dir=str(compiled)))
-        for compiled in (False, True)
-    ]
-    adapters = [load_file(f"{compiled}/adapter_model.safetensors") for compiled in (False, True)]
-    assert max((adapters[0][name] - adapters[1][name]).abs().max() for name in adapters[0]) < 1e-4
-    assert results[1]["after"]["test"]["loss"] == pytest.approx(
-        results[0]["after"]["test"]["loss"], rel=1e-4
-    )
+    options = dict(hypergradient="first_order", target_modules=layers)
+    plain, compiled = (trained(str(x), compile=x, **options) for x in (False, True))
+    ours, theirs = adapter("True"), adapter("False")
+    assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 1e-4
+    assert same_loss(compiled, plain, 1e-4)
 
 
-def test_what_cannot_be_compiled_is_refused(capsys, monkeypatch):
-    assert "second derivatives" in refused(capsys, "--config=tiny.py", "--compile=True")
-    assert "bitsandbytes" in refused(
-        capsys, "--config=tiny.py", "--compile=True", "--method=dora", "--quantize=nf4"
-    )
+def test_without_a_compiler_compile_is_refused(capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "C++ compiler" in refused(capsys, "--config=tiny.py", "--compile=True", "--method=dora")
 
 
 def test_dropout_is_the_same_when_computed_twice():
-    results = [
-        train.train(
-            Config(
-                **TINY,
-                method="dora",
-                dropout=0.3,
-                gradient_checkpointing=again,
-                out_dir=f"run{again}",
-            )
-        )
-        for again in (True, False)
-    ]
-    assert results[0]["after"]["test"]["loss"] == pytest.approx(
-        results[1]["after"]["test"]["loss"], rel=1e-5
-    )
-
-
-def test_8_bit_adamw_trains_at_both_levels():
-    results = train.train(Config(**TINY, optimizer="adamw8bit", out_dir="run"))
-    assert results["after"]["test"]["loss"] < results["before"]["test"]["loss"]
-
-
-def test_full_fine_tuning_of_a_packed_base_is_refused(capsys):
-    assert "method=ft trains the base's own weights" in refused(
-        capsys, "--config=tiny.py", "--method=ft", "--quantize=nf4"
-    )
+    options = dict(method="dora", dropout=0.3)
+    again, once = (trained(str(x), **options, gradient_checkpointing=x) for x in (True, False))
+    assert same_loss(again, once, 1e-5)
 
 
 def test_auto_hardware_says_what_it_picks_and_why(capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("support.run.hardware.free_memory", lambda device: 2e6)  # next to nothing
-        train.train(Config(**TINY, auto_hardware=True, quantize="none", out_dir="run"))
+        trained(auto_hardware=True, quantize="none")
     out = capsys.readouterr().out
-    assert (
-        "auto_hardware: 0.0 GB free" in out
-        and "nothing leaner is left" in out
-        and "block_size=128, quantize=none, gradient_checkpointing=True, micro_batch_size=1" in out
-    )
-    run = json.loads(Path("run/run.json").read_text())
-    assert (
-        run["micro_batch_size"],
-        run["gradient_checkpointing"],
-        run["quantize"],
-        run["block_size"],
-    ) == (1, True, "none", 128)
-    assert (
-        train.main(
-            [
-                "--config=tiny.py",
-                "--auto_hardware=True",
-                "--search_steps=2",
-                "--retrain_steps=1",
-                "--out_dir=free",
-            ]
-        )
-        == 0
-    )
+    lean = dict(block_size=128, quantize="none", gradient_checkpointing=True, micro_batch_size=1)
+    assert "auto_hardware: 0.0 GB free" in out and "nothing leaner is left" in out
+    assert ", ".join(f"{name}={value}" for name, value in lean.items()) in out
+    assert json.loads(Path("run/run.json").read_text()).items() >= lean.items()
+    arguments = ["--auto_hardware=True", "--search_steps=2", "--retrain_steps=1"]
+    assert train.main(["--config=tiny.py", *arguments]) == 0
     said = "quantize=none, gradient_checkpointing=False, micro_batch_size=4"
     assert said in capsys.readouterr().out
+
+
+GREEDY = ["--temperature=0", "--max_new_tokens=5", "--raw"]
+
+
+def assert_merged_as(model):
+    """Transformers reads the folder `merged`, and computes the model's logits."""
+    ids = torch.randint(3, 200, (2, 9))
+    merged = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
+    torch.testing.assert_close(merged(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     "method, quantize", [("bidora", "none"), ("dora", "nf4"), ("lora", "none")]
 )
 def test_merge_makes_a_plain_model_that_answers_alike(capsys, method, quantize):
-    import transformers
-
-    train.train(Config(**TINY, method=method, quantize=quantize, lower_lr=1e-2, out_dir="run"))
+    trained(method=method, quantize=quantize, lower_lr=1e-2)
     assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
     out = capsys.readouterr().out
-    assert ("the nf4 base was dequantised to float32" in out) == (
-        quantize == "nf4"
-    ) and "sample.py --model=merged" in out
+    assert ("the nf4 base was dequantised to float32" in out) == (quantize == "nf4")
+    assert "sample.py --model=merged" in out
     answers = []
-    for arguments in (["--adapter=run"], ["--model=merged"]):
-        assert (
-            sample.main(
-                [*arguments, "--prompt=aeae lim", "--temperature=0", "--max_new_tokens=5", "--raw"]
-            )
-            == 0
-        )
-        assert (
-            sample.main([*arguments, "--prompt=aeae lim"]) == 0
-        )  # among the run's labels, by its question
+    for model in ("--adapter=run", "--model=merged"):
+        assert sample.main([model, "--prompt=aeae lim", *GREEDY]) == 0
+        assert sample.main([model, "--prompt=aeae lim"]) == 0  # among the run's labels
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] and "%  yes" in answers[0]
-    ours, _, _ = sample.load(adapter="run")
-    ids = torch.randint(3, 200, (2, 9))
-    peer = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
-    torch.testing.assert_close(peer(ids).logits, ours(ids), rtol=1e-4, atol=1e-4)
+    assert_merged_as(sample.load(adapter="run")[0])
 
 
 def test_a_fully_tuned_model_can_be_packed_when_sampled():
-    train.train(Config(**TINY, method="ft", out_dir="whole"))
-    model, _, run = sample.load(adapter="whole", quantize="nf4")
-    assert quantized.kind_of(model.model.layers[0].mlp.up_proj.weight) == "nf4" and run[
-        "labels"
-    ] == ["no", "yes"]
+    trained(method="ft")
+    model, _, run = sample.load(adapter="run", quantize="nf4")
+    assert quantized.kind_of(model.model.layers[0].mlp.up_proj.weight) == "nf4"
+    assert run["labels"] == ["no", "yes"]
 
 
 def test_micro_batches_of_any_size_are_made():
     """Of equal sizes where possible; 0 is the whole batch."""
     rows = [data.Encoded([1, 2], [1, 2])] * 8
     for size, sizes in ((0, [8]), (9, [8]), (3, [3, 3, 2]), (2, [2] * 4), (1, [1] * 8)):
-        found = data.micro_batches(rows, size)
-        assert [len(part) for part, _ in found] == sizes
-        assert sum(share for _, share in found) == pytest.approx(1)
+        parts = data.micro_batches(rows, size)
+        assert [len(part) for part, _ in parts] == sizes
+        assert sum(share for _, share in parts) == pytest.approx(1)
 
 
 def test_merge_refuses_what_it_cannot_do(capsys):
-    train.train(Config(**TINY, method="ft", out_dir="whole"))
+    trained("whole", method="ft")
     for arguments, said in (
         (["--adapter=whole", "--out_dir=new"], "is a whole model already"),
         (["--adapter=none", "--out_dir=new"], "no folder none"),
@@ -427,64 +349,32 @@ def test_merge_refuses_what_it_cannot_do(capsys):
 
 
 def test_an_adapter_that_peft_trained_elsewhere_is_sampled_and_merged(capsys):
-    import peft
-    import transformers
-
-    folder = find_model("tiny-random")
-    peer = peft.get_peft_model(
-        transformers.AutoModelForCausalLM.from_pretrained(folder),
-        peft.LoraConfig(r=3, use_rslora=True, use_dora=True, target_modules="all-linear"),
-    ).eval()
+    base = transformers.AutoModelForCausalLM.from_pretrained(find_model("tiny-random"))
+    options = dict(r=3, use_rslora=True, use_dora=True, target_modules="all-linear")
+    peer = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
     for name, parameter in peer.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     peer.save_pretrained("adapter")
-    assert (
-        sample.main(
-            ["--adapter=adapter", "--prompt=aeae", "--raw", "--temperature=0", "--max_new_tokens=4"]
-        )
-        == 0
-    )  # the base is the one that it names
-    assert (
-        sample.main(
-            ["--adapter=adapter", "--model=tiny-random", "--prompt=aeae", "--labels=yes,no"]
-        )
-        == 0
-    )
+    ours = ["--adapter=adapter", "--prompt=aeae"]
+    assert sample.main([*ours, *GREEDY]) == 0  # the base is the one that it names
+    assert sample.main([*ours, "--model=tiny-random", "--labels=yes,no"]) == 0
     assert merge.main(["--adapter=adapter", "--model=tiny-random", "--out_dir=merged"]) == 0
-    ids = torch.randint(3, 200, (2, 9))
-    torch.testing.assert_close(
-        transformers.AutoModelForCausalLM.from_pretrained("merged").eval()(ids).logits,
-        peer(ids).logits,
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    assert_merged_as(lambda ids: peer(ids).logits)
     Path("adapter/adapter_model.safetensors").rename("adapter/adapter_model.bin")
-    assert sample.main(["--adapter=adapter", "--prompt=aeae"]) == 2
+    assert sample.main(ours) == 2
     assert "adapter_model.safetensors is missing" in capsys.readouterr().err
 
 
 def test_gram_weight_keeps_directions_apart():
     """The same run with a large weight ends with a smaller regulariser, and a higher train loss."""
-    ends = []
+    overlaps, losses = [], []
     for weight in (0.0, 1.0):
-        results = train.train(
-            Config(
-                **TINY | {"retrain_steps": 30},
-                method="bidora",
-                lower_lr=1e-2,
-                gram_weight=weight,
-                out_dir=f"run{weight}",
-            )
-        )
-        model, _, _ = sample.load(adapter=f"run{weight}")
-        ends.append(
-            (
-                regulariser(bidora.adapter_layers(model).values()).item(),
-                results["after"]["train"]["loss"],
-            )
-        )
-    assert ends[1][0] < ends[0][0] and ends[1][1] > ends[0][1]
+        results = trained(str(weight), retrain_steps=30, lower_lr=1e-2, gram_weight=weight)
+        model, _, _ = sample.load(adapter=str(weight))
+        overlaps.append(regulariser(bidora.adapter_layers(model).values()).item())
+        losses.append(results["after"]["train"]["loss"])
+    assert overlaps[1] < overlaps[0] and losses[1] > losses[0]
 
 
 def test_evaluation_against_plain_forward_passes():
@@ -500,18 +390,16 @@ def test_evaluation_against_plain_forward_passes():
         for label, ids in label_ids.items():
             with torch.no_grad():
                 log_p = model(torch.tensor([row.prompt_ids + ids]))[0].log_softmax(-1)
-            scores[label] = sum(
-                log_p[len(row.prompt_ids) - 1 + k, token].item() for k, token in enumerate(ids)
-            )
+            places = range(len(row.prompt_ids) - 1, len(row.prompt_ids) - 1 + len(ids))
+            scores[label] = log_p[places, ids].sum().item()
         total -= scores[row.label]
         tokens += len(label_ids[row.label])
         right += max(scores, key=scores.get) == row.label
     family = LanguageTask(tokenizer, "{text}", label_ids, False, {}, None)
     task = SimpleNamespace(model=model, family=family, config=Config(), device="cpu")
     result = train.evaluate_rows(task, rows)
-    assert result["loss"] == pytest.approx(total / tokens, rel=1e-4) and result[
-        "accuracy"
-    ] == right / len(rows)
+    assert result["loss"] == pytest.approx(total / tokens, rel=1e-4)
+    assert result["accuracy"] == right / len(rows)
     family.label_ids = {}
     plain = train.evaluate_rows(task, rows)  # the same loss by the other branch
     assert plain["loss"] == pytest.approx(result["loss"], rel=1e-4)
@@ -519,82 +407,57 @@ def test_evaluation_against_plain_forward_passes():
 
 def test_learning_rate_rises_then_falls_to_a_tenth():
     scales = [train.learning_rate_scale(step, 50) for step in range(1, 51)]
-    assert scales[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and scales[-1] == pytest.approx(
-        0.1
-    )
-    assert (
-        all(a > b for a, b in zip(scales[4:], scales[5:])) and train.learning_rate_scale(1, 1) == 1
-    )
-
-
-def test_hypergradient_options_reach_the_function(monkeypatch):
-    given = {}
-    for name in ("unrolled", "neumann", "conjugate_gradient"):
-
-        def spy(train_loss, val_loss, lower, upper, past, reduce, name=name, **options):
-            given[name] = options
-            assert len(past) == (2 if name == "unrolled" else 1)
-            val_loss[0]()
-            return [torch.zeros_like(m) for m in upper]
-
-        entry = dataclasses.replace(bilevel.HYPERGRADIENTS[name], function=spy)
-        monkeypatch.setitem(bilevel.HYPERGRADIENTS, name, entry)
-        train.train(
-            Config(
-                **TINY,
-                hypergradient=name,
-                upper_every=2,
-                hypergradient_steps=2 if name == "unrolled" else 7,
-                hypergradient_lr=0.5,
-                damping=0.3,
-                out_dir=name,
-            )
-        )
-    assert given == {
-        "unrolled": {"lr": 0.5, "steps": 2},
-        "neumann": {"terms": 7, "alpha": 0.5},
-        "conjugate_gradient": {"iterations": 7, "damping": 0.3},
-    }
+    assert scales[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert scales[-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(scales[4:], scales[5:]))
+    assert train.learning_rate_scale(1, 1) == 1
 
 
 @pytest.mark.parametrize(
-    "rows, measure",
+    "name, steps, expected",
     [
-        ([{"text": f"the film {i} was fine"} for i in range(20)], "token"),
-        ([{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(20)], "token"),
-        (
-            [
-                {
-                    "messages": [
-                        {"role": "user", "content": f"{i}?"},
-                        {"role": "assistant", "content": "yes"},
-                    ]
-                }
-                for i in range(20)
-            ],
-            "token",
-        ),
-        ([{"instruction": "Say", "input": str(i), "output": str(i)} for i in range(20)], "token"),
-        ([{"code": f"x = {i}"} for i in range(20)], "token"),
-        (
-            [{"text": f"{i}", "label": "even number" if i % 2 == 0 else "odd"} for i in range(20)],
-            "label",
-        ),
+        ("unrolled", 2, {"lr": 0.5, "steps": 2}),
+        ("neumann", 7, {"terms": 7, "alpha": 0.5}),
+        ("conjugate_gradient", 7, {"iterations": 7, "damping": 0.3}),
     ],
 )
-def test_own_data_in_every_format(rows, measure):
-    Path("own.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = TINY | dict(data="", train_file="own.jsonl", out_dir="run")
-    results = train.train(Config(**config))
-    assert (
-        results["examples"] == {"train": 16, "val": 4, "test": 0}
-        and results["after"]["test"] is None
-    )
-    assert 0 <= results["after"]["val"]["accuracy"] <= 1
-    capped = Path("own.jsonl")
-    results = train.train(
-        Config(**config | dict(val_file=str(capped), test_file=str(capped), out_dir="files"))
-    )
+def test_hypergradient_options_reach_the_function(monkeypatch, name, steps, expected):
+    given = []
+
+    def spy(train_loss, val_loss, lower, upper, past, reduce, **options):
+        given.append(options)
+        assert len(past) == (2 if name == "unrolled" else 1)
+        val_loss[0]()
+        return [torch.zeros_like(m) for m in upper]
+
+    entry = dataclasses.replace(bilevel.HYPERGRADIENTS[name], function=spy)
+    monkeypatch.setitem(bilevel.HYPERGRADIENTS, name, entry)
+    options = dict(hypergradient_steps=steps, hypergradient_lr=0.5, damping=0.3)
+    trained(hypergradient=name, upper_every=2, **options)
+    assert given == [expected] * 2
+
+
+TALK = [("user", "{i}?"), ("assistant", "yes")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda i: {"text": f"the film {i} was fine"},
+        lambda i: {"prompt": f"{i}+1=", "completion": str(i + 1)},
+        lambda i: {"messages": [{"role": r, "content": x.format(i=i)} for r, x in TALK]},
+        lambda i: {"instruction": "Say", "input": str(i), "output": str(i)},
+        lambda i: {"code": f"x = {i}"},
+        lambda i: {"text": f"{i}", "label": "odd" if i % 2 else "even number"},
+    ],
+)
+def test_own_data_in_every_format(row):
+    write("own.jsonl", map(row, range(20)))
+    own = dict(data="", train_file="own.jsonl")
+    results = trained(**own)
+    assert results["examples"] == {"train": 16, "val": 4, "test": 0}
+    assert results["after"]["test"] is None and 0 <= results["after"]["val"]["accuracy"] <= 1
+    results = trained("files", **own, val_file="own.jsonl", test_file="own.jsonl")
     assert results["examples"] == {"train": 20, "val": 20, "test": 20}
 
 
@@ -602,28 +465,30 @@ def test_own_data_in_every_format(rows, measure):
 
 
 def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
-    train.train(Config(**TINY, out_dir="labels"))
-    train.train(Config(**TINY, method="ft", out_dir="whole"))
-    Path("own.jsonl").write_text(
-        "\n".join(json.dumps({"prompt": "ab" * i, "completion": "ab"}) for i in range(1, 11))
-    )
-    train.train(Config(**TINY | dict(data="", train_file="own.jsonl", out_dir="free")))
+    def sampled(*arguments):
+        assert sample.main(arguments) == 0
+        return capsys.readouterr()
+
+    trained("labels")
+    trained("whole", method="ft")
+    write("own.jsonl", [{"prompt": "ab" * i, "completion": "ab"} for i in range(1, 11)])
+    trained("free", data="", train_file="own.jsonl")
     capsys.readouterr()
     for folder in ("labels", "whole"):
-        assert sample.main([f"--adapter={folder}", "--prompt=aeae tik lim"]) == 0
-        shown = dict(re.findall(r"([\d.]+)%  (\w+)", capsys.readouterr().out))
+        out = sampled(f"--adapter={folder}", "--prompt=aeae tik lim").out
+        shown = dict(re.findall(r"([\d.]+)%  (\w+)", out))
         assert sorted(shown.values()) == ["no", "yes"] and abs(sum(map(float, shown)) - 100) < 0.2
-    assert sample.main(["--adapter=free", "--prompt=abab", "--max_new_tokens=5", "--raw"]) == 0
-    assert sample.main(["--adapter=labels", "--prompt=abab", "--max_new_tokens=5", "--raw"]) == 0
-    assert "%" not in capsys.readouterr().out
-    assert sample.main(["--adapter=free", "--prompt=abab", "--labels=good, bad,"]) == 0
-    assert sorted(re.findall(r"%  (.*)", capsys.readouterr().out)) == ["bad", "good"]
-    assert sample.main(["--adapter=labels", "--prompt=aeae", "--labels=yes,maybe"]) == 0
-    assert capsys.readouterr().err == "note: the run did not learn maybe\n"
+    for folder in ("free", "labels"):
+        shown = sampled(f"--adapter={folder}", "--prompt=abab", "--max_new_tokens=5", "--raw").out
+        assert "%" not in shown
+    shown = sampled("--adapter=free", "--prompt=abab", "--labels=good, bad,").out
+    assert sorted(re.findall(r"%  (.*)", shown)) == ["bad", "good"]
+    shown = sampled("--adapter=labels", "--prompt=aeae", "--labels=yes,maybe")
+    assert shown.err == "note: the run did not learn maybe\n"
     typed = iter(["hello", "and you?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    assert sample.main(["--adapter=free", "--chat", "--max_new_tokens=5"]) == 0
-    assert capsys.readouterr().out.count("model:") == 2
+    shown = sampled("--adapter=free", "--chat", "--max_new_tokens=5").out
+    assert shown.count("model:") == 2
     assert sample.main(["--adapter=nowhere", "--prompt=a"]) == 2
     assert "nowhere" in capsys.readouterr().err
 
@@ -632,26 +497,16 @@ def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
 
 
 def test_config_file_then_command_line_then_defaults():
-    Path("mine.py").write_text(
-        "import math\nlower_lr = 1e-2\nrank = 2\ntarget_modules = ['q_proj']\nmethod = 'lora'\n"
-    )
-    config = train.read_config(
-        ["--config=mine.py", "--rank=3", "--overwrite=true", "--val_fraction=0.5"]
-    )
-    assert (
-        config.lower_lr,
-        config.rank,
-        config.target_modules,
-        config.overwrite,
-        config.val_fraction,
-    ) == (1e-2, 3, ("q_proj",), True, 0.5)
-    assert config.out_dir == "out/mine" and config.seed == Config().seed
+    lines = ["import math", "lower_lr = 1e-2", "rank = 2", "target_modules = ['q_proj']"]
+    Path("mine.py").write_text("\n".join([*lines, "method = 'lora'"]))
+    arguments = ["--config=mine.py", "--rank=3", "--overwrite=true", "--val_fraction=0.5"]
+    mine = Config(lower_lr=1e-2, target_modules=("q_proj",), rank=3, out_dir="out/mine")
+    theirs = dict(method="lora", overwrite=True, val_fraction=0.5)
+    assert train.read_config(arguments) == dataclasses.replace(mine, **theirs)
     assert train.read_config(["--config=mine.py", "--method=dora"]).out_dir == "out/mine-dora"
     assert train.read_config(["--config=small.py"]).model == "smollm2-135m"
     Path("mine.json").write_text('{"lower_lr": 0.01, "target_modules": ["q_proj"]}')  # runs nothing
-    assert train.read_config(["--config=mine.json", "--rank=3"]) == Config(
-        lower_lr=1e-2, target_modules=("q_proj",), rank=3, out_dir="out/mine"
-    )
+    assert train.read_config(["--config=mine.json", "--rank=3"]) == mine
 
 
 def test_help_shows_every_field_with_default_and_comment(capsys):
@@ -669,6 +524,9 @@ def test_no_arguments_says_how_to_start(capsys):
 @pytest.mark.parametrize(
     "argument, said",
     [
+        ("--compile=True", "second derivatives"),
+        ("--compile=True --method=dora --quantize=nf4", "bitsandbytes"),
+        ("--method=ft --quantize=nf4", "method=ft trains the base's own weights"),
         ("--rnak=4", "did you mean 'rank'"),
         ("--rank", "--rank needs a value: write --rank=value or --rank value"),
         ("--learning_rate=1", "--learning_rate is not a setting here: use --lower_lr"),
@@ -724,10 +582,9 @@ def test_no_arguments_says_how_to_start(capsys):
 )
 def test_a_wrong_setting_gets_one_line_and_exit_code_2(capsys, argument, said):
     Path("file").write_text("")
-    own = ("data", "test_size") * argument.startswith("--train_file")
-    settings = {name: value for name, value in TINY.items() if name not in own}
-    arguments = [f"--{name}={value}" for name, value in settings.items()] + ["--out_dir=run"]
-    assert said in refused(capsys, *arguments, argument)
+    own = ("--data=", "--test_size=") if argument.startswith("--train_file") else ()
+    settings = [setting for setting in SETTINGS if not setting.startswith(own)]
+    assert said in refused(capsys, *settings, "--out_dir=run", *argument.split())
     assert not Path("run").exists()
 
 
@@ -757,20 +614,14 @@ def test_a_wrong_config_file_is_named(capsys, text, said):
 )
 def test_labels_that_do_not_fit_are_refused(capsys, train_rows, val_rows, said):
     for name, rows in (("train", train_rows), ("val", val_rows)):
-        Path(f"{name}.jsonl").write_text(
-            "\n".join(json.dumps({"text": t, "label": label}) for t, label in rows)
-        )
+        write(f"{name}.jsonl", [{"text": text, "label": label} for text, label in rows])
     files = ["--train_file=train.jsonl"] + (["--val_file=val.jsonl"] if val_rows else [])
     assert said in refused(capsys, "--config=tiny.py", *files)
 
 
 def test_long_examples_are_reported_once(capsys):
-    Path("long.jsonl").write_text(
-        "\n".join(json.dumps({"prompt": "p" * 90, "completion": "c"}) for _ in range(10))
-    )
-    train.train(
-        Config(**TINY | dict(data="", train_file="long.jsonl", block_size=32, out_dir="run"))
-    )
+    write("long.jsonl", [{"prompt": "p" * 90, "completion": "c"}] * 10)
+    trained(data="", train_file="long.jsonl", block_size=32)
     assert capsys.readouterr().out.count("10 examples were longer than block_size=32") == 1
 
 
@@ -779,62 +630,51 @@ def contents(folder):
 
 
 def test_an_earlier_run_is_kept_unless_overwrite_says_otherwise(capsys):
-    train.train(Config(**TINY, out_dir="run"))
+    trained()
     before = contents("run")
-    arguments = [f"--{name}={value}" for name, value in TINY.items()] + [
-        "--out_dir=run",
-        "--seed=1",
-    ]
+    arguments = [*SETTINGS, "--out_dir=run", "--seed=1"]
     assert "holds an earlier run" in refused(capsys, *arguments)
-    refused(
-        capsys, *arguments, "--overwrite=True", "--target_modules=nothing"
-    )  # a wrong setting costs nothing, not even then
+    arguments.append("--overwrite=True")
+    refused(capsys, *arguments, "--target_modules=nothing")  # a wrong setting costs nothing
     assert contents("run") == before
-    assert train.main([*arguments, "--overwrite=True", "--method=ft"]) == 0
+    assert train.main([*arguments, "--method=ft"]) == 0
     assert "adapter_model.safetensors" not in contents("run") and not Path("run.previous").exists()
     Path("run/notes.txt").write_text("mine")
-    assert train.main([*arguments, "--overwrite=True"]) == 0
+    assert train.main(arguments) == 0
     assert contents("run.previous") == {"notes.txt": b"mine"}
-    assert "run.previous is in the way" in refused(capsys, *arguments, "--overwrite=True")
+    assert "run.previous is in the way" in refused(capsys, *arguments)
 
 
 def test_an_overwritten_run_stays_beside_until_the_new_one_has_finished(capsys, monkeypatch):
-    train.train(Config(**TINY, out_dir="run"))
+    trained()
     before = contents("run")
-    arguments = [f"--{name}={value}" for name, value in TINY.items()] + [
-        "--out_dir=run",
-        "--overwrite=True",
-    ]
+    arguments = [*SETTINGS, "--out_dir=run", "--overwrite=True"]
     for _ in range(2):  # the second failure must not take the first one for finished work
         refused(capsys, *arguments, "--lower_lr=1e30")
         assert contents("run.previous") == before
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            train.bidora,
-            "save_adapter",
-            lambda *a: (_ for _ in ()).throw(OSError("No space left on device")),
-        )
-        assert "No space left" in refused(capsys, *arguments)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(train.bidora, "save_adapter", full)
+    assert "No space left" in refused(capsys, *arguments)
     assert contents("run") == before and not Path("run.previous").exists()
 
 
 def test_a_folder_with_other_files_is_never_written_to(capsys):
     """The model's own folder, above all."""
-    model = Path("model")
-    shutil.copytree(find_model("tiny-random"), model)
-    before = contents(model)
+    shutil.copytree(find_model("tiny-random"), "model")
+    before = contents("model")
     for extra in ([], ["--overwrite=True"], ["--method=ft"]):
-        assert "files but no run" in refused(
-            capsys, "--config=tiny.py", "--model=model", "--out_dir=model", *extra
-        )
-    assert contents(model) == before
+        arguments = ["--config=tiny.py", "--model=model", "--out_dir=model", *extra]
+        assert "files but no run" in refused(capsys, *arguments)
+    assert contents("model") == before
 
 
 def test_an_interrupted_run_finishes_its_step_keeps_its_weights_and_says_how_to_go_on(
     capsys, monkeypatch
 ):
-    steps = []
-    step = bilevel.BilevelOptimizer.lower_step
+    steps, step = [], bilevel.BilevelOptimizer.lower_step
 
     def interrupted(self, *arguments, **options):
         steps.append(1)
@@ -843,53 +683,39 @@ def test_an_interrupted_run_finishes_its_step_keeps_its_weights_and_says_how_to_
         return step(self, *arguments, **options)
 
     monkeypatch.setattr(bilevel.BilevelOptimizer, "lower_step", interrupted)
-    arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--out_dir=run"]
+    arguments = [*SETTINGS, "--out_dir=run"]
     assert train.main(arguments) == 130
-    command = f"python train.py {' '.join(arguments)} --resume=True"
-    said = f"stopped at search step 3 of 4; resume it with: {command}"
-    assert said in capsys.readouterr().err
-    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3
+    again = f"python train.py {' '.join(arguments)} --resume=True"
+    assert f"stopped at search step 3 of 4; resume it with: {again}" in capsys.readouterr().err
+    assert len(metrics()) == 3
     state = load_file("run/checkpoints/000003/state.safetensors")
-    for name, tensor in load_file("run/adapter_model.safetensors").items():
+    for name, tensor in adapter("run").items():
         own = name.removeprefix("base_model.model.").removesuffix(".weight")
         assert torch.equal(state[f"parameter.{own}"], tensor)
 
 
-def test_a_diverging_run_stops_and_keeps_the_last_good_adapter(capsys):
+@pytest.mark.parametrize(
+    "steps, said",
+    [
+        ([], r"train step \d of 7 is not finite.*lower lower_lr"),
+        (["--search_steps=1", "--retrain_steps=0"], "train step 1 of 1 is not finite"),
+    ],
+)
+def test_a_diverging_run_stops_and_keeps_the_last_good_adapter(capsys, steps, said):
     """With an absurd rate the loss soon is not finite; what is saved must be."""
-    arguments = [f"--{name}={value}" for name, value in TINY.items()] + ["--lower_lr=1e30"]
-    error = refused(capsys, *arguments, "--method=lora", "--out_dir=run")
-    assert re.search(r"train step \d of 7 is not finite.*lower lower_lr", error)
-    error = refused(
-        capsys,
-        *arguments,
-        "--method=lora",
-        "--search_steps=1",
-        "--retrain_steps=0",
-        "--out_dir=last",
-    )  # seen after the last step
-    assert "train step 1 of 1 is not finite" in error
-    for folder in ("run", "last"):
-        assert all(
-            torch.isfinite(t).all() and t.abs().max() < 1e3
-            for t in load_file(f"{folder}/adapter_model.safetensors").values()
-        )
+    arguments = [*SETTINGS, "--lower_lr=1e30", "--method=lora", "--out_dir=run", *steps]
+    assert re.search(said, refused(capsys, *arguments))
+    assert all(t.isfinite().all() and t.abs().max() < 1e3 for t in adapter("run").values())
 
 
 def test_a_full_disk_is_one_line_before_training():
     """A limit on the size of a file stands in for a full disk."""
-    done = command(
-        "--config=tiny.py",
-        preexec_fn=lambda: __import__("resource").setrlimit(
-            __import__("resource").RLIMIT_FSIZE, (10_000, 10_000)
-        ),
-    )
-    assert (
-        done.returncode == 2
-        and done.stderr.strip().splitlines()[-1].startswith("error: ")
-        and "Traceback" not in done.stderr
-    )
-    assert "search:" not in done.stderr and not list(Path("out").iterdir())
+    resource = pytest.importorskip("resource")
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (10_000, 10_000))
+    done = command("--config=tiny.py", preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr and "search:" not in done.stderr
+    assert not list(Path("out").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -909,15 +735,14 @@ def test_too_little_memory_on_a_cpu_is_one_line_as_on_a_gpu(capsys, monkeypatch,
         torch.empty(2**60)
 
     monkeypatch.setattr(train, "prepare", prepare)
-    said = refused(capsys, *(f"--{name}={value}" for name, value in TINY.items()), "--out_dir=run")
+    said = refused(capsys, *SETTINGS, "--out_dir=run")
     assert "out of memory" in said and "lower batch_size" in said
 
 
 @pytest.mark.parametrize("out", ["/proc/run", "link", "link/run", "/dev/null", "/dev/null/run"])
 def test_a_folder_that_cannot_be_written_is_one_line(out, capsys):
     Path("link").symlink_to("nowhere")
-    settings = [f"--{name}={value}" for name, value in TINY.items()]
-    assert out.removesuffix("/run") in refused(capsys, *settings, f"--out_dir={out}")
+    assert out.removesuffix("/run") in refused(capsys, *SETTINGS, f"--out_dir={out}")
 
 
 def as_ordinary_user():
@@ -929,34 +754,24 @@ def as_ordinary_user():
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no permission bits for folders")
 def test_read_only_folders_are_one_line_for_an_ordinary_user(tmp_path):
-    settings = [f"--{name}={value}" for name, value in TINY.items()]
-    assert train.main([*settings, "--out_dir=mine/run"]) == 0
+    trained("mine/run")
     Path("readable").mkdir()
     for path in (Path("readable"), Path("mine/run"), Path("mine")):
         path.chmod(0o555)
 
-    programs = {
-        "new": ["train.py", *settings, "--out_dir=readable/run"],
-        "again": ["train.py", *settings, "--out_dir=mine/run", "--overwrite=True"],
-        "cache": ["train.py", "--config=small.py"],
-        "merge": ["-m", "tools.merge", "--adapter=mine/run", "--out_dir=readable/merged"],
-        "analysis": ["-m", "tools.analysis", "mine/run"],
-    }
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for name, program in programs.items():
-        if program[0].endswith(".py"):
-            program[0] = str(ROOT / program[0])
-        cache = {"BIDORA_CACHE": str(tmp_path / "readable")} if name == "cache" else {}
-        done = subprocess.run(
-            [sys.executable, *program],
-            capture_output=True,
-            text=True,
-            env=environment | cache,
-            preexec_fn=as_ordinary_user,
-        )
+    own = os.environ | {"PYTHONPATH": str(ROOT)}
+    cache = own | {"BIDORA_CACHE": str(tmp_path / "readable")}
+    for environment, *program in (
+        (own, *SETTINGS, "--out_dir=readable/run"),
+        (own, *SETTINGS, "--out_dir=mine/run", "--overwrite=True"),
+        (cache, "--config=small.py"),
+        (own, "-m", "tools.merge", "--adapter=mine/run", "--out_dir=readable/merged"),
+        (own, "-m", "tools.analysis", "mine/run"),
+    ):
+        done = command(*program, env=environment, preexec_fn=as_ordinary_user)
         error = done.stderr.strip()
-        assert done.returncode == 2 and error.startswith("error: "), (name, done)
-        assert "\n" not in error and ("readable" in error or "mine" in error), (name, error)
+        assert done.returncode == 2 and error.startswith("error: "), (program, done)
+        assert "\n" not in error and ("readable" in error or "mine" in error), (program, error)
     assert not list(Path("readable").iterdir())
 
 
@@ -984,31 +799,25 @@ run(sys.argv[1], run_name="__main__")
 def test_an_interrupt_while_torch_is_imported_is_one_line_with_the_command(program, tmp_path):
     script = tmp_path / "interrupted.py"
     script.write_text(INTERRUPTED)
-    command = [sys.executable, str(script), program, "--a=b c"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = command(str(script), program, "--a=b c", cwd=ROOT, env=environment)
     again = f"python {script} {program} '--a=b c'"
     assert done.returncode == -signal.SIGINT
     assert done.stderr == f"interrupted; start it again with: {again}\n"
 
 
-# -----------------------------------------------------------------------------------------------
-# downloads
+# ------------------------------------------------------------------------------ downloads
 
 
 def test_without_network_the_message_says_what_to_put_where(tmp_path):
-    environment = os.environ | {
-        "BIDORA_CACHE": str(tmp_path / "cache"),
-        "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": "",
-    }
-    done = command("--config=small.py", env=environment)
+    cache = tmp_path / "cache"
+    environment = {"BIDORA_CACHE": str(cache), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    done = command("--config=small.py", env=os.environ | environment)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and last.startswith(
-        "error: could not download vaderSentiment==3.3.2"
-    )
-    assert "vaderSentiment-3.3.2.tar.gz" in last and str(tmp_path / "cache" / "downloads") in last
-    assert not list((tmp_path / "cache" / "downloads").iterdir())
+    assert done.returncode == 2
+    assert last.startswith("error: could not download vaderSentiment==3.3.2")
+    assert "vaderSentiment-3.3.2.tar.gz" in last and str(cache / "downloads") in last
+    assert not list((cache / "downloads").iterdir())
 
 
 def test_an_altered_download_is_refused(tmp_path, capsys, monkeypatch):
