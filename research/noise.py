@@ -133,8 +133,7 @@ def measure(noise, domain, steps):
     optimizer = task.create_optimizer(task.model, config.lower_lr)
     rows = data.Batches(task.encoded["train"], 8, seed=0)
     for step in range(steps):
-        batch = task.family.collate(rows[step])
-        optimizer.lower_step(lambda model, tensors: model(*tensors), batch)
+        optimizer.lower_step(task.family.loss, rows[step])
 
     for size in map(int, noise.batches):
         splits = (task.encoded["train"], task.encoded["val"])

@@ -66,19 +66,17 @@ def before_and_after(config, steps, rate):
     """λ_max before a run's first step, and after some steps of its lower level at a rate."""
     task = train.prepare(config, "cpu")
     examples = task.encoded["train"] + task.encoded["val"]
-    batch = task.family.collate(examples)
     layers = adapter_layers(task.model).values()
     weights = [p for layer in layers for p in lower_parameters(layer)]  # without the head's
 
     def loss():
-        return task.model(*batch)
+        return task.family.loss(task.model, examples)
 
     before = largest_eigenvalue(loss, weights)
     optimizer = create_bilevel_optimizer(task.model, rate, hypergradient="first_order")
     batches = data.Batches(examples, config.batch_size, config.seed)
     for step in range(steps):
-        batch = task.family.collate(batches[step])
-        optimizer.lower_step(lambda model, tensors: model(*tensors), batch)
+        optimizer.lower_step(task.family.loss, batches[step])
     return before, largest_eigenvalue(loss, weights)
 
 
