@@ -78,11 +78,10 @@ class PublishedTask(program.Task):
 
 class ObservedOptimizer(BilevelOptimizer):
     """
-    BilevelOptimizer with the settings of a Published, which may keep a trace, lists of one number
-    an upper-level step: {"indirect": ‖indirect‖ / ‖direct‖ of the hypergradient's parts, "cosine":
-    of their angle, "moved": ‖m - m0‖ / ‖m0‖}.
-
-    base: all parameters but the adapters' own and their original values, a list of pairs.
+    BilevelOptimizer with the settings of a Published. base: pairs of each parameter but the
+    adapters' own, and its original value. trace: None, or lists to which an upper-level step adds
+    "indirect": ‖indirect‖ / ‖direct‖ of the hypergradient's parts, "cosine": of their angle, and
+    "moved": ‖m - m0‖ / ‖m0‖.
     """
 
     def __init__(self, model, *arguments, published, base=(), trace=None, **options):
@@ -204,9 +203,7 @@ def add_dropout(model):
 
 
 def checked(config):
-    """
-    A Published whose dtype fits it. Raises ValueError where its own settings do not fit the others.
-    """
+    """Give a Published a dtype that fits it. Raises ValueError for settings that do not fit."""
     altered = effects(config)
     if altered and (config.resume or config.method == "ft"):
         raise ValueError(f"--{altered[0]} works neither with resume=True nor with method=ft")
