@@ -24,8 +24,8 @@ MINILM |= {"eval_before": False, "checkpoint_every": 10**6}
 @dataclass(frozen=True)
 class Arm:
     settings: dict  # of train.py or, with EFFECTS, of research.published
-    rates: dict | str  # the first guess of its rates, {} where settings has them, or the arm whose
-    #: rates it takes
+    # the first guess of its rates, {} where settings has them, or the arm whose rates it takes
+    rates: dict | str
     upper_from: str = ""  # the arm whose upper_lr it takes, if another's
     upper_factor: float = 1.0  # on that upper_lr
 
@@ -38,10 +38,9 @@ class Group:
     sizes: tuple = ("100",)  # training examples, train and val together
     sign: int = -1  # 1: of the first minus another, -1: of another minus the first
     settings: dict = field(default_factory=MINILM.copy)  # of all runs
-    grids: dict = field(
-        default_factory=dict
-    )  # {arm or "others": {name: the rates to try}}, once for
-    #: all domains; {}: each domain has rates of its own, searched for from the arm's first guess
+    # {arm or "others": {name: the rates to try}}, once for all domains; {}: each domain has rates
+    # of its own, searched for from the arm's first guess
+    grids: dict = field(default_factory=dict)
     results: str = "results/study"  # folder of the results
     out_dir: str = "out/study"  # folder of the runs
 

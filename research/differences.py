@@ -60,11 +60,10 @@ def compare(ours, other):
 
 def holm(p_values):
     """Holm's correction of p for their number (Scandinavian Journal of Statistics 6, 1979)."""
-    order, worst, found = numpy.argsort(p_values), 0.0, [0.0] * len(p_values)
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
-        found[i] = worst
-    return found
+    p = numpy.array(p_values)
+    order = p.argsort()
+    raised = numpy.maximum.accumulate(p[order] * numpy.arange(len(p), 0, -1)).clip(max=1)
+    return raised[order.argsort()].tolist()
 
 
 def differences(results, size, measure, first, sign):
@@ -87,16 +86,22 @@ def differences(results, size, measure, first, sign):
     return found
 
 
-def row(*cells):
-    return f"| {' | '.join(map(str, cells))} |"
+def table(titles, rows):
+    """Lines of a Markdown table, and an empty one. rows: of cells, whose text str gives."""
+    for cells in (titles, ["---"] * len(titles), *rows):
+        yield f"| {' | '.join(map(str, cells))} |"
+    yield ""
 
 
-def spread_cell(values):
-    """Mean ± standard deviation, and the number of values, as text; a dash where there is none."""
-    if not values:
-        return "–"
-    spread = f" ± {numpy.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{numpy.mean(values):.1f}{spread} ({len(values)})"
+def spread(values, digits=1):
+    """Mean ± standard deviation, as text; the mean alone of a single value."""
+    deviation = f" ± {numpy.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{numpy.mean(values):.{digits}f}{deviation}"
+
+
+def score_cell(by_seed):
+    """The spread and number of {seed: value}, as text; a dash where there is none."""
+    return f"{spread([*by_seed.values()])} ({len(by_seed)})" if by_seed else "–"
 
 
 def difference_cell(found):
@@ -107,10 +112,13 @@ def difference_cell(found):
     return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}], p = {p:.2g} ({corrected:.2g})"
 
 
+TRACED = ("indirect / direct", "cosine", "m moves by")
+
+
 def traced(results):
     """
-    Of runs with a trace, as text: ‖indirect part‖ / ‖∂F/∂m‖ and the cosine of the two, medians over
-    all upper-level steps, and how far m moved in the mean.
+    TRACED as text, of the runs with a trace: ‖indirect part‖ / ‖∂F/∂m‖ and the cosine of the two,
+    medians over all upper-level steps, and how far m moved in the mean.
     """
     traces = [r["trace"] for r in results if r.get("trace")]
     if not traces:
@@ -128,39 +136,46 @@ def tables(results, arms, sign):
     number of seeds, and the differences of the first arm and the others. sign: as in differences.
     """
     for size in sorted({r["size"] for r in results}):
-        yield from tables_at(size, [r for r in results if r["size"] == size], arms, sign)
+        own = [r for r in results if r["size"] == size]
+        known = [arm for arm in arms if any(r["method"] == arm for r in own)]
+        for measure in MEASURES:
+            yield from score_table(own, size, measure, known)
+            yield from difference_table(own, size, measure, known, sign)
 
 
-def tables_at(size, results, arms, sign):
-    """`tables` of the results of one size."""
-    domains = list(dict.fromkeys(r["domain"] for r in results))
-    arms = [arm for arm in arms if any(r["method"] == arm for r in results)]
-    head = [*(f"`{domain}`" for domain in domains), "mean of all"]
-    for measure in MEASURES:
-        title = f"{measure}, points of 100, {size} examples"
-        values = collect(results, size, measure)
-        yield from (f"**{title}**: mean ± standard deviation (seeds)", "")
-        shown = measure == "test score" and any("trace" in r for r in results)
-        titles = ["arm", *head, *(["indirect / direct", "cosine", "m moves by"] if shown else [])]
-        yield row(*titles)
-        yield row(*["---"] * len(titles))
-        for arm in arms:
-            cells = [spread_cell([*values.get((d, arm), {}).values()]) for d in (*domains, "all")]
-            traces = traced([r for r in results if r["method"] == arm]) if shown else ()
-            yield row(f"`{arm}`", *cells, *traces)
-        yield ""
-        found = differences(results, size, measure, arms[0], sign)
-        if not found:  # too few seeds, or a single arm
-            continue
+def columns_of(results):
+    """{a domain, or "all": its title in a table}"""
+    return {r["domain"]: f"`{r['domain']}`" for r in results} | {"all": "mean of all"}
 
-        first = f"`{arms[0]}`"
-        yield from (f"**{title}**: mean [95 % interval], p by Wilcoxon's test (by Holm)", "")
-        yield row(f"{first} minus" if sign == 1 else f"minus {first}", *head)
-        yield row(*["---"] * (1 + len(head)))
-        for arm in arms[1:]:
-            cells = [difference_cell(found.get((domain, arm))) for domain in (*domains, "all")]
-            yield row(f"`{arm}`", *cells)
-        yield ""
+
+def score_table(results, size, measure, arms):
+    """Lines of Markdown: the arms' values of a measure and, beside test scores, their traces."""
+    values, columns = collect(results, size, measure), columns_of(results)
+    shown = measure == "test score" and any("trace" in r for r in results)
+    rows = []
+    for arm in arms:
+        traces = traced([r for r in results if r["method"] == arm]) if shown else ()
+        cells = [score_cell(values.get((domain, arm))) for domain in columns]
+        rows.append([f"`{arm}`", *cells, *traces])
+
+    title = f"**{measure}, points of 100, {size} examples**"
+    yield from (f"{title}: mean ± standard deviation (seeds)", "")
+    yield from table(["arm", *columns.values(), *(TRACED if shown else ())], rows)
+
+
+def difference_table(results, size, measure, arms, sign):
+    """Lines of Markdown: `differences`; none for too few seeds, or a single arm."""
+    found, columns = differences(results, size, measure, arms[0], sign), columns_of(results)
+    if not found:
+        return
+    rows = [
+        [f"`{arm}`", *(difference_cell(found.get((domain, arm))) for domain in columns)]
+        for arm in arms[1:]
+    ]
+    title = f"**{measure}, points of 100, {size} examples**"
+    yield from (f"{title}: mean [95 % interval], p by Wilcoxon's test (by Holm)", "")
+    first = f"`{arms[0]}` minus" if sign == 1 else f"minus `{arms[0]}`"
+    yield from table([first, *columns.values()], rows)
 
 
 def seconds_table(results, arms):
@@ -174,9 +189,11 @@ def seconds_table(results, arms):
             times = seconds.setdefault(where, {}).setdefault(r["method"], [])
             times.append(r["seconds"]["total"])
     arms = [arm for arm in arms if any(arm in times for times in seconds.values())]
-    yield from ("**median seconds of a run**, to be compared within a row", "")
-    yield row("examples", "processor, dtype, threads", *(f"`{arm}`" for arm in arms))
-    yield row(*["---"] * (2 + len(arms)))
+    rows = []
     for (size, *where), times in sorted(seconds.items(), key=lambda item: item[0][0]):
-        cells = [f"{numpy.median(times[a]):.0f}" if a in times else "–" for a in arms]
-        yield row(size, ", ".join(map(str, where)), *cells)
+        cells = [f"{numpy.median(times[arm]):.0f}" if arm in times else "–" for arm in arms]
+        rows.append([size, ", ".join(map(str, where)), *cells])
+
+    yield from ("**median seconds of a run**, to be compared within a row", "")
+    titles = ["examples", "processor, dtype, threads", *(f"`{arm}`" for arm in arms)]
+    yield from table(titles, rows)

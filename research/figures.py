@@ -4,12 +4,12 @@ The pictures of README.md and docs/, drawn from committed files in a few seconds
     python -m research.figures               all of them, into docs/
     python -m research.figures --only=study  one of them
 
-phases.png: who trains on what in BiDoRA's three phases. compare.png: BiDoRA minus each other method
-on SmolLM2, from results/; study.png: the same on an encoder, from results/study/. ablation.png,
-back.png and hypergradients.png: its groups paper, published and hypergradients, each arm minus the
-group's first; search.png: their hypergradients in the course of search. truth.png: hypergradients
-beside a solved lower level, from results/resolved/. speed.png: two tables of docs/speed.md, as
-bars.
+phases           who trains on what in BiDoRA's three phases
+compare, study   BiDoRA minus each other method, on SmolLM2 and on an encoder
+ablation, back, hypergradients     the groups paper, published and hypergradients
+search, truth    hypergradients in the course of a search, and beside a solved lower level
+speed            two tables of docs/speed.md, as bars
+
 Colours are Okabe and Ito's. Line styles, markers and hatching serve black and white.
 """
 
@@ -29,6 +29,7 @@ from research import resolved
 from research.arms import GROUPS
 from research.differences import MEASURES, differences, of_group
 from research.results import load_results
+from research.sweep import check_names
 from support.run import settings
 from support.run.files import make_folder, replacing
 
@@ -143,7 +144,6 @@ def draw_formulas(axes):
 
 
 def phases():
-    """BiDoRA's three phases: the data that each one sees, and the parameters that learn from it."""
     figure = Figure(figsize=(8.6, 4.13), layout="none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 100), ylim=(0, 48))
@@ -155,7 +155,6 @@ def phases():
 
 
 def compare(folder):
-    """BiDoRA minus each other method on SmolLM2, of the results of research.sweep."""
     best, same = load_results(folder), load_results(folder, "rate-0.001")
     domains = list(dict.fromkeys(result["domain"] for result in best))
     parts = by_size(best, ",\neach at its chosen rate") | by_size(same, ",\nall at 1e-3")
@@ -163,7 +162,7 @@ def compare(folder):
 
 
 def study(folder, name):
-    """The differences of a group of research/arms.py, of the results of research.sweep."""
+    """The differences of a group of research/arms.py."""
     group = GROUPS[name]
     parts = by_size(of_group(load_results(f"{folder}/study"), group))
     return differences_of(parts, group.arms, group.domains, group.sign)
@@ -177,9 +176,8 @@ def by_size(results, note=""):
 
 def differences_of(parts, arms, domains, sign):
     """
-    The differences of the first arm and the others, a row of panels for each of the parts, {label:
-    results of one size}: the mean over all domains with its 95 % interval, and each domain's mean.
-    sign: as in research/differences.py.
+    `differences`, a row of panels for each of the parts, {label: results of one size}: the mean
+    over all domains with its 95 % interval, and each domain's mean.
     """
     first, rows = arms[0], {}
     for label, results in parts.items():
@@ -241,7 +239,7 @@ def curve(axes, i, *points, **style):
 def search(folder):
     """
     The indirect part of the hypergradient beside the direct one, ∂F/∂m, at each upper-level step:
-    their ratio and their cosine, medians over tasks and seeds, of the results of research.sweep.
+    their ratio and their cosine, medians over tasks and seeds.
     """
     results = load_results(f"{folder}/study")
     runs = of_group(results, GROUPS["paper"]) + of_group(results, GROUPS["hypergradients"])
@@ -262,10 +260,7 @@ def search(folder):
 
 
 def truth(folder):
-    """
-    The error of each hypergradient beside a lower level that is solved again, and what a search
-    along it gives, of the results of research.resolved.
-    """
+    """The error of each hypergradient beside the truth, and what a search along it gives."""
     given = resolved.Resolved(results=f"{folder}/resolved")
     runs, results = resolved.results_of(given)
     by_arm = differences(results, 100, "test score", resolved.ARMS[0], -1)
@@ -320,11 +315,9 @@ def speed(path):
     figure = Figure(figsize=(8.6, 4))
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
 
-    costs = {
-        name.replace("`", "").replace(", ", ",\n"): (cells[0], cells[3])
-        for name, cells in rows(path, "What a hypergradient costs").items()
-    }
-    bars(left, 9, costs)
+    costs = rows(path, "What a hypergradient costs").items()
+    named = {name.replace("`", "").replace(", ", ",\n"): cells for name, cells in costs}
+    bars(left, 9, {name: (cells[0], cells[3]) for name, cells in named.items()})
     left.set_title("an iteration of search", size=10)
     left.set_xlabel("time, in DoRA steps (dotted: one step)")
 
@@ -338,11 +331,7 @@ def speed(path):
     right.set_title("a training step, beside PEFT", size=10)
     right.set_xlabel("speed relative to PEFT (dotted: equal)")
 
-    patches = [
-        Rectangle((0, 0), 1, 1, facecolor=color, hatch=hatch, edgecolor="white")
-        for color, hatch in DTYPES.values()
-    ]
-    figure.legend(patches, DTYPES, **ABOVE)
+    figure.legend(left.containers[:2], DTYPES, **ABOVE)
     return figure
 
 
@@ -368,10 +357,7 @@ def draw(figures):
         "truth": lambda: truth(figures.results),
         "speed": lambda: speed(Path(figures.docs) / "speed.md"),
     }
-    if figures.only and figures.only not in pictures:
-        raise ValueError(
-            f"unknown picture {figures.only!r}" + settings.suggest(figures.only, pictures)
-        )
+    check_names("picture", [figures.only], ["", *pictures])
     for name in [figures.only] if figures.only else pictures:
         path = Path(figures.docs) / f"{name}.png"
         with matplotlib.rc_context(STYLE):

@@ -16,6 +16,7 @@ length, and has with it a cosine of 0.9 from n = 4.26·N²/S² on; in brackets, 
 errors.
 """
 
+import functools
 import itertools
 import shlex
 import sys
@@ -26,13 +27,12 @@ import torch
 from tqdm import tqdm
 
 import data
-import train
 from bidora import upper_parameters
 from bilevel import in_training
 from hypergrad import Step, central_difference, one_process, restored, val_gradients
-from research import published, sweep
+from research import sweep
 from research.arms import GROUPS
-from research.differences import row
+from research.differences import table
 from research.results import mend, read_results, save
 from support.run import settings
 
@@ -69,10 +69,7 @@ def cosines(x, y):
 
 
 def statistics(direct, indirect, without):
-    """
-    What a line of the results says. direct, indirect: arrays with a row a draw; without: the pair
-    of them without dropout.
-    """
+    """A line's numbers. direct, indirect: a row a draw; without: these two without dropout."""
     n = len(indirect)
     pairs = ~numpy.eye(n, dtype=bool)
     ratio = signal(indirect)
@@ -95,12 +92,9 @@ def statistics(direct, indirect, without):
 
 
 def draw(task, adapters, weights, batches, seed):
-    """
-    (∂F/∂m, {"adapters": the indirect part, "all": …}) as flat arrays. seed: of the masks, or None
-    for no dropout.
-    """
+    """∂F/∂m and {"adapters", "all": indirect part}, flat. seed: of the masks; None: no dropout."""
     model, upper = task.model, upper_parameters(task.model)
-    train_loss, val_loss = (lambda batch=batch: model(*batch) for batch in batches)
+    train_loss, val_loss = (functools.partial(task.family.loss, model, rows) for rows in batches)
     if seed is not None:
         torch.manual_seed(seed)
 
@@ -125,20 +119,16 @@ def measure(noise, domain, steps):
     """Yield the results of a domain after some steps of the network, a dict for each line."""
     given = sweep.Sweep(group="paper")
     rates = sweep.rates_of(given, domain, 100, "ft", make=False)
-    options = sweep.options_of(given, "unused", sweep.Job(domain, 100, "bidora", 0), rates)
-    options |= {"train_size": 2 * max(map(int, noise.batches)), "val_fraction": 0.5}
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    config = published.read_config([*arguments, "--network", "--noise"])
-    task = train.prepare(config, "cpu", task_class=published.PublishedTask)
-    optimizer = task.create_optimizer(task.model, config.lower_lr)
+    changes = {"train_size": 2 * max(map(int, noise.batches)), "val_fraction": 0.5}
+    changes |= {"network": True, "noise": True}
+    task = sweep.task_of(given, domain, "bidora", 0, rates, **changes)
+    optimizer = task.create_optimizer(task.model, task.config.lower_lr)
     rows = data.Batches(task.encoded["train"], 8, seed=0)
     for step in range(steps):
-        batch = task.family.collate(rows[step])
-        optimizer.lower_step(lambda model, tensors: model(*tensors), batch)
+        optimizer.lower_step(task.family.loss, rows[step])
 
     for size in map(int, noise.batches):
-        splits = (task.encoded["train"], task.encoded["val"])
-        batches = [task.family.collate(split[:size]) for split in splits]
+        batches = [task.encoded[split][:size] for split in ("train", "val")]
         seeds = tqdm([None, *range(noise.draws)], desc=f"{domain}, step {steps}, {size} rows")
         draws = [draw(task, optimizer.adapters, optimizer.lower, batches, seed) for seed in seeds]
         direct = numpy.array([d for d, _ in draws])
@@ -148,27 +138,26 @@ def measure(noise, domain, steps):
             yield {"batch": size, "weights": weights, "draws": noise.draws} | line
 
 
-def table(results):
+def noise_table(results):
     """Lines of a Markdown table of the results."""
 
     def shown(value):
         return "never" if value is None else f"{value:.0f}" if value >= 9.5 else f"{value:.1f}"
 
-    yield row("task", "step", "rows", "θ", "indirect / direct", "without dropout", "cosine of two "
-              "draws", "of one with the value without", "of the mean with it",
-              "error of the mean", "draws for a cosine of 0.9", "∂F/∂m: cosine of two")  # fmt: skip
-    yield row(*["---"] * 12)
-    for r in results:
-        mean, least, most = r["cosine"]
-        best, low, high = (shown(value) for value in r["needed"])
-        error = "–" if r["mean_error"] is None else f"{r['mean_error']:.0%}"
-        theta = "every weight" if r["weights"] == "all" else "A, B, head"
-        yield row(
-            f"`{r['domain']}`", r["steps"], r["batch"], theta, shown(r["indirect"]),
-            shown(r["indirect_without"]), f"{mean:+.2f} ({least:+.2f} … {most:+.2f})",
-            f"{r['cosine_without']:+.2f}", f"{r['mean_cosine_without']:+.2f}", error,
-            f"{best} ({low} … {high})", f"{r['direct_cosine']:+.2f}",
-        )  # fmt: skip
+    def cells(r):
+        yield from (f"`{r['domain']}`", r["steps"], r["batch"])
+        yield "every weight" if r["weights"] == "all" else "A, B, head"
+        yield from (shown(r["indirect"]), shown(r["indirect_without"]))
+        yield "{:+.2f} ({:+.2f} … {:+.2f})".format(*r["cosine"])
+        yield from (f"{r['cosine_without']:+.2f}", f"{r['mean_cosine_without']:+.2f}")
+        yield "–" if r["mean_error"] is None else f"{r['mean_error']:.0%}"
+        yield "{} ({} … {})".format(*map(shown, r["needed"]))
+        yield f"{r['direct_cosine']:+.2f}"
+
+    titles = ["task", "step", "rows", "θ", "indirect / direct", "without dropout"]
+    titles += ["cosine of two draws", "of one with the value without", "of the mean with it"]
+    titles += ["error of the mean", "draws for a cosine of 0.9", "∂F/∂m: cosine of two"]
+    return table(titles, map(cells, results))
 
 
 def do_all(noise):
@@ -188,7 +177,7 @@ def do_all(noise):
     results = list(read_results(noise.results).values())
     if not results:
         raise FileNotFoundError(f"no results in {noise.results}: run research.noise first")
-    print("\n".join(table(results)))
+    print("\n".join(noise_table(results)))
 
 
 def main(arguments):

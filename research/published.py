@@ -13,6 +13,7 @@ import contextlib
 import functools
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy
 import torch
@@ -25,6 +26,7 @@ from bilevel import BilevelOptimizer, in_training
 from hypergrad import assign, dot, first_order, restored
 from research.arms import EFFECTS
 from support.run import settings
+from support.run.files import write_json
 from support.tasks.encoder import Encoder
 
 
@@ -55,9 +57,10 @@ def effects(config):
 class PublishedTask(program.Task):
     """A task that does what its config, a Published, says."""
 
+    trace: dict | None = None  # the lists to which its optimizer adds
+
     def __post_init__(self):
         config = self.config
-        self.trace = {"indirect": [], "cosine": [], "moved": []} if config.trace else None
         if config.transposed:
             transpose(self.model)
         if config.noise:
@@ -72,17 +75,13 @@ class PublishedTask(program.Task):
         if not effects(self.config):
             super().save(out)
 
-    def summary(self):
-        return super().summary() | ({"trace": self.trace} if self.config.trace else {})
-
 
 class ObservedOptimizer(BilevelOptimizer):
     """
-    BilevelOptimizer with the settings of a Published, which may keep a trace, lists of one number
-    an upper-level step: {"indirect": ‖indirect‖ / ‖direct‖ of the hypergradient's parts, "cosine":
-    of their angle, "moved": ‖m - m0‖ / ‖m0‖}.
-
-    base: all parameters but the adapters' own and their original values, a list of pairs.
+    BilevelOptimizer with the settings of a Published. base: pairs of each parameter but the
+    adapters' own, and its original value. trace: None, or lists to which an upper-level step adds
+    "indirect": ‖indirect‖ / ‖direct‖ of the hypergradient's parts, "cosine": of their angle, and
+    "moved": ‖m - m0‖ / ‖m0‖.
     """
 
     def __init__(self, model, *arguments, published, base=(), trace=None, **options):
@@ -204,9 +203,7 @@ def add_dropout(model):
 
 
 def checked(config):
-    """
-    A Published whose dtype fits it. Raises ValueError where its own settings do not fit the others.
-    """
+    """Give a Published a dtype that fits it. Raises ValueError for settings that do not fit."""
     altered = effects(config)
     if altered and (config.resume or config.method == "ft"):
         raise ValueError(f"--{altered[0]} works neither with resume=True nor with method=ft")
@@ -226,7 +223,11 @@ def train(config):
     train.train for a Published: returns its summary, with "trace" if asked for. Raises as
     train.train and `checked` do.
     """
-    summary = program.train(checked(config), PublishedTask)
+    trace = {"indirect": [], "cosine": [], "moved": []} if config.trace else None
+    summary = program.train(checked(config), functools.partial(PublishedTask, trace=trace))
+    if trace:
+        summary["trace"] = trace
+        write_json(Path(summary["out_dir"], "summary.json"), summary)
     if effects(config):
         print("no adapter was saved: it would not fit the base model's file")
     return summary

@@ -30,17 +30,16 @@ import numpy
 import torch
 
 import bidora
-import train
 from bilevel import HYPERGRADIENTS, create_bilevel_optimizer
-from research.differences import row, tables
+from research.differences import table, tables
 from research.results import load_results, mend, read_results, save
 from research.sharpness import largest_eigenvalue
-from research.sweep import Job, Sweep, check_names, in_workers, options_of
+from research.sweep import Sweep, check_names, in_workers, task_of
 from support.run import settings
 from support.text.datasets import BUILT_IN
 from support.weights import hf_format
 
-SIZE = 100  # training examples, 80 of them in train and 20 in val
+SIZE = 100  # training examples of task_of, 80 of them in train and 20 in val
 LOWER_LR, UPPER_LR = 1e-2, 1e-2  # of AdamW
 UPPER_STEPS, LOWER_STEPS = 20, 50  # of a search, and before each of its upper-level steps
 AFTER = (10, 30, 100, 300, 1000)  # lower-level steps before the errors are measured
@@ -73,15 +72,13 @@ class Resolved:
 
 class Problem:
     """
-    The data of a domain and a seed, as what the layer reads, and the losses. model: the layer with
-    its adapter, tanh and the head, at their start.
+    A domain's and a seed's data, as what the layer reads, and the losses. model: the layer with its
+    adapter, tanh and the head, at their start.
     """
 
     def __init__(self, given, domain, seed):
         sweep = Sweep(model=given.model, target_modules=("pooler.dense",))
-        options = options_of(sweep, "unused", Job(domain, SIZE, "bidora", seed), {})
-        config = train.read_config([f"--{name}={value}" for name, value in options.items()])
-        task = train.prepare(config, "cpu")
+        task = task_of(sweep, domain, "bidora", seed)
         if not any(n.endswith("pooler.dense.weight") for n in hf_format.find_tensors(task.folder)):
             raise ValueError(f"{given.model} has no pretrained pooler: choose a BERT with one")
 
@@ -147,8 +144,8 @@ class Problem:
         """The scores and the loss on a split, {name: number}."""
         x, targets = self.inputs[split]
         logits, family = model(x), self.task.family
-        found = zip(self.rows[split], self.whole.predict(logits).tolist())
-        pairs = [(family.in_words(row, value), row.answer) for row, value in found]
+        predicted = zip(self.rows[split], self.whole.predict(logits).tolist())
+        pairs = [(family.in_words(row, value), row.answer) for row, value in predicted]
         return family.scores(pairs) | {"loss": self.whole.loss(logits, targets).item()}
 
 
@@ -272,11 +269,10 @@ def measure(given, domain, seed):
 
 def results_of(given):
     """The lines that hold errors, and those that hold scores, of the given domains and seeds."""
-    sets = [load_results(given.results, which) for which in ("errors", "main")]
-    for i, results in enumerate(sets):
-        own = [r for r in results if r["domain"] in given.domains and r["seed"] < given.seeds]
-        sets[i] = [r for r in own if "diverged" not in r]
-    return sets
+    sets = (load_results(given.results, which) for which in ("errors", "main"))
+    for results in sets:
+        own = (r for r in results if r["domain"] in given.domains and r["seed"] < given.seeds)
+        yield [r for r in own if "diverged" not in r]
 
 
 def errors_of(results, arm):
@@ -289,15 +285,16 @@ def errors_of(results, arm):
 def error_table(results):
     """Lines of Markdown: `errors_of` all arms, and those at the end for each domain."""
     domains = list(dict.fromkeys(r["domain"] for r in results))
-    yield from ("**Error relative to the truth, and cosine**: medians over tasks and seeds", "")
-    yield row("lower-level steps", *AFTER, "solved", *(f"`{domain}`, solved" for domain in domains))
-    yield row(*["---"] * (2 + len(AFTER) + len(domains)))
+    rows = []
     for arm in SEARCHES:
         pairs = list(errors_of(results, arm).values())
         for domain in domains:
             pairs.append(errors_of([r for r in results if r["domain"] == domain], arm)["solved"])
-        yield row(f"`{arm}`", *(f"{error:.2g}, {cosine:+.2f}" for error, cosine in pairs))
-    yield ""
+        rows.append([f"`{arm}`", *(f"{error:.2g}, {cosine:+.2f}" for error, cosine in pairs)])
+
+    yield from ("**Error relative to the truth, and cosine**: medians over tasks and seeds", "")
+    columns = [f"`{domain}`, solved" for domain in domains]
+    yield from table(["lower-level steps", *AFTER, "solved", *columns], rows)
 
 
 def loss_table(results):
@@ -310,16 +307,16 @@ def loss_table(results):
         domain: [by_arm for by_arm in seeds.values() if by_arm.keys() == set(ARMS)]
         for domain, seeds in found.items()
     }
-
-    title = "**Val loss at V*(m) after search, test loss after retraining, how far m moves**"
-    yield from (f"{title}: means over the seeds that all arms have", "")
-    yield row("arm", *(f"`{domain}` ({len(seeds)})" for domain, seeds in shared.items()))
-    yield row(*["---"] * (1 + len(shared)))
+    rows = []
     for arm in ARMS:
         of_arm = [[by_arm[arm] for by_arm in seeds] for seeds in shared.values()]
         means = (numpy.mean(values, axis=0) if values else (numpy.nan,) * 3 for values in of_arm)
-        yield row(f"`{arm}`", *("{:.3f}, {:.3f}, {:.0%}".format(*values) for values in means))
-    yield ""
+        rows.append([f"`{arm}`", *("{:.3f}, {:.3f}, {:.0%}".format(*values) for values in means)])
+
+    title = "**Val loss at V*(m) after search, test loss after retraining, how far m moves**"
+    yield from (f"{title}: means over the seeds that all arms have", "")
+    columns = [f"`{domain}` ({len(seeds)})" for domain, seeds in shared.items()]
+    yield from table(["arm", *columns], rows)
 
 
 def to_do(given):

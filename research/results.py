@@ -13,7 +13,6 @@ appends one whole line. Windows has no such lock: run one program at a time ther
 
 import contextlib
 import json
-import threading
 from pathlib import Path
 
 import numpy
@@ -30,13 +29,12 @@ except ImportError:  # Windows
     fcntl = None
 
 NUMBERS = ("magnitude", "delta_m", "delta_d")
-THREADS = threading.Lock()  # between the threads of one process, on Windows too
 
 
 @contextlib.contextmanager
 def opened(folder, mode):
     """Yield runs.jsonl, opened in a binary mode and locked: readers share it, a writer is alone."""
-    with THREADS, open(Path(folder) / "runs.jsonl", mode) as file:
+    with open(Path(folder) / "runs.jsonl", mode) as file:
         if fcntl:  # released when the file is closed
             fcntl.flock(file, fcntl.LOCK_SH if mode == "rb" else fcntl.LOCK_EX)
         yield file
@@ -44,10 +42,9 @@ def opened(folder, mode):
 
 def whole_lines(file):
     """
-    The lines of an open runs.jsonl as dicts, and the bytes that hold them.
-
-    A last line that is torn (its process was killed, or the disk was full) is named and left out.
-    Raises ValueError for any other line that is not a JSON object with a name.
+    The lines of an open runs.jsonl as dicts, and the bytes that hold them. A last line that is torn
+    (its process was killed, or the disk was full) is named and left out. Raises ValueError for any
+    other line that is not a JSON object with a name.
     """
     file.seek(0)
     content, runs, end = file.read(), [], 0
@@ -88,10 +85,8 @@ def mend(folder):
 
 def save(folder, result, trajectory=None):
     """
-    Add a run: its trajectory first, then its line, so that a line always finds its numbers.
-
-    result: a dict with name, set, domain, size, method, seed and what else is to be kept;
-    trajectory: a Trajectory, or None. A run that another process has saved by this name stays.
+    Add a run: its Trajectory, if any, then its line, so that a line always finds its numbers. A run
+    that another process has saved by this name stays. result: as a line of runs.jsonl.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,8 +105,8 @@ def save(folder, result, trajectory=None):
                 arrays[f"{result['name']}.{what}"] = values
             with replacing(folder / "trajectories.safetensors") as temporary:
                 save_file(arrays, temporary, metadata | {key: layers})
-            about = {"axis": trajectory.axis, "snapshots": trajectory.snapshots, "layers": key}
-            result = result | {"trajectory": about}
+            kept = {"axis": trajectory.axis, "snapshots": trajectory.snapshots, "layers": key}
+            result = result | {"trajectory": kept}
 
         file.truncate(len(content))
         newline = b"\n" if content and not content.endswith(b"\n") else b""
@@ -120,10 +115,8 @@ def save(folder, result, trajectory=None):
 
 def read_results(folder):
     """
-    All runs in a folder, {name: result}; empty where there are none.
-
-    result["trajectory"], where there is one, has the fields of a Trajectory.
-    Raises ValueError for damaged files.
+    All runs in a folder, {name: result}, with the fields of a Trajectory as result["trajectory"] if
+    there is one; {} where there are none. Raises ValueError for damaged files.
     """
     try:
         with opened(folder, "rb") as file:
@@ -134,9 +127,9 @@ def read_results(folder):
 
     with malformed(f"{folder}: runs.jsonl or trajectories.safetensors"):
         for run in runs:
-            if about := run.get("trajectory"):
-                about["layers"] = json.loads(metadata[about["layers"]])
-                about |= {what: arrays[f"{run['name']}.{what}"].tolist() for what in NUMBERS}
+            if kept := run.get("trajectory"):
+                kept["layers"] = json.loads(metadata[kept["layers"]])
+                kept |= {what: arrays[f"{run['name']}.{what}"].tolist() for what in NUMBERS}
         return {run["name"]: run for run in runs}
 
 

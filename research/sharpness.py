@@ -22,11 +22,10 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from tqdm import tqdm
 
 import data
-import train
 from bidora import adapter_layers, lower_parameters
 from bilevel import create_bilevel_optimizer
 from hypergrad import LowerGradient
-from research.sweep import Job, Sweep, options_of, rates_of
+from research.sweep import Sweep, rates_of, task_of
 from support.run import settings
 
 
@@ -62,23 +61,20 @@ def largest_eigenvalue(loss, parameters, tolerance=0.01):
     return float(eigsh(hessian, 1, which="LA", **options)[0])
 
 
-def before_and_after(config, steps, rate):
-    """λ_max before a run's first step, and after some steps of its lower level at a rate."""
-    task = train.prepare(config, "cpu")
+def before_and_after(task, steps, rate):
+    """λ_max before a Task's first step, and after some steps of its lower level at a rate."""
     examples = task.encoded["train"] + task.encoded["val"]
-    batch = task.family.collate(examples)
     layers = adapter_layers(task.model).values()
     weights = [p for layer in layers for p in lower_parameters(layer)]  # without the head's
 
     def loss():
-        return task.model(*batch)
+        return task.family.loss(task.model, examples)
 
     before = largest_eigenvalue(loss, weights)
     optimizer = create_bilevel_optimizer(task.model, rate, hypergradient="first_order")
-    batches = data.Batches(examples, config.batch_size, config.seed)
+    batches = data.Batches(examples, task.config.batch_size, task.config.seed)
     for step in range(steps):
-        batch = task.family.collate(batches[step])
-        optimizer.lower_step(lambda model, tensors: model(*tensors), batch)
+        optimizer.lower_step(task.family.loss, batches[step])
     return before, largest_eigenvalue(loss, weights)
 
 
@@ -94,12 +90,9 @@ def print_table(given):
     print(f"{'λ_max':34}" + "".join(f"{name:>16}" for name in columns))
     unknown = 0
     for domain, arm in tqdm([*itertools.product(sweep.domains, sweep.arms)], unit="arm"):
-        found = []
-        for seed in range(given.seeds):
-            options = options_of(sweep, "unused", Job(domain, 100, arm, seed), {})
-            config = train.read_config([f"--{name}={value}" for name, value in options.items()])
-            found.append(before_and_after(config, given.steps, given.rate))
-        texts = [f"{value:.3g}" for value in numpy.mean(found, axis=0)]
+        tasks = (task_of(sweep, domain, arm, seed) for seed in range(given.seeds))
+        values = [before_and_after(task, given.steps, given.rate) for task in tasks]
+        texts = [f"{value:.3g}" for value in numpy.mean(values, axis=0)]
         try:
             texts.append(f"{rates_of(sweep, domain, 100, arm, make=False)['lower_lr']:.3g}")
         except LookupError:

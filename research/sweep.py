@@ -47,6 +47,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import train
 from research import published
 from research.arms import ARMS, EFFECTS, GROUPS
 from research.differences import of_group, seconds_table, tables
@@ -138,10 +139,17 @@ def options_of(sweep, name, job, rates, tuning=False):
     return options | {"out_dir": f"{sweep.out_dir}/{name}", "overwrite": True}
 
 
+def task_of(sweep, domain, arm, seed, rates=None, **changes):
+    """The Task, on the CPU, of an arm's run on 100 examples. changes: of its settings."""
+    options = options_of(sweep, "unused", Job(domain, 100, arm, seed), rates or {}) | changes
+    config = published.read_config([f"--{name}={value}" for name, value in options.items()])
+    return train.prepare(config, "cpu", task_class=published.PublishedTask)
+
+
 def write_files(sweep, job, tuning):
     """
     Write a run's train and test JSONL files; returns the settings that name them. Here, unlike in
-    train.py's own samples, the tuning set is apart from the training examples of all runs.
+    train.py's own samples, no run trains on an example of the tuning set.
     """
     examples = data.load_examples(job.domain)
     rest, test = data.split(examples, 300 / len(examples), seed=0)
@@ -228,10 +236,7 @@ def run(sweep, name, job, rates, tuning=False, make=True):
 
 
 def neighbours(rates):
-    """
-    The points of the grid around one, each with one rate moved by one place. Raises ValueError at
-    the grid's edge.
-    """
+    """The points of RATES with one rate moved by one place. Raises ValueError at the edge."""
     for name, value in rates.items():
         place = RATES.index(value)
         if place in (0, len(RATES) - 1):
@@ -271,10 +276,7 @@ def choice_of(sweep, domain, size, arm):
 
 
 def choose(sweep, domain, size, arm, make=True):
-    """
-    The rates of an arm that has its own, {name: rate}, for runs of a domain and size. Without
-    `make`, LookupError is raised where a run is missing.
-    """
+    """The rates, {name: rate}, of an arm that has its own. `make`: as in `run`."""
     if sweep.lower_lr:
         return {name: getattr(sweep, name) for name in ARMS[arm].rates}
     choice, job = choice_of(sweep, domain, size, arm)
@@ -420,8 +422,8 @@ def do_all(sweep, arguments):
         return
     results = of_group(load_results(sweep.results, sweep.set), sweep)
     if not results:
-        again = f"python -m research.sweep --group={sweep.group}"
-        raise FileNotFoundError(f"no results in {sweep.results}: run {again} first")
+        again = f"run python -m research.sweep --group={sweep.group} first"
+        raise FileNotFoundError(f"no results in {sweep.results}: {again}")
     sign = GROUPS[sweep.group].sign
     print(*tables(results, sweep.arms, sign), *seconds_table(results, sweep.arms), sep="\n")
 

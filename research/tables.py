@@ -4,7 +4,6 @@ All tables of docs/tables/, from the runs in results/.
     python -m research.tables
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ import numpy
 
 from research import noise, resolved
 from research.arms import GROUPS
-from research.differences import of_group, row, seconds_table, tables, traced
-from research.results import load_results
+from research.differences import TRACED, of_group, seconds_table, spread, table, tables, traced
+from research.results import read_results
+from research.sweep import check_names
 from support.run import settings
 from support.run.files import replacing
 
@@ -22,29 +22,23 @@ ROOT = Path(__file__).parents[1]
 RESULTS, TABLES = ROOT / "results", ROOT / "docs" / "tables"
 
 
-def lines_of(folder, which="main"):
-    """The lines of a set in a folder's runs.jsonl, by seed."""
-    lines = (RESULTS / folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    runs = [run for run in map(json.loads, lines) if run["set"] == which]
-    return sorted(runs, key=lambda run: run.get("seed", 0))
+def lines_of(folder, which="main", domain=None):
+    """The results of a set in a folder, perhaps of one domain, by seed."""
+    runs = [run for run in read_results(RESULTS / folder).values() if run["set"] == which]
+    own = [run for run in runs if domain in (None, run.get("domain"))]
+    return sorted(own, key=lambda run: run.get("seed", 0))
 
 
-def table(titles, rows):
-    return [row(*titles), row(*["---"] * len(titles)), *(row(*cells) for cells in rows), ""]
-
-
-def each(values, digits):
-    return " / ".join(f"{value:.{digits}f}" for value in values)
-
-
-def spread(values, digits):
-    return f"{numpy.mean(values):.{digits}f} ± {numpy.std(values, ddof=1):.{digits}f}"
-
-
-def by_method(runs):
-    """(method, its runs) of each method."""
-    methods = sorted({run["method"] for run in runs})
-    return [(method, [run for run in runs if run["method"] == method]) for method in methods]
+def score_rows(runs, first, columns):
+    """
+    A row for each method of runs: each run's test score `first`, their spread, and the columns,
+    functions of a method's runs that give text.
+    """
+    for method in sorted({run["method"] for run in runs}):
+        own = [run for run in runs if run["method"] == method]
+        scores = values_of(own, "test", first)
+        each = " / ".join(f"{score:.1f}" for score in scores)
+        yield [f"`{method}`", each, spread(scores), *(column(own) for column in columns)]
 
 
 def values_of(runs, split, name):
@@ -53,29 +47,60 @@ def values_of(runs, split, name):
     return [factor * run["after"][split][name] for run in runs]
 
 
+def spread_of(split, name, digits):
+    """The column of a score's or the loss's spread."""
+    return lambda runs: spread(values_of(runs, split, name), digits)
+
+
+def seconds_of(runs):
+    """The column of the least and the most seconds of a run."""
+    seconds = [run["seconds"]["total"] for run in runs]
+    return f"{min(seconds):.0f} to {max(seconds):.0f}"
+
+
 def default():
     """The default run of each method."""
+    columns = {
+        "test loss": lambda runs: f"{numpy.mean(values_of(runs, 'test', 'loss')):.2f}",
+        "train accuracy, %": lambda runs: f"{numpy.mean(values_of(runs, 'train', 'accuracy')):.1f}",
+        "seconds a run": seconds_of,
+    }
+    rows = score_rows(lines_of("default"), "accuracy", columns.values())
+    return table(["method", "test accuracy, seeds 0 / 1 / 2, %", "mean ± s.d.", *columns], rows)
 
-    def cells(method, runs):
-        accuracies = values_of(runs, "test", "accuracy")
-        seconds = [run["seconds"]["total"] for run in runs]
-        yield from (f"`{method}`", each(accuracies, 1), spread(accuracies, 1))
-        yield f"{numpy.mean(values_of(runs, 'test', 'loss')):.2f}"
-        yield f"{numpy.mean(values_of(runs, 'train', 'accuracy')):.1f}"
-        yield f"{min(seconds):.0f} to {max(seconds):.0f}"
 
-    titles = ["method", "test accuracy, seeds 0 / 1 / 2, %", "mean ± s.d.", "test loss"]
-    titles += ["train accuracy, %", "seconds a run"]
-    return table(titles, [cells(*pair) for pair in by_method(lines_of("default"))])
+def texts():
+    """Text from data on SmolLM2."""
+    columns = {
+        "chrF": spread_of("test", "chrf", 1),
+        "ROUGE-L": spread_of("test", "rougeL", 3),
+        "NIST": spread_of("test", "nist", 2),
+        "test loss": spread_of("test", "loss", 3),
+        "train loss": spread_of("train", "loss", 3),
+    }
+    rows = score_rows(lines_of("smollm2", domain="e2e"), "bleu", columns.values())
+    return table(["method", "BLEU, seeds 0 / 1 / 2", "mean ± s.d.", *columns], rows)
+
+
+def decoder():
+    """The ablation on SmolLM2."""
+    runs = lines_of("smollm2", domain="movie-sentiment")
+    columns = {
+        "train accuracy, %": spread_of("train", "accuracy", 1),
+        "test loss": spread_of("test", "loss", 2),
+    }
+    columns |= {title: lambda own, i=i: traced(own)[i] for i, title in enumerate(TRACED)}
+    rows = score_rows(runs, "accuracy", columns.values())
+    return table(["arm", "test accuracy, seeds 0 to 4, %", "mean ± s.d.", *columns], rows)
 
 
 def comparison(which):
     """A set of the comparison on SmolLM2; with the main one, the losses that chose its rates."""
     given = GROUPS["smollm2"]
-    runs = of_group(load_results(RESULTS, which), given)
+    runs = of_group(lines_of(".", which), given)
     yield from (*tables(runs, given.arms, given.sign), *seconds_table(runs, given.arms))
     if which == "main":
-        yield from ("", *chosen_by())
+        yield from chosen_by()
 
 
 def chosen_by():
@@ -101,53 +126,17 @@ def group(name):
 
 def rates():
     """The rates, lower and upper, at which each arm of the study ran."""
-    given, runs = GROUPS["methods"], lines_of("study")
+    given, shown = GROUPS["methods"], {}
+    for run in lines_of("study"):
+        values = [f"{run[name]:g}" for name in ("lower_lr", "upper_lr") if name in run]
+        shown[str(run["size"]), run["method"], run["domain"]] = " and ".join(values)
     for size in given.sizes:
-        rows = []
-        for arm in given.arms:
-            cells = []
-            for domain in given.domains:
-                key = {"method": arm, "domain": domain, "size": int(size)}
-                run = next(run for run in runs if key.items() <= run.items())
-                cells.append(
-                    " and ".join(f"{run[k]:g}" for k in ("lower_lr", "upper_lr") if k in run)
-                )
-            rows.append([f"`{arm}`", *cells])
-        yield from table([f"{size} examples", *(f"`{d}`" for d in given.domains)], rows)
-
-
-def texts():
-    """Text from data on SmolLM2."""
-    runs = [run for run in lines_of("smollm2") if run["domain"] == "e2e"]
-
-    def cells(method, runs):
-        bleu = values_of(runs, "test", "bleu")
-        yield from (f"`{method}`", each(bleu, 1), spread(bleu, 1))
-        for split, name, digits in SCORES:
-            yield spread(values_of(runs, split, name), digits)
-
-    titles = ["method", "BLEU, seeds 0 / 1 / 2", "mean ± s.d.", "chrF", "ROUGE-L", "NIST"]
-    return table([*titles, "test loss", "train loss"], [cells(*pair) for pair in by_method(runs)])
-
-
-SCORES = [("test", "chrf", 1), ("test", "rougeL", 3), ("test", "nist", 2)]
-SCORES += [("test", "loss", 3), ("train", "loss", 3)]
-
-
-def decoder():
-    """The ablation on SmolLM2."""
-    runs = [run for run in lines_of("smollm2") if run["domain"] == "movie-sentiment"]
-
-    def cells(method, runs):
-        accuracies = values_of(runs, "test", "accuracy")
-        yield from (f"`{method}`", each(accuracies, 1), spread(accuracies, 1))
-        yield spread(values_of(runs, "train", "accuracy"), 1)
-        yield spread(values_of(runs, "test", "loss"), 2)
-        yield from traced(runs)
-
-    titles = ["arm", "test accuracy, seeds 0 to 4, %", "mean ± s.d.", "train accuracy, %"]
-    titles += ["test loss", "indirect / direct", "cosine", "m moves by"]
-    return table(titles, [cells(*pair) for pair in by_method(runs)])
+        titles = [f"{size} examples", *(f"`{domain}`" for domain in given.domains)]
+        rows = (
+            [f"`{arm}`", *(shown[size, arm, domain] for domain in given.domains)]
+            for arm in given.arms
+        )
+        yield from table(titles, rows)
 
 
 def solved():
@@ -172,7 +161,7 @@ FILES = {
     "paper": lambda: group("paper"),
     "published": lambda: group("published"),
     "network": lambda: group("network"),
-    "noise": lambda: noise.table(lines_of("noise")),
+    "noise": lambda: noise.noise_table(lines_of("noise")),
     "hypergradients": lambda: group("hypergradients"),
     "resolved": solved,
     "decoder": decoder,
@@ -186,8 +175,7 @@ class Tables:
 
 def write(given):
     """Write the files of docs/tables/, or the one of --only. Raises ValueError for another name."""
-    if given.only and given.only not in FILES:
-        raise ValueError(f"unknown table {given.only!r}" + settings.suggest(given.only, FILES))
+    check_names("table", [given.only], ["", *FILES])
     for name in [given.only] if given.only else FILES:
         with replacing(TABLES / f"{name}.md") as temporary:
             temporary.write_text("\n".join(FILES[name]()).rstrip() + "\n", encoding="utf-8")

@@ -56,9 +56,9 @@ def measured(runs, arm, domains, measure=score, seeds=20, size=100):
     """{seed: the mean of a measure over the domains}, of the seeds that all of them have."""
     parts = []
     for domain in domains:
-        kind = {"method": arm, "domain": domain, "size": size}
-        found = [r for r in runs if kind.items() <= r.items()]
-        parts.append({r["seed"]: measure(r) for r in found if r["seed"] < seeds})
+        same = {"method": arm, "domain": domain, "size": size}
+        own = [r for r in runs if same.items() <= r.items() and r["seed"] < seeds]
+        parts.append({r["seed"]: measure(r) for r in own})
     return {s: statistics.mean(p[s] for p in parts) for s in set.intersection(*map(set, parts))}
 
 
@@ -82,10 +82,10 @@ def assert_pairs(found, mean, p):
     assert_quoted(p, wilcoxon(found).pvalue)
 
 
-def gaps(runs, method, size):
+def gaps(runs, *arm_and_size):
     """{(domain, seed): gap}"""
-    found = [r for r in runs if (r["method"], r["size"]) == (method, size)]
-    return {(r["domain"], r["seed"]): gap(r) for r in found}
+    own = [r for r in runs if (r["method"], r["size"]) == arm_and_size]
+    return {(r["domain"], r["seed"]): gap(r) for r in own}
 
 
 def test_the_earlier_comparison_s_smaller_gaps():
@@ -212,21 +212,18 @@ def test_the_readme_quotes_the_ablation():
         r"(\w+) seeds\)",
         README,
     )
-    arms = {
-        arm: measured(STUDY, arm, domains)
-        for arm in ("as-written", "written+transposed", "bidora", "first-order")
-    }
-    found = paired(arms["written+transposed"], arms["as-written"])
-    assert seeds == "twenty" and len(found) == 20
-    assert_quoted(f"-{cost}", statistics.mean(found))
-    assert wilcoxon(paired(arms["first-order"], arms["bidora"])).pvalue > 0.5
 
-    found = {
-        domain: paired(measured(STUDY, "m-fixed", [domain]), measured(STUDY, "bidora", [domain]))
-        for domain in domains
-    }
-    assert_pairs(found.pop("similarity"), f"-{fixed}", p)
-    assert all(wilcoxon(others).pvalue > 0.4 for others in found.values())
+    def minus(arm, other, *domains):
+        return paired(measured(STUDY, arm, domains), measured(STUDY, other, domains))
+
+    transposed = minus("written+transposed", "as-written", *domains)
+    assert seeds == "twenty" and len(transposed) == 20
+    assert_quoted(f"-{cost}", statistics.mean(transposed))
+    assert wilcoxon(minus("first-order", "bidora", *domains)).pvalue > 0.5
+
+    of_one, *of_others = (minus("m-fixed", "bidora", domain) for domain in domains)
+    assert_pairs(of_one, f"-{fixed}", p)
+    assert all(wilcoxon(pairs).pvalue > 0.4 for pairs in of_others)
 
 
 def cells_of(table):
@@ -326,6 +323,11 @@ def test_the_rates_of_the_study_are_those_of_its_runs():
                 assert rates == {tuple(map(float, cell.split(" and ")))}, kind
 
 
+def assert_each(cell, values):
+    for quote, value in zip(cell.split(" / "), values, strict=True):
+        assert_quoted(quote, value)
+
+
 def assert_spread(cell, values):
     if cell == "–":
         assert not values
@@ -365,12 +367,9 @@ def test_the_tables_of_the_decoder_are_what_its_runs_measured(domain, columns):
             [(100 if name == "accuracy" else 1) * after[split][name] for after in ours]
             for split, name in columns
         ]
-        for quote, value in zip(seeds.split(" / "), values[0], strict=True):
-            assert_quoted(quote, value)
+        assert_each(seeds, values[0])
         for cell, column in zip(cells, values):
-            mean, _, deviation = cell.split()
-            assert_quoted(mean, statistics.mean(column))
-            assert_quoted(deviation, statistics.stdev(column))
+            assert_spread(f"{cell} ({len(column)})", column)
 
 
 def test_the_table_of_the_default_run_is_what_its_runs_measured():
@@ -380,8 +379,7 @@ def test_the_table_of_the_default_run_is_what_its_runs_measured():
         found = [r for r in lines_of("results/default") if r["method"] == arm.strip("`")]
         found.sort(key=lambda r: r["seed"])
         accuracies = [100 * r["after"]["test"]["accuracy"] for r in found]
-        for quote, accuracy in zip(seeds.split(" / "), accuracies, strict=True):
-            assert_quoted(quote, accuracy)
+        assert_each(seeds, accuracies)
         assert_spread(f"{spread} (3)", accuracies)
         assert_quoted(loss, statistics.mean(r["after"]["test"]["loss"] for r in found))
         assert_quoted(train, statistics.mean(100 * r["after"]["train"]["accuracy"] for r in found))
