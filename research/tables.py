@@ -142,11 +142,8 @@ def rates():
 def solved():
     """The layer whose lower level can be solved."""
     errors, runs = resolved.results_of(resolved.Resolved(results=RESULTS / "resolved"))
-    yield "**Error relative to the truth, and cosine**: medians over tasks and seeds"
-    yield from ("", *resolved.error_table(errors), "")
-    yield "**Val loss at V*(m) after search, test loss after retraining, how far m moves**: means"
-    yield "over the seeds that all arms have"
-    yield from ("", *resolved.loss_table(runs), "")
+    yield from resolved.error_table(errors)
+    yield from resolved.loss_table(runs)
     yield from tables(runs, resolved.ARMS, -1)
 
 
