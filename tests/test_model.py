@@ -172,7 +172,10 @@ def test_edited_and_shortened_configs_mean_what_they_mean_to_transformers(tmp_pa
 @pytest.mark.parametrize(
     "change, said",
     [
-        (dict(layer_types=[FULL, "chunked_attention", FULL]), "holds 'chunked_attention'"),
+        (
+            dict(layer_types=[FULL, "chunked_attention", FULL]),
+            "layer_types 'chunked_attention' is not",
+        ),
         (dict(layer_types=[SLIDING] * 3, sliding_window=7.0), "sliding_window .an integer."),
     ],
 )
