@@ -76,7 +76,7 @@ def train(config, task_class=None):
                 begins = "retrain" not in run.done
                 bidora.start_retrain(task.model, fresh=begins and config.final_init == "fresh")
             fit(run, task, "retrain", config.retrain_steps, train_rows + val_rows)
-        return run.finish(report.summary(task) | {"after": evaluate(task, task.evaluated)})
+        return run.finish(task.summary() | {"after": evaluate(task, task.evaluated)})
 
 
 def fit(run, task, phase, steps, rows, val_rows=()):
@@ -286,6 +286,10 @@ class Task:
         else:
             name = self.config.model
             bidora.save_adapter(self.model, out, name if is_hub_name(name) else str(self.folder))
+
+    def summary(self):
+        """What summary.json holds besides the run's own numbers."""
+        return report.summary(self)
 
 
 def prepare(config, device, resuming=False, task_class=Task):

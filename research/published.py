@@ -13,7 +13,6 @@ import contextlib
 import functools
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy
 import torch
@@ -26,7 +25,6 @@ from bilevel import BilevelOptimizer, in_training
 from hypergrad import assign, dot, first_order, restored
 from research.arms import EFFECTS
 from support.run import settings
-from support.run.files import write_json
 from support.tasks.encoder import Encoder
 
 
@@ -57,10 +55,9 @@ def effects(config):
 class PublishedTask(program.Task):
     """A task that does what its config, a Published, says."""
 
-    trace: dict | None = None  # the lists to which its optimizer adds
-
     def __post_init__(self):
         config = self.config
+        self.trace = {"indirect": [], "cosine": [], "moved": []} if config.trace else None
         if config.transposed:
             transpose(self.model)
         if config.noise:
@@ -74,6 +71,9 @@ class PublishedTask(program.Task):
     def save(self, out):
         if not effects(self.config):
             super().save(out)
+
+    def summary(self):
+        return super().summary() | ({"trace": self.trace} if self.trace else {})
 
 
 class ObservedOptimizer(BilevelOptimizer):
@@ -223,11 +223,7 @@ def train(config):
     train.train for a Published: returns its summary, with "trace" if asked for. Raises as
     train.train and `checked` do.
     """
-    trace = {"indirect": [], "cosine": [], "moved": []} if config.trace else None
-    summary = program.train(checked(config), functools.partial(PublishedTask, trace=trace))
-    if trace:
-        summary["trace"] = trace
-        write_json(Path(summary["out_dir"], "summary.json"), summary)
+    summary = program.train(checked(config), PublishedTask)
     if effects(config):
         print("no adapter was saved: it would not fit the base model's file")
     return summary
