@@ -10,7 +10,7 @@ from bidora import METHODS
 from bilevel import HYPERGRADIENTS
 from support.run import rules, settings
 from support.weights import quantized
-from tasks import TASKS, is_encoder
+from tasks import TASKS
 
 
 @dataclass
@@ -54,8 +54,8 @@ class Config:
     rank: int = 8  # of the update B·A; a higher rank can learn more, and overfit more
     alpha: float = 16.0  # the update is scaled by alpha / rank
     dropout: float = 0.0  # on the update's input; off in the new passes of a hypergradient
-    target_modules: tuple = bidora.ALL_LINEAR  # the adapted layers; of an encoder, by default
-    #: query,key,value,intermediate.dense,output.dense
+    target_modules: tuple = bidora.ALL_LINEAR  # the adapted layers; by default all linear layers of
+    #: the blocks, whatever their names (of BERT query,key,value,output.dense,intermediate.dense)
     magnitude_axis: str = "row"  # a magnitude per output (row, PEFT) or per input (column, papers)
     init: str = "kaiming"  # of A, while B is 0: kaiming (LoRA's) or normal, N(0, 1); normal_b: of B
     norm_grad: str = "exact"  # exact, or detach: a constant norm in the backward pass, as in PEFT
@@ -112,7 +112,6 @@ class Config:
     snapshots: int = 0  # how often per phase the weights' ΔM and ΔD are recorded
 
 
-ENCODER_LINEAR = ("query", "key", "value", "intermediate.dense", "output.dense")
 CHOICES = {
     **bidora.CHOICES,
     **bilevel.CHOICES,
@@ -160,11 +159,9 @@ def resolve(config, shape):
     config with values in place of its automatic settings. shape: from tasks.read_shape. Raises
     ValueError for a block_size above the model's positions.
     """
-    encoder = is_encoder(shape)
-    positions = shape.positions if encoder else shape.max_position_embeddings
-    targets = config.target_modules
-    if encoder and targets == bidora.ALL_LINEAR:
-        targets = ENCODER_LINEAR
+    positions, targets = shape.max_position_embeddings, config.target_modules
+    if targets == bidora.ALL_LINEAR:
+        targets = getattr(shape, "targets", targets)
     block_size = config.block_size or min(256, positions)
     if block_size > positions:
         raise ValueError(

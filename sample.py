@@ -20,11 +20,9 @@ import torch
 import tasks
 from bidora import load_adapter
 from data import LABEL_PROMPT, tokenize_labels, tokenize_prompt, tokenize_question
-from model import Transformer
 from support.run import hardware, progress, rules, settings
 from support.run.files import read_json
 from support.tasks.head_task import HeadTask, load_tokenizer
-from support.tasks.heads import EncoderWithHead
 from support.text.tokenizer import Tokenizer
 from support.weights.pretrained import find_model
 from support.weights.quantized import KINDS
@@ -88,11 +86,9 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
         run = read_run(folder)
         if run.get("task") in tasks.HEADS:  # full fine-tuning of an encoder
             task = HeadTask(run["task"], run["labels"], *load_tokenizer(folder))
-            labels = len(task.names) or 1
-            model = EncoderWithHead.from_pretrained(folder, task.kind, labels, device=device)
-            return model, task, run
+            return tasks.load_model(task, folder, torch.float32, device, own_head=True), task, run
         packed = None if quantize in ("", "none") else quantize
-        model = Transformer.from_pretrained(folder, own_dtype(folder), device, packed)
+        model = tasks.load_model(None, folder, own_dtype(folder), device, quantize=packed)
         return model, Tokenizer.from_pretrained(folder), run
 
     adapter = Path(adapter)
@@ -111,12 +107,11 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
     dtype = dtypes.get(str(run.get("dtype")), own_dtype(folder))
     quantize = quantize or run.get("quantize", "none")
     packed = None if quantize == "none" else quantize
-    model = tasks.load_backbone(folder, dtype, device, packed)
+    family = None
     if run.get("task") in tasks.HEADS:
-        tokenizer = HeadTask(run["task"], run["labels"], *load_tokenizer(folder))
-        model = tokenizer.attach(model)
-    else:
-        tokenizer = Tokenizer.from_pretrained(folder)
+        family = HeadTask(run["task"], run["labels"], *load_tokenizer(folder))
+    model = tasks.load_model(family, folder, dtype, device, quantize=packed)
+    tokenizer = family or Tokenizer.from_pretrained(folder)
     return load_adapter(model, adapter).eval(), tokenizer, run
 
 

@@ -10,6 +10,7 @@ From examples to rows, a loss, predictions and scores: one class for each family
 Both have the same methods, in the order in which train.py calls them.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,13 @@ import torch
 import data
 from model import ModelConfig, Transformer
 from support.run.files import read_json
-from support.tasks import scores
+from support.tasks import any_model, scores
 from support.tasks.beam_search import beam_search
-from support.tasks.encoder import DEFAULTS, Encoder, EncoderConfig
 from support.tasks.head_task import HeadTask, load_tokenizer
+from support.tasks.heads import DecoderWithHead
 from support.text.jsonl import format_of
 from support.text.tokenizer import Tokenizer
+from support.weights.hf_format import is_own
 
 # The formats of examples (support/text/jsonl.py) that each task takes. By default, the first task
 # that takes an example's format is chosen; on an encoder, the first one with a head.
@@ -41,14 +43,10 @@ TASKS = LANGUAGE | HEADS
 
 
 def read_shape(folder):
-    """The sizes of a folder's model: a ModelConfig, or an EncoderConfig. Raises as from_hf."""
-    hf = read_json(folder / "config.json")
-    kind = EncoderConfig if hf.get("model_type") in list(DEFAULTS) else ModelConfig  # any JSON
-    return kind.from_hf(hf)
-
-
-def is_encoder(shape):
-    return isinstance(shape, EncoderConfig)
+    """The sizes of a folder's model: a ModelConfig, or of any other an AnyShape. Raises as they."""
+    if not is_own(folder):
+        return any_model.read_shape(folder)
+    return ModelConfig.from_hf(read_json(folder / "config.json"))
 
 
 def choose(name, example, shape):
@@ -56,7 +54,7 @@ def choose(name, example, shape):
     The name of a task, a key of TASKS, for examples like this one. name: one of them, or "auto";
     shape: from read_shape. Raises ValueError where nothing fits.
     """
-    form, encoder = format_of(example), is_encoder(shape)
+    form, encoder = format_of(example), not getattr(shape, "writes", True)
     fitting = [task for task, formats in TASKS.items() if form in formats]
     possible = [task for task in fitting if task in HEADS or not encoder]
     if name == "auto" and possible:
@@ -94,16 +92,30 @@ def search_options(settings):
         max_new_tokens=settings["max_new_tokens"],
         beams=settings["num_beams"],
         length_penalty=settings["length_penalty"],
-        no_repeat_ngram=settings["no_repeat_ngram_size"],
-        within_prompt=False,  # an answer has to name what the prompt names
+        no_repeat_ngram=settings["no_repeat_ngram_size"],  # an answer names what the prompt names
     )
 
 
-def load_backbone(folder, dtype, device, quantize=None, mapped=False):
-    """The model of a folder, an Encoder or a Transformer. Arguments and errors are theirs."""
-    if is_encoder(read_shape(folder)):
-        return Encoder.from_pretrained(folder, dtype, device)
-    return Transformer.from_pretrained(folder, dtype, device, quantize, mapped)
+def load_model(family, folder, dtype, device, rows=(), own_head=False, **options):
+    """
+    A folder's model for a task, all but its head frozen. family: from `build`; rows: those that it
+    will train on; own_head: the folder holds a head for the task, else a fresh one is drawn;
+    options: quantize and mapped, for model.py's. Raises as Transformer.from_pretrained.
+    """
+    form = family.form if isinstance(family, HeadTask) else None
+    if is_own(folder):
+        model = Transformer.from_pretrained(folder, dtype, device, **options).requires_grad_(False)
+        model = DecoderWithHead(model, *form) if form else model
+    elif options.get("quantize"):
+        raise ValueError(f"{folder}: quantize is for the models of model.py; leave it out")
+    elif form:
+        load = any_model.AnyWithHead.from_pretrained
+        model = load(folder, *form, dtype, device, anew=not own_head)
+    else:
+        model = any_model.AnyLanguageModel.from_pretrained(folder, dtype, device)
+    if form:
+        family.start(model, rows)
+    return model
 
 
 @dataclass
@@ -162,10 +174,6 @@ class LanguageTask:
         elif self.glue:
             self.scores([(row.label, row.label) for row in rows[:1]])
 
-    def attach(self, backbone, rows):
-        """The model itself: a language model has its head."""
-        return backbone.requires_grad_(False)
-
     def save_pretrained(self, model, base, folder):
         """Write a trained model and its tokenizer. base: the folder that it was loaded from."""
         model.save_pretrained(folder)
@@ -199,7 +207,9 @@ class LanguageTask:
 
     def write(self, model, prompts):
         """The texts that follow prompts, lists of token ids, by the search of a generation task."""
-        found = beam_search(model, prompts, stop_ids=self.tokenizer.stop_ids, **self.search)
+        search = getattr(model, "beam_search", None)  # transformers' own, of any model
+        search = search or functools.partial(beam_search, model, within_prompt=False)
+        found = search(prompts, stop_ids=self.tokenizer.stop_ids, **self.search)
         return [self.tokenizer.decode(ids).strip() for ids in found]
 
     def scores(self, found):

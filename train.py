@@ -34,6 +34,7 @@ from config import MAY_CHANGE, Config, check, is_bilevel, read_config, resolve, 
 from support.run import distributed, hardware, progress, report, rules, settings
 from support.run.run import Run
 from support.weights import quantized
+from support.weights.hf_format import is_own
 from support.weights.pretrained import find_model, is_hub_name
 from support.weights.regularisers import regulariser
 
@@ -308,7 +309,7 @@ def prepare(config, device, resuming=False, task_class=Task):
     if distributed.LOCAL_RANK == 0:
         distributed.wait()  # lets the others continue
 
-    rules.refuse(rules.task(config, name, name in tasks.HEADS, tasks.is_encoder(shape)))
+    rules.refuse(rules.task(config, name, name in tasks.HEADS, not is_own(folder)))
     if is_bilevel(config) and not splits["val"] and config.upper_data == "val":
         raise ValueError(
             f"{config.data} has no dev set for the upper level: give a val_fraction above 0"
@@ -362,10 +363,10 @@ def build_model(config, folder, dtype, device, family, rows):
         distributed.give_memory_back()
     place = "cpu" if config.fsdp else device  # sharded weights move to the device in shares
     quantize = None if config.quantize == "none" else config.quantize
-    model = tasks.load_backbone(folder, getattr(torch, dtype), place, quantize, config.fsdp)
+    options = dict(quantize=quantize, mapped=config.fsdp)
+    model = tasks.load_model(family, folder, getattr(torch, dtype), place, rows, **options)
     model.gradient_checkpointing = config.gradient_checkpointing
     weight_bytes = quantized.nbytes(model)
-    model = family.attach(model, rows)
 
     if config.method == "ft":
         model.requires_grad_(True)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import numpy
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import train as program
 from bidora import adapter_layers
@@ -25,7 +24,6 @@ from bilevel import BilevelOptimizer, in_training
 from hypergrad import assign, dot, first_order, restored
 from research.arms import EFFECTS
 from support.run import settings
-from support.tasks.encoder import Encoder
 
 
 @dataclass
@@ -171,35 +169,16 @@ def transpose(model):
 
 
 def add_dropout(model):
-    """
-    Put dropout where transformers' BERT and RoBERTa have it, in training mode: after the
-    embeddings, before each residual sum, on the attention's weights, and before the head's layers.
-    Raises ValueError for other models.
-    """
-    [network] = [part for part in model.modules() if isinstance(part, Encoder)] or [None]
-    if network is None or network.config.pre_norm:
-        raise ValueError("--noise is of BERT's and RoBERTa's dropout, which this model lacks")
-    rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1} | network.config.hf
-    hidden, p = rates["hidden_dropout_prob"], rates["attention_probs_dropout_prob"]
-
-    def after(module, inputs, output):
-        return F.dropout(output, hidden, module.training)
-
-    def before(module, inputs):
-        return (F.dropout(inputs[0], hidden, module.training),)
-
-    def attend(q, k, v, mask):
-        rate = p if network.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
-
-    network.embeddings.register_forward_hook(after)
-    for layer in network.encoder.layer:
-        layer.attention["self"].attend = attend
-        for block in (layer.attention.output, layer.output):
-            block.dense.register_forward_hook(after)
-    for part in model.classifier.modules():
-        if isinstance(part, nn.Linear):
-            part.register_forward_pre_hook(before)
+    """Give an encoder its dropouts back, of BERT's names. Raises ValueError for other models."""
+    rates = getattr(model, "own", {})
+    if "hidden_dropout_prob" not in rates:
+        raise ValueError("--noise is of the dropout of BERT, RoBERTa and ESM-2")
+    adapters = adapter_layers(model).values()
+    own = {id(part) for layer in adapters for part in layer.modules()}
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Dropout) and id(part) not in own:
+            of_attention = name.endswith("attention.self.dropout")
+            part.p = rates[f"{'attention_probs' if of_attention else 'hidden'}_dropout_prob"]
 
 
 def checked(config):

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bidora
 from model import ModelConfig, Transformer
+from support.tasks.any_model import AnyLanguageModel
 
 ROOT = Path(__file__).parent.parent
 LLAMA = dict(vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=3)
@@ -185,11 +186,23 @@ def test_windows_that_transformers_cannot_compute_are_refused(change, said):
         ModelConfig.from_hf(config | change)
 
 
-def test_a_head_that_is_said_to_be_tied_but_differs_is_refused(tmp_path):
+@pytest.mark.parametrize("load", [Transformer, AnyLanguageModel])
+def test_a_head_that_is_said_to_be_tied_but_differs_is_untied_as_by_transformers(
+    load, tmp_path, capsys
+):
+    """And it is said. What is saved loads again in both."""
     checkpoint(tmp_path, tie_word_embeddings=False)
     edited(tmp_path, {"tie_word_embeddings": True})
-    with pytest.raises(ValueError, match="another lm_head.weight"):
-        Transformer.from_pretrained(tmp_path)
+    ids = torch.arange(9)[None]
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = load.from_pretrained(tmp_path)
+    assert "hold another lm_head.weight, which is used" in capsys.readouterr().out
+    model.save_pretrained(tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        expected = peer(ids).logits
+        for logits in (model(ids), again(ids).logits):
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 def test_saving_over_shards_leaves_one_model(tmp_path):

@@ -11,7 +11,7 @@ import sklearn.metrics
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_encoder import checkpoint
+from test_any_model import checkpoint
 from test_heads import tokenizers as write_tokenizer
 from test_train import TINY, metrics, write
 
@@ -69,10 +69,12 @@ def refused(capsys, message, *arguments):
 
 
 def head(family, names, examples, length=64):
-    """A task on an encoder, its backbone, the examples as rows, and how many were cut."""
+    """A task on an encoder, its model, the examples as rows, and how many were cut."""
     folder = Path(encoder())
     task = HeadTask(family, names, *load_tokenizer(folder))
-    return task, tasks.load_backbone(folder, torch.float32, "cpu"), *task.encode(examples, length)
+    rows, cut = task.encode(examples, length)
+    torch.manual_seed(0)
+    return task, tasks.load_model(task, folder, torch.float32, "cpu", rows), rows, cut
 
 
 LETTERS = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
@@ -86,7 +88,7 @@ def encoder(name="bert"):
     if name == "esm":
         (folder / "vocab.txt").write_text("\n".join(ESM_TOKENS))
     else:
-        write_tokenizer(folder, name)
+        write_tokenizer(folder, "bert" if "bert" in name.replace("roberta", "") else "roberta")
     return str(folder)
 
 
@@ -97,7 +99,7 @@ def files(family):
 
 HEADS = ["classification", "multi_label", "regression", "tagging"]
 CLASSES = {"tagging": "AutoModelForTokenClassification"}
-MODELS = ["bert", "roberta", "esm", "tiny-random"]
+MODELS = ["bert", "roberta", "esm", "deberta-v3", "gpt2", "tiny-random"]
 
 
 def model_of(name):
@@ -173,6 +175,8 @@ def test_a_trained_head_gives_the_same_logits_in_transformers_and_peft(name, fam
     for place, row in enumerate(rows):
         ids, mask, types, _ = task.collate([row])
         more = {"token_type_ids": types} if name == "bert" else {}
+        if name == "gpt2":
+            peer.base_model.model.config.pad_token_id = 399  # none of the rows' tokens
         expected = peer(input_ids=ids, attention_mask=mask, **more).logits
         torch.testing.assert_close(ours(ids, mask, types), expected, rtol=0, atol=1e-4)
         padded = together[place] if family != "tagging" else together[place, : ids.size(1)]
@@ -216,18 +220,22 @@ def test_the_losses_and_scores_of_a_run_are_those_of_its_reloaded_model(family):
 def test_micro_batches_add_up_to_the_batch(family):
     """Their losses times shares, within fp32's rounding: rows differ in tags, and one is alone."""
     names = {"tagging": ["B-X", "I-X", "O"], "regression": []}.get(family, ["p", "q", "r"])
-    task, backbone, rows, _ = head(family, names, make(family, 7))
-    torch.manual_seed(0)
-    model = task.attach(backbone, rows)
+    task, model, rows, _ = head(family, names, make(family, 7))
     parts = data.micro_batches(rows, 2, count=task.supervised)
     losses = [model(*task.collate(part)).item() * share for part, share in parts]
     assert sum(losses) == pytest.approx(model(*task.collate(rows)).item(), rel=1e-5)
 
 
+def test_dropouts_are_off_and_it_is_said(capsys):
+    trained("classification", model=encoder("roberta"), method="lora")
+    said = "dropouts are off (attention_probs_dropout_prob=0.1, hidden_dropout_prob=0.1)"
+    assert said in capsys.readouterr().out
+
+
 def test_a_regression_begins_at_the_mean_score_of_train():
-    task, backbone, rows, _ = head("regression", [], make("regression"))
+    _, model, _, _ = head("regression", [], make("regression"))
     expected = numpy.mean([example["score"] for example in make("regression")])
-    assert task.attach(backbone, rows).output.bias.item() == pytest.approx(expected)
+    assert model.output.bias.item() == pytest.approx(expected)
 
 
 def test_words_that_do_not_fit_are_predicted_as_outside():
@@ -287,6 +295,75 @@ def test_a_greedy_text_is_what_generate_writes():
         out = model.generate(ids, 8, temperature=0, stop_ids=tokenizer.stop_ids)[0, ids.size(1) :]
         assert tokenizer.decode(out.tolist()).strip() == text
         assert references == row.references
+
+
+# ------------------------------------------------------- language models of transformers
+
+
+def writer(name):
+    """A folder with a small random language model of transformers and a tokenizer."""
+    checkpoint(name, name, "ForCausalLM", vocab_size=400)
+    write_tokenizer(Path(name), "roberta")
+    return name
+
+
+WRITTEN = {  # task: (its settings, an example of its file but for the prompt)
+    "label_words": (dict(data="toy-sentiment", test_size=20), None),
+    "language_model": ({}, {"completion": "cd de"}),
+    "generation": (dict(max_new_tokens=4, num_beams=2), {"references": ["e"]}),
+}
+
+
+@pytest.mark.parametrize("task", WRITTEN)
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "phi3"])
+def test_a_run_resumes_bit_for_bit_is_sampled_merged_and_read_by_peft(
+    name, task, monkeypatch, capsys
+):
+    settings, example = WRITTEN[task]
+    settings = STEPS | dict(model=writer(name), task=task, checkpoint_every=1) | settings
+    if example:
+        rows = [example | {"prompt": f"ab {i}"} for i in range(24)]
+        settings["train_file"] = write("train.jsonl", rows)
+    train.train(Config(**settings | dict(out_dir="whole")))
+
+    with monkeypatch.context() as patched:
+        scale = train.learning_rate_scale
+
+        def stops(step, steps, floor):
+            if step == steps == STEPS["retrain_steps"]:
+                raise KeyboardInterrupt
+            return scale(step, steps, floor)
+
+        patched.setattr(train, "learning_rate_scale", stops)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(Config(**settings))
+    train.train(Config(**settings, resume=True))
+    adapters = [load_file(f"{run}/adapter_model.safetensors") for run in ("whole", "run")]
+    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+
+    assert sample.main(["--adapter=run", "--prompt=ab", "--max_new_tokens=4"]) == 0
+    assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(name)
+    peer = peft.PeftModel.from_pretrained(base, "run").eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
+    ours, ids = sample.load("run")[0], torch.arange(3, 20)[None]
+    with torch.no_grad():
+        for logits in (ours(ids), merged(ids).logits):
+            torch.testing.assert_close(logits, peer(ids).logits, rtol=0, atol=1e-5)
+
+
+NOT_BORROWED = [
+    (["--quantize=nf4"], "quantize=nf4 packs model.py's models only: use quantize=none"),
+    (["--auto_hardware=True"], "auto_hardware=True knows the memory of model.py's"),
+    (["--compile=True", "--method=dora"], "compile=True does not work with a model that"),
+    (["--block_size=65"], "block_size=65 is more than the 64 positions of gpt2"),
+    (["--target_modules=q_proj"], "'q_proj' matches no linear layer; there are: c_attn, c_fc"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", NOT_BORROWED)
+def test_what_model_py_alone_can_do_is_refused_by_name(arguments, message, capsys):
+    refused(capsys, message, f"--model={writer('gpt2')}", "--data=toy-sentiment", *arguments)
 
 
 # ---------------------------------------------------------------------------- the controls
@@ -415,9 +492,9 @@ def test_a_wrong_example_is_refused_by_file_and_line_before_any_work(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--quantize=nf4"], "quantize=nf4 packs language models only: use quantize=none"),
-        (["--auto_hardware=True"], "auto_hardware=True knows the memory of language models only"),
-        (["--compile=True", "--hypergradient=first_order"], "compile=True does not work with an"),
+        (["--quantize=nf4"], "quantize=nf4 packs model.py's models only: use quantize=none"),
+        (["--auto_hardware=True"], "auto_hardware=True knows the memory of model.py's"),
+        (["--compile=True", "--hypergradient=first_order"], "compile=True does not work with a"),
         (["--task=tagging"], "task=tagging does not take examples of the format 'classification'"),
         (["--task=label_words"], "need a model that writes"),
         (["--block_size=900"], "block_size=900 is more than the 64 positions of bert"),

@@ -40,7 +40,7 @@ def announce(task, method):
     print(f"data: {source}: {counts}{labels:.300}")
     announce_shared(config, task.splits)
     print(f"task: {task.name}, scored by {task.family.metric}")
-    notes = task.family.notes(task.cut, config.block_size)
+    notes = [*getattr(task.model, "notes", ()), *task.family.notes(task.cut, config.block_size)]
     print(*notes, trainable(task.sizes["trainable_parameters"]), phases(config, method), sep="\n")
 
 

@@ -181,16 +181,19 @@ def sharded(config, second_order):
         yield "fsdp=True is not supported with torch.compile: use compile=False"
 
 
-def task(config, name, head, encoder):
-    """name: the task's; head: whether it trains a head; encoder: whether the model is one."""
-    what = "an encoder" if encoder else "a head"
-    if head and config.fsdp:
-        yield f"fsdp=True shards language models only, not {what}: leave it out"
-    if head and config.auto_hardware:
-        yield "auto_hardware=True knows the memory of language models only: set micro_batch_size"
-    if encoder and is_packed(config):
-        yield f"quantize={config.quantize} packs language models only: use quantize=none"
-    if head and config.compile:
+def task(config, name, head, borrowed):
+    """name: the task's; head: whether it trains a head; borrowed: whether transformers computes."""
+    what = "a model that transformers computes" if borrowed else "a head"
+    if (head or borrowed) and config.fsdp:
+        yield f"fsdp=True shards model.py's language models only, not {what}: leave it out"
+    if (head or borrowed) and config.auto_hardware:
+        yield (
+            "auto_hardware=True knows the memory of model.py's language models only: set "
+            "micro_batch_size"
+        )
+    if borrowed and is_packed(config):
+        yield f"quantize={config.quantize} packs model.py's models only: use quantize=none"
+    if (head or borrowed) and config.compile:
         yield f"compile=True does not work with {what}: use compile=False"
     if head and config.label_prompt:
         yield f"label_prompt is a question to a language model; task={name} reads the text alone"
@@ -198,7 +201,7 @@ def task(config, name, head, encoder):
         yield f"label_prompt is for task=label_words, not task={name}: its prompts are in the data"
     if name != "generation" and (config.num_beams > 1 or config.no_repeat_ngram_size):
         yield f"num_beams and no_repeat_ngram_size are for task=generation, not task={name}"
-    if head and not encoder and config.method == "ft":
+    if head and not borrowed and config.method == "ft":
         yield "method=ft trains no head on a language model: use an adapter, or task=label_words"
 
 

@@ -16,8 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from support.run.files import read_json
 from support.tasks import scores
-from support.tasks.encoder import Encoder
-from support.tasks.heads import IGNORED, DecoderWithHead, EncoderWithHead
+from support.tasks.heads import IGNORED, DecoderWithHead
 from support.text.tokenizer_files import FILES
 
 
@@ -121,20 +120,22 @@ class HeadTask:
             scores.library("seqeval")
         self.scores([(row.answer, row.answer) for row in rows[:2]])
 
-    def attach(self, backbone, rows=()):
-        """The model with a fresh head. A regression's bias, if any, starts at the mean score."""
-        build = EncoderWithHead if isinstance(backbone, Encoder) else DecoderWithHead
-        model = build(backbone, self.kind, len(self.names) or 1)
+    @property
+    def form(self):
+        """Of the head: its kind, and the number of labels, or 1."""
+        return self.kind, len(self.names) or 1
+
+    def start(self, model, rows):
+        """A regression's bias, if any, starts at the mean score of rows."""
         if rows and self.kind == "regression" and model.output.bias is not None:
             model.output.bias.data.fill_(fmean(row.target for row in rows))
-        return model
 
     def save_pretrained(self, model, base, folder):
-        """Write an encoder with its head, and base's tokenizer; ValueError for a language model."""
+        """Write a model with its head, and base's tokenizer; ValueError for model.py's."""
         if isinstance(model, DecoderWithHead):
             raise ValueError(
-                "a language model with a head can't be written as a whole: keep the adapter, which "
-                "holds the head, and use it with its base"
+                "model.py's language models with a head can't be written as a whole: keep the "
+                "adapter, which holds the head, and use it with its base"
             )
         model.save_pretrained(folder, self.names)
         for name in FILES:

@@ -1,14 +1,13 @@
 """
 Heads: from hidden states to classes, numbers or tags, and to the loss of each.
 
-    model = EncoderWithHead.from_pretrained(find_model("minilm"), "classification", labels=2)
+    model = DecoderWithHead(Transformer.from_pretrained(folder), "classification", labels=2)
+    model = AnyWithHead.from_pretrained(find_model("minilm"), "classification", labels=2)
     bidora.replace_linear_with_bidora(model, target_modules=["query", "value"])
     loss = model(input_ids, attention_mask, token_type_ids, targets=targets)
 
-    model = DecoderWithHead(Transformer.from_pretrained(folder), "classification", labels=2)
-
 Parameter names are those of transformers' …ForSequenceClassification and …ForTokenClassification,
-so PEFT's adapters keep the head (modules_to_save), and the encoders' checkpoints load with it.
+so PEFT's adapters keep the head (modules_to_save). AnyWithHead: support/tasks/any_model.py.
 
 What trains, besides adapters, is the head, as when the papers' experiments, and PEFT's, fine-tune
 such models. BERT's pooler, which stands before it, stays as it was pretrained; it trains only where
@@ -16,15 +15,9 @@ the checkpoint has none. All of it is a lower-level parameter (bidora.py), in fp
 small updates round to nothing in bf16.
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-
-from support.tasks.encoder import Encoder, dense
-from support.weights import hf_format
 
 MOST = 100_000
 KINDS = {  # the numbers of labels that each can have
@@ -34,41 +27,15 @@ KINDS = {  # the numbers of labels that each can have
     "tagging": range(2, MOST + 1),  # one class a token
 }
 IGNORED = -100  # the target of a token that has none
-MODULES = {"bert": "bert", "esm": "esm"}  # transformers' name of the encoder; others: "roberta"
-ARCHITECTURES = {  # how transformers' names of models with a head begin
-    "bert": "Bert",
-    "roberta": "Roberta",
-    "camembert": "Camembert",
-    "xlm-roberta": "XLMRoberta",
-    "esm": "Esm",
-}
-PROBLEMS = {  # transformers' names
-    "classification": "single_label_classification",
-    "multi_label": "multi_label_classification",
-}
 
 
-class TwoLayers(nn.Module):
-    """The head of RoBERTa and ESM, on a row's first token."""
-
-    def __init__(self, width, labels):
-        super().__init__()
-        self.dense = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, labels)
-
-    def forward(self, hidden):
-        """(B, T, width) -> (B, labels)"""
-        return self.out_proj(self.dense(hidden[:, 0]).tanh())
-
-
-def fresh(module):
-    """The module with weights from N(0, 0.02) and zero biases, as transformers starts heads."""
-    for name, parameter in module.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        else:
-            nn.init.normal_(parameter, std=0.02)
-    return module
+def fresh(layer):
+    """Start a linear layer with weights from N(0, 0.02) and zero biases, as transformers does."""
+    layer.reset_parameters()  # draws first, as where results/ was made: so its commands repeat it
+    nn.init.normal_(layer.weight, std=0.02)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Head(nn.Module):
@@ -99,9 +66,9 @@ class Head(nn.Module):
             regression       squared error            (B,), finite numbers
             tagging          cross-entropy            (B, T), as in classification, or -100: none
 
-        Other arguments as in Encoder.forward; ESM and decoders leave token types out. Raises
-        ValueError for targets that don't fit, and, but for tagging, for a row that is padded on the
-        left.
+        input_ids, attention_mask (0 at padding), token_type_ids (0 by default; left out by models
+        without them): (B, T). Raises ValueError for targets that don't fit, and, but for tagging,
+        for a row that is padded on the left.
         """
         if targets is not None:
             self.check_targets(targets, input_ids)
@@ -153,108 +120,26 @@ class Head(nn.Module):
         return (logits > 0).long() if self.kind == "multi_label" else logits.argmax(-1)
 
 
-class EncoderWithHead(Head):
-    """
-    An encoder, used as it is and frozen but for adapters, with a fresh head on it, drawn by torch's
-    generator. No dropout, as in the encoder. kind, labels: as in Head.
-    """
-
-    def __init__(self, encoder, kind, labels):
-        super().__init__(kind, labels)
-        self.module = MODULES.get(encoder.config.hf["model_type"], "roberta")
-        self.add_module(self.module, encoder)
-        freeze(encoder)
-
-        width, pooled = encoder.config.hidden_size, self.module == "bert" and kind != "tagging"
-        if not pooled:
-            encoder.pooler = None
-        elif encoder.pooler is None:
-            encoder.pooler = fresh(dense(width, width))
-        layers = nn.Linear if pooled or kind == "tagging" else TwoLayers
-        self.classifier = fresh(layers(width, labels))
-
-        weight = encoder.embeddings.word_embeddings.weight
-        self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.classifier.to(weight.device, self.dtype)
-        if pooled:
-            encoder.pooler.to(weight.device, self.dtype)
-
-    @property
-    def encoder(self):
-        return getattr(self, self.module)
-
-    @property
-    def output(self):
-        """The layer that gives the logits."""
-        head = self.classifier
-        return head.out_proj if isinstance(head, TwoLayers) else head
-
-    def logits(self, input_ids, real, token_type_ids):
-        """As in forward; the first token stands for a row."""
-        if not self.encoder.config.type_vocab_size:
-            token_type_ids = None
-        hidden = self.encoder(input_ids, real, token_type_ids).to(self.dtype)
-        if self.encoder.pooler is not None:
-            hidden = self.encoder.pooled(hidden)
-        return self.classifier(hidden)
-
-    @classmethod
-    def from_pretrained(cls, folder, kind, labels, dtype=torch.float32, device="cpu"):
-        """
-        Load a Hugging Face folder, as Encoder.from_pretrained does, with the head if it holds one
-        of this form, else with a fresh one.
-
-        Raises as Encoder.from_pretrained, and ValueError for a head of another size.
-        """
-        model = cls(Encoder.from_pretrained(folder, dtype, device), kind, labels)
-        found = hf_format.find_tensors(Path(folder))
-        head = {f"classifier.{name}": x for name, x in model.classifier.state_dict().items()}
-        for name, tensor in head.items() if head.keys() & found.keys() else ():
-            path, shape = found.get(name, (None, "missing"))
-            if shape != tuple(tensor.shape):
-                raise ValueError(
-                    f"{folder}: tensor {name} is {shape}, but the head has {tuple(tensor.shape)}: "
-                    f"give the file's labels, or for a fresh head EncoderWithHead("
-                    f"Encoder.from_pretrained(folder), {kind!r}, {labels})"
-                )
-            with safe_open(path, framework="pt") as file:
-                tensor.copy_(file.get_tensor(name))
-        return model.eval()
-
-    def save_pretrained(self, folder, names=()):
-        """
-        Write config.json and model.safetensors, as transformers' …ForSequenceClassification or
-        …ForTokenClassification loads them. names: of the labels.
-
-        Raises ValueError for an adapted model: call `bidora.merge(model)` first.
-        """
-        hf = self.encoder.config.hf
-        end = "ForTokenClassification" if self.kind == "tagging" else "ForSequenceClassification"
-        names = list(names) or [f"LABEL_{i}" for i in range(self.labels)]
-        config = hf | {"architectures": [ARCHITECTURES[hf["model_type"]] + end]}
-        config |= {"id2label": dict(enumerate(names))}
-        config |= {"label2id": {name: i for i, name in enumerate(names)}}
-        if self.kind != "tagging":
-            config["problem_type"] = PROBLEMS.get(self.kind, self.kind)
-
-        tensors = {f"{self.module}.{name}": x for name, x in self.encoder.tensors().items()}
-        head = self.classifier.state_dict()
-        tensors |= {f"classifier.{name}": tensor for name, tensor in head.items()}
-        hf_format.write(folder, config, tensors, self.dtype)
-
-
 class DecoderWithHead(Head):
     """A model.Transformer, frozen but for adapters, with a fresh head for its output layer."""
 
     def __init__(self, decoder, kind, labels):
         super().__init__(kind, labels)
-        freeze(decoder)
+        decoder.requires_grad_(False)
         self.model = decoder.model
         self.__dict__["decoder"] = decoder  # a module would put its name before all parameters'
         width, weight = decoder.config.hidden_size, decoder.model.embed_tokens.weight
         self.score = fresh(nn.Linear(width, labels, bias=kind == "tagging"))
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self.score.to(weight.device, self.dtype)
+
+    @property
+    def gradient_checkpointing(self):
+        return self.decoder.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, wanted):
+        self.decoder.gradient_checkpointing = wanted
 
     @property
     def output(self):
@@ -273,9 +158,3 @@ class DecoderWithHead(Head):
             return logits
         every = logits.new_zeros(*real.shape, self.labels)
         return every.masked_scatter(real[..., None].to(logits.device), logits)
-
-
-def freeze(model):
-    """Leave only adapters trainable."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and "lora_" in name)

@@ -35,11 +35,20 @@ DEFAULTS = {
     "qwen2": COMMON | QWEN,
     "qwen3": COMMON | QWEN | {"head_dim": 128},
 }
+UNTIED = (
+    "note: the config.json of {folder} ties the head to the embeddings, but its files hold another "
+    "lm_head.weight, which is used"
+)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "max_position_embeddings"
 ).split()
+
+
+def is_own(folder):
+    """Whether model.py computes the model of a folder; all others are for transformers."""
+    return read_json(folder / "config.json").get("model_type") in list(DEFAULTS)  # any JSON
 
 
 @malformed("config.json")
@@ -211,16 +220,15 @@ def weight_files(folder, index):
     return [single]
 
 
-def check_tied(stored, folder):
-    """Drop a tied head from the stored tensors. Raises ValueError if it differs."""
+def untie(config, stored, folder):
+    """Drop a tied head from the stored tensors; if it differs, untie it, as transformers does."""
     both = [name for name in ("lm_head.weight", "model.embed_tokens.weight") if name in stored]
     if len(both) == 2:  # some files hold the shared matrix twice
         head, embeddings = (safe_open(stored[name][0], "pt").get_tensor(name) for name in both)
         if not torch.equal(head, embeddings):
-            raise ValueError(
-                f"{folder}: config.json ties the head to the embeddings, but the files hold "
-                f"another lm_head.weight: set tie_word_embeddings to false in config.json"
-            )
+            print(UNTIED.format(folder=folder))
+            config.tie_word_embeddings = config.hf["tie_word_embeddings"] = False
+            return
     stored.pop("lm_head.weight", None)
 
 
@@ -240,11 +248,12 @@ def check_tensors(stored, expected, folder):
 
 def load_weights(model, folder, dtype, device, quantize=None, mapped=False):
     """Load weights into a Transformer on the meta device: see Transformer.from_pretrained."""
-    stored, tied = find_tensors(folder), model.config.tie_word_embeddings
+    stored = find_tensors(folder)
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    if tied:
+    if model.config.tie_word_embeddings:
+        untie(model.config, stored, folder)
+    if tied := model.config.tie_word_embeddings:
         del expected["lm_head.weight"]
-        check_tied(stored, folder)
     check_tensors(stored, expected, folder)
 
     # Closing the file after each tensor releases its pages, and the largest tensor comes first: so

@@ -273,6 +273,10 @@ VARIANTS = {
 
 @pytest.fixture
 def all_in_float64(monkeypatch):
+    in_float64(monkeypatch)
+
+
+def in_float64(monkeypatch):
     """The models' norms and softmaxes say torch.float32, which leaves differences only noise."""
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
