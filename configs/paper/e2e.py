@@ -1,14 +1,15 @@
 """
-Data to text: the E2E challenge (arXiv 1706.09254), on a decoder of GPT-2's size. Put trainset.csv,
-devset.csv and testset_w_refs.csv into the folder e2e-dataset. Rank, alpha, batches and the beam
-search are those of LoRA's experiments on GPT-2 (arXiv 2106.09685, table 11), which the papers on
-BiDoRA and BiLoRA follow; 26,000 steps are five epochs.
+Data to text: the E2E challenge (arXiv 1706.09254), on GPT-2 medium. Put trainset.csv, devset.csv
+and testset_w_refs.csv into the folder e2e-dataset. Rank, alpha, batches and the beam search are
+those of LoRA's experiments (arXiv 2106.09685, table 11), which the papers on BiDoRA and BiLoRA
+follow; 26,000 steps are five epochs. LoRA adapts queries and values; GPT-2's c_attn is one layer
+for queries, keys and values, and is adapted whole.
 """
 
-model = "HuggingFaceTB/SmolLM2-360M"
+model = "openai-community/gpt2-medium"
 data = "e2e-dataset"
 task = "generation"
-target_modules = ("q_proj", "v_proj")
+target_modules = ("c_attn",)
 rank = 4
 alpha = 32.0
 magnitude_axis = "column"
