@@ -365,7 +365,7 @@ class Encoder(nn.Module):
         folder = Path(folder)
         config = EncoderConfig.from_hf(read_json(folder / "config.json"))
         found = find_tensors(folder, config)
-        with torch.device("meta"):
+        with torch.device("meta"), hf_format.WithoutValues():
             model = cls(config, pooler="pooler.dense.weight" in found)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if "inv_freq" in found:
