@@ -210,6 +210,21 @@ def digest(path):
     return total.hexdigest()
 
 
+def check_digests(folder):
+    """
+    Raise ValueError if a file of a folder has changed since the first call, which writes the files'
+    digests beside them.
+    """
+    path = folder / "digests.json"
+    if not path.exists():
+        write_json(path, {file.name: digest(file) for file in folder.iterdir()})
+    for name, kept in read_json(path).items():
+        if not (folder / name).exists() or digest(folder / name) != kept:
+            raise ValueError(
+                f"{folder / name} is damaged: delete the folder {folder} and run again"
+            )
+
+
 def seal(content):
     """A dict for JSON with the digest that read_sealed checks."""
     text = json.dumps(content, sort_keys=True)
