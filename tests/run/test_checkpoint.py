@@ -88,16 +88,6 @@ def whole(tmp_path_factory):
     return run(tmp_path_factory.mktemp("runs") / "whole")
 
 
-@pytest.fixture
-def file_limit():
-    """No file may grow beyond 10,000 bytes: that stands in for a full disk."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def run(folder, **settings):
     train.train(Config(out_dir=str(folder), **TINY | settings))
     return folder
