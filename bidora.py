@@ -464,9 +464,10 @@ def load_adapter(model, folder):
 def __getattr__(name):
     """The other names of the `bidora` package on PyPI (docs/coming-from.md)."""
     try:
-        from support.weights import bidora_package
-    except ImportError:  # copied alone into another project
-        bidora_package = None
-    if name.startswith("__") or not hasattr(bidora_package, name):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(bidora_package, name)
+        if not name.startswith("__"):  # Python asks for __path__ at each import
+            from support.weights import bidora_package
+
+            return vars(bidora_package)[name]
+    except (ImportError, KeyError):  # ImportError: copied alone into another project
+        pass
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

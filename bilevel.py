@@ -14,6 +14,7 @@ optimizer gives to each. With bidora.py and hypergrad.py this file works copied 
 
 import contextlib
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -117,6 +118,13 @@ def in_training(model, wanted):
             module.training = training
 
 
+class AdamW(torch.optim.AdamW):
+    """Torch's, but for two decorators, which would import its compiler: a second of each start."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 class BilevelOptimizer:
     """
     AdamW over a model's lower_parameters, and over its upper_parameters (bidora.py) along a
@@ -179,15 +187,15 @@ class BilevelOptimizer:
         self.past = []  # the lower steps kept for the next upper_step
         self.begun = False
 
-        AdamW = functools.partial(torch.optim.AdamW, fused=True)  # one kernel: 5 ms a step, not 19
+        build = functools.partial(AdamW, fused=True)  # one kernel: 5 ms a step, not 19
         if optimizer == "adamw8bit":
-            from bitsandbytes.optim import AdamW8bit as AdamW
-        AdamW = functools.partial(AdamW, betas=(0.9, beta2))
-        self.lower_optimizer = AdamW(self.lower, lr=lower_lr, weight_decay=weight_decay)
+            from bitsandbytes.optim import AdamW8bit as build
+        build = functools.partial(build, betas=(0.9, beta2))
+        self.lower_optimizer = build(self.lower, lr=lower_lr, weight_decay=weight_decay)
         self.upper_optimizer = None
         if self.upper:
             decay = {"weight_decay": upper_weight_decay}
-            self.upper_optimizer = AdamW(self.upper, lr=upper_lr, **decay)
+            self.upper_optimizer = build(self.upper, lr=upper_lr, **decay)
 
     def bilevel_step(self, loss_fn, train_batch, val_batch):
         """
@@ -305,7 +313,8 @@ class BilevelOptimizer:
         finite = bool(torch.isfinite(loss + norm))  # the only number that a step reads from a GPU
         if finite:
             optimizer.step()
-        optimizer.zero_grad()
+        for parameter in parameters:
+            parameter.grad = None
         if not finite:
             self.train_loss, self.past = None, []
             raise FloatingPointError(f"loss {loss.item():g}, gradient norm {norm.item():g}")

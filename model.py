@@ -323,7 +323,7 @@ class Transformer(nn.Module):
         """
         folder = Path(folder)
         config = ModelConfig.from_hf(read_json(folder / "config.json"))
-        with torch.device("meta"):
+        with torch.device("meta"), hf_format.WithoutValues():
             model = cls(config)
         hf_format.load_weights(model, folder, dtype, device, quantize, mapped)
         return model.eval()

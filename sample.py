@@ -19,8 +19,9 @@ import torch
 
 import tasks
 from bidora import load_adapter
+from config import Config
 from data import LABEL_PROMPT, tokenize_labels, tokenize_prompt, tokenize_question
-from support.run import hardware, progress, rules, settings
+from support.run import hardware, progress, rules, run_folder, settings
 from support.run.files import read_json
 from support.tasks.head_task import HeadTask, load_tokenizer
 from support.text.tokenizer import Tokenizer
@@ -63,6 +64,7 @@ def read_run(folder):
     if not (folder / "run.json").exists():
         return {}
     run = read_json(folder / "run.json")
+    run_folder.check_known(run, vars(Config), folder)
     types = dict.fromkeys(("model", "dtype", "quantize", "label_prompt", "task"), str)
     for name, known in (types | {"block_size": int, "labels": list}).items():
         if type(run.get(name, known())) is not known:  # True is no size

@@ -19,6 +19,7 @@ import functools
 import os
 import random
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,13 +153,13 @@ def build_optimizer(task, phase):
 # ---------------------------------------------------------------------------- evaluation
 
 
-# Each batch here has a shape of its own, and torch.compile would compile for each.
-@torch.compiler.set_stance("force_eager")
 def evaluate(task, splits):
     """The results of evaluate_rows on each of the splits, {split: rows}, as {split: results}."""
     # Generated texts take long: only those of the last split are scored.
     last = [name for name, rows in splits.items() if rows][-1]
-    with progress.bar("evaluate", sum(map(len, splits.values())), "row") as bar:
+    # Each batch here has a shape of its own, and torch.compile would compile for each.
+    eager = torch.compiler.set_stance("force_eager") if task.config.compile else nullcontext()
+    with progress.bar("evaluate", sum(map(len, splits.values())), "row") as bar, eager:
         return {
             name: evaluate_rows(task, rows, bar, scored=name == last)
             for name, rows in splits.items()

@@ -141,6 +141,18 @@ def tables(results, arms, sign):
         for measure in MEASURES:
             yield from score_table(own, size, measure, known)
             yield from difference_table(own, size, measure, known, sign)
+        yield from dtype_note(own)
+
+
+def dtype_note(results):
+    """Lines of Markdown that say which arms ran in which dtype, if there are several."""
+    arms = {}
+    for r in results:
+        if "dtype" in r:
+            arms.setdefault(r["dtype"], {})[f"`{r['method']}`"] = None
+    if len(arms) > 1:
+        parts = (f"{dtype}: {', '.join(sorted(own))}" for dtype, own in sorted(arms.items()))
+        yield from (f"Not all in one dtype; {'; '.join(parts)}", "")
 
 
 def columns_of(results):

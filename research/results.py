@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from support.run.files import make_folder, malformed, replacing
+from support.run.files import make_folder, malformed, replacing, written
 from support.weights.weight_changes import Trajectory
 
 try:
@@ -90,7 +90,7 @@ def save(folder, result, trajectory=None):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with opened(folder, "a+b") as file:
+    with written(folder / "runs.jsonl"), opened(folder, "a+b") as file:
         runs, content = whole_lines(file)
         if any(run["name"] == result["name"] for run in runs):
             return

@@ -35,6 +35,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -53,7 +54,7 @@ from research.arms import ARMS, EFFECTS, GROUPS
 from research.differences import of_group, seconds_table, tables
 from research.results import load_results, mend, read_results, save
 from support.run import settings
-from support.run.files import make_folder
+from support.run.files import make_folder, malformed, written
 from support.run.hardware import processor
 from support.text.datasets import BUILT_IN
 from support.weights.weight_changes import Trajectory
@@ -163,8 +164,10 @@ def write_files(sweep, job, tuning):
         path = Path(sweep.out_dir) / "data" / f"{job.domain}-{name}.jsonl"
         make_folder(path.parent, "choose another --out_dir")
         temporary = path.with_name(f"{path.name}-{os.getpid()}")  # others may write it just now
-        temporary.write_text("".join(json.dumps(example) + "\n" for example in chosen), "utf-8")
-        os.replace(temporary, path)
+        with written(path):
+            lines = "".join(json.dumps(example) + "\n" for example in chosen)
+            temporary.write_text(lines, "utf-8")
+            os.replace(temporary, path)
         files[f"{split}_file"] = path
     return files
 
@@ -183,13 +186,17 @@ def read_at(folder, version):
 
 def check_made(sweep, result, rates):
     """Raise ValueError unless a result's run had the sweep's model and layers, and these rates."""
+    line = f"{result['name']} in {sweep.results}/runs.jsonl"
+    needed = {"command", "diverged" if "diverged" in result else "after"}
+    if lacks := needed - result.keys():
+        raise ValueError(f"{line} lacks {', '.join(sorted(lacks))}: remove its line")
     own = ("model", "target_modules", "dtype")
     wanted = {name: sweep.settings[name] for name in own if name in sweep.settings} | rates
     options = {f"--{name}={value}" for name, value in wanted.items()}
-    if missing := options - set(shlex.split(result.get("command", ""))):
+    if missing := options - set(shlex.split(result["command"])):
+        without = ", ".join(sorted(missing))
         raise ValueError(
-            f"{result['name']} in {sweep.results}/runs.jsonl was made without "
-            f"{', '.join(sorted(missing))}: remove its line, or choose another --results"
+            f"{line} was made without {without}: remove its line, or choose another --results"
         )
 
 
@@ -350,10 +357,29 @@ def to_do(sweep):
     return choices, runs
 
 
-def do(sweep, name, job):
-    """Do a job, in a worker process; returns False if another process makes its run."""
+def do(sweep, name, job, wait=False):
+    """
+    Do a job, in a worker process. If another process makes its run, wait for that, or return the
+    job's name.
+    """
     rates = rates_of(sweep, job.domain, job.size, job.arm)
-    return job.seed is None or bool(run(sweep, name, job, rates))
+    while job.seed is not None and not run(sweep, name, job, rates):
+        if not wait:
+            return name
+        time.sleep(5)
+
+
+def start_worker(workers):
+    """Share the cores among the workers, unless the user has, and end when the parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def in_workers(workers, title, function, jobs):
@@ -361,11 +387,8 @@ def in_workers(workers, title, function, jobs):
     Call function(*job) for each job, in processes that share the CPU's cores and end with this one.
     Returns the results in the order in which they come.
     """
-    # Of the workers, which start afresh: they read it when torch is imported.
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
     context = multiprocessing.get_context("spawn")
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process, which ends the workers
-    pool = ProcessPoolExecutor(workers, context, signal.signal, ignore)
+    pool = ProcessPoolExecutor(workers, context, start_worker, (workers,))
     try:
         made = [pool.submit(function, *job) for job in jobs]
         return [one.result() for one in tqdm(as_completed(made), desc=title, total=len(made))]
@@ -381,12 +404,14 @@ def in_workers(workers, title, function, jobs):
 
 
 def work(sweep, title, jobs):
-    """Do the jobs, {name: Job}."""
+    """Do the jobs, {name: Job}; those that other processes are at come last."""
     for domain in {job.domain for job in jobs.values()}:
         data.load_examples(domain)  # a missing download shows now, and happens once
     made = in_workers(sweep.workers, title, do, [(sweep, *job) for job in jobs.items()])
-    if skipped := made.count(False):
-        print(f"{skipped} runs are being made by other processes; the same command adds them")
+    if left := [name for name in made if name]:
+        print(f"{len(left)} runs are being made by other processes", file=sys.stderr)
+        if not sweep.job:
+            in_workers(sweep.workers, title, do, [(sweep, n, jobs[n], True) for n in left])
 
 
 # -------------------------------------------------------------------------------- the program
@@ -420,12 +445,13 @@ def do_all(sweep, arguments):
         make(sweep, arguments)
     if sweep.list or sweep.job:
         return
-    results = of_group(load_results(sweep.results, sweep.set), sweep)
-    if not results:
-        again = f"run python -m research.sweep --group={sweep.group} first"
-        raise FileNotFoundError(f"no results in {sweep.results}: {again}")
-    sign = GROUPS[sweep.group].sign
-    print(*tables(results, sweep.arms, sign), *seconds_table(results, sweep.arms), sep="\n")
+    with malformed(f"a line of {sweep.results}/runs.jsonl"):
+        results = of_group(load_results(sweep.results, sweep.set), sweep)
+        if not results:
+            again = f"run python -m research.sweep --group={sweep.group} first"
+            raise FileNotFoundError(f"no results in {sweep.results}: {again}")
+        sign = GROUPS[sweep.group].sign
+        print(*tables(results, sweep.arms, sign), *seconds_table(results, sweep.arms), sep="\n")
 
 
 def main(arguments):

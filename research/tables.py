@@ -12,7 +12,16 @@ import numpy
 
 from research import noise, resolved
 from research.arms import GROUPS
-from research.differences import TRACED, of_group, seconds_table, spread, table, tables, traced
+from research.differences import (
+    TRACED,
+    dtype_note,
+    of_group,
+    seconds_table,
+    spread,
+    table,
+    tables,
+    traced,
+)
 from research.results import read_results
 from research.sweep import check_names
 from support.run import settings
@@ -91,7 +100,8 @@ def decoder():
     }
     columns |= {title: lambda own, i=i: traced(own)[i] for i, title in enumerate(TRACED)}
     rows = score_rows(runs, "accuracy", columns.values())
-    return table(["arm", "test accuracy, seeds 0 to 4, %", "mean ± s.d.", *columns], rows)
+    yield from table(["arm", "test accuracy, seeds 0 to 4, %", "mean ± s.d.", *columns], rows)
+    yield from dtype_note(runs)
 
 
 def comparison(which):

@@ -235,6 +235,11 @@ def test_no_line_of_code_is_wider_than_100_columns():
         assert [i for i, line in enumerate(lines, 1) if len(line) > 100] == [], name_of(path)
 
 
+def test_no_test_reads_a_wall_clock():
+    clock = re.compile(r"time\.(time|monotonic|perf_counter)(_ns)?\(")
+    assert [p for p in code("tests") if clock.search(p.read_text(encoding="utf-8"))] == []
+
+
 # ---------------------------------------------------------------------------------- the recipes
 
 

@@ -15,7 +15,6 @@ import re
 import resource
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import numpy
@@ -366,18 +365,19 @@ def last_line(capsys):
 
 @pytest.fixture
 def load_changed(tmp_path):
-    """A function that loads an adapter of which some settings were changed, within 20 seconds."""
+    """A function that loads an adapter of which some settings were changed, in 20 CPU seconds."""
     model = Transformer.from_pretrained(find_model("tiny-random")).requires_grad_(False)
     save_adapter(replace_linear_with_bidora(model, 2), tmp_path)
     path = tmp_path / "adapter_config.json"
 
     def load(change):
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
-        model, start = Transformer.from_pretrained(find_model("tiny-random")), time.process_time()
+        model = Transformer.from_pretrained(find_model("tiny-random"))
+        start = sum(os.times()[:4])
         try:
             load_adapter(model, tmp_path)
         finally:
-            assert time.process_time() - start < 20  # of its own: other programs may delay it
+            assert sum(os.times()[:4]) - start < 20  # CPU seconds
 
     return load
 
@@ -610,7 +610,7 @@ def hostile_file(more, base):
 
 @cases(150)
 @given(st.data())
-def test_programs_end_well_or_in_one_line_within_20_seconds_and_3_gb(folder, more):
+def test_programs_end_well_or_in_one_line_within_20_cpu_seconds_and_3_gb(folder, more):
     """sample.py, or train.py, on folders of which one file or one setting was changed."""
     base = folder / "whole"
     shutil.rmtree(base, ignore_errors=True)
@@ -635,7 +635,7 @@ def test_programs_end_well_or_in_one_line_within_20_seconds_and_3_gb(folder, mor
         options |= dict(method="lora", search_steps=1, retrain_steps=0, val_fraction=0)
         options |= changed_setting
 
-    said, start = io.StringIO(), time.time()
+    said, start = io.StringIO(), sum(os.times()[:4])
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         status = program.main([f"--{name}={value}" for name, value in options.items()])
     assert status in (0, 2)
@@ -643,5 +643,5 @@ def test_programs_end_well_or_in_one_line_within_20_seconds_and_3_gb(folder, mor
         # a run that diverges has shown its bar
         [line] = [text for text in said.getvalue().splitlines() if "step/s]" not in text]
         assert line.startswith("error: ") and len(line) < 2000
-    assert time.time() - start < 20
+    assert sum(os.times()[:4]) - start < 20  # CPU seconds, the children's too
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3e6  # KB, of all cases so far

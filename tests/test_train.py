@@ -92,6 +92,56 @@ def refused(capsys, *arguments):
     return lines[-1]
 
 
+# --------------------------------------------------------------------------- the start
+
+
+HEAVY = {"torch._dynamo", "transformers", "matplotlib", "scipy", "sklearn", "pandas"}
+HEAVY |= {"bitsandbytes", "datasets", "pyarrow", "support.weights.bidora_package"}
+UNTIL_THE_SECOND_STEP = """
+import sys
+import train
+
+class Watched(train.Task):
+    def lower_loss(self, model, micro_batch):
+        if hasattr(self, "stepped"):
+            raise FloatingPointError("the second step")
+        self.stepped = True
+        return super().lower_loss(model, micro_batch)
+
+try:
+    train.train(train.Config(model="tiny-random", data="toy-sentiment", test_size=40), Watched)
+except FloatingPointError as error:
+    print(*sys.modules)
+"""
+
+
+def imported_by(script, *arguments):
+    done = command("-c", script, *arguments, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "program, arguments",
+    [
+        ("train", ["--help"]),
+        ("sample", ["--help"]),
+        ("train", ["--config=small.py", "--rnak=4"]),
+        ("train", ["--config=small.py", "--lower_lr=-1"]),
+        ("sample", ["--adapter=out/small", "--top_p=-1"]),
+    ],
+)
+def test_help_and_refusals_import_torch_and_no_other_large_library(program, arguments):
+    script = f"import sys, {program}; {program}.main(sys.argv[1:]); print(*sys.modules)"
+    modules = imported_by(script, *arguments)
+    assert "torch" in modules and not HEAVY & modules
+
+
+def test_the_first_step_of_each_level_is_taken_without_other_large_libraries():
+    modules = imported_by(UNTIL_THE_SECOND_STEP)
+    assert "torch" in modules and not HEAVY & modules
+
+
 # -------------------------------------------------------------------------- the whole job
 
 

@@ -6,6 +6,7 @@ A checkpoint is a folder, such as checkpoints/000120. state.safetensors holds th
 snapshots). A rename ends the writing, so a checkpoint is complete or absent.
 """
 
+import math
 import os
 import random
 import shutil
@@ -42,7 +43,7 @@ def set_random_states(states):
 def optimizer_state(bilevel_optimizer):
     """{"<level>.<parameter's index>.<name>": tensor} of both levels; numbers become tensors."""
     return {
-        f"{level}.{i}.{name}": torch.as_tensor(value).clone()
+        f"{level}.{i}.{name}": torch.as_tensor(value)
         for level, optimizer in bilevel_optimizer.optimizers.items()
         for i, parameter in enumerate(optimizer.param_groups[0]["params"])
         for name, value in optimizer.state.get(parameter, {}).items()
@@ -100,16 +101,20 @@ def names(run):
     return sorted(folders, key=lambda path: int(path.name))
 
 
-def load(run):
-    """(tensors, state) of a run's newest intact checkpoint, or None; reports damaged ones."""
-    for folder in reversed(names(run)):
+def load(run, most=math.inf):
+    """
+    (tensors, state) of a run's newest intact checkpoint after at most so many steps, or None;
+    reports damaged ones.
+    """
+    folders = [path for path in names(run) if int(path.name) <= most]
+    for folder in reversed(folders):
         try:
             state = read_sealed(folder / "state.json")
             if digest(folder / "state.safetensors") != state.get("tensors"):
                 raise ValueError("state.safetensors has changed since it was written")
             return load_file(folder / "state.safetensors"), state
         except (ValueError, OSError, SafetensorError) as error:
-            last = folder == names(run)[0]
+            last = folder == folders[0]
             what = "there is no other" if last else "taking the one before it"
             print(f"the checkpoint {folder} is damaged ({error}): {what}", flush=True)
     return None

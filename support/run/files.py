@@ -159,6 +159,20 @@ def malformed(what):
 
 
 @contextlib.contextmanager
+def written(path):
+    """Name a file in the system's error, such as that of a full disk, while it is written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", str(error))
+        if reason is None:  # the error is ours and names its file
+            raise
+        raise OSError(
+            f"could not write {path} ({reason}): free some disk space, or choose another folder"
+        ) from None
+
+
+@contextlib.contextmanager
 def replacing(path):
     """
     Yield a temporary path, which a rename makes `path` if the block succeeds. Raises OSError. It is
@@ -167,18 +181,13 @@ def replacing(path):
     path = Path(path)
     folder = path.with_name(path.name + ".tmp")
     try:
-        remove(folder)
-        folder.mkdir(mode=0o700)
-        yield folder / path.name
-        mask = os.umask(0)  # only setting it shows it
-        os.umask(mask)
-        os.chmod(folder / path.name, 0o666 & ~mask)  # safetensors' own writer says 0600
-        os.replace(folder / path.name, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(
-            f"could not write {path} ({reason}): free some disk space, or choose another folder"
-        ) from None
+        with written(path):
+            remove(folder)
+            folder.mkdir(mode=0o700)
+            yield folder / path.name
+            (folder / "new").touch()  # has the umask's mode; safetensors' own writer says 0600
+            shutil.copymode(folder / "new", folder / path.name)
+            os.replace(folder / path.name, path)
     finally:
         remove(folder)
 
@@ -193,8 +202,27 @@ def remove(path):
 
 
 def digest(path):
-    """The SHA-256 of a file, in hex."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """The SHA-256 of a file, in hex, read in blocks: it may be larger than the memory."""
+    with open(path, "rb") as file:
+        total = hashlib.sha256()
+        while block := file.read(2**20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def check_digests(folder):
+    """
+    Raise ValueError if a file of a folder has changed since the first call, which writes the files'
+    digests beside them.
+    """
+    path = folder / "digests.json"
+    if not path.exists():
+        write_json(path, {file.name: digest(file) for file in folder.iterdir()})
+    for name, kept in read_json(path).items():
+        if not (folder / name).exists() or digest(folder / name) != kept:
+            raise ValueError(
+                f"{folder / name} is damaged: delete the folder {folder} and run again"
+            )
 
 
 def seal(content):

@@ -5,7 +5,8 @@ layers with widths h (hidden), q (queries), kv (keys, values) and f (feed-forwar
     weights        per number its dtype's size; in linear layers nf4 0.52, int8 1; embeddings, norms
                    and head are never quantised
     training state per trained number 24 (value, gradient, AdamW's two moments, two copies for
-                   recovery); with adamw8bit 18
+                   recovery); of ft 12: no copies, and its values are the weights; with adamw8bit
+                   6 less
     activations    per token 1.25 · L · (6h + 4q + 4kv + 6f) numbers; for LoRA and ft, which keep no
                    layer's output, 1.25 · L · (4h + 3q + 3kv + 4f)
     second order   4 times that, and per token 24 · L · heads · length: attention is not fused. Of
@@ -172,7 +173,8 @@ def need(c, method, itemsize, length, config, supervised=1):
     trained = L * sum(config.rank * (out + into) + magnitude * out for out, into in shapes)
     if method is None:
         trained = L * block + others
-    state = trained * (18 if config.optimizer == "adamw8bit" else 24)
+    per_number = 12 if method is None else 24
+    state = trained * (per_number - 6 * (config.optimizer == "adamw8bit"))
 
     kept = 6 * h + 4 * q + 4 * kv + 6 * f if magnitude else 4 * h + 3 * q + 3 * kv + 4 * f
     layer = 1.25 * kept * itemsize  # bytes per token

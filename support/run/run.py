@@ -129,12 +129,16 @@ class Run:
             )
         self.metrics = [json.loads(line) for line in lines]
 
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(tensors[f"parameter.{name}"])
+        self.load_parameters(tensors)
         if self.trajectory:
             self.trajectory = dataclasses.replace(self.trajectory, **state["trajectory"])
         checkpoint.set_random_states(state["random"])
+
+    def load_parameters(self, tensors):
+        """Give the trained parameters a checkpoint's values."""
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(tensors[f"parameter.{name}"])
 
     def open_folder(self):
         """Write run.json, the log and the weights: a full disk shows before any work."""
@@ -173,13 +177,14 @@ class Run:
     def phase(self, name, steps, optimizer):
         """
         Yield an iterator over the steps of a phase, 1 to `steps`, that are still to do. Raises
-        Stopped at a signal, FloatingPointError after saving the weights of the last good step.
+        Stopped at a signal, FloatingPointError after saving the last weights with a finite loss.
         """
         self.name, self.steps, self.optimizer = name, steps, optimizer
         self.step = self.last_kept = self.done.get(name, 0)
         self.phase_start = time.time() - self.seconds.get(name, 0)
-        self.trained = optimizer.lower + optimizer.upper
-        self.last_finite = None  # the last weights with a finite loss
+        self.trained, self.before_step = optimizer.lower + optimizer.upper, None
+        # The last step after which the loss was finite, and the weights then, if there is a copy
+        self.good, self.last_finite = self.n - bool(self.step), None
         count = self.config.snapshots
         self.marks = {math.ceil(steps * i / count) for i in range(1, count + 1)}
 
@@ -206,14 +211,16 @@ class Run:
         except FloatingPointError as error:
             self.roll_back(error)
         except OSError as error:
+            said = f"could not write {log} ({error.strerror})" if error.strerror else error
             hint = "; make room and add --resume=True to the command, or copy the folder "
             hint += "and add --out_dir=… too"
-            raise OSError(f"{error}{hint if checkpoint.names(self.out) else ''}") from None
+            raise OSError(f"{said}{hint if checkpoint.names(self.out) else ''}") from None
 
     def remaining(self):
         for step in range(self.step + 1, self.steps + 1):
             self.step, self.step_start, self.n = step, time.time(), self.n + 1
-            self.before_step = [p.detach().clone() for p in self.trained]
+            if self.config.method != "ft":  # whose copies would be two whole models
+                self.before_step = [p.detach().clone() for p in self.trained]
             yield step
             self.bar.update()
 
@@ -222,7 +229,8 @@ class Run:
         Log a step; if due, take a snapshot, write the log or a checkpoint, or stop. losses:
         {"train_loss": a scalar tensor}, and "val_loss" if the upper level took a step.
         """
-        self.last_finite = self.before_step  # if their loss were not, the step would have raised
+        # If the loss before this step were not finite, the step would have raised.
+        self.good, self.last_finite = self.n - 1, self.before_step
         line = {"step": self.n, "phase": self.name}
         for key, level in LEVELS.items():
             if key in losses:
@@ -252,14 +260,20 @@ class Run:
             raise FloatingPointError(f"loss {loss:g} after the last step")
 
     def roll_back(self, error):
-        """Save the weights of the last good step and raise FloatingPointError."""
-        if self.last_finite:  # else the folder still holds the weights from before this phase
+        """Save the last weights with a finite loss that there are; raise FloatingPointError."""
+        what = "the weights from before this phase"  # which the folder still holds
+        if self.last_finite:
+            what = "the weights of the last good step"
             for parameter, value in zip(self.trained, self.last_finite):
                 parameter.data = value
             self.save()
+        elif kept := checkpoint.load(self.out, self.good):
+            what = f"the weights of the last good checkpoint, after step {kept[1]['n']},"
+            self.load_parameters(kept[0])
+            self.save()
         raise FloatingPointError(
             f"{self.name} step {self.step} of {self.steps} is not finite ({error}): "
-            f"lower lower_lr or upper_lr; the weights of the last good step are in {self.out}"
+            f"lower lower_lr or upper_lr; {what} are in {self.out}"
         ) from None
 
     def stop_asked(self):

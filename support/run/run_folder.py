@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from support.run.files import make_folder, read_sealed, remove
+from support.run.files import make_folder, malformed, read_sealed, remove
 
 try:
     import fcntl
@@ -176,6 +176,16 @@ def own_files(folder):
     return recorded | {*RUN_FILES}
 
 
+def check_known(stored, known, folder):
+    """Raise ValueError for settings in a folder's run.json that are on and are not `known`."""
+    with malformed(folder / "run.json"):
+        asked = stored.get("asked", {}).items()
+        if unknown := [f"{name}={value}" for name, value in asked if value and name not in known]:
+            raise ValueError(
+                f"{folder} is the run of another program, with {', '.join(unknown)}: use that one"
+            )
+
+
 def resumed_config(config, out, stored, may_change):
     """
     The config that run.json of `out` has stored, with the settings in may_change from `config`.
@@ -186,6 +196,7 @@ def resumed_config(config, out, stored, may_change):
     if not isinstance(asked, dict) or now.keys() - stored.keys():
         raise ValueError(f"{out / 'run.json'} was written by another version: it can't be resumed")
 
+    check_known(stored, now, out)
     changed = {
         name: f"{name}={value} (it was {asked.get(name)})"
         for name, value in now.items()

@@ -18,7 +18,7 @@ import numpy
 import torch
 
 from support.run import progress
-from support.run.files import cache_dir, fetch, make_cache, malformed, write_json
+from support.run.files import cache_dir, check_digests, fetch, make_cache, malformed, write_json
 from support.text.tokenizer_files import CHAR_TO_BYTE, library_errors
 from support.weights import hf_format
 
@@ -41,11 +41,19 @@ MINILM_FILES = (
 
 
 def built_in(name):
-    """The folder (a Path) of a built-in model; the first call writes it."""
+    """
+    The folder (a Path) of a built-in model; the first call writes it. Raises ValueError if a file
+    has changed since.
+    """
     folder = cache_dir() / "models" / name
-    if (folder / "config.json").exists():
-        return folder
+    if not (folder / "config.json").exists():
+        convert(name, folder)
+    check_digests(folder)
+    return folder
 
+
+def convert(name, folder):
+    """Write a built-in model."""
     make_cache(folder.parent)
     # The rename comes last, so an interrupted conversion leaves no partial model.
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -55,7 +63,6 @@ def built_in(name):
         except OSError:
             if not (folder / "config.json").exists():  # else another process was faster
                 raise
-    return folder
 
 
 def byte_level_bpe(tokens, merges, special):

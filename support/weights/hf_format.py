@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from support.fast import rotary
 from support.run import progress
@@ -244,6 +245,18 @@ def check_tensors(stored, expected, folder):
     if unexpected := sorted(stored.keys() - expected.keys()):
         more = len(unexpected) - 1
         raise ValueError(f"{folder}: unexpected tensor {unexpected[0]} (and {more} more)")
+
+
+class WithoutValues(TorchFunctionMode):
+    """
+    A context in which torch.nn.init does nothing, to build a module on the meta device. Torch's
+    random values there, of an nn.Embedding, would import sympy and its compiler.
+    """
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return named["tensor"]
+        return function(*arguments, **(named or {}))
 
 
 def load_weights(model, folder, dtype, device, quantize=None, mapped=False):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from test_hypergrad import Curved, Quadratic
 
 import bidora
+import sample
 import train
 from bilevel import create_bilevel_optimizer
 from hypergrad import identity
@@ -405,6 +406,25 @@ def test_a_run_of_the_program_keeps_its_scores_but_no_adapter(elsewhere, capsys)
     said = capsys.readouterr().out
     assert "no adapter was saved" in said and "of 3 upper-level steps" in said
     assert not list(Path("out").glob("adapter*")) and Path("out/summary.json").exists()
+
+
+def test_an_interrupted_run_of_the_program_is_neither_resumed_nor_sampled_by_others(
+    elsewhere, capsys
+):
+    class Stops(published.PublishedTask):
+        def lower_loss(self, model, micro_batch):
+            if Path("out/checkpoints/000002").exists():
+                raise KeyboardInterrupt
+            return super().lower_loss(model, micro_batch)
+
+    toy = [*TOY, "--out_dir=out", "--checkpoint_every=1"]
+    with pytest.raises(KeyboardInterrupt):
+        train.train(published.read_config([*toy, "--transposed", "--target_modules=q_proj"]), Stops)
+    assert train.main([*toy, "--resume", "--target_modules=q_proj"]) == 2
+    assert sample.main(["--adapter=out", "--prompt=a"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    said = "error: out is the run of another program, with transposed=True: use that one"
+    assert [line for line in errors if line.startswith("error")] == [said, said]
 
 
 @pytest.mark.parametrize(

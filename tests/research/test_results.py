@@ -44,6 +44,13 @@ def numbered(seed, layers=5):
     return result("d", "lora", seed, 0.5), trajectory
 
 
+def test_a_full_disk_is_named_by_its_file_and_leaves_the_earlier_results(file_limit):
+    results.save("r", result("d", "lora", 0, 0.5))
+    with pytest.raises(OSError, match=r"could not write r/runs.jsonl \(File too large\)"):
+        results.save("r", result("d", "lora", 1, 0.5) | {"command": "a" * 10_000})
+    assert len(results.read_results("r")) == 1
+
+
 def test_results_are_read_as_they_were_saved():
     runs = [numbered(0), numbered(1), numbered(2, layers=3)]
     for run in runs:
@@ -193,6 +200,14 @@ def test_the_tables_have_scores_paired_differences_and_seconds():
         "",
     ]
     assert not list(seconds_table(draws(), ("bidora", "dora")))  # no run says on how many threads
+
+
+def test_a_table_says_which_runs_are_in_another_dtype():
+    runs = [result("d", arm, 0, 0.5) | {"dtype": "float32"} for arm in ("bidora", "dora", "ft")]
+    assert not [line for line in tables(runs, ("bidora", "dora", "ft"), 1) if "dtype" in line]
+    runs[0]["dtype"] = "bfloat16"
+    said = "Not all in one dtype; bfloat16: `bidora`; float32: `dora`, `ft`"
+    assert said in list(tables(runs, ("bidora", "dora", "ft"), 1))
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,16 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy
 import pytest
+import torch
 
 import train
 from research import arms, published, results, sweep
@@ -250,8 +253,37 @@ def test_a_sweep_at_one_rate_is_a_set_of_its_own(capsys):
     assert sweep.main(["--report", *arguments[:-1]]) == 2  # no run has a rate of its own
 
 
+def test_a_run_that_another_sweep_leaves_is_made_after_all(capsys):
+    """That sweep here holds the first run's folder until the second run is there, then ends."""
+    names = [f"rate-0.001-toy-sentiment-20-lora-{seed}" for seed in range(2)]
+    path = Path("results/study/runs.jsonl")
+
+    def hold_the_first():
+        with run_folder.locked(f"out/study/{names[0]}"):
+            held.set()
+            while not path.exists() or names[1] not in path.read_text():
+                time.sleep(0.1)
+
+    held, other = threading.Event(), threading.Thread(target=hold_the_first, daemon=True)
+    other.start()
+    held.wait()
+    assert sweep.main([*TOY, "--lower_lr=1e-3", "--workers=1"]) == 0
+    assert "1 runs are being made by other processes" in capsys.readouterr().err
+    made = results.read_results("results/study")
+    assert [*made] == names[::-1] and {line["threads"] for line in made.values()} == {1}
+
+
+@pytest.mark.parametrize("threads, used", [("1", 1), (None, os.cpu_count())])
+def test_workers_share_the_cores_unless_the_user_says_how_many_threads(threads, used, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert sweep.in_workers(1, "", torch.get_num_threads, [()]) == [used]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_sigterm_ends_the_workers_and_the_same_command_resumes():
+@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_the_workers_end_with_their_parent_and_the_same_command_resumes(signum, status):
     command = [sys.executable, "-m", "research.sweep", *TOY]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -260,9 +292,10 @@ def test_sigterm_ends_the_workers_and_the_same_command_resumes():
             time.sleep(0.1)
         threads = Path(f"/proc/{process.pid}/task").glob("*/children")
         children = [pid for thread in threads for pid in thread.read_text().split()]
-        process.terminate()
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command resumes" in errors
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=60)  # the workers', too
+    assert process.returncode == status
+    assert ("the same command resumes" in errors) == (signum == signal.SIGTERM)
     assert len(children) >= 2 and not any(Path(f"/proc/{pid}/exe").exists() for pid in children)
     for folder in Path("out/study").glob("*-1*"):
         with run_folder.locked(folder):  # no process holds it any more
@@ -290,6 +323,17 @@ def test_wrong_input_gets_one_line(arguments, message, capsys):
     assert sweep.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("error: ") == 1 and "Traceback" not in error
+
+
+@pytest.mark.parametrize("lost", ["after", "command"])
+def test_a_line_without_what_a_sweep_reads_is_named(lost, capsys):
+    line = {"name": "a", "set": "main", "domain": "peptides", "size": 100, "method": "bidora"}
+    line |= {"seed": 0, "after": {"test": {}}, "command": f"python train.py {OPTIONS}"}
+    del line[lost]
+    results.save("results/study", line)
+    assert sweep.main(["--report"]) == 2
+    said = f"error: a in results/study/runs.jsonl lacks {lost}: remove its line"
+    assert capsys.readouterr().err.strip() == said
 
 
 def test_runs_of_another_model_are_not_taken_for_this_one_s(capsys):

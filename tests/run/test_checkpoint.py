@@ -1,5 +1,6 @@
 """A run that is killed, stopped or damaged goes on as if nothing had been, or says why not."""
 
+import gc
 import itertools
 import json
 import os
@@ -424,6 +425,20 @@ def test_two_runs_in_one_folder_at_once_are_refused():
     run("run")
 
 
+def test_a_disk_that_fills_while_the_log_grows_gets_one_line_with_its_path(file_limit):
+    small = dict(method="lora", rank=1, target_modules=("q_proj",), snapshots=0)
+    with pytest.raises(OSError, match=r"could not write run/metrics.jsonl \(File too large\)"):
+        run("run", **small, search_steps=200, checkpoint_every=1000)
+
+
+def test_a_file_gets_its_mode_without_a_change_of_the_processs_umask(monkeypatch):
+    """In between, other threads' files would be open to all."""
+    monkeypatch.setattr(os, "umask", None)
+    write_json("x.json", {})
+    Path("y.json").touch()
+    assert Path("x.json").stat().st_mode == Path("y.json").stat().st_mode
+
+
 def test_a_planted_link_is_not_followed_and_leftovers_go():
     Path("precious").write_text("mine")
     os.symlink("precious", "x.json.tmp")
@@ -444,6 +459,57 @@ def test_written_weights_have_the_permissions_that_others_files_have(mask, mode)
     finally:
         os.umask(before)
     assert os.stat("w.safetensors").st_mode & 0o777 == mode
+
+
+def watched_task(fails_at, seen):
+    """A Task whose loss is infinite at a step. `seen` gets, before each step, its weights."""
+
+    class Watched(train.Task):
+        def lower_loss(self, model, micro_batch):
+            trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            seen.append({name: p.detach().clone() for name, p in trained.items()})
+            loss = super().lower_loss(model, micro_batch)
+            return loss * torch.inf if len(seen) == fails_at else loss
+
+    return Watched
+
+
+@pytest.mark.parametrize(
+    "method, fails_at, good, said",
+    [
+        ("lora", 6, 4, "the weights of the last good step are in run"),
+        ("ft", 7, 4, "the weights of the last good checkpoint, after step 4, are in run"),
+        ("ft", 6, 4, "the weights of the last good checkpoint, after step 4, are in run"),
+        ("ft", 5, 2, "the weights of the last good checkpoint, after step 2, are in run"),
+        ("ft", 2, 0, "the weights from before this phase are in run"),
+    ],
+)
+def test_a_run_that_fails_leaves_the_last_weights_whose_loss_was_finite(
+    method, fails_at, good, said
+):
+    """A checkpoint comes after every second step; its loss is known at the next one."""
+    seen, config = [], Config(out_dir="run", method=method, **TINY)
+    with pytest.raises(FloatingPointError, match=f"step {fails_at} of 14 .* {said}"):
+        train.train(config, watched_task(fails_at, seen))
+    saved = load_file(next(Path("run").glob("*model.safetensors")))
+    for name, value in seen[good].items():
+        assert torch.equal(saved.get(name, saved.get(f"base_model.model.{name}.weight")), value)
+
+
+def test_full_fine_tuning_holds_no_copy_of_the_model():
+    """After the first step, AdamW's two moments of each matrix have been added, and no copy."""
+    counts = []
+
+    class Counting(train.Task):
+        def lower_loss(self, model, micro_batch):
+            shape = model.lm_head.weight.shape  # the embeddings', too
+            tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+            counts.append(len({x.data_ptr() for x in tensors if x.shape == shape}))
+            return super().lower_loss(model, micro_batch)
+
+    gc.collect()
+    train.train(Config(out_dir="run", method="ft", **TINY | {"snapshots": 0}), Counting)
+    assert [count - counts[0] for count in counts] == [0] + [2 * 2] * 13
 
 
 def test_a_copy_of_a_run_stands_alone(whole, stopped, monkeypatch):

@@ -1,9 +1,9 @@
 """Tokenizers trained here, against the tokenizers library; chat templates, against transformers."""
 
 import json
+import os
 import random
 import signal
-import time
 import unicodedata
 
 import pytest
@@ -691,12 +691,12 @@ def test_split_patterns_that_fail_or_never_end_are_one_line(tmp_path, capfd, pat
         tmp_path / "tokenizer.json",
         lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": pattern}),
     )
-    start = time.time()
+    start = sum(os.times()[:4])
     with pytest.raises(ValueError, match=said) as caught:
         Tokenizer.from_pretrained(tmp_path).encode(text)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     assert capfd.readouterr().err == ""
-    assert time.time() - start < 20
+    assert sum(os.times()[:4]) - start < 20  # CPU seconds, the children's too
 
 
 # --------------------------------------------------------------------- long conversations
@@ -850,11 +850,11 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_end_in_one_line_and_within_limits(name):
-    start = time.time()
+    start = sum(os.times()[:4])
     with pytest.raises(ValueError, match="the chat template rejects") as caught:
         ChatTemplate(HOSTILE[name], {"eos_token": "</s>"}, []).render(TALK)
     assert "\n" not in str(caught.value)
-    assert time.time() - start < 20
+    assert sum(os.times()[:4]) - start < 20  # CPU seconds, the children's too
     # The next template is rendered as ever.
     assert ChatTemplate("{{ messages | length }}", {}, []).render(TALK) == "5"
 

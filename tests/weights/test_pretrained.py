@@ -23,6 +23,19 @@ def elsewhere(tmp_path, monkeypatch, request):
     monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
 
 
+def test_a_changed_file_of_a_converted_model_in_the_cache_is_named(monkeypatch):
+    monkeypatch.setenv("BIDORA_CACHE", "cache")
+    folder = find_model("tiny-random")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    path = find_model("tiny-random") / "model.safetensors"
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} is damaged: delete the folder {folder} and run"):
+        find_model("tiny-random")
+
+
 def command(*arguments, **environment):
     """Run Python in a process of its own: huggingface_hub reads its settings once, on import."""
     return subprocess.run(
