@@ -438,24 +438,26 @@ def save_adapter(model, folder, base_model=""):
     peft_format.write(folder, model, adapter_layers(model), base_model)
 
 
-def load_adapter(model, folder):
+def load_adapter(model, folder, method=""):
     """
     Load an adapter that save_adapter or PEFT wrote, with any pattern of ranks or targets; a model
-    without adapters is given them. Returns model.
+    without adapters is given them. Returns model. method: how the new adapters are to be trained
+    further: "bidora" for a search; empty: "dora" if the file has magnitudes, else "lora".
 
-    Raises FileNotFoundError for a missing file, ValueError for a damaged one, for one that does not
-    fit the model, and for variants of LoRA that these layers don't compute.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged or incomplete one, for one
+    that does not fit the model, and for variants of LoRA that these layers don't compute.
     """
     from support.weights import peft_format
 
-    saved = peft_format.read(folder, peft_format.state_of(model))
+    linears = {name for name, layer in model.named_modules() if as_linear(layer)}
+    saved = peft_format.read(folder, model, linears)
     if not adapter_layers(model):
-        linears = {name for name, layer in model.named_modules() if as_linear(layer)}
-        if missing := sorted(saved.tensors.keys() - linears):
-            problem = f"the adapter does not fit the model: no linear layer {missing[0]}"
-            raise ValueError(f"{folder}: {problem}")
+        method = method or ("dora" if saved.magnitude else "lora")
+        plain = [n for n, m in METHODS.items() if type(m) is Method]  # with A and B alone, and m
+        fitting = [name for name in plain if METHODS[name].magnitude == saved.magnitude]
+        if method not in fitting:
+            raise ValueError(f"{folder}: method={method} does not fit: choose {', '.join(fitting)}")
         model.requires_grad_(False)
-        method = "dora" if saved.magnitude else "lora"
         adapt(model, saved.sizes, saved.dropout, method, magnitude_axis=saved.axis)
     peft_format.copy_into(model, adapter_layers(model), saved)
     return model

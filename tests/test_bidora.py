@@ -13,6 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.testing import assert_close
 
 import bidora
@@ -23,6 +25,7 @@ from support.weights import peft_format, quantized
 from support.weights.regularisers import regulariser
 
 METHODS = ("lora", "dora", "bidora")
+PREFIX = peft_format.PREFIX
 
 
 def built(layer):
@@ -339,6 +342,53 @@ def test_we_load_what_peft_saves_and_pass_it_on(tmp_path, use_dora, options):
         assert_close(model(ids).logits, peer(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def with_block(model, wrap):
+    """A model whose last block is wrapped."""
+    model.model.layers[1] = wrap(model.model.layers[1])
+    return model
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+WRAPPED = {
+    "compiled": compiled,
+    "parallel": nn.DataParallel,
+    "a compiled block": lambda model: with_block(model, compiled),
+    "a checkpointed block": lambda model: with_block(model, checkpoint_wrapper),
+    "all": lambda model: nn.DataParallel(compiled(with_block(model, checkpoint_wrapper))),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_wrapped_model_s_adapter_has_the_plain_names_in_both_directions(kind, tmp_path):
+    """PEFT loads it into the plain model to the same logits, and a wrapped one loads it."""
+    base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
+    model = adapted(base, ["q_proj", "up_proj"])
+    model.model.layers[1].input_layernorm.requires_grad_(True).weight.data += 0.5  # saved whole
+    expected = model(ids).logits
+    save_adapter(WRAPPED[kind](model), tmp_path)
+    again = load_adapter(WRAPPED[kind](copy.deepcopy(base)), tmp_path)
+    assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    save_adapter(again, tmp_path / "again")
+    for folder in (tmp_path, tmp_path / "again"):
+        peer = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+        assert_close(peer(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_peft_saved_from_a_wrapped_model_is_loaded(tmp_path):
+    """PEFT's file then holds the wrapper's name."""
+    base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
+    options = dict(target_modules=["q_proj"], alpha_pattern={"_orig_mod.model.layers.1.*": 3})
+    peer = get_peft_model(compiled(copy.deepcopy(base)), LoraConfig(r=4, **options)).eval()
+    for name, parameter in peer.named_parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter) * ("lora_" in name)
+    peer.save_pretrained(tmp_path)
+    assert any("_orig_mod" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert_close(load_adapter(base, tmp_path)(ids).logits, peer(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["dora", "bidora"])
 def test_column_magnitudes_scale_the_inputs(method):
     """Value and every gradient against the built matrix; equal to the base at first; merged."""
@@ -532,6 +582,55 @@ def test_an_adapter_that_these_layers_do_not_compute_is_refused_by_name(change, 
         load_adapter(mlp(), tmp_path)
 
 
+def change_tensors(folder, change):
+    """Write an adapter's {name: tensor} again, as `change` leaves it."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t: t[f"{PREFIX}0.lora_B.weight"].fill_(float("nan")), r"0\.lora_B.* not a number"),
+        (lambda t: t[f"{PREFIX}2.bias"].fill_(float("inf")), r"2\.bias holds .* infinite"),
+        (lambda t: [t.pop(n) for n in [*t] if ".1." in n], "lacks 1 of the layers .* first 1.0"),
+        (lambda t: t.clear(), "adapter_model.safetensors is empty"),
+        (lambda t: t.update({f"{PREFIX}3.bias": torch.ones(7)}), "another 3.bias than the base"),
+    ],
+)
+def test_an_adapter_that_is_not_whole_is_refused_by_the_layer_s_name(change, said, tmp_path):
+    def base():
+        layers = nn.Linear(12, 20), nn.Sequential(nn.Linear(20, 5)), nn.Linear(5, 5)
+        return nn.Sequential(*layers, nn.LayerNorm(7))
+
+    model = adapted(base(), ["0", "1.0"], 2)
+    model[2].requires_grad_(True)
+    save_adapter(model, tmp_path)
+    load_adapter(base(), tmp_path)
+    change_tensors(tmp_path, change)
+    with pytest.raises(ValueError, match=said):
+        load_adapter(base(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(layers_to_transform=1),
+        dict(layers_to_transform=[0], layers_pattern="layers"),
+        dict(exclude_modules=["layers.1.mlp.up_proj"]),
+        dict(modules_to_save=["mlp"]),
+    ],
+)
+def test_layers_that_pefts_rules_leave_out_are_not_missed(options, tmp_path):
+    base, config = tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "up_proj"], **options)
+    peer = get_peft_model(copy.deepcopy(base), config)
+    peer.save_pretrained(tmp_path)
+    theirs = {n.removeprefix(PREFIX) for n, m in peer.named_modules() if hasattr(m, "lora_A")}
+    assert bidora.adapter_layers(load_adapter(base, tmp_path)).keys() == theirs
+
+
 def test_a_damaged_or_missing_file_is_refused_by_name(tmp_path):
     save_adapter(adapted(mlp(), ["0"], 2), tmp_path)
     config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
@@ -685,6 +784,66 @@ def test_the_task_type_is_the_models(name, target, task, tmp_path):
     build = getattr(transformers, name)
     save_adapter(adapted(build(build.config_class(**sizes)), [target], 2), tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == task
+
+
+class Classifier(nn.Module):
+    """Names that end alike, as DistilBERT's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.pre_classifier, self.classifier = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.inner = nn.ModuleDict({"classifier": nn.Linear(6, 6)})
+
+    def forward(self, x):
+        return self.classifier(self.inner["classifier"](self.pre_classifier(x)).relu())
+
+
+def distilbert():
+    sizes = dict(vocab_size=6, dim=16, hidden_dim=32, n_heads=2, n_layers=1)
+    config = transformers.DistilBertConfig(**sizes)
+    return transformers.DistilBertForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize(
+    "build, target",
+    [
+        (Classifier, "pre_classifier"),
+        (Classifier, "inner.classifier"),
+        (distilbert, "pre_classifier"),
+        (distilbert, "q_lin"),
+    ],
+)
+def test_a_trained_module_whose_name_ends_like_an_adapted_one_s(build, target, tmp_path):
+    """It alone is saved whole, and PEFT and load_adapter give the model's outputs."""
+    base, x = build(), torch.rand(4, 6) if build is Classifier else torch.arange(6)[None]
+    model = adapted(base, [target], 2)
+    nn.init.normal_(model.classifier.requires_grad_(True).weight)
+    save_adapter(model, tmp_path)
+    peer = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    for found in (peer(x), load_adapter(base, tmp_path)(x)):
+        assert_close(*(getattr(y, "logits", y) for y in (found, model(x))), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_base_weights_that_peft_saved_beside_an_adapter_are_no_reason_to_refuse(tied, tmp_path):
+    base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
+    if tied:
+        base.lm_head.weight = base.model.embed_tokens.weight
+    peer = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=["q_proj"]))
+    peer.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert f"{PREFIX}lm_head.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    assert_close(load_adapter(base, tmp_path)(ids).logits, peer(ids).logits)
+
+
+def test_running_statistics_which_training_changes_are_saved(tmp_path):
+    base = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    model = adapted(base, ["0", "3"], 2).train()
+    for _ in range(5):
+        model(3 * torch.randn(32, 6) + 1)
+    save_adapter(model.eval(), tmp_path)
+    x, peer = torch.randn(4, 6), PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    for found in (peer, load_adapter(base, tmp_path)):
+        assert_close(found.eval()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_trained_parameters_that_no_file_of_pefts_can_hold_are_named_after_saving(tmp_path):
