@@ -62,6 +62,16 @@ def adapted(base, targets, rank=4, **options):
     return model
 
 
+def pefts(base, **options):
+    """A copy of a model with PEFT's adapters, which have values as if they had been trained."""
+    config = LoraConfig(**dict(r=4, lora_alpha=8) | options)
+    peer = get_peft_model(copy.deepcopy(base), config).eval()
+    for parameter in peer.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return peer
+
+
 def mlp():
     return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 5))
 
@@ -331,14 +341,10 @@ def test_peft_loads_what_we_save(tmp_path, method):
 def test_we_load_what_peft_saves_and_pass_it_on(tmp_path, use_dora, options):
     """Logits equal to PEFT's within 1e-4; saved again by us, in PEFT's format, equal once more."""
     base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
-    ours, again = copy.deepcopy(base), copy.deepcopy(base)
-    peer = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, use_dora=use_dora, **options)).eval()
-    for parameter in peer.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
+    ours, peer = copy.deepcopy(base), pefts(base, use_dora=use_dora, **options)
     peer.save_pretrained(tmp_path / "theirs")
     save_adapter(load_adapter(ours, tmp_path / "theirs"), tmp_path / "ours")
-    for model in (ours, PeftModel.from_pretrained(again, tmp_path / "ours")):
+    for model in (ours, PeftModel.from_pretrained(base, tmp_path / "ours")):
         assert_close(model(ids).logits, peer(ids).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -377,15 +383,17 @@ def test_a_wrapped_model_s_adapter_has_the_plain_names_in_both_directions(kind, 
         assert_close(peer(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_adapter_that_peft_saved_from_a_wrapped_model_is_loaded(tmp_path):
-    """PEFT's file then holds the wrapper's name."""
+@pytest.mark.parametrize(
+    "wrap, options",
+    [  # PEFT's file then holds the wrapper's name; a start that leaves the base as it is
+        (compiled, dict(alpha_pattern={"_orig_mod.model.layers.1.*": 300})),
+        (copy.deepcopy, dict(init_lora_weights="mica")),
+    ],
+)
+def test_other_adapters_of_peft_s_are_loaded(wrap, options, tmp_path):
     base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
-    options = dict(target_modules=["q_proj"], alpha_pattern={"_orig_mod.model.layers.1.*": 3})
-    peer = get_peft_model(compiled(copy.deepcopy(base)), LoraConfig(r=4, **options)).eval()
-    for name, parameter in peer.named_parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter) * ("lora_" in name)
+    peer = pefts(wrap(base), target_modules=["q_proj"], **options)
     peer.save_pretrained(tmp_path)
-    assert any("_orig_mod" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     assert_close(load_adapter(base, tmp_path)(ids).logits, peer(ids).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -536,6 +544,83 @@ def test_what_cannot_be_adapted_is_refused(rank, targets, message):
     assert not bidora.adapter_layers(model)  # not half adapted
 
 
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_layer_that_computes_its_weight_is_refused_by_name(wrap):
+    for targets in (["1"], "all-linear"):
+        with pytest.raises(ValueError, match="1 computes its weight, as by weight_norm"):
+            model = nn.Sequential(nn.Linear(3, 3), wrap(nn.Linear(3, 3)))
+            replace_linear_with_bidora(model, 2, target_modules=targets)
+
+
+def bert():
+    sizes = dict(vocab_size=31, num_hidden_layers=1, hidden_size=8, num_attention_heads=2)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
+
+
+def gpt2():
+    config = transformers.GPT2Config(vocab_size=31, n_embd=8, n_layer=1, n_head=2, eos_token_id=1)
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, bert, gpt2, mlp])
+@pytest.mark.parametrize("targets", ["all-linear", ".*(q_proj|query|c_attn)", "query"])
+def test_a_string_of_targets_selects_what_it_selects_in_peft(build, targets):
+    base = build()
+    task = "SEQ_CLS" if build is bert else None
+    try:
+        theirs = pefts(base, r=2, target_modules=targets, task_type=task).named_modules()
+    except ValueError:  # it finds none
+        theirs = ()
+    theirs = {name.removeprefix(PREFIX) for name, m in theirs if hasattr(m, "lora_A")}
+    try:
+        assert bidora.linear_layers(base, targets).keys() == theirs
+        assert bidora.linear_layers(base, (targets,)).keys() == theirs  # as settings have it
+    except ValueError as error:
+        assert not theirs and f"target pattern {targets!r} matches no linear" in str(error)
+
+
+@pytest.mark.parametrize("method", bidora.METHODS)
+def test_torch_saves_and_loads_an_adapted_model(method, tmp_path):
+    model, x = adapted(mlp(), ["0", "2"], 2, method=method), torch.randn(3, 12)
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(x), model(x))
+
+
+def test_what_trains_beside_the_adapters_is_counted_unless_the_model_was_frozen(capsys):
+    replace_linear_with_bidora(mlp(), 2, target_modules=["0"])
+    assert "105 other parameters train, and are saved, beside" in capsys.readouterr().err
+    replace_linear_with_bidora(mlp(), 2, target_modules=["0", "2"])  # there are no others
+    model = mlp().requires_grad_(False)
+    model[2].requires_grad_(True)  # on purpose, as a new head
+    replace_linear_with_bidora(model, 2, target_modules=["0"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_loaded_adapter_is_trained_further_by_the_method_that_is_asked_for(tmp_path):
+    base, x = mlp(), torch.randn(3, 12)
+    model = adapted(base, ["0", "2"], 2)
+    save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="use_dora=True does not fit method=lora"):
+        load_adapter(copy.deepcopy(base), tmp_path, method="lora")
+    for method, uppers in (("", 0), ("bidora", 2)):
+        loaded = load_adapter(copy.deepcopy(base), tmp_path, method=method)
+        assert torch.equal(loaded(x), model(x))
+        assert len(bidora.upper_parameters(loaded)) == uppers
+
+
+def test_alpha_patterns_whose_order_peft_lost_are_named(tmp_path, capsys):
+    """PEFT sorts them when it saves: what was meant as ….1 before q_proj is read as PEFT does."""
+    base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
+    patterns = {"q_proj": 30, "layers.1.self_attn.q_proj": 500}
+    peer = pefts(base, target_modules=["q_proj"], alpha_pattern=patterns)
+    peer.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert (again(ids).logits - peer(ids).logits).abs().max() > 1e-3  # the order is lost
+    assert_close(load_adapter(base, tmp_path)(ids).logits, again(ids).logits, rtol=1e-4, atol=1e-4)
+    said = capsys.readouterr().err
+    assert "model.layers.1.self_attn.q_proj the alphas 500 and 30" in said and "(1 layers)" in said
+
+
 def test_layers_that_are_adapted_tied_or_read_by_their_owner_are_refused():
     with pytest.raises(ValueError, match="already"):
         replace_linear_with_bidora(adapted(mlp(), ["0"]), 2, target_modules=["0"])
@@ -624,8 +709,8 @@ def test_an_adapter_that_is_not_whole_is_refused_by_the_layer_s_name(change, sai
     ],
 )
 def test_layers_that_pefts_rules_leave_out_are_not_missed(options, tmp_path):
-    base, config = tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "up_proj"], **options)
-    peer = get_peft_model(copy.deepcopy(base), config)
+    base = tiny_llama()
+    peer = pefts(base, target_modules=["q_proj", "up_proj"], **options)
     peer.save_pretrained(tmp_path)
     theirs = {n.removeprefix(PREFIX) for n, m in peer.named_modules() if hasattr(m, "lora_A")}
     assert bidora.adapter_layers(load_adapter(base, tmp_path)).keys() == theirs
@@ -829,7 +914,7 @@ def test_base_weights_that_peft_saved_beside_an_adapter_are_no_reason_to_refuse(
     base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
     if tied:
         base.lm_head.weight = base.model.embed_tokens.weight
-    peer = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=["q_proj"]))
+    peer = pefts(base, target_modules=["q_proj"])
     peer.save_pretrained(tmp_path, save_embedding_layers=True)
     assert f"{PREFIX}lm_head.weight" in load_file(tmp_path / "adapter_model.safetensors")
     assert_close(load_adapter(base, tmp_path)(ids).logits, peer(ids).logits)

@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -221,10 +222,10 @@ def target_modules(layers, modules):
     return "|".join(map(re.escape, layers))
 
 
-def read(folder, model, linears):
+def read(folder, model, as_linear):
     """
-    The Adapter for a model in a folder that `write` or PEFT wrote. linears: the names of the
-    model's linear layers. rsLoRA's scale alpha / √rank (arXiv 2312.03732) is converted to an alpha.
+    The Adapter for a model in a folder that `write` or PEFT wrote. as_linear: bidora's, true of
+    linear layers. rsLoRA's scale alpha / √rank (arXiv 2312.03732) is converted to an alpha.
     Raises FileNotFoundError, or ValueError for a damaged file, for one that does not fit the model,
     and for an unsupported variant of LoRA.
     """
@@ -240,12 +241,12 @@ def read(folder, model, linears):
         raise ValueError(f"{folder}: adapter_config.json has {problem}")
 
     in_model = {plain: name for name, plain in plain_names(model).items()}
-    plain_linears = {plain for plain, name in in_model.items() if name in linears}
+    linears = {plain for plain, name in in_model.items() if as_linear(model.get_submodule(name))}
     own = {name: without_wrappers(name, in_model) for name in layers}
-    if strange := sorted(set(own.values()) - plain_linears):
+    if strange := sorted(set(own.values()) - linears):
         problem = f"the adapter does not fit the model: no linear layer {strange[0]}"
         raise ValueError(f"{folder}: {problem}")
-    if missing := sorted(targeted(config, plain_linears, settings) - set(own.values())):
+    if missing := sorted(targeted(config, linears, settings) - set(own.values())):
         problem = f"{len(missing)} of the layers that {settings.name} names, first {missing[0]}"
         raise ValueError(f"{folder}: the adapter is incomplete: it lacks {problem}")
 
@@ -363,16 +364,31 @@ def matching(pattern, names, where, end):
         raise ValueError(f"{where} holds {problem}") from None
 
 
+def select(target, model, linears):
+    """The linear layers, of {name: layer}, that a string as PEFT's target_modules selects."""
+    if target.lower() != "all-linear":
+        where = f"target_modules={target!r}"
+        return [n for n in linears if n in matching(target, linears, where, time.monotonic() + 5)]
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = {"lm_head", *TASKS["ForSequenceClassification"][1]}  # of models without that function
+    weights = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return [
+        name
+        for name, layer in linears.items()
+        if layer is not output and name not in heads and weights[id(layer.weight)] < 2
+    ]
+
+
 def targeted(config, names, where):
     """Which of a model's linear layers an adapter_config.json selects, by PEFT's rule."""
 
-    def select(targets):
+    def chosen_by(targets):
         if isinstance(targets, str):
             return matching(targets, names, f"{where}: target_modules", time.monotonic() + 5)
         return {n for n in names if any(f".{n}".endswith(f".{end}") for end in targets or ())}
 
     with malformed(where):
-        chosen = select(config.get("target_modules")) - select(config.get("exclude_modules"))
+        chosen = chosen_by(config.get("target_modules")) - chosen_by(config.get("exclude_modules"))
         if layers := config.get("layers_to_transform"):
             layers = [layers] if isinstance(layers, int) else layers
             numbers = {n: re.match(r".*?\.[^.]*\.(\d+)\.", n) for n in chosen}
@@ -412,7 +428,8 @@ def copy_into(model, layers, adapter):
         if A is not layer.lora_A or B is not layer.lora_B:
             raise ValueError(
                 "the model's adapters have other parameters, such as BiLoRA's λ, which a saved "
-                "adapter holds folded into A and B: load it into a model without adapters"
+                "adapter holds folded into A and B: load it as lora, dora or bidora into a model "
+                "without adapters"
             )
 
     plain, state = plain_names(model), state_of(model)

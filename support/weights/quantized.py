@@ -121,6 +121,22 @@ def dequantize(weight, dtype):
     return torch.cat([rows for _, _, rows in blocks(weight, dtype)])
 
 
+def unpack(model, kinds):
+    """Dequantise all of a model's linear layers that are packed, in place, and say so."""
+    dtype = float_dtype(next(model.parameters()))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and kind_of(layer.weight):
+            new = nn.Linear(layer.in_features, layer.out_features, device="meta")
+            weight = dequantize(layer.weight, float_dtype(layer.weight))
+            new.weight, new.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+            model.set_submodule(name, new.train(layer.training))
+    packed, dtype = " and ".join(sorted(kinds)), str(dtype).removeprefix("torch.")
+    print(f"the {packed} base was dequantised to {dtype} to merge the adapter into it")
+    if getattr(model, "hf_quantizer", None):  # transformers must not take it for quantised
+        model.hf_quantizer.remove_quantization_config(model)
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+
+
 def nbytes(model):
     """Bytes of a model's weights, scales included; a matrix that two modules share counts once."""
     total = 0
