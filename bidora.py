@@ -11,11 +11,14 @@ Training never builds W0 + s·B·A. With ratio = m / ‖·‖, y = ratio ⊙ (W0
 the norm comes from the factors:  ‖W0 + sBA‖² = ‖W0‖² + 2s Σ (W0·Aᵀ) ⊙ B + s² Σ (B·(A·Aᵀ)) ⊙ B.
 (The same norm: arXiv 2603.22276, and PEFT's pull request 3387.)
 
-Works on any nn.Module with nn.Linear layers (or transformers' Conv1D). Everything but save_adapter
-and load_adapter also works when this file is copied alone into another project.
+Works on any nn.Module with nn.Linear layers (or transformers' Conv1D). Everything but save_adapter,
+load_adapter and patterns of targets also works when this file is copied alone.
 """
 
 import math
+import operator
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -59,7 +62,7 @@ class Method:
     magnitude: bool = False  # whether a layer has m
     upper: str | None = None  # the name of the parameter that learns at the upper level
     names: tuple = ("direction", "magnitude")  # of what the lower and the upper level train
-    scale: Callable = lambda alpha, rank: alpha / rank  # s; a field, so called without self
+    scale: Callable = operator.truediv  # s of alpha and rank
 
     def build(self, layer, **new):
         """Give a layer the parameters of its update. new: their device and dtype."""
@@ -88,7 +91,7 @@ class BiLoRA(Method):
 
     upper: str = "lora_lambda"
     names: tuple = ("singular vectors", "singular values")
-    singular_values: Callable = lambda raw: 1 + raw  # λ of raw numbers (rank,) that start at 0
+    form: str = "real"  # of λ
 
     def build(self, layer, **new):
         super().build(layer, **new)
@@ -97,16 +100,21 @@ class BiLoRA(Method):
     def factors(self, layer):
         return layer.lora_A, layer.lora_B * self.singular_values(layer.lora_lambda)
 
+    def singular_values(self, raw):
+        """λ of raw numbers (rank,) that start at 0."""
+        if self.form == "softmax":  # they sum to the rank, so each starts at 1, as the real ones
+            return len(raw) * raw.softmax(0)
+        # A steep sigmoid approximates a choice between 0 and 1; each starts at ½.
+        return (raw / 0.1).sigmoid() if self.form == "binary" else 1 + raw
+
 
 METHODS = {
     "lora": Method(),
     "dora": Method(magnitude=True),
     "bidora": Method(magnitude=True, upper="lora_magnitude_vector"),
     "bilora": BiLoRA(),
-    # These λ sum to the rank, so each starts at 1, as above.
-    "bilora_softmax": BiLoRA(singular_values=lambda raw: len(raw) * raw.softmax(0)),
-    # A steep sigmoid approximates a choice between 0 and 1; each λ starts at ½.
-    "bilora_binary": BiLoRA(singular_values=lambda raw: (raw / 0.1).sigmoid()),
+    "bilora_softmax": BiLoRA(form="softmax"),
+    "bilora_binary": BiLoRA(form="binary"),
 }
 CHOICES = {
     "method": METHODS,
@@ -288,15 +296,21 @@ def as_linear(layer):
 def linear_layers(model, targets):
     """
     The model's linear layers that match targets, {name: layer}. A target is a layer's name or its
-    end: "q_proj" matches every "….q_proj". Raises ValueError for a target without a match.
+    end: "q_proj" matches every "….q_proj". A string in place of a list, or a target with other
+    characters, is PEFT's: "all-linear" (but the output layer and tied ones), or a regular
+    expression for whole names. Raises ValueError for a target without a match.
     """
-    linears = {name: layer for name, layer in model.named_modules() if as_linear(layer)}
+    linears = {n: layer for n, layer in model.named_modules() if n and as_linear(layer)}
     chosen = {}
-    for target in targets:
-        matching = [name for name in linears if name and f".{name}".endswith(f".{target}")]
+    for target in [targets] if isinstance(targets, str) else targets:
+        form, matching = "module", [n for n in linears if f".{n}".endswith(f".{target}")]
+        if isinstance(targets, str) or re.search(r"[^\w.]", target):
+            from support.weights import peft_format
+
+            form, matching = "pattern", peft_format.select(target, model, linears)
         if not matching:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-            raise ValueError(f"target module {target!r} matches no linear layer; there are: {ends}")
+            raise ValueError(f"target {form} {target!r} matches no linear layer; there are: {ends}")
         chosen |= {name: linears[name] for name in matching}
     return chosen
 
@@ -314,7 +328,8 @@ def replace_linear_with_bidora(
     Replace, in place, the linear layers that match target_modules (as in linear_layers) by
     BiDoRALinear ones that share their weights. Returns module. options: norm_grad, magnitude_axis,
     init. Raises ValueError for a target without a match, and for a layer that is adapted already,
-    shares its weight with another, is smaller than the rank, or is read without being called.
+    shares its weight with another, computes it, is smaller than the rank, or is read without being
+    called. Prints how many other parameters train, if the model was not frozen.
     """
     chosen = linear_layers(module, target_modules)
     for name, layer in chosen.items():
@@ -322,8 +337,12 @@ def replace_linear_with_bidora(
         if not 1 <= rank <= min(size):
             problem = f"rank {rank} does not fit {size[0]} inputs and {size[1]} outputs"
             raise ValueError(f"{name}: {problem}: choose 1 to {min(size)}")
-    sizes = {name: (rank, lora_alpha) for name in chosen}
-    return adapt(module, sizes, lora_dropout, method, **options)
+    own = {id(p) for layer in chosen.values() for p in layer.parameters()}
+    others = sum(p.numel() for p in module.parameters() if p.requires_grad and id(p) not in own)
+    if others and any(layer.weight.requires_grad for layer in chosen.values()):
+        note = f"note: {others:,} other parameters train, and are saved, beside the adapters"
+        print(note + "; for none, call model.requires_grad_(False) first", file=sys.stderr)
+    return adapt(module, dict.fromkeys(chosen, (rank, lora_alpha)), lora_dropout, method, **options)
 
 
 def adapt(module, sizes, lora_dropout, method, **options):
@@ -340,6 +359,8 @@ def adapt(module, sizes, lora_dropout, method, **options):
                 f"{name}: nn.MultiheadAttention reads this layer's weight without calling the "
                 f"layer, so an adapter would have no effect: leave it out of the target modules"
             )
+        if "weight" not in layer._parameters:
+            raise ValueError(f"{name} computes its weight, as by weight_norm: undo that first")
         tied = [n for n, p in owners if p is layer.weight and n != f"{name}.weight"]
         if tied:
             raise ValueError(f"{name} shares its weight with {tied[0]}: it can't be adapted alone")
@@ -397,30 +418,18 @@ def merge(model):
     weights that it was trained over, not those before quantisation.
     """
     quantized.complete(model)
-    kinds = set()
-    for name, layer in list(model.named_modules()):
-        adapted = isinstance(layer, BiDoRALinear)
-        kind = quantized.kind_of(layer.weight) if isinstance(layer, nn.Linear) else None
-        if not (adapted or kind):
-            continue
-
-        kinds |= {kind} - {None}
-        dtype = quantized.float_dtype(layer.weight)
-        weight = layer.merged_weight() if adapted else quantized.dequantize(layer.weight, dtype)
+    kinds = {quantized.kind_of(p) for p in model.parameters()} - {None}
+    for name, layer in adapter_layers(model).items():
+        weight, dtype = layer.merged_weight(), quantized.float_dtype(layer.weight)
         new = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        if adapted and layer.transposed:
+        if layer.transposed:
             from transformers.pytorch_utils import Conv1D
 
             new, weight = Conv1D(layer.out_features, layer.in_features), weight.T.contiguous()
         new.weight, new.bias = nn.Parameter(weight.to(dtype), requires_grad=False), layer.bias
         model.set_submodule(name, new.train(layer.training))
-
     if kinds:
-        packed, dtype = " and ".join(sorted(kinds)), str(dtype).removeprefix("torch.")
-        print(f"the {packed} base was dequantised to {dtype} to merge the adapter into it")
-        if getattr(model, "hf_quantizer", None):  # transformers must not take it for quantised
-            model.hf_quantizer.remove_quantization_config(model)
-            model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+        quantized.unpack(model, kinds)
     return model
 
 
@@ -433,29 +442,28 @@ def save_adapter(model, folder, base_model=""):
     adapters, for several kinds, and (after saving the rest) for trained parameters that the format
     can't hold; OSError when the folder can't be written.
     """
-    from support.weights import peft_format  # here, so that the rest of this file works alone
+    from support.weights import peft_format
 
     peft_format.write(folder, model, adapter_layers(model), base_model)
 
 
-def load_adapter(model, folder):
+def load_adapter(model, folder, method=""):
     """
     Load an adapter that save_adapter or PEFT wrote, with any pattern of ranks or targets; a model
-    without adapters is given them. Returns model.
+    without adapters is given them. Returns model. method: of the new adapters, such as "bidora" to
+    search on; empty: "dora" or "lora", as the file has magnitudes or not.
 
-    Raises FileNotFoundError for a missing file, ValueError for a damaged one, for one that does not
-    fit the model, and for variants of LoRA that these layers don't compute.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged or incomplete one, for one
+    that does not fit the model, and for variants of LoRA that these layers don't compute.
     """
     from support.weights import peft_format
 
-    saved = peft_format.read(folder, peft_format.state_of(model))
+    saved = peft_format.read(folder, model, as_linear)
     if not adapter_layers(model):
-        linears = {name for name, layer in model.named_modules() if as_linear(layer)}
-        if missing := sorted(saved.tensors.keys() - linears):
-            problem = f"the adapter does not fit the model: no linear layer {missing[0]}"
-            raise ValueError(f"{folder}: {problem}")
+        method = method or ("dora" if saved.magnitude else "lora")
+        if getattr(METHODS.get(method), "magnitude", None) != saved.magnitude:
+            raise ValueError(f"{folder}: use_dora={saved.magnitude} does not fit method={method}")
         model.requires_grad_(False)
-        method = "dora" if saved.magnitude else "lora"
         adapt(model, saved.sizes, saved.dropout, method, magnitude_axis=saved.axis)
     peft_format.copy_into(model, adapter_layers(model), saved)
     return model

@@ -54,8 +54,8 @@ class Config:
     rank: int = 8  # of the update B·A; a higher rank can learn more, and overfit more
     alpha: float = 16.0  # the update is scaled by alpha / rank
     dropout: float = 0.0  # on the update's input; off in the new passes of a hypergradient
-    target_modules: tuple = bidora.ALL_LINEAR  # the adapted layers; by default all linear layers of
-    #: the blocks, whatever their names (of BERT query,key,value,output.dense,intermediate.dense)
+    target_modules: tuple = bidora.ALL_LINEAR  # the adapted layers: names, patterns or all-linear;
+    #: by default all linear layers of the blocks (of BERT query, key, value and three dense ones)
     magnitude_axis: str = "row"  # a magnitude per output (row, PEFT) or per input (column, papers)
     init: str = "kaiming"  # of A, while B is 0: kaiming (LoRA's) or normal, N(0, 1); normal_b: of B
     norm_grad: str = "exact"  # exact, or detach: a constant norm in the backward pass, as in PEFT

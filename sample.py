@@ -25,7 +25,7 @@ from support.run import hardware, progress, rules, run_folder, settings
 from support.run.files import read_json
 from support.tasks.head_task import HeadTask, load_tokenizer
 from support.text.tokenizer import Tokenizer
-from support.weights.pretrained import find_model
+from support.weights.pretrained import find_base, find_model, find_tokenizer, read_run
 from support.weights.quantized import KINDS
 
 
@@ -41,7 +41,7 @@ class Sample:
     prompt: str = ""  # the text to answer, continue, classify, rate or tag
     prompt_b: str = ""  # the second text of a pair
     chat: bool = False  # hold a conversation; an empty line ends it
-    raw: bool = False  # continue the prompt itself, without the chat template
+    raw: bool = False  # continue the prompt itself, without chat template, as a run on texts does
     labels: str = ""  # classify among these, separated by commas; empty: the run's own
 
     # generation (of free text: a run of another task, or of task=generation, has its own)
@@ -59,21 +59,10 @@ def own_dtype(folder):
     return torch.bfloat16 if "bfloat16" in named else torch.float32
 
 
-def read_run(folder):
-    """The settings of the run that wrote a folder; {} for a folder from elsewhere."""
-    if not (folder / "run.json").exists():
-        return {}
-    run = read_json(folder / "run.json")
+def run_of(folder):
+    """read_run, which refuses the run of another program."""
+    run = read_run(folder, tasks.TASKS)
     run_folder.check_known(run, vars(Config), folder)
-    types = dict.fromkeys(("model", "dtype", "quantize", "label_prompt", "task"), str)
-    for name, known in (types | {"block_size": int, "labels": list}).items():
-        if type(run.get(name, known())) is not known:  # True is no size
-            raise ValueError(f"{folder / 'run.json'}: {name} has a value of the wrong type")
-    if not all(isinstance(label, str) and label for label in run.get("labels", [])):
-        raise ValueError(f"{folder / 'run.json'}: labels holds something that is not a name")
-    for name, known in (("quantize", ("none", *KINDS)), ("task", tasks.TASKS)):
-        if name in run and run[name] not in known:
-            raise ValueError(f"{folder / 'run.json'}: unknown {name} {run[name]!r}")
     return run
 
 
@@ -85,7 +74,7 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
     """
     if not adapter:
         folder = find_model(model_name)
-        run = read_run(folder)
+        run = run_of(folder)
         if run.get("task") in tasks.HEADS:  # full fine-tuning of an encoder
             task = HeadTask(run["task"], run["labels"], *load_tokenizer(folder))
             return tasks.load_model(task, folder, torch.float32, device, own_head=True), task, run
@@ -96,7 +85,7 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
     adapter = Path(adapter)
     if not adapter.is_dir():
         raise FileNotFoundError(f"no folder {adapter}: give the out_dir of a finished run")
-    run = read_run(adapter)
+    run = run_of(adapter)
     if not (adapter / "adapter_config.json").exists():  # full fine-tuning leaves a whole model
         if not (adapter / "config.json").exists():
             raise FileNotFoundError(
@@ -104,7 +93,7 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
             )
         return load("", str(adapter), device, quantize)
 
-    folder = find_model(model_name or run.get("model") or named_base(adapter))
+    folder = find_base(adapter, model_name)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype = dtypes.get(str(run.get("dtype")), own_dtype(folder))
     quantize = quantize or run.get("quantize", "none")
@@ -113,17 +102,8 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
     if run.get("task") in tasks.HEADS:
         family = HeadTask(run["task"], run["labels"], *load_tokenizer(folder))
     model = tasks.load_model(family, folder, dtype, device, quantize=packed)
-    tokenizer = family or Tokenizer.from_pretrained(folder)
+    tokenizer = family or find_tokenizer(adapter, folder, model.config.vocab_size)
     return load_adapter(model, adapter).eval(), tokenizer, run
-
-
-def named_base(adapter):
-    """The base model that an adapter_config.json names. Raises ValueError if it names none."""
-    config = read_json(adapter / "adapter_config.json")
-    base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not base:
-        raise ValueError(f"{adapter} does not name its base model: give it with --model=...")
-    return f"{base}@{revision}" if revision else base
 
 
 def answer(model, tokenizer, messages, config):
@@ -182,10 +162,11 @@ def respond(model, tokenizer, run, config):
     labels = [label.strip() for label in config.labels.split(",") if label.strip()]
     labels = labels or run.get("labels", [])
     size, task, pairs = run.get("block_size"), run.get("task"), run.get("pairs")
-    scored = isinstance(tokenizer, HeadTask) or (labels and not config.raw and not config.chat)
+    raw = config.raw or (run.get("raw") and not config.chat and not config.labels)
+    scored = isinstance(tokenizer, HeadTask) or (labels and not raw and not config.chat)
     if config.prompt_b and not scored:
         raise ValueError("prompt_b is for a run that classifies pairs")
-    if config.prompt and pairs is (not config.prompt_b) and not (config.raw or config.labels):
+    if config.prompt and pairs is (not config.prompt_b) and not (raw or config.labels):
         wanted = "pairs of texts: add" if pairs else "single texts: omit"
         raise ValueError(f"the run is on {wanted} --prompt_b")
     if isinstance(tokenizer, HeadTask):
@@ -196,20 +177,20 @@ def respond(model, tokenizer, run, config):
         print(*tokenizer.describe(model, config.prompt, config.prompt_b, size), sep="\n")
     elif config.chat:
         chat(model, tokenizer, config)
-    elif labels and not config.raw:
+    elif labels and not raw:
         if new := [label for label in labels if label not in (run.get("labels") or labels)]:
             print(f"note: the run did not learn {', '.join(new)}", file=sys.stderr)
         size = size or model.config.max_position_embeddings
         options = (labels, run.get("label_prompt") or LABEL_PROMPT, size, config.prompt_b)
         for p, label in classify(model, tokenizer, config.prompt, *options):
             print(f"{p:6.1%}  {label}")
-    elif task == "generation" and not config.raw:
+    elif task == "generation" and not raw:
         writer = tasks.LanguageTask(tokenizer, "", {}, False, tasks.search_options(run), None)
         ids = tokenizer.prefix_ids + tokenizer.encode(config.prompt)
         print(*writer.write(model, [ids]))
     else:
         turn = [{"role": "user", "content": config.prompt}]
-        print(answer(model, tokenizer, config.prompt if config.raw else turn, config))
+        print(answer(model, tokenizer, config.prompt if raw else turn, config))
 
 
 def use(config):

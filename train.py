@@ -279,7 +279,7 @@ class Task:
         question = self.family.question if self.name == "label_words" else ""
         labels = self.labels if self.name in ("label_words", *tasks.HEADS) else []
         metadata = {"task": self.name, "labels": labels, "label_prompt": question}
-        return metadata | {"pairs": self.pairs, "dtype": self.dtype}
+        return metadata | {"pairs": self.pairs, "raw": self.raw, "dtype": self.dtype}
 
     def save(self, out):
         """Write the adapter, or for full fine-tuning the model, into the folder `out`."""

@@ -13,6 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.testing import assert_close
 
 import bidora
@@ -23,6 +25,7 @@ from support.weights import peft_format, quantized
 from support.weights.regularisers import regulariser
 
 METHODS = ("lora", "dora", "bidora")
+PREFIX = peft_format.PREFIX
 
 
 def built(layer):
@@ -57,6 +60,16 @@ def adapted(base, targets, rank=4, **options):
     for layer in bidora.adapter_layers(model).values():
         trained(layer)
     return model
+
+
+def pefts(base, **options):
+    """A copy of a model with PEFT's adapters, which have values as if they had been trained."""
+    config = LoraConfig(**dict(r=4, lora_alpha=8) | options)
+    peer = get_peft_model(copy.deepcopy(base), config).eval()
+    for parameter in peer.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return peer
 
 
 def mlp():
@@ -328,15 +341,60 @@ def test_peft_loads_what_we_save(tmp_path, method):
 def test_we_load_what_peft_saves_and_pass_it_on(tmp_path, use_dora, options):
     """Logits equal to PEFT's within 1e-4; saved again by us, in PEFT's format, equal once more."""
     base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
-    ours, again = copy.deepcopy(base), copy.deepcopy(base)
-    peer = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, use_dora=use_dora, **options)).eval()
-    for parameter in peer.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
+    ours, peer = copy.deepcopy(base), pefts(base, use_dora=use_dora, **options)
     peer.save_pretrained(tmp_path / "theirs")
     save_adapter(load_adapter(ours, tmp_path / "theirs"), tmp_path / "ours")
-    for model in (ours, PeftModel.from_pretrained(again, tmp_path / "ours")):
+    for model in (ours, PeftModel.from_pretrained(base, tmp_path / "ours")):
         assert_close(model(ids).logits, peer(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def with_block(model, wrap):
+    """A model whose last block is wrapped."""
+    model.model.layers[1] = wrap(model.model.layers[1])
+    return model
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+WRAPPED = {
+    "compiled": compiled,
+    "parallel": nn.DataParallel,
+    "a compiled block": lambda model: with_block(model, compiled),
+    "a checkpointed block": lambda model: with_block(model, checkpoint_wrapper),
+    "all": lambda model: nn.DataParallel(compiled(with_block(model, checkpoint_wrapper))),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_wrapped_model_s_adapter_has_the_plain_names_in_both_directions(kind, tmp_path):
+    """PEFT loads it into the plain model to the same logits, and a wrapped one loads it."""
+    base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
+    model = adapted(base, ["q_proj", "up_proj"])
+    model.model.layers[1].input_layernorm.requires_grad_(True).weight.data += 0.5  # saved whole
+    expected = model(ids).logits
+    save_adapter(WRAPPED[kind](model), tmp_path)
+    again = load_adapter(WRAPPED[kind](copy.deepcopy(base)), tmp_path)
+    assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    save_adapter(again, tmp_path / "again")
+    for folder in (tmp_path, tmp_path / "again"):
+        peer = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+        assert_close(peer(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wrap, options",
+    [  # PEFT's file then holds the wrapper's name; a start that leaves the base as it is
+        (compiled, dict(alpha_pattern={"_orig_mod.model.layers.1.*": 300})),
+        (copy.deepcopy, dict(init_lora_weights="mica")),
+    ],
+)
+def test_other_adapters_of_peft_s_are_loaded(wrap, options, tmp_path):
+    base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
+    peer = pefts(wrap(base), target_modules=["q_proj"], **options)
+    peer.save_pretrained(tmp_path)
+    assert_close(load_adapter(base, tmp_path)(ids).logits, peer(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["dora", "bidora"])
@@ -486,6 +544,83 @@ def test_what_cannot_be_adapted_is_refused(rank, targets, message):
     assert not bidora.adapter_layers(model)  # not half adapted
 
 
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_layer_that_computes_its_weight_is_refused_by_name(wrap):
+    for targets in (["1"], "all-linear"):
+        with pytest.raises(ValueError, match="1 computes its weight, as by weight_norm"):
+            model = nn.Sequential(nn.Linear(3, 3), wrap(nn.Linear(3, 3)))
+            replace_linear_with_bidora(model, 2, target_modules=targets)
+
+
+def bert():
+    sizes = dict(vocab_size=31, num_hidden_layers=1, hidden_size=8, num_attention_heads=2)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
+
+
+def gpt2():
+    config = transformers.GPT2Config(vocab_size=31, n_embd=8, n_layer=1, n_head=2, eos_token_id=1)
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, bert, gpt2, mlp])
+@pytest.mark.parametrize("targets", ["all-linear", ".*(q_proj|query|c_attn)", "query"])
+def test_a_string_of_targets_selects_what_it_selects_in_peft(build, targets):
+    base = build()
+    task = "SEQ_CLS" if build is bert else None
+    try:
+        theirs = pefts(base, r=2, target_modules=targets, task_type=task).named_modules()
+    except ValueError:  # it finds none
+        theirs = ()
+    theirs = {name.removeprefix(PREFIX) for name, m in theirs if hasattr(m, "lora_A")}
+    try:
+        assert bidora.linear_layers(base, targets).keys() == theirs
+        assert bidora.linear_layers(base, (targets,)).keys() == theirs  # as settings have it
+    except ValueError as error:
+        assert not theirs and f"target pattern {targets!r} matches no linear" in str(error)
+
+
+@pytest.mark.parametrize("method", bidora.METHODS)
+def test_torch_saves_and_loads_an_adapted_model(method, tmp_path):
+    model, x = adapted(mlp(), ["0", "2"], 2, method=method), torch.randn(3, 12)
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(x), model(x))
+
+
+def test_what_trains_beside_the_adapters_is_counted_unless_the_model_was_frozen(capsys):
+    replace_linear_with_bidora(mlp(), 2, target_modules=["0"])
+    assert "105 other parameters train, and are saved, beside" in capsys.readouterr().err
+    replace_linear_with_bidora(mlp(), 2, target_modules=["0", "2"])  # there are no others
+    model = mlp().requires_grad_(False)
+    model[2].requires_grad_(True)  # on purpose, as a new head
+    replace_linear_with_bidora(model, 2, target_modules=["0"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_loaded_adapter_is_trained_further_by_the_method_that_is_asked_for(tmp_path):
+    base, x = mlp(), torch.randn(3, 12)
+    model = adapted(base, ["0", "2"], 2)
+    save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="use_dora=True does not fit method=lora"):
+        load_adapter(copy.deepcopy(base), tmp_path, method="lora")
+    for method, uppers in (("", 0), ("bidora", 2)):
+        loaded = load_adapter(copy.deepcopy(base), tmp_path, method=method)
+        assert torch.equal(loaded(x), model(x))
+        assert len(bidora.upper_parameters(loaded)) == uppers
+
+
+def test_alpha_patterns_whose_order_peft_lost_are_named(tmp_path, capsys):
+    """PEFT sorts them when it saves: what was meant as ….1 before q_proj is read as PEFT does."""
+    base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
+    patterns = {"q_proj": 30, "layers.1.self_attn.q_proj": 500}
+    peer = pefts(base, target_modules=["q_proj"], alpha_pattern=patterns)
+    peer.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert (again(ids).logits - peer(ids).logits).abs().max() > 1e-3  # the order is lost
+    assert_close(load_adapter(base, tmp_path)(ids).logits, again(ids).logits, rtol=1e-4, atol=1e-4)
+    said = capsys.readouterr().err
+    assert "model.layers.1.self_attn.q_proj the alphas 500 and 30" in said and "(1 layers)" in said
+
+
 def test_layers_that_are_adapted_tied_or_read_by_their_owner_are_refused():
     with pytest.raises(ValueError, match="already"):
         replace_linear_with_bidora(adapted(mlp(), ["0"]), 2, target_modules=["0"])
@@ -530,6 +665,55 @@ def test_an_adapter_that_these_layers_do_not_compute_is_refused_by_name(change, 
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=named):
         load_adapter(mlp(), tmp_path)
+
+
+def change_tensors(folder, change):
+    """Write an adapter's {name: tensor} again, as `change` leaves it."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t: t[f"{PREFIX}0.lora_B.weight"].fill_(float("nan")), r"0\.lora_B.* not a number"),
+        (lambda t: t[f"{PREFIX}2.bias"].fill_(float("inf")), r"2\.bias holds .* infinite"),
+        (lambda t: [t.pop(n) for n in [*t] if ".1." in n], "lacks 1 of the layers .* first 1.0"),
+        (lambda t: t.clear(), "adapter_model.safetensors is empty"),
+        (lambda t: t.update({f"{PREFIX}3.bias": torch.ones(7)}), "another 3.bias than the base"),
+    ],
+)
+def test_an_adapter_that_is_not_whole_is_refused_by_the_layer_s_name(change, said, tmp_path):
+    def base():
+        layers = nn.Linear(12, 20), nn.Sequential(nn.Linear(20, 5)), nn.Linear(5, 5)
+        return nn.Sequential(*layers, nn.LayerNorm(7))
+
+    model = adapted(base(), ["0", "1.0"], 2)
+    model[2].requires_grad_(True)
+    save_adapter(model, tmp_path)
+    load_adapter(base(), tmp_path)
+    change_tensors(tmp_path, change)
+    with pytest.raises(ValueError, match=said):
+        load_adapter(base(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(layers_to_transform=1),
+        dict(layers_to_transform=[0], layers_pattern="layers"),
+        dict(exclude_modules=["layers.1.mlp.up_proj"]),
+        dict(modules_to_save=["mlp"]),
+    ],
+)
+def test_layers_that_pefts_rules_leave_out_are_not_missed(options, tmp_path):
+    base = tiny_llama()
+    peer = pefts(base, target_modules=["q_proj", "up_proj"], **options)
+    peer.save_pretrained(tmp_path)
+    theirs = {n.removeprefix(PREFIX) for n, m in peer.named_modules() if hasattr(m, "lora_A")}
+    assert bidora.adapter_layers(load_adapter(base, tmp_path)).keys() == theirs
 
 
 def test_a_damaged_or_missing_file_is_refused_by_name(tmp_path):
@@ -685,6 +869,66 @@ def test_the_task_type_is_the_models(name, target, task, tmp_path):
     build = getattr(transformers, name)
     save_adapter(adapted(build(build.config_class(**sizes)), [target], 2), tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == task
+
+
+class Classifier(nn.Module):
+    """Names that end alike, as DistilBERT's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.pre_classifier, self.classifier = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.inner = nn.ModuleDict({"classifier": nn.Linear(6, 6)})
+
+    def forward(self, x):
+        return self.classifier(self.inner["classifier"](self.pre_classifier(x)).relu())
+
+
+def distilbert():
+    sizes = dict(vocab_size=6, dim=16, hidden_dim=32, n_heads=2, n_layers=1)
+    config = transformers.DistilBertConfig(**sizes)
+    return transformers.DistilBertForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize(
+    "build, target",
+    [
+        (Classifier, "pre_classifier"),
+        (Classifier, "inner.classifier"),
+        (distilbert, "pre_classifier"),
+        (distilbert, "q_lin"),
+    ],
+)
+def test_a_trained_module_whose_name_ends_like_an_adapted_one_s(build, target, tmp_path):
+    """It alone is saved whole, and PEFT and load_adapter give the model's outputs."""
+    base, x = build(), torch.rand(4, 6) if build is Classifier else torch.arange(6)[None]
+    model = adapted(base, [target], 2)
+    nn.init.normal_(model.classifier.requires_grad_(True).weight)
+    save_adapter(model, tmp_path)
+    peer = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    for found in (peer(x), load_adapter(base, tmp_path)(x)):
+        assert_close(*(getattr(y, "logits", y) for y in (found, model(x))), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_base_weights_that_peft_saved_beside_an_adapter_are_no_reason_to_refuse(tied, tmp_path):
+    base, ids = tiny_llama(), torch.randint(0, 97, (2, 9))
+    if tied:
+        base.lm_head.weight = base.model.embed_tokens.weight
+    peer = pefts(base, target_modules=["q_proj"])
+    peer.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert f"{PREFIX}lm_head.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    assert_close(load_adapter(base, tmp_path)(ids).logits, peer(ids).logits)
+
+
+def test_running_statistics_which_training_changes_are_saved(tmp_path):
+    base = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    model = adapted(base, ["0", "3"], 2).train()
+    for _ in range(5):
+        model(3 * torch.randn(32, 6) + 1)
+    save_adapter(model.eval(), tmp_path)
+    x, peer = torch.randn(4, 6), PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    for found in (peer, load_adapter(base, tmp_path)):
+        assert_close(found.eval()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_trained_parameters_that_no_file_of_pefts_can_hold_are_named_after_saving(tmp_path):

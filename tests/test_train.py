@@ -555,6 +555,8 @@ def test_config_file_then_command_line_then_defaults():
     assert train.read_config(arguments) == dataclasses.replace(mine, **theirs)
     assert train.read_config(["--config=mine.py", "--method=dora"]).out_dir == "out/mine-dora"
     assert train.read_config(["--config=small.py"]).model == "smollm2-135m"
+    patterns = train.read_config(["--target_modules=.*[0,1].q{1,2},k_proj"]).target_modules
+    assert patterns == (".*[0,1].q{1,2}", "k_proj")  # a comma in brackets separates nothing
     Path("mine.json").write_text('{"lower_lr": 0.01, "target_modules": ["q_proj"]}')  # runs nothing
     assert train.read_config(["--config=mine.json", "--rank=3"]) == mine
 

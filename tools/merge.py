@@ -5,6 +5,7 @@ Fold a trained adapter into its base model: a plain Hugging Face folder, for tra
 """
 
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from sample import load
 from support.run import rules, settings
 from support.run.files import write_json
 from support.tasks.head_task import HeadTask
-from support.weights.pretrained import find_model
+from support.weights.pretrained import find_base
 from support.weights.quantized import KINDS
 
 
@@ -40,19 +41,21 @@ def write_merged(config):
     if not adapter_layers(model):
         raise ValueError(f"{config.adapter} is a whole model already: there is nothing to merge")
 
+    base = find_base(Path(config.adapter), config.model)
     if isinstance(tokenizer, HeadTask):
-        base = find_model(config.model or run["model"])
         tokenizer.save_pretrained(merge(model), base, out)
     else:
         merge(model).save_pretrained(out)
+        if (base / "generation_config.json").exists():  # the tokenizer may be the adapter's own
+            shutil.copyfile(base / "generation_config.json", out / "generation_config.json")
         tokenizer.save_pretrained(out)
-    if run:  # sample.py reads its labels and its question
+    if run:  # by which sample.py asks as training did
         write_json(out / "run.json", run)
 
     print(f"saved in {out}:", ", ".join(sorted(path.name for path in out.iterdir())))
-    second = ' --prompt_b="..."' if run.get("pairs") else ""
+    more = ' --prompt_b="..."' * bool(run.get("pairs")) + " --raw" * run.get("raw", False)
     model = shlex.quote(f"--model={out}")
-    print(f'next:\n  python sample.py {model} --prompt="..."{second}')
+    print(f'next:\n  python sample.py {model} --prompt="..."{more}')
 
 
 def main(arguments):

@@ -45,7 +45,8 @@ def typed(field, value, where):
     wanted = field.type
     try:
         if wanted is tuple:
-            names = value.split(",") if isinstance(value, str) else value
+            # A comma within brackets belongs to a pattern of names.
+            names = re.split(r",(?![^({[]*[]})])", value) if isinstance(value, str) else value
             listed = isinstance(names, (list, tuple)) and names
             if listed and all(isinstance(name, str) and name for name in names):
                 return tuple(names)

@@ -18,7 +18,7 @@ import unicodedata
 from functools import cached_property
 from pathlib import Path
 
-from support.run.files import malformed, read_json, replacing
+from support.run.files import malformed, read_json, replacing, write_json
 from support.text.chat import PLAIN_TEMPLATE, ChatTemplate
 from support.text.tokenizer_files import (
     FILES,
@@ -146,11 +146,14 @@ class Tokenizer:
             return self.library.decode(ids, skip_special_tokens=skip_special)
 
     def save_pretrained(self, folder):
-        """Copy the tokenizer's files into a model's folder."""
+        """Copy the tokenizer's files into a model's folder, and name there what ends an answer."""
         for name in FILES:
             if (self.folder / name).exists():
                 with replacing(Path(folder) / name) as temporary:
                     shutil.copyfile(self.folder / name, temporary)
+        path = Path(folder) / "generation_config.json"  # which transformers' generate obeys
+        settings = read_json(path) if path.exists() else {}
+        write_json(path, settings | {"eos_token_id": self.stop_ids})
 
     def apply_chat_template(self, messages, add_generation_prompt=False):
         """ChatTemplate.render, under its name in transformers."""

@@ -4,22 +4,28 @@ Adapters as PEFT saves them: adapter_model.safetensors and adapter_config.json.
 bidora.save_adapter and bidora.load_adapter call this file. It saves a method's factors A and B as
 LoRA's, and its scale s as alpha = s · rank. PEFT has no magnitude per column: such an adapter gets
 a peft_type of our own, which PEFT refuses. Other trained modules, such as a classifier, are saved
-whole (modules_to_save).
+whole (modules_to_save), and so are those with running statistics, which training changes too.
+
+A module that is compiled, parallel or checkpointed is saved and loaded under its plain name.
 """
 
 import math
 import re
 import statistics
+import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import regex
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel
 
-from support.run.files import make_folder, read_json, replacing, write_json
+from support.run.files import make_folder, malformed, read_json, replacing, write_json
 from support.weights.pretrained import split_revision
 
 COLUMN_DORA = "COLUMN_DORA"  # the peft_type of an adapter with a magnitude per column
@@ -29,6 +35,9 @@ NAMES = {
     "lora_B": "lora_B.weight",
     "lora_magnitude_vector": "lora_magnitude_vector",
 }
+# What modules that wrap another one call it; "module" may be a name of the model's own.
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 # {end of a transformers class's name: (PEFT's task type, the heads that PEFT expects in the file)}
 TASKS = {
     "ForSequenceClassification": ("SEQ_CLS", ["classifier", "score"]),
@@ -36,6 +45,7 @@ TASKS = {
     "ForQuestionAnswering": ("QUESTION_ANS", ["qa_outputs"]),
     "ForConditionalGeneration": ("SEQ_2_SEQ_LM", []),
 }
+INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # that leave the base as it is
 # The settings of PEFT's LoraConfig that are read here or have no effect after training. Another
 # setting that is switched on means another variant of LoRA; a number switches nothing on.
 KNOWN = set(
@@ -53,11 +63,37 @@ class Adapter:
 
     folder: Path
     tensors: dict  # {layer: {"lora_A": tensor, …}}
-    sizes: dict  # {layer: (rank, alpha)}
+    sizes: dict  # {layer, by its name in the model: (rank, alpha)}
     dropout: float
     magnitude: bool  # whether the layers have one
     axis: str  # of the magnitude: "row" or "column"
     saved: dict  # {name: tensor} of the modules that were saved whole
+
+
+def plain_names(model):
+    """{a module's name in the model: its name without the modules that wrap others}."""
+    modules, names = dict(model.named_modules(remove_duplicate=False)), {}
+    for name in modules:  # those around it come first
+        around, _, own = name.rpartition(".")
+        wrapped = own in WRAPPERS or own == "module" and isinstance(modules[around], PARALLEL)
+        names[name] = names[around] if wrapped else f"{names.get(around, '')}.{own}".strip(".")
+    return names
+
+
+def without_wrappers(name, known):
+    """A name in a file as the model knows it; a wrapped model's file may hold wrappers' names."""
+    parts = [part for part in name.split(".") if part not in (*WRAPPERS, "module")]
+    return name if name in known else ".".join(parts)
+
+
+def state_of(model):
+    """A model's parameters and persistent buffers by their plain names, tied ones under each."""
+    state, names = {}, plain_names(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is not None and key not in module._non_persistent_buffers_set:
+                state[f"{names[name]}.{key}".strip(".")] = tensor
+    return state
 
 
 def named_tensors(layers):
@@ -78,13 +114,16 @@ def write(folder, model, layers, base_model):
     if len({(layer.method.magnitude, layer.magnitude_axis) for layer in layers.values()}) > 1:
         raise ValueError("one file can't hold adapters that differ in having m, or in its axis")
 
-    task, heads = task_of(model, layers)
-    whole, lost = trained_beside(model, layers, heads)
-    config = config_of(model, layers, base_model, task, whole)
+    plain, state = plain_names(model), state_of(model)
+    layers = {plain[name]: layer for name, layer in layers.items()}
+    modules = {plain[name]: module for name, module in model.named_modules()}  # the wrapped ones
+    task, heads = task_of(modules[""], layers)
+    whole, lost = trained_beside(modules, state, layers, heads)
+    config = config_of(modules, layers, base_model, task, whole)
     tensors = named_tensors(layers)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if set(whole) & set(parents(name)):
-            tensors[f"{PREFIX}{name}"] = tensor
+            tensors[f"{PREFIX}{name}"] = tensor.detach()
     # Copies, because tied weights and shared factors share memory, which safetensors refuses.
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     folder = make_folder(folder)
@@ -100,8 +139,8 @@ def write(folder, model, layers, base_model):
         )
 
 
-def config_of(model, layers, base_model, task, whole):
-    """The content of adapter_config.json. whole: the modules that are saved whole."""
+def config_of(modules, layers, base_model, task, whole):
+    """The content of adapter_config.json. modules: the model's, by name; whole: saved whole."""
     layer = next(iter(layers.values()))  # all have one kind of magnitude
     magnitude, axis = layer.method.magnitude, layer.magnitude_axis
     alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
@@ -110,6 +149,9 @@ def config_of(model, layers, base_model, task, whole):
     ends = {name: any(other.endswith(f".{name}") for other in layers) for name in layers}
     patterns = {name: f"^{name}" if shared else name for name, shared in ends.items()}
     base, revision = split_revision(base_model)
+    # PEFT also takes a module whose name merely ends so ("pre_classifier"), unless it has a prefix.
+    others = modules.keys() - {*whole}
+    whole = [PREFIX * any(n.endswith(name) for n in others) + name for name in whole]
     return {
         "peft_type": COLUMN_DORA if magnitude and axis == "column" else "LORA",
         "task_type": task,
@@ -118,7 +160,7 @@ def config_of(model, layers, base_model, task, whole):
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "target_modules": target_modules(layers, dict(model.named_modules())),
+        "target_modules": target_modules(layers, modules),
         "modules_to_save": whole or None,
         "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
         "use_dora": magnitude,
@@ -127,11 +169,6 @@ def config_of(model, layers, base_model, task, whole):
         "bias": "none",
         "inference_mode": True,
     }
-
-
-def state_of(model):
-    """A model's parameters and buffers by name."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def parents(name):
@@ -143,33 +180,33 @@ def parents(name):
 def task_of(model, layers):
     """(PEFT's task type for a model or None, the heads that PEFT expects in the file)."""
     name, own = type(model).__name__, getattr(model, "task_type", None)  # that of heads.py
+    parts = {part for layer in layers for part in layer.split(".")}
     for end, (task, heads) in TASKS.items():
         # PEFT adapts no layer in a head that it expects to find whole.
-        adapted = any(head in layer.split(".") for layer in layers for head in heads)
+        adapted = any(part.endswith(tuple(heads)) for part in parts)
         if (name.endswith(end) or task == own) and not adapted:
             return task, heads
     return "CAUSAL_LM" if hasattr(model, "generate") else None, []
 
 
-def trained_beside(model, layers, heads):
+def trained_beside(modules, state, layers, heads):
     """
-    (modules to save whole: the heads, and the owners of trained parameters other than adapters';
-    the trained parameters that lie in none of these modules).
+    (modules to save whole: the heads, those with running statistics, and the owners of trained
+    parameters other than adapters'; the trained parameters that lie in none of these modules).
     """
-    trained, owners = [], set()
-    for name, parameter in model.named_parameters():
+    trained = {}  # {tensor: its first name}
+    for name, tensor in state.items():
         owner, _, key = name.rpartition(".")
         adapters = owner in layers and key not in ("weight", "bias")
-        if parameter.requires_grad and not adapters:
-            trained.append(name)
-            owners.add(owner)
+        if (tensor.requires_grad and not adapters) or key == "running_mean":
+            trained.setdefault(id(tensor), name)
 
     around = {module for name in layers for module in parents(f"{name}.weight")}
-    modules = [name for name, _ in model.named_modules()]
+    owners = {name.rpartition(".")[0] for name in trained.values()}
     heads = {m for m in modules if m.endswith(tuple(heads))}  # as PEFT finds them
     chosen = (owners - around - {""}) | heads
     whole = [m for m in sorted(chosen) if not chosen & set(parents(m))]
-    return whole, [name for name in trained if not set(whole) & set(parents(name))]
+    return whole, [name for name in trained.values() if not set(whole) & set(parents(name))]
 
 
 def target_modules(layers, modules):
@@ -185,39 +222,65 @@ def target_modules(layers, modules):
     return "|".join(map(re.escape, layers))
 
 
-def read(folder, parameters):
+def read(folder, model, as_linear):
     """
-    The Adapter in a folder that `write` or PEFT wrote. parameters: the base's, {name: tensor}.
-    rsLoRA's scale alpha / √rank (arXiv 2312.03732) is converted to an alpha. Raises
-    FileNotFoundError, or ValueError for a damaged file or an unsupported variant of LoRA.
+    The Adapter for a model in a folder that `write` or PEFT wrote. as_linear: bidora's, true of
+    linear layers. rsLoRA's scale alpha / √rank (arXiv 2312.03732) is converted to an alpha.
+    Raises FileNotFoundError, or ValueError for a damaged file, for one that does not fit the model,
+    and for an unsupported variant of LoRA.
     """
     folder = Path(folder)
-    settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    config = read_json(settings)
-    try:
-        tensors = load_file(weights)
-    except FileNotFoundError:
-        problem = f"{weights} is missing (adapters are read from safetensors only)"
-        raise FileNotFoundError(problem) from None
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is damaged: {error}") from None
+    settings = folder / "adapter_config.json"
+    config, tensors = read_json(settings), read_tensors(folder / "adapter_model.safetensors")
     check_config(config, settings)
 
-    layers, saved = by_layer(tensors, folder, parameters, config.get("modules_to_save") or [])
+    layers, saved = by_layer(tensors, folder, state_of(model), config.get("modules_to_save") or [])
     magnitude = bool(config.get("use_dora"))
-    if {"lora_magnitude_vector" in parts for parts in layers.values()} != {magnitude}:
+    if {"lora_magnitude_vector" in parts for parts in layers.values()} - {magnitude}:
         problem = f"use_dora={magnitude}, which the tensors contradict"
         raise ValueError(f"{folder}: adapter_config.json has {problem}")
+
+    in_model = {plain: name for name, plain in plain_names(model).items()}
+    linears = {plain for plain, name in in_model.items() if as_linear(model.get_submodule(name))}
+    own = {name: without_wrappers(name, in_model) for name in layers}
+    if strange := sorted(set(own.values()) - linears):
+        problem = f"the adapter does not fit the model: no linear layer {strange[0]}"
+        raise ValueError(f"{folder}: {problem}")
+    if missing := sorted(targeted(config, linears, settings) - set(own.values())):
+        problem = f"{len(missing)} of the layers that {settings.name} names, first {missing[0]}"
+        raise ValueError(f"{folder}: the adapter is incomplete: it lacks {problem}")
 
     sizes, alphas = {}, alphas_of(layers, config, settings)
     for name, parts in layers.items():
         # A damaged file may get any rank here: copy_into reports the misshapen tensor.
         matrix = "lora_A" in parts and parts["lora_A"].dim() == 2
         rank = max(1, len(parts["lora_A"])) if matrix else 1
-        sizes[name] = rank, alphas[name] * (rank**0.5 if config.get("use_rslora") else 1)
+        alpha = alphas[name] * (rank**0.5 if config.get("use_rslora") else 1)
+        sizes[in_model[own[name]]] = rank, alpha
     axis = "column" if config.get("peft_type") == COLUMN_DORA else "row"
-    dropout = config.get("lora_dropout") or 0.0
-    return Adapter(folder, layers, sizes, dropout, magnitude, axis, saved)
+    layers = {own[name]: parts for name, parts in layers.items()}
+    return Adapter(folder, layers, sizes, config.get("lora_dropout") or 0.0, magnitude, axis, saved)
+
+
+def read_tensors(path):
+    """{name: tensor} of a safetensors file. Raises FileNotFoundError or ValueError."""
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        problem = f"{path} is missing (adapters are read from safetensors only)"
+        raise FileNotFoundError(problem) from None
+    except SafetensorError as error:
+        problem = "damaged" if path.stat().st_size else "empty"
+        raise ValueError(f"{path} is {problem}: {error}") from None
+    if not tensors:
+        raise ValueError(f"{path} is empty: it holds no tensor")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{path}: {name} holds numbers that are infinite or not a number, as after a run "
+                f"that diverged: train again with a lower rate"
+            )
+    return tensors
 
 
 def check_config(config, where):
@@ -227,7 +290,7 @@ def check_config(config, where):
         raise ValueError(f"{where}: {problem}; 'LORA', with or without use_dora, is")
 
     # "pissa", "olora", "loftq" … change the base before training; the file lacks that base.
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
+    if config.get("init_lora_weights", True) not in INITS:
         raise ValueError(
             f"{where}: init_lora_weights {config['init_lora_weights']!r} changes the base itself: "
             f"have PEFT convert it to plain LoRA (save_pretrained with "
@@ -260,51 +323,100 @@ def check_config(config, where):
         raise ValueError(f"{where}: modules_to_save is not a list of names")
 
 
-def by_layer(tensors, folder, parameters, modules_to_save):
-    """Sort a file's tensors: ({layer: {"lora_A": tensor, …}}, {name: tensor of a whole module})."""
+def by_layer(tensors, folder, state, modules_to_save):
+    """
+    Sort a file's tensors: ({layer: {"lora_A": tensor, …}}, {name: tensor of a whole module}).
+    state: the base's tensors.
+    """
     layers, saved = {}, {}
+    adapters = re.compile(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(NAMES)})(\.weight)?")
     for key, tensor in tensors.items():
-        # PEFT also saves the base weight of an adapted head.
-        if key.endswith(".base_layer.weight"):
-            name = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
-            if torch.equal(parameters.get(f"{name}.weight", tensor).to(tensor.dtype), tensor):
-                continue
-            raise ValueError(f"{folder}: the adapter holds another weight of {name} than the base")
-
-        name = key.removeprefix(PREFIX)
-        if any(module.endswith(end) for module in parents(name) for end in modules_to_save):
+        key = re.sub(r"^((_orig_mod|module)\.)+(?=base_model\.)", "", key)
+        name = without_wrappers(key.removeprefix(PREFIX), state)
+        base = state.get(name.replace(".base_layer.", "."))
+        if match := adapters.fullmatch(key):
+            layers.setdefault(match[1], {})[match[2]] = tensor
+        elif any(f"{PREFIX}{m}".endswith(end) for m in parents(name) for end in modules_to_save):
             saved[name] = tensor
-            continue
-
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(NAMES)})(\.weight)?", key)
-        if not match:
+        elif base is None:
             problem = "belongs to no LoRA or DoRA adapter of linear layers, which is not supported"
             raise ValueError(f"{folder}: {key} {problem}")
-        layers.setdefault(match[1], {})[match[2]] = tensor
+        # PEFT also saves base weights: of an adapted head, or of embeddings if it is told to.
+        elif not torch.equal(base.to(tensor.device, tensor.dtype), tensor):
+            raise ValueError(f"{folder}: the adapter holds another {name} than the base")
 
     for end in modules_to_save:
-        wanted = {n for n in parameters if any(module.endswith(end) for module in parents(n))}
+        wanted = {n for n in state if any(f"{PREFIX}{m}".endswith(end) for m in parents(n))}
         if wanted and not wanted & saved.keys():
             problem = f"modules_to_save names {end}, of which the file holds nothing"
             raise ValueError(f"{folder}: {problem}")
     return layers, saved
 
 
-def alphas_of(names, config, where, seconds=5):
-    """{layer: alpha} by PEFT's rule: the first matching pattern's, else lora_alpha."""
-    alphas, end = dict.fromkeys(names, config["lora_alpha"]), time.monotonic() + seconds
-    patterns = (config.get("alpha_pattern") or {}).items()
+def matching(pattern, names, where, end):
+    """The names that a file's pattern matches as a whole, by `end` on the monotonic clock."""
     try:
-        compiled = [(regex.compile(rf"(.*\.)?({key})$"), alpha) for key, alpha in patterns]
-        for name in names:
-            for pattern, alpha in compiled:
-                if pattern.match(name, timeout=max(1e-6, end - time.monotonic())):
-                    alphas[name] = alpha
-                    break
+        compiled = regex.compile(pattern)
+        seconds = (max(1e-6, end - time.monotonic()) for _ in names)
+        return {n for n, left in zip(names, seconds) if compiled.fullmatch(n, timeout=left)}
     except (regex.error, RecursionError, TimeoutError) as error:
         problem = f"an invalid regular expression, or slow ones ({error})"
-        raise ValueError(f"{where}: alpha_pattern holds {problem}") from None
-    return alphas
+        raise ValueError(f"{where} holds {problem}") from None
+
+
+def select(target, model, linears):
+    """The linear layers, of {name: layer}, that a string as PEFT's target_modules selects."""
+    if target.lower() != "all-linear":
+        where = f"target_modules={target!r}"
+        return [n for n in linears if n in matching(target, linears, where, time.monotonic() + 5)]
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = {"lm_head", *TASKS["ForSequenceClassification"][1]}  # of models without that function
+    weights = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return [
+        name
+        for name, layer in linears.items()
+        if layer is not output and name not in heads and weights[id(layer.weight)] < 2
+    ]
+
+
+def targeted(config, names, where):
+    """Which of a model's linear layers an adapter_config.json selects, by PEFT's rule."""
+
+    def chosen_by(targets):
+        if isinstance(targets, str):
+            return matching(targets, names, f"{where}: target_modules", time.monotonic() + 5)
+        return {n for n in names if any(f".{n}".endswith(f".{end}") for end in targets or ())}
+
+    with malformed(where):
+        chosen = chosen_by(config.get("target_modules")) - chosen_by(config.get("exclude_modules"))
+        if layers := config.get("layers_to_transform"):
+            layers = [layers] if isinstance(layers, int) else layers
+            numbers = {n: re.match(r".*?\.[^.]*\.(\d+)\.", n) for n in chosen}
+            chosen = {n for n, number in numbers.items() if number and int(number[1]) in layers}
+        whole = config.get("modules_to_save") or ()
+        inside = {
+            n
+            for n in chosen
+            if any(f".{m}".endswith(f".{w}") for m in (*parents(n), n) for w in whole)
+        }
+    return set() if config.get("layers_pattern") else chosen - inside
+
+
+def alphas_of(names, config, where):
+    """{layer: alpha} by PEFT's rule: the first matching pattern's, else lora_alpha."""
+    alphas, unclear, end = {}, {}, time.monotonic() + 5
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        for name in matching(rf"(.*\.)?({pattern})", names, f"{where}: alpha_pattern", end):
+            if alphas.setdefault(name, alpha) != alpha:
+                unclear[name] = alpha
+    for name, alpha in list(unclear.items())[:1]:
+        print(
+            f"note: {where}: patterns give {name} the alphas {alphas[name]:g} and {alpha:g}. PEFT "
+            f"sorts patterns when it saves, so the order that was meant is lost; the first is "
+            f"taken, as PEFT does ({len(unclear)} layers)",
+            file=sys.stderr,
+        )
+    return dict.fromkeys(names, config["lora_alpha"]) | alphas
 
 
 @torch.no_grad()
@@ -316,16 +428,17 @@ def copy_into(model, layers, adapter):
         if A is not layer.lora_A or B is not layer.lora_B:
             raise ValueError(
                 "the model's adapters have other parameters, such as BiLoRA's λ, which a saved "
-                "adapter holds folded into A and B: load it into a model without adapters"
+                "adapter holds folded into A and B: load it as lora, dora or bidora into a model "
+                "without adapters"
             )
 
-    own = named_tensors(layers)
+    plain, state = plain_names(model), state_of(model)
+    own = named_tensors({plain[name]: layer for name, layer in layers.items()})
     tensors = {
         f"{PREFIX}{name}.{NAMES[key]}": tensor
         for name, parts in adapter.tensors.items()
         for key, tensor in parts.items()
     }
-    state = state_of(model)
     for name, tensor in adapter.saved.items():
         tensors[name] = tensor
         own |= {name: state[name]} if name in state else {}

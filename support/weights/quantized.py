@@ -66,8 +66,9 @@ def float_dtype(weight):
 
 def complete(module):
     """
-    Complete the int8 weights of a transformers model. Their scales may have moved to the layer's
-    `state`; their dtype before packing is that of the model's other parameters.
+    Make the packed weights of a transformers model readable, in place: undo what bitsandbytes did
+    at their layers' calls. The scales of int8 may have moved to the layer's `state`; their dtype
+    before packing is that of the model's other parameters.
     """
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     for layer in module.modules():
@@ -76,6 +77,25 @@ def complete(module):
             layer.weight.SCB = scales
         if isinstance(layer, nn.Linear) and kind_of(layer.weight) == "int8":
             layer.weight.float_dtype = getattr(layer.weight, "float_dtype", dtype)
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            undo_layout(layer.weight, state)
+
+
+def undo_layout(weight, state):
+    """
+    Undo the layout of a 4-bit weight for CPUs with bf16 in AVX-512, which bitsandbytes makes at the
+    first call in eval mode: 32 rows' codes side by side, and scales transposed and rounded to bf16.
+    They stay rounded.
+    """
+    rows, columns = state.shape
+    both = weight.data.view(torch.uint8).view(-1, 32)  # 16 rows in the lower half of each byte
+    codes = torch.cat((both & 15, both >> 4), dim=1).view(rows // 32, columns // 2, 32, 2)
+    high, low = codes.transpose(1, 2).reshape(-1, 2).unbind(1)
+    storage = getattr(state, "original_storage_type", torch.uint8)
+    weight.data = (high << 4 | low).view(state.original_qshape).view(storage)
+    state.absmax, state.dtype = state.absmax.T.float().flatten(), state.original_dtype
+    state.packing_format_for_cpu = False
 
 
 def blocks(weight, dtype):
@@ -119,6 +139,22 @@ def blocks_of_4_bits(weight, dtype):
 def dequantize(weight, dtype):
     """The whole weight as an ordinary tensor, (out, in): for merging and analysis."""
     return torch.cat([rows for _, _, rows in blocks(weight, dtype)])
+
+
+def unpack(model, kinds):
+    """Dequantise all of a model's linear layers that are packed, in place, and say so."""
+    dtype = float_dtype(next(model.parameters()))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and kind_of(layer.weight):
+            new = nn.Linear(layer.in_features, layer.out_features, device="meta")
+            weight = dequantize(layer.weight, float_dtype(layer.weight))
+            new.weight, new.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+            model.set_submodule(name, new.train(layer.training))
+    packed, dtype = " and ".join(sorted(kinds)), str(dtype).removeprefix("torch.")
+    print(f"the {packed} base was dequantised to {dtype} to merge the adapter into it")
+    if getattr(model, "hf_quantizer", None):  # transformers must not take it for quantised
+        model.hf_quantizer.remove_quantization_config(model)
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
 
 
 def nbytes(model):

@@ -192,6 +192,20 @@ def test_layers_that_bitsandbytes_made_are_adapted_too(tmp_path, kind, called):
         load_adapter(others, tmp_path)
 
 
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_layout_that_some_cpus_make_in_evaluation_is_undone(kind, nested):
+    """But for the scales, which it rounds to bf16."""
+    options = dict(requires_grad=False, quant_type=kind, compress_statistics=nested)
+    packed = bnb.nn.Params4bit(torch.randn(96, 192), **options).to("cpu")
+    before = dequantize(packed, torch.float32)
+    layer = quantized.QuantizedLinear(192, 96, False, packed)
+    convert = bnb.functional._convert_weight_packed_for_cpu  # what Linear4bit calls there
+    packed.data, packed.quant_state = convert(packed.data, packed.quant_state)
+    quantized.complete(layer)
+    torch.testing.assert_close(dequantize(packed, torch.float32), before, rtol=2**-8, atol=0)
+
+
 def test_an_unknown_kind_is_refused(tmp_path):
     checkpoint(tmp_path)
     with pytest.raises(ValueError, match="'int3'.*nf4, fp4, int8"):
@@ -243,6 +257,15 @@ LOADED = {
 }
 
 
+@pytest.fixture
+def base(tmp_path):
+    """The folder of a model with a multiple of 32 outputs a layer, which bitsandbytes requires."""
+    sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
 def load(folder, kind):
     """A folder's model, quantised by transformers."""
     options = transformers.BitsAndBytesConfig(**LOADED[kind])
@@ -250,22 +273,23 @@ def load(folder, kind):
     return auto.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=options)
 
 
-@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("called", ["never", "with gradients", "in evaluation"])
 @pytest.mark.parametrize("kind", LOADED)
-def test_models_that_transformers_quantised_are_adapted_and_merged(kind, called, tmp_path):
+def test_models_that_transformers_quantised_are_adapted_and_merged(kind, called, base, tmp_path):
     """
-    After merging, all is ordinary and bf16, and transformers saves and loads it. Within 2 % of the
-    adapted model: merged weights are rounded to bf16. called: as above.
+    The adapters start at what bitsandbytes computes. After merging, all is ordinary and bf16, and
+    transformers saves and loads it. Within 2 % of the adapted model: merged weights are rounded to
+    bf16. called: before, as above; in evaluation, some CPUs make 4-bit weights another layout.
     """
-    sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
-    model = load(tmp_path / "base", kind)
-    ids = torch.arange(12).view(2, 6)
-    if called:
-        model(ids)
+    model, ids = load(base, kind), torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        start = load(base, kind)(ids).logits.float()
+    if called != "never":
+        with torch.set_grad_enabled(called == "with gradients"):
+            model(ids)
     every = list(bidora.linear_layers(model.model, bidora.ALL_LINEAR))
     replace_linear_with_bidora(model.requires_grad_(False), 4, target_modules=every)
+    assert (model(ids).logits.float() - start).norm() < 0.02 * start.norm()
     for layer in bidora.adapter_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.1)
     with torch.no_grad():
@@ -283,10 +307,11 @@ def test_models_that_transformers_quantised_are_adapted_and_merged(kind, called,
 
 
 @pytest.mark.parametrize("kind", LOADED)
-def test_layers_without_an_adapter_are_dequantised_too(kind, tmp_path):
-    checkpoint(tmp_path, "Llama")
-    model = load(tmp_path, kind)
-    model(torch.arange(6)[None])
+def test_layers_without_an_adapter_are_dequantised_too(kind, base):
+    model, ids = load(base, kind), torch.arange(6)[None]
     replace_linear_with_bidora(model.requires_grad_(False), 2, target_modules=["q_proj"])
+    with torch.no_grad():
+        expected = model(ids).logits.float()  # in evaluation, as above
     assert {p.dtype for p in merge(model).parameters()} == {torch.bfloat16}
+    assert (model(ids).logits.float() - expected).norm() < 0.02 * expected.norm()
     assert not hasattr(model.config, "quantization_config")

@@ -1,0 +1,119 @@
+"""What tools.merge and method=ft write, as transformers' generate and AutoTokenizer take it."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import transformers
+from test_train import elsewhere, trained, write  # noqa: F401  (elsewhere: a fixture for all)
+
+import sample
+from support.weights.pretrained import find_model
+from tools import merge
+
+PLAIN = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}"
+
+
+def change(path, **values):
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+
+
+def base(name="base", **tokenizer):
+    """A folder whose texts end with <|endoftext|>, while its template's answers have <|im_end|>."""
+    shutil.copytree(find_model("tiny-random"), name)
+    change(Path(name, "tokenizer_config.json"), eos_token="<|endoftext|>", **tokenizer)
+    change(Path(name, "config.json"), eos_token_id=0)
+    change(Path(name, "generation_config.json"), eos_token_id=0, temperature=0.5)
+    return name
+
+
+def talks(answer="yes"):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    return write("talks.jsonl", [{"messages": turns}] * 20)
+
+
+def generated(folder):
+    """What transformers answers to "Hi", from a folder alone."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    turn = [{"role": "user", "content": "Hi"}]
+    ids = tokenizer.apply_chat_template(
+        turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**ids, max_new_tokens=20, do_sample=False)
+    return tokenizer.decode(out[0, ids["input_ids"].size(1) :])
+
+
+BY_HEART = dict(data="", lower_lr=2e-2, search_steps=20, retrain_steps=40)
+
+
+@pytest.mark.parametrize("method", ["dora", "ft"])
+def test_transformers_stops_where_the_answers_that_were_learnt_end(method):
+    trained("run", model=base(), train_file=talks(), method=method, **BY_HEART)
+    if method == "dora":
+        assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
+    folder = Path("merged" if method == "dora" else "run")
+    assert generated(folder) == "yes<|im_end|>"
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert settings == {"eos_token_id": [0, 2], "temperature": 0.5}
+
+
+def test_an_adapter_s_own_tokenizer_is_used_carried_and_named(capsys):
+    """The base's template is another: the trainer put its own tokenizer beside the adapter."""
+    trained("run", model=base(), train_file=talks(), method="lora", **BY_HEART)
+    plain = base("plain", chat_template=PLAIN)
+    transformers.AutoTokenizer.from_pretrained("base").save_pretrained("run")
+    Path("run/run.json").unlink()
+    arguments = ["--adapter=run", f"--model={plain}"]
+    capsys.readouterr()
+    assert sample.main([*arguments, "--prompt=Hi", "--temperature=0", "--max_new_tokens=20"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "yes\n"
+    assert "tokenizer and chat template are the adapter's own, of run" in shown.err
+    assert merge.main([*arguments, "--out_dir=merged"]) == 0
+    assert generated("merged") == "yes<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "swap, said",
+    [
+        (("a", "b"), "it gives 'a' the id 68, and the model has 67 for it"),
+        (("a", None), "the id 259, and the model has only 259 tokens"),
+    ],
+)
+def test_a_tokenizer_beside_an_adapter_that_is_not_the_model_s_is_refused(swap, said, capsys):
+    trained("run")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(find_model("tiny-random") / name, "run")
+    path = Path("run/tokenizer.json")
+    spec = json.loads(path.read_text())
+    vocab, (one, other) = spec["model"]["vocab"], swap
+    vocab[one], vocab[other or "more"] = (vocab[other], vocab[one]) if other else (vocab[one], 259)
+    path.write_text(json.dumps(spec))
+    assert sample.main(["--adapter=run", "--prompt=a"]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+ROWS = {
+    "free": [{"prompt": "ab" * i, "completion": " cd"} for i in range(1, 21)],
+    "pairs": [{"text": "ab", "text_b": "cd" * i, "label": "yn"[i % 2]} for i in range(20)],
+}
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_a_merged_model_is_asked_as_it_was_trained_by_the_command_that_is_printed(form, capsys):
+    """A run on free text asks without a template by itself, too."""
+    trained("run", data="", train_file=write("rows.jsonl", ROWS[form]))
+    capsys.readouterr()
+    assert merge.main(["--adapter=run", "--out_dir=a folder"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    python, program, model, *rest = shlex.split(command)
+    assert rest[1:] == {"free": ["--raw"], "pairs": ["--prompt_b=..."]}[form]
+    answers, less = set(), [argument for argument in rest if argument != "--raw"]
+    for arguments in ([model, *rest], [model, *less], ["--adapter=run", *less]):
+        assert sample.main([*arguments, "--temperature=0", "--max_new_tokens=5"]) == 0
+        answers.add(capsys.readouterr().out)
+    assert len(answers) == 1
