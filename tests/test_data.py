@@ -72,8 +72,15 @@ def test_the_label_alone_counts(tiny):
     assert masked(tiny, {"text": "Nice.", "label": "good"}, **question) == (expected, "good")
 
 
-def test_all_answers_of_a_conversation_count(tiny):
-    talk = {"messages": [{"role": role, "content": content} for role, content in TURNS]}
+INSTRUCTION = {"instruction": "c", "output": "d", "system": "S", "history": [["a", "b"]]}
+
+
+@pytest.mark.parametrize(
+    "talk",
+    [{"messages": [{"role": role, "content": text} for role, text in TURNS]}, INSTRUCTION],
+    ids=["messages", "instruction"],
+)
+def test_all_answers_of_a_conversation_count(tiny, talk):
     turns = f"{USER}a{END}\n{ASSISTANT}b{END}\n{USER}c{END}\n{ASSISTANT}d{END}"
     assert masked(tiny, talk) == (f"<|im_start|>system\nS{END}\n{turns}", f"b{END}d{END}")
 
@@ -214,6 +221,17 @@ def test_jsonl_formats_are_read(tmp_path):
         (b'{"messages": []}', "assistant"),
         (b'{"messages": [{"role": "user"}]}', "role and content"),
         (b'{"messages": [{"role": "assistant", "content": ""}]}', "answer is empty"),
+        (b'{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}', "not to be learnt"),
+        (b'{"messages": [{"role": "assistant", "content": "a", "loss": 0.5}]}', "give 0 or 1"),
+        (
+            b'{"messages": [{"role": "assistant", "content": "a"}], "tools": "x"}',
+            "list of JSON obj",
+        ),
+        (
+            b'{"instruction": "a", "output": "b", "history": [["c"]]}',
+            "'history' is not a list of p",
+        ),
+        (b'{"instruction": "a", "output": "b", "history": ["cd"]}', "'history' is str, not a list"),
         (b'{"prompt": "a", "completion": "b"}', "one format per file"),
         (b"[" * 100000, "not JSON"),
     ],
@@ -228,7 +246,9 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, said):
 
 def test_a_label_beside_another_format_is_left_out(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b", "label": ["x"]}')
-    assert load_examples(tmp_path / "a.jsonl") == [{"prompt": "a", "completion": "b"}]
+    [example] = load_examples(tmp_path / "a.jsonl")
+    assert example == {"prompt": "a", "completion": "b"}
+    assert example.notes == ("the key 'label' is not used",)
 
 
 def test_missing_and_empty_files_are_named(tmp_path):
@@ -410,6 +430,26 @@ def test_lines_of_a_test_or_val_file_that_are_also_in_another_file_are_counted(b
     assert "3 of 6 lines of test_file are also in train_file" in capsys.readouterr().out
     begin(train_file="train.jsonl")
     assert "are also in" not in capsys.readouterr().out
+
+
+def test_what_a_run_leaves_out_of_its_examples_is_said_before_training(begin, capsys):
+    """Each once, with its count over all files; a key by its file's own name."""
+    labels = ["yes", " yes", "no", "Yes"] * 10
+    lines = [{"text": str(i), "label": label} for i, label in enumerate(labels)]
+    lines[0]["source"] = lines[1]["weight"] = lines[2]["source"] = None
+    Path("train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    Path("test.csv").write_text("id,Text,label\n1,a,no\n2, b,no\n")
+    begin(train_file="train.jsonl", test_file="test.csv")
+    out = capsys.readouterr().out.splitlines()
+    for line in (
+        "the key 'source' is not used in 2 of 42 examples",
+        "the key 'weight' is not used in 1 of 42 examples",
+        "columns are not used (id) in 2 of 42 examples",
+        "blanks around 'label' are left out in 10 of 42 examples",
+        "blanks around 'text' are left out in 1 of 42 examples",
+        "labels that differ by case alone: Yes, yes",
+    ):
+        assert out.count(line) == 1
 
 
 def test_a_padding_token_that_the_model_lacks_does_not_matter(cache, tmp_path, monkeypatch):

@@ -172,8 +172,9 @@ def one_reference(example):
     """Copies of an example, each with one of its references; or the example itself."""
     if "references" not in example:
         return [example]
-    where = getattr(example, "where", "an example")
-    return [Example(example | {"references": [text]}, where) for text in example["references"]]
+    where, notes = getattr(example, "where", "an example"), getattr(example, "notes", ())
+    texts = example["references"]
+    return [Example(example | {"references": [text]}, where, notes) for text in texts]
 
 
 def check_splits(splits, labels):
@@ -204,3 +205,20 @@ def check_splits(splits, labels):
     lacking = needed.difference(*(labels_of(example) for example in splits["val"]))
     if splits["val"] and lacking:
         raise ValueError(f"val lacks the label {min(lacking)!r}: give it examples of every label")
+
+
+def left_out(splits, encoded, labels):
+    """
+    Lines that count what is left out of the examples or changed, by files' readers and by the chat
+    template, and name labels that look alike. splits: {name: examples}; encoded: {name: rows}.
+    """
+    items = [item for parts in (splits, encoded) for part in parts.values() for item in part]
+    counts = Counter(note for item in items for note in getattr(item, "notes", ()))
+    total = sum(map(len, splits.values()))
+    for note, count in counts.items():
+        yield f"{note} in {count} of {total} examples"
+    alike = {}
+    for label in labels:
+        alike.setdefault(label.casefold(), []).append(label)
+    for names in filter(lambda names: len(names) > 1, alike.values()):
+        yield f"labels that differ by case alone: {', '.join(names)}"

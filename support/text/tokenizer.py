@@ -24,7 +24,7 @@ from support.text.tokenizer_files import (
     FILES,
     library_errors,
     open_library,
-    read_chat_template,
+    read_chat_templates,
     read_settings,
     read_spec,
     tiktoken_encoding,
@@ -67,9 +67,9 @@ class Tokenizer:
             path = folder / "tokenizer_config.json"
             raise ValueError(f"{path} is missing, or its eos_token is not an added token")
         self.pad_id = self.added.get(named.get("pad_token"), self.eos_id)
-        template = read_chat_template(folder, self.settings)
+        template, with_tools = read_chat_templates(folder, self.settings)
         self.has_chat_template = template is not None
-        self.chat = ChatTemplate(template or PLAIN_TEMPLATE, named, self.added)
+        self.chat = ChatTemplate(template or PLAIN_TEMPLATE, named, self.added, with_tools)
 
     @classmethod
     def from_pretrained(cls, folder):

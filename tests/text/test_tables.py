@@ -46,6 +46,7 @@ EMPTY = "the answer is empty: fill in"
         ("prompt,completion\n1+1=,2", {"prompt": "1+1=", "completion": "2"}),
         ("instruction,output\nAdd,2", {"instruction": "Add", "output": "2"}),
         ("instruction,input,output\nA,1,2", {"instruction": "A", "input": "1", "output": "2"}),
+        ("instruction,system,output\nA,S,2", {"instruction": "A", "system": "S", "output": "2"}),
         ("text_a,text_b,label\nx,y,no", {"text": "x", "text_b": "y", "label": "no"}),
         ("text,text_b,label\nx,y,no", {"text": "x", "text_b": "y", "label": "no"}),
         ("text,score\nx,-1.5", {"text": "x", "score": -1.5}),
@@ -64,6 +65,30 @@ def test_quotes_a_byte_order_mark_and_windows_line_ends_are_read(write):
         {"text": 'He said "no",\r\ntwice.', "label": "a"},
         {"text": "é\u2028", "label": "b"},
     ]
+
+
+LONG = "x" * 200_000
+
+
+@pytest.mark.parametrize(
+    "text, example, notes",
+    [
+        ("text,label\n Hi ,good", {"text": "Hi", "label": "good"}, ["text"]),
+        ("text,label\nHi,good\t", {"text": "Hi", "label": "good"}, ["label"]),
+        ('text,label\n"Hi", "so ""b"""  ', {"text": "Hi", "label": 'so "b"'}, ["label"]),
+        ("text,label,group\nHi,a, b", {"text": "Hi", "label": "a", "group": "b"}, ["group"]),
+        ("text,label,group\nHi,a, ", {"text": "Hi", "label": "a"}, ["group"]),
+        ("prompt,completion\n1+1=, 2", {"prompt": "1+1=", "completion": " 2"}, []),
+        ('prompt,completion\n1+1=, "2"', {"prompt": "1+1=", "completion": "2"}, ["completion"]),
+        ('text,label\n" Hi ""you""",a', {"text": 'Hi "you"', "label": "a"}, ["text"]),
+        (f"text,label\n{LONG},a", {"text": LONG, "label": "a"}, []),
+    ],
+)
+def test_blanks_around_cells_are_left_out_and_noted(write, text, example, notes):
+    """Not those of a prompt and what completes it, where a blank is a part of a token."""
+    [read] = read_table(write(text))
+    assert read == example
+    assert read.notes == tuple(f"blanks around {key!r} are left out" for key in notes)
 
 
 def test_e2e_s_references_are_joined_by_meaning(write):
@@ -95,6 +120,7 @@ def test_single_texts_are_in_the_formats_of_jsonl_files(write, text, name):
         ("text,label,text\nx,y,z", 1, "the column 'text' occurs twice"),
         ("text,label\na,b\n\nx", 4, "1 cells, but 2 columns"),
         ("text,label\na,b\nx,y,z", 3, "3 cells, but 2 columns"),
+        ('text,label\nx, "y, z"', 2, "put no blank before a quote"),
         ('text,label\n"a\nb",c\nx, ', 4, f"{EMPTY} 'label'"),
         ("prompt,completion\nx,", 2, f"{EMPTY} 'completion'"),
         ("instruction,output\nx,", 2, f"{EMPTY} 'output'"),
@@ -104,7 +130,6 @@ def test_single_texts_are_in_the_formats_of_jsonl_files(write, text, name):
         ("text,score\nx,", 2, "'score' is '', not a number"),
         ('text,label\na,b\n"x,y\nz,w\n', 3, "unexpected end of data"),
         ('text,label\n"x"y,z', 2, "expected after"),
-        ("text,label\na,b\n" + "x" * 200_000 + ",y", 3, "field larger than field limit"),
         (b"text,label\na,b\n\xff,y", 3, "not UTF-8"),
     ],
 )
