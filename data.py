@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from support.text.jsonl import format_of, is_learnt
+from support.text.jsonl import FORMATS, format_of, is_learnt
 from support.text.splits import LABEL_PROMPT, load_examples, load_splits, split  # noqa: F401
 from support.text.tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer)
 
@@ -107,13 +107,17 @@ def segments(example, tokenizer):
     answer that must not be); and its notes, those of Encoded.
     """
     kind, eos = format_of(example), [tokenizer.eos_id]
-    if kind in ("text", "code"):
-        return [(tokenizer.prefix_ids, False), (tokenizer.encode(example[kind]) + eos, True)], ()
-    if kind in ("prompt", "generation"):
-        answer = example["completion"] if kind == "prompt" else "\n" + example["references"][0]
-        whole, cut = example["prompt"] + answer, len(example["prompt"])
-        prompt, completion = tokenizer.encode_cut(whole, [cut])
-        return [(tokenizer.prefix_ids + prompt, False), (completion + eos, True)], ()
+    if kind in ("text", "code", "prompt", "generation"):
+        prompt = example.get("prompt", "")
+        answer = example[FORMATS[kind][-1]]
+        answer = "\n" + answer[0] if kind == "generation" else answer
+        cuts = [len(prompt)] if prompt else []
+        *begin, rest = tokenizer.encode_cut(prompt + answer, cuts)
+        begin = sum(begin, [])
+        # A text that was rendered already has its first and its last token.
+        begin = tokenizer.prefix_of(begin + rest) + begin
+        rest += [] if answer.rstrip().endswith(tokenizer.ends) else eos
+        return [(begin, False), (rest, True)], ()
 
     messages = example["messages"] if kind == "messages" else turns_of(example)
     answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
@@ -135,6 +139,9 @@ def segments(example, tokenizer):
     if not chat.end_of_turn:
         pieces[-1] += eos
     notes = tuple(f"the chat template drops {what}" for what in sorted(lost))
+    contents = [messages[i].get("content") or "" for i in answers if i <= last]
+    if any(content.rstrip().endswith(tokenizer.ends) for content in contents):
+        notes += ("the chat template ends an answer that has an end token already",)
     supervised = [yes for learn in learnt for yes in (False, learn or None)]
     return list(zip(pieces, supervised)), notes
 

@@ -162,6 +162,15 @@ class Tokenizer:
         encoding = self.encode_by_library(text, add_special_tokens=True)
         return encoding.ids[: encoding.sequence_ids.index(0)]  # 0: a token of the text itself
 
+    def prefix_of(self, ids):
+        """prefix_ids, or [] for the token ids of a text that begins with them already."""
+        return [] if ids[: len(self.prefix_ids)] == self.prefix_ids else self.prefix_ids
+
+    @cached_property
+    def ends(self):
+        """The texts of stop_ids, a tuple."""
+        return tuple(text for text, i in self.added.items() if i in self.stop_ids)
+
     @cached_property
     def stop_ids(self):
         """The tokens that end an answer: end of text, end of turn, generation_config.json's."""

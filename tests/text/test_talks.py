@@ -2,9 +2,10 @@
 
 import pytest
 import transformers
-from test_tokenizer import CHATML, per_turn, trained_tokenizer
+from test_tokenizer import CHATML, Listener, llama2_tokenizer, per_turn, trained_tokenizer
 
 import data
+import sample
 from support.text.splits import left_out
 from support.text.tokenizer import Tokenizer
 
@@ -120,3 +121,44 @@ def test_an_answer_that_vanishes_is_refused(tmp_path):
     ours = Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="the chat template omits an answer"):
         data.encode([{"messages": [USER, answer("", tool_calls=[CALL])]}], ours, 400)
+
+
+@pytest.mark.parametrize("tokenizer", ["llama3", "llama2"])
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_rendered_text_gets_no_second_begin_or_end(tmp_path, tokenizer, begun, ended):
+    """Written as text, as prompt and completion, or asked with --raw: one of each at its ends."""
+    if tokenizer == "llama2":
+        llama2_tokenizer(tmp_path)
+        begin, end = "<s>", "</s>"
+    else:
+        trained_tokenizer(tmp_path, "llama3")
+        begin, end = "<|im_start|>", "<|im_end|>"
+    ours = Tokenizer.from_pretrained(tmp_path)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = peer.encode(f"{begin}a good{end}", add_special_tokens=False)
+    head = peer.encode(f"{begin}a", add_special_tokens=False)
+    prompt, answer = begin * begun + "a", " good" + end * ended
+    examples = [{"text": prompt + answer}, {"prompt": prompt, "completion": answer}]
+    for example, unlearnt in zip(examples, (1, len(head))):
+        [row], _ = data.encode([example], ours, 400)
+        assert row.input_ids == expected
+        assert row.labels[unlearnt:] == expected[unlearnt:]
+    model = Listener()
+    sample.answer(model, ours, prompt, sample.Sample())
+    assert model.heard == [head]
+
+
+def test_an_answer_that_ends_already_is_said(tmp_path):
+    trained_tokenizer(tmp_path)
+    talk = {"messages": [USER, answer("Fine.<|im_end|>")]}
+    [row], _ = data.encode([talk], Tokenizer.from_pretrained(tmp_path), 400)
+    assert row.notes == ("the chat template ends an answer that has an end token already",)
+
+
+def test_white_space_may_follow_the_end_of_a_rendered_text(tmp_path):
+    trained_tokenizer(tmp_path)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    text = ours.apply_chat_template([USER, answer()])
+    [row], _ = data.encode([{"text": text}], ours, 400)
+    assert text.endswith("<|im_end|>\n") and row.input_ids == ours.encode(text)
