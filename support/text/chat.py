@@ -29,17 +29,18 @@ class ChatTemplate:
     """
     A model's chat template. source: its text. names: the special tokens that it may name,
     {"eos_token": "<|im_end|>"}. added: the added tokens, one of which usually ends a turn.
-    with_tools: the text for conversations with tools, if that is another one.
+    with_tools: the text for conversations with tools, if that is another one. now: the time that
+    it is told, in ISO 8601; None: the clock's.
     """
 
-    def __init__(self, source, names, added, with_tools=None):
-        self.source, self.names, self.added = source, names, added
+    def __init__(self, source, names, added, with_tools=None, now=None):
+        self.source, self.names, self.added, self.now = source, names, added, now
         self.with_tools = with_tools or source
 
     def given(self, **lists):
         """The template for a conversation with lists of tools, documents or both."""
         source = self.with_tools if lists.get("tools") else self.source
-        return ChatTemplate(source, self.names | lists, self.added)
+        return ChatTemplate(source, self.names | lists, self.added, now=self.now)
 
     def render(self, messages, add_generation_prompt=False):
         """
@@ -50,12 +51,16 @@ class ChatTemplate:
 
     def render_all(self, *conversations):
         """Several (messages, add_generation_prompt) as a list of texts, by one request."""
-        request = {"source": self.source, "names": self.names, "conversations": conversations}
-        answers = ask(json.dumps(request))
+        answers = self.answers(conversations)
         errors = [answer["error"] for answer in answers if "error" in answer]
         if errors:
             raise ValueError(f"the chat template rejects the conversation: {errors[0]}")
         return [answer["text"] for answer in answers]
+
+    def answers(self, conversations):
+        """As render_all, but [{"text"} or {"error"}, …]."""
+        request = {"source": self.source, "names": self.names, "now": self.now}
+        return ask(json.dumps(request | {"conversations": conversations}))
 
     def conversation(self, messages):
         """
@@ -112,35 +117,28 @@ class ChatTemplate:
 
     def lost(self, text, messages, written, places):
         """
-        What of a conversation is not in its text, a set of names such as "the system turn". A key
-        that changes nothing in the text is not. written, places: from `places`.
+        What of a conversation its text lacks, a set of names such as "the system turn". Without a
+        key that is used, the text would be another. written, places: from `places`.
         """
         lists = [name for name in ("tools", "documents") if self.names.get(name)]
-        lost = {repr(name) for name in lists if self.given(**{name: None}).gives(text, messages)}
+        others = [self.given(**{name: None}).answers([(messages, False)])[0] for name in lists]
         keys = {key for message in messages for key in message} - {"role", "content"}
-        without = {key: [{k: m[k] for k in m if k != key} for m in messages] for key in keys}
-        unused = {key for key in keys if self.gives(text, without[key])}
+        without = [([{k: m[k] for k in m if k != key} for m in messages], False) for key in keys]
+        others += self.answers(without) if keys else []
+        unused = {name for name, other in zip([*lists, *keys], others) if other.get("text") == text}
+
+        lost = {repr(name) for name in unused.intersection(lists)}
         for i, message in enumerate(messages):
             marks = LEARNT if message["role"] == "assistant" else ()
-            for key, value in message.items():
-                if key in ("role", *marks) or not str(value or "").strip():
-                    continue
-                is_content = key == "content"
-                whole = i not in written if is_content else key in unused
-                exact = is_content and places or not isinstance(value, str) or holds(text, value)
-                if whole or not exact:
-                    part = "" if whole else "a part of "
-                    lost.add(
-                        f"{part}{'' if is_content else f'{key!r} of '}the {message['role']} turn"
-                    )
+            for key in {k for k, v in message.items() if str(v or "").strip()} - {"role", *marks}:
+                value, what = message[key], f"{key!r} of the {message['role']} turn"
+                whole = key in unused
+                if key == "content":
+                    what, whole = f"the {message['role']} turn", i not in written
+                    value = "" if places else value  # each is where it belongs
+                if whole or isinstance(value, str) and not holds(text, value):
+                    lost.add(what if whole else f"a part of {what}")
         return lost
-
-    def gives(self, text, messages):
-        """Whether a conversation becomes this text."""
-        try:
-            return self.render(messages) == text
-        except ValueError:
-            return False
 
     def opening(self, text, messages):
         """

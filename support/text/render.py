@@ -3,10 +3,11 @@ Renders chat templates, programs that come with models, within limits of time, m
 support/text/chat.py starts this process. It reads requests from stdin and writes answers to stdout,
 one a line, in JSON:
 
-    {"source", "names", "conversations": [[messages, add_generation_prompt], …]}
+    {"source", "names", "now", "conversations": [[messages, add_generation_prompt], …]}
     ->  [{"text"} or {"error"}, …]
 
-names: the variables that a template may use besides, such as "eos_token" and "tools".
+names: the variables that a template may use besides, such as "eos_token" and "tools". now: the time
+in ISO 8601, or null for the clock's.
 """
 
 import datetime
@@ -39,10 +40,6 @@ def raise_exception(message):
     raise jinja2.TemplateError(message)
 
 
-def strftime_now(form):
-    return datetime.datetime.now().strftime(form)
-
-
 def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     """tojson without jinja2's escapes for HTML."""
     return json.dumps(
@@ -59,7 +56,7 @@ def compiled(source):
         extensions=["jinja2.ext.loopcontrols", GenerationBlock],
     )
     environment.filters["tojson"] = to_json
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    environment.globals["raise_exception"] = raise_exception
     return environment.from_string(source)
 
 
@@ -98,7 +95,8 @@ if __name__ == "__main__":
     for line in sys.stdin:
         end_after(MOST_SECONDS)
         request = json.loads(line)
-        source, names = request["source"], request["names"]
+        now = datetime.datetime.fromisoformat(request["now"] or datetime.datetime.now().isoformat())
+        source, names = request["source"], request["names"] | {"strftime_now": now.strftime}
         answers = [render(source, *each, names) for each in request["conversations"]]
         end_after(0)
         print(json.dumps(answers), flush=True)

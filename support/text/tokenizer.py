@@ -42,7 +42,7 @@ class Tokenizer:
     templates write them too. encoding: tiktoken's, or None if the tokenizers library is used.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, now=None):
         self.folder = folder = Path(folder)
         self.settings = read_settings(folder)
         path, spec = read_spec(folder, self.settings)
@@ -69,13 +69,16 @@ class Tokenizer:
         self.pad_id = self.added.get(named.get("pad_token"), self.eos_id)
         template, with_tools = read_chat_templates(folder, self.settings)
         self.has_chat_template = template is not None
-        self.chat = ChatTemplate(template or PLAIN_TEMPLATE, named, self.added, with_tools)
+        self.chat = ChatTemplate(template or PLAIN_TEMPLATE, named, self.added, with_tools, now)
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """The tokenizer of a model's folder. Raises FileNotFoundError or ValueError."""
+    def from_pretrained(cls, folder, now=None):
+        """
+        The tokenizer of a model's folder. now: that of ChatTemplate. Raises FileNotFoundError or
+        ValueError.
+        """
         with malformed(f"{Path(folder) / 'tokenizer_config.json'} or tokenizer.json"):
-            return cls(folder)
+            return cls(folder, now)
 
     @cached_property
     def library(self):

@@ -1,13 +1,22 @@
 """Conversations as others write them, against transformers; and what a run says of what is lost."""
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import transformers
+from test_checkpoint import KILLED, ROOT, TINY, assert_same_run
 from test_tokenizer import CHATML, Listener, llama2_tokenizer, per_turn, trained_tokenizer
 
 import data
 import sample
 from support.text.splits import left_out
 from support.text.tokenizer import Tokenizer
+from support.weights.pretrained import find_model
 
 # Tools and documents, thoughts by the name that gpt-oss reads, tool calls; {% generation %} marks
 # what transformers counts as the assistant's, here without the turns that are not to be learnt.
@@ -162,3 +171,24 @@ def test_white_space_may_follow_the_end_of_a_rendered_text(tmp_path):
     text = ours.apply_chat_template([USER, answer()])
     [row], _ = data.encode([{"text": text}], ours, 400)
     assert text.endswith("<|im_end|>\n") and row.input_ids == ours.encode(text)
+
+
+def test_a_run_keeps_the_date_on_which_it_began(tmp_path, monkeypatch, request):
+    """Killed in one time zone and resumed in another, 26 hours ahead; as if it had not been."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+    shutil.copytree(find_model("tiny-random"), "model")
+    dated = per_turn("{{ m.content }}", before="{{ strftime_now('%d %b %Y') }}")
+    Path("model/chat_template.jinja").write_text(dated)
+    arguments = [f"--{key}={value}" for key, value in (TINY | {"model": "model"}).items()]
+
+    def run(out, zone, events=0):
+        command = [sys.executable, "-c", KILLED.format(root=str(ROOT)), str(events), "0"]
+        command += [*arguments, f"--out_dir={out}", "--resume=True"]
+        return subprocess.run(command, env=os.environ | {"TZ": zone}).returncode
+
+    assert run("whole", "Etc/GMT+12") == 0
+    assert run("killed", "Etc/GMT+12", events=30) == -signal.SIGKILL
+    assert [*Path("killed/checkpoints").iterdir()]
+    assert run("killed", "Etc/GMT-14") == 0
+    assert_same_run("whole", "killed")
