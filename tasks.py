@@ -122,6 +122,10 @@ class LanguageTask:
     glue: str | None
 
     @property
+    def unknown_id(self):
+        return self.tokenizer.unknown_id
+
+    @property
     def metric(self):
         """The score that a run is judged by."""
         if self.glue:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 from test_tokenizer import Listener, trained_tokenizer
 
 import data
@@ -403,7 +404,7 @@ def begin(cache, tmp_path, monkeypatch):
     def begin(**settings):
         options = dict(model="tiny-random", dtype="float32", out_dir="run", overwrite=True)
         with pytest.raises(Begins):
-            train.train(Config(**options, **settings))
+            train.train(Config(**options | settings))
 
     monkeypatch.setattr(train, "fit", stop)
     monkeypatch.chdir(tmp_path)
@@ -450,6 +451,45 @@ def test_what_a_run_leaves_out_of_its_examples_is_said_before_training(begin, ca
         "labels that differ by case alone: Yes, yes",
     ):
         assert out.count(line) == 1
+
+
+@pytest.fixture
+def residues(cache, tmp_path):
+    """The tiny model with WordPiece's vocabulary of five residues, and lines of so many texts."""
+    shutil.copytree(find_model("tiny-random"), tmp_path / "model")
+    vocab = {token: i for i, token in enumerate(["[UNK]", "<|im_end|>", *"MKTAY"])}
+    peer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    peer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    peer.add_special_tokens(["[UNK]", "<|im_end|>"])
+    peer.save(str(tmp_path / "model/tokenizer.json"))
+
+    def write(text):
+        lines = [{"text": text, "label": "MK"[i % 2]} for i in range(100)]
+        return "\n".join(map(json.dumps, lines))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("MKTAY", "the tokenizer leaves nothing of 'MKTAY' but unknown"),
+        ("M KTAY", "unknown tokens: 50% of train, 50% of val, 0% of test"),
+        ("M K T A Y", "tokens in a row (median): 5 in train, 5 in val, 2 in test"),
+    ],
+)
+def test_texts_that_the_tokenizer_does_not_know_are_counted_or_refused(
+    begin, residues, capsys, text, said
+):
+    Path("a.jsonl").write_text(residues(text))
+    Path("b.jsonl").write_text(residues("M A"))
+    options = dict(model="model", task="classification", train_file="a.jsonl", test_file="b.jsonl")
+    if "nothing" in said:
+        with pytest.raises(ValueError, match=rf"a.jsonl:\d+: {said}"):
+            begin(**options)
+    else:
+        begin(**options)
+        assert said in capsys.readouterr().out
 
 
 def test_a_padding_token_that_the_model_lacks_does_not_matter(cache, tmp_path, monkeypatch):

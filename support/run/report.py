@@ -11,7 +11,7 @@ from support.run import distributed, interrupt
 from support.run.files import replacing
 from support.text.datasets import BUILT_IN
 from support.text.jsonl import count_shared
-from support.text.splits import left_out
+from support.text.splits import compared, left_out
 
 SHARES = ("accuracy", "f1", "f1_micro", "f1_macro", "precision", "recall")  # shown in percent
 START = """Start with:
@@ -42,6 +42,7 @@ def announce(task, method):
     announce_shared(config, task.splits)
     print(f"task: {task.name}, scored by {task.family.metric}")
     notes = [*left_out(task.splits, task.encoded, task.labels)]
+    notes += compared(task.encoded, task.family.unknown_id)
     notes += task.family.notes(task.cut, config.block_size)
     print(*notes, trainable(task.sizes["trainable_parameters"]), phases(config, method), sep="\n")
 

@@ -8,6 +8,7 @@ Splits: which examples train each level, and which are tested.
 
 import os
 import random
+import statistics
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,10 @@ from support.text.jsonl import Example, format_of, read_jsonl
 LABEL_PROMPT = (
     "Which of these labels fits the text: {labels}? Answer with the label only.\n\n{text}"
 )
+
+MANY_UNKNOWN = 0.05  # a share of unknown tokens that a run says
+UNLIKE = 2  # and a ratio of the lengths of two splits with at least FEW rows
+FEW = 20
 
 
 def load_examples(path_or_name):
@@ -222,3 +227,23 @@ def left_out(splits, encoded, labels):
         alike.setdefault(label.casefold(), []).append(label)
     for names in filter(lambda names: len(names) > 1, alike.values()):
         yield f"labels that differ by case alone: {', '.join(names)}"
+
+
+def compared(encoded, unknown_id):
+    """
+    Lines about rows, {split: rows}, of which many tokens are unknown, or which are much longer in
+    one split than in another.
+    """
+    rows = {name: [row.input_ids for row in part] for name, part in encoded.items() if part}
+    shares = {
+        name: sum(ids.count(unknown_id) for ids in lists) / sum(map(len, lists))
+        for name, lists in rows.items()
+    }
+    if max(shares.values()) > MANY_UNKNOWN:
+        said = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
+        yield f"unknown tokens: {said}: the model can't tell such texts apart"
+    many = {name: lists for name, lists in rows.items() if len(lists) >= FEW}
+    lengths = {name: statistics.median(map(len, lists)) for name, lists in many.items()}
+    if max(lengths.values(), default=0) > UNLIKE * min(lengths.values(), default=0):
+        said = ", ".join(f"{length:.0f} in {name}" for name, length in lengths.items())
+        yield f"tokens in a row (median): {said}: the splits are unlike"

@@ -29,6 +29,7 @@ from support.text.tokenizer_files import (
     read_spec,
     tiktoken_encoding,
     token_text,
+    unknown_id,
 )
 
 
@@ -39,7 +40,8 @@ class Tokenizer:
 
     added: the added tokens, {text: id}. eos_id ends a text. pad_id fills batches, without a loss.
     stop_ids end a generated answer. prefix_ids go before a text (LLaMA: <|begin_of_text|>); chat
-    templates write them too. encoding: tiktoken's, or None if the tokenizers library is used.
+    templates write them too. unknown_id is what text without a token becomes, if there is one.
+    encoding: tiktoken's, or None if the tokenizers library is used.
     """
 
     def __init__(self, folder, now=None):
@@ -49,8 +51,10 @@ class Tokenizer:
         self.encoding, self.nfc = None, spec.get("normalizer") is not None
         with contextlib.suppress(ValueError), malformed(path):  # the library says what is damaged
             self.encoding = tiktoken_encoding(spec)
+        self.unknown_id = None
         if not self.encoding:
             self.library = open_library(path, spec)
+            self.unknown_id = unknown_id(self.library)
 
         vocab = spec["model"]["vocab"] if self.encoding else {}
         tokens = spec["added_tokens"]

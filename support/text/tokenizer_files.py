@@ -137,6 +137,13 @@ def open_library(path, spec):
     return library
 
 
+def unknown_id(library):
+    """The id of the token that stands for what a tokenizers.Tokenizer does not know, or None."""
+    if type(library.model).__name__ == "Unigram":
+        return json.loads(library.to_str())["model"]["unk_id"]
+    return library.token_to_id(library.model.unk_token or "")
+
+
 @contextlib.contextmanager
 def library_errors(message):
     """
