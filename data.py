@@ -94,8 +94,12 @@ def tokenize_labels(labels, tokenizer):
     """
     {label: its token ids}. One token per label is fastest, so no end-of-turn token follows, unless
     one label begins another ("1" and "10"): then the shorter one would always be the likelier.
+    Raises ValueError for labels that are the same tokens.
     """
     ids = {label: tokenizer.encode(label) for label in labels}
+    for a, b in itertools.combinations(labels, 2):
+        if ids[a] == ids[b]:
+            raise ValueError(f"to the tokenizer, the labels {a!r} and {b!r} are one: rename one")
     if any(a != b and ids[b][: len(ids[a])] == ids[a] for a in labels for b in labels):
         ids = {label: tokens + [tokenizer.eos_id] for label, tokens in ids.items()}
     return ids

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tokenizers
-from test_tokenizer import Listener, trained_tokenizer
+from test_tokenizer import Listener, change_json, trained_tokenizer
 
 import data
 import sample
@@ -451,6 +451,27 @@ def test_what_a_run_leaves_out_of_its_examples_is_said_before_training(begin, ca
         "labels that differ by case alone: Yes, yes",
     ):
         assert out.count(line) == 1
+
+
+def test_labels_that_are_the_same_tokens_are_refused(cache, tmp_path):
+    """A lower-casing normaliser makes Yes and YES one."""
+    trained_tokenizer(tmp_path, "gpt2")
+    change_json(tmp_path / "tokenizer.json", lambda t: t.update(normalizer={"type": "Lowercase"}))
+    with pytest.raises(ValueError, match="the labels 'YES' and 'Yes' are one: rename one"):
+        data.tokenize_labels(["No", "YES", "Yes"], Tokenizer.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ({"text": "a", "labels": []}, "no example has a label"),
+        ({"words": ["a"], "tags": ["O"]}, "all words are tagged O"),
+    ],
+)
+def test_examples_without_any_label_are_refused(tmp_path, line, said):
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(line)] * 20))
+    with pytest.raises(ValueError, match=said):
+        data.load_splits(Config(train_file=str(tmp_path / "a.jsonl")))
 
 
 @pytest.fixture

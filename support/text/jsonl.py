@@ -17,7 +17,6 @@ lists what else each may have. An example's notes name all that is left out or c
 
 import json
 import re
-import sys
 
 from support.run.files import unique
 
@@ -40,6 +39,7 @@ OPTIONAL = {
 }
 LISTS = dict.fromkeys(("references", "labels", "words", "tags"), str)  # {key: its items' type}
 LISTS |= {"tools": dict, "documents": dict, "history": list}
+LARGEST = 1e38  # of scores: float32's range
 LEARNT = ("weight", "train", "training", "loss")  # 0 or false: an assistant's turn is not learnt
 
 
@@ -210,15 +210,15 @@ def check_tags(words, tags):
         counts = f"{len(words)} words and {len(tags)} tags"
         raise ValueError(f"{counts}: give each word one, and at least one word")
     for tag in tags:
-        if not re.fullmatch("O|[BI]-.+", tag):
+        if not re.fullmatch(r"O|[BI]-\S.*", tag):
             raise ValueError(f"the tag {tag!r} is not O, B-… or I-…: convert the tags to BIO")
 
 
 def check_score(score):
-    """Raise ValueError for a score that is not a number within a float's range."""
+    """Raise ValueError for a score that is not a number within float32's range."""
     number = isinstance(score, (int, float)) and not isinstance(score, bool)
-    if not number or not abs(score) <= sys.float_info.max:
-        raise ValueError(f"'score' is {score!r:.40}, not a number")
+    if not number or not abs(score) <= LARGEST:
+        raise ValueError(f"'score' is {score!r:.40}, not a number of at most {LARGEST:g}")
 
 
 def learnt_answers(turns):

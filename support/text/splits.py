@@ -201,6 +201,8 @@ def check_splits(splits, labels):
             where = f"{example.where}: " if hasattr(example, "where") else ""
             raise ValueError(f"{where}{name} has the label {min(unseen)!r}, which train lacks")
 
+    if formats & {"multi_label", "tagging"} and not set(labels) - {"O"}:
+        raise ValueError("no example has a label" if not labels else "all words are tagged O")
     if formats != {"classification"}:
         return
     needed = {label for example in splits["train"] for label in labels_of(example)}

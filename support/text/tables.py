@@ -87,8 +87,8 @@ def read_conll(path):
     I-X becomes B-X unless an entity of type X precedes it. BIO stays as it is.
     """
     sentences, sentence, width = [], None, None
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        cells = re.findall(r"[^ \t\r]+", line)
+    for number, line in enumerate(re.split(r"\r\n?|\n", read_text(path)), start=1):
+        cells = re.findall(r"[^ \t]+", line)
         if not cells or cells[0] == "-DOCSTART-" or cells[0].startswith("###MEDLINE:"):
             sentence = None
             continue
@@ -125,7 +125,7 @@ def read_text(path):
     """A file's text, without byte order marks: files that were joined have one within."""
     content = Path(path).read_bytes()
     try:
-        return re.sub("(?m)^\ufeff", "", content.decode())
+        return re.sub(r"(^|[\r\n])\ufeff", r"\1", content.decode())
     except UnicodeDecodeError as error:
         line, reason = content.count(b"\n", 0, error.start) + 1, error.reason
         raise ValueError(f"{path}:{line}: not UTF-8 ({reason}): save the file as UTF-8") from None

@@ -126,6 +126,8 @@ def test_single_texts_are_in_the_formats_of_jsonl_files(write, text, name):
         ("instruction,output\nx,", 2, f"{EMPTY} 'output'"),
         ("mr,ref\nx,", 2, f"{EMPTY} 'ref'"),
         ("text,score\nx,high", 2, "'score' is 'high', not a number"),
+        ("text,score\nx,1_0", 2, "'score' is '1_0', not a number"),
+        ("text,score\nx,３", 2, "'score' is '３', not a number"),
         ("text,score\nx,nan", 2, "'score' is nan, not a number"),
         ("text,score\nx,", 2, "'score' is '', not a number"),
         ('text,label\na,b\n"x,y\nz,w\n', 3, "unexpected end of data"),
@@ -141,12 +143,14 @@ def test_a_bad_row_is_named_by_file_and_line(write, text, line, said):
     "name, text",
     [
         ("a.csv", "text,score\nx,1e400"),
+        ("a.csv", "text,score\nx,1" + "0" * 400),
+        ("a.jsonl", '{"text": "x", "score": 1e300}'),
         ("a.jsonl", f'{{"text": "x", "score": {10**400}}}'),
         ("a.jsonl", '{"text": "x", "score": -Infinity}'),
     ],
 )
 def test_a_score_beyond_the_floats_is_refused(write, name, text):
-    with pytest.raises(ValueError, match=r":[12]: 'score' is -?(1000|inf).*, not a number"):
+    with pytest.raises(ValueError, match=r":[12]: 'score' is -?(1000|1e|inf).*, not a number"):
         load_examples(write(text, name))
 
 
@@ -182,6 +186,24 @@ def test_parquet_holds_words_with_tags_and_lists_of_labels(tmp_path):
     assert [example["labels"] for example in read_table(path)] == [["x", "y"], []]
     path = parquet(tmp_path, text=["a"], text_b=["b"], labels=[["x"]])
     assert read_table(path) == [{"text": "a", "text_b": "b", "labels": ["x"]}]
+    pairs = pyarrow.array([[["q", "a"]]])
+    path = parquet(tmp_path, instruction=["i"], output=["o"], input=[None], history=pairs)
+    assert read_table(path) == [{"instruction": "i", "output": "o", "history": [["q", "a"]]}]
+
+
+@pytest.mark.parametrize("name, place", [("note", None), ("text", ", row 2: 'text' can't be read")])
+def test_of_a_parquet_file_only_the_columns_that_are_used_are_read(tmp_path, name, place):
+    """One holds a string that is not UTF-8, the other one a date that Python does not know."""
+    broken = pyarrow.array([b"a", b"\xff"]).view(pyarrow.string())
+    dates = pyarrow.array([0, 2**40]).view(pyarrow.timestamp("s"))
+    columns = dict(text=["a", "b"], label=["x", "y"]) | {name: broken, "day": dates}
+    path = parquet(tmp_path, **columns)
+    if place:
+        refused(read_table, path, place, "utf-8")
+    else:
+        examples = read_table(path)
+        assert examples == [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+        assert examples[0].notes == ("columns are not used (note, day)",)
 
 
 def test_a_parquet_file_s_folder_adds_no_column(tmp_path):
@@ -309,9 +331,11 @@ def test_conll_s_iob1_becomes_bio(write):
     ]
 
 
-def test_conll_s_bio_stays_as_it_is(write):
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\ufeff"])
+def test_conll_s_bio_stays_as_it_is(write, end):
+    """With any line ends, and where each line was a file that began with a byte order mark."""
     tags = ["B-A", "I-A", "B-A", "O", "B-B", "I-B", "B-A"]
-    lines = [f"w{i}\t{tag}\r\n" for i, tag in enumerate(tags)]
+    lines = [f"w{i}\t{tag}{end}" for i, tag in enumerate(tags)]
     [sentence] = read_conll(write("".join(lines)))
     assert sentence["tags"] == tags and sentence["words"] == [f"w{i}" for i in range(7)]
 
