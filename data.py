@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from support.text.jsonl import format_of
+from support.text.jsonl import FORMATS, format_of, is_learnt
 from support.text.splits import LABEL_PROMPT, load_examples, load_splits, split  # noqa: F401
 from support.text.tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer)
 
@@ -36,6 +36,7 @@ class Encoded:
     label: str = None  # classification: the right answer
     prompt_ids: list = field(default_factory=list)  # the prompt alone, unless plain text
     references: list = field(default_factory=list)  # data to text: the right answers
+    notes: tuple = ()  # what of the example the chat template leaves out
 
 
 def prefix_of(tokenizer):
@@ -93,36 +94,44 @@ def tokenize_labels(labels, tokenizer):
     """
     {label: its token ids}. One token per label is fastest, so no end-of-turn token follows, unless
     one label begins another ("1" and "10"): then the shorter one would always be the likelier.
+    Raises ValueError for labels that are the same tokens.
     """
     ids = {label: tokenizer.encode(label) for label in labels}
+    for a, b in itertools.combinations(labels, 2):
+        if ids[a] == ids[b]:
+            raise ValueError(f"to the tokenizer, the labels {a!r} and {b!r} are one: rename one")
     if any(a != b and ids[b][: len(ids[a])] == ids[a] for a in labels for b in labels):
         ids = {label: tokens + [tokenizer.eos_id] for label, tokens in ids.items()}
     return ids
 
 
 def segments(example, tokenizer):
-    """An example of any format but classification, as a list of (token ids, if supervised)."""
+    """
+    An example of any format but classification, as a list of (token ids, if supervised: None for an
+    answer that must not be); and its notes, those of Encoded.
+    """
     kind, eos = format_of(example), [tokenizer.eos_id]
-    if kind in ("text", "code"):
-        return [(tokenizer.prefix_ids, False), (tokenizer.encode(example[kind]) + eos, True)]
-    if kind in ("prompt", "generation"):
-        answer = example["completion"] if kind == "prompt" else "\n" + example["references"][0]
-        whole, cut = example["prompt"] + answer, len(example["prompt"])
-        prompt, completion = tokenizer.encode_cut(whole, [cut])
-        return [(tokenizer.prefix_ids + prompt, False), (completion + eos, True)]
+    if kind in ("text", "code", "prompt", "generation"):
+        prompt = example.get("prompt", "")
+        answer = example[FORMATS[kind][-1]]
+        answer = "\n" + answer[0] if kind == "generation" else answer
+        cuts = [len(prompt)] if prompt else []
+        *begin, rest = tokenizer.encode_cut(prompt + answer, cuts)
+        begin = sum(begin, [])
+        # A text that was rendered already has its first and its last token.
+        begin = tokenizer.prefix_of(begin + rest) + begin
+        rest += [] if answer.rstrip().endswith(tokenizer.ends) else eos
+        return [(begin, False), (rest, True)], ()
 
-    if kind == "instruction":
-        request = "\n\n".join(filter(None, (example["instruction"], example.get("input"))))
-        messages = [
-            {"role": "user", "content": request},
-            {"role": "assistant", "content": example["output"]},
-        ]
-    else:
-        messages = example["messages"]  # up to the last answer: nothing is learnt from the rest
-        last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
-        messages = messages[: last + 1]
+    messages = example["messages"] if kind == "messages" else turns_of(example)
+    answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+    learnt = [is_learnt(messages[i]) for i in answers]
+    last = max(i for i, yes in zip(answers, learnt) if yes)  # nothing is learnt from the rest
+    messages = messages[: last + 1]
+    lists = {key: example[key] for key in ("tools", "documents") if example.get(key)}
+    chat = tokenizer.chat.given(**lists) if lists else tokenizer.chat
     try:
-        text, spans = tokenizer.chat.conversation(messages)
+        text, spans, lost = chat.conversation(messages)
     except ValueError as error:
         quoted = json.dumps(example, ensure_ascii=False)
         raise ValueError(f"{error}; the example is {quoted:.80}…") from None
@@ -131,9 +140,23 @@ def segments(example, tokenizer):
     pieces[0] = prefix_of(tokenizer) + pieces[0]
     pieces.pop()  # the end that the template writes after the last answer
     # The model must learn to stop, also where the template does not mark the end of an answer.
-    if not tokenizer.chat.end_of_turn:
+    if not chat.end_of_turn:
         pieces[-1] += eos
-    return [(tokens, i % 2 == 1) for i, tokens in enumerate(pieces)]
+    notes = tuple(f"the chat template drops {what}" for what in sorted(lost))
+    contents = [messages[i].get("content") or "" for i in answers if i <= last]
+    if any(content.rstrip().endswith(tokenizer.ends) for content in contents):
+        notes += ("the chat template ends an answer that has an end token already",)
+    supervised = [yes for learn in learnt for yes in (False, learn or None)]
+    return list(zip(pieces, supervised)), notes
+
+
+def turns_of(example):
+    """An instruction, with the system message and the turns before it, as messages."""
+    request = "\n\n".join(filter(None, (example["instruction"], example.get("input"))))
+    turns = [("system", example["system"])] if example.get("system") else []
+    for question, answer in (*example.get("history", ()), (request, example["output"])):
+        turns += [("user", question), ("assistant", answer)]
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def encode(
@@ -154,16 +177,17 @@ def encode(
     """
     encoded, cut, asking = [], 0, (tokenizer, label_prompt, label_ids, block_size)
     for example in examples:
-        kind, question, shortened = format_of(example), [], False
+        kind, question, shortened, notes = format_of(example), [], False, ()
         if kind == "classification":
             text_b = example.get("text_b", "")
             question, shortened = tokenize_question(example["text"], *asking, text_b)
             pieces = [(question, False), (label_ids[example["label"]], True)]
         else:
-            pieces = segments(example, tokenizer)
+            pieces, notes = segments(example, tokenizer)
 
         ids = [token for tokens, _ in pieces for token in tokens]
-        learnt = [supervised or train_on_prompt for tokens, supervised in pieces for _ in tokens]
+        chosen = (True, False) if train_on_prompt else (True,)
+        learnt = [supervised in chosen for tokens, supervised in pieces for _ in tokens]
         targets = [token if yes else -100 for token, yes in zip(ids, learnt)]
         if kind in ("text", "code"):
             # A row's first token is the last of the row before, so that each is predicted once.
@@ -181,6 +205,7 @@ def encode(
             )
         cut += shortened or len(ids) > block_size
         row = Encoded(ids[-block_size:], targets[-block_size:], example.get("label"), question)
+        row.notes = notes
         if kind in ("prompt", "generation"):
             row.prompt_ids = row.input_ids[:-answer]
             row.references = example.get("references") or [example["completion"].strip()]

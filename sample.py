@@ -112,7 +112,8 @@ def answer(model, tokenizer, messages, config):
     a Sample.
     """
     if isinstance(messages, str):
-        ids = tokenizer.prefix_ids + tokenizer.encode(messages)
+        ids = tokenizer.encode(messages)
+        ids = tokenizer.prefix_of(ids) + ids
     else:
         ids = tokenize_prompt(messages, tokenizer)
     ids = torch.tensor([ids], device=model.lm_head.weight.device)
@@ -186,8 +187,8 @@ def respond(model, tokenizer, run, config):
             print(f"{p:6.1%}  {label}")
     elif task == "generation" and not raw:
         writer = tasks.LanguageTask(tokenizer, "", {}, False, tasks.search_options(run), None)
-        ids = tokenizer.prefix_ids + tokenizer.encode(config.prompt)
-        print(*writer.write(model, [ids]))
+        ids = tokenizer.encode(config.prompt)
+        print(*writer.write(model, [tokenizer.prefix_of(ids) + ids]))
     else:
         turn = [{"role": "user", "content": config.prompt}]
         print(answer(model, tokenizer, config.prompt if raw else turn, config))

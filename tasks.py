@@ -72,15 +72,16 @@ def choose(name, example, shape):
     )
 
 
-def build(name, config, folder, question, labels, glue):
+def build(name, config, folder, question, labels, glue, began=None):
     """
     The task `name`, from choose. folder: the model's; question, labels, glue: from
-    data.load_splits. Raises FileNotFoundError or ValueError for a tokenizer that can't be used.
+    data.load_splits; began: the time that chat templates are told, ChatTemplate's now. Raises
+    FileNotFoundError or ValueError for a tokenizer that can't be used.
     """
     if name in HEADS:
         return HeadTask(name, labels, *load_tokenizer(folder), glue)
 
-    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer.from_pretrained(folder, began)
     label_ids = data.tokenize_labels(labels, tokenizer) if name == "label_words" else {}
     search = search_options(vars(config)) if name == "generation" else {}
     return LanguageTask(tokenizer, question, label_ids, config.train_on_prompt, search, glue)
@@ -131,6 +132,10 @@ class LanguageTask:
     train_on_prompt: bool
     search: dict
     glue: str | None
+
+    @property
+    def unknown_id(self):
+        return self.tokenizer.unknown_id
 
     @property
     def metric(self):

@@ -52,7 +52,7 @@ def train(config, task_class=None):
     check(config)
     with Run(config, hardware.choose_device(config.device), MAY_CHANGE) as run:
         check(run.config)  # that of a resumed run comes from a file
-        task = prepare(run.config, run.device, run.resuming, task_class or Task)
+        task = prepare(run.config, run.device, run.resuming, task_class or Task, run.began)
         config = task.config
         run.start(task)
         report.announce(task, METHODS.get(config.method))
@@ -294,9 +294,9 @@ class Task:
         return report.summary(self)
 
 
-def prepare(config, device, resuming=False, task_class=Task):
+def prepare(config, device, resuming=False, task_class=Task, began=None):
     """
-    The Task of a config: data, tokens, and the model with its adapters.
+    The Task of a config: data, tokens, and the model with its adapters. began: see tasks.build.
 
     Raises ValueError or FileNotFoundError for data, a tokenizer or a model that can't be used.
     """
@@ -306,7 +306,7 @@ def prepare(config, device, resuming=False, task_class=Task):
     folder = find_model(config.model)
     shape = tasks.read_shape(folder)
     name = tasks.choose(config.task, splits["train"][0], shape)
-    family = tasks.build(name, config, folder, question, labels, glue)
+    family = tasks.build(name, config, folder, question, labels, glue, began)
     if distributed.LOCAL_RANK == 0:
         distributed.wait()  # lets the others continue
 

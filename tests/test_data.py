@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_tokenizer import Listener, trained_tokenizer
+import tokenizers
+from test_tokenizer import Listener, change_json, trained_tokenizer
 
 import data
 import sample
@@ -72,8 +73,15 @@ def test_the_label_alone_counts(tiny):
     assert masked(tiny, {"text": "Nice.", "label": "good"}, **question) == (expected, "good")
 
 
-def test_all_answers_of_a_conversation_count(tiny):
-    talk = {"messages": [{"role": role, "content": content} for role, content in TURNS]}
+INSTRUCTION = {"instruction": "c", "output": "d", "system": "S", "history": [["a", "b"]]}
+
+
+@pytest.mark.parametrize(
+    "talk",
+    [{"messages": [{"role": role, "content": text} for role, text in TURNS]}, INSTRUCTION],
+    ids=["messages", "instruction"],
+)
+def test_all_answers_of_a_conversation_count(tiny, talk):
     turns = f"{USER}a{END}\n{ASSISTANT}b{END}\n{USER}c{END}\n{ASSISTANT}d{END}"
     assert masked(tiny, talk) == (f"<|im_start|>system\nS{END}\n{turns}", f"b{END}d{END}")
 
@@ -214,6 +222,17 @@ def test_jsonl_formats_are_read(tmp_path):
         (b'{"messages": []}', "assistant"),
         (b'{"messages": [{"role": "user"}]}', "role and content"),
         (b'{"messages": [{"role": "assistant", "content": ""}]}', "answer is empty"),
+        (b'{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}', "not to be learnt"),
+        (b'{"messages": [{"role": "assistant", "content": "a", "loss": 0.5}]}', "give 0 or 1"),
+        (
+            b'{"messages": [{"role": "assistant", "content": "a"}], "tools": "x"}',
+            "list of JSON obj",
+        ),
+        (
+            b'{"instruction": "a", "output": "b", "history": [["c"]]}',
+            "'history' is not a list of p",
+        ),
+        (b'{"instruction": "a", "output": "b", "history": ["cd"]}', "'history' is str, not a list"),
         (b'{"prompt": "a", "completion": "b"}', "one format per file"),
         (b"[" * 100000, "not JSON"),
     ],
@@ -228,7 +247,9 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, said):
 
 def test_a_label_beside_another_format_is_left_out(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b", "label": ["x"]}')
-    assert load_examples(tmp_path / "a.jsonl") == [{"prompt": "a", "completion": "b"}]
+    [example] = load_examples(tmp_path / "a.jsonl")
+    assert example == {"prompt": "a", "completion": "b"}
+    assert example.notes == ("the key 'label' is not used",)
 
 
 def test_missing_and_empty_files_are_named(tmp_path):
@@ -383,7 +404,7 @@ def begin(cache, tmp_path, monkeypatch):
     def begin(**settings):
         options = dict(model="tiny-random", dtype="float32", out_dir="run", overwrite=True)
         with pytest.raises(Begins):
-            train.train(Config(**options, **settings))
+            train.train(Config(**options | settings))
 
     monkeypatch.setattr(train, "fit", stop)
     monkeypatch.chdir(tmp_path)
@@ -410,6 +431,86 @@ def test_lines_of_a_test_or_val_file_that_are_also_in_another_file_are_counted(b
     assert "3 of 6 lines of test_file are also in train_file" in capsys.readouterr().out
     begin(train_file="train.jsonl")
     assert "are also in" not in capsys.readouterr().out
+
+
+def test_what_a_run_leaves_out_of_its_examples_is_said_before_training(begin, capsys):
+    """Each once, with its count over all files; a key by its file's own name."""
+    labels = ["yes", " yes", "no", "Yes"] * 10
+    lines = [{"text": str(i), "label": label} for i, label in enumerate(labels)]
+    lines[0]["source"] = lines[1]["weight"] = lines[2]["source"] = None
+    Path("train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    Path("test.csv").write_text("id,Text,label\n1,a,no\n2, b,no\n")
+    begin(train_file="train.jsonl", test_file="test.csv")
+    out = capsys.readouterr().out.splitlines()
+    for line in (
+        "the key 'source' is not used in 2 of 42 examples",
+        "the key 'weight' is not used in 1 of 42 examples",
+        "columns are not used (id) in 2 of 42 examples",
+        "blanks around 'label' are left out in 10 of 42 examples",
+        "blanks around 'text' are left out in 1 of 42 examples",
+        "labels that differ by case alone: Yes, yes",
+    ):
+        assert out.count(line) == 1
+
+
+def test_labels_that_are_the_same_tokens_are_refused(cache, tmp_path):
+    """A lower-casing normaliser makes Yes and YES one."""
+    trained_tokenizer(tmp_path, "gpt2")
+    change_json(tmp_path / "tokenizer.json", lambda t: t.update(normalizer={"type": "Lowercase"}))
+    with pytest.raises(ValueError, match="the labels 'YES' and 'Yes' are one: rename one"):
+        data.tokenize_labels(["No", "YES", "Yes"], Tokenizer.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ({"text": "a", "labels": []}, "no example has a label"),
+        ({"words": ["a"], "tags": ["O"]}, "all words are tagged O"),
+    ],
+)
+def test_examples_without_any_label_are_refused(tmp_path, line, said):
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(line)] * 20))
+    with pytest.raises(ValueError, match=said):
+        data.load_splits(Config(train_file=str(tmp_path / "a.jsonl")))
+
+
+@pytest.fixture
+def residues(cache, tmp_path):
+    """The tiny model with WordPiece's vocabulary of five residues, and lines of so many texts."""
+    shutil.copytree(find_model("tiny-random"), tmp_path / "model")
+    vocab = {token: i for i, token in enumerate(["[UNK]", "<|im_end|>", *"MKTAY"])}
+    peer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    peer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    peer.add_special_tokens(["[UNK]", "<|im_end|>"])
+    peer.save(str(tmp_path / "model/tokenizer.json"))
+
+    def write(text):
+        lines = [{"text": text, "label": "MK"[i % 2]} for i in range(100)]
+        return "\n".join(map(json.dumps, lines))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("MKTAY", "the tokenizer leaves nothing of 'MKTAY' but unknown"),
+        ("M KTAY", "unknown tokens: 50% of train, 50% of val, 0% of test"),
+        ("M K T A Y", "tokens in a row (median): 5 in train, 5 in val, 2 in test"),
+    ],
+)
+def test_texts_that_the_tokenizer_does_not_know_are_counted_or_refused(
+    begin, residues, capsys, text, said
+):
+    Path("a.jsonl").write_text(residues(text))
+    Path("b.jsonl").write_text(residues("M A"))
+    options = dict(model="model", task="classification", train_file="a.jsonl", test_file="b.jsonl")
+    if "nothing" in said:
+        with pytest.raises(ValueError, match=rf"a.jsonl:\d+: {said}"):
+            begin(**options)
+    else:
+        begin(**options)
+        assert said in capsys.readouterr().out
 
 
 def test_a_padding_token_that_the_model_lacks_does_not_matter(cache, tmp_path, monkeypatch):

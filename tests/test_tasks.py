@@ -78,7 +78,7 @@ def head(family, names, examples, length=64):
 
 
 LETTERS = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
-ESM_TOKENS = ["<cls>", "<pad>", "<eos>", "<unk>", *LETTERS, "<null_1>", "<mask>"]
+ESM_TOKENS = ["<cls>", "<pad>", "<eos>", "<unk>", *LETTERS, *"abcde", "<null_1>", "<mask>"]
 
 
 def encoder(name="bert"):

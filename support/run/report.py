@@ -11,6 +11,7 @@ from support.run import distributed, interrupt
 from support.run.files import replacing
 from support.text.datasets import BUILT_IN
 from support.text.jsonl import count_shared
+from support.text.splits import compared, left_out
 
 SHARES = ("accuracy", "f1", "f1_micro", "f1_macro", "precision", "recall")  # shown in percent
 START = """Start with:
@@ -40,7 +41,9 @@ def announce(task, method):
     print(f"data: {source}: {counts}{labels:.300}")
     announce_shared(config, task.splits)
     print(f"task: {task.name}, scored by {task.family.metric}")
-    notes = [*getattr(task.model, "notes", ()), *task.family.notes(task.cut, config.block_size)]
+    notes = [*getattr(task.model, "notes", ()), *left_out(task.splits, task.encoded, task.labels)]
+    notes += compared(task.encoded, task.family.unknown_id)
+    notes += task.family.notes(task.cut, config.block_size)
     print(*notes, trainable(task.sizes["trainable_parameters"]), phases(config, method), sep="\n")
 
 

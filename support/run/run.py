@@ -12,6 +12,7 @@ from a loss that is not finite. If there are several processes, only the first o
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -67,6 +68,9 @@ class Run:
                 else:
                     print(f"{self.out} has no checkpoint yet: starting from its first step")
             self.config, self.locks = config, locks.pop_all()
+        # A chat template may write the date: a run keeps that on which it began.
+        now = distributed.from_first(lambda: datetime.datetime.now().isoformat(timespec="seconds"))
+        self.began = self.earlier_run.get("began", now)
 
     def __enter__(self):
         return self
@@ -157,6 +161,7 @@ class Run:
         try:
             settings = dataclasses.asdict(self.config) | self.task.metadata()
             settings |= {"asked": self.asked, "base": base, "files": self.earlier_run.get("files")}
+            settings["began"] = self.began
             write_json(self.out / "run.json", seal(settings))
             with replacing(self.out / "metrics.jsonl") as temporary:
                 lines = "".join(json.dumps(line) + "\n" for line in self.metrics)

@@ -7,6 +7,7 @@ The tasks of a head (heads.py): examples as rows of tokens, answers as labels, a
     tagging          {"words", "tags"}               a BIO tag a word, on the word's first token
 """
 
+import functools
 import shutil
 from dataclasses import dataclass
 from statistics import fmean
@@ -17,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from support.run.files import read_json
 from support.tasks import scores
 from support.tasks.heads import IGNORED, DecoderWithHead
-from support.text.tokenizer_files import FILES
+from support.text.tokenizer_files import FILES, unknown_id
 
 
 @dataclass
@@ -61,8 +62,7 @@ class HeadTask:
     def encode_text(self, example, block_size):
         text, text_b = example["text"], example.get("text_b")
         ids, types, cut = encode_pair(self.tokenizer, text, text_b, block_size)
-        if not ids:
-            raise ValueError(f"{place_of(example)}: the tokenizer leaves nothing of {text!r:.60}")
+        self.check_known(ids, example, text)
         if self.kind == "regression":
             answer = target = example["score"]
         elif self.kind == "multi_label":
@@ -76,10 +76,23 @@ class HeadTask:
     def encode_tags(self, example, block_size):
         words, tags = example["words"], example["tags"]
         ids, places = encode_words(self.tokenizer, words, range(len(words)), block_size)
-        if all(place == IGNORED for place in places):
-            raise ValueError(f"{place_of(example)}: the tokenizer leaves nothing of {words!r:.60}")
+        self.check_known([i for i, place in zip(ids, places) if place != IGNORED], example, words)
         targets = [IGNORED if i == IGNORED else self.names.index(tags[i]) for i in places]
         return Row(ids, [0] * len(ids), targets, tags, places), max(places) < len(words) - 1
+
+    @functools.cached_property
+    def unknown_id(self):
+        return unknown_id(self.tokenizer)
+
+    def check_known(self, ids, example, text):
+        """Raise ValueError if the tokens of a text are none, or unknown and special ones alone."""
+        added = self.tokenizer.get_added_tokens_decoder() if self.unknown_id in ids else {}
+        special = {self.unknown_id, *(i for i, token in added.items() if token.special)}
+        if not ids or self.unknown_id in ids and special.issuperset(ids):
+            raise ValueError(
+                f"{place_of(example)}: the tokenizer leaves nothing of {text!r:.60} but unknown "
+                f"tokens: take a model for such texts, or put blanks between the units it knows"
+            )
 
     def collate(self, rows):
         """Rows as (input_ids, attention_mask, token_type_ids, targets), padded on the right."""

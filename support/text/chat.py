@@ -13,6 +13,8 @@ import threading
 from functools import cached_property
 from pathlib import Path
 
+from support.text.jsonl import LEARNT
+
 # For a model without a template
 PLAIN_TEMPLATE = (
     "{% for m in messages %}"
@@ -25,12 +27,20 @@ MARK = "\ue000the answer\ue000"  # stands in for an answer, and shows where a te
 
 class ChatTemplate:
     """
-    A model's chat template. source: its text. tokens: the special tokens that it may name,
+    A model's chat template. source: its text. names: the special tokens that it may name,
     {"eos_token": "<|im_end|>"}. added: the added tokens, one of which usually ends a turn.
+    with_tools: the text for conversations with tools, if that is another one. now: the time that
+    it is told, in ISO 8601; None: the clock's.
     """
 
-    def __init__(self, source, tokens, added):
-        self.source, self.tokens, self.added = source, tokens, added
+    def __init__(self, source, names, added, with_tools=None, now=None):
+        self.source, self.names, self.added, self.now = source, names, added, now
+        self.with_tools = with_tools or source
+
+    def given(self, **lists):
+        """The template for a conversation with lists of tools, documents or both."""
+        source = self.with_tools if lists.get("tools") else self.source
+        return ChatTemplate(source, self.names | lists, self.added, now=self.now)
 
     def render(self, messages, add_generation_prompt=False):
         """
@@ -41,16 +51,20 @@ class ChatTemplate:
 
     def render_all(self, *conversations):
         """Several (messages, add_generation_prompt) as a list of texts, by one request."""
-        request = {"source": self.source, "tokens": self.tokens, "conversations": conversations}
-        answers = ask(json.dumps(request))
+        answers = self.answers(conversations)
         errors = [answer["error"] for answer in answers if "error" in answer]
         if errors:
             raise ValueError(f"the chat template rejects the conversation: {errors[0]}")
         return [answer["text"] for answer in answers]
 
+    def answers(self, conversations):
+        """As render_all, but [{"text"} or {"error"}, …]."""
+        request = {"source": self.source, "names": self.names, "now": self.now}
+        return ask(json.dumps(request | {"conversations": conversations}))
+
     def conversation(self, messages):
         """
-        (the conversation as text, a span (start, end) for each answer).
+        (the conversation as text, a span (start, end) for each answer, the set of what is `lost`).
 
         A span is what the model has to write: from the end of the generation prompt to the end of
         the end-of-turn token. Without a generation prompt, it starts at the answer, with the space
@@ -58,10 +72,11 @@ class ChatTemplate:
         found in the text.
         """
         text = self.render(messages)
-        places, openings, spans = self.places(text, messages), {}, []
+        places, written = self.places(text, messages)
+        openings, spans = {}, []
         for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
             start = end = 0
-            if places:
+            if places and not messages[i].get("tool_calls"):
                 # A template opens all answers alike that follow the same text.
                 past, (begin, end) = places[i - 1][1] if i else 0, places[i]
                 between = i > 0, text[past:begin]
@@ -72,31 +87,58 @@ class ChatTemplate:
                 start, end = self.answer_span(text, messages, i)
             closed = text.startswith(self.end_of_turn, end)
             spans.append((start, end + len(self.end_of_turn) * closed))
-        return text, spans
+        return text, spans, self.lost(text, messages, written, places)
 
     def places(self, text, messages):
         """
         [(begin, end)] of each message's content in the text, or None if the template omits, moves
-        or changes a content (white space around it aside).
+        or changes a content (white space around it aside); and the numbers of those it writes.
         """
         marked = [m | {"content": f"\ue000message {i}\ue000"} for i, m in enumerate(messages)]
         try:
             parts = re.split("\ue000message ([0-9]+)\ue000", self.render(marked))
         except ValueError:
-            return None
-        if parts[1::2] != [str(i) for i in range(len(messages))]:
-            return None
+            return None, range(len(messages))
+        written = [*map(int, parts[1::2])]
+        if written != [*range(len(messages))]:
+            return None, written
 
         places, end = [], 0
         for message, before, after in zip(messages, parts[::2], parts[2::2]):
-            contents = message["content"], message["content"].strip()
+            content = message.get("content") or ""
+            contents = content, content.strip()
             fitting = [c for c in contents if text.startswith(before + c + after, end)]
             if not fitting:
-                return None
+                return None, written
             begin = end + len(before)
             end = begin + len(fitting[0])
             places.append((begin, end))
-        return places if end + len(parts[-1]) == len(text) else None
+        return places if end + len(parts[-1]) == len(text) else None, written
+
+    def lost(self, text, messages, written, places):
+        """
+        What of a conversation its text lacks, a set of names such as "the system turn". Without a
+        key that is used, the text would be another. written, places: from `places`.
+        """
+        lists = [name for name in ("tools", "documents") if self.names.get(name)]
+        others = [self.given(**{name: None}).answers([(messages, False)])[0] for name in lists]
+        keys = {key for message in messages for key in message} - {"role", "content"}
+        without = [([{k: m[k] for k in m if k != key} for m in messages], False) for key in keys]
+        others += self.answers(without) if keys else []
+        unused = {name for name, other in zip([*lists, *keys], others) if other.get("text") == text}
+
+        lost = {repr(name) for name in unused.intersection(lists)}
+        for i, message in enumerate(messages):
+            marks = LEARNT if message["role"] == "assistant" else ()
+            for key in {k for k, v in message.items() if str(v or "").strip()} - {"role", *marks}:
+                value, what = message[key], f"{key!r} of the {message['role']} turn"
+                whole = key in unused
+                if key == "content":
+                    what, whole = f"the {message['role']} turn", i not in written
+                    value = "" if places else value  # each is where it belongs
+                if whole or isinstance(value, str) and not holds(text, value):
+                    lost.add(what if whole else f"a part of {what}")
+        return lost
 
     def opening(self, text, messages):
         """
@@ -109,13 +151,23 @@ class ChatTemplate:
         return (prompt[len(text) :], prompt != plain) if prompt.startswith(text) else None
 
     def answer_span(self, text, messages, i):
-        """(start, end) of message i, an answer, in the text, by rendering a mark in its place."""
-        marked = [*messages[:i], messages[i] | {"content": MARK}, *messages[i + 1 :]]
-        before, mark, after = self.render(marked).partition(MARK)
-        start = len(before) if text.startswith(before) else None
-        end = len(text) - len(after)
+        """
+        (start, end) of message i, an answer, in the text, by rendering a mark in its place. Tool
+        calls may follow a content: then the answer goes on to the end of its turn.
+        """
+        prompt, calls = self.opening("", messages[:i]), messages[i].get("tool_calls")
+        if calls:
+            start, token = after_prompt(text, 0, *prompt, None), self.end_of_turn.strip()
+            mark, after = start is not None and token in text[start:], ""
+            end = text.index(token, start) if mark else 0
+            end += len(token) * bool(text[start:end].strip())
+        else:
+            marked = [*messages[:i], messages[i] | {"content": MARK}, *messages[i + 1 :]]
+            before, mark, after = self.render(marked).partition(MARK)
+            start = len(before) if text.startswith(before) else None
+            end = len(text) - len(after)
+            start = after_prompt(text, 0, *prompt, start)
 
-        start = after_prompt(text, 0, *self.opening("", messages[:i]), start)
         if not mark or start is None or not text.endswith(after) or start >= end:
             raise ValueError(
                 "the chat template omits an answer, or changes the rest of the conversation along "
@@ -130,12 +182,18 @@ class ChatTemplate:
         try:
             text = self.render([question, answer])
         except ValueError:  # the template needs other turns than these two
-            return self.tokens["eos_token"]
+            return self.names["eos_token"]
 
         after = text.partition(MARK)[2]
         stripped = after.lstrip()
         tokens = [token for token in self.added if stripped.startswith(token)]
         return after[: len(after) - len(stripped)] + max(tokens, key=len) if tokens else ""
+
+
+def holds(text, value):
+    """Whether a text holds a string, as it stands but for white space around it, or as JSON."""
+    value = value.strip()
+    return value in text or json.dumps(value, ensure_ascii=False)[1:-1] in text
 
 
 def after_prompt(text, past, prompt, opened, start):

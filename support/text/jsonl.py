@@ -11,12 +11,12 @@ JSONL files of examples, checked line by line. The keys decide an example's form
     {"text", "text_b"?, "score"}                    regression
     {"words": [word, ...], "tags": [tag, ...]}      a BIO tag for each word
 
-Any of them may also have a "group": data.split keeps the examples of a group together.
+Any of them may also have a "group": data.split keeps the examples of a group together. OPTIONAL
+lists what else each may have. An example's notes name all that is left out or changed.
 """
 
 import json
 import re
-import sys
 
 from support.run.files import unique
 
@@ -32,15 +32,26 @@ FORMATS = {  # an example has the first format whose keys it holds; the last key
     "regression": ("text", "score"),
     "text": ("text",),
 }
-LISTS = ("references", "labels", "words", "tags")
+OPTIONAL = {
+    "messages": ("tools", "documents"),
+    "instruction": ("input", "system", "history"),
+    **dict.fromkeys(("classification", "multi_label", "regression"), ("text_b",)),
+}
+LISTS = dict.fromkeys(("references", "labels", "words", "tags"), str)  # {key: its items' type}
+LISTS |= {"tools": dict, "documents": dict, "history": list}
+LARGEST = 1e38  # of scores: float32's range
+LEARNT = ("weight", "train", "training", "loss")  # 0 or false: an assistant's turn is not learnt
 
 
 class Example(dict):
-    """One example. where: its file and line, for messages."""
+    """
+    One example. where: its file and line, for messages. notes: what of it is left out or changed,
+    each in words that "in 3 of 40 examples" may follow.
+    """
 
-    def __init__(self, fields, where="an example"):
+    def __init__(self, fields, where="an example", notes=()):
         super().__init__(fields)
-        self.where = where
+        self.where, self.notes = where, notes
 
 
 def format_of(example):
@@ -63,7 +74,7 @@ def read_jsonl(path):
         where = f"{path}:{number}"
         try:
             example = parse(line)
-            name = check_example(example, {})
+            name, example = read_example(example, where)
             first = first or name
             if name != first:
                 now, before = (" + ".join(FORMATS[name]) for name in (name, first))
@@ -74,9 +85,7 @@ def read_jsonl(path):
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
-        if name != "classification":
-            example.pop("label", None)  # a note of the user's: only classification has labels
-        examples.append(Example(example, where))
+        examples.append(example)
 
     if not examples:
         raise ValueError(f"{path} holds no examples")
@@ -108,7 +117,7 @@ def count_shared(examples, others):
 
 
 def parse(line):
-    """One line as a dict, with integer labels and groups as strings. Raises ValueError."""
+    """One line as a dict. Raises ValueError."""
     try:
         example = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique)
         # An escape like \ud83d is half a pair; alone, it encodes no character.
@@ -126,52 +135,73 @@ def parse(line):
     if not isinstance(example, dict):
         form = '{"text": …, "label": …}, or the keys of another format'
         raise ValueError(f"the line is not a JSON object: write {form}")
-
-    def text(value):
-        return str(value) if isinstance(value, int) else value
-
-    for key in {"label", "group"} & example.keys():
-        example[key] = text(example[key])
-    if isinstance(example.get("labels"), list):
-        example["labels"] = [text(label) for label in example["labels"]]
     return example
 
 
-def check_example(example, columns):
+def read_example(fields, where, columns=()):
     """
-    The name of an example's format. columns: {key: its name in messages}. Raises ValueError for an
-    unknown format, a value of the wrong type, and an empty answer.
+    (the name of its format, the Example) of a line's or a row's fields. columns: {key: its name in
+    messages}. Raises ValueError for an unknown format, a value of the wrong type, and an empty
+    answer.
     """
-    name = format_of(example)
+    name = format_of(fields)
     if name is None:
-        have = ", ".join(example) or "(none)"
+        have = ", ".join(fields) or "(none)"
         needed = "; ".join(" + ".join(keys) for keys in FORMATS.values())
         raise ValueError(f"the line has the keys {have}; use one of these sets of keys: {needed}")
 
-    for key in (*FORMATS[name], "input", "text_b", "group"):
-        if key in ("messages", "score"):
+    optional = (*OPTIONAL.get(name, ()), "group")
+    example, columns = Example({}, where), dict(columns)
+    for key, value in fields.items():
+        if key not in FORMATS[name] and key not in optional:
+            example.notes += (f"the key {key!r} is not used",)
             continue
-        value, column = example.get(key, ""), columns.get(key, key)
-        if key in LISTS and not isinstance(value, list):
-            raise ValueError(f"{column!r} is {type(value).__name__}, not a list of strings")
-        for text in value if key in LISTS else [value]:
-            if not isinstance(text, str):
-                raise ValueError(f"{column!r} is {type(text).__name__}, not a string")
+        if key in ("label", "labels", "group"):
+            value = of_each(value, lambda name: str(name) if isinstance(name, int) else name)
+            bare = of_each(value, lambda name: name.strip() if isinstance(name, str) else name)
+            if bare != value:
+                example.notes += (f"blanks around {key!r} are left out",)
+            value = bare
+        if key in FORMATS[name] or value not in ((None, "") if key == "group" else (None,)):
+            example[key] = value
+            if key not in ("messages", "score"):
+                check_type(value, LISTS.get(key), columns.get(key, key))
+    check_answer(example, name, columns.get(FORMATS[name][-1], FORMATS[name][-1]))
+    return name, example
 
-    key = FORMATS[name][-1]
-    answers = example[key]
+
+def of_each(value, function):
+    """A function of a value, or of each item of a list."""
+    return [function(item) for item in value] if isinstance(value, list) else function(value)
+
+
+def check_type(value, items, column):
+    """Raise ValueError unless a value is a string, or a list of items of this type."""
+    names = {str: "string", dict: "JSON object", list: "list"}
+    if items and not isinstance(value, list):
+        raise ValueError(f"{column!r} is {type(value).__name__}, not a list of {names[items]}s")
+    for item in value if items else [value]:
+        if not isinstance(item, items or str):
+            wanted = names[items or str]
+            raise ValueError(f"{column!r} is {type(item).__name__}, not a {wanted}")
+
+
+def check_answer(example, name, column):
+    """Raise ValueError for an answer that can't be learnt."""
+    answers = example[FORMATS[name][-1]]
     if name == "tagging":
         check_tags(example["words"], answers)
     elif name == "regression":
         check_score(answers)
     else:
-        answers = assistant_turns(answers) if name == "messages" else answers
+        answers = learnt_answers(answers) if name == "messages" else answers
         answers = [answers] if isinstance(answers, str) else answers
         if not all(map(str.strip, answers)) or not (answers or name == "multi_label"):
-            raise ValueError(f"the answer is empty: fill in {columns.get(key, key)!r}")
+            raise ValueError(f"the answer is empty: fill in {column!r}")
         if name == "multi_label" and len(set(answers)) < len(answers):
             raise ValueError(f"a label occurs twice in {answers}")
-    return name
+    if any([*map(type, pair)] != [str, str] for pair in example.get("history", ())):
+        raise ValueError("'history' is not a list of pairs [question, answer] of strings")
 
 
 def check_tags(words, tags):
@@ -180,26 +210,43 @@ def check_tags(words, tags):
         counts = f"{len(words)} words and {len(tags)} tags"
         raise ValueError(f"{counts}: give each word one, and at least one word")
     for tag in tags:
-        if not re.fullmatch("O|[BI]-.+", tag):
+        if not re.fullmatch(r"O|[BI]-\S.*", tag):
             raise ValueError(f"the tag {tag!r} is not O, B-… or I-…: convert the tags to BIO")
 
 
 def check_score(score):
-    """Raise ValueError for a score that is not a number within a float's range."""
+    """Raise ValueError for a score that is not a number within float32's range."""
     number = isinstance(score, (int, float)) and not isinstance(score, bool)
-    if not number or not abs(score) <= sys.float_info.max:
-        raise ValueError(f"'score' is {score!r:.40}, not a number")
+    if not number or not abs(score) <= LARGEST:
+        raise ValueError(f"'score' is {score!r:.40}, not a number of at most {LARGEST:g}")
 
 
-def assistant_turns(turns):
-    """The assistant's messages as strings. Raises ValueError if there are none."""
+def learnt_answers(turns):
+    """
+    The answers to learn, as strings, of a conversation. Raises ValueError if there are none. An
+    answer may have tool_calls in place of a content.
+    """
     well_formed = isinstance(turns, list) and all(
-        isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str)
+        isinstance(t, dict)
+        and isinstance(t.get("role"), str)
+        and isinstance(t.get("content") or "" if t.get("tool_calls") else t.get("content"), str)
         for t in turns
     )
     if not well_formed:
         raise ValueError("messages must be a list of objects with the strings role and content")
-    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
     if not answers:
         raise ValueError("no message has the role 'assistant', so there is nothing to learn")
-    return answers
+    learnt = [turn for turn in answers if is_learnt(turn)]
+    if not learnt:
+        raise ValueError("every answer is marked as not to be learnt: there is nothing to learn")
+    return [turn.get("content") or str(turn.get("tool_calls") or "") for turn in learnt]
+
+
+def is_learnt(turn):
+    """Whether an assistant's turn is to be learnt. Raises ValueError if its marks don't tell."""
+    marks = {key: turn[key] for key in LEARNT if turn.get(key) is not None}
+    for key, mark in marks.items():
+        if mark not in (0, 1):
+            raise ValueError(f"{key!r} of a turn is {mark!r:.40}: give 0 or 1, or false or true")
+    return all(marks.values())

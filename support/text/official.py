@@ -40,6 +40,7 @@ REUTERS = {
 REUTERS_DOCUMENT = re.compile(
     r"<REUTERS\b([^>]*)>.*?<TOPICS>(.*?)</TOPICS>.*<TEXT[^>]*>(.*?)</TEXT>.*</REUTERS>", re.DOTALL
 )
+REUTERS_TAGS = "<REUTERS <TOPICS </TOPICS <TEXT( <TITLE </TITLE)?( <BODY </BODY)? </TEXT </REUTERS"
 
 HUB_NAME = re.compile(r"(?P<base>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[^@]+))?(@(?P<rev>.+))?")
 HUB_SPLITS = {
@@ -147,13 +148,19 @@ def read_reuters(folder):
 
 
 def reuters_documents(path):
-    """Yield (attributes, {"text", "labels"}) of each document in an SGML file, which is no XML."""
+    """
+    Yield (attributes, {"text", "labels"}) of each document in an SGML file, which is no XML, but of
+    those without any text.
+    """
     content = path.read_bytes().decode("latin-1")
     starts = [match.start() for match in re.finditer(r"<REUTERS\b", content)]
     if not starts:
         raise ValueError(f"{path} holds no documents: get the file again")
+    starts = [0] * ("</REUTERS>" in content[: starts[0]]) + starts
     for start, end in zip(starts, [*starts[1:], len(content)]):
-        document = REUTERS_DOCUMENT.match(content, start, end)
+        tags = re.findall(r"</?(?:REUTERS|TOPICS|TEXT|TITLE|BODY)\b", content[start:end])
+        whole = re.fullmatch(REUTERS_TAGS, " ".join(tags))  # else a part is another document's
+        document = whole and REUTERS_DOCUMENT.match(content, start, end)
         attributes = dict(re.findall(r'(\w+)="([^"]*)"', document[1] if document else ""))
         if not {"TOPICS", "LEWISSPLIT", "CGISPLIT"} <= attributes.keys():
             line = content.count("\n", 0, start) + 1
@@ -163,9 +170,11 @@ def reuters_documents(path):
             )
         # A text of TYPE="UNPROC" has neither title nor body.
         fields = re.findall(r"<(TITLE|BODY)>(.*?)</\1>", document[3], re.DOTALL)
-        text = "\n".join(field.strip() for _, field in fields) or document[3]
+        text = "\n".join(field.strip() for _, field in fields) if fields else document[3]
+        text = html.unescape(text).strip()
         labels = list(dict.fromkeys(re.findall("<D>(.*?)</D>", document[2])))  # a few occur twice
-        yield attributes, {"text": html.unescape(text).strip(), "labels": labels}
+        if text:
+            yield attributes, {"text": text, "labels": labels}
 
 
 # ------------------------------------------------------------------------------------------- hub

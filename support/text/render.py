@@ -3,8 +3,11 @@ Renders chat templates, programs that come with models, within limits of time, m
 support/text/chat.py starts this process. It reads requests from stdin and writes answers to stdout,
 one a line, in JSON:
 
-    {"source", "tokens", "conversations": [[messages, add_generation_prompt], …]}
+    {"source", "names", "now", "conversations": [[messages, add_generation_prompt], …]}
     ->  [{"text"} or {"error"}, …]
+
+names: the variables that a template may use besides, such as "eos_token" and "tools". now: the time
+in ISO 8601, or null for the clock's.
 """
 
 import datetime
@@ -20,6 +23,7 @@ import jinja2.sandbox
 MOST_SECONDS = 5  # for one request
 MOST_MEMORY = 2**30  # bytes, Python's own included
 MOST_TEXT = 10**7  # characters
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # one thing, by any of these keys
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -34,10 +38,6 @@ class GenerationBlock(jinja2.ext.Extension):
 
 def raise_exception(message):
     raise jinja2.TemplateError(message)
-
-
-def strftime_now(form):
-    return datetime.datetime.now().strftime(form)
 
 
 def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
@@ -56,18 +56,25 @@ def compiled(source):
         extensions=["jinja2.ext.loopcontrols", GenerationBlock],
     )
     environment.filters["tojson"] = to_json
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    environment.globals["raise_exception"] = raise_exception
     return environment.from_string(source)
 
 
-def render(source, messages, add_generation_prompt, tokens):
+def with_aliases(message):
+    """A message without keys of value None, its thoughts by both names that templates use."""
+    message = {key: value for key, value in message.items() if value is not None}
+    thoughts = next((message[key] for key in THOUGHTS if key in message), None)
+    if thoughts is None:
+        return message
+    return {"thinking": thoughts} | message | {"reasoning_content": thoughts}
+
+
+def render(source, messages, add_generation_prompt, names):
     try:
         text = compiled(source).render(
-            messages=messages,
+            {"tools": None, "documents": None} | names,
+            messages=list(map(with_aliases, messages)),
             add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
-            **tokens,
         )
     except Exception as error:  # the template is anybody's program
         return {"error": " ".join(f"{type(error).__name__} {error}".split())[:500]}
@@ -88,7 +95,8 @@ if __name__ == "__main__":
     for line in sys.stdin:
         end_after(MOST_SECONDS)
         request = json.loads(line)
-        tokens, conversations = request["tokens"], request["conversations"]
-        answers = [render(request["source"], *each, tokens) for each in conversations]
+        now = datetime.datetime.fromisoformat(request["now"] or datetime.datetime.now().isoformat())
+        source, names = request["source"], request["names"] | {"strftime_now": now.strftime}
+        answers = [render(source, *each, names) for each in request["conversations"]]
         end_after(0)
         print(json.dumps(answers), flush=True)

@@ -8,6 +8,7 @@ Splits: which examples train each level, and which are tested.
 
 import os
 import random
+import statistics
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,10 @@ from support.text.jsonl import Example, format_of, read_jsonl
 LABEL_PROMPT = (
     "Which of these labels fits the text: {labels}? Answer with the label only.\n\n{text}"
 )
+
+MANY_UNKNOWN = 0.05  # a share of unknown tokens that a run says
+UNLIKE = 2  # and a ratio of the lengths of two splits with at least FEW rows
+FEW = 20
 
 
 def load_examples(path_or_name):
@@ -172,8 +177,9 @@ def one_reference(example):
     """Copies of an example, each with one of its references; or the example itself."""
     if "references" not in example:
         return [example]
-    where = getattr(example, "where", "an example")
-    return [Example(example | {"references": [text]}, where) for text in example["references"]]
+    where, notes = getattr(example, "where", "an example"), getattr(example, "notes", ())
+    texts = example["references"]
+    return [Example(example | {"references": [text]}, where, notes) for text in texts]
 
 
 def check_splits(splits, labels):
@@ -195,6 +201,8 @@ def check_splits(splits, labels):
             where = f"{example.where}: " if hasattr(example, "where") else ""
             raise ValueError(f"{where}{name} has the label {min(unseen)!r}, which train lacks")
 
+    if formats & {"multi_label", "tagging"} and not set(labels) - {"O"}:
+        raise ValueError("no example has a label" if not labels else "all words are tagged O")
     if formats != {"classification"}:
         return
     needed = {label for example in splits["train"] for label in labels_of(example)}
@@ -204,3 +212,40 @@ def check_splits(splits, labels):
     lacking = needed.difference(*(labels_of(example) for example in splits["val"]))
     if splits["val"] and lacking:
         raise ValueError(f"val lacks the label {min(lacking)!r}: give it examples of every label")
+
+
+def left_out(splits, encoded, labels):
+    """
+    Lines that count what is left out of the examples or changed, by files' readers and by the chat
+    template, and name labels that look alike. splits: {name: examples}; encoded: {name: rows}.
+    """
+    items = [item for parts in (splits, encoded) for part in parts.values() for item in part]
+    counts = Counter(note for item in items for note in getattr(item, "notes", ()))
+    total = sum(map(len, splits.values()))
+    for note, count in counts.items():
+        yield f"{note} in {count} of {total} examples"
+    alike = {}
+    for label in labels:
+        alike.setdefault(label.casefold(), []).append(label)
+    for names in filter(lambda names: len(names) > 1, alike.values()):
+        yield f"labels that differ by case alone: {', '.join(names)}"
+
+
+def compared(encoded, unknown_id):
+    """
+    Lines about rows, {split: rows}, of which many tokens are unknown, or which are much longer in
+    one split than in another.
+    """
+    rows = {name: [row.input_ids for row in part] for name, part in encoded.items() if part}
+    shares = {
+        name: sum(ids.count(unknown_id) for ids in lists) / sum(map(len, lists))
+        for name, lists in rows.items()
+    }
+    if max(shares.values()) > MANY_UNKNOWN:
+        said = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
+        yield f"unknown tokens: {said}: the model can't tell such texts apart"
+    many = {name: lists for name, lists in rows.items() if len(lists) >= FEW}
+    lengths = {name: statistics.median(map(len, lists)) for name, lists in many.items()}
+    if max(lengths.values(), default=0) > UNLIKE * min(lengths.values(), default=0):
+        said = ", ".join(f"{length:.0f} in {name}" for name, length in lengths.items())
+        yield f"tokens in a row (median): {said}: the splits are unlike"

@@ -7,7 +7,7 @@ Examples from tables: CSV and parquet files, GLUE's TSV files, CoNLL-2003's colu
 
 Each returns a list of examples in a format of jsonl.py (not conversations or plain text). Each
 raises FileNotFoundError, or ValueError, which names file and line. The case of a column's name does
-not matter; unknown columns are left out.
+not matter; the examples' notes name unknown columns.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 
 from support.tasks.scores import GLUE
-from support.text.jsonl import Example, check_example, check_tags
+from support.text.jsonl import OPTIONAL, Example, check_pairs, check_tags, format_of, read_example
 
 PAIRS = (  # the columns of two texts
     ("text_a", "text_b"), ("text", "text_b"), ("sentence1", "sentence2"),
@@ -39,8 +39,8 @@ LAYOUTS = (  # {key: column}; a table has the first layout whose columns it has
     {"words": "words", "tags": "tags"},
     {"words": "tokens", "tags": "ner_tags"},
 )
-OPTIONAL = ("input", "group")  # kept with any layout
 COLA_HEADER = ["source", "label", "annotation", "sentence"]  # CoLA's files have no header
+csv.field_size_limit(2**31 - 1)  # a cell may be as long as any text
 
 
 def read_table(path):
@@ -54,7 +54,7 @@ def read_table(path):
         raise ValueError(f"{path}: the name of a table must end in {' or '.join(readers)}")
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist: give the path of a file")
-    return examples_of(path, reader(path))
+    return examples_of(path, reader(path), tidy=reader is csv_rows)
 
 
 def read_glue(path, task):
@@ -87,8 +87,8 @@ def read_conll(path):
     I-X becomes B-X unless an entity of type X precedes it. BIO stays as it is.
     """
     sentences, sentence, width = [], None, None
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        cells = re.findall(r"[^ \t\r]+", line)
+    for number, line in enumerate(re.split(r"\r\n?|\n", read_text(path)), start=1):
+        cells = re.findall(r"[^ \t]+", line)
         if not cells or cells[0] == "-DOCSTART-" or cells[0].startswith("###MEDLINE:"):
             sentence = None
             continue
@@ -122,10 +122,10 @@ def read_conll(path):
 
 
 def read_text(path):
-    """A file's text, without a byte order mark."""
+    """A file's text, without byte order marks: files that were joined have one within."""
     content = Path(path).read_bytes()
     try:
-        return content.decode("utf-8-sig")
+        return re.sub(r"(^|[\r\n])\ufeff", r"\1", content.decode())
     except UnicodeDecodeError as error:
         line, reason = content.count(b"\n", 0, error.start) + 1, error.reason
         raise ValueError(f"{path}:{line}: not UTF-8 ({reason}): save the file as UTF-8") from None
@@ -153,32 +153,66 @@ def parquet_rows(path):
     except ImportError as error:
         raise ValueError(f"{path}: parquet needs pyarrow ({error}): pip install pyarrow") from None
     try:
-        table = pyarrow.parquet.ParquetFile(path).read()
+        file = pyarrow.parquet.ParquetFile(path)
+        header = file.schema_arrow.names
+        yield path, header
+        layout = layout_of(names_of(header), path)
+        used = [name for name in header if {*names_of([name])} & {*layout.values()}]
+        table = file.read(used)
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a parquet file, or is damaged ({reason:.200})") from None
 
-    yield path, table.column_names
-    for number, cells in enumerate(zip(*(column.to_pylist() for column in table.columns)), 1):
+    columns = {name: values_of(table[name], path, name) for name in used}
+    unread = [None] * table.num_rows
+    for number, cells in enumerate(zip(*(columns.get(name, unread) for name in header)), 1):
         yield f"{path}, row {number}", cells
 
 
-def examples_of(path, rows):
-    """One example a row, or one for all references of a prompt. rows: the header first."""
+def values_of(column, path, name):
+    """The list of a parquet column's values. Raises ValueError, which names file and row."""
+    values = []
+    try:
+        for value in column:
+            values.append(value.as_py())
+    except (ValueError, OverflowError) as error:
+        place = f"{path}, row {len(values) + 1}"
+        raise ValueError(f"{place}: {name!r} can't be read ({error})") from None
+    return values
+
+
+def names_of(header):
+    return [name.strip().lower() for name in header]
+
+
+def examples_of(path, rows, tidy=False):
+    """
+    One example a row, or one for all references of a prompt. rows: the header first. tidy: leave
+    out the blanks around texts, and the quotes that follow such a blank.
+    """
     where, header = next(rows, (path, []))
-    names = [name.strip().lower() for name in header]
+    names = names_of(header)
     layout = layout_of(names, where)
+    unused = ", ".join(name for name in names if name not in layout.values())
+    notes = (f"columns are not used ({unused})",) if unused else ()
     examples = {}  # {prompt or place: example}
     for where, cells in rows:
         if len(cells) != len(names):
             counts = f"{len(cells)} cells, but {len(names)} columns"
-            raise ValueError(f"{where}: {counts}: give each column one")
+            hint = "give each column one, and put no blank before a quote"
+            raise ValueError(f"{where}: {counts}: {hint}")
         row = dict(zip(names, cells))
-        example = Example({key: value_of(row[layout[key]], key) for key in layout}, where)
+        fields = {key: row[column] for key, column in layout.items()}
+        bare = {key: bare_cell(cell, key) for key, cell in fields.items()} if tidy else fields
+        blanks = tuple(
+            f"blanks around {key!r} are left out" for key in bare if bare[key] != fields[key]
+        )
+        fields = {key: value_of(cell, key) for key, cell in bare.items()}
         try:
-            check_example(example, layout)
+            _, example = read_example(fields, where, layout)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+        example.notes += notes + blanks
         key = example["prompt"] if "references" in example else where
         if key in examples:
             examples[key]["references"] += example["references"]
@@ -187,6 +221,7 @@ def examples_of(path, rows):
 
     if not examples:
         raise ValueError(f"{path} holds no examples")
+    check_pairs([*examples.values()])
     return list(examples.values())
 
 
@@ -199,7 +234,8 @@ def layout_of(names, where):
         raise ValueError(f"{where}: {only}: separate columns with commas")
     for layout in LAYOUTS:
         if set(layout.values()) <= set(names):
-            return layout | {name: name for name in OPTIONAL if name in names}
+            optional = (*OPTIONAL.get(format_of(layout), ()), "group")
+            return layout | {name: name for name in optional if name in names}
 
     similar = [layout for layout in LAYOUTS if set(layout.values()) & set(names)]
     needed = "; ".join(" + ".join(layout.values()) for layout in similar or LAYOUTS)
@@ -207,11 +243,20 @@ def layout_of(names, where):
     raise ValueError(f"{where}: the columns are {have:.300}; these are needed: {needed}")
 
 
+def bare_cell(cell, key):
+    """A cell of CSV without quotes that follow a blank, and a text without blanks around it."""
+    bare = cell.strip(" \t")
+    if cell != bare and re.fullmatch('"([^"]|"")*"', bare):
+        return bare[1:-1].replace('""', '"')
+    return bare if key in ("text", "text_b") else cell
+
+
 def value_of(cell, key):
     """A cell as in JSONL: CSV has numbers as texts, and parquet has labels as numbers."""
     if key == "references" and isinstance(cell, str):
         return [cell]
-    if key == "score" and isinstance(cell, str):
+    # float() also takes "1_0" and other scripts' digits
+    if key == "score" and isinstance(cell, str) and cell.isascii() and "_" not in cell:
         with contextlib.suppress(ValueError):
             return float(cell)
     return str(cell) if isinstance(cell, int) and key != "score" else cell

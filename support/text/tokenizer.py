@@ -24,11 +24,12 @@ from support.text.tokenizer_files import (
     FILES,
     library_errors,
     open_library,
-    read_chat_template,
+    read_chat_templates,
     read_settings,
     read_spec,
     tiktoken_encoding,
     token_text,
+    unknown_id,
 )
 
 
@@ -39,18 +40,21 @@ class Tokenizer:
 
     added: the added tokens, {text: id}. eos_id ends a text. pad_id fills batches, without a loss.
     stop_ids end a generated answer. prefix_ids go before a text (LLaMA: <|begin_of_text|>); chat
-    templates write them too. encoding: tiktoken's, or None if the tokenizers library is used.
+    templates write them too. unknown_id is what text without a token becomes, if there is one.
+    encoding: tiktoken's, or None if the tokenizers library is used.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, now=None):
         self.folder = folder = Path(folder)
         self.settings = read_settings(folder)
         path, spec = read_spec(folder, self.settings)
         self.encoding, self.nfc = None, spec.get("normalizer") is not None
         with contextlib.suppress(ValueError), malformed(path):  # the library says what is damaged
             self.encoding = tiktoken_encoding(spec)
+        self.unknown_id = None
         if not self.encoding:
             self.library = open_library(path, spec)
+            self.unknown_id = unknown_id(self.library)
 
         vocab = spec["model"]["vocab"] if self.encoding else {}
         tokens = spec["added_tokens"]
@@ -67,15 +71,18 @@ class Tokenizer:
             path = folder / "tokenizer_config.json"
             raise ValueError(f"{path} is missing, or its eos_token is not an added token")
         self.pad_id = self.added.get(named.get("pad_token"), self.eos_id)
-        template = read_chat_template(folder, self.settings)
+        template, with_tools = read_chat_templates(folder, self.settings)
         self.has_chat_template = template is not None
-        self.chat = ChatTemplate(template or PLAIN_TEMPLATE, named, self.added)
+        self.chat = ChatTemplate(template or PLAIN_TEMPLATE, named, self.added, with_tools, now)
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """The tokenizer of a model's folder. Raises FileNotFoundError or ValueError."""
+    def from_pretrained(cls, folder, now=None):
+        """
+        The tokenizer of a model's folder. now: that of ChatTemplate. Raises FileNotFoundError or
+        ValueError.
+        """
         with malformed(f"{Path(folder) / 'tokenizer_config.json'} or tokenizer.json"):
-            return cls(folder)
+            return cls(folder, now)
 
     @cached_property
     def library(self):
@@ -164,6 +171,15 @@ class Tokenizer:
         text = next(iter(self.added))  # any text that has a token
         encoding = self.encode_by_library(text, add_special_tokens=True)
         return encoding.ids[: encoding.sequence_ids.index(0)]  # 0: a token of the text itself
+
+    def prefix_of(self, ids):
+        """prefix_ids, or [] for the token ids of a text that begins with them already."""
+        return [] if ids[: len(self.prefix_ids)] == self.prefix_ids else self.prefix_ids
+
+    @cached_property
+    def ends(self):
+        """The texts of stop_ids, a tuple."""
+        return tuple(text for text, i in self.added.items() if i in self.stop_ids)
 
     @cached_property
     def stop_ids(self):

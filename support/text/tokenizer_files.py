@@ -51,14 +51,18 @@ def token_text(token):
     return token.get("content") if isinstance(token, dict) else token
 
 
-def read_chat_template(folder, settings):
-    """The chat template's text, from chat_template.jinja or else the settings; or None."""
+def read_chat_templates(folder, settings):
+    """
+    (the chat template's text, that for conversations with tools), either None without one; from
+    chat_template.jinja or else the settings.
+    """
     path, template = folder / "chat_template.jinja", settings.get("chat_template")
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8"), None
     if isinstance(template, list):  # several templates, each with a name
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
+        named = {entry["name"]: entry["template"] for entry in template}
+        return named.get("default"), named.get("tool_use")
+    return template, None
 
 
 def read_spec(folder, settings):
@@ -131,6 +135,13 @@ def open_library(path, spec):
     library.no_truncation()
     library.no_padding()
     return library
+
+
+def unknown_id(library):
+    """The id of the token that stands for what a tokenizers.Tokenizer does not know, or None."""
+    if type(library.model).__name__ == "Unigram":
+        return json.loads(library.to_str())["model"]["unk_id"]
+    return library.token_to_id(library.model.unk_token or "")
 
 
 @contextlib.contextmanager

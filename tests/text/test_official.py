@@ -176,6 +176,7 @@ DOCUMENTS = [
     document("TRAIN", ' TYPE="BRIEF">&#2;\n<TITLE>GOLD FELL</TITLE>Ignored&#3;', "gold"),
     document("TRAIN", ' TYPE="UNPROC">&#2;\n&lt;Qtr 1\n  up\n&#3;', "gold", "grain"),
     document("TRAIN", full("RYE", "Only trained on."), "rye"),
+    document("TRAIN", full("", "").replace("\n Reuter\n&#3;", ""), "gold"),  # no text
     document("TRAIN", full("NONE", "No topic.")),
     document("TRAIN", full("NO", "Topics not given."), "grain", has="NO"),
     document("TRAIN", full("BYPASS", "Passed by."), "gold", has="BYPASS"),
@@ -188,8 +189,8 @@ DOCUMENTS = [
 
 def reuters(documents=DOCUMENTS):
     files = {f"reut2-{i:03}.sgm": document("NOT-USED", full("x", "y")) for i in range(22)}
-    files["reut2-021.sgm"] = "".join(documents[7:])
-    files["reut2-000.sgm"] = "".join(documents[:7])
+    files["reut2-021.sgm"] = "".join(documents[8:])
+    files["reut2-000.sgm"] = "".join(documents[:8])
     top = '<!DOCTYPE lewis SYSTEM "lewis.dtd">\n'
     return {name: (top + text).encode("latin-1") for name, text in files.items()}
 
@@ -221,11 +222,15 @@ def test_reuters_other_splits_are_those_of_the_folder_s_name(folder):
     assert titles("modhayes") == [gold, ["UNUSED"]]
 
 
-@pytest.mark.parametrize("cut", ["</REUTERS>", "</TEXT>", "<TOPICS>", 'LEWISSPLIT="TRAIN"'])
+@pytest.mark.parametrize(
+    "cut",
+    ["</REUTERS>", "</TEXT>", "<TOPICS>", "</TITLE>", "<BODY>", 'LEWISSPLIT="TRAIN"', "<REUTERS"],
+)
 def test_a_broken_document_of_reuters_is_named_by_file_and_line(folder, cut):
-    good = document("TRAIN", ">text", "tin")
-    path = folder("reuters21578", reuters([good, good.replace(cut, ""), good]))
-    line = 1 + good.count("\n") + 1  # after the file's first one
+    """One without an opening tag by that before it: neither gets a part of the other's."""
+    good = document("TRAIN", full("T", "B"), "tin")
+    path = folder("reuters21578", reuters([good, good.replace(cut, "", 1), good]))
+    line = 2 if cut == "<REUTERS" else 1 + good.count("\n") + 1  # after the file's first one
     place = f"{path / 'reut2-000.sgm'}:{line}"
     refused(read_folder, path, f"{place}: the document that begins here is broken")
 

@@ -559,7 +559,7 @@ def test_the_assistants_tokens_are_the_ones_transformers_marks(tmp_path, kind, n
     peer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     odd = [TALK[1], {"role": "assistant", "content": "<|im_end|> a 12 é"}]
     for messages in (TALK, TALK[1:], TALK[:3], TALK[1:3], odd):
-        text, spans = ours.chat.conversation(messages)
+        text, spans, _ = ours.chat.conversation(messages)
         segments = ours.encode_cut(text, [cut for span in spans for cut in span])
         options = {"return_dict": True, "return_assistant_tokens_mask": True}
         expected = peer.apply_chat_template(messages, **options)
@@ -574,7 +574,7 @@ def test_llama2_answers_begin_where_generation_does(tmp_path):
     What is masked is the prompt that generation starts with.
     """
     peer, ours = llama2_tokenizer(tmp_path), Tokenizer.from_pretrained(tmp_path)
-    text, spans = ours.chat.conversation(TALK[1:])
+    text, spans, _ = ours.chat.conversation(TALK[1:])
     segments = ours.encode_cut(text, [cut for span in spans for cut in span])
     assert sum(segments, []) == peer.encode(text, add_special_tokens=False).ids
     assert [text[a:b] for a, b in spans] == [" Hello film.\n </s>", "  Good <|im_start|> film </s>"]
@@ -601,7 +601,7 @@ def test_answers_with_thoughts_and_templates_without_an_end(tmp_path):
         (talk, ["<think>\nhm\n</think>\n\nSo.<|im_end|>"]),
         (talk + talk, ["So.<|im_end|>", "<think>\nhm\n</think>\n\nSo.<|im_end|>"]),
     ):
-        text, spans = Tokenizer.from_pretrained(tmp_path).chat.conversation(messages)
+        text, spans, _ = Tokenizer.from_pretrained(tmp_path).chat.conversation(messages)
         assert [text[a:b] for a, b in spans] == expected
 
     endless = per_turn("{{ '<|im_start|>' + m.role + '\n' + m.content + '\n' }}")
@@ -786,7 +786,7 @@ def test_conversations_are_cut_as_when_each_answer_is_looked_for_by_itself(tmp_p
             with pytest.raises(ValueError, match="can't be told|rejects"):
                 chat.conversation(talk)
             continue
-        assert chat.conversation(talk) == (text, expected)
+        assert chat.conversation(talk)[:2] == (text, expected)
         cuts = [cut for span in expected for cut in span]
         assert tokenizer.encode_cut(text, cuts) == each_by_itself(tokenizer, text, cuts)
 

@@ -1,0 +1,194 @@
+"""Conversations as others write them, against transformers; and what a run says of what is lost."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from test_checkpoint import KILLED, ROOT, TINY, assert_same_run
+from test_tokenizer import CHATML, Listener, llama2_tokenizer, per_turn, trained_tokenizer
+
+import data
+import sample
+from support.text.splits import left_out
+from support.text.tokenizer import Tokenizer
+from support.weights.pretrained import find_model
+
+# Tools and documents, thoughts by the name that gpt-oss reads, tool calls; {% generation %} marks
+# what transformers counts as the assistant's, here without the turns that are not to be learnt.
+ANSWER = (
+    "{% if m.thinking %}{{ '<think>' + m.thinking + '</think>' }}{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first }}"
+    "{{ call.function | tojson }}{% endfor %}{{ '<|im_end|>' }}"
+)
+AGENT = per_turn(
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role != 'assistant' %}{{ m.content }}<|im_end|>"
+    "{% elif m.weight == 0 or m.train == false %}" + ANSWER + "{% else %}"
+    "{% generation %}" + ANSWER + "{% endgeneration %}{% endif %}{{ '\n' }}",
+    before="{% for t in tools or [] %}{{ t.function | tojson }}{% endfor %}"
+    "{% for d in documents or [] %}{{ d.title ~ ': ' ~ d.text }}{% endfor %}",
+)
+USER = {"role": "user", "content": "the weather in 12 films?"}
+CALL = {"function": {"name": "look_up", "arguments": {"place": "café", "days": 2}}, "type": "x"}
+TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
+DOCUMENTS = [{"title": "Films", "text": "It rains."}]
+CALLS = [
+    {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "rain"},
+]
+
+
+def answer(content="good film", **more):
+    return {"role": "assistant", "content": content} | more
+
+
+TALKS = {
+    "tools": dict(messages=[USER, *CALLS, answer()], tools=TOOLS),
+    "a call after words": dict(messages=[USER, answer("One moment.", tool_calls=[CALL])]),
+    "a call without content": dict(messages=[USER, {"role": "assistant", "tool_calls": [CALL]}]),
+    "documents": dict(messages=[USER, answer()], documents=DOCUMENTS, tools=None),
+    "thoughts": dict(messages=[USER, answer(reasoning_content="hm"), USER, answer(thinking="ah")]),
+    "older thoughts": dict(messages=[USER, answer(reasoning="hm", name=None)]),
+    "weights": dict(messages=[USER, answer("a", weight=0), USER, answer("b", weight=1)]),
+    "train": dict(messages=[USER, answer("a", train=False), USER, answer("b", train=True)]),
+    "the last turn": dict(messages=[USER, answer("a"), USER, answer("b", weight=0)]),
+}
+
+
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+@pytest.mark.parametrize("name", TALKS)
+def test_a_talk_s_tokens_and_labels_are_those_of_transformers(tmp_path, name, train_on_prompt):
+    """Up to the last turn that is learnt. A turn of weight 0 is not learnt as a prompt either."""
+    trained_tokenizer(tmp_path, template=AGENT)
+    ours, talk = Tokenizer.from_pretrained(tmp_path), TALKS[name]
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    more = {key: value for key, value in talk.items() if key != "messages"}
+    [row], _ = data.encode([talk], ours, 800, train_on_prompt=train_on_prompt)
+    learnt = talk["messages"][: 2 if name == "the last turn" else None]
+    options = dict(return_dict=True, return_assistant_tokens_mask=True) | more
+    expected = peer.apply_chat_template(learnt, **options)
+    ids, mask = (expected[key][: len(row.input_ids)] for key in ("input_ids", "assistant_masks"))
+    assert row.input_ids == ids and sum(mask) == sum(expected["assistant_masks"]) > 0
+    unlearnt = [t for t in learnt if t.get("weight") == 0 or t.get("train") is False]
+    if not train_on_prompt:
+        assert row.labels == [token if yes else -100 for token, yes in zip(ids, mask)]
+    elif unlearnt:  # one turn: "a" and its end
+        hidden = [i for i, label in enumerate(row.labels) if label == -100]
+        assert ours.decode([ids[i] for i in hidden], skip_special=False) == "a<|im_end|>"
+        assert hidden == [*range(hidden[0], hidden[0] + 2)]
+    assert row.notes == ()
+
+
+def drops(what, messages, template=CHATML, **row):
+    return pytest.param(template, dict(messages=messages, **row), what, id=what)
+
+
+AFTER_THOUGHTS = per_turn(
+    "{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}"
+)
+NO_SYSTEM = per_turn(
+    "{% if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endif %}"
+)
+THOUGHT = answer("<think>1 + 3 is\n4</think>\n\n4")
+
+
+@pytest.mark.parametrize(
+    "template, talk, lost",
+    [
+        drops("the system turn", [{"role": "system", "content": "a"}, USER, answer()], NO_SYSTEM),
+        drops("a part of the assistant turn", [USER, THOUGHT], AFTER_THOUGHTS),
+        drops("'tools'", [USER, answer()], tools=TOOLS),
+        drops("'documents'", [USER, answer()], documents=DOCUMENTS),
+        drops("'name' of the user turn", [USER | {"name": "Bob"}, answer()]),
+        drops("'weight' of the user turn", [USER | {"weight": 1}, answer()]),
+        drops("'tool_calls' of the assistant turn", [USER, answer(tool_calls=[CALL])]),
+        drops("'reasoning_content' of the assistant turn", [USER, answer(reasoning_content="hm")]),
+    ],
+)
+def test_what_a_chat_template_drops_is_counted(tmp_path, template, talk, lost):
+    """The rest is learnt as if nothing had been dropped."""
+    trained_tokenizer(tmp_path, template=template)
+    ours, whole = Tokenizer.from_pretrained(tmp_path), {"messages": [USER, answer("Fine.")]}
+    rows, _ = data.encode([talk, whole, talk], ours, 400)
+    encoded = {"train": rows[:2], "test": rows[2:]}
+    splits = {"train": [talk, whole], "test": [talk]}
+    said = f"the chat template drops {lost} in 2 of 3 examples"
+    assert [*left_out(splits, encoded, [])] == [said]
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = peer.apply_chat_template(talk["messages"], tokenize=False)
+    assert ours.decode(rows[0].input_ids, skip_special=False) == expected.removesuffix("\n")
+
+
+def test_an_answer_that_vanishes_is_refused(tmp_path):
+    """Its tool calls are all that it has, and the template does not write them."""
+    trained_tokenizer(tmp_path)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the chat template omits an answer"):
+        data.encode([{"messages": [USER, answer("", tool_calls=[CALL])]}], ours, 400)
+
+
+@pytest.mark.parametrize("tokenizer", ["llama3", "llama2"])
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_rendered_text_gets_no_second_begin_or_end(tmp_path, tokenizer, begun, ended):
+    """Written as text, as prompt and completion, or asked with --raw: one of each at its ends."""
+    if tokenizer == "llama2":
+        llama2_tokenizer(tmp_path)
+        begin, end = "<s>", "</s>"
+    else:
+        trained_tokenizer(tmp_path, "llama3")
+        begin, end = "<|im_start|>", "<|im_end|>"
+    ours = Tokenizer.from_pretrained(tmp_path)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = peer.encode(f"{begin}a good{end}", add_special_tokens=False)
+    head = peer.encode(f"{begin}a", add_special_tokens=False)
+    prompt, answer = begin * begun + "a", " good" + end * ended
+    examples = [{"text": prompt + answer}, {"prompt": prompt, "completion": answer}]
+    for example, unlearnt in zip(examples, (1, len(head))):
+        [row], _ = data.encode([example], ours, 400)
+        assert row.input_ids == expected
+        assert row.labels[unlearnt:] == expected[unlearnt:]
+    model = Listener()
+    sample.answer(model, ours, prompt, sample.Sample())
+    assert model.heard == [head]
+
+
+def test_an_answer_that_ends_already_is_said(tmp_path):
+    trained_tokenizer(tmp_path)
+    talk = {"messages": [USER, answer("Fine.<|im_end|>")]}
+    [row], _ = data.encode([talk], Tokenizer.from_pretrained(tmp_path), 400)
+    assert row.notes == ("the chat template ends an answer that has an end token already",)
+
+
+def test_white_space_may_follow_the_end_of_a_rendered_text(tmp_path):
+    trained_tokenizer(tmp_path)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    text = ours.apply_chat_template([USER, answer()])
+    [row], _ = data.encode([{"text": text}], ours, 400)
+    assert text.endswith("<|im_end|>\n") and row.input_ids == ours.encode(text)
+
+
+def test_a_run_keeps_the_date_on_which_it_began(tmp_path, monkeypatch, request):
+    """Killed in one time zone and resumed in another, 26 hours ahead; as if it had not been."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+    shutil.copytree(find_model("tiny-random"), "model")
+    dated = per_turn("{{ m.content }}", before="{{ strftime_now('%d %b %Y') }}")
+    Path("model/chat_template.jinja").write_text(dated)
+    arguments = [f"--{key}={value}" for key, value in (TINY | {"model": "model"}).items()]
+
+    def run(out, zone, events=0):
+        command = [sys.executable, "-c", KILLED.format(root=str(ROOT)), str(events), "0"]
+        command += [*arguments, f"--out_dir={out}", "--resume=True"]
+        return subprocess.run(command, env=os.environ | {"TZ": zone}).returncode
+
+    assert run("whole", "Etc/GMT+12") == 0
+    assert run("killed", "Etc/GMT+12", events=30) == -signal.SIGKILL
+    assert [*Path("killed/checkpoints").iterdir()]
+    assert run("killed", "Etc/GMT-14") == 0
+    assert_same_run("whole", "killed")
