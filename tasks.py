@@ -10,7 +10,6 @@ From examples to rows, a loss, predictions and scores: one class for each family
 Both have the same methods, in the order in which train.py calls them.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,6 @@ import data
 from model import ModelConfig, Transformer
 from support.run.files import read_json
 from support.tasks import any_model, scores
-from support.tasks.beam_search import beam_search
 from support.tasks.head_task import HeadTask, load_tokenizer
 from support.tasks.heads import DecoderWithHead
 from support.text.jsonl import format_of
@@ -212,9 +210,8 @@ class LanguageTask:
 
     def write(self, model, prompts):
         """The texts that follow prompts, lists of token ids, by the search of a generation task."""
-        search = getattr(model, "beam_search", None)  # transformers' own, of any model
-        search = search or functools.partial(beam_search, model, within_prompt=False)
-        found = search(prompts, stop_ids=self.tokenizer.stop_ids, **self.search)
+        model = any_model.as_any(model) if isinstance(model, Transformer) else model
+        found = model.beam_search(prompts, stop_ids=self.tokenizer.stop_ids, **self.search)
         return [self.tokenizer.decode(ids).strip() for ids in found]
 
     def scores(self, found):

@@ -283,7 +283,7 @@ def test_generated_texts_are_scored_on_the_last_split_and_train_takes_each_refer
 
 
 def test_a_greedy_text_is_what_generate_writes():
-    """On a model that has learnt to copy a word; beams are tested in test_beam_search.py."""
+    """On a model that has learnt to copy a word; beams are tested in test_any_model.py."""
     trained("generation", model="tiny-random", max_new_tokens=8, lower_lr=1e-2)
     model, tokenizer, _ = sample.load("run")
     search = dict(max_new_tokens=8, beams=1, length_penalty=1.0, no_repeat_ngram=0)

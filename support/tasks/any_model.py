@@ -164,7 +164,12 @@ def load(folder, head, dtype, device, **settings):
         if hf.get_input_embeddings().weight is not hf.get_output_embeddings().weight:
             print(hf_format.UNTIED.format(folder=folder))
     own = dropouts | {"pad_token_id": config.pad_token_id}
-    return hf.to(device), own, {*said["missing_keys"], *(n for n, *_ in misshapen)}, misshapen
+    return (
+        hf.requires_grad_(False).to(device),
+        own,
+        {*said["missing_keys"], *(n for n, *_ in misshapen)},
+        misshapen,
+    )
 
 
 class Borrowed(nn.Module):
@@ -174,7 +179,7 @@ class Borrowed(nn.Module):
         self.__dict__["hf"], self.own = hf, own  # no module, which would prefix the names
         self._modules, self._parameters, self._buffers = hf._modules, hf._parameters, hf._buffers
         self.accepts = inspect.signature(hf.forward).parameters
-        self.requires_grad_(False).eval()
+        self.eval()
 
     @property
     def config(self):
@@ -385,7 +390,14 @@ class AnyLanguageModel(Borrowed):
     def beam_search(
         self, prompts, max_new_tokens, stop_ids, beams, length_penalty, no_repeat_ngram
     ):
-        """As support/tasks/beam_search.py, within_prompt=False, by transformers' own search."""
+        """
+        The best continuation of each prompt (a list of token ids): the new ids, without the stop
+        token. length_penalty: a sequence's sum of log p is divided by its length to this power;
+        no_repeat_ngram: the length of n-grams that an answer may not repeat, or 0; the prompt's do
+        not count, as in LoRA's code (arXiv 2106.09685). Raises ValueError for an empty prompt.
+        """
+        if not all(prompts):
+            raise ValueError(f"prompt {prompts.index([])} (from 0) is empty: give it a token")
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
         real = torch.arange(longest) >= longest - torch.tensor([[len(row)] for row in prompts])
@@ -393,7 +405,20 @@ class AnyLanguageModel(Borrowed):
         # It does not know the n-grams of embeddings.
         embedded = self.hf.get_input_embeddings()(ids.to(device))
         inputs = dict(inputs_embeds=embedded, attention_mask=real.long().to(device))
-        options = dict(num_beams=beams, length_penalty=length_penalty, do_sample=False)
-        options |= dict(no_repeat_ngram_size=no_repeat_ngram)
-        rows = self.continued(inputs, max_new_tokens, stop_ids, **options).tolist()
+        options = dict(num_beams=beams, do_sample=False, no_repeat_ngram_size=no_repeat_ngram)
+        options |= dict(length_penalty=length_penalty) if beams > 1 else {}
+        with warnings.catch_warnings(action="ignore"):  # of just these n-grams
+            rows = self.continued(inputs, max_new_tokens, stop_ids, **options).tolist()
         return [list(itertools.takewhile(lambda token: token not in stop_ids, row)) for row in rows]
+
+
+def as_any(model):
+    """A model.Transformer as an AnyLanguageModel in eval mode: the same layers, adapted or not."""
+    with torch.device("meta"):
+        config = library().AutoConfig.for_model(**model.config.hf)
+        hf = library().AutoModelForCausalLM.from_config(config)
+    own = dict(model.named_modules())
+    for name in [name for name, x in hf.named_modules() if name in own and not list(x.children())]:
+        hf.set_submodule(name, own[name])
+    hf.model.rotary_emb = type(hf.model.rotary_emb)(config).to(model.lm_head.weight.device)
+    return AnyLanguageModel(hf)

@@ -20,8 +20,7 @@ from test_architectures import VARIANTS, Problem, in_float64
 import bidora
 from bilevel import BilevelOptimizer
 from model import Transformer
-from support.tasks.any_model import AnyLanguageModel, AnyWithHead, read_shape
-from support.tasks.beam_search import beam_search
+from support.tasks.any_model import AnyLanguageModel, AnyWithHead, as_any, read_shape
 from support.tasks.heads import IGNORED
 from support.weights.pretrained import find_model
 
@@ -460,22 +459,30 @@ def test_what_it_writes_is_what_transformers_writes(name, tmp_path):
         assert model.beam_search([row, ROWS[0]], 8, (), 4, 0.9, 2)[0] == expected
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_the_two_back_ends_are_equal(family, tmp_path):
-    """model.py and transformers: losses, scores, beams, and the adapters' gradients, in fp32."""
+    """model.py and transformers, in fp32: losses, scores, beams, and the adapters' gradients."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**SIZES, **GROUPED)
+    config.sliding_window = 4 if family == "Mistral" else None
     getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path)
-    own, other = Transformer.from_pretrained(tmp_path), AnyLanguageModel.from_pretrained(tmp_path)
+    models = Transformer.from_pretrained(tmp_path), AnyLanguageModel.from_pretrained(tmp_path)
+    own, other = (adapted(model.requires_grad_(False), ["q_proj", "down_proj"]) for model in models)
     assert own.score(ROWS, [[3], [5, 6]]).allclose(other.score(ROWS, [[3], [5, 6]]), atol=1e-5)
-    answers = beam_search(own, ROWS, 6, [2], 3, 0.9, 2, within_prompt=False)
-    assert other.beam_search(ROWS, 6, [2], 3, 0.9, 2) == answers
+    search = dict(max_new_tokens=12, stop_ids=[2, 3], beams=3, length_penalty=0.9)
+    for ngram in (0, 2):
+        answers = as_any(own).beam_search(ROWS, **search, no_repeat_ngram=ngram)
+        assert answers == other.beam_search(ROWS, **search, no_repeat_ngram=ngram)
+    ids = torch.tensor(ROWS[:1])
+    torch.testing.assert_close(as_any(own)(ids), own(ids), rtol=0, atol=1e-5)
     gradients = []
-    for model in (own.requires_grad_(False), other):
-        loss = adapted(model, ["q_proj", "down_proj"])(ROWS, ROWS)
+    for model in (own, other):
+        loss = model(ROWS, ROWS)
         gradients.append([loss, *torch.autograd.grad(loss, bidora.lower_parameters(model))])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    with refused("prompt 1 .from 0. is empty"):
+        other.beam_search([[4], []], **search, no_repeat_ngram=0)
 
 
 def test_a_language_models_adapter_is_peft_and_merges(tmp_path):
