@@ -149,9 +149,6 @@ def build_optimizer(task, phase):
     )
 
 
-# ---------------------------------------------------------------------------- evaluation
-
-
 def evaluate(task, splits):
     """The results of evaluate_rows on each of the splits, {split: rows}, as {split: results}."""
     # Generated texts take long: only those of the last split are scored.
@@ -193,9 +190,6 @@ def evaluate_rows(task, rows, bar=None, scored=True):
         sums = torch.tensor([total, count], dtype=torch.float64, device=task.device)
         (total, count), found = distributed.add_up([sums])[0].tolist(), distributed.gather(found)
     return {"loss": total / count} | family.scores(found)
-
-
-# --------------------------------------------------------------------------- preparation
 
 
 @dataclass
@@ -397,9 +391,6 @@ def build_model(config, folder, dtype, device, family, rows):
             level: sum(p.numel() for p in parameters) for level, parameters in levels.items()
         },
     }
-
-
-# ------------------------------------------------------------------------ the command line
 
 
 def main(arguments):

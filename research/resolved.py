@@ -149,9 +149,6 @@ class Problem:
         return family.scores(pairs) | {"loss": self.whole.loss(logits, targets).item()}
 
 
-# -------------------------------------------------------------------------------- the errors
-
-
 def slopes(problem, model, directions):
     """The truth: how F(V*(m), m) changes along directions, (n, out), of m; (n,)."""
 
@@ -208,9 +205,6 @@ def errors(problem, seed):
     return {n: {arm: beside_truth(h) for arm, h in hs.items()} for n, hs in found.items()}
 
 
-# -------------------------------------------------------------------------------- the scores
-
-
 def search(problem, arm):
     """
     After a search, a dict: "moved", ‖m - m0‖ / ‖m0‖; "val", the val loss at V*(m); and "after", the
@@ -245,9 +239,6 @@ def search(problem, arm):
     after = {"train": problem.scores(model, "all"), "test": problem.scores(model, "test")}
     moved = ((m - start).norm() / start.norm()).item()
     return {"metric": problem.task.family.metric, "moved": moved, "val": val, "after": after}
-
-
-# ------------------------------------------------------------------------------- the program
 
 
 def measure(given, domain, seed):

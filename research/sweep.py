@@ -124,9 +124,6 @@ def check_names(setting, values, known):
             raise ValueError(f"unknown {setting} {value!r}" + settings.suggest(value, known))
 
 
-# ------------------------------------------------------------------------------------- a run
-
-
 def options_of(sweep, name, job, rates, tuning=False):
     """The settings of a run, {name: value}. tuning: the tuning set takes the test set's place."""
     steps = round(50 * (job.size / 100) ** 0.5)
@@ -239,9 +236,6 @@ def run(sweep, name, job, rates, tuning=False, make=True):
     return results_of(sweep)[name]
 
 
-# ---------------------------------------------------------------------------- learning rates
-
-
 def neighbours(rates):
     """The points of RATES with one rate moved by one place. Raises ValueError at the edge."""
     for name, value in rates.items():
@@ -324,9 +318,6 @@ def rates_of(sweep, domain, size, arm, make=True):
     return rates
 
 
-# ---------------------------------------------------------------------------------- the jobs
-
-
 def runs_of(sweep):
     """{name: Job} of all runs, in the order in which they are made."""
     prefix = "" if sweep.set == "main" else f"{sweep.set}-"
@@ -358,10 +349,7 @@ def to_do(sweep):
 
 
 def do(sweep, name, job, wait=False):
-    """
-    Do a job, in a worker process. If another process makes its run, wait for that, or return the
-    job's name.
-    """
+    """Do a job, in a worker. If another process makes its run, return its name, or wait for it."""
     rates = rates_of(sweep, job.domain, job.size, job.arm)
     while job.seed is not None and not run(sweep, name, job, rates):
         if not wait:
@@ -412,9 +400,6 @@ def work(sweep, title, jobs):
         print(f"{len(left)} runs are being made by other processes", file=sys.stderr)
         if not sweep.job:
             in_workers(sweep.workers, title, do, [(sweep, n, jobs[n], True) for n in left])
-
-
-# -------------------------------------------------------------------------------- the program
 
 
 def make(sweep, arguments):
