@@ -126,10 +126,7 @@ MAY_CHANGE = {"out_dir", "overwrite", "resume", "checkpoint_every", "fsdp"}  # w
 
 
 def read_config(arguments, kind=Config):
-    """
-    The Config of a command line, or one of `kind`, which extends it. Raises ValueError or
-    FileNotFoundError; see settings.read.
-    """
+    """The Config of a command line, or a `kind` of it. Raises ValueError or FileNotFoundError."""
     arguments = settings.split(kind, arguments)
     given = {argument.partition("=")[0] for argument in arguments}
     config, path = settings.read(kind, arguments, rules.OTHER_NAMES)
@@ -156,10 +153,7 @@ def second_order(config):
 
 
 def resolve(config, shape):
-    """
-    config with values in place of its automatic settings. shape: from tasks.read_shape. Raises
-    ValueError for a block_size above the model's positions.
-    """
+    """config, its automatic settings resolved. shape: tasks.read_shape's. Raises ValueError."""
     encoder = is_encoder(shape)
     positions = shape.positions if encoder else shape.max_position_embeddings
     targets = config.target_modules

@@ -212,10 +212,7 @@ class Task:
     # "trainable_parameters": {"lower", "upper"}}
 
     def batches(self, rows):
-        """
-        A function of k = 0, 1, 2, …: the k-th batch of rows, as this process's micro-batches, which
-        are pairs of rows and their share of the batch's loss.
-        """
+        """A function of k: the k-th batch, as this process's micro-batches: (rows, share)."""
         c, count = self.config, self.family.supervised
         ranks = distributed.RANK, distributed.WORLD_SIZE
         batches = data.Batches(rows, c.batch_size, c.seed, c.group_by_length, c.shuffle)
@@ -395,9 +392,8 @@ def build_model(config, folder, dtype, device, family, rows):
 
 def main(arguments):
     if not arguments or {"--help", "-h"} & set(arguments):
-        print(
-            __doc__.strip(), settings.help_text(Config) if arguments else report.START, sep="\n\n"
-        )
+        more = settings.help_text(Config) if arguments else report.START
+        print(__doc__.strip(), more, sep="\n\n")
         return 0
     if distributed.RANK > 0:  # of several processes, only the first one prints
         sys.stdout = open(os.devnull, "w")

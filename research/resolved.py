@@ -71,10 +71,7 @@ class Resolved:
 
 
 class Problem:
-    """
-    A domain's and a seed's data, as what the layer reads, and the losses. model: the layer with its
-    adapter, tanh and the head, at their start.
-    """
+    """The data of a domain and a seed, and the losses. model: adapted layer, tanh, head."""
 
     def __init__(self, given, domain, seed):
         sweep = Sweep(model=given.model, target_modules=("pooler.dense",))

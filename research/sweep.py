@@ -145,10 +145,7 @@ def task_of(sweep, domain, arm, seed, rates=None, **changes):
 
 
 def write_files(sweep, job, tuning):
-    """
-    Write a run's train and test JSONL files; returns the settings that name them. Here, unlike in
-    train.py's own samples, no run trains on an example of the tuning set.
-    """
+    """Write a run's files, which share no example with the tuning set; returns their settings."""
     examples = data.load_examples(job.domain)
     rest, test = data.split(examples, 300 / len(examples), seed=0)
     rest, tune = data.split(rest, 200 / len(rest), seed=0)
@@ -362,19 +359,12 @@ def start_worker(workers):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def in_workers(workers, title, function, jobs):
-    """
-    Call function(*job) for each job, in processes that share the CPU's cores and end with this one.
-    Returns the results in the order in which they come.
-    """
+    """The results of function(*job) for all jobs, as they come, from processes beside this one."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, start_worker, (workers,))
     try:

@@ -39,9 +39,6 @@ def without_code(text):
     return re.sub(r"(?m)^    .*$", "", text)
 
 
-# ------------------------------------------------------------------------------- the documents
-
-
 def test_the_readme_is_short_enough_to_be_read_to_its_end():
     assert len(README.split()) <= 1200
 
@@ -145,9 +142,6 @@ def test_every_method_and_hypergradient_that_a_document_sets_exists(path):
     assert set(re.findall(r"--hypergradient=(\w+)", TEXTS[path])) <= set(bilevel.HYPERGRADIENTS)
 
 
-# ---------------------------------------------------------------------------------- the shelves
-
-
 def code(*folders):
     """The Python files in folders and, but for the top level ("."), in the folders below them."""
     below = {folder: "*.py" if folder == "." else "**/*.py" for folder in folders}
@@ -238,9 +232,6 @@ def test_no_line_of_code_is_wider_than_100_columns():
 def test_no_test_reads_a_wall_clock():
     clock = re.compile(r"time\.(time|monotonic|perf_counter)(_ns)?\(")
     assert [p for p in code("tests") if clock.search(p.read_text(encoding="utf-8"))] == []
-
-
-# ---------------------------------------------------------------------------------- the recipes
 
 
 RECIPES = dict(re.findall(r"<!-- recipe: (.+?) -->\n```python\n(.*?)```", CONTRIBUTING, re.DOTALL))

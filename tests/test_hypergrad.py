@@ -323,9 +323,6 @@ def test_an_unknown_mode_and_a_model_without_both_levels_are_refused():
         optimizer.bilevel_step(square, x, x)
 
 
-# ------------------------------------------------------------ truth: a re-solved lower level
-
-
 class Logistic:
     """
     Logistic regression with a penalty exp(m_j) a feature, V = its weights, solved by Newton's
@@ -483,9 +480,6 @@ def test_errors_against_a_re_solved_network_with_bidora_layers():
     assert error(first_order(*arguments), truth) > 0.01
 
 
-# ------------------------------------------------------------------------------ Adam below
-
-
 def adam_by_hand(c, optimizer, grad_clip, steps):
     """The hypergradient by plain autograd through AdamW's formulas, moments and all."""
     group, states = optimizer.param_groups[0], [optimizer.state[p] for p in c.lower]
@@ -603,9 +597,6 @@ def test_a_finite_difference_in_bfloat16_is_refused():
         create_bilevel_optimizer(model, hypergradient="finite_difference")
 
 
-# --------------------------------------------------------------------- parts and processes
-
-
 @pytest.mark.parametrize("name", HYPERGRADIENTS)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_losses_in_micro_batches_give_the_hypergradient_of_the_whole(name, steps):
@@ -684,9 +675,6 @@ def test_two_processes_give_the_hypergradient_of_the_joined_batch(tmp_path):
         for (name, _), line, h in zip(DISTRIBUTED, lines.splitlines(), joined, strict=True):
             ours, truth = torch.tensor(json.loads(line), dtype=torch.float64), torch.cat(h)
             assert (ours - truth).norm() <= 1e-6 * truth.norm(), name
-
-
-# ---------------------------------------------------------------------------------- memory
 
 
 def transformer(folder, family, quantize=None, **changes):
@@ -834,9 +822,6 @@ def test_8_bit_adamw_follows_adamw_at_both_levels():
         assert all(state["state1"].dtype == torch.uint8 for state in wide)
 
 
-# ------------------------------------------------- what the optimizer must not do in silence
-
-
 def taken(optimizer, take, *arguments):
     """The hypergradient that an upper step takes."""
     hypergradients, real = [], optimizer.step
@@ -943,9 +928,6 @@ def test_an_optimizers_state_can_be_saved_and_loaded():
         o.scale_lr(0.7)
         o.bilevel_step(each.loss, each.train, each.val)
     assert all(torch.equal(a, b) for a, b in zip(c.lower + c.upper, twin.lower + twin.upper))
-
-
-# ------------------------------------------------------------------ parameters out of reach
 
 
 class Checkpointed(nn.Module):

@@ -92,9 +92,6 @@ def refused(capsys, *arguments):
     return lines[-1]
 
 
-# --------------------------------------------------------------------------- the start
-
-
 HEAVY = {"torch._dynamo", "transformers", "matplotlib", "scipy", "sklearn", "pandas"}
 HEAVY |= {"bitsandbytes", "datasets", "pyarrow", "support.weights.bidora_package"}
 UNTIL_THE_SECOND_STEP = """
@@ -138,9 +135,6 @@ print(*sys.modules)
 def test_the_first_step_of_each_level_is_taken_without_other_large_libraries():
     modules = imported_by(UNTIL_THE_SECOND_STEP)
     assert "torch" in modules and not HEAVY & modules
-
-
-# -------------------------------------------------------------------------- the whole job
 
 
 def test_tiny_config_learns_and_leaves_all_its_files():
@@ -508,9 +502,6 @@ def test_own_data_in_every_format(row):
     assert results["examples"] == {"train": 20, "val": 20, "test": 20}
 
 
-# --------------------------------------------------------------------------------- sample.py
-
-
 def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
     def sampled(*arguments):
         assert sample.main(arguments) == 0
@@ -538,9 +529,6 @@ def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
     assert shown.count("model:") == 2
     assert sample.main(["--adapter=nowhere", "--prompt=a"]) == 2
     assert "nowhere" in capsys.readouterr().err
-
-
-# ----------------------------------------------------------------------- the command line
 
 
 def test_config_file_then_command_line_then_defaults():
@@ -857,9 +845,6 @@ def test_an_interrupt_while_torch_is_imported_is_one_line_with_the_command(progr
     again = f"python {script} {program} '--a=b c'"
     assert done.returncode == -signal.SIGINT
     assert done.stderr == f"interrupted; start it again with: {again}\n"
-
-
-# ------------------------------------------------------------------------------ downloads
 
 
 def test_without_network_the_message_says_what_to_put_where(tmp_path):

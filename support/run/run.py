@@ -89,10 +89,7 @@ class Run:
         return interrupt.Stopped(f"interrupted{said}")
 
     def start(self, task):
-        """
-        Restore a resumed run, or set an earlier run aside; then write the folder's first files.
-        task: a train.Task. Raises ValueError or OSError.
-        """
+        """Restore a resumed run or set an earlier one aside; write the folder. task: a Task."""
         self.config, self.task = task.config, task
         self.fingerprint = hashlib.sha256(repr(task.encoded).encode()).hexdigest()
         self.parameters = {n: p for n, p in task.model.named_parameters() if p.requires_grad}
@@ -175,10 +172,7 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name, steps, optimizer):
-        """
-        Yield an iterator over the steps of a phase, 1 to `steps`, that are still to do. Raises
-        Stopped at a signal, FloatingPointError after saving the last weights with a finite loss.
-        """
+        """Yield the steps still to do, of 1 to `steps`. Raises Stopped, or FloatingPointError."""
         self.name, self.steps, self.optimizer = name, steps, optimizer
         self.step = self.last_kept = self.done.get(name, 0)
         self.phase_start = time.time() - self.seconds.get(name, 0)
@@ -225,10 +219,7 @@ class Run:
             self.bar.update()
 
     def record(self, step, losses):
-        """
-        Log a step; if due, take a snapshot, write the log or a checkpoint, or stop. losses:
-        {"train_loss": a scalar tensor}, and "val_loss" if the upper level took a step.
-        """
+        """Log a step; if due, take a snapshot, save, stop. losses: {name: a scalar}."""
         # If the loss before this step were not finite, the step would have raised.
         self.good, self.last_finite = self.n - 1, self.before_step
         line = {"step": self.n, "phase": self.name}

@@ -48,9 +48,6 @@ def test_samples_tuning_set_and_test_share_no_example_and_the_test_is_the_same_f
     assert not (test | tune) & (sample | other | tuned_on) and not test & tune
 
 
-# ---------------------------------------------------------------------------- learning rates
-
-
 def tuned(losses, choice, rates, folder="results/study", options=OPTIONS):
     """Write the results that a choice of rates needs: {point: loss, or None if it diverged}."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -159,9 +156,6 @@ def test_a_run_that_another_process_holds_is_left_to_it():
         assert sweep.run(toy, "a", Job("toy-sentiment", 40, "lora", 0), {"lower_lr": 1e-3}) is None
 
 
-# -------------------------------------------------------------------------------------- arms
-
-
 def test_every_arm_is_a_run_that_train_accepts():
     for name, arm in ARMS.items():
         rates = arm.rates if isinstance(arm.rates, dict) else {"lower_lr": 1e-3}
@@ -189,9 +183,6 @@ def test_every_method_is_an_arm_with_rates_for_its_levels_and_a_grid():
         grid = arms.GRIDS.get(name, arms.GRIDS["others"])
         assert all(len(set(grid[rate])) > 1 for rate in ARMS[name].rates)
     assert max(arms.GRIDS["ft"]["lower_lr"]) < 1e-4
-
-
-# ---------------------------------------------------------------------------------- the jobs
 
 
 def test_a_sweep_tunes_trains_resumes_and_lists_what_is_left(capfd):

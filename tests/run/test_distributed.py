@@ -27,7 +27,7 @@ from train import Config
 
 ROOT = Path(train.__file__).parent
 TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", batch_size=6)
-TINY |= dict(search_steps=10, retrain_steps=10, test_size=21, eval_size=21)
+TINY |= dict(search_steps=10, retrain_steps=10, test_size=21, eval_size=21, eval_before=False)
 RUNS = {
     "bidora": {},
     "dora": dict(method="dora"),
@@ -252,6 +252,9 @@ def test_a_model_shared_out_trains_as_a_whole_one(processes):
     lines = [json.dumps({"text": f"{i} follows {i - 1}"}) + "\n" for i in range(40)]
     Path("mine.jsonl").write_text("".join(lines))
     runs = SHARED_OUT if processes == 2 else {name: SHARED_OUT[name] for name in ("dora", "tied")}
+    runs = {
+        name: settings | dict(search_steps=6, retrain_steps=4) for name, settings in runs.items()
+    }
     for name, apart, whole, shared in train_with_several_and_one(runs, processes, fsdp=True):
         assert apart < 1e-5, name
         ours, other = whole["after"]["train"], shared["after"]["train"]

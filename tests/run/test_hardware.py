@@ -231,9 +231,6 @@ def test_the_choice_of_a_dtype_does_not_depend_on_what_else_runs(monkeypatch):
     assert hardware.bfloat16_speed.__wrapped__() == 3  # not the one that is kept
 
 
-# --------------------------------------------- CUDA: no GPU here, so torch's functions are replaced
-
-
 @pytest.mark.parametrize("major, dtype", [(7, torch.float32), (8, torch.bfloat16)])
 def test_a_gpu_that_only_emulates_bfloat16_gets_float32(major, dtype, monkeypatch):
     """Before Ampere (compute capability 8), bfloat16 tensors work, but slowly."""
