@@ -154,10 +154,7 @@ def shelf(module):
 
 
 def modules():
-    """
-    {name: path} of all modules of the three shelves, but for the one that bidora.py looks names of
-    another package up in.
-    """
+    """{name: path} of the three shelves' modules, but for bidora_package, found when asked for."""
     paths = {name_of(path.with_suffix("")).replace("/", "."): path for path in code(".", *ROOMS)}
     del paths["support.weights.bidora_package"]
     return paths
@@ -198,10 +195,7 @@ def lines(paths):
 
 
 def test_the_house_stays_small():
-    """
-    Lines are what a reader pays: new ones of a feature come with old ones that go. The limits are
-    today's sizes, so that they only fall.
-    """
+    """Lines are what a reader pays. The limits are today's sizes, so that they only fall."""
     shelf, rooms = lines(code(".")), lines(code(*ROOMS, "configs"))
     assert sum(shelf.values()) <= 3110
     assert sum(shelf.values()) + sum(rooms.values()) <= 14150

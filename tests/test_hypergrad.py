@@ -324,10 +324,7 @@ def test_an_unknown_mode_and_a_model_without_both_levels_are_refused():
 
 
 class Logistic:
-    """
-    Logistic regression with a penalty exp(m_j) a feature, V = its weights, solved by Newton's
-    method to a gradient of 1e-13.
-    """
+    """Logistic regression, penalty exp(m_j) a feature, solved by Newton to a gradient of 1e-13."""
 
     def __init__(self, n=6):
         truth = draw(n)
@@ -513,10 +510,7 @@ def warmed_up(c, grad_clip=0.3, **options):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("grad_clip", [0.3, 1e9])
 def test_adams_own_update_is_differentiated(steps, grad_clip):
-    """
-    1e-8 relative to autograd through AdamW by hand: moments, weight decay and clipping; and its
-    state stays as it was.
-    """
+    """1e-8 relative to autograd through AdamW by hand, with decay and clipping; its state stays."""
     c = Curved()
     optimizer = warmed_up(c, grad_clip).lower_optimizer
     before = copy.deepcopy(optimizer.state_dict()["state"])
@@ -656,10 +650,7 @@ DISTRIBUTED = [
 
 
 def test_two_processes_give_the_hypergradient_of_the_joined_batch(tmp_path):
-    """
-    Each has half of the train and of the val batch; 1e-6 relative in float64 (the finite difference
-    is nonlinear in rounding).
-    """
+    """Each has half of the batches; 1e-6 relative in float64, where differences are rounded."""
     paths = [str(Path(hypergrad.__file__).parent), str(Path(__file__).parent)]
     command = [sys.executable, "-c", PROCESS.format(paths=paths)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -678,10 +669,7 @@ def test_two_processes_give_the_hypergradient_of_the_joined_batch(tmp_path):
 
 
 def transformer(folder, family, quantize=None, **changes):
-    """
-    A random transformer, adapted, with directions away from their start; in float64, but for 4-bit
-    weights, which have no such form.
-    """
+    """A random adapted transformer, directions away from their start, in float64 unless 4-bit."""
     checkpoint(folder, family, **changes)
     dtype = torch.float32 if quantize == "nf4" else torch.float64
     model = Transformer.from_pretrained(folder, dtype, quantize=quantize)
@@ -797,10 +785,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch():
 
 
 def test_8_bit_adamw_follows_adamw_at_both_levels():
-    """
-    Bitsandbytes' quantised moments leave the path within a tenth of its length after 30 steps, and
-    are 8 bits wide.
-    """
+    """Its 8-bit moments leave the path within a tenth of its length after 30 steps."""
 
     def trained(optimizer):
         torch.manual_seed(0)

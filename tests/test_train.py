@@ -33,17 +33,12 @@ from tasks import LanguageTask
 from tools import merge
 from train import Config
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 ROOT = Path(train.__file__).parent
 TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", test_size=40)
 TINY |= dict(search_steps=4, retrain_steps=3, eval_size=20)
 SETTINGS = [f"--{name}={value}" for name, value in TINY.items()]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, request):
-    """Run in an empty folder, with one cache for the whole session."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
 
 
 def command(*arguments, **options):
@@ -237,10 +232,7 @@ def test_magnitude_learns_in_search_and_rests_in_retrain(monkeypatch):
 
 
 def test_retrain_starts_afresh_or_continues():
-    """
-    Adam's first step moves each entry by the rate at most: from a fresh start B, which is zero
-    there, is no larger after it.
-    """
+    """Adam's first step moves no entry by more than the rate: B is no larger if it was zero."""
     largest = []
     for final_init in ("fresh", "continue"):
         trained(final_init, retrain_steps=1, lower_lr=1e-3, final_init=final_init)
@@ -251,10 +243,7 @@ def test_retrain_starts_afresh_or_continues():
 
 @pytest.mark.parametrize("method", ["bidora", "dora"])
 def test_each_level_sees_its_own_examples_only(monkeypatch, method):
-    """
-    Search: direction and second derivatives on train, magnitude on val. Retrain, and single-level
-    methods: train + val.
-    """
+    """Search: V and second derivatives on train, m on val. Other phases: train + val."""
     seen, batch = [], data.Batches.__getitem__
 
     def spy(self, k):

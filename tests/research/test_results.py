@@ -12,10 +12,7 @@ from research import figures, results
 from research.differences import MEASURES, compare, differences, holm, seconds_table, tables
 from support.weights.weight_changes import Trajectory
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def result(domain, arm, seed, test, train=0.9, metric="accuracy"):

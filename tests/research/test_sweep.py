@@ -20,16 +20,12 @@ from research import arms, published, results, sweep
 from research.sweep import ARMS, RATES, TUNING_SEEDS, Job, Sweep
 from support.run import run_folder
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 ROOT = Path(sweep.__file__).parents[1]
 OPTIONS = "--model=minilm --target_modules=query,value --dtype=float32"
 TOY = ["--model=tiny-random", "--target_modules=q_proj,v_proj", "--domains=toy-sentiment"]
 TOY += ["--sizes=20", "--arms=lora", "--seeds=2"]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, request):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
 
 
 def test_samples_tuning_set_and_test_share_no_example_and_the_test_is_the_same_for_all():
@@ -316,22 +312,21 @@ def test_wrong_input_gets_one_line(arguments, message, capsys):
     assert message in error and error.count("error: ") == 1 and "Traceback" not in error
 
 
+LINE = {"name": "a", "set": "main", "domain": "peptides", "size": 100, "method": "bidora"}
+LINE |= {"after": {"test": {"accuracy": 0.5}, "train": {"accuracy": 0.9}}}
+LINE |= {"seed": 0, "command": f"python train.py {OPTIONS}"}
+
+
 @pytest.mark.parametrize("lost", ["after", "command"])
 def test_a_line_without_what_a_sweep_reads_is_named(lost, capsys):
-    line = {"name": "a", "set": "main", "domain": "peptides", "size": 100, "method": "bidora"}
-    line |= {"seed": 0, "after": {"test": {}}, "command": f"python train.py {OPTIONS}"}
-    del line[lost]
-    results.save("results/study", line)
+    results.save("results/study", {key: value for key, value in LINE.items() if key != lost})
     assert sweep.main(["--report"]) == 2
     said = f"error: a in results/study/runs.jsonl lacks {lost}: remove its line"
     assert capsys.readouterr().err.strip() == said
 
 
 def test_runs_of_another_model_are_not_taken_for_this_one_s(capsys):
-    line = {"name": "a", "set": "main", "domain": "peptides", "size": 100, "method": "bidora"}
-    after = {"test": {"accuracy": 0.5}, "train": {"accuracy": 0.9}}
-    line |= {"seed": 0, "after": after, "command": f"python train.py {OPTIONS}"}
-    results.save("results/study", line)
+    results.save("results/study", LINE)
     assert sweep.main(["--report"]) == 0
     assert sweep.main(["--report", "--model=tiny-random"]) == 2
     assert "a in results/study/runs.jsonl was made without --model=tiny-random" in (
