@@ -15,6 +15,8 @@ Works on any nn.Module with nn.Linear layers (or transformers' Conv1D). Everythi
 load_adapter and patterns of targets also works when this file is copied alone.
 """
 
+import contextlib
+import importlib
 import math
 import operator
 import re
@@ -471,11 +473,7 @@ def load_adapter(model, folder, method=""):
 
 def __getattr__(name):
     """The other names of the `bidora` package on PyPI (docs/coming-from.md)."""
-    try:
-        if not name.startswith("__"):  # Python asks for __path__ at each import
-            from support.weights import bidora_package
-
-            return vars(bidora_package)[name]
-    except (ImportError, KeyError):  # ImportError: copied alone into another project
-        pass
+    if not name.startswith("__"):  # Python asks for __path__ at each import
+        with contextlib.suppress(ImportError, KeyError):  # ImportError: this file was copied alone
+            return vars(importlib.import_module("support.weights.bidora_package"))[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

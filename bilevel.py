@@ -119,9 +119,10 @@ def in_training(model, wanted):
 
 
 class AdamW(torch.optim.AdamW):
-    """Torch's, but for two decorators, which would import its compiler: a second of each start."""
+    """Torch's, but for its decorators, which would import its compiler: a second of each start."""
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
@@ -192,10 +193,8 @@ class BilevelOptimizer:
             from bitsandbytes.optim import AdamW8bit as build
         build = functools.partial(build, betas=(0.9, beta2))
         self.lower_optimizer = build(self.lower, lr=lower_lr, weight_decay=weight_decay)
-        self.upper_optimizer = None
-        if self.upper:
-            decay = {"weight_decay": upper_weight_decay}
-            self.upper_optimizer = build(self.upper, lr=upper_lr, **decay)
+        upper = dict(lr=upper_lr, weight_decay=upper_weight_decay)
+        self.upper_optimizer = build(self.upper, **upper) if self.upper else None
 
     def bilevel_step(self, loss_fn, train_batch, val_batch):
         """
@@ -313,8 +312,7 @@ class BilevelOptimizer:
         finite = bool(torch.isfinite(loss + norm))  # the only number that a step reads from a GPU
         if finite:
             optimizer.step()
-        for parameter in parameters:
-            parameter.grad = None
+        optimizer.zero_grad()
         if not finite:
             self.train_loss, self.past = None, []
             raise FloatingPointError(f"loss {loss.item():g}, gradient norm {norm.item():g}")
@@ -403,9 +401,6 @@ class BilevelOptimizer:
 
 
 create_bilevel_optimizer = BilevelOptimizer  # its name in the `bidora` package
-
-
-# ------------------------------------------------------------------------------ refusals
 
 
 def check_options(hypergradient, options):

@@ -125,10 +125,7 @@ MAY_CHANGE = {"out_dir", "overwrite", "resume", "checkpoint_every", "fsdp"}  # w
 
 
 def read_config(arguments, kind=Config):
-    """
-    The Config of a command line, or one of `kind`, which extends it. Raises ValueError or
-    FileNotFoundError; see settings.read.
-    """
+    """The Config of a command line, or a `kind` of it. Raises ValueError or FileNotFoundError."""
     arguments = settings.split(kind, arguments)
     given = {argument.partition("=")[0] for argument in arguments}
     config, path = settings.read(kind, arguments, rules.OTHER_NAMES)

@@ -67,9 +67,6 @@ def plain_neumann(train_loss, val_loss, V, m, alpha, terms):
     return [d - c for d, c in zip(direct, cross)]
 
 
-# ------------------------------------------------------------------ gradients and products
-
-
 def one_process(tensors):
     """
     The `reduce` for a single process, which has nothing to add. For several, give a function that
@@ -174,9 +171,6 @@ def assign(parameters, values):
         parameter.data = value
 
 
-# --------------------------------------------------------------- steps of the lower level
-
-
 @dataclass
 class Step:
     """A step of the lower level, real or simulated: its start, and a model to differentiate."""
@@ -256,9 +250,6 @@ def adjoint(step, v, state):
         V, after = step.update(inputs[:n], inputs[n : 2 * n], inputs[2 * n :])
         back = gradient(dot([*V, *after], [*v, *state]), inputs)
     return back[:n], back[n : 2 * n], back[2 * n :]
-
-
-# ------------------------------------------------------------------------ hypergradients
 
 
 def first_order(train_loss, val_loss, lower, upper, *, reduce=one_process):

@@ -150,9 +150,6 @@ def build_optimizer(task, phase):
     )
 
 
-# ---------------------------------------------------------------------------- evaluation
-
-
 def evaluate(task, splits):
     """The results of evaluate_rows on each of the splits, {split: rows}, as {split: results}."""
     # Generated texts take long: only those of the last split are scored.
@@ -196,9 +193,6 @@ def evaluate_rows(task, rows, bar=None, scored=True):
     return {"loss": total / count} | family.scores(found)
 
 
-# --------------------------------------------------------------------------- preparation
-
-
 @dataclass
 class Task:
     """What a run trains and on which data, ready for its first step."""
@@ -219,10 +213,7 @@ class Task:
     # "trainable_parameters": {"lower", "upper"}}
 
     def batches(self, rows):
-        """
-        A function of k = 0, 1, 2, …: the k-th batch of rows, as this process's micro-batches, which
-        are pairs of rows and their share of the batch's loss.
-        """
+        """A function of k: the k-th batch, as this process's micro-batches: (rows, share)."""
         c, count = self.config, self.family.supervised
         ranks = distributed.RANK, distributed.WORLD_SIZE
         batches = data.Batches(rows, c.batch_size, c.seed, c.group_by_length, c.shuffle)
@@ -400,14 +391,10 @@ def build_model(config, folder, dtype, device, family, rows):
     }
 
 
-# ------------------------------------------------------------------------ the command line
-
-
 def main(arguments):
     if not arguments or {"--help", "-h"} & set(arguments):
-        print(
-            __doc__.strip(), settings.help_text(Config) if arguments else report.START, sep="\n\n"
-        )
+        more = settings.help_text(Config) if arguments else report.START
+        print(__doc__.strip(), more, sep="\n\n")
         return 0
     if distributed.RANK > 0:  # of several processes, only the first one prints
         sys.stdout = open(os.devnull, "w")

@@ -19,10 +19,7 @@ MEASURES = {
 
 
 def of_group(results, group):
-    """
-    Those results of a set that are of a group's runs, in the order of its domains. group: one of
-    research/arms.py, or a Sweep, which has the same names.
-    """
+    """Those results that are of the runs of a group, or of a Sweep, in the order of its domains."""
     own = [r for r in results if str(r["size"]) in group.sizes and r["seed"] < group.seeds]
     own = [r for r in own if r["method"] in group.arms and r["domain"] in group.domains]
     return sorted(own, key=lambda r: group.domains.index(r["domain"]))
@@ -116,10 +113,7 @@ TRACED = ("indirect / direct", "cosine", "m moves by")
 
 
 def traced(results):
-    """
-    TRACED as text, of the runs with a trace: ‖indirect part‖ / ‖∂F/∂m‖ and the cosine of the two,
-    medians over all upper-level steps, and how far m moved in the mean.
-    """
+    """TRACED as text: medians over the upper-level steps of traced runs, and how far m moved."""
     traces = [r["trace"] for r in results if r.get("trace")]
     if not traces:
         return "–", "–", "–"
@@ -131,10 +125,7 @@ def traced(results):
 
 
 def tables(results, arms, sign):
-    """
-    Lines of Markdown: for each size, the arms' scores and gaps between train and test with the
-    number of seeds, and the differences of the first arm and the others. sign: as in differences.
-    """
+    """Lines of Markdown: for each size, the arms' scores, gaps and differences, with their sign."""
     for size in sorted({r["size"] for r in results}):
         own = [r for r in results if r["size"] == size]
         known = [arm for arm in arms if any(r["method"] == arm for r in own)]

@@ -71,10 +71,7 @@ class Resolved:
 
 
 class Problem:
-    """
-    A domain's and a seed's data, as what the layer reads, and the losses. model: the layer with its
-    adapter, tanh and the head, at their start.
-    """
+    """The data of a domain and a seed, and the losses. model: adapted layer, tanh, head."""
 
     def __init__(self, given, domain, seed):
         sweep = Sweep(model=given.model, target_modules=("pooler.dense",))
@@ -149,9 +146,6 @@ class Problem:
         return family.scores(pairs) | {"loss": self.whole.loss(logits, targets).item()}
 
 
-# -------------------------------------------------------------------------------- the errors
-
-
 def slopes(problem, model, directions):
     """The truth: how F(V*(m), m) changes along directions, (n, out), of m; (n,)."""
 
@@ -208,9 +202,6 @@ def errors(problem, seed):
     return {n: {arm: beside_truth(h) for arm, h in hs.items()} for n, hs in found.items()}
 
 
-# -------------------------------------------------------------------------------- the scores
-
-
 def search(problem, arm):
     """
     After a search, a dict: "moved", ‖m - m0‖ / ‖m0‖; "val", the val loss at V*(m); and "after", the
@@ -245,9 +236,6 @@ def search(problem, arm):
     after = {"train": problem.scores(model, "all"), "test": problem.scores(model, "test")}
     moved = ((m - start).norm() / start.norm()).item()
     return {"metric": problem.task.family.metric, "moved": moved, "val": val, "after": after}
-
-
-# ------------------------------------------------------------------------------- the program
 
 
 def measure(given, domain, seed):

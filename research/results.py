@@ -84,10 +84,7 @@ def mend(folder):
 
 
 def save(folder, result, trajectory=None):
-    """
-    Add a run: its Trajectory, if any, then its line, so that a line always finds its numbers. A run
-    that another process has saved by this name stays. result: as a line of runs.jsonl.
-    """
+    """Add a run and its Trajectory, if any, unless its name is there. result: a line's content."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with written(folder / "runs.jsonl"), opened(folder, "a+b") as file:
@@ -95,7 +92,7 @@ def save(folder, result, trajectory=None):
         if any(run["name"] == result["name"] for run in runs):
             return
 
-        if trajectory:
+        if trajectory:  # first, so that a line always finds its numbers
             arrays, metadata = read_trajectories(folder)
             layers = json.dumps(trajectory.layers)
             known = {text: key for key, text in metadata.items()}
@@ -114,10 +111,7 @@ def save(folder, result, trajectory=None):
 
 
 def read_results(folder):
-    """
-    All runs in a folder, {name: result}, with the fields of a Trajectory as result["trajectory"] if
-    there is one; {} where there are none. Raises ValueError for damaged files.
-    """
+    """{name: result} of a folder's runs, a Trajectory's fields as result['trajectory']."""
     try:
         with opened(folder, "rb") as file:
             runs, _ = whole_lines(file)

@@ -124,9 +124,6 @@ def check_names(setting, values, known):
             raise ValueError(f"unknown {setting} {value!r}" + settings.suggest(value, known))
 
 
-# ------------------------------------------------------------------------------------- a run
-
-
 def options_of(sweep, name, job, rates, tuning=False):
     """The settings of a run, {name: value}. tuning: the tuning set takes the test set's place."""
     steps = round(50 * (job.size / 100) ** 0.5)
@@ -148,10 +145,7 @@ def task_of(sweep, domain, arm, seed, rates=None, **changes):
 
 
 def write_files(sweep, job, tuning):
-    """
-    Write a run's train and test JSONL files; returns the settings that name them. Here, unlike in
-    train.py's own samples, no run trains on an example of the tuning set.
-    """
+    """Write a run's files, which share no example with the tuning set; returns their settings."""
     examples = data.load_examples(job.domain)
     rest, test = data.split(examples, 300 / len(examples), seed=0)
     rest, tune = data.split(rest, 200 / len(rest), seed=0)
@@ -239,9 +233,6 @@ def run(sweep, name, job, rates, tuning=False, make=True):
     return results_of(sweep)[name]
 
 
-# ---------------------------------------------------------------------------- learning rates
-
-
 def neighbours(rates):
     """The points of RATES with one rate moved by one place. Raises ValueError at the edge."""
     for name, value in rates.items():
@@ -324,9 +315,6 @@ def rates_of(sweep, domain, size, arm, make=True):
     return rates
 
 
-# ---------------------------------------------------------------------------------- the jobs
-
-
 def runs_of(sweep):
     """{name: Job} of all runs, in the order in which they are made."""
     prefix = "" if sweep.set == "main" else f"{sweep.set}-"
@@ -358,10 +346,7 @@ def to_do(sweep):
 
 
 def do(sweep, name, job, wait=False):
-    """
-    Do a job, in a worker process. If another process makes its run, wait for that, or return the
-    job's name.
-    """
+    """Do a job, in a worker. If another process makes its run, return its name, or wait for it."""
     rates = rates_of(sweep, job.domain, job.size, job.arm)
     while job.seed is not None and not run(sweep, name, job, rates):
         if not wait:
@@ -374,19 +359,12 @@ def start_worker(workers):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def in_workers(workers, title, function, jobs):
-    """
-    Call function(*job) for each job, in processes that share the CPU's cores and end with this one.
-    Returns the results in the order in which they come.
-    """
+    """The results of function(*job) for all jobs, as they come, from processes beside this one."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, start_worker, (workers,))
     try:
@@ -412,9 +390,6 @@ def work(sweep, title, jobs):
         print(f"{len(left)} runs are being made by other processes", file=sys.stderr)
         if not sweep.job:
             in_workers(sweep.workers, title, do, [(sweep, n, jobs[n], True) for n in left])
-
-
-# -------------------------------------------------------------------------------- the program
 
 
 def make(sweep, arguments):

@@ -39,10 +39,7 @@ def lines_of(folder, which="main", domain=None):
 
 
 def score_rows(runs, first, columns):
-    """
-    A row for each method of runs: each run's test score `first`, their spread, and the columns,
-    functions of a method's runs that give text.
-    """
+    """A row a method: its runs' test score `first`, the spread, and columns, functions of them."""
     for method in sorted({run["method"] for run in runs}):
         own = [run for run in runs if run["method"] == method]
         scores = values_of(own, "test", first)

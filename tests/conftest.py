@@ -13,6 +13,13 @@ import torch
 
 
 @pytest.fixture
+def elsewhere(tmp_path, monkeypatch, request):
+    """Run in an empty folder, with one cache of models for the whole session."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+
+
+@pytest.fixture
 def file_limit():
     """No file may grow beyond 10,000 bytes: that stands in for a full disk."""
     resource = pytest.importorskip("resource")

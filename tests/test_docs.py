@@ -39,9 +39,6 @@ def without_code(text):
     return re.sub(r"(?m)^    .*$", "", text)
 
 
-# ------------------------------------------------------------------------------- the documents
-
-
 def test_the_readme_is_short_enough_to_be_read_to_its_end():
     assert len(README.split()) <= 1200
 
@@ -145,9 +142,6 @@ def test_every_method_and_hypergradient_that_a_document_sets_exists(path):
     assert set(re.findall(r"--hypergradient=(\w+)", TEXTS[path])) <= set(bilevel.HYPERGRADIENTS)
 
 
-# ---------------------------------------------------------------------------------- the shelves
-
-
 def code(*folders):
     """The Python files in folders and, but for the top level ("."), in the folders below them."""
     below = {folder: "*.py" if folder == "." else "**/*.py" for folder in folders}
@@ -160,10 +154,7 @@ def shelf(module):
 
 
 def modules():
-    """
-    {name: path} of all modules of the three shelves, but for the one that bidora.py looks names of
-    another package up in.
-    """
+    """{name: path} of the three shelves' modules, but for bidora_package, found when asked for."""
     paths = {name_of(path.with_suffix("")).replace("/", "."): path for path in code(".", *ROOMS)}
     del paths["support.weights.bidora_package"]
     return paths
@@ -204,10 +195,7 @@ def lines(paths):
 
 
 def test_the_house_stays_small():
-    """
-    Lines are what a reader pays: new ones of a feature come with old ones that go. The limits are
-    today's sizes, so that they only fall.
-    """
+    """Lines are what a reader pays. The limits are today's sizes, so that they only fall."""
     shelf, rooms = lines(code(".")), lines(code(*ROOMS, "configs"))
     assert sum(shelf.values()) <= 3110
     assert sum(shelf.values()) + sum(rooms.values()) <= 14150
@@ -238,9 +226,6 @@ def test_no_line_of_code_is_wider_than_100_columns():
 def test_no_test_reads_a_wall_clock():
     clock = re.compile(r"time\.(time|monotonic|perf_counter)(_ns)?\(")
     assert [p for p in code("tests") if clock.search(p.read_text(encoding="utf-8"))] == []
-
-
-# ---------------------------------------------------------------------------------- the recipes
 
 
 RECIPES = dict(re.findall(r"<!-- recipe: (.+?) -->\n```python\n(.*?)```", CONTRIBUTING, re.DOTALL))

@@ -29,6 +29,8 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import train
 from support.run import run
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 owner, name, left = {owner}, {name!r}, [{count}]
 function = getattr(owner, name)
 
@@ -41,12 +43,6 @@ def wrapper(*arguments, **options):
 setattr(owner, name, wrapper)
 sys.exit(train.main(sys.argv[1:]))
 """
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, request):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
 
 
 def run(*command, **options):

@@ -301,9 +301,6 @@ def test_nothing_here_unpickles():
         assert "tests" in path.parts or not re.search(unpickles, path.read_text()), path
 
 
-# ------------------------------------------------------------ hostile on purpose, one by one
-
-
 def last_line(capsys):
     """What a failed command has printed on stderr, which must be one line."""
     [line] = capsys.readouterr().err.strip().splitlines()
@@ -496,8 +493,6 @@ def test_a_seed_that_torch_refuses_is_named_by_sample(capsys):
     assert sample.main(["--model=tiny-random", "--prompt=x", f"--seed={2**64}"]) == 2
     assert f"seed={2**64} must be" in last_line(capsys)
 
-
-# ------------------------------------------------------------------- whole programs, and limits
 
 TEMPLATES = [  # what a template may hold; the loops take all of their five seconds
     "{{ messages | tojson }}",

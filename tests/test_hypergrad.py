@@ -323,14 +323,8 @@ def test_an_unknown_mode_and_a_model_without_both_levels_are_refused():
         optimizer.bilevel_step(square, x, x)
 
 
-# ------------------------------------------------------------ truth: a re-solved lower level
-
-
 class Logistic:
-    """
-    Logistic regression with a penalty exp(m_j) a feature, V = its weights, solved by Newton's
-    method to a gradient of 1e-13.
-    """
+    """Logistic regression, penalty exp(m_j) a feature, solved by Newton to a gradient of 1e-13."""
 
     def __init__(self, n=6):
         truth = draw(n)
@@ -483,9 +477,6 @@ def test_errors_against_a_re_solved_network_with_bidora_layers():
     assert error(first_order(*arguments), truth) > 0.01
 
 
-# ------------------------------------------------------------------------------ Adam below
-
-
 def adam_by_hand(c, optimizer, grad_clip, steps):
     """The hypergradient by plain autograd through AdamW's formulas, moments and all."""
     group, states = optimizer.param_groups[0], [optimizer.state[p] for p in c.lower]
@@ -519,10 +510,7 @@ def warmed_up(c, grad_clip=0.3, **options):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("grad_clip", [0.3, 1e9])
 def test_adams_own_update_is_differentiated(steps, grad_clip):
-    """
-    1e-8 relative to autograd through AdamW by hand: moments, weight decay and clipping; and its
-    state stays as it was.
-    """
+    """1e-8 relative to autograd through AdamW by hand, with decay and clipping; its state stays."""
     c = Curved()
     optimizer = warmed_up(c, grad_clip).lower_optimizer
     before = copy.deepcopy(optimizer.state_dict()["state"])
@@ -603,9 +591,6 @@ def test_a_finite_difference_in_bfloat16_is_refused():
         create_bilevel_optimizer(model, hypergradient="finite_difference")
 
 
-# --------------------------------------------------------------------- parts and processes
-
-
 @pytest.mark.parametrize("name", HYPERGRADIENTS)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_losses_in_micro_batches_give_the_hypergradient_of_the_whole(name, steps):
@@ -665,10 +650,7 @@ DISTRIBUTED = [
 
 
 def test_two_processes_give_the_hypergradient_of_the_joined_batch(tmp_path):
-    """
-    Each has half of the train and of the val batch; 1e-6 relative in float64 (the finite difference
-    is nonlinear in rounding).
-    """
+    """Each has half of the batches; 1e-6 relative in float64, where differences are rounded."""
     paths = [str(Path(hypergrad.__file__).parent), str(Path(__file__).parent)]
     command = [sys.executable, "-c", PROCESS.format(paths=paths)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -686,14 +668,8 @@ def test_two_processes_give_the_hypergradient_of_the_joined_batch(tmp_path):
             assert (ours - truth).norm() <= 1e-6 * truth.norm(), name
 
 
-# ---------------------------------------------------------------------------------- memory
-
-
 def transformer(folder, family, quantize=None, **changes):
-    """
-    A random transformer, adapted, with directions away from their start; in float64, but for 4-bit
-    weights, which have no such form.
-    """
+    """A random adapted transformer, directions away from their start, in float64 unless 4-bit."""
     checkpoint(folder, family, **changes)
     dtype = torch.float32 if quantize == "nf4" else torch.float64
     model = Transformer.from_pretrained(folder, dtype, quantize=quantize)
@@ -809,10 +785,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch():
 
 
 def test_8_bit_adamw_follows_adamw_at_both_levels():
-    """
-    Bitsandbytes' quantised moments leave the path within a tenth of its length after 30 steps, and
-    are 8 bits wide.
-    """
+    """Its 8-bit moments leave the path within a tenth of its length after 30 steps."""
 
     def trained(optimizer):
         torch.manual_seed(0)
@@ -832,9 +805,6 @@ def test_8_bit_adamw_follows_adamw_at_both_levels():
     for optimizer in (ours.lower_optimizer, ours.upper_optimizer):
         wide = [state for p, state in optimizer.state.items() if p.numel() >= 4096]
         assert all(state["state1"].dtype == torch.uint8 for state in wide)
-
-
-# ------------------------------------------------- what the optimizer must not do in silence
 
 
 def taken(optimizer, take, *arguments):
@@ -943,9 +913,6 @@ def test_an_optimizers_state_can_be_saved_and_loaded():
         o.scale_lr(0.7)
         o.bilevel_step(each.loss, each.train, each.val)
     assert all(torch.equal(a, b) for a, b in zip(c.lower + c.upper, twin.lower + twin.upper))
-
-
-# ------------------------------------------------------------------ parameters out of reach
 
 
 class Checkpointed(nn.Module):

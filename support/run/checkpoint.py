@@ -102,10 +102,7 @@ def names(run):
 
 
 def load(run, most=math.inf):
-    """
-    (tensors, state) of a run's newest intact checkpoint after at most so many steps, or None;
-    reports damaged ones.
-    """
+    """The newest intact checkpoint up to a step: (tensors, state), or None. Names damaged ones."""
     folders = [path for path in names(run) if int(path.name) <= most]
     for folder in reversed(folders):
         try:

@@ -67,15 +67,12 @@ def start(device):
 
 
 def leave(status):
-    """
-    End this process. Beside others it ends by _exit, since gloo's threads may outlive the
-    interpreter, which then aborts. After a failure it waits for no other process.
-    """
+    """End this process; beside others by _exit, since gloo's threads may outlive Python."""
     if not dist.is_initialized():
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
-    if status == 0:
+    if status == 0:  # after a failure, wait for no other process
         dist.destroy_process_group()
     os._exit(status)
 

@@ -211,15 +211,12 @@ def digest(path):
 
 
 def check_digests(folder):
-    """
-    Raise ValueError if a file of a folder has changed since the first call, which writes the files'
-    digests beside them.
-    """
+    """Raise ValueError if a folder's file has changed since the first call, which keeps digests."""
     path = folder / "digests.json"
     if not path.exists():
         write_json(path, {file.name: digest(file) for file in folder.iterdir()})
     for name, kept in read_json(path).items():
-        if not (folder / name).exists() or digest(folder / name) != kept:
+        if digest(folder / name) != kept:
             raise ValueError(
                 f"{folder / name} is damaged: delete the folder {folder} and run again"
             )

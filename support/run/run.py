@@ -93,10 +93,7 @@ class Run:
         return interrupt.Stopped(f"interrupted{said}")
 
     def start(self, task):
-        """
-        Restore a resumed run, or set an earlier run aside; then write the folder's first files.
-        task: a train.Task. Raises ValueError or OSError.
-        """
+        """Restore a resumed run or set an earlier one aside; write the folder. task: a Task."""
         self.config, self.task = task.config, task
         self.fingerprint = hashlib.sha256(repr(task.encoded).encode()).hexdigest()
         self.parameters = {n: p for n, p in task.model.named_parameters() if p.requires_grad}
@@ -180,20 +177,16 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name, steps, optimizer):
-        """
-        Yield an iterator over the steps of a phase, 1 to `steps`, that are still to do. Raises
-        Stopped at a signal, FloatingPointError after saving the last weights with a finite loss.
-        """
+        """Yield the steps still to do, of 1 to `steps`. Raises Stopped, or FloatingPointError."""
         self.name, self.steps, self.optimizer = name, steps, optimizer
         self.step = self.last_kept = self.done.get(name, 0)
         self.phase_start = time.time() - self.seconds.get(name, 0)
-        self.trained, self.before_step = optimizer.lower + optimizer.upper, None
-        # The last step after which the loss was finite, and the weights then, if there is a copy
-        self.good, self.last_finite = self.n - bool(self.step), None
+        # The last weights with a finite loss: how many steps made them, and copies (not for ft)
+        self.good, self.last_finite, self.before_step = self.n - bool(self.step), {}, {}
         count = self.config.snapshots
         self.marks = {math.ceil(steps * i / count) for i in range(1, count + 1)}
 
-        distributed.same_everywhere(p.data for p in self.trained)
+        distributed.same_everywhere(p.data for p in optimizer.lower + optimizer.upper)
         if self.step:
             checkpoint.load_optimizer_state(optimizer, self.state[0])
 
@@ -225,15 +218,13 @@ class Run:
         for step in range(self.step + 1, self.steps + 1):
             self.step, self.step_start, self.n = step, time.time(), self.n + 1
             if self.config.method != "ft":  # whose copies would be two whole models
-                self.before_step = [p.detach().clone() for p in self.trained]
+                copies = {f"parameter.{n}": p.detach().clone() for n, p in self.parameters.items()}
+                self.before_step = copies
             yield step
             self.bar.update()
 
     def record(self, step, losses):
-        """
-        Log a step; if due, take a snapshot, write the log or a checkpoint, or stop. losses:
-        {"train_loss": a scalar tensor}, and "val_loss" if the upper level took a step.
-        """
+        """Log a step; if due, take a snapshot, save, stop. losses: {name: a scalar}."""
         # If the loss before this step were not finite, the step would have raised.
         self.good, self.last_finite = self.n - 1, self.before_step
         line = {"step": self.n, "phase": self.name}
@@ -265,20 +256,17 @@ class Run:
             raise FloatingPointError(f"loss {loss:g} after the last step")
 
     def roll_back(self, error):
-        """Save the last weights with a finite loss that there are; raise FloatingPointError."""
-        what = "the weights from before this phase"  # which the folder still holds
-        if self.last_finite:
-            what = "the weights of the last good step"
-            for parameter, value in zip(self.trained, self.last_finite):
-                parameter.data = value
-            self.save()
-        elif kept := checkpoint.load(self.out, self.good):
-            what = f"the weights of the last good checkpoint, after step {kept[1]['n']},"
-            self.load_parameters(kept[0])
+        """Save the last weights with a finite loss; raise FloatingPointError."""
+        tensors, last = self.last_finite, "step"
+        if not tensors:  # without a checkpoint, the folder holds the weights from before this phase
+            tensors, _ = checkpoint.load(self.out, self.good) or ({}, {})
+            last = "checkpoint"
+        if tensors:
+            self.load_parameters(tensors)
             self.save()
         raise FloatingPointError(
             f"{self.name} step {self.step} of {self.steps} is not finite ({error}): "
-            f"lower lower_lr or upper_lr; {what} are in {self.out}"
+            f"lower lower_lr or upper_lr; the weights of the last good {last} are in {self.out}"
         ) from None
 
     def stop_asked(self):

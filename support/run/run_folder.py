@@ -20,16 +20,9 @@ except ImportError:  # Windows has no such locks: there, two runs in one folder 
 
 REPLACED = "replaced-by-a-newer-run"  # marks a run that is ours to remove
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-RUN_FILES = (  # beside the weights, which run.json names
-    "run.json",
-    "metrics.jsonl",
-    "summary.json",
-    "loss.png",
-    "trajectory.json",
-    "trajectory.safetensors",
-    "analysis.png",  # of tools/analysis.py
-    REPLACED,
-)
+# Beside the weights, which run.json names; analysis.png is of tools/analysis.py
+RUN_FILES = "run.json metrics.jsonl summary.json loss.png analysis.png trajectory.json".split()
+RUN_FILES += ["trajectory.safetensors", REPLACED]
 
 
 def check_writable(out):
@@ -187,10 +180,7 @@ def check_known(stored, known, folder):
 
 
 def resumed_config(config, out, stored, may_change):
-    """
-    The config that run.json of `out` has stored, with the settings in may_change from `config`.
-    Raises ValueError if `config` differs from it in another setting.
-    """
+    """`config` with run.json's settings but may_change's. Raises ValueError if others differ."""
     now = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as lists
     asked = stored.get("asked")
     if not isinstance(asked, dict) or now.keys() - stored.keys():

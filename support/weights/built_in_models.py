@@ -44,28 +44,20 @@ MINILM_FILES = (
 
 
 def built_in(name):
-    """
-    The folder (a Path) of a built-in model; the first call writes it. Raises ValueError if a file
-    has changed since.
-    """
+    """The folder (a Path) of a built-in model, which the first call writes."""
     folder = cache_dir() / "models" / name
     if not (folder / "config.json").exists():
-        convert(name, folder)
+        make_cache(folder.parent)
+        # The rename comes last, so an interrupted conversion leaves no partial model.
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            BUILT_IN[name](Path(temporary) / name)
+            try:
+                os.replace(Path(temporary) / name, folder)
+            except OSError:
+                if not (folder / "config.json").exists():  # else another process was faster
+                    raise
     check_digests(folder)
     return folder
-
-
-def convert(name, folder):
-    """Write a built-in model."""
-    make_cache(folder.parent)
-    # The rename comes last, so an interrupted conversion leaves no partial model.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        BUILT_IN[name](Path(temporary) / name)
-        try:
-            os.replace(Path(temporary) / name, folder)
-        except OSError:
-            if not (folder / "config.json").exists():  # else another process was faster
-                raise
 
 
 def byte_level_bpe(tokens, merges, special):

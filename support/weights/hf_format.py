@@ -248,10 +248,7 @@ def check_tensors(stored, expected, folder):
 
 
 class WithoutValues(TorchFunctionMode):
-    """
-    A context in which torch.nn.init does nothing, to build a module on the meta device. Torch's
-    random values there, of an nn.Embedding, would import sympy and its compiler.
-    """
+    """Where torch.nn.init does nothing: random values on "meta" would import torch's compiler."""
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         if getattr(function, "__module__", None) == "torch.nn.init":

@@ -101,9 +101,6 @@ def test_evaluation_without_gradients_equals_the_one_with():
     assert value == cross_entropy(hidden, weight, targets) and not value.requires_grad
 
 
-# ------------------------------------------------------------------------------- recompute
-
-
 def test_recomputed_derivatives_are_right():
     """Both orders, by every argument and parameter, through two blocks."""
     shapes = (3, 4), (3, 4), (4, 4)

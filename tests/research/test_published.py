@@ -149,10 +149,7 @@ def after_a_step(problem, lr, frozen=()):
 
 
 def test_pip_takes_betty_0_2_1_on_the_program_s_python_and_an_older_one_on_ours():
-    """
-    environment.yml has python=3.7.10 and betty-ml without a version: pip takes the newest release
-    whose Requires-Python admits the interpreter.
-    """
+    """environment.yml names no version: pip takes the newest release for the interpreter."""
     from packaging.specifiers import SpecifierSet
 
     def admits(release, python):
@@ -331,12 +328,6 @@ def test_our_transposed_layer_is_the_published_one():
     found = layer(x)
     expected = published_layer(x, weight, bias, layer.lora_B.T, layer.lora_A.T, m)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch, request):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
 
 
 RUN = ["--train_size=20", "--test_size=20", "--search_steps=3", "--retrain_steps=2"]

@@ -12,10 +12,7 @@ from research import figures, results
 from research.differences import MEASURES, compare, differences, holm, seconds_table, tables
 from support.weights.weight_changes import Trajectory
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def result(domain, arm, seed, test, train=0.9, metric="accuracy"):
@@ -30,9 +27,6 @@ def draws(seed=0, seeds=8, domains=("a", "b"), compared=("bidora", "dora")):
     rng = random.Random(seed)
     names = [(d, arm, s) for d in domains for arm in compared for s in range(seeds)]
     return rng.sample([result(*name, rng.random()) for name in names], len(names))
-
-
-# --------------------------------------------------------------------------------- the files
 
 
 def numbered(seed, layers=5):
@@ -130,9 +124,6 @@ def test_damaged_results_are_named():
         results.load_results("r")
 
 
-# ---------------------------------------------------------------------------- the statistics
-
-
 def test_differences_are_paired_by_seed_with_scipy_s_interval_and_p():
     runs = draws()
     n, mean, half, p, _ = differences(runs, 100, "test score", "bidora", 1)["a", "dora"]
@@ -175,9 +166,6 @@ def test_holm_s_correction_on_a_worked_example():
 
 def test_fewer_than_six_pairs_have_no_p():
     assert ("a", "dora") not in differences(draws(seeds=5), 100, "test score", "bidora", 1)
-
-
-# ------------------------------------------------------------------- the tables and pictures
 
 
 def test_the_tables_have_scores_paired_differences_and_seconds():

@@ -20,16 +20,12 @@ from research import arms, published, results, sweep
 from research.sweep import ARMS, RATES, TUNING_SEEDS, Job, Sweep
 from support.run import run_folder
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 ROOT = Path(sweep.__file__).parents[1]
 OPTIONS = "--model=minilm --target_modules=query,value --dtype=float32"
 TOY = ["--model=tiny-random", "--target_modules=q_proj,v_proj", "--domains=toy-sentiment"]
 TOY += ["--sizes=20", "--arms=lora", "--seeds=2"]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, request):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
 
 
 def test_samples_tuning_set_and_test_share_no_example_and_the_test_is_the_same_for_all():
@@ -46,9 +42,6 @@ def test_samples_tuning_set_and_test_share_no_example_and_the_test_is_the_same_f
     assert (len(sample), len(other), len(test), len(tune)) == (100, 400, 300, 200)
     assert test == same and sample != other
     assert not (test | tune) & (sample | other | tuned_on) and not test & tune
-
-
-# ---------------------------------------------------------------------------- learning rates
 
 
 def tuned(losses, choice, rates, folder="results/study", options=OPTIONS):
@@ -159,9 +152,6 @@ def test_a_run_that_another_process_holds_is_left_to_it():
         assert sweep.run(toy, "a", Job("toy-sentiment", 40, "lora", 0), {"lower_lr": 1e-3}) is None
 
 
-# -------------------------------------------------------------------------------------- arms
-
-
 def test_every_arm_is_a_run_that_train_accepts():
     for name, arm in ARMS.items():
         rates = arm.rates if isinstance(arm.rates, dict) else {"lower_lr": 1e-3}
@@ -189,9 +179,6 @@ def test_every_method_is_an_arm_with_rates_for_its_levels_and_a_grid():
         grid = arms.GRIDS.get(name, arms.GRIDS["others"])
         assert all(len(set(grid[rate])) > 1 for rate in ARMS[name].rates)
     assert max(arms.GRIDS["ft"]["lower_lr"]) < 1e-4
-
-
-# ---------------------------------------------------------------------------------- the jobs
 
 
 def test_a_sweep_tunes_trains_resumes_and_lists_what_is_left(capfd):
@@ -325,22 +312,21 @@ def test_wrong_input_gets_one_line(arguments, message, capsys):
     assert message in error and error.count("error: ") == 1 and "Traceback" not in error
 
 
+LINE = {"name": "a", "set": "main", "domain": "peptides", "size": 100, "method": "bidora"}
+LINE |= {"after": {"test": {"accuracy": 0.5}, "train": {"accuracy": 0.9}}}
+LINE |= {"seed": 0, "command": f"python train.py {OPTIONS}"}
+
+
 @pytest.mark.parametrize("lost", ["after", "command"])
 def test_a_line_without_what_a_sweep_reads_is_named(lost, capsys):
-    line = {"name": "a", "set": "main", "domain": "peptides", "size": 100, "method": "bidora"}
-    line |= {"seed": 0, "after": {"test": {}}, "command": f"python train.py {OPTIONS}"}
-    del line[lost]
-    results.save("results/study", line)
+    results.save("results/study", {key: value for key, value in LINE.items() if key != lost})
     assert sweep.main(["--report"]) == 2
     said = f"error: a in results/study/runs.jsonl lacks {lost}: remove its line"
     assert capsys.readouterr().err.strip() == said
 
 
 def test_runs_of_another_model_are_not_taken_for_this_one_s(capsys):
-    line = {"name": "a", "set": "main", "domain": "peptides", "size": 100, "method": "bidora"}
-    after = {"test": {"accuracy": 0.5}, "train": {"accuracy": 0.9}}
-    line |= {"seed": 0, "after": after, "command": f"python train.py {OPTIONS}"}
-    results.save("results/study", line)
+    results.save("results/study", LINE)
     assert sweep.main(["--report"]) == 0
     assert sweep.main(["--report", "--model=tiny-random"]) == 2
     assert "a in results/study/runs.jsonl was made without --model=tiny-random" in (

@@ -50,6 +50,8 @@ KILLED = """
 import os, random, signal, sys, threading
 sys.path.insert(0, {root!r})
 import data, train
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 events, target, delay = 0, int(sys.argv[1]), float(sys.argv[2])
 
 def die():
@@ -75,11 +77,6 @@ def models(request):
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
         yield
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -461,36 +458,27 @@ def test_written_weights_have_the_permissions_that_others_files_have(mask, mode)
     assert os.stat("w.safetensors").st_mode & 0o777 == mode
 
 
-def watched_task(fails_at, seen):
-    """A Task whose loss is infinite at a step. `seen` gets, before each step, its weights."""
+@pytest.mark.parametrize(
+    "method, fails_at, good, of",
+    [
+        ("lora", 6, 4, "step"),
+        *(("ft", *at, "checkpoint") for at in ((7, 4), (6, 4), (5, 2), (2, 0))),
+    ],
+)
+def test_a_run_that_fails_leaves_the_last_weights_whose_loss_was_finite(method, fails_at, good, of):
+    """A checkpoint comes after every second step; its loss is known at the next one."""
+    seen = []  # the weights before each step
 
-    class Watched(train.Task):
+    class Fails(train.Task):
         def lower_loss(self, model, micro_batch):
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
             seen.append({name: p.detach().clone() for name, p in trained.items()})
             loss = super().lower_loss(model, micro_batch)
             return loss * torch.inf if len(seen) == fails_at else loss
 
-    return Watched
-
-
-@pytest.mark.parametrize(
-    "method, fails_at, good, said",
-    [
-        ("lora", 6, 4, "the weights of the last good step are in run"),
-        ("ft", 7, 4, "the weights of the last good checkpoint, after step 4, are in run"),
-        ("ft", 6, 4, "the weights of the last good checkpoint, after step 4, are in run"),
-        ("ft", 5, 2, "the weights of the last good checkpoint, after step 2, are in run"),
-        ("ft", 2, 0, "the weights from before this phase are in run"),
-    ],
-)
-def test_a_run_that_fails_leaves_the_last_weights_whose_loss_was_finite(
-    method, fails_at, good, said
-):
-    """A checkpoint comes after every second step; its loss is known at the next one."""
-    seen, config = [], Config(out_dir="run", method=method, **TINY)
-    with pytest.raises(FloatingPointError, match=f"step {fails_at} of 14 .* {said}"):
-        train.train(config, watched_task(fails_at, seen))
+    said = f"step {fails_at} of 14 .* last good {of} are in run"
+    with pytest.raises(FloatingPointError, match=said):
+        train.train(Config(out_dir="run", method=method, **TINY), Fails)
     saved = load_file(next(Path("run").glob("*model.safetensors")))
     for name, value in seen[good].items():
         assert torch.equal(saved.get(name, saved.get(f"base_model.model.{name}.weight")), value)

@@ -27,7 +27,7 @@ from train import Config
 
 ROOT = Path(train.__file__).parent
 TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", batch_size=6)
-TINY |= dict(search_steps=10, retrain_steps=10, test_size=21, eval_size=21)
+TINY |= dict(search_steps=10, retrain_steps=10, test_size=21, eval_size=21, eval_before=False)
 RUNS = {
     "bidora": {},
     "dora": dict(method="dora"),
@@ -50,6 +50,8 @@ TAGS = [{"words": ["ab"] * n + ["cd"], "tags": ["O"] * n + ["B-X"]} for n in ran
 MAIN = "sys.exit(train.main(sys.argv[1:]))"
 DIES = """
 import os, signal
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 batches, parts = [], data.micro_batches
 
 def counted(*arguments):
@@ -62,12 +64,6 @@ def counted(*arguments):
 data.micro_batches = counted
 sys.exit(train.main(sys.argv[1:]))
 """
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, request):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
 
 
 def flags(settings, **more):
@@ -132,10 +128,7 @@ def test_two_processes_give_what_one_gives_with_the_whole_batch():
 
 
 def start_on_gpus(monkeypatch, device, gpus=2):
-    """
-    What distributed.start calls in the second of two processes, in order, and its result: on a
-    machine without a GPU, torch's functions are replaced.
-    """
+    """What distributed.start calls in the second of two processes; torch's GPUs are stand-ins."""
     calls = []
 
     def joined(backend, *, timeout, device_id):
@@ -252,6 +245,9 @@ def test_a_model_shared_out_trains_as_a_whole_one(processes):
     lines = [json.dumps({"text": f"{i} follows {i - 1}"}) + "\n" for i in range(40)]
     Path("mine.jsonl").write_text("".join(lines))
     runs = SHARED_OUT if processes == 2 else {name: SHARED_OUT[name] for name in ("dora", "tied")}
+    runs = {
+        name: settings | dict(search_steps=6, retrain_steps=4) for name, settings in runs.items()
+    }
     for name, apart, whole, shared in train_with_several_and_one(runs, processes, fsdp=True):
         assert apart < 1e-5, name
         ours, other = whole["after"]["train"], shared["after"]["train"]
@@ -303,10 +299,7 @@ def test_wrong_input_is_said_once(restarts, message):
 
 
 def test_a_process_holds_its_share_of_the_weights_and_never_copies_them_all():
-    """
-    Memory as the system counts it: SmolLM2's 269 MB, loaded, shared out, and taken through a
-    forward and a backward pass.
-    """
+    """RssAnon of SmolLM2's 269 MB: loaded, shared out, and after a forward and a backward pass."""
     script = """
 import bidora, gc, torch
 from support.run import distributed
@@ -350,10 +343,7 @@ if distributed.RANK == 0:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_bytes_sent_are_what_the_formula_says(processes):
-    """
-    hardware's Need.sent against a DoRA step's calls: 2 (N - 1)/N of what is reduced (a ring),
-    (N - 1) times what is gathered of each. 1 %: padding, the loss.
-    """
+    """Need.sent against a DoRA step's calls: a ring's reductions and gathers, within 1 %."""
     script = """
 import torch.distributed as dist
 

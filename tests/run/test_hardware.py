@@ -36,10 +36,7 @@ def smollm2():
 
 
 def printed_by(code, **environment):
-    """
-    The number that a program prints, in a process of its own. `memory(name)` is what /proc says of
-    it in MB: VmHWM, its peak, or RssAnon, what it takes now.
-    """
+    """The number that a process of its own prints. memory: VmHWM, its peak, or RssAnon, in MB."""
     start = f"""
 import re, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -120,10 +117,7 @@ LONG = {"longest": 1000, "supervised": 1, "shortest": 2}
 
 
 def test_less_memory_gives_up_the_cheapest_things_first(smollm2):
-    """
-    Micro-batches, then recomputing, then packing, then length: each appears no later than the next,
-    as memory shrinks.
-    """
+    """As memory shrinks: micro-batches, then recomputing, then packing, then length."""
     seen, sizes, config = [], [], Config(method="dora", batch_size=8)
     names = ("micro_batch_size", "gradient_checkpointing", "quantize", "block_size")
     for free in (64e9, 12e9, 6e9, 3e9, 2e9, 1.2e9, 0.8e9, 0.5e9, 0.1e9):
@@ -192,10 +186,7 @@ def test_a_table_that_makes_no_sense_is_refused(argument, said, capsys):
 
 
 def test_the_table_for_several_devices(capsys):
-    """
-    LLaMA 2 7B in bf16: 13.5 GB of weights, of which eight devices hold an eighth each, and what
-    they send grows with the weights.
-    """
+    """LLaMA 2 7B in bf16: 13.5 GB, an eighth on each of eight; what they send grows with it."""
     assert memory.main(["--devices=8", "--batch_size=1", "--length=1"]) == 0
     line = capsys.readouterr().out.splitlines()[3].strip()
     name, devices, *numbers = re.split(r"\s{2,}", line)
@@ -231,9 +222,6 @@ def test_the_choice_of_a_dtype_does_not_depend_on_what_else_runs(monkeypatch):
     assert hardware.bfloat16_speed.__wrapped__() == 3  # not the one that is kept
 
 
-# --------------------------------------------- CUDA: no GPU here, so torch's functions are replaced
-
-
 @pytest.mark.parametrize("major, dtype", [(7, torch.float32), (8, torch.bfloat16)])
 def test_a_gpu_that_only_emulates_bfloat16_gets_float32(major, dtype, monkeypatch):
     """Before Ampere (compute capability 8), bfloat16 tensors work, but slowly."""
@@ -259,10 +247,7 @@ class Reads(TorchFunctionMode):
 
 
 def test_a_search_step_reads_few_numbers_from_tensors(monkeypatch, tmp_path):
-    """
-    On a GPU, Python waits for each number until the GPU has done all its work. The optimizer reads
-    whether a loss is finite; rows.py reads from tensors that are always on the CPU.
-    """
+    """A GPU holds up each. bilevel.py asks whether a loss is finite; rows.py's are on the CPU."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "LOG_EVERY", math.inf)
     files = []

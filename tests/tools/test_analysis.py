@@ -17,6 +17,8 @@ from tools import analysis
 from tools.analysis import fit
 from train import Config
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 TINY = dict(
     model="tiny-random",
     data="toy-sentiment",
@@ -26,12 +28,6 @@ TINY = dict(
     test_size=40,
     eval_size=20,
 )
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, request):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
 
 
 def definition(weight, base, dim):

@@ -10,11 +10,7 @@ import bidora
 from support.run.files import read_json
 from tools import bench
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, request):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def test_bench_measures_every_kind_side_by_side(capsys):
@@ -46,10 +42,7 @@ def test_the_chart_says_in_words_where_the_labels_are(labels, words, monkeypatch
 
 
 def test_bench_trains_the_same_as_its_peer():
-    """
-    With equal weights, batch, rank, scale and optimizer, PEFT's LoRA and ours have the same loss
-    before and after three steps, to fp32's rounding.
-    """
+    """PEFT's LoRA and ours have the same loss before and after three steps, up to fp32 rounding."""
     base = bench.load(bench.Bench(model="tiny-random", dtype="float32"))
     peer = bench.peft_model(base, 2, use_dora=False)
     model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
