@@ -238,7 +238,7 @@ def read(folder, model, as_linear):
     layers, saved = by_layer(tensors, folder, linears, state, config.get("modules_to_save") or [])
     magnitude = bool(config.get("use_dora"))
     if {"lora_magnitude_vector" in parts for parts in layers.values()} - {magnitude}:
-        problem = f"use_dora={config.get('use_dora')}, which the tensors contradict"
+        problem = f"use_dora={config.get('use_dora')!s:.40}, which the tensors contradict"
         raise ValueError(f"{settings} has {problem}: set it to what was trained")
     if strange := sorted(layers.keys() - linears):
         problem = f"the adapter does not fit the model: no linear layer {strange[0]}"
@@ -271,7 +271,7 @@ def read_tensors(path):
     if not tensors:
         raise ValueError(f"{path} is empty: it holds no tensor")
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():
             raise ValueError(
                 f"{path}: {name} holds numbers that are infinite or not a number, as after a run "
                 f"that diverged: train again with a lower rate"
