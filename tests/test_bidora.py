@@ -359,6 +359,7 @@ def compiled(model):
 WRAPPED = {
     "compiled": compiled,
     "parallel": nn.DataParallel,
+    "averaged": torch.optim.swa_utils.AveragedModel,
     "a compiled block": lambda model: with_block(model, compiled),
     "a checkpointed block": lambda model: with_block(model, checkpoint_wrapper),
     "all": lambda model: nn.DataParallel(compiled(with_block(model, checkpoint_wrapper))),

@@ -45,7 +45,6 @@ TASKS = {
     "ForQuestionAnswering": ("QUESTION_ANS", ["qa_outputs"]),
     "ForConditionalGeneration": ("SEQ_2_SEQ_LM", []),
 }
-INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # that leave the base as it is
 # The settings of PEFT's LoraConfig that are read here or have no effect after training. Another
 # setting that is switched on means another variant of LoRA; a number switches nothing on.
 KNOWN = set(
@@ -281,28 +280,25 @@ def read_tensors(path):
 
 def check_config(config, where):
     """Raise ValueError for an adapter_config.json that BiDoRALinear does not support."""
-    if config.get("peft_type", "LORA") not in ("LORA", COLUMN_DORA):
-        problem = f"peft_type {config['peft_type']!r} is not supported"
-        raise ValueError(f"{where}: {problem}; 'LORA', with or without use_dora, is")
-
+    form, start = config.get("peft_type", "LORA"), config.get("init_lora_weights", True)
+    if form not in ("LORA", COLUMN_DORA):
+        known = "'LORA', with or without use_dora, is"
+        raise ValueError(f"{where}: peft_type {form!r} is not supported; {known}")
     # "pissa", "olora", "loftq" … change the base before training; the file lacks that base.
-    if config.get("init_lora_weights", True) not in INITS:
+    if start not in (True, False, "gaussian", "eva", "orthogonal", "mica"):
         raise ValueError(
-            f"{where}: init_lora_weights {config['init_lora_weights']!r} changes the base itself: "
-            f"have PEFT convert it to plain LoRA (save_pretrained with "
-            f"path_initial_model_for_weight_conversion)"
+            f"{where}: init_lora_weights {start!r} changes the base itself: have PEFT convert it "
+            f"to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
         )
-
     off = (None, False, "none", "", [], {})
     more = {key: value for key, value in config.items() if key not in KNOWN and value not in off}
     unsupported = [k for k, x in more.items() if x is True or not isinstance(x, (int, float))]
     if unsupported:
         raise ValueError(f"{where}: {', '.join(unsupported)} is not supported")
 
-    dropout = config.get("lora_dropout") or 0.0
+    dropout, patterns = config.get("lora_dropout") or 0.0, config.get("alpha_pattern") or {}
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"{where}: lora_dropout={dropout!r} must be at least 0 and below 1")
-    patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or any(len(pattern) > 1000 for pattern in patterns):
         problem = "is not a JSON object, or a pattern exceeds 1000 characters"
         raise ValueError(f"{where}: alpha_pattern {problem}")
