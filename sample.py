@@ -93,7 +93,7 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
             )
         return load("", str(adapter), device, quantize)
 
-    folder = find_base(adapter, model_name)
+    folder = find_base(adapter, model_name or run.get("model", ""))
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype = dtypes.get(str(run.get("dtype")), own_dtype(folder))
     quantize = quantize or run.get("quantize", "none")

@@ -41,7 +41,7 @@ def write_merged(config):
     if not adapter_layers(model):
         raise ValueError(f"{config.adapter} is a whole model already: there is nothing to merge")
 
-    base = find_base(Path(config.adapter), config.model)
+    base = find_base(Path(config.adapter), config.model or run.get("model", ""))
     if isinstance(tokenizer, HeadTask):
         tokenizer.save_pretrained(merge(model), base, out)
     else:

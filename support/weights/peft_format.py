@@ -35,8 +35,8 @@ NAMES = {
     "lora_B": "lora_B.weight",
     "lora_magnitude_vector": "lora_magnitude_vector",
 }
-# What modules that wrap another one call it; "module" may be a name of the model's own.
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# What modules that compile, checkpoint, shard or copy another one call it
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 # {end of a transformers class's name: (PEFT's task type, the heads that PEFT expects in the file)}
 TASKS = {
@@ -45,7 +45,6 @@ TASKS = {
     "ForQuestionAnswering": ("QUESTION_ANS", ["qa_outputs"]),
     "ForConditionalGeneration": ("SEQ_2_SEQ_LM", []),
 }
-INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # that leave the base as it is
 # The settings of PEFT's LoraConfig that are read here or have no effect after training. Another
 # setting that is switched on means another variant of LoRA; a number switches nothing on.
 KNOWN = set(
@@ -70,30 +69,27 @@ class Adapter:
     saved: dict  # {name: tensor} of the modules that were saved whole
 
 
-def plain_names(model):
-    """{a module's name in the model: its name without the modules that wrap others}."""
-    modules, names = dict(model.named_modules(remove_duplicate=False)), {}
-    for name in modules:  # those around it come first
+def plain(model):
+    """
+    ({a module's name: its name without the modules that wrap others}, {plain name: tensor} of
+    parameters and persistent buffers, tied ones under each name).
+    """
+    modules, names, state = dict(model.named_modules(remove_duplicate=False)), {}, {}
+    for name, module in modules.items():  # those around it come first
         around, _, own = name.rpartition(".")
-        wrapped = own in WRAPPERS or own == "module" and isinstance(modules[around], PARALLEL)
+        wrapped = own in WRAPPERS and (own != "module" or isinstance(modules[around], PARALLEL))
         names[name] = names[around] if wrapped else f"{names.get(around, '')}.{own}".strip(".")
-    return names
-
-
-def without_wrappers(name, known):
-    """A name in a file as the model knows it; a wrapped model's file may hold wrappers' names."""
-    parts = [part for part in name.split(".") if part not in (*WRAPPERS, "module")]
-    return name if name in known else ".".join(parts)
-
-
-def state_of(model):
-    """A model's parameters and persistent buffers by their plain names, tied ones under each."""
-    state, names = {}, plain_names(model)
-    for name, module in model.named_modules(remove_duplicate=False):
         for key, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None and key not in module._non_persistent_buffers_set:
                 state[f"{names[name]}.{key}".strip(".")] = tensor
-    return state
+    return names, state
+
+
+def without_wrappers(name, known=()):
+    """A name, or a pattern, of a file from a wrapped model without wrappers, unless it is known."""
+    wrappers = "|".join(WRAPPERS)
+    inside = rf"(?<![\w.])(({wrappers})\\?\.)+|\\?\.({wrappers})\b"
+    return name if name in known else re.sub(inside, "", name)
 
 
 def named_tensors(layers):
@@ -114,9 +110,9 @@ def write(folder, model, layers, base_model):
     if len({(layer.method.magnitude, layer.magnitude_axis) for layer in layers.values()}) > 1:
         raise ValueError("one file can't hold adapters that differ in having m, or in its axis")
 
-    plain, state = plain_names(model), state_of(model)
-    layers = {plain[name]: layer for name, layer in layers.items()}
-    modules = {plain[name]: module for name, module in model.named_modules()}  # the wrapped ones
+    names, state = plain(model)
+    layers = {names[name]: layer for name, layer in layers.items()}
+    modules = {names[name]: module for name, module in model.named_modules()}  # the wrapped ones
     task, heads = task_of(modules[""], layers)
     whole, lost = trained_beside(modules, state, layers, heads)
     config = config_of(modules, layers, base_model, task, whole)
@@ -209,15 +205,16 @@ def trained_beside(modules, state, layers, heads):
     return whole, [name for name in trained.values() if not set(whole) & set(parents(name))]
 
 
+def ending(names, ends):
+    """The names that are, or end with, one of several."""
+    return {n for n in names if any(f".{n}".endswith(f".{end}") for end in ends)}
+
+
 def target_modules(layers, modules):
     """What selects these layers alone: short names ("q_proj"), full names, or else a pattern."""
-
-    def matched(targets):
-        return {n for n in modules if any(f".{n}".endswith(f".{target}") for target in targets)}
-
     short, whole = sorted({name.rpartition(".")[2] for name in layers}), list(layers)
     for targets in (short, whole):
-        if matched(targets) == set(layers):
+        if ending(modules, targets) == set(layers):
             return targets
     return "|".join(map(re.escape, layers))
 
@@ -234,19 +231,19 @@ def read(folder, model, as_linear):
     config, tensors = read_json(settings), read_tensors(folder / "adapter_model.safetensors")
     check_config(config, settings)
 
-    layers, saved = by_layer(tensors, folder, state_of(model), config.get("modules_to_save") or [])
+    names, state = plain(model)
+    in_model = {short: name for name, short in names.items()}
+    linears = {short for short, name in in_model.items() if as_linear(model.get_submodule(name))}
+    layers, saved = by_layer(tensors, folder, linears, state, config.get("modules_to_save") or [])
     magnitude = bool(config.get("use_dora"))
     if {"lora_magnitude_vector" in parts for parts in layers.values()} - {magnitude}:
-        problem = f"use_dora={magnitude}, which the tensors contradict"
-        raise ValueError(f"{folder}: adapter_config.json has {problem}")
-
-    in_model = {plain: name for name, plain in plain_names(model).items()}
-    linears = {plain for plain, name in in_model.items() if as_linear(model.get_submodule(name))}
-    own = {name: without_wrappers(name, in_model) for name in layers}
-    if strange := sorted(set(own.values()) - linears):
+        problem = f"use_dora={config.get('use_dora')!s:.40}, which the tensors contradict"
+        raise ValueError(f"{settings} has {problem}: set it to what was trained")
+    if strange := sorted(layers.keys() - linears):
         problem = f"the adapter does not fit the model: no linear layer {strange[0]}"
         raise ValueError(f"{folder}: {problem}")
-    if missing := sorted(targeted(config, linears, settings) - set(own.values())):
+    there = layers.keys() | {name.rpartition(".")[0] for name in saved}
+    if missing := sorted(targeted(config, linears, settings) - there):
         problem = f"{len(missing)} of the layers that {settings.name} names, first {missing[0]}"
         raise ValueError(f"{folder}: the adapter is incomplete: it lacks {problem}")
 
@@ -256,9 +253,8 @@ def read(folder, model, as_linear):
         matrix = "lora_A" in parts and parts["lora_A"].dim() == 2
         rank = max(1, len(parts["lora_A"])) if matrix else 1
         alpha = alphas[name] * (rank**0.5 if config.get("use_rslora") else 1)
-        sizes[in_model[own[name]]] = rank, alpha
+        sizes[in_model[name]] = rank, alpha
     axis = "column" if config.get("peft_type") == COLUMN_DORA else "row"
-    layers = {own[name]: parts for name, parts in layers.items()}
     return Adapter(folder, layers, sizes, config.get("lora_dropout") or 0.0, magnitude, axis, saved)
 
 
@@ -267,15 +263,14 @@ def read_tensors(path):
     try:
         tensors = load_file(path)
     except FileNotFoundError:
-        problem = f"{path} is missing (adapters are read from safetensors only)"
-        raise FileNotFoundError(problem) from None
+        known = "adapters are read from PEFT's safetensors only, not from mlx-lm's, nor .bin files"
+        raise FileNotFoundError(f"{path} is missing ({known})") from None
     except SafetensorError as error:
-        problem = "damaged" if path.stat().st_size else "empty"
-        raise ValueError(f"{path} is {problem}: {error}") from None
+        raise ValueError(f"{path} is damaged, or empty: {error}") from None
     if not tensors:
         raise ValueError(f"{path} is empty: it holds no tensor")
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():
             raise ValueError(
                 f"{path}: {name} holds numbers that are infinite or not a number, as after a run "
                 f"that diverged: train again with a lower rate"
@@ -285,32 +280,25 @@ def read_tensors(path):
 
 def check_config(config, where):
     """Raise ValueError for an adapter_config.json that BiDoRALinear does not support."""
-    if config.get("peft_type", "LORA") not in ("LORA", COLUMN_DORA):
-        problem = f"peft_type {config['peft_type']!r} is not supported"
-        raise ValueError(f"{where}: {problem}; 'LORA', with or without use_dora, is")
-
+    form, start = config.get("peft_type", "LORA"), config.get("init_lora_weights", True)
+    if form not in ("LORA", COLUMN_DORA):
+        known = "'LORA', with or without use_dora, is"
+        raise ValueError(f"{where}: peft_type {form!r} is not supported; {known}")
     # "pissa", "olora", "loftq" … change the base before training; the file lacks that base.
-    if config.get("init_lora_weights", True) not in INITS:
+    if start not in (True, False, "gaussian", "eva", "orthogonal", "mica"):
         raise ValueError(
-            f"{where}: init_lora_weights {config['init_lora_weights']!r} changes the base itself: "
-            f"have PEFT convert it to plain LoRA (save_pretrained with "
-            f"path_initial_model_for_weight_conversion)"
+            f"{where}: init_lora_weights {start!r} changes the base itself: have PEFT convert it "
+            f"to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
         )
-
-    unsupported = [
-        key
-        for key, value in config.items()
-        if key not in KNOWN
-        and (key, value) != ("bias", "none")
-        and (value is True or (value and not isinstance(value, (int, float))))
-    ]
+    off = (None, False, "none", "", [], {})
+    more = {key: value for key, value in config.items() if key not in KNOWN and value not in off}
+    unsupported = [k for k, x in more.items() if x is True or not isinstance(x, (int, float))]
     if unsupported:
         raise ValueError(f"{where}: {', '.join(unsupported)} is not supported")
 
-    dropout = config.get("lora_dropout") or 0.0
+    dropout, patterns = config.get("lora_dropout") or 0.0, config.get("alpha_pattern") or {}
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"{where}: lora_dropout={dropout!r} must be at least 0 and below 1")
-    patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or any(len(pattern) > 1000 for pattern in patterns):
         problem = "is not a JSON object, or a pattern exceeds 1000 characters"
         raise ValueError(f"{where}: alpha_pattern {problem}")
@@ -323,19 +311,18 @@ def check_config(config, where):
         raise ValueError(f"{where}: modules_to_save is not a list of names")
 
 
-def by_layer(tensors, folder, state, modules_to_save):
+def by_layer(tensors, folder, linears, state, modules_to_save):
     """
     Sort a file's tensors: ({layer: {"lora_A": tensor, …}}, {name: tensor of a whole module}).
-    state: the base's tensors.
+    linears, state: the names of the base's linear layers, and its tensors.
     """
     layers, saved = {}, {}
-    adapters = re.compile(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(NAMES)})(\.weight)?")
+    adapters = re.compile(rf"(?:.+\.)?{re.escape(PREFIX)}(.+)\.({'|'.join(NAMES)})(\.weight)?")
     for key, tensor in tensors.items():
-        key = re.sub(r"^((_orig_mod|module)\.)+(?=base_model\.)", "", key)
-        name = without_wrappers(key.removeprefix(PREFIX), state)
+        name = without_wrappers(key.rpartition(PREFIX)[2], state)
         base = state.get(name.replace(".base_layer.", "."))
         if match := adapters.fullmatch(key):
-            layers.setdefault(match[1], {})[match[2]] = tensor
+            layers.setdefault(without_wrappers(match[1], linears), {})[match[2]] = tensor
         elif any(f"{PREFIX}{m}".endswith(end) for m in parents(name) for end in modules_to_save):
             saved[name] = tensor
         elif base is None:
@@ -382,40 +369,33 @@ def select(target, model, linears):
 def targeted(config, names, where):
     """Which of a model's linear layers an adapter_config.json selects, by PEFT's rule."""
 
-    def chosen_by(targets):
+    def by(targets):
         if isinstance(targets, str):
             return matching(targets, names, f"{where}: target_modules", time.monotonic() + 5)
-        return {n for n in names if any(f".{n}".endswith(f".{end}") for end in targets or ())}
+        return ending(names, targets or ())
 
     with malformed(where):
-        chosen = chosen_by(config.get("target_modules")) - chosen_by(config.get("exclude_modules"))
-        if layers := config.get("layers_to_transform"):
-            layers = [layers] if isinstance(layers, int) else layers
-            numbers = {n: re.match(r".*?\.[^.]*\.(\d+)\.", n) for n in chosen}
-            chosen = {n for n, number in numbers.items() if number and int(number[1]) in layers}
-        whole = config.get("modules_to_save") or ()
-        inside = {
-            n
-            for n in chosen
-            if any(f".{m}".endswith(f".{w}") for m in (*parents(n), n) for w in whole)
-        }
-    return set() if config.get("layers_pattern") else chosen - inside
+        chosen = by(config.get("target_modules")) - by(config.get("exclude_modules"))
+        numbers = config.get("layers_to_transform")
+        if numbers not in (None, []):  # a layer's first number counts
+            first = {n: re.match(r".*?\.[^.]*\.(\d+)\.", n) for n in chosen}
+            wanted = [numbers] if isinstance(numbers, int) else numbers
+            chosen = {n for n, number in first.items() if number and int(number[1]) in wanted}
+    return set() if config.get("layers_pattern") else chosen
 
 
 def alphas_of(names, config, where):
     """{layer: alpha} by PEFT's rule: the first matching pattern's, else lora_alpha."""
     alphas, unclear, end = {}, {}, time.monotonic() + 5
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        for name in matching(rf"(.*\.)?({pattern})", names, f"{where}: alpha_pattern", end):
+        pattern = rf"(.*\.)?({pattern}|{without_wrappers(pattern)})"
+        for name in matching(pattern, names, f"{where}: alpha_pattern", end):
             if alphas.setdefault(name, alpha) != alpha:
                 unclear[name] = alpha
     for name, alpha in list(unclear.items())[:1]:
-        print(
-            f"note: {where}: patterns give {name} the alphas {alphas[name]:g} and {alpha:g}. PEFT "
-            f"sorts patterns when it saves, so the order that was meant is lost; the first is "
-            f"taken, as PEFT does ({len(unclear)} layers)",
-            file=sys.stderr,
-        )
+        both = f"patterns give {name} the alphas {alphas[name]:g}, which is taken, and {alpha:g}"
+        lost = "PEFT sorts patterns when it saves, so the order that was meant is lost"
+        print(f"note: {where}: {both} (layers: {len(unclear)}); {lost}", file=sys.stderr)
     return dict.fromkeys(names, config["lora_alpha"]) | alphas
 
 
@@ -432,8 +412,8 @@ def copy_into(model, layers, adapter):
                 "without adapters"
             )
 
-    plain, state = plain_names(model), state_of(model)
-    own = named_tensors({plain[name]: layer for name, layer in layers.items()})
+    names, state = plain(model)
+    own = named_tensors({names[name]: layer for name, layer in layers.items()})
     tensors = {
         f"{PREFIX}{name}.{NAMES[key]}": tensor
         for name, parts in adapter.tensors.items()

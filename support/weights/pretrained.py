@@ -121,12 +121,8 @@ def read_run(folder, tasks):
 
 
 def find_base(adapter, name=""):
-    """
-    The folder of an adapter's base: `name`, or what its run.json or adapter_config.json names.
-    Raises ValueError if they name none, and as find_model.
-    """
-    run = read_json(adapter / "run.json") if (adapter / "run.json").exists() else {}
-    if not (name := name or run.get("model")):
+    """The folder of the model `name`, or else of the base that an adapter names."""
+    if not name:
         config = read_json(adapter / "adapter_config.json")
         name, revision = config.get("base_model_name_or_path"), config.get("revision")
         if not name:
@@ -137,24 +133,21 @@ def find_base(adapter, name=""):
 
 def find_tokenizer(adapter, base, vocab_size):
     """
-    The Tokenizer of an adapter: from the files that its trainer put beside it, which it then says,
-    or else from its base's folder. Raises ValueError for one whose tokens are not the model's.
+    The Tokenizer of an adapter: of the files that its trainer put beside it, which is said, or else
+    of its base's folder. Raises ValueError for one whose tokens are not the model's.
     """
-    if not any(
-        (adapter / name).exists() for name in {*TOKENIZER_FILES} - {"generation_config.json"}
-    ):
+    files = {path.name for path in adapter.iterdir()} & {*TOKENIZER_FILES}
+    if not files - {"generation_config.json"}:
         return Tokenizer.from_pretrained(base)
     own, ids = Tokenizer.from_pretrained(adapter), {}
     with contextlib.suppress(OSError, ValueError):  # the base may have none that is read here
         shared = Tokenizer.from_pretrained(base)
         own.stop_ids, ids = sorted({*own.stop_ids, *shared.stop_ids}), shared.library.get_vocab()
     for token, i in sorted(own.library.get_vocab().items()):
-        if i >= vocab_size or ids.get(token, i) != i:
-            there = f"only {vocab_size} tokens" if i >= vocab_size else f"{ids[token]} for it"
-            raise ValueError(
-                f"{adapter}: its tokenizer does not fit the model: it gives {token!r} the id {i}, "
-                f"and the model has {there}: give another --model, or remove the tokenizer's files"
-            )
+        if ids.get(token, i if i < vocab_size else None) != i:
+            there = f"{ids[token]} for it" if token in ids else f"only {vocab_size} tokens"
+            problem = f"its tokenizer gives {token!r} the id {i}, and the model has {there}"
+            raise ValueError(f"{adapter}: {problem}: give another --model, or remove its files")
     print(f"note: tokenizer and chat template are the adapter's own, of {adapter}", file=sys.stderr)
     return own
 

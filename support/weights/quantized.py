@@ -84,18 +84,14 @@ def complete(module):
 
 def undo_layout(weight, state):
     """
-    Undo the layout of a 4-bit weight for CPUs with bf16 in AVX-512, which bitsandbytes makes at the
-    first call in eval mode: 32 rows' codes side by side, and scales transposed and rounded to bf16.
-    They stay rounded.
+    Undo the layout for CPUs with bf16 in AVX-512 that bitsandbytes gives a 4-bit weight at the
+    first call in eval mode. Its scales were rounded to bf16, and stay so.
     """
-    rows, columns = state.shape
-    both = weight.data.view(torch.uint8).view(-1, 32)  # 16 rows in the lower half of each byte
-    codes = torch.cat((both & 15, both >> 4), dim=1).view(rows // 32, columns // 2, 32, 2)
-    high, low = codes.transpose(1, 2).reshape(-1, 2).unbind(1)
-    storage = getattr(state, "original_storage_type", torch.uint8)
-    weight.data = (high << 4 | low).view(state.original_qshape).view(storage)
-    state.absmax, state.dtype = state.absmax.T.float().flatten(), state.original_dtype
-    state.packing_format_for_cpu = False
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state.original_nested = False  # else it would quantise the scales again
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax = state.absmax.T.float().flatten()
 
 
 def blocks(weight, dtype):

@@ -80,7 +80,7 @@ def test_an_adapter_s_own_tokenizer_is_used_carried_and_named(capsys):
 @pytest.mark.parametrize(
     "swap, said",
     [
-        (("a", "b"), "it gives 'a' the id 68, and the model has 67 for it"),
+        (("a", "b"), "gives 'a' the id 68, and the model has 67 for it"),
         (("a", None), "the id 259, and the model has only 259 tokens"),
     ],
 )
