@@ -246,11 +246,7 @@ class Batches:
     def __init__(self, rows, batch_size, seed, group_by_length=False, shuffle=True):
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.group_by_length, self.shuffle = group_by_length, shuffle
-        self.epoch, self.order, self.orders = (
-            math.inf,
-            [],
-            None,
-        )  # the epoch that was asked for last
+        self.epoch, self.order, self.orders = math.inf, [], None  # of the last that was asked for
 
     def __getitem__(self, k):
         size = min(self.batch_size, len(self.rows))

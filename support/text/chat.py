@@ -87,7 +87,7 @@ class ChatTemplate:
                 start, end = self.answer_span(text, messages, i)
             closed = text.startswith(self.end_of_turn, end)
             spans.append((start, end + len(self.end_of_turn) * closed))
-        return text, spans, self.lost(text, messages, written, places)
+        return text, spans, self.lost(text, messages, written)
 
     def places(self, text, messages):
         """
@@ -115,10 +115,10 @@ class ChatTemplate:
             places.append((begin, end))
         return places if end + len(parts[-1]) == len(text) else None, written
 
-    def lost(self, text, messages, written, places):
+    def lost(self, text, messages, written):
         """
-        What of a conversation its text lacks, a set of names such as "the system turn". Without a
-        key that is used, the text would be another. written, places: from `places`.
+        What of a conversation its text lacks, a set of names such as "the system turn": contents
+        that are not `written`, strings that are not in it, and keys without which it is the same.
         """
         lists = [name for name in ("tools", "documents") if self.names.get(name)]
         others = [self.given(**{name: None}).answers([(messages, False)])[0] for name in lists]
@@ -129,15 +129,14 @@ class ChatTemplate:
 
         lost = {repr(name) for name in unused.intersection(lists)}
         for i, message in enumerate(messages):
-            marks = LEARNT if message["role"] == "assistant" else ()
-            for key in {k for k, v in message.items() if str(v or "").strip()} - {"role", *marks}:
-                value, what = message[key], f"{key!r} of the {message['role']} turn"
-                whole = key in unused
-                if key == "content":
-                    what, whole = f"the {message['role']} turn", i not in written
-                    value = "" if places else value  # each is where it belongs
-                if whole or isinstance(value, str) and not holds(text, value):
-                    lost.add(what if whole else f"a part of {what}")
+            role = message["role"]
+            for key in message.keys() - {"role", *(LEARNT if role == "assistant" else ())}:
+                value, name = message[key], f"the {role} turn"
+                whole = i not in written if key == "content" else key in unused
+                partly = isinstance(value, str) and not holds(text, value)
+                if (whole or partly) and str(value or "").strip():
+                    name = name if key == "content" else f"{key!r} of {name}"
+                    lost.add(name if whole else f"a part of {name}")
         return lost
 
     def opening(self, text, messages):
@@ -151,22 +150,17 @@ class ChatTemplate:
         return (prompt[len(text) :], prompt != plain) if prompt.startswith(text) else None
 
     def answer_span(self, text, messages, i):
-        """
-        (start, end) of message i, an answer, in the text, by rendering a mark in its place. Tool
-        calls may follow a content: then the answer goes on to the end of its turn.
-        """
-        prompt, calls = self.opening("", messages[:i]), messages[i].get("tool_calls")
-        if calls:
-            start, token = after_prompt(text, 0, *prompt, None), self.end_of_turn.strip()
-            mark, after = start is not None and token in text[start:], ""
-            end = text.index(token, start) if mark else 0
-            end += len(token) * bool(text[start:end].strip())
+        """(start, end) of message i, an answer, in the text, by rendering a mark in its place."""
+        prompt = self.opening("", messages[:i])
+        if messages[i].get("tool_calls"):  # they follow the content, up to the end of the turn
+            start = after_prompt(text, 0, *prompt, None)
+            answer, mark, after = text[start or 0 :].partition(self.end_of_turn.strip() or "\0")
+            end = len(text) - len(after) if answer.strip() else 0
         else:
             marked = [*messages[:i], messages[i] | {"content": MARK}, *messages[i + 1 :]]
             before, mark, after = self.render(marked).partition(MARK)
-            start = len(before) if text.startswith(before) else None
+            start = after_prompt(text, 0, *prompt, len(before) if text.startswith(before) else None)
             end = len(text) - len(after)
-            start = after_prompt(text, 0, *prompt, start)
 
         if not mark or start is None or not text.endswith(after) or start >= end:
             raise ValueError(

@@ -177,12 +177,11 @@ def of_each(value, function):
 
 def check_type(value, items, column):
     """Raise ValueError unless a value is a string, or a list of items of this type."""
-    names = {str: "string", dict: "JSON object", list: "list"}
+    wanted = {None: "string", str: "string", dict: "JSON object", list: "list"}[items]
     if items and not isinstance(value, list):
-        raise ValueError(f"{column!r} is {type(value).__name__}, not a list of {names[items]}s")
+        raise ValueError(f"{column!r} is {type(value).__name__}, not a list of {wanted}s")
     for item in value if items else [value]:
         if not isinstance(item, items or str):
-            wanted = names[items or str]
             raise ValueError(f"{column!r} is {type(item).__name__}, not a {wanted}")
 
 

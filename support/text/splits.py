@@ -6,6 +6,7 @@ Splits: which examples train each level, and which are tested.
     load_splits(config)          ->  Splits: {"train", "val", "test"}, question, labels
 """
 
+import itertools
 import os
 import random
 import statistics
@@ -224,11 +225,9 @@ def left_out(splits, encoded, labels):
     total = sum(map(len, splits.values()))
     for note, count in counts.items():
         yield f"{note} in {count} of {total} examples"
-    alike = {}
-    for label in labels:
-        alike.setdefault(label.casefold(), []).append(label)
-    for names in filter(lambda names: len(names) > 1, alike.values()):
-        yield f"labels that differ by case alone: {', '.join(names)}"
+    for _, alike in itertools.groupby(sorted(labels, key=str.casefold), str.casefold):
+        if len(names := [*alike]) > 1:
+            yield f"labels that differ by case alone: {', '.join(names)}"
 
 
 def compared(encoded, unknown_id):

@@ -156,8 +156,7 @@ def parquet_rows(path):
         file = pyarrow.parquet.ParquetFile(path)
         header = file.schema_arrow.names
         yield path, header
-        layout = layout_of(names_of(header), path)
-        used = [name for name in header if {*names_of([name])} & {*layout.values()}]
+        used = [header[i] for i in layout_of(header, path).values()]
         table = file.read(used)
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
@@ -181,35 +180,30 @@ def values_of(column, path, name):
     return values
 
 
-def names_of(header):
-    return [name.strip().lower() for name in header]
-
-
 def examples_of(path, rows, tidy=False):
     """
     One example a row, or one for all references of a prompt. rows: the header first. tidy: leave
     out the blanks around texts, and the quotes that follow such a blank.
     """
     where, header = next(rows, (path, []))
-    names = names_of(header)
-    layout = layout_of(names, where)
-    unused = ", ".join(name for name in names if name not in layout.values())
+    layout = layout_of(header, where)
+    columns = {key: header[i].strip().lower() for key, i in layout.items()}
+    unused = ", ".join(name for i, name in enumerate(header) if i not in layout.values())
     notes = (f"columns are not used ({unused})",) if unused else ()
     examples = {}  # {prompt or place: example}
     for where, cells in rows:
-        if len(cells) != len(names):
-            counts = f"{len(cells)} cells, but {len(names)} columns"
+        if len(cells) != len(header):
+            counts = f"{len(cells)} cells, but {len(header)} columns"
             hint = "give each column one, and put no blank before a quote"
             raise ValueError(f"{where}: {counts}: {hint}")
-        row = dict(zip(names, cells))
-        fields = {key: row[column] for key, column in layout.items()}
+        fields = {key: cells[i] for key, i in layout.items()}
         bare = {key: bare_cell(cell, key) for key, cell in fields.items()} if tidy else fields
         blanks = tuple(
             f"blanks around {key!r} are left out" for key in bare if bare[key] != fields[key]
         )
         fields = {key: value_of(cell, key) for key, cell in bare.items()}
         try:
-            _, example = read_example(fields, where, layout)
+            _, example = read_example(fields, where, columns)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         example.notes += notes + blanks
@@ -225,8 +219,9 @@ def examples_of(path, rows, tidy=False):
     return list(examples.values())
 
 
-def layout_of(names, where):
-    """{key: column} to read. Raises ValueError, which begins with `where`."""
+def layout_of(header, where):
+    """{key: the number of its column}. Raises ValueError, which begins with `where`."""
+    names = [name.strip().lower() for name in header]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{where}: the column {twice[0]!r} occurs twice: rename or remove one")
     if len(names) == 1 and re.search(r"[;\t|]", names[0]):
@@ -235,7 +230,8 @@ def layout_of(names, where):
     for layout in LAYOUTS:
         if set(layout.values()) <= set(names):
             optional = (*OPTIONAL.get(format_of(layout), ()), "group")
-            return layout | {name: name for name in optional if name in names}
+            layout = layout | {name: name for name in optional if name in names}
+            return {key: names.index(column) for key, column in layout.items()}
 
     similar = [layout for layout in LAYOUTS if set(layout.values()) & set(names)]
     needed = "; ".join(" + ".join(layout.values()) for layout in similar or LAYOUTS)

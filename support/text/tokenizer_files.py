@@ -14,7 +14,7 @@ import sys
 
 import tiktoken
 
-from support.run.files import read_json
+from support.run.files import malformed, read_json
 
 FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
@@ -28,6 +28,9 @@ CHAR_TO_BYTE = dict(zip(map(chr, [*PRINTABLE, *range(256, 512)]), PRINTABLE + OT
 
 # An added token's flags, if the file does not give them
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+# The classes that take the vocabulary and the merges of tokenizer.json, and little more
+BYTE_LEVEL = ("GPT2Tokenizer", "Qwen2Tokenizer")
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits are cut out first, and GPT-2's split applies between them: so a digit ends a run of spaces,
@@ -41,9 +44,10 @@ LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 def read_settings(folder):
-    """The settings in special_tokens_map.json and, with priority, tokenizer_config.json."""
-    paths = folder / "special_tokens_map.json", folder / "tokenizer_config.json"
-    return {k: v for path in paths if path.exists() for k, v in read_json(path).items()}
+    """tokenizer_config.json's; without a list of tokens, special_tokens_map.json has priority."""
+    paths = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    config, tokens = (read_json(path) if path.exists() else {} for path in paths)
+    return config if "added_tokens_decoder" in config else config | tokens
 
 
 def token_text(token):
@@ -66,11 +70,15 @@ def read_chat_templates(folder, settings):
 
 
 def read_spec(folder, settings):
-    """(path, content) of tokenizer.json, or what vocab.json implies. Raises FileNotFoundError."""
+    """
+    (path, content) of tokenizer.json, or what vocab.json implies, with all added tokens. Where the
+    files contradict each other, it is as transformers 5.24 reads them. Raises FileNotFoundError or
+    ValueError.
+    """
     path, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
-    listed = listed_tokens(folder, settings)
+    name = str(settings.get("tokenizer_class", "missing")).removesuffix("Fast")
     if not path.exists() and vocab.exists() and merges.exists():
-        path, spec = vocab, spec_from_merges(vocab, merges, settings, listed)
+        path, spec = vocab, spec_from_merges(vocab, merges, settings, name)
     elif not path.exists() and (folder / "tokenizer.model").exists():
         raise FileNotFoundError(
             f"{path} is missing; tokenizer.model alone is not supported: load it with "
@@ -80,30 +88,55 @@ def read_spec(folder, settings):
     else:
         spec = read_json(path)
 
-    added = {token.get("id"): FLAGS | token for token in spec.get("added_tokens", [])}
-    extra = {i: FLAGS | token | {"id": i} for i, token in listed.items() if i not in added}
-    return path, spec | {"added_tokens": [*added.values(), *extra.values()]}
+    listed, named = tokens_beside(folder, settings)
+    with malformed(f"{path} is damaged: it"):
+        added = {token["content"]: FLAGS | token for token in spec.get("added_tokens", [])}
+        if name in BYTE_LEVEL:
+            step = spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]])[-1]
+            if step["type"] == "ByteLevel":
+                step["add_prefix_space"] = bool(settings.get("add_prefix_space"))
+            added = {} if listed else added
+        vocab = spec["model"]["vocab"]
+        vocab = vocab if isinstance(vocab, dict) else {t: i for i, (t, _) in enumerate(vocab)}
+        for token in listed + [token for token in named if token["content"] not in added]:
+            text, free = token["content"], max([len(vocab), *(t["id"] + 1 for t in added.values())])
+            known = added.get(text, {"id": vocab.get(text, free)})
+            added[text] = FLAGS | token | {"id": known["id"]}
+        return path, spec | {"added_tokens": [*added.values()]}
 
 
-def listed_tokens(folder, settings):
-    """{id: token}, sorted, of the added tokens that files beside tokenizer.json list."""
-    path = folder / "added_tokens.json"
-    ids = read_json(path) if path.exists() else {}
-    listed = {i: {"content": text, "special": True} for text, i in ids.items()}
-    named = settings.get("added_tokens_decoder", {})
-    if wrong := [i for i in named if not i.isdecimal()]:
+def tokens_beside(folder, settings):
+    """
+    The added tokens of the files beside tokenizer.json, two lists: those that replace its own, and
+    those that are added if they are missing.
+    """
+    names = sorted((n for n in settings if n.endswith("_token")), key=[*NAMED, *settings].index)
+    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    more = more.values() if isinstance(more, dict) else more
+    named = [*map(settings.get, names), *more]
+    named = [{"content": t} if isinstance(t, str) else t for t in named]
+    named = [t | {"special": True} for t in named if isinstance(t, dict) and t.get("content")]
+
+    special = {token["content"] for token in named}
+    decoder, path = settings.get("added_tokens_decoder"), folder / "added_tokens.json"
+    if decoder is None:
+        ids = read_json(path) if path.exists() else {}
+        texts = [text for text in sorted(ids, key=ids.get) if text not in special]
+        return [], [{"content": text, "normalized": True} for text in texts] + named
+    if wrong := [i for i in decoder if not i.isdecimal()]:
         path = folder / "tokenizer_config.json"
         raise ValueError(f"{path}: an id in added_tokens_decoder is not an integer ({wrong[0]!r})")
-    listed |= {int(i): token for i, token in named.items()}
-    return dict(sorted(listed.items()))
+    listed = [decoder[i] for i in sorted(decoder, key=int)]
+    texts = {token["content"] for token in listed}
+    listed = [t | {"special": t["content"] in special or t.get("special", False)} for t in listed]
+    return listed, [token for token in named if token["content"] not in texts]
 
 
-def spec_from_merges(vocab, merges, settings, listed):
+def spec_from_merges(vocab, merges, settings, name):
     """The tokenizer.json that vocab.json, merges.txt and the class imply. May set eos_token."""
-    from tokenizers import AddedToken, ByteLevelBPETokenizer, Regex, pre_tokenizers
+    from tokenizers import ByteLevelBPETokenizer, Regex, pre_tokenizers
 
-    name = str(settings.get("tokenizer_class", "missing")).removesuffix("Fast")
-    if name not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+    if name not in BYTE_LEVEL:
         raise ValueError(
             f"{vocab.parent}: tokenizer_class is {name}; without tokenizer.json, only "
             f"GPT2Tokenizer and Qwen2Tokenizer are supported"
@@ -118,10 +151,6 @@ def spec_from_merges(vocab, merges, settings, listed):
         library.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
 
     settings.setdefault("eos_token", "<|endoftext|>")  # the default of both classes
-    named = [settings.get(f"{name}_token") for name in ("eos", "bos", "unk", "pad")]
-    named += settings.get("additional_special_tokens", [])
-    library.add_tokens([AddedToken(**(FLAGS | token)) for token in listed.values()])
-    library.add_special_tokens([text for text in map(token_text, named) if text])
     return json.loads(library.to_str())
 
 

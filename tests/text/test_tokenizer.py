@@ -298,6 +298,55 @@ def test_a_bare_pair_of_files_is_read_as_transformers_does(tmp_path, settings, s
     assert ours.eos_id == peer.eos_token_id
 
 
+def token(content, **flags):
+    return dict.fromkeys(FLAGS, False) | {"content": content, "special": True} | flags
+
+
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
+LISTED = {str(i): token(t) for i, t in enumerate([END_OF_TEXT, "<|im_start|>", END_OF_TURN])}
+CONTRADICTIONS = {  # settings of tokenizer_config.json, and other files
+    **{flag: ({"added_tokens_decoder": LISTED | {"2": token(END_OF_TURN, **{flag: True})}}, {})
+       for flag in ("lstrip", "rstrip", "single_word")},
+    "another content": ({"added_tokens_decoder": LISTED | {"0": token("<t>")}}, {}),
+    "a token of the file is not listed": ({"added_tokens_decoder": {"460": token("<t>")}}, {}),
+    "the map names another end": ({}, {"special_tokens_map": {"eos_token": END_OF_TEXT}}),
+    "the map's flags": ({}, {"special_tokens_map": {"eos_token": token(END_OF_TURN, lstrip=True)}}),
+    "the map and a list": (
+        {"added_tokens_decoder": LISTED}, {"special_tokens_map": {"eos_token": END_OF_TEXT}}
+    ),
+    "the map names a new token": ({}, {"special_tokens_map": {"pad_token": "<t>"}}),
+    "ids beyond the vocabulary": ({}, {"added_tokens": {"<t>": 900, "<u>": 800}}),
+    "more special tokens": ({"additional_special_tokens": ["<t>", "<u>"]}, {}),
+    "extra tokens": ({"extra_special_tokens": {"image_token": "<t>"}}, {}),
+    "a space": ({"add_prefix_space": True}, {}),
+    "lower case": ({"do_lower_case": True}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case, name",
+    [
+        (case, name)
+        for case in CONTRADICTIONS
+        for name in ("PreTrainedTokenizerFast", "GPT2Tokenizer", "Qwen2TokenizerFast")
+        if case not in FLAGS or "Qwen" not in name  # which takes no flags of its end of turn
+    ],
+)
+def test_files_that_contradict_each_other_are_read_as_transformers_does(tmp_path, case, name):
+    settings, files = CONTRADICTIONS[case]
+    added = [AddedToken("<|u|>", special=True, normalized=False)]
+    kind = "qwen" if "Qwen" in name else "gpt2"
+    trained_tokenizer(tmp_path, kind, added=added, tokenizer_class=name, **settings)
+    for file, content in (files | {"config": {"model_type": "llama"}}).items():
+        (tmp_path / f"{file}.json").write_text(json.dumps(content))
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert (ours.eos_id, ours.pad_id) == (peer.eos_token_id, peer.pad_token_id)
+    for text in random_texts(1000, [" <t> ", "<u>", "<|u|>", " <|im_end|>", "<|im_end|> ", "Film"]):
+        assert ours.encode(text) == peer.encode(text, add_special_tokens=False), repr(text)
+
+
 def test_truncation_padding_and_tokens_named_elsewhere(tmp_path):
     """
     Truncation and padding in a file are ignored: they are for batches.
