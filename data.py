@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from support.tasks import likelihood
 from support.text.jsonl import format_of
 from support.text.splits import LABEL_PROMPT, load_examples, load_splits, split  # noqa: F401
 from support.text.tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer)
@@ -36,6 +37,8 @@ class Encoded:
     label: str = None  # classification: the right answer
     prompt_ids: list = field(default_factory=list)  # the prompt alone, unless plain text
     references: list = field(default_factory=list)  # data to text: the right answers
+    choices: list = None  # multiple choice: (token ids, text) of each
+    answer: int = None  # the place of the right one
 
 
 def prefix_of(tokenizer):
@@ -159,6 +162,9 @@ def encode(
             text_b = example.get("text_b", "")
             question, shortened = tokenize_question(example["text"], *asking, text_b)
             pieces = [(question, False), (label_ids[example["label"]], True)]
+        elif kind == "multiple_choice":
+            question, choices, shortened = likelihood.tokenize(example, tokenizer, block_size)
+            pieces = [(question, False), (choices[example["answer"]], True)]
         else:
             pieces = segments(example, tokenizer)
 
@@ -184,6 +190,9 @@ def encode(
         if kind in ("prompt", "generation"):
             row.prompt_ids = row.input_ids[:-answer]
             row.references = example.get("references") or [example["completion"].strip()]
+        if kind == "multiple_choice":
+            row.choices = list(zip(choices, example["choices"]))
+            row.answer = example["answer"]
         encoded.append(row)
     return encoded, cut
 
@@ -221,11 +230,7 @@ class Batches:
     def __init__(self, rows, batch_size, seed, group_by_length=False, shuffle=True):
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.group_by_length, self.shuffle = group_by_length, shuffle
-        self.epoch, self.order, self.orders = (
-            math.inf,
-            [],
-            None,
-        )  # the epoch that was asked for last
+        self.epoch, self.order, self.orders = math.inf, [], None  # of the epoch asked for last
 
     def __getitem__(self, k):
         size = min(self.batch_size, len(self.rows))

@@ -87,7 +87,7 @@ def scores(found):
 def rank(model, tokenizer, prompt, choices, block_size):
     """(probability, choice) of every choice, likeliest first; the probabilities sum to 1."""
     if not choices:
-        raise ValueError("the run's task is multiple_choice: give --labels=, with commas between")
+        raise ValueError('the task is multiple_choice: give --labels="one choice,another"')
     ids, tokens, _ = tokenize({"prompt": prompt, "choices": choices}, tokenizer, block_size)
     p = score(model, [ids], tokens)[0].softmax(-1)
     return sorted(zip(p.tolist(), choices), reverse=True)

@@ -6,6 +6,7 @@ JSONL files of examples, checked line by line. The keys decide an example's form
     {"instruction", "input"?, "output"}             an instruction and its answer
     {"prompt", "completion"}                        used without a chat template
     {"prompt", "references": [text, ...]}           data to text, with one or more right answers
+    {"prompt", "choices": [text, ...], "answer"}    multiple choice; the right one counts from 0
     {"text", "text_b"?, "label"}                    classification, of one text or of a pair
     {"text", "text_b"?, "labels": [label, ...]}     any number of labels
     {"text", "text_b"?, "score"}                    regression
@@ -25,6 +26,7 @@ FORMATS = {  # an example has the first format whose keys it holds; the last key
     "instruction": ("instruction", "output"),
     "generation": ("prompt", "references"),
     "prompt": ("prompt", "completion"),
+    "multiple_choice": ("prompt", "choices", "answer"),
     "code": ("code",),
     "tagging": ("words", "tags"),
     "classification": ("text", "label"),
@@ -32,7 +34,7 @@ FORMATS = {  # an example has the first format whose keys it holds; the last key
     "regression": ("text", "score"),
     "text": ("text",),
 }
-LISTS = ("references", "labels", "words", "tags")
+LISTS = ("references", "choices", "labels", "words", "tags")
 
 
 class Example(dict):
@@ -149,7 +151,7 @@ def check_example(example, columns):
         raise ValueError(f"the line has the keys {have}; use one of these sets of keys: {needed}")
 
     for key in (*FORMATS[name], "input", "text_b", "group"):
-        if key in ("messages", "score"):
+        if key in ("messages", "score", "answer"):
             continue
         value, column = example.get(key, ""), columns.get(key, key)
         if key in LISTS and not isinstance(value, list):
@@ -164,6 +166,8 @@ def check_example(example, columns):
         check_tags(example["words"], answers)
     elif name == "regression":
         check_score(answers)
+    elif name == "multiple_choice":
+        check_choices(example["choices"], answers)
     else:
         answers = assistant_turns(answers) if name == "messages" else answers
         answers = [answers] if isinstance(answers, str) else answers
@@ -182,6 +186,15 @@ def check_tags(words, tags):
     for tag in tags:
         if not re.fullmatch("O|[BI]-.+", tag):
             raise ValueError(f"the tag {tag!r} is not O, B-… or I-…: convert the tags to BIO")
+
+
+def check_choices(choices, answer):
+    """Raise ValueError unless there are two choices or more, and answer is the place of one."""
+    if len(choices) < 2 or not all(map(str.strip, choices)):
+        raise ValueError(f"the choices are {choices!r:.80}: give two or more, and none empty")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        last = len(choices) - 1
+        raise ValueError(f"'answer' is {answer!r:.40}: give the right choice's place, 0 to {last}")
 
 
 def check_score(score):

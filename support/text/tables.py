@@ -27,6 +27,8 @@ KEYS = ("label", "score", "labels")  # labels are lists, which only parquet has
 LAYOUTS = (  # {key: column}; a table has the first layout whose columns it has
     {"instruction": "instruction", "output": "output"},
     {"prompt": "prompt", "completion": "completion"},
+    {"prompt": "prompt", "choices": "choices", "answer": "answer"},  # lists, as labels below
+    {"prompt": "prompt", "choice_0": "choice_0", "answer": "answer"},  # and choice_1, …
     {"prompt": "mr", "references": "ref"},  # E2E (arXiv 1706.09254), one reference a row
     {"prompt": "meaning_representation", "references": "human_reference"},
     {"prompt": "meaning_representation", "references": "human_references"},
@@ -40,6 +42,7 @@ LAYOUTS = (  # {key: column}; a table has the first layout whose columns it has
     {"words": "tokens", "tags": "ner_tags"},
 )
 OPTIONAL = ("input", "group")  # kept with any layout
+CHOICE = re.compile(r"choice_(\d|[1-9]\d)")  # kept with choice_0
 COLA_HEADER = ["source", "label", "annotation", "sentence"]  # CoLA's files have no header
 
 
@@ -175,6 +178,8 @@ def examples_of(path, rows):
             raise ValueError(f"{where}: {counts}: give each column one")
         row = dict(zip(names, cells))
         example = Example({key: value_of(row[layout[key]], key) for key in layout}, where)
+        if "choice_0" in layout:
+            gather_choices(example)
         try:
             check_example(example, layout)
         except ValueError as error:
@@ -190,6 +195,15 @@ def examples_of(path, rows):
     return list(examples.values())
 
 
+def gather_choices(example):
+    """Make one list of choice_0, choice_1, …, without empty ones at its end."""
+    count = 1 + max(int(key[7:]) for key in example if CHOICE.fullmatch(key))
+    choices = [example.pop(f"choice_{i}", None) or "" for i in range(count)]
+    while choices and not choices[-1]:
+        choices.pop()
+    example["choices"] = choices
+
+
 def layout_of(names, where):
     """{key: column} to read. Raises ValueError, which begins with `where`."""
     if twice := [name for name in names if names.count(name) > 1]:
@@ -199,7 +213,8 @@ def layout_of(names, where):
         raise ValueError(f"{where}: {only}: separate columns with commas")
     for layout in LAYOUTS:
         if set(layout.values()) <= set(names):
-            return layout | {name: name for name in OPTIONAL if name in names}
+            choices = filter(CHOICE.fullmatch, names if "choice_0" in layout else ())
+            return layout | {name: name for name in (*OPTIONAL, *choices) if name in names}
 
     similar = [layout for layout in LAYOUTS if set(layout.values()) & set(names)]
     needed = "; ".join(" + ".join(layout.values()) for layout in similar or LAYOUTS)
@@ -214,4 +229,6 @@ def value_of(cell, key):
     if key == "score" and isinstance(cell, str):
         with contextlib.suppress(ValueError):
             return float(cell)
-    return str(cell) if isinstance(cell, int) and key != "score" else cell
+    if key == "answer" and isinstance(cell, str) and re.fullmatch("[0-9]+", cell):
+        return int(cell)
+    return str(cell) if isinstance(cell, int) and key not in ("score", "answer") else cell
