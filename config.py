@@ -38,8 +38,8 @@ class Config:
     tune_size: int = 0  # test on other examples of a built-in set instead, to choose settings on
     val_fraction: float = 0.2  # the upper level's share of the training data; the paper's is 0.2;
     #: 0: the data set's own validation set, which otherwise is the test set where there is no other
-    task: str = "auto"  # label_words, language_model, generation, classification, multi_label,
-    #: regression, tagging; auto: what fits the examples (the last four train a head on the model)
+    task: str = "auto"  # label_words, language_model, generation, multiple_choice, classification,
+    #: multi_label, regression, tagging; auto: what fits the examples (the last four train a head)
     block_size: int = 0  # most tokens of an example, others are cut; 0: 256, or the model's limit
     label_prompt: str = ""  # a question with {text}, and {labels} if wanted; empty: the data set's
     train_on_prompt: bool = False  # count the prompt in the loss too, not only the answer

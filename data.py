@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from support.tasks import likelihood
 from support.text.jsonl import FORMATS, format_of, is_learnt
 from support.text.splits import LABEL_PROMPT, load_examples, load_splits, split  # noqa: F401
 from support.text.tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer)
@@ -37,6 +38,8 @@ class Encoded:
     prompt_ids: list = field(default_factory=list)  # the prompt alone, unless plain text
     references: list = field(default_factory=list)  # data to text: the right answers
     notes: tuple = ()  # what of the example the chat template leaves out
+    choices: list = None  # multiple choice: (token ids, text) of each
+    answer: int = None  # the place of the right one
 
 
 def prefix_of(tokenizer):
@@ -182,6 +185,9 @@ def encode(
             text_b = example.get("text_b", "")
             question, shortened = tokenize_question(example["text"], *asking, text_b)
             pieces = [(question, False), (label_ids[example["label"]], True)]
+        elif kind == "multiple_choice":
+            question, choices, shortened = likelihood.tokenize(example, tokenizer, block_size)
+            pieces = [(question, False), (choices[example["answer"]], True)]
         else:
             pieces, notes = segments(example, tokenizer)
 
@@ -209,6 +215,9 @@ def encode(
         if kind in ("prompt", "generation"):
             row.prompt_ids = row.input_ids[:-answer]
             row.references = example.get("references") or [example["completion"].strip()]
+        if kind == "multiple_choice":
+            row.choices = list(zip(choices, example["choices"]))
+            row.answer = example["answer"]
         encoded.append(row)
     return encoded, cut
 

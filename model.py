@@ -25,6 +25,7 @@ from support.fast import rotary
 from support.fast.kernels import QUERIES, ROWS, TWICE, cross_entropy, recompute, recompute_module
 from support.fast.rows import Rows
 from support.run.files import read_json
+from support.tasks import likelihood
 from support.weights import hf_format
 
 
@@ -226,22 +227,29 @@ class Transformer(nn.Module):
             return self.lm_head(hidden, targets)
         return F.cross_entropy(self.lm_head(hidden).float(), targets)
 
+    def states(self, rows, wanted):
+        """
+        The hidden states, (N, hidden_size), of some tokens. rows: lists of ids; wanted: for each
+        row, the places of these tokens. Tokens that none depends on are left out.
+        """
+        places = [(i, t) for i, some in enumerate(wanted) for t in some]
+        row, position = torch.tensor(places, dtype=torch.long).view(-1, 2).T
+        device = self.lm_head.weight.device
+        rows = Rows([ids[: max(some, default=0) + 1] for ids, some in zip(rows, wanted)], device)
+        return self.hidden_states(rows.ids, rows=rows)[rows.find(row, position).to(device)]
+
+    def predictions(self, rows, wanted):
+        """The logits, (N, vocab), of the tokens that follow; arguments as in states."""
+        return self.lm_head(self.states(rows, wanted)).float()
+
     def supervised(self, input_ids, labels):
-        """
-        The hidden states, (N, hidden_size), and the targets, (N,), of the N supervised positions.
-        Tokens that no target depends on, such as padding, are left out.
-        """
+        """The states, (N, hidden_size), and the targets, (N,), of the N supervised positions."""
         if isinstance(labels, torch.Tensor):
             input_ids, labels = input_ids.tolist(), labels.tolist()
         wanted = [[t for t, label in enumerate(row[1:]) if label != -100] for row in labels]
-        places = [(i, t) for i, row in enumerate(wanted) for t in row]
-        row, position = torch.tensor(places, dtype=torch.long).view(-1, 2).T
-
-        device = self.lm_head.weight.device
-        rows = Rows([ids[: max(row, default=0) + 1] for ids, row in zip(input_ids, wanted)], device)
-        hidden = self.hidden_states(rows.ids, rows=rows)[rows.find(row, position).to(device)]
-        targets = torch.tensor([labels[i][t + 1] for i, t in places], dtype=torch.long)
-        return hidden, targets.to(device)
+        targets = [row[t + 1] for row, some in zip(labels, wanted) for t in some]
+        hidden = self.states(input_ids, wanted)
+        return hidden, torch.tensor(targets, dtype=torch.long, device=hidden.device)
 
     @torch.no_grad()
     def totals(self, input_ids, labels):
@@ -254,31 +262,7 @@ class Transformer(nn.Module):
             right += (logits.argmax(1) == answers).sum().item()
         return loss, right, len(targets)
 
-    @torch.no_grad()
-    def score(self, prompts, answers):
-        """
-        log p(answer | prompt) in nats, (prompts, answers). Both are lists of lists of token ids.
-
-        Answers that differ in their last token alone share a forward pass: one-token labels cost
-        one in all.
-        """
-        device = self.lm_head.weight.device
-        scores = torch.zeros(len(prompts), len(answers), device=device)
-        ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
-
-        for head in {tuple(answer[:-1]) for answer in answers}:
-            rows = Rows([[*prompt, *head] for prompt in prompts], device)
-            x = self.hidden_states(rows.ids, rows=rows)  # (N, hidden_size)
-
-            every = torch.arange(len(prompts))
-            log_p = [  # for the answer's i-th token, each (P, vocab)
-                self.lm_head(x[rows.find(every, ends + i).to(device)]).float().log_softmax(-1)
-                for i in range(len(head) + 1)
-            ]
-            for column, answer in enumerate(answers):
-                if tuple(answer[:-1]) == head:
-                    scores[:, column] = sum(log_p[i][:, token] for i, token in enumerate(answer))
-        return scores
+    score = likelihood.score  # (prompts, answers) -> log p(answer | prompt)
 
     @torch.no_grad()
     def generate(

@@ -23,6 +23,7 @@ from config import Config
 from data import LABEL_PROMPT, tokenize_labels, tokenize_prompt, tokenize_question
 from support.run import hardware, progress, rules, run_folder, settings
 from support.run.files import read_json
+from support.tasks import likelihood
 from support.tasks.head_task import HeadTask, load_tokenizer
 from support.text.tokenizer import Tokenizer
 from support.weights.pretrained import find_base, find_model, find_tokenizer, read_run
@@ -178,6 +179,9 @@ def respond(model, tokenizer, run, config):
         print(*tokenizer.describe(model, config.prompt, config.prompt_b, size), sep="\n")
     elif config.chat:
         chat(model, tokenizer, config)
+    elif task == "multiple_choice" and not raw:
+        for p, choice in likelihood.rank(model, tokenizer, config.prompt, labels, size):
+            print(f"{p:6.1%}  {choice}")
     elif labels and not raw:
         if new := [label for label in labels if label not in (run.get("labels") or labels)]:
             print(f"note: the run did not learn {', '.join(new)}", file=sys.stderr)

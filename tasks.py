@@ -3,11 +3,12 @@ From examples to rows, a loss, predictions and scores: one class for each family
 
     LanguageTask    a language model writes the answer: a label's name (label_words), any text
                     (language_model), or a text that is compared with references (generation)
+    MultipleChoice  a language model scores the choices of each example: support/tasks/likelihood.py
     HeadTask        a head on an encoder or a decoder chooses classes (classification,
                     multi_label), a number (regression) or a tag a word (tagging):
                     support/tasks/head_task.py
 
-Both have the same methods, in the order in which train.py calls them.
+All have the same methods, in the order in which train.py calls them.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 import data
 from model import ModelConfig, Transformer
 from support.run.files import read_json
-from support.tasks import any_model, scores
+from support.tasks import any_model, likelihood, scores
 from support.tasks.head_task import HeadTask, load_tokenizer
 from support.tasks.heads import DecoderWithHead
 from support.text.jsonl import format_of
@@ -30,6 +31,7 @@ LANGUAGE = {
     "label_words": ("classification",),
     "language_model": ("text", "code", "prompt", "instruction", "messages"),
     "generation": ("generation", "prompt"),
+    "multiple_choice": ("multiple_choice",),
 }
 HEADS = {
     "classification": ("classification",),
@@ -82,7 +84,8 @@ def build(name, config, folder, question, labels, glue, began=None):
     tokenizer = Tokenizer.from_pretrained(folder, began)
     label_ids = data.tokenize_labels(labels, tokenizer) if name == "label_words" else {}
     search = search_options(vars(config)) if name == "generation" else {}
-    return LanguageTask(tokenizer, question, label_ids, config.train_on_prompt, search, glue)
+    make = MultipleChoice if name == "multiple_choice" else LanguageTask
+    return make(tokenizer, question, label_ids, config.train_on_prompt, search, glue)
 
 
 def search_options(settings):
@@ -223,3 +226,11 @@ class LanguageTask:
         if self.label_ids:
             return {"accuracy": sum(label == right for label, right in found) / len(found)}
         return {"accuracy": sum(n for n, _ in found) / sum(n for _, n in found)}
+
+
+class MultipleChoice(LanguageTask):
+    """Choices of each example's own, scored by their likelihood; the right one is trained."""
+
+    metric = "acc"
+    evaluate = staticmethod(likelihood.evaluate)
+    scores = staticmethod(likelihood.scores)

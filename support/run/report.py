@@ -9,11 +9,13 @@ import torch
 
 from support.run import distributed, interrupt
 from support.run.files import replacing
+from support.tasks import likelihood
 from support.text.datasets import BUILT_IN
 from support.text.jsonl import count_shared
 from support.text.splits import compared, left_out
 
 SHARES = ("accuracy", "f1", "f1_micro", "f1_macro", "precision", "recall")  # shown in percent
+SHARES += likelihood.NAMES
 START = """Start with:
     python train.py --config=small.py    (downloads 95 MB, takes about 3 minutes on two CPU cores)
     python train.py --config=tiny.py     (downloads nothing, takes seconds)"""
@@ -210,6 +212,7 @@ def next_commands(results, arguments, config, other):
     names = zip(("prompt", "prompt_b"), prompts)
     shown = " ".join(f'--{name}="{text}"' for name, text in names if text)
     shown += " --raw" * results["raw"]
+    shown += ' --labels="..., ..."' * (results["task"] == "multiple_choice")
     adapter, again_in = shlex.quote(f"--adapter={out}"), shlex.quote(f"--out_dir={out}-{other}")
     controls = ("two_phases", "upper_data")  # of one method alone
     kept = without(arguments, "method", "out_dir", "overwrite", "resume", "fsdp", *controls)

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import os
 import re
 import tempfile
 import warnings
@@ -26,7 +27,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from support.fast.rows import Rows
 from support.run.files import make_folder, read_json
+from support.tasks import likelihood
 from support.tasks.heads import Head, fresh
 from support.weights import hf_format
 
@@ -308,12 +311,24 @@ class AnyLanguageModel(Borrowed):
     def predictions(self, rows, wanted):
         """
         Logits after some tokens of each row, (N, vocab), in fp32 or finer. rows: lists of ids;
-        wanted: for each row, the places of these tokens.
+        wanted: for each row, the places of these tokens. What the rows begin with in common passes
+        once, except in training.
         """
         device, places = self.lm_head.weight.device, sorted(set().union(*wanted))
         ids = pad_sequence([torch.tensor(row) for row in rows], True).to(device)
         real = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True)
         options = {"attention_mask": real.to(device), "use_cache": False}
+
+        shared = min([len(os.path.commonprefix(rows)), *places[:1]])
+        if len(rows) > 1 and shared >= Rows.MIN_SHARED and not torch.is_grad_enabled():
+            name = "cache" if "cache" in self.accepts else "past_key_values"  # versions differ
+            cached = {name: library().DynamicCache(config=self.config), "use_cache": True}
+            self.hf.base_model(ids[:1, :shared], **cached)
+            cached[name].batch_repeat_interleave(len(rows))
+            options |= cached
+            ids, places = ids[:, shared:], [t - shared for t in places]
+            wanted = [[t - shared for t in some] for some in wanted]
+
         kept = "logits_to_keep" in self.accepts
         if kept:  # the head reads these places of every row, not all tokens
             options["logits_to_keep"] = torch.tensor(places, device=device)
@@ -352,18 +367,7 @@ class AnyLanguageModel(Borrowed):
             count += len(targets)
         return loss, right, count
 
-    @torch.no_grad()
-    def score(self, prompts, answers):
-        """As Transformer.score: answers that differ in their last token alone share a pass."""
-        scores = torch.zeros(len(prompts), len(answers), device=self.lm_head.weight.device)
-        for head in {tuple(answer[:-1]) for answer in answers}:
-            wanted = [range(len(prompt) - 1, len(prompt) + len(head)) for prompt in prompts]
-            logits = self.predictions([[*prompt, *head] for prompt in prompts], wanted)
-            log_p = logits.log_softmax(-1).unflatten(0, (len(prompts), -1))  # (P, answer, vocab)
-            for column, answer in enumerate(answers):
-                if tuple(answer[:-1]) == head:
-                    scores[:, column] = log_p[:, range(len(answer)), answer].sum(1)
-        return scores
+    score = likelihood.score  # (prompts, answers) -> log p(answer | prompt)
 
     @torch.no_grad()
     def generate(

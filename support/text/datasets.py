@@ -30,10 +30,14 @@ BIG_BENCH = dict(
     sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
 )
 TASKS = {  # {a task's folder in BIG_BENCH: the SHA-256 of its task.json}
+    "abstract_narrative_understanding/4_distractors": (
+        "66ed0deb50b8d8fafdc54fb90f96dcfdc7d814f281ca4d96347954178e8aa55b"
+    ),
     "epistemic_reasoning": "98209623d1bf28ed6b99ec50b772b367f24467d190ceb9d1c0298e91c04548f1",
     "gem/e2e_nlg": "9e80fbbf1bca5d4c8cdc6d264c0137efda5bcd2ecb2f5a47ea6552cc93531329",
     "metaphor_boolean": "7d997585da8d50db8a8fddf6a715a034777434623643df937909d39c1a5c5a61",
     "presuppositions_as_nli": "c65abd117007552b12453da7cc7b2d781042f5a34f6e6f6892ab3287d469d0ee",
+    "social_iqa": "edc9f568b70ae6d4af0783764dbe4e4f18aa1242c675a93f534338d73a565348",
     "vitaminc_fact_verification": (
         "10f83da50374701fc7ce69162a7a167b14e1a86351201aa8bf14b56fa0a3214f"
     ),
@@ -128,7 +132,7 @@ def movie_ratings():
 def big_bench(task):
     """
     The examples of a BIG-bench task (a key of TASKS), a list of dicts. The first call takes all
-    TASKS, 25 MB, out of the archive. Raises ValueError for a file that has changed since.
+    TASKS, 26 MB, out of the archive. Raises ValueError for a file that has changed since.
     """
     folder = cache_dir() / "big-bench"
     path = folder / f"{task.replace('/', '-')}.json"
@@ -191,6 +195,28 @@ def epistemic_reasoning():
 def metaphors():
     """680 times a metaphor and a sentence that may say the same; a metaphor is a group."""
     return text_pairs("metaphor_boolean", r"(.*) <--> (.*)", lambda _, text: text)
+
+
+def choices(task, ending=""):
+    """
+    A BIG-bench task with choices, without questions that it answers in two ways. ending: of each
+    prompt, after an example's input.
+    """
+    examples = {}
+    for example in big_bench(task):
+        texts, scores = zip(*example["target_scores"].items())
+        prompt = example["input"].strip() + ending
+        one = {"prompt": prompt, "choices": list(texts), "answer": scores.index(max(scores))}
+        if examples.setdefault(prompt, one) != one:
+            examples[prompt] = None
+    return [example for example in examples.values() if example]
+
+
+def proverbs():
+    """1,000 times a story and five proverbs; the ten stories of the right proverb are a group."""
+    ending = " This narrative is a good illustration of the following proverb:"
+    examples = choices("abstract_narrative_understanding/4_distractors", ending)
+    return [example | {"group": example["choices"][example["answer"]]} for example in examples]
 
 
 def restaurants():
@@ -344,6 +370,18 @@ BUILT_IN = {
         "",
         "name: Blue Spice, eatType: pub, food: Italian, area: riverside",
         "CC BY-SA 4.0",
+    ),
+    "social-iqa": DataSet(
+        partial(choices, "social_iqa"),
+        "",
+        "Ann lent Bob her umbrella. How would you describe Ann?",
+        "none stated; BIG-bench says Apache 2.0",
+    ),
+    "proverbs": DataSet(
+        proverbs,
+        "",
+        "Ann saved a coin a day and bought a boat. The proverb for this story is:",
+        "Apache 2.0",
     ),
     "peptides": DataSet(
         peptides,

@@ -6,6 +6,7 @@ JSONL files of examples, checked line by line. The keys decide an example's form
     {"instruction", "input"?, "output"}             an instruction and its answer
     {"prompt", "completion"}                        used without a chat template
     {"prompt", "references": [text, ...]}           data to text, with one or more right answers
+    {"prompt", "choices": [text, ...], "answer"}    multiple choice; the right one counts from 0
     {"text", "text_b"?, "label"}                    classification, of one text or of a pair
     {"text", "text_b"?, "labels": [label, ...]}     any number of labels
     {"text", "text_b"?, "score"}                    regression
@@ -25,6 +26,7 @@ FORMATS = {  # an example has the first format whose keys it holds; the last key
     "instruction": ("instruction", "output"),
     "generation": ("prompt", "references"),
     "prompt": ("prompt", "completion"),
+    "multiple_choice": ("prompt", "choices", "answer"),
     "code": ("code",),
     "tagging": ("words", "tags"),
     "classification": ("text", "label"),
@@ -37,7 +39,7 @@ OPTIONAL = {
     "instruction": ("input", "system", "history"),
     **dict.fromkeys(("classification", "multi_label", "regression"), ("text_b",)),
 }
-LISTS = dict.fromkeys(("references", "labels", "words", "tags"), str)  # {key: its items' type}
+LISTS = dict.fromkeys(("references", "choices", "labels", "words", "tags"), str)  # of items
 LISTS |= {"tools": dict, "documents": dict, "history": list}
 LARGEST = 1e38  # of scores: float32's range
 LEARNT = ("weight", "train", "training", "loss")  # 0 or false: an assistant's turn is not learnt
@@ -164,7 +166,7 @@ def read_example(fields, where, columns=()):
             value = bare
         if key in FORMATS[name] or value not in ((None, "") if key == "group" else (None,)):
             example[key] = value
-            if key not in ("messages", "score"):
+            if key not in ("messages", "score", "answer"):
                 check_type(value, LISTS.get(key), columns.get(key, key))
     check_answer(example, name, columns.get(FORMATS[name][-1], FORMATS[name][-1]))
     return name, example
@@ -192,6 +194,8 @@ def check_answer(example, name, column):
         check_tags(example["words"], answers)
     elif name == "regression":
         check_score(answers)
+    elif name == "multiple_choice":
+        check_choices(example["choices"], answers)
     else:
         answers = learnt_answers(answers) if name == "messages" else answers
         answers = [answers] if isinstance(answers, str) else answers
@@ -211,6 +215,15 @@ def check_tags(words, tags):
     for tag in tags:
         if not re.fullmatch(r"O|[BI]-\S.*", tag):
             raise ValueError(f"the tag {tag!r} is not O, B-… or I-…: convert the tags to BIO")
+
+
+def check_choices(choices, answer):
+    """Raise ValueError unless there are two choices or more, and answer is the place of one."""
+    if len(choices) < 2 or not all(map(str.strip, choices)):
+        raise ValueError(f"the choices are {choices!r:.80}: give two or more, and none empty")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        last = len(choices) - 1
+        raise ValueError(f"'answer' is {answer!r:.40}: give the right choice's place, 0 to {last}")
 
 
 def check_score(score):

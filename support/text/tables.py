@@ -27,6 +27,8 @@ KEYS = ("label", "score", "labels")  # labels are lists, which only parquet has
 LAYOUTS = (  # {key: column}; a table has the first layout whose columns it has
     {"instruction": "instruction", "output": "output"},
     {"prompt": "prompt", "completion": "completion"},
+    {"prompt": "prompt", "choices": "choices", "answer": "answer"},  # lists, as labels below
+    {"prompt": "prompt", "choice_0": "choice_0", "answer": "answer"},  # and choice_1, …
     {"prompt": "mr", "references": "ref"},  # E2E (arXiv 1706.09254), one reference a row
     {"prompt": "meaning_representation", "references": "human_reference"},
     {"prompt": "meaning_representation", "references": "human_references"},
@@ -39,6 +41,7 @@ LAYOUTS = (  # {key: column}; a table has the first layout whose columns it has
     {"words": "words", "tags": "tags"},
     {"words": "tokens", "tags": "ner_tags"},
 )
+CHOICE = re.compile(r"choice_(\d|[1-9]\d)")  # kept with choice_0
 COLA_HEADER = ["source", "label", "annotation", "sentence"]  # CoLA's files have no header
 csv.field_size_limit(2**31 - 1)  # a cell may be as long as any text
 
@@ -202,6 +205,8 @@ def examples_of(path, rows, tidy=False):
             f"blanks around {key!r} are left out" for key in bare if bare[key] != fields[key]
         )
         fields = {key: value_of(cell, key) for key, cell in bare.items()}
+        if "choice_0" in layout:
+            gather_choices(fields)
         try:
             _, example = read_example(fields, where, columns)
         except ValueError as error:
@@ -219,6 +224,15 @@ def examples_of(path, rows, tidy=False):
     return list(examples.values())
 
 
+def gather_choices(fields):
+    """Make one list of choice_0, choice_1, …, without empty ones at its end."""
+    count = 1 + max(int(key[7:]) for key in fields if CHOICE.fullmatch(key))
+    choices = [fields.pop(f"choice_{i}", None) or "" for i in range(count)]
+    while choices and not choices[-1]:
+        choices.pop()
+    fields["choices"] = choices
+
+
 def layout_of(header, where):
     """{key: the number of its column}. Raises ValueError, which begins with `where`."""
     names = [name.strip().lower() for name in header]
@@ -230,6 +244,7 @@ def layout_of(header, where):
     for layout in LAYOUTS:
         if set(layout.values()) <= set(names):
             optional = (*OPTIONAL.get(format_of(layout), ()), "group")
+            optional += tuple(filter(CHOICE.fullmatch, names if "choice_0" in layout else ()))
             layout = layout | {name: name for name in optional if name in names}
             return {key: names.index(column) for key, column in layout.items()}
 
@@ -255,4 +270,6 @@ def value_of(cell, key):
     if key == "score" and isinstance(cell, str) and cell.isascii() and "_" not in cell:
         with contextlib.suppress(ValueError):
             return float(cell)
-    return str(cell) if isinstance(cell, int) and key != "score" else cell
+    if key == "answer" and isinstance(cell, str) and re.fullmatch("[0-9]+", cell):
+        return int(cell)
+    return str(cell) if isinstance(cell, int) and key not in ("score", "answer") else cell
