@@ -57,7 +57,7 @@ class Example(dict):
 def format_of(example):
     """The name of an example's format, a key of FORMATS, or None."""
     for name, keys in FORMATS.items():
-        if all(key in example for key in keys):
+        if all(map(example.__contains__, keys)):
             return name
     return None
 
@@ -74,7 +74,7 @@ def read_jsonl(path):
         where = f"{path}:{number}"
         try:
             example = parse(line)
-            name, example = read_example(example, where)
+            name, example = read_example(example, where, {})
             first = first or name
             if name != first:
                 now, before = (" + ".join(FORMATS[name]) for name in (name, first))
@@ -138,7 +138,7 @@ def parse(line):
     return example
 
 
-def read_example(fields, where, columns=()):
+def read_example(fields, where, columns):
     """
     (the name of its format, the Example) of a line's or a row's fields. columns: {key: its name in
     messages}. Raises ValueError for an unknown format, a value of the wrong type, and an empty
@@ -151,7 +151,7 @@ def read_example(fields, where, columns=()):
         raise ValueError(f"the line has the keys {have}; use one of these sets of keys: {needed}")
 
     optional = (*OPTIONAL.get(name, ()), "group")
-    example, columns = Example({}, where), dict(columns)
+    example = Example({}, where)
     for key, value in fields.items():
         if key not in FORMATS[name] and key not in optional:
             example.notes += (f"the key {key!r} is not used",)

@@ -198,15 +198,13 @@ def examples_of(path, rows, tidy=False):
             raise ValueError(f"{where}: {counts}: {hint}")
         fields = {key: cells[i] for key, i in layout.items()}
         bare = {key: bare_cell(cell, key) for key, cell in fields.items()} if tidy else fields
-        blanks = tuple(
-            f"blanks around {key!r} are left out" for key in bare if bare[key] != fields[key]
-        )
-        fields = {key: value_of(cell, key) for key, cell in bare.items()}
+        values = {key: value_of(cell, key) for key, cell in bare.items()}
         try:
-            _, example = read_example(fields, where, columns)
+            _, example = read_example(values, where, columns)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        example.notes += notes + blanks
+        changed = [key for key in bare if bare[key] != fields[key]] if bare != fields else ()
+        example.notes += (*notes, *(f"blanks around {key!r} are left out" for key in changed))
         key = example["prompt"] if "references" in example else where
         if key in examples:
             examples[key]["references"] += example["references"]
