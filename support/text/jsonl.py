@@ -12,7 +12,7 @@ JSONL files of examples, checked line by line. The keys decide an example's form
     {"words": [word, ...], "tags": [tag, ...]}      a BIO tag for each word
 
 Any of them may also have a "group": data.split keeps the examples of a group together. OPTIONAL
-lists what else each may have. An example's notes name all that is left out or changed.
+lists what else each may have. An example's notes name all that is left out of it or changed.
 """
 
 import json
@@ -44,10 +44,7 @@ LEARNT = ("weight", "train", "training", "loss")  # 0 or false: an assistant's t
 
 
 class Example(dict):
-    """
-    One example. where: its file and line, for messages. notes: what of it is left out or changed,
-    each in words that "in 3 of 40 examples" may follow.
-    """
+    """One example. where: its file and line. notes: what is left out of it, for splits.left_out."""
 
     def __init__(self, fields, where="an example", notes=()):
         super().__init__(fields)
@@ -106,7 +103,8 @@ def count_shared(examples, others):
     """How many examples are also among the others, compared by the keys that training uses."""
 
     def used(example):
-        keys = (*FORMATS[format_of(example)], "input", "text_b")
+        name = format_of(example)
+        keys = (*FORMATS[name], *OPTIONAL.get(name, ()))
         return json.dumps([example.get(key) for key in keys], sort_keys=True)
 
     known = set(map(used, others))
@@ -162,7 +160,8 @@ def read_example(fields, where, columns):
             if bare != value:
                 example.notes += (f"blanks around {key!r} are left out",)
             value = bare
-        if key in FORMATS[name] or value not in ((None, "") if key == "group" else (None,)):
+        # A pair's second text may be empty; any other key that may be missing is missing then.
+        if key in FORMATS[name] or value not in ((None,) if key == "text_b" else (None, "")):
             example[key] = value
             if key not in ("messages", "score"):
                 check_type(value, LISTS.get(key), columns.get(key, key))

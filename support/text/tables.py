@@ -162,22 +162,12 @@ def parquet_rows(path):
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a parquet file, or is damaged ({reason:.200})") from None
 
-    columns = {name: values_of(table[name], path, name) for name in used}
-    unread = [None] * table.num_rows
-    for number, cells in enumerate(zip(*(columns.get(name, unread) for name in header)), 1):
-        yield f"{path}, row {number}", cells
-
-
-def values_of(column, path, name):
-    """The list of a parquet column's values. Raises ValueError, which names file and row."""
-    values = []
-    try:
-        for value in column:
-            values.append(value.as_py())
-    except (ValueError, OverflowError) as error:
-        place = f"{path}, row {len(values) + 1}"
-        raise ValueError(f"{place}: {name!r} can't be read ({error})") from None
-    return values
+    for number, cells in enumerate(zip(*(table[name] for name in used)), 1):
+        try:
+            row = {name: cell.as_py() for name, cell in zip(used, cells)}
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{path}, row {number}: a cell can't be read ({error})") from None
+        yield f"{path}, row {number}", [row.get(name) for name in header]
 
 
 def examples_of(path, rows, tidy=False):
