@@ -13,7 +13,7 @@ JSONL files of examples, checked line by line. The keys decide an example's form
     {"words": [word, ...], "tags": [tag, ...]}      a BIO tag for each word
 
 Any of them may also have a "group": data.split keeps the examples of a group together. OPTIONAL
-lists what else each may have. An example's notes name all that is left out or changed.
+lists what else each may have. An example's notes name all that is left out of it or changed.
 """
 
 import json
@@ -46,10 +46,7 @@ LEARNT = ("weight", "train", "training", "loss")  # 0 or false: an assistant's t
 
 
 class Example(dict):
-    """
-    One example. where: its file and line, for messages. notes: what of it is left out or changed,
-    each in words that "in 3 of 40 examples" may follow.
-    """
+    """One example. where: its file and line. notes: what is left out of it, for splits.left_out."""
 
     def __init__(self, fields, where="an example", notes=()):
         super().__init__(fields)
@@ -59,7 +56,7 @@ class Example(dict):
 def format_of(example):
     """The name of an example's format, a key of FORMATS, or None."""
     for name, keys in FORMATS.items():
-        if all(key in example for key in keys):
+        if all(map(example.__contains__, keys)):
             return name
     return None
 
@@ -76,7 +73,7 @@ def read_jsonl(path):
         where = f"{path}:{number}"
         try:
             example = parse(line)
-            name, example = read_example(example, where)
+            name, example = read_example(example, where, {})
             first = first or name
             if name != first:
                 now, before = (" + ".join(FORMATS[name]) for name in (name, first))
@@ -108,7 +105,8 @@ def count_shared(examples, others):
     """How many examples are also among the others, compared by the keys that training uses."""
 
     def used(example):
-        keys = (*FORMATS[format_of(example)], "input", "text_b")
+        name = format_of(example)
+        keys = (*FORMATS[name], *OPTIONAL.get(name, ()))
         return json.dumps([example.get(key) for key in keys], sort_keys=True)
 
     known = set(map(used, others))
@@ -140,7 +138,7 @@ def parse(line):
     return example
 
 
-def read_example(fields, where, columns=()):
+def read_example(fields, where, columns):
     """
     (the name of its format, the Example) of a line's or a row's fields. columns: {key: its name in
     messages}. Raises ValueError for an unknown format, a value of the wrong type, and an empty
@@ -153,7 +151,7 @@ def read_example(fields, where, columns=()):
         raise ValueError(f"the line has the keys {have}; use one of these sets of keys: {needed}")
 
     optional = (*OPTIONAL.get(name, ()), "group")
-    example, columns = Example({}, where), dict(columns)
+    example = Example({}, where)
     for key, value in fields.items():
         if key not in FORMATS[name] and key not in optional:
             example.notes += (f"the key {key!r} is not used",)
@@ -164,7 +162,8 @@ def read_example(fields, where, columns=()):
             if bare != value:
                 example.notes += (f"blanks around {key!r} are left out",)
             value = bare
-        if key in FORMATS[name] or value not in ((None, "") if key == "group" else (None,)):
+        # A pair's second text may be empty; any other key that may be missing is missing then.
+        if key in FORMATS[name] or value not in ((None,) if key == "text_b" else (None, "")):
             example[key] = value
             if key not in ("messages", "score", "answer"):
                 check_type(value, LISTS.get(key), columns.get(key, key))

@@ -148,10 +148,7 @@ def read_reuters(folder):
 
 
 def reuters_documents(path):
-    """
-    Yield (attributes, {"text", "labels"}) of each document in an SGML file, which is no XML, but of
-    those without any text.
-    """
+    """Yield (attributes, {"text", "labels"}) of each document with a text in an SGML file."""
     content = path.read_bytes().decode("latin-1")
     starts = [match.start() for match in re.finditer(r"<REUTERS\b", content)]
     if not starts:

@@ -22,10 +22,6 @@ LABEL_PROMPT = (
     "Which of these labels fits the text: {labels}? Answer with the label only.\n\n{text}"
 )
 
-MANY_UNKNOWN = 0.05  # a share of unknown tokens that a run says
-UNLIKE = 2  # and a ratio of the lengths of two splits with at least FEW rows
-FEW = 20
-
 
 def load_examples(path_or_name):
     """
@@ -231,20 +227,16 @@ def left_out(splits, encoded, labels):
 
 
 def compared(encoded, unknown_id):
-    """
-    Lines about rows, {split: rows}, of which many tokens are unknown, or which are much longer in
-    one split than in another.
-    """
-    rows = {name: [row.input_ids for row in part] for name, part in encoded.items() if part}
-    shares = {
-        name: sum(ids.count(unknown_id) for ids in lists) / sum(map(len, lists))
-        for name, lists in rows.items()
-    }
-    if max(shares.values()) > MANY_UNKNOWN:
+    """Lines about many unknown tokens, and about splits, {name: rows}, of unlike lengths."""
+    shares, lengths = {}, {}
+    for name, rows in encoded.items():
+        ids = [row.input_ids for row in rows]
+        if len(ids) >= 10:  # fewer say little
+            shares[name] = sum(tokens.count(unknown_id) for tokens in ids) / sum(map(len, ids))
+            lengths[name] = statistics.median(map(len, ids))
+    if max(shares.values(), default=0) > 0.05:
         said = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
         yield f"unknown tokens: {said}: the model can't tell such texts apart"
-    many = {name: lists for name, lists in rows.items() if len(lists) >= FEW}
-    lengths = {name: statistics.median(map(len, lists)) for name, lists in many.items()}
-    if max(lengths.values(), default=0) > UNLIKE * min(lengths.values(), default=0):
+    if max(lengths.values(), default=0) > 2 * min(lengths.values(), default=0):
         said = ", ".join(f"{length:.0f} in {name}" for name, length in lengths.items())
         yield f"tokens in a row (median): {said}: the splits are unlike"

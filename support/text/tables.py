@@ -165,22 +165,12 @@ def parquet_rows(path):
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a parquet file, or is damaged ({reason:.200})") from None
 
-    columns = {name: values_of(table[name], path, name) for name in used}
-    unread = [None] * table.num_rows
-    for number, cells in enumerate(zip(*(columns.get(name, unread) for name in header)), 1):
-        yield f"{path}, row {number}", cells
-
-
-def values_of(column, path, name):
-    """The list of a parquet column's values. Raises ValueError, which names file and row."""
-    values = []
-    try:
-        for value in column:
-            values.append(value.as_py())
-    except (ValueError, OverflowError) as error:
-        place = f"{path}, row {len(values) + 1}"
-        raise ValueError(f"{place}: {name!r} can't be read ({error})") from None
-    return values
+    for number, cells in enumerate(zip(*(table[name] for name in used)), 1):
+        try:
+            row = {name: cell.as_py() for name, cell in zip(used, cells)}
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{path}, row {number}: a cell can't be read ({error})") from None
+        yield f"{path}, row {number}", [row.get(name) for name in header]
 
 
 def examples_of(path, rows, tidy=False):
@@ -201,17 +191,15 @@ def examples_of(path, rows, tidy=False):
             raise ValueError(f"{where}: {counts}: {hint}")
         fields = {key: cells[i] for key, i in layout.items()}
         bare = {key: bare_cell(cell, key) for key, cell in fields.items()} if tidy else fields
-        blanks = tuple(
-            f"blanks around {key!r} are left out" for key in bare if bare[key] != fields[key]
-        )
-        fields = {key: value_of(cell, key) for key, cell in bare.items()}
+        values = {key: value_of(cell, key) for key, cell in bare.items()}
         if "choice_0" in layout:
-            gather_choices(fields)
+            gather_choices(values)
         try:
-            _, example = read_example(fields, where, columns)
+            _, example = read_example(values, where, columns)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        example.notes += notes + blanks
+        changed = [key for key in bare if bare[key] != fields[key]] if bare != fields else ()
+        example.notes += (*notes, *(f"blanks around {key!r} are left out" for key in changed))
         key = example["prompt"] if "references" in example else where
         if key in examples:
             examples[key]["references"] += example["references"]

@@ -77,10 +77,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder, now=None):
-        """
-        The tokenizer of a model's folder. now: that of ChatTemplate. Raises FileNotFoundError or
-        ValueError.
-        """
+        """That of a folder. now: ChatTemplate's. Raises FileNotFoundError or ValueError."""
         with malformed(f"{Path(folder) / 'tokenizer_config.json'} or tokenizer.json"):
             return cls(folder, now)
 

@@ -71,9 +71,8 @@ def read_chat_templates(folder, settings):
 
 def read_spec(folder, settings):
     """
-    (path, content) of tokenizer.json, or what vocab.json implies, with all added tokens. Where the
-    files contradict each other, it is as transformers 5.24 reads them. Raises FileNotFoundError or
-    ValueError.
+    (path, content) of tokenizer.json, or what vocab.json implies, with all added tokens, as
+    transformers 5.24 reads files that contradict each other. Raises FileNotFoundError, ValueError.
     """
     path, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
     name = str(settings.get("tokenizer_class", "missing")).removesuffix("Fast")

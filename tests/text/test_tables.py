@@ -191,7 +191,7 @@ def test_parquet_holds_words_with_tags_and_lists_of_labels(tmp_path):
     assert read_table(path) == [{"instruction": "i", "output": "o", "history": [["q", "a"]]}]
 
 
-@pytest.mark.parametrize("name, place", [("note", None), ("text", ", row 2: 'text' can't be read")])
+@pytest.mark.parametrize("name, place", [("note", None), ("text", ", row 2: a cell can't be read")])
 def test_of_a_parquet_file_only_the_columns_that_are_used_are_read(tmp_path, name, place):
     """One holds a string that is not UTF-8, the other one a date that Python does not know."""
     broken = pyarrow.array([b"a", b"\xff"]).view(pyarrow.string())

@@ -62,9 +62,14 @@ TALKS = {
 @pytest.mark.parametrize("train_on_prompt", [False, True])
 @pytest.mark.parametrize("name", TALKS)
 def test_a_talk_s_tokens_and_labels_are_those_of_transformers(tmp_path, name, train_on_prompt):
-    """Up to the last turn that is learnt. A turn of weight 0 is not learnt as a prompt either."""
-    trained_tokenizer(tmp_path, template=AGENT)
-    ours, talk = Tokenizer.from_pretrained(tmp_path), TALKS[name]
+    """
+    Up to the last turn that is learnt. A turn of weight 0 is not learnt as a prompt either. For a
+    talk with tools, there is a template of its own.
+    """
+    talk = TALKS[name]
+    named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": AGENT}]
+    trained_tokenizer(tmp_path, template=named if talk.get("tools") else AGENT)
+    ours = Tokenizer.from_pretrained(tmp_path)
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     more = {key: value for key, value in talk.items() if key != "messages"}
     [row], _ = data.encode([talk], ours, 800, train_on_prompt=train_on_prompt)
