@@ -5,6 +5,7 @@ Use a trained model: classify, answer a prompt, or hold a conversation.
     python sample.py --adapter=out/pairs --prompt="A man sleeps." --prompt_b="Nobody is awake."
     python sample.py --adapter=out/mine --prompt="Explain rainbows."
     python sample.py --adapter=out/mine --chat
+    python sample.py --adapter=out/mine --file=test.csv --out=predictions.csv
     python sample.py --model=smollm2-135m --chat                    the base model, for comparison
 """
 
@@ -23,7 +24,7 @@ from config import Config
 from data import LABEL_PROMPT, tokenize_labels, tokenize_prompt, tokenize_question
 from support.run import hardware, progress, rules, run_folder, settings
 from support.run.files import read_json
-from support.tasks import likelihood
+from support.tasks import likelihood, predict
 from support.tasks.head_task import HeadTask, load_tokenizer
 from support.text.tokenizer import Tokenizer
 from support.weights.pretrained import find_base, find_model, find_tokenizer, read_run
@@ -38,11 +39,13 @@ class Sample:
     quantize: str = ""  # pack the base: nf4, fp4, int8 or none; empty: as the adapter was trained
     device: str = "auto"  # cpu, cuda, or auto (cuda if there is one)
 
-    # the task (give prompt, or chat)
+    # the task (give prompt, chat or file)
     prompt: str = ""  # the text to answer, continue, classify, rate or tag
     prompt_b: str = ""  # the second text of a pair
     chat: bool = False  # hold a conversation; an empty line ends it
     raw: bool = False  # continue the prompt itself, without chat template, as a run on texts does
+    file: str = ""  # predict every line of a JSONL or CSV file, whose answers may be missing
+    out: str = ""  # the file of these predictions, CSV or JSONL
     labels: str = ""  # classify among these, separated by commas; empty: the run's own
 
     # generation (of free text: a run of another task, or of task=generation, has its own)
@@ -152,8 +155,10 @@ def check(config):
     """Raise ValueError for settings that make no sense."""
     if not (config.adapter or config.model):
         raise ValueError("give --adapter=out/..., or --model=... for a base model")
-    if config.chat == bool(config.prompt):
-        raise ValueError('give either --prompt="..." or --chat')
+    if [config.chat, bool(config.prompt), bool(config.file)].count(True) != 1:
+        raise ValueError('give one of --prompt="...", --chat and --file=...')
+    if bool(config.file) != bool(config.out):
+        raise ValueError("--file=... and --out=... go together: questions and predictions")
     rules.refuse(rules.values(config, {"quantize": ("", "none", *KINDS)}), rules.device(config))
     if config.top_p > 1:
         raise ValueError(f"top_p={config.top_p} must be at most 1")
@@ -190,12 +195,35 @@ def respond(model, tokenizer, run, config):
         for p, label in classify(model, tokenizer, config.prompt, *options):
             print(f"{p:6.1%}  {label}")
     elif task == "generation" and not raw:
-        writer = tasks.LanguageTask(tokenizer, "", {}, False, tasks.search_options(run), None)
         ids = tokenizer.encode(config.prompt)
-        print(*writer.write(model, [tokenizer.prefix_of(ids) + ids]))
+        print(*family_of(run, tokenizer).write(model, [tokenizer.prefix_of(ids) + ids]))
     else:
         turn = [{"role": "user", "content": config.prompt}]
         print(answer(model, tokenizer, config.prompt if raw else turn, config))
+
+
+def family_of(run, tokenizer):
+    """The task of a run, a HeadTask or a LanguageTask. tokenizer: from load."""
+    if isinstance(tokenizer, HeadTask):
+        return tokenizer
+    labels = run["labels"] if run["task"] == "label_words" else []
+    search = {} if labels else tasks.search_options(run)
+    question, label_ids = run.get("label_prompt", ""), tokenize_labels(labels, tokenizer)
+    return tasks.LanguageTask(tokenizer, question, label_ids, False, search, None)
+
+
+def predict_file(model, tokenizer, run, config):
+    """Write the predictions of a file, and print their scores if its answers are there."""
+    if run.get("task") not in predict.TASKS:
+        raise ValueError(f"--file needs a run of a task that predicts: {', '.join(predict.TASKS)}")
+    family, form = family_of(run, tokenizer), predict.form_of(run["task"], run.get("raw"))
+    paths = Path(config.file), Path(config.out)
+    scores = predict.predict(family, model, *paths, form, run["block_size"])
+    print(
+        *(f"{name:>10}  {score:.4f}" for name, score in scores.items() if score is not None),
+        sep="\n",
+    )
+    print(f"saved {config.out}")
 
 
 def use(config):
@@ -204,7 +232,7 @@ def use(config):
     torch.manual_seed(config.seed)
     device = hardware.choose_device(config.device)
     model, tokenizer, run = load(config.adapter, config.model, device, config.quantize)
-    respond(model, tokenizer, run, config)
+    (predict_file if config.file else respond)(model, tokenizer, run, config)
 
 
 def main(arguments):

@@ -1,5 +1,6 @@
 """Each task, from examples to a trained and reloaded model, against transformers and peft."""
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -21,7 +22,9 @@ import tasks
 import train
 from config import Config
 from support.run.files import read_json
+from support.tasks import predict
 from support.tasks.head_task import HeadTask, encode_words, load_tokenizer
+from support.text.jsonl import FORMATS
 from support.weights.pretrained import find_model
 from tools import merge
 
@@ -304,6 +307,8 @@ def writer(name):
     """A folder with a small random language model of transformers and a tokenizer."""
     checkpoint(name, name, "ForCausalLM", vocab_size=400)
     write_tokenizer(Path(name), "roberta")
+    if name == "gpt2":  # as on the hub: config.json alone names the end token
+        Path(name, "tokenizer_config.json").write_text('{"model_max_length": 64}')
     return name
 
 
@@ -677,3 +682,71 @@ def test_each_of_the_papers_runs_works_on_a_small_stand_in(name, capsys):
     run = read_json(Path(results["out_dir"]) / "run.json")
     axis = "row" if name in ("as_published", "esm_peptides") else "column"
     assert run["magnitude_axis"] == axis and run["rank"] == 4
+
+
+# ------------------------------------------------------------------------ a whole file
+
+
+@pytest.mark.parametrize("family", [*HEADS, "label_words", "generation", "language_model"])
+def test_a_file_is_predicted_as_the_run_evaluated_it(family, monkeypatch, capsys):
+    """The scores of the run's own table, also after an interruption, and without the answers."""
+    if family in HEADS:
+        examples = make(family, 40, seed=1)
+        trained(family, model=encoder(), method="lora", test_file=write("new.jsonl", examples))
+    elif family == "label_words":
+        examples = make("classification", 40, seed=1)
+        settings = dict(train_file=write("train.jsonl", make("classification")))
+        trained(model="tiny-random", test_file=write("new.jsonl", examples), **settings)
+    else:
+        examples = make("generation", 40, seed=1)
+        if family == "language_model":
+            examples = [{"prompt": x["prompt"], "completion": "x"} for x in examples]
+        settings = dict(train_file=write("train.jsonl", examples), max_new_tokens=4)
+        trained(
+            model="tiny-random", test_file=write("new.jsonl", examples), task=family, **settings
+        )
+    command = ["--adapter=run", "--file=new.jsonl", "--out=found.jsonl"]
+    calls = []
+    monkeypatch.setattr(predict, "ROWS", 16)
+
+    def stops(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    kind = HeadTask if family in HEADS else tasks.LanguageTask
+    original = kind.evaluate
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(kind, "evaluate", stops)
+        sample.use(sample.Sample(adapter="run", file="new.jsonl", out="found.jsonl"))
+    capsys.readouterr()
+    assert sample.main(command) == 0
+    printed = capsys.readouterr().out
+    after = read_json(Path("run/summary.json"))["after"]["test"]
+    scores = {name: x for name, x in after.items() if name != "loss" and x is not None}
+    if family != "language_model":
+        assert all(f"{name}  {score:.4f}" in printed for name, score in scores.items())
+    lines = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
+    assert len(lines) == 40 and not list(Path().glob("*.part"))
+
+    answer = FORMATS[predict.form_of(family, True)][-1]
+    unknown = [{k: x for k, x in example.items() if k != answer} for example in examples]
+    write("new.jsonl", unknown)
+    assert sample.main([*command[:2], "--out=again.jsonl"]) == 0
+    again = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]
+    assert again == [{"prediction": line["prediction"]} for line in lines]
+    assert sample.main(command) == 2
+    assert "found.jsonl exists: choose another --out" in capsys.readouterr().err
+
+
+def test_a_csv_file_is_predicted_into_csv(capsys):
+    trained("classification", model=encoder(), method="lora")
+    Path("new.csv").write_text('text,text_b\n"ab cd",e\n"de, e",ab\n')
+    assert sample.main(["--adapter=run", "--file=new.csv", "--out=found.csv"]) == 0
+    header, *rows = Path("found.csv").read_text().splitlines()
+    assert header == "prediction,answer" and len(rows) == 2
+    assert all(row.partition(",")[0] in "pqr" for row in rows)
+    Path("new.csv").write_text("words\nab\n")
+    assert sample.main(["--adapter=run", "--file=new.csv", "--out=more.csv"]) == 2
+    assert "new.csv:2: 'text' is missing, which the run's examples have" in capsys.readouterr().err

@@ -66,10 +66,13 @@ class Tokenizer:
 
         texts = {name: token_text(token) for name, token in self.settings.items()}
         named = {n: t for n, t in texts.items() if n.endswith("_token") and isinstance(t, str)}
+        if "eos_token" not in named and (folder / "config.json").exists():  # GPT-2's is there alone
+            end = read_json(folder / "config.json").get("eos_token_id")
+            named["eos_token"] = next((text for text, i in self.added.items() if i == end), None)
         self.eos_id = self.added.get(named.get("eos_token"))
         if self.eos_id is None:
             path = folder / "tokenizer_config.json"
-            raise ValueError(f"{path} is missing, or its eos_token is not an added token")
+            raise ValueError(f"{path} names no eos_token that is an added token")
         self.pad_id = self.added.get(named.get("pad_token"), self.eos_id)
         template, with_tools = read_chat_templates(folder, self.settings)
         self.has_chat_template = template is not None

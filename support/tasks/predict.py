@@ -1,0 +1,119 @@
+"""
+A whole file, predicted: a line for each example, in the file's order, as CSV or JSON.
+
+    python sample.py --adapter=out/mine --file=test.csv --out=predictions.csv
+
+The file is JSONL, or CSV whose columns have the names of the run's keys. Answers may be missing; if
+every example has one, the scores are returned. An interrupted call is resumed by the same one.
+"""
+
+import csv
+import hashlib
+import io
+import json
+
+from support.run import progress
+from support.text.jsonl import FORMATS, OPTIONAL, parse
+from support.text.tables import csv_rows
+
+ROWS = 32  # in a forward pass
+TASKS = {  # the format of a task's examples
+    "label_words": "classification",
+    "language_model": "instruction",  # or "prompt"
+    **{name: name for name in ("generation", "classification", "multi_label", "regression")},
+    "tagging": "tagging",
+}
+ANY_ANSWER = {"labels": [], "score": 0.0, "references": ["?"], "completion": "?", "output": "?"}
+
+
+def form_of(task, raw):
+    """The key of FORMATS for the examples of a run. raw: whether no chat template frames them."""
+    return "prompt" if raw and task == "language_model" else TASKS[task]
+
+
+def read_questions(path, form):
+    """
+    (examples without answers, answers, None where one is missing) of a file. form: a key of
+    FORMATS. Raises FileNotFoundError or ValueError, which names file and line.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a JSONL or CSV file")
+    if path.suffix.lower() == ".csv":
+        (_, header), *rows = csv_rows(path)
+        names = [name.strip().lower() for name in header]
+        lines = [(where, dict(zip(names, cells))) for where, cells in rows]
+    else:
+        numbered = enumerate(path.read_bytes().splitlines(), 1)
+        lines = [(f"{path}:{number}", line) for number, line in numbered if line.strip()]
+
+    *needed, answer = FORMATS[form]
+    asked, examples, answers = (*needed, *OPTIONAL.get(form, ())), [], []
+    for where, line in lines:
+        try:
+            fields = parse(line) if isinstance(line, bytes) else line
+            if missing := [key for key in needed if not fields.get(key)]:
+                raise ValueError(f"{missing[0]!r} is missing, which the run's examples have")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        examples.append({key: fields[key] for key in asked if fields.get(key)})
+        given = fields.get(answer)
+        answers.append(None if given == "" else given)
+    if not examples:
+        raise ValueError(f"{path} holds no examples")
+    return examples, answers
+
+
+def encode(family, examples, form, block_size):
+    """Rows of examples, with any answer, since encoding needs one."""
+    *_, key = FORMATS[form]
+    names = list(getattr(family, "label_ids", None) or getattr(family, "names", ()))
+    answers = ANY_ANSWER | {"label": names and names[0]}
+    complete = [
+        x | {key: names[:1] * len(x["words"]) if key == "tags" else answers[key]} for x in examples
+    ]
+    return family.encode(complete, block_size)[0]
+
+
+def line_of(prediction, answer, as_csv):
+    if not as_csv:
+        given = {} if answer is None else {"answer": answer}
+        return json.dumps({"prediction": prediction} | given, ensure_ascii=False) + "\n"
+    line = io.StringIO()
+    cells = [" ".join(x) if isinstance(x, list) else x for x in (prediction, answer)]
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
+
+
+def predict(family, model, path, out, form, block_size):
+    """
+    Write the file `out` of a file's predictions; return their scores, {} if an answer is
+    missing. Raises ValueError or OSError.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists: choose another --out")
+    examples, answers = read_questions(path, form)
+    rows = encode(family, examples, form, block_size)
+    of_this = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    part = out.with_name(f"{out.name}.{of_this}.part")  # JSON, whatever out is
+    done = [json.loads(line) for line in part.read_text().splitlines()] if part.exists() else []
+    with (
+        progress.bar("predict", len(rows), "row", begin=len(done)) as bar,
+        open(part, "a", encoding="utf-8") as file,
+    ):
+        for start in range(len(done), len(rows), ROWS):
+            _, _, pairs = family.evaluate(model, rows[start : start + ROWS])
+            found = [prediction for prediction, _ in pairs]
+            file.write("".join(json.dumps(prediction) + "\n" for prediction in found))
+            file.flush()
+            done += found
+            bar.update(len(found))
+
+    as_csv = out.suffix.lower() == ".csv"
+    lines = [line_of(*pair, as_csv) for pair in zip(done, answers)]
+    text = "prediction,answer\n" * as_csv + "".join(lines)
+    part.write_text(text, encoding="utf-8")
+    part.replace(out)
+    if None in answers or form in ("prompt", "instruction"):
+        return {}
+    convert = float if form == "regression" else lambda answer: answer  # CSV has texts
+    return family.scores([(x, convert(answer)) for x, answer in zip(done, answers)])
