@@ -77,6 +77,15 @@ def mlp():
     return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 5))
 
 
+def tiny(name):
+    """A random model of transformers, by its class."""
+    sizes = dict(vocab_size=31, num_hidden_layers=1, hidden_size=8, num_attention_heads=2)
+    if name.startswith("T5"):
+        sizes = dict(vocab_size=31, num_layers=1, d_model=8, num_heads=2, d_kv=4, d_ff=8)
+    build = getattr(transformers, name)
+    return build(build.config_class(**sizes)).eval()
+
+
 def tiny_llama():
     sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     sizes |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
@@ -543,21 +552,12 @@ def test_what_cannot_be_adapted_is_refused(rank, targets, message):
     assert not bidora.adapter_layers(model)  # not half adapted
 
 
-def bert():
-    sizes = dict(vocab_size=31, num_hidden_layers=1, hidden_size=8, num_attention_heads=2)
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
-
-
-def gpt2():
-    config = transformers.GPT2Config(vocab_size=31, n_embd=8, n_layer=1, n_head=2, eos_token_id=1)
-    return transformers.GPT2LMHeadModel(config)
-
-
-@pytest.mark.parametrize("build", [tiny_llama, bert, gpt2, mlp])
+@pytest.mark.parametrize(
+    "name", ["LlamaForCausalLM", "BertForSequenceClassification", "GPT2LMHeadModel", None]
+)
 @pytest.mark.parametrize("targets", ["all-linear", ".*(q_proj|query|c_attn)", "query"])
-def test_a_string_of_targets_selects_what_it_selects_in_peft(build, targets):
-    base = build()
-    task = "SEQ_CLS" if build is bert else None
+def test_a_string_of_targets_selects_what_it_selects_in_peft(name, targets):
+    base, task = tiny(name) if name else mlp(), "SEQ_CLS" if "Bert" in str(name) else None
     try:
         modules = pefts(base, r=2, target_modules=targets, task_type=task).named_modules()
     except ValueError:  # it finds none
@@ -836,18 +836,12 @@ def test_peft_adapts_the_same_layers_whatever_other_modules_are_called(targets, 
     ],
 )
 def test_the_task_type_is_the_models(name, target, task, tmp_path):
-    sizes = dict(vocab_size=31, num_hidden_layers=1, hidden_size=8, num_attention_heads=2)
-    if target == "q":
-        sizes = dict(vocab_size=31, num_layers=1, d_model=8, num_heads=2, d_kv=4, d_ff=8)
-    build = getattr(transformers, name)
-    save_adapter(adapted(build(build.config_class(**sizes)), [target], 2), tmp_path)
+    save_adapter(adapted(tiny(name), [target], 2), tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == task
 
 
 def distilbert():
-    sizes = dict(vocab_size=6, dim=16, hidden_dim=32, n_heads=2, n_layers=1)
-    config = transformers.DistilBertConfig(**sizes)
-    return transformers.DistilBertForSequenceClassification(config).eval()
+    return tiny("DistilBertForSequenceClassification")
 
 
 def classifiers():

@@ -14,8 +14,6 @@ import sample
 from support.weights.pretrained import find_model
 from tools import merge
 
-PLAIN = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}"
-
 
 def change(path, **values):
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
@@ -30,29 +28,29 @@ def base(name="base", **tokenizer):
     return name
 
 
-def talks(answer="yes"):
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
-    return write("talks.jsonl", [{"messages": turns}] * 20)
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yes"}]
+
+
+def trained_on_talks(method):
+    """Run until one talk is known by heart."""
+    file, steps = write("talks.jsonl", [{"messages": TALK}] * 20), dict(search_steps=20)
+    steps |= dict(retrain_steps=40, lower_lr=2e-2)
+    trained("run", model=base(), data="", train_file=file, method=method, **steps)
 
 
 def generated(folder):
     """What transformers answers to "Hi", from a folder alone."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    turn = [{"role": "user", "content": "Hi"}]
-    ids = tokenizer.apply_chat_template(
-        turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    out = model.generate(**ids, max_new_tokens=20, do_sample=False)
-    return tokenizer.decode(out[0, ids["input_ids"].size(1) :])
-
-
-BY_HEART = dict(data="", lower_lr=2e-2, search_steps=20, retrain_steps=40)
+    options = dict(add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(TALK[:1], **options)
+    out = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    return tokenizer.decode(out[0, inputs["input_ids"].size(1) :])
 
 
 @pytest.mark.parametrize("method", ["dora", "ft"])
 def test_transformers_stops_where_the_answers_that_were_learnt_end(method):
-    trained("run", model=base(), train_file=talks(), method=method, **BY_HEART)
+    trained_on_talks(method)
     if method == "dora":
         assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
     folder = Path("merged" if method == "dora" else "run")
@@ -63,8 +61,8 @@ def test_transformers_stops_where_the_answers_that_were_learnt_end(method):
 
 def test_an_adapter_s_own_tokenizer_is_used_carried_and_named(capsys):
     """The base's template is another: the trainer put its own tokenizer beside the adapter."""
-    trained("run", model=base(), train_file=talks(), method="lora", **BY_HEART)
-    plain = base("plain", chat_template=PLAIN)
+    trained_on_talks("lora")
+    plain = base("plain", chat_template="{{ messages[0]['content'] }}")
     transformers.AutoTokenizer.from_pretrained("base").save_pretrained("run")
     Path("run/run.json").unlink()
     arguments = ["--adapter=run", f"--model={plain}"]
