@@ -136,8 +136,8 @@ def segments(example, tokenizer):
     try:
         text, spans, lost = chat.conversation(messages)
     except ValueError as error:
-        quoted = json.dumps(example, ensure_ascii=False)
-        raise ValueError(f"{error}; the example is {quoted:.80}…") from None
+        quoted = f"the example {json.dumps(example, ensure_ascii=False):.80}…"
+        raise ValueError(f"{getattr(example, 'where', quoted)}: {error}") from None
 
     pieces = tokenizer.encode_cut(text, [cut for span in spans for cut in span])
     pieces[0] = prefix_of(tokenizer) + pieces[0]
