@@ -22,6 +22,7 @@ from support.run.files import replacing, seal, write_json
 from support.weights.pretrained import find_model
 from train import Config
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(train.__file__).parent
 STRESS = int(os.environ.get("BIDORA_STRESS", 1))  # how many times as many kills and mutations
 TINY = dict(
@@ -50,8 +51,6 @@ KILLED = """
 import os, random, signal, sys, threading
 sys.path.insert(0, {root!r})
 import data, train
-
-pytestmark = pytest.mark.usefixtures("elsewhere")
 events, target, delay = 0, int(sys.argv[1]), float(sys.argv[2])
 
 def die():
