@@ -10,7 +10,7 @@ Arms side by side, over tasks and many seeds: --group is one of research/arms.py
     ... --quick           a toy in two minutes, in folders of its own
 
 Stop it at any time: the same command resumes. Several machines may work on one folder: a run that
-another process holds is left to it. In each domain 300 examples are the test set, the same for all
+another process holds comes last. In each domain 300 examples are the test set, the same for all
 runs; the seed draws a training sample from the rest. With n examples every arm takes 50·√(n/100)
 lower-level steps, those with two phases a fifth of them in search.
 

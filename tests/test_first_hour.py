@@ -21,6 +21,7 @@ import train
 from support.run import files, progress, rules
 from tools import merge
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(train.__file__).parent
 SHORT = ("--config=tiny.py", "--search_steps=6", "--retrain_steps=6", "--test_size=20")
 # Sends itself a SIGINT when a function is called for the n-th time.
@@ -29,8 +30,6 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import train
 from support.run import run
-
-pytestmark = pytest.mark.usefixtures("elsewhere")
 owner, name, left = {owner}, {name!r}, [{count}]
 function = getattr(owner, name)
 

@@ -34,7 +34,6 @@ from tools import merge
 from train import Config
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
-
 ROOT = Path(train.__file__).parent
 TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", test_size=40)
 TINY |= dict(search_steps=4, retrain_steps=3, eval_size=20)

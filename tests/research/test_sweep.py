@@ -21,7 +21,6 @@ from research.sweep import ARMS, RATES, TUNING_SEEDS, Job, Sweep
 from support.run import run_folder
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
-
 ROOT = Path(sweep.__file__).parents[1]
 OPTIONS = "--model=minilm --target_modules=query,value --dtype=float32"
 TOY = ["--model=tiny-random", "--target_modules=q_proj,v_proj", "--domains=toy-sentiment"]

@@ -25,6 +25,7 @@ from support.run.files import read_json, write_json
 from support.weights.pretrained import find_model
 from train import Config
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(train.__file__).parent
 TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", batch_size=6)
 TINY |= dict(search_steps=10, retrain_steps=10, test_size=21, eval_size=21, eval_before=False)
@@ -50,8 +51,6 @@ TAGS = [{"words": ["ab"] * n + ["cd"], "tags": ["O"] * n + ["B-X"]} for n in ran
 MAIN = "sys.exit(train.main(sys.argv[1:]))"
 DIES = """
 import os, signal
-
-pytestmark = pytest.mark.usefixtures("elsewhere")
 batches, parts = [], data.micro_batches
 
 def counted(*arguments):

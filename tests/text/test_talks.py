@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -187,13 +186,12 @@ def test_a_run_keeps_the_date_on_which_it_began(tmp_path, monkeypatch, request):
     Path("model/chat_template.jinja").write_text(dated)
     arguments = [f"--{key}={value}" for key, value in (TINY | {"model": "model"}).items()]
 
-    def run(out, zone, events=0):
-        command = [sys.executable, "-c", KILLED.format(root=str(ROOT)), str(events), "0"]
-        command += [*arguments, f"--out_dir={out}", "--resume=True"]
-        return subprocess.run(command, env=os.environ | {"TZ": zone}).returncode
+    def run(out, zone, *program):
+        command = [sys.executable, *program, *arguments, f"--out_dir={out}", "--resume=True"]
+        subprocess.run(command, env=os.environ | {"TZ": zone}, check=True)
 
-    assert run("whole", "Etc/GMT+12") == 0
-    assert run("killed", "Etc/GMT+12", events=30) == -signal.SIGKILL
+    run("whole", "Etc/GMT+12", ROOT / "train.py")
+    run("killed", "Etc/GMT+12", "-c", KILLED.format(root=str(ROOT), kills=[(30, 0)]))
     assert [*Path("killed/checkpoints").iterdir()]
-    assert run("killed", "Etc/GMT-14") == 0
+    run("killed", "Etc/GMT-14", ROOT / "train.py")
     assert_same_run("whole", "killed")

@@ -18,7 +18,6 @@ from tools.analysis import fit
 from train import Config
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
-
 TINY = dict(
     model="tiny-random",
     data="toy-sentiment",
