@@ -22,11 +22,11 @@ import tasks
 from bidora import load_adapter
 from config import Config
 from data import LABEL_PROMPT, tokenize_labels, tokenize_prompt, tokenize_question
-from support.run import hardware, progress, rules, run_folder, settings
-from support.run.files import read_json
+from support.run import hardware, progress, rules, settings
 from support.tasks import likelihood, predict
 from support.tasks.head_task import HeadTask, load_tokenizer
 from support.text.tokenizer import Tokenizer
+from support.weights import hf_format
 from support.weights.pretrained import find_base, find_model, find_tokenizer, read_run
 from support.weights.quantized import KINDS
 
@@ -56,20 +56,6 @@ class Sample:
     seed: int = 0  # of the random numbers
 
 
-def own_dtype(folder):
-    """bfloat16 if a model's config.json names it, or float32: float16 is slow on CPUs."""
-    config = read_json(folder / "config.json")
-    named = (config.get("dtype"), config.get("torch_dtype"))
-    return torch.bfloat16 if "bfloat16" in named else torch.float32
-
-
-def run_of(folder):
-    """read_run, which refuses the run of another program."""
-    run = read_run(folder, tasks.TASKS)
-    run_folder.check_known(run, vars(Config), folder)
-    return run
-
-
 def load(adapter="", model_name="", device="cpu", quantize=""):
     """
     The model, its tokenizer (with a head: its HeadTask), and the settings of the run that trained
@@ -78,18 +64,18 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
     """
     if not adapter:
         folder = find_model(model_name)
-        run = run_of(folder)
+        run = read_run(folder, tasks.TASKS, vars(Config))
         if run.get("task") in tasks.HEADS:  # full fine-tuning of an encoder
             task = HeadTask(run["task"], run["labels"], *load_tokenizer(folder))
             return tasks.load_model(task, folder, torch.float32, device, own_head=True), task, run
         packed = None if quantize in ("", "none") else quantize
-        model = tasks.load_model(None, folder, own_dtype(folder), device, quantize=packed)
+        model = tasks.load_model(None, folder, hf_format.own_dtype(folder), device, quantize=packed)
         return model, Tokenizer.from_pretrained(folder), run
 
     adapter = Path(adapter)
     if not adapter.is_dir():
         raise FileNotFoundError(f"no folder {adapter}: give the out_dir of a finished run")
-    run = run_of(adapter)
+    run = read_run(adapter, tasks.TASKS, vars(Config))
     if not (adapter / "adapter_config.json").exists():  # full fine-tuning leaves a whole model
         if not (adapter / "config.json").exists():
             raise FileNotFoundError(
@@ -99,7 +85,7 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
 
     folder = find_base(adapter, model_name or run.get("model", ""))
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    dtype = dtypes.get(str(run.get("dtype")), own_dtype(folder))
+    dtype = dtypes.get(str(run.get("dtype")), hf_format.own_dtype(folder))
     quantize = quantize or run.get("quantize", "none")
     packed = None if quantize == "none" else quantize
     family = None

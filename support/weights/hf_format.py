@@ -52,6 +52,13 @@ def is_own(folder):
     return read_json(folder / "config.json").get("model_type") in list(DEFAULTS)  # any JSON
 
 
+def own_dtype(folder):
+    """bfloat16 if a model's config.json names it, or float32: float16 is slow on CPUs."""
+    config = read_json(folder / "config.json")
+    named = (config.get("dtype"), config.get("torch_dtype"))
+    return torch.bfloat16 if "bfloat16" in named else torch.float32
+
+
 @malformed("config.json")
 def read_config(config_dict):
     """

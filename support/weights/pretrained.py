@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 from support.run.files import read_json
+from support.run.run_folder import check_known
 from support.text.tokenizer import Tokenizer
 from support.text.tokenizer_files import FILES as TOKENIZER_FILES
 from support.weights.built_in_models import BUILT_IN, built_in
@@ -102,12 +103,16 @@ def from_hub(name, revision):
     raise FileNotFoundError(f"model {name!r} {problem}")
 
 
-def read_run(folder, tasks):
-    """The settings of the run that wrote a folder; {} for a folder from elsewhere. tasks: known."""
+def read_run(folder, tasks, settings):
+    """
+    The settings of the run that wrote a folder; {} for a folder from elsewhere. tasks, settings:
+    the known ones. Raises ValueError, also for the run of another program.
+    """
     path = folder / "run.json"
     if not path.exists():
         return {}
     run = read_json(path)
+    check_known(run, settings, folder)
     types = dict.fromkeys(("model", "dtype", "quantize", "label_prompt", "task"), str)
     for name, known in (types | {"block_size": int, "labels": list, "raw": bool}).items():
         if type(run.get(name, known())) is not known:  # True is no size
