@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bidora
@@ -203,6 +203,15 @@ def test_a_head_that_is_said_to_be_tied_but_differs_is_untied_as_by_transformers
         expected = peer(ids).logits
         for logits in (model(ids), again(ids).logits):
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_tied_matrix_may_have_the_heads_name_alone(tmp_path):
+    """As safetensors' save_model writes it."""
+    peer = checkpoint(tmp_path, tie_word_embeddings=True)
+    save_model(peer, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    assert "model.embed_tokens.weight" not in load_file(tmp_path / "model.safetensors")
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(ids), peer(ids).logits)
 
 
 def test_saving_over_shards_leaves_one_model(tmp_path):

@@ -237,7 +237,9 @@ def untie(config, stored, folder):
             print(UNTIED.format(folder=folder))
             config.tie_word_embeddings = config.hf["tie_word_embeddings"] = False
             return
-    stored.pop("lm_head.weight", None)
+    head = stored.pop("lm_head.weight", None)
+    if head:  # safetensors' save_model keeps one name
+        stored.setdefault("model.embed_tokens.weight", head)
 
 
 def check_tensors(stored, expected, folder):
@@ -278,7 +280,8 @@ def load_weights(model, folder, dtype, device, quantize=None, mapped=False):
     keys = sorted(expected, key=lambda key: -math.prod(expected[key]))
     for key in progress.over(keys, "load the model", "tensor"):
         with safe_open(stored[key][0], framework="pt") as file:
-            tensor = file.get_tensor(key).to(device, dtype, copy=not mapped)
+            name = key if key in file.keys() else "lm_head.weight"
+            tensor = file.get_tensor(name).to(device, dtype, copy=not mapped)
         path, _, name = key.rpartition(".")
         layer = model.get_submodule(path)
         linear = isinstance(layer, nn.Linear) and layer is not model.lm_head
