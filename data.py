@@ -192,14 +192,12 @@ def encode(
             pieces, notes = segments(example, tokenizer)
 
         ids = [token for tokens, _ in pieces for token in tokens]
-        chosen = (True, False) if train_on_prompt else (True,)
-        learnt = [supervised in chosen for tokens, supervised in pieces for _ in tokens]
+        learnt = [yes or train_on_prompt and yes is False for part, yes in pieces for _ in part]
         targets = [token if yes else -100 for token, yes in zip(ids, learnt)]
         if kind in ("text", "code"):
             # A row's first token is the last of the row before, so that each is predicted once.
-            for start in range(0, len(ids) - 1, block_size - 1):
-                row = slice(start, start + block_size)
-                encoded.append(Encoded(ids[row], targets[row]))
+            for i in range(0, len(ids) - 1, block_size - 1):
+                encoded.append(Encoded(ids[i : i + block_size], targets[i : i + block_size]))
             continue
 
         answer = len(pieces[-1][0])
