@@ -128,8 +128,8 @@ def test_two_processes_give_what_one_gives_with_the_whole_batch():
 
 def test_what_keeps_processes_apart_is_rounding_alone():
     """
-    MiniLM with all defaults, three processes with a row each at a time: 1e-4 apart in fp32, since
-    AdamW magnifies the rounding of sums in another order. In float64 1e-11 is left.
+    MiniLM at the default rates, two processes with a row each at a time: 1e-4 apart in fp32 after
+    20 steps, since AdamW magnifies the rounding of sums in another order. In float64 1e-11 is left.
     """
     script = """
 import tasks, torch
@@ -139,14 +139,14 @@ tasks.load_model = lambda family, folder, dtype, *rest, **options: load(
 )
 out, micro = sys.argv[1:]
 settings = dict(model="minilm", data="toy-sentiment", dtype="float32", micro_batch_size=int(micro))
-settings |= dict(search_steps=5, retrain_steps=5, test_size=10, eval_size=3, eval_before=False)
+settings |= dict(search_steps=3, retrain_steps=2, test_size=10, eval_size=3, eval_before=False)
 train.train(train.Config(out_dir=out, **settings))
 """
-    for out, micro, processes in (("one", "0", 1), ("three", "1", 3)):
+    for out, micro, processes in (("one", "0", 1), ("two", "1", 2)):
         done = torchrun(script, out, micro, processes=processes)
         assert done.returncode == 0, done.stderr
     assert load_file("one/adapter_model.safetensors").popitem()[1].dtype == torch.float64
-    assert distance("one", "three") < 1e-11
+    assert distance("one", "two") < 1e-11
 
 
 def start_on_gpus(monkeypatch, device, gpus=2):
