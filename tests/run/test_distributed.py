@@ -323,7 +323,7 @@ def test_wrong_input_is_said_once(restarts, message):
 def test_a_process_holds_its_share_of_the_weights_and_never_copies_them_all():
     """RssAnon of SmolLM2's 269 MB: loaded, shared out, and after a forward and a backward pass."""
     script = """
-import bidora, gc, torch
+import bidora, gc, torch, torch._dynamo  # which FSDP would import meanwhile
 from support.run import distributed
 from model import Transformer
 from support.weights.pretrained import find_model
