@@ -90,7 +90,7 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
     packed = None if quantize == "none" else quantize
     family = None
     if run.get("task") in tasks.HEADS:
-        family = HeadTask(run["task"], run["labels"], *load_tokenizer(folder))
+        family = HeadTask(run["task"], run["labels"], *load_tokenizer(folder, adapter))
     model = tasks.load_model(family, folder, dtype, device, quantize=packed)
     tokenizer = family or find_tokenizer(adapter, folder, model.config.vocab_size)
     return load_adapter(model, adapter).eval(), tokenizer, run

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -409,6 +410,33 @@ def test_rates_of_their_own_for_the_final_phase_and_its_end():
 
 
 # -------------------------------------------------------------------------------- sample.py
+
+
+def test_a_tokenizer_beside_a_heads_adapter_is_used_and_said(capsys):
+    """The base's own says the same; one with more tokens than the model is refused."""
+    trained("regression", model=encoder(), method="lora")
+    ask = ["--adapter=run", "--prompt=ab cd", "--prompt_b=de"]
+    assert sample.main(ask) == 0
+    expected = capsys.readouterr()
+    shutil.copy("bert/tokenizer.json", "run")
+    Path("bert/tokenizer.json").write_text("{}")
+    assert sample.main(ask) == 0
+    printed = capsys.readouterr()
+    assert printed.out == expected.out and "the tokenizer is the adapter's own" in printed.err
+    config = read_json(Path("bert/config.json"))
+    Path("bert/config.json").write_text(json.dumps(config | {"vocab_size": 9}))
+    assert sample.main(ask) == 2
+    assert "tokens, the model only 9: remove it" in capsys.readouterr().err
+
+
+def test_a_vocabulary_alone_is_converted_by_transformers():
+    folder = Path(encoder())
+    expected, _ = load_tokenizer(folder)
+    vocab = sorted(expected.get_vocab().items(), key=lambda item: item[1])
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("\n".join(token for token, _ in vocab))
+    ours, _ = load_tokenizer(folder)
+    assert ours.encode("ab cab, de").ids == expected.encode("ab cab, de").ids
 
 
 @pytest.mark.parametrize(

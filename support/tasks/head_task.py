@@ -9,6 +9,7 @@ The tasks of a head (heads.py): examples as rows of tokens, answers as labels, a
 
 import functools
 import shutil
+import sys
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from support.run.files import read_json
 from support.tasks import scores
+from support.tasks.any_model import in_one_line, library
 from support.tasks.heads import IGNORED, DecoderWithHead
 from support.text.tokenizer_files import FILES, unknown_id
 
@@ -211,24 +213,36 @@ def place_of(example):
 # --------------------------------------------------------------------------------- from text
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder, adapter=None):
     """
-    (tokenizers.Tokenizer, the id that pads rows) of a folder with tokenizer.json, or ESM-2's
-    vocab.txt. Raises FileNotFoundError or ValueError.
+    (tokenizers.Tokenizer, the id that pads rows) of a folder with tokenizer.json, ESM-2's
+    vocab.txt, or what transformers can convert. adapter: a folder whose own tokenizer.json, which
+    is said, is used instead. Raises FileNotFoundError or ValueError.
     """
     from tokenizers import Tokenizer
 
     path, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
     config = read_json(folder / "config.json")
     pad_id = config.get("pad_token_id") or 0  # any id will do if the model names none
+    if adapter is not None and (adapter / path.name).exists():
+        path = adapter / path.name
+        print(f"note: the tokenizer is the adapter's own, of {adapter}", file=sys.stderr)
     if not path.exists():
         if vocabulary.exists() and config.get("model_type") == "esm":
             return letters(vocabulary), pad_id
+        if vocabulary.exists() or any(folder.glob("*.model")):  # of BERT, or of SentencePiece
+            with in_one_line(folder):
+                return library().AutoTokenizer.from_pretrained(folder).backend_tokenizer, pad_id
         raise FileNotFoundError(f"{path} is missing")
     try:
-        return Tokenizer.from_file(str(path)), pad_id
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no other
         raise ValueError(f"{path} is not a tokenizer: {error}") from None
+    if adapter is not None and (size := tokenizer.get_vocab_size()) > config["vocab_size"]:
+        raise ValueError(
+            f"{path} has {size} tokens, the model only {config['vocab_size']}: remove it"
+        )
+    return tokenizer, pad_id
 
 
 def letters(path):

@@ -18,7 +18,7 @@ from support.run.files import malformed, read_json
 
 FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
-    "vocab.txt merges.txt chat_template.jinja generation_config.json"
+    "vocab.txt merges.txt chat_template.jinja generation_config.json spm.model spiece.model"
 ).split()
 
 # GPT-2 writes each byte as one character: a printable byte as itself, the others from 256 on.
