@@ -416,6 +416,7 @@ def test_a_tokenizer_beside_a_heads_adapter_is_used_and_said(capsys):
     """The base's own says the same; one with more tokens than the model is refused."""
     trained("regression", model=encoder(), method="lora")
     ask = ["--adapter=run", "--prompt=ab cd", "--prompt_b=de"]
+    capsys.readouterr()
     assert sample.main(ask) == 0
     expected = capsys.readouterr()
     shutil.copy("bert/tokenizer.json", "run")
