@@ -19,10 +19,9 @@ import torch
 
 import tasks
 from bidora import load_adapter
-from data import LABEL_PROMPT, tokenize_labels, tokenize_prompt, tokenize_question
+from data import LABEL_PROMPT, encode, tokenize_labels, tokenize_prompt, tokenize_question
 from support.run import hardware, progress, rules, settings
 from support.run.files import read_json
-from support.tasks import likelihood
 from support.tasks.head_task import HeadTask, load_tokenizer
 from support.text.tokenizer import Tokenizer
 from support.weights.pretrained import find_model
@@ -196,7 +195,12 @@ def respond(model, tokenizer, run, config):
     elif config.chat:
         chat(model, tokenizer, config)
     elif task == "multiple_choice" and not config.raw:
-        for p, choice in likelihood.rank(model, tokenizer, config.prompt, labels, size):
+        if not labels:
+            raise ValueError(f'the run\'s task is {task}: give --labels="one choice,another"')
+        example = {"prompt": config.prompt, "choices": labels, "answer": 0}
+        [row], _ = encode([example], tokenizer, size)
+        shares = model.score([row.prompt_ids], [ids for ids, _ in row.choices])[0].softmax(-1)
+        for p, choice in sorted(zip(shares.tolist(), labels), reverse=True):
             print(f"{p:6.1%}  {choice}")
     elif labels and not config.raw:
         if new := [label for label in labels if label not in (run.get("labels") or labels)]:

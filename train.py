@@ -323,7 +323,7 @@ def prepare(config, device, resuming=False, task_class=Task):
         config = hardware.fit_memory(config, method, device, dtype, shape, encode)
     config = resolve(config, shape)
     encoded, cut = encode(config.block_size)
-    family.check_vocabulary(encoded, shape)
+    data.check_vocabulary(encoded, shape.vocab_size, folder)
     family.rehearse(encoded["train"])
 
     model, sizes = build_model(config, folder, dtype, device, family, encoded["train"])

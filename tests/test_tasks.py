@@ -109,6 +109,7 @@ def model_of(name):
 # ------------------------------------------------------------------------------ the choice
 
 LABELLED = {"text": "a", "label": "b"}
+CHOICE = {"prompt": "ab", "choices": ["cd", "e f", "e"], "answer": 1}
 CHOICES = [  # format of the example, encoder?, chosen
     (LABELLED, False, "label_words"),
     (LABELLED, True, "classification"),
@@ -117,6 +118,7 @@ CHOICES = [  # format of the example, encoder?, chosen
     ({"words": ["a"], "tags": ["O"]}, True, "tagging"),
     ({"prompt": "a", "completion": "b"}, False, "language_model"),
     ({"prompt": "a", "references": ["b"]}, False, "generation"),
+    (CHOICE, False, "multiple_choice"),
     ({"text": "a"}, False, "language_model"),
 ]
 
@@ -134,6 +136,7 @@ def test_the_task_follows_from_the_data_and_the_model(example, is_encoder, expec
     [
         ("auto", {"prompt": "a", "completion": "b"}, "'prompt' need a model that writes, which an"),
         ("label_words", LABELLED, "need a model that writes"),
+        ("auto", CHOICE, "'multiple_choice' need a model that writes"),
         ("tagging", LABELLED, "task=tagging does not take examples of .*; use task=classification"),
     ],
 )
@@ -311,6 +314,7 @@ WRITTEN = {  # task: (its settings, an example of its file but for the prompt)
     "label_words": (dict(data="toy-sentiment", test_size=20), None),
     "language_model": ({}, {"completion": "cd de"}),
     "generation": (dict(max_new_tokens=4, num_beams=2), {"references": ["e"]}),
+    "multiple_choice": ({}, CHOICE),
 }
 
 
@@ -341,7 +345,8 @@ def test_a_run_resumes_bit_for_bit_is_sampled_merged_and_read_by_peft(
     adapters = [load_file(f"{run}/adapter_model.safetensors") for run in ("whole", "run")]
     assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
 
-    assert sample.main(["--adapter=run", "--prompt=ab", "--max_new_tokens=4"]) == 0
+    labels = ["--labels=a,b"] * (task == "multiple_choice")
+    assert sample.main(["--adapter=run", "--prompt=ab", "--max_new_tokens=4", *labels]) == 0
     assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
     base = transformers.AutoModelForCausalLM.from_pretrained(name)
     peer = peft.PeftModel.from_pretrained(base, "run").eval()
@@ -474,6 +479,12 @@ BAD = [  # lines of train, lines of test, the message
     ([{"text": "ab", "labels": ["p", "p"]}], [], "train.jsonl:1: a label occurs twice"),
     ([{"text": "ab", "labels": "p"}], [], "train.jsonl:1: 'labels' is str, not a list"),
     ([{"prompt": "ab", "references": []}], [], "train.jsonl:1: the answer is empty"),
+    ([CHOICE, CHOICE | {"choices": ["a"]}], [], "train.jsonl:2: the choices are ['a']: give two"),
+    ([CHOICE | {"choices": ["a", " "]}], [], "train.jsonl:1: the choices are ['a', ' ']: give"),
+    ([CHOICE | {"choices": "ab"}], [], "train.jsonl:1: 'choices' is str, not a list"),
+    ([CHOICE | {"answer": 3}], [], "train.jsonl:1: 'answer' is 3: give the right choice's place"),
+    ([CHOICE | {"answer": True}], [], "train.jsonl:1: 'answer' is True: give the right choice's"),
+    ([CHOICE | {"answer": "B"}], [], "train.jsonl:1: 'answer' is 'B': give the right choice's"),
 ]  # fmt: skip
 
 
@@ -643,6 +654,9 @@ def write_official(name):
         for part in ("eng.train", "eng.testa", "eng.testb"):
             lines = ["ab NN B-NP I-LOC", "cd NN I-NP O", ""] * 10
             (folder / part).write_text("\n".join(["-DOCSTART- -X- O O", "", *lines]))
+    elif name == "commonsense":
+        for part in ("train", "test"):
+            write(folder / f"{part}.jsonl", [CHOICE | {"prompt": f"ab {i}"} for i in range(20)])
     elif name == "e2e":
         for part in ("trainset.csv", "devset.csv", "testset_w_refs.csv"):
             rows = [f'"name[ab{i}], food[cd]",a restaurant' for i in range(10)]
@@ -660,7 +674,7 @@ def write_official(name):
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "glue"])
 def test_each_of_the_papers_runs_works_on_a_small_stand_in(name, capsys):
     """Its own settings, but for the model, the data's place, the steps and the row lengths."""
-    model = "tiny-random" if name == "e2e" else encoder("roberta")
+    model = "tiny-random" if name in ("e2e", "commonsense") else encoder("roberta")
     task = "cola" if name.startswith("as_") else name
     config = train.read_config(
         [f"--config=paper/{name}.py", f"--model={model}", f"--data={write_official(task)}"]
@@ -669,8 +683,10 @@ def test_each_of_the_papers_runs_works_on_a_small_stand_in(name, capsys):
     config.retrain_steps = min(config.retrain_steps, 1)
     results = train.train(config)
     expected = {"cola": "matthews", "stsb": "pearson", "conll2003": "f1", "e2e": "bleu"}
+    expected["commonsense"] = "acc"
     assert results["metric"] == expected.get(task, "accuracy")
     assert results["after"]["test"][results["metric"]] is not None or name == "stsb"
     run = read_json(Path(results["out_dir"]) / "run.json")
-    axis = "row" if name == "as_published" else "column"
-    assert run["magnitude_axis"] == axis and run["rank"] == 4
+    axis = "row" if name in ("as_published", "commonsense") else "column"
+    rank = 32 if name == "commonsense" else 4
+    assert run["magnitude_axis"] == axis and run["rank"] == rank

@@ -187,22 +187,9 @@ def presuppositions():
     )
 
 
-def epistemic_reasoning():
-    """2,000 premises and hypotheses about what people believe and know."""
-    return text_pairs("epistemic_reasoning", r"Premise: (.*) Hypothesis: (.*)")
-
-
-def metaphors():
-    """680 times a metaphor and a sentence that may say the same; a metaphor is a group."""
-    return text_pairs("metaphor_boolean", r"(.*) <--> (.*)", lambda _, text: text)
-
-
 def choices(task, ending=""):
-    """
-    A BIG-bench task with choices, without questions that it answers in two ways. ending: of each
-    prompt, after an example's input.
-    """
-    examples = {}
+    """A BIG-bench task with choices. ending: of each prompt, after an example's input."""
+    examples = {}  # {prompt: its example, or None if it has two right answers}
     for example in big_bench(task):
         texts, scores = zip(*example["target_scores"].items())
         prompt = example["input"].strip() + ending
@@ -348,7 +335,7 @@ BUILT_IN = {
         "She had been singing.",
     ),
     "epistemic-nli": DataSet(
-        epistemic_reasoning,
+        partial(text_pairs, "epistemic_reasoning", r"Premise: (.*) Hypothesis: (.*)"),
         "Does the second text follow from the first: entailment or non-entailment?"
         "\n\n1: {text}\n2: {text_b}",
         "Ann knows that Bob thinks that it rains.",
@@ -356,7 +343,7 @@ BUILT_IN = {
         "Bob thinks that it rains.",
     ),
     "paraphrase": DataSet(
-        metaphors,
+        partial(text_pairs, "metaphor_boolean", r"(.*) <--> (.*)", lambda _, text: text),
         "Does the second text say what the first one means? Answer True or False."
         "\n\n1: {text}\n2: {text_b}",
         "Her words were knives.",
@@ -372,16 +359,10 @@ BUILT_IN = {
         "CC BY-SA 4.0",
     ),
     "social-iqa": DataSet(
-        partial(choices, "social_iqa"),
-        "",
-        "Ann lent Bob her umbrella. How would you describe Ann?",
-        "none stated; BIG-bench says Apache 2.0",
+        partial(choices, "social_iqa"), "", "Ann lent Bob a coat. How is Bob?", "none stated"
     ),
     "proverbs": DataSet(
-        proverbs,
-        "",
-        "Ann saved a coin a day and bought a boat. The proverb for this story is:",
-        "Apache 2.0",
+        proverbs, "", "Ann saved a coin a day. A proverb for this story:", "Apache 2.0"
     ),
     "peptides": DataSet(
         peptides,

@@ -42,7 +42,6 @@ LAYOUTS = (  # {key: column}; a table has the first layout whose columns it has
     {"words": "tokens", "tags": "ner_tags"},
 )
 OPTIONAL = ("input", "group")  # kept with any layout
-CHOICE = re.compile(r"choice_(\d|[1-9]\d)")  # kept with choice_0
 COLA_HEADER = ["source", "label", "annotation", "sentence"]  # CoLA's files have no header
 
 
@@ -197,7 +196,7 @@ def examples_of(path, rows):
 
 def gather_choices(example):
     """Make one list of choice_0, choice_1, …, without empty ones at its end."""
-    count = 1 + max(int(key[7:]) for key in example if CHOICE.fullmatch(key))
+    count = 1 + max(int(key[7:]) for key in example if key.startswith("choice_"))
     choices = [example.pop(f"choice_{i}", None) or "" for i in range(count)]
     while choices and not choices[-1]:
         choices.pop()
@@ -213,8 +212,9 @@ def layout_of(names, where):
         raise ValueError(f"{where}: {only}: separate columns with commas")
     for layout in LAYOUTS:
         if set(layout.values()) <= set(names):
-            choices = filter(CHOICE.fullmatch, names if "choice_0" in layout else ())
-            return layout | {name: name for name in (*OPTIONAL, *choices) if name in names}
+            choices = [name for name in names if re.fullmatch(r"choice_\d{1,2}", name)]
+            more = (*OPTIONAL, *(choices if "choice_0" in layout else ()))
+            return layout | {name: name for name in more if name in names}
 
     similar = [layout for layout in LAYOUTS if set(layout.values()) & set(names)]
     needed = "; ".join(" + ".join(layout.values()) for layout in similar or LAYOUTS)

@@ -218,6 +218,18 @@ CONTENT = {
         {"input": "name: Blue, area: city", "target": "In the city you find Blue."},
         {"input": "name: Blue, area: city", "target": "Blue is in the city."},
     ],
+    "social_iqa": [
+        source("Ann is ill. How is Bob? ", "sad", ("ill", "sad", "fit")),
+        source("Ann is in. Why? ", "cold", ("cold", "hot")),
+        source("Ann sings. Why? ", "joy", ("joy", "pay")),
+        source("Ann sings. Why? ", "pay", ("joy", "pay")),  # two answers to one question
+        source("Ann is in. Why? ", "cold", ("cold", "hot")),
+    ],
+    "abstract_narrative_understanding/4_distractors": [
+        source(f"Story {i}{j}.", f"Proverb {i}", [f"Proverb {k}" for k in range(5)])
+        for i in range(5)
+        for j in range(4)
+    ],
 }
 
 
@@ -279,10 +291,25 @@ def test_a_meaning_has_each_of_its_descriptions_once(archive):
     ]
 
 
+def test_choices_are_the_source_s_without_questions_that_have_two_answers(archive):
+    assert BUILT_IN["social-iqa"].load() == [
+        {"prompt": "Ann is ill. How is Bob?", "choices": ["ill", "sad", "fit"], "answer": 1},
+        {"prompt": "Ann is in. Why?", "choices": ["cold", "hot"], "answer": 0},
+    ]
+    examples = BUILT_IN["proverbs"].load()
+    assert len(examples) == 20 and examples[9] == {
+        "prompt": "Story 21. This narrative is a good illustration of the following proverb:",
+        "choices": [f"Proverb {k}" for k in range(5)],
+        "answer": 2,
+        "group": "Proverb 2",
+    }
+
+
 @pytest.mark.parametrize(
     "name, source",
     [
         ("fact-verification", lambda example: example["text"].split(":")[0]),
+        ("proverbs", lambda example: example["prompt"][:7]),
         ("nli", lambda example: "".join(filter(str.isdigit, example["text"]))),
         ("paraphrase", lambda example: example["text"]),
     ],
@@ -300,7 +327,7 @@ def test_the_archive_is_read_once(archive):
     archive.unlink()
     assert BUILT_IN["e2e"].load() == expected
     assert all(BUILT_IN[name].load() for name in PAIRS)
-    assert len(os.listdir(archive.parent / "cache" / "big-bench")) == 5  # nothing else is left
+    assert len(os.listdir(archive.parent / "cache" / "big-bench")) == 7  # nothing else is left
 
 
 def test_a_damaged_file_is_named_and_taken_out_again_once_deleted(archive):
