@@ -37,7 +37,10 @@ def score(model, prompts, answers):
 
 
 def evaluate(model, rows, scored=True):
-    """(summed loss in nats of the right choices, their tokens, whether each score finds each)."""
+    """
+    (summed loss of the right choices in nats, how many tokens these have, and for each of a few
+    rows whether the right choice is the best one by each of the scores).
+    """
     loss, count, found = 0.0, 0, []
     for row in rows:
         answers, texts = zip(*row.choices)

@@ -187,12 +187,12 @@ def presuppositions():
     )
 
 
-def choices(task, ending=""):
-    """A BIG-bench task with choices. ending: of each prompt, after an example's input."""
+def choices(task, template):
+    """A BIG-bench task with choices. template: of the prompts, with {} for an example's input."""
     examples = {}  # {prompt: its example, or None if it has two right answers}
     for example in big_bench(task):
         texts, scores = zip(*example["target_scores"].items())
-        prompt = example["input"].strip() + ending
+        prompt = template.format(example["input"].strip())
         one = {"prompt": prompt, "choices": list(texts), "answer": scores.index(max(scores))}
         if examples.setdefault(prompt, one) != one:
             examples[prompt] = None
@@ -201,8 +201,8 @@ def choices(task, ending=""):
 
 def proverbs():
     """1,000 times a story and five proverbs; the ten stories of the right proverb are a group."""
-    ending = " This narrative is a good illustration of the following proverb:"
-    examples = choices("abstract_narrative_understanding/4_distractors", ending)
+    template = "{} This narrative is a good illustration of the following proverb:"
+    examples = choices("abstract_narrative_understanding/4_distractors", template)
     return [example | {"group": example["choices"][example["answer"]]} for example in examples]
 
 
@@ -359,7 +359,7 @@ BUILT_IN = {
         "CC BY-SA 4.0",
     ),
     "social-iqa": DataSet(
-        partial(choices, "social_iqa"), "", "Ann lent Bob a coat. How is Bob?", "none stated"
+        partial(choices, "social_iqa", "Q: {}\nA:"), "", "Q: Ann is ill. Why? A:", "none stated"
     ),
     "proverbs": DataSet(
         proverbs, "", "Ann saved a coin a day. A proverb for this story:", "Apache 2.0"

@@ -418,27 +418,29 @@ def writer(folder, name):
 ROWS = [[5, 9, 7, 4, 30, 8], [6, 7], [11, 12, 13, 14]]
 
 
+@pytest.mark.parametrize("shared", [0, 10])
 @pytest.mark.parametrize("name", WRITERS)
-def test_losses_and_scores_are_those_of_transformers_row_by_row(name, tmp_path):
-    """Of rows of unequal length, with one supervised position or several."""
+def test_losses_and_scores_are_those_of_transformers_row_by_row(name, shared, tmp_path):
+    """Of rows of unequal length, with one supervised position or several, and what they share."""
     peer, model = writer(tmp_path, name)
-    labels = [[*row] for row in ROWS]
-    labels[0][:4], labels[2][:2] = [IGNORED] * 4, [IGNORED] * 2
+    rows = [[*range(20, 20 + shared), *row] for row in ROWS]
+    starts = [shared + 4, shared + 1, shared + 2]
+    labels = [[IGNORED] * start + row[start:] for start, row in zip(starts, rows)]
     losses, right = [], 0
-    for row, wanted in zip(ROWS, labels):
+    for row, wanted in zip(rows, labels):
         logits = peer(torch.tensor([row])).logits[0, :-1]
         target = torch.tensor(wanted[1:])
         losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="sum").item())
         right += (logits.argmax(-1) == target).sum().item()
     count = 2 + 1 + 2
-    assert model(ROWS, labels).item() == pytest.approx(sum(losses) / count, abs=1e-5)
-    assert model.totals(ROWS, labels) == (pytest.approx(sum(losses), abs=1e-4), right, count)
-    ids = torch.tensor(ROWS[:1])
+    assert model(rows, labels).item() == pytest.approx(sum(losses) / count, abs=1e-5)
+    assert model.totals(rows, labels) == (pytest.approx(sum(losses), abs=1e-4), right, count)
+    ids = torch.tensor(rows[:1])
     torch.testing.assert_close(model(ids), peer(ids).logits, rtol=0, atol=1e-5)
 
     answers = [[3], [4], [5, 6], [5, 8, 9]]
-    scores = model.score(ROWS, answers)
-    for i, row in enumerate(ROWS):
+    scores = model.score(rows, answers)
+    for i, row in enumerate(rows):
         for j, answer in enumerate(answers):
             log_p = peer(torch.tensor([[*row, *answer]])).logits[0].log_softmax(-1)
             expected = sum(log_p[len(row) - 1 + k, token] for k, token in enumerate(answer))

@@ -293,8 +293,8 @@ def test_a_meaning_has_each_of_its_descriptions_once(archive):
 
 def test_choices_are_the_source_s_without_questions_that_have_two_answers(archive):
     assert BUILT_IN["social-iqa"].load() == [
-        {"prompt": "Ann is ill. How is Bob?", "choices": ["ill", "sad", "fit"], "answer": 1},
-        {"prompt": "Ann is in. Why?", "choices": ["cold", "hot"], "answer": 0},
+        {"prompt": "Q: Ann is ill. How is Bob?\nA:", "choices": ["ill", "sad", "fit"], "answer": 1},
+        {"prompt": "Q: Ann is in. Why?\nA:", "choices": ["cold", "hot"], "answer": 0},
     ]
     examples = BUILT_IN["proverbs"].load()
     assert len(examples) == 20 and examples[9] == {
