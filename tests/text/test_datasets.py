@@ -207,6 +207,7 @@ METAPHORS = [
     for animal in ("fox", "lion", "mouse", "snail", "bee")
     for like, label in [(f"like a {animal}", "True"), (f"the owner of a {animal}", "False")]
 ]
+PROVERBS = [f"Proverb {k}" for k in range(5)]
 CONTENT = {
     "vitaminc_fact_verification": [*FACTS, FACTS[0]],
     "presuppositions_as_nli": [*INFERENCES, INFERENCES[3]],
@@ -218,17 +219,12 @@ CONTENT = {
         {"input": "name: Blue, area: city", "target": "In the city you find Blue."},
         {"input": "name: Blue, area: city", "target": "Blue is in the city."},
     ],
-    "social_iqa": [
-        source("Ann is ill. How is Bob? ", "sad", ("ill", "sad", "fit")),
-        source("Ann is in. Why? ", "cold", ("cold", "hot")),
-        source("Ann sings. Why? ", "joy", ("joy", "pay")),
-        source("Ann sings. Why? ", "pay", ("joy", "pay")),  # two answers to one question
-        source("Ann is in. Why? ", "cold", ("cold", "hot")),
+    "social_iqa": [  # How? has two answers
+        source(question, label, ("joy", "pay", "heat"))
+        for question, label in [("Why? ", "pay"), ("How? ", "joy"), ("How? ", "pay")] * 2
     ],
     "abstract_narrative_understanding/4_distractors": [
-        source(f"Story {i}{j}.", f"Proverb {i}", [f"Proverb {k}" for k in range(5)])
-        for i in range(5)
-        for j in range(4)
+        source(f"Story {i}{j}.", PROVERBS[i], PROVERBS) for i in range(5) for j in range(4)
     ],
 }
 
@@ -292,17 +288,11 @@ def test_a_meaning_has_each_of_its_descriptions_once(archive):
 
 
 def test_choices_are_the_source_s_without_questions_that_have_two_answers(archive):
-    assert BUILT_IN["social-iqa"].load() == [
-        {"prompt": "Q: Ann is ill. How is Bob?\nA:", "choices": ["ill", "sad", "fit"], "answer": 1},
-        {"prompt": "Q: Ann is in. Why?\nA:", "choices": ["cold", "hot"], "answer": 0},
-    ]
-    examples = BUILT_IN["proverbs"].load()
-    assert len(examples) == 20 and examples[9] == {
-        "prompt": "Story 21. This narrative is a good illustration of the following proverb:",
-        "choices": [f"Proverb {k}" for k in range(5)],
-        "answer": 2,
-        "group": "Proverb 2",
-    }
+    [example] = BUILT_IN["social-iqa"].load()
+    assert example == {"prompt": "Q: Why?\nA:", "choices": ["joy", "pay", "heat"], "answer": 1}
+    example = BUILT_IN["proverbs"].load()[9]
+    assert example.pop("prompt").startswith("Story 21. This narrative is a good illustration of")
+    assert example == {"choices": PROVERBS, "answer": 2, "group": "Proverb 2"}
 
 
 @pytest.mark.parametrize(

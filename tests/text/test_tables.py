@@ -8,7 +8,6 @@ import pyarrow.parquet
 import pytest
 
 from data import load_examples
-from support.text.jsonl import format_of
 from support.text.tables import read_conll, read_glue, read_table
 
 
@@ -78,18 +77,6 @@ def test_e2e_s_references_are_joined_by_meaning(write):
 
 
 @pytest.mark.parametrize(
-    "text, name",
-    [
-        ("text,label\na,b", "classification"),
-        ("prompt,completion\na,b", "prompt"),
-        ("instruction,output\na,b", "instruction"),
-    ],
-)
-def test_single_texts_are_in_the_formats_of_jsonl_files(write, text, name):
-    assert format_of(read_table(write(text))[0]) == name
-
-
-@pytest.mark.parametrize(
     "text, line, said",
     [
         ("text,answer\nx,y", 1, "the columns are text, answer; these are needed: "),
@@ -103,7 +90,7 @@ def test_single_texts_are_in_the_formats_of_jsonl_files(write, text, name):
         ("instruction,output\nx,", 2, f"{EMPTY} 'output'"),
         ("mr,ref\nx,", 2, f"{EMPTY} 'ref'"),
         ("prompt,choice_0,choice_2,answer\nx,y,z,0", 2, "the choices are ['y', '', 'z']"),
-        ("prompt,choice_0,choice_1,answer\nx,y,z,z", 2, "'answer' is 'z': give the right"),
+        ("prompt,choice_0,choice_1,answer\nx,y,z,2", 2, "'answer' is 2: give the right choice's"),
         ("prompt,choice_1,choice_2,answer\nx,y,z,1", 1, "prompt + choice_0 + answer"),
         ("text,score\nx,high", 2, "'score' is 'high', not a number"),
         ("text,score\nx,nan", 2, "'score' is nan, not a number"),
