@@ -197,7 +197,7 @@ def respond(model, tokenizer, run, config):
     elif task == "multiple_choice" and not config.raw:
         if not labels:
             raise ValueError(f'the run\'s task is {task}: give --labels="one choice,another"')
-        example = {"prompt": config.prompt, "choices": labels, "answer": 0}
+        example = {"prompt": config.prompt, "choices": labels, "answer": 0}  # any will do
         [row], _ = encode([example], tokenizer, size)
         shares = model.score([row.prompt_ids], [ids for ids, _ in row.choices])[0].softmax(-1)
         for p, choice in sorted(zip(shares.tolist(), labels), reverse=True):

@@ -69,6 +69,7 @@ PEPTIDES = dict(
 QUESTION = (
     "Is the sentiment of this {} review positive or negative? Answer with one word.\n\n{{text}}"
 )
+PROVERB = "{} This narrative is a good illustration of the following proverb:"
 
 
 @dataclass(frozen=True)
@@ -188,22 +189,19 @@ def presuppositions():
 
 
 def choices(task, template):
-    """A BIG-bench task with choices. template: of the prompts, with {} for an example's input."""
+    """
+    A BIG-bench task with choices; those with one right choice are a group. template: of prompts,
+    with {} for an example's input.
+    """
     examples = {}  # {prompt: its example, or None if it has two right answers}
     for example in big_bench(task):
         texts, scores = zip(*example["target_scores"].items())
+        answer = scores.index(max(scores))
         prompt = template.format(example["input"].strip())
-        one = {"prompt": prompt, "choices": list(texts), "answer": scores.index(max(scores))}
+        one = dict(prompt=prompt, choices=list(texts), answer=answer, group=texts[answer])
         if examples.setdefault(prompt, one) != one:
             examples[prompt] = None
     return [example for example in examples.values() if example]
-
-
-def proverbs():
-    """1,000 times a story and five proverbs; the ten stories of the right proverb are a group."""
-    template = "{} This narrative is a good illustration of the following proverb:"
-    examples = choices("abstract_narrative_understanding/4_distractors", template)
-    return [example | {"group": example["choices"][example["answer"]]} for example in examples]
 
 
 def restaurants():
@@ -362,7 +360,10 @@ BUILT_IN = {
         partial(choices, "social_iqa", "Q: {}\nA:"), "", "Q: Ann is ill. Why? A:", "none stated"
     ),
     "proverbs": DataSet(
-        proverbs, "", "Ann saved a coin a day. A proverb for this story:", "Apache 2.0"
+        partial(choices, "abstract_narrative_understanding/4_distractors", PROVERB),
+        "",
+        PROVERB.format("Ann saved a coin a day and bought a boat."),
+        "Apache 2.0",
     ),
     "peptides": DataSet(
         peptides,

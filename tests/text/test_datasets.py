@@ -289,6 +289,7 @@ def test_a_meaning_has_each_of_its_descriptions_once(archive):
 
 def test_choices_are_the_source_s_without_questions_that_have_two_answers(archive):
     [example] = BUILT_IN["social-iqa"].load()
+    assert example.pop("group") == "pay"
     assert example == {"prompt": "Q: Why?\nA:", "choices": ["joy", "pay", "heat"], "answer": 1}
     example = BUILT_IN["proverbs"].load()[9]
     assert example.pop("prompt").startswith("Story 21. This narrative is a good illustration of")
