@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from support.tasks import likelihood
 from support.text.jsonl import FORMATS, format_of, is_learnt
 from support.text.splits import LABEL_PROMPT, load_examples, load_splits, split  # noqa: F401
 from support.text.tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer)
@@ -108,6 +107,17 @@ def tokenize_labels(labels, tokenizer):
     return ids
 
 
+def tokenize_choices(prompt, choices, tokenizer):
+    """
+    (token ids of a prompt, a list of those of each choice). A choice follows after a blank, without
+    a chat template, and blanks at the prompt's end count with it, as in lm-evaluation-harness.
+    """
+    begin = prompt.rstrip()
+    ids = tokenizer.encode(begin)
+    ids = tokenizer.prefix_of(ids) + ids or [tokenizer.eos_id]
+    return ids, [tokenizer.encode_cut(f"{prompt} {text}", [len(begin)])[1] for text in choices]
+
+
 def segments(example, tokenizer):
     """
     An example of any format but classification, as a list of (token ids, if supervised: None for an
@@ -162,32 +172,24 @@ def turns_of(example):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def encode(
-    examples,
-    tokenizer,
-    block_size,
-    label_prompt=LABEL_PROMPT,
-    label_ids=None,
-    train_on_prompt=False,
-):
+def encode(examples, tokenizer, block_size, label_prompt="", label_ids=None, train_on_prompt=False):
     """
     Turn examples into (list of Encoded, how many were cut).
 
     block_size: most tokens per row. A longer example is cut on the left, so its last answer stays
     whole; of a classification example, only the text is cut; plain text fills several rows.
-    label_ids: from tokenize_labels, for classification. Raises ValueError for an answer without
-    room for a prompt, for a question without room, or if the chat template refuses.
+    label_ids: from tokenize_labels. Raises ValueError without room, or if a chat template refuses.
     """
-    encoded, cut, asking = [], 0, (tokenizer, label_prompt, label_ids, block_size)
+    encoded, cut, asked = [], 0, (tokenizer, label_prompt or LABEL_PROMPT, label_ids, block_size)
     for example in examples:
-        kind, question, shortened, notes = format_of(example), [], False, ()
+        kind, shortened, choices, notes = format_of(example), False, [], ()
         if kind == "classification":
-            text_b = example.get("text_b", "")
-            question, shortened = tokenize_question(example["text"], *asking, text_b)
+            text, text_b = example["text"], example.get("text_b", "")
+            question, shortened = tokenize_question(text, *asked, text_b)
             pieces = [(question, False), (label_ids[example["label"]], True)]
         elif kind == "multiple_choice":
-            question, choices, shortened = likelihood.tokenize(example, tokenizer, block_size)
-            pieces = [(question, False), (choices[example["answer"]], True)]
+            prompt, choices = tokenize_choices(example["prompt"], example["choices"], tokenizer)
+            pieces = [(prompt, False), (choices[example["answer"]], True)]
         else:
             pieces, notes = segments(example, tokenizer)
 
@@ -200,33 +202,34 @@ def encode(
                 encoded.append(Encoded(ids[i : i + block_size], targets[i : i + block_size]))
             continue
 
-        answer = len(pieces[-1][0])
-        if answer >= block_size:
-            begin = tokenizer.decode(pieces[-1][0][:20])
+        answer = pieces[-1][0]
+        longest = max(choices or [answer], key=len)
+        if len(longest) >= block_size:
+            begin = tokenizer.decode(longest[:20])
             raise ValueError(
-                f"the answer that begins with {begin!r} has {answer} tokens, and "
+                f"the answer that begins with {begin!r} has {len(longest)} tokens, and "
                 f"block_size={block_size} must hold it and some prompt: raise block_size"
             )
-        cut += shortened or len(ids) > block_size
-        row = Encoded(ids[-block_size:], targets[-block_size:], example.get("label"), question)
-        row.notes = notes
+        room = block_size - len(longest) + len(answer)
+        cut += shortened or len(ids) > room
+        row = Encoded(ids[-room:], targets[-room:], example.get("label"), notes=notes)
+        if kind not in ("messages", "instruction"):
+            row.prompt_ids = row.input_ids[: -len(answer)]
         if kind in ("prompt", "generation"):
-            row.prompt_ids = row.input_ids[:-answer]
             row.references = example.get("references") or [example["completion"].strip()]
-        if kind == "multiple_choice":
-            row.choices = list(zip(choices, example["choices"]))
-            row.answer = example["answer"]
+        if choices:
+            row.choices, row.answer = list(zip(choices, example["choices"])), example["answer"]
         encoded.append(row)
     return encoded, cut
 
 
-def check_vocabulary(encoded, vocab_size, tokenizer):
-    """Raise ValueError for a token in any split that the model does not have."""
+def check_vocabulary(encoded, vocab_size, folder):
+    """Raise ValueError for a token in any split that the folder's model does not have."""
     largest = max(max(row.input_ids) for rows in encoded.values() for row in rows)
     if largest >= vocab_size:
         raise ValueError(
-            f"{tokenizer.folder}: the tokenizer produced token {largest}, but the model's "
-            f"vocabulary has only {vocab_size} tokens"
+            f"{folder}: the tokenizer produced token {largest}, but the model's vocabulary has "
+            f"only {vocab_size} tokens: take the model's own tokenizer"
         )
 
 

@@ -21,9 +21,9 @@ import torch
 import tasks
 from bidora import load_adapter
 from config import Config
-from data import LABEL_PROMPT, tokenize_labels, tokenize_prompt, tokenize_question
+from data import LABEL_PROMPT, encode, tokenize_labels, tokenize_prompt, tokenize_question
 from support.run import hardware, progress, rules, settings
-from support.tasks import likelihood, predict
+from support.tasks import predict
 from support.tasks.head_task import HeadTask, load_tokenizer
 from support.text.tokenizer import Tokenizer
 from support.weights import hf_format
@@ -171,7 +171,12 @@ def respond(model, tokenizer, run, config):
     elif config.chat:
         chat(model, tokenizer, config)
     elif task == "multiple_choice" and not raw:
-        for p, choice in likelihood.rank(model, tokenizer, config.prompt, labels, size):
+        if not labels:
+            raise ValueError(f'the run\'s task is {task}: give --labels="one choice,another"')
+        example = {"prompt": config.prompt, "choices": labels, "answer": 0}  # any will do
+        [row], _ = encode([example], tokenizer, size)
+        shares = model.score([row.prompt_ids], [ids for ids, _ in row.choices])[0].softmax(-1)
+        for p, choice in sorted(zip(shares.tolist(), labels), reverse=True):
             print(f"{p:6.1%}  {choice}")
     elif labels and not raw:
         if new := [label for label in labels if label not in (run.get("labels") or labels)]:

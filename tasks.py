@@ -33,12 +33,7 @@ LANGUAGE = {
     "generation": ("generation", "prompt"),
     "multiple_choice": ("multiple_choice",),
 }
-HEADS = {
-    "classification": ("classification",),
-    "multi_label": ("multi_label",),
-    "regression": ("regression",),
-    "tagging": ("tagging",),
-}
+HEADS = {name: (name,) for name in ("classification", "multi_label", "regression", "tagging")}
 TASKS = LANGUAGE | HEADS
 
 
@@ -165,13 +160,7 @@ class LanguageTask:
         """The mean loss of a list of rows, a scalar tensor."""
         return model([row.input_ids for row in rows], [row.labels for row in rows])
 
-    def supervised(self, rows):
-        """As data.supervised."""
-        return data.supervised(rows)
-
-    def check_vocabulary(self, encoded, shape):
-        """As data.check_vocabulary."""
-        data.check_vocabulary(encoded, shape.vocab_size, self.tokenizer)
+    supervised = staticmethod(data.supervised)
 
     def rehearse(self, rows):
         """Raise ValueError now if a library is missing that the scores will need."""

@@ -315,7 +315,7 @@ def prepare(config, device, resuming=False, task_class=Task, began=None):
         config = hardware.fit_memory(config, method, device, dtype, shape, encode)
     config = resolve(config, shape)
     encoded, cut = encode(config.block_size)
-    family.check_vocabulary(encoded, shape)
+    data.check_vocabulary(encoded, shape.vocab_size, folder)
     family.rehearse(encoded["train"])
 
     model, sizes = build_model(config, folder, dtype, device, family, encoded["train"])

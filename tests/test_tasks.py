@@ -113,6 +113,7 @@ def model_of(name):
 # ------------------------------------------------------------------------------ the choice
 
 LABELLED = {"text": "a", "label": "b"}
+CHOICE = {"prompt": "ab", "choices": ["cd", "e f", "e"], "answer": 1}
 CHOICES = [  # format of the example, encoder?, chosen
     (LABELLED, False, "label_words"),
     (LABELLED, True, "classification"),
@@ -120,7 +121,9 @@ CHOICES = [  # format of the example, encoder?, chosen
     ({"text": "a", "score": 1.0}, True, "regression"),
     ({"words": ["a"], "tags": ["O"]}, True, "tagging"),
     ({"prompt": "a", "completion": "b"}, False, "language_model"),
+    ({"instruction": "a", "output": "b"}, False, "language_model"),
     ({"prompt": "a", "references": ["b"]}, False, "generation"),
+    (CHOICE, False, "multiple_choice"),
     ({"text": "a"}, False, "language_model"),
 ]
 
@@ -138,6 +141,7 @@ def test_the_task_follows_from_the_data_and_the_model(example, is_encoder, expec
     [
         ("auto", {"prompt": "a", "completion": "b"}, "'prompt' need a model that writes, which an"),
         ("label_words", LABELLED, "need a model that writes"),
+        ("auto", CHOICE, "'multiple_choice' need a model that writes"),
         ("tagging", LABELLED, "task=tagging does not take examples of .*; use task=classification"),
     ],
 )
@@ -317,6 +321,7 @@ WRITTEN = {  # task: (its settings, an example of its file but for the prompt)
     "label_words": (dict(data="toy-sentiment", test_size=20), None),
     "language_model": ({}, {"completion": "cd de"}),
     "generation": (dict(max_new_tokens=4, num_beams=2), {"references": ["e"]}),
+    "multiple_choice": ({}, CHOICE),
 }
 
 
@@ -347,7 +352,8 @@ def test_a_run_resumes_bit_for_bit_is_sampled_merged_and_read_by_peft(
     adapters = [load_file(f"{run}/adapter_model.safetensors") for run in ("whole", "run")]
     assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
 
-    assert sample.main(["--adapter=run", "--prompt=ab", "--max_new_tokens=4"]) == 0
+    labels = ["--labels=a,b"] * (task == "multiple_choice")
+    assert sample.main(["--adapter=run", "--prompt=ab", "--max_new_tokens=4", *labels]) == 0
     assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
     base = transformers.AutoModelForCausalLM.from_pretrained(name)
     peer = peft.PeftModel.from_pretrained(base, "run").eval()
@@ -508,6 +514,10 @@ BAD = [  # lines of train, lines of test, the message
     ([{"text": "ab", "labels": ["p", "p"]}], [], "train.jsonl:1: a label occurs twice"),
     ([{"text": "ab", "labels": "p"}], [], "train.jsonl:1: 'labels' is str, not a list"),
     ([{"prompt": "ab", "references": []}], [], "train.jsonl:1: the answer is empty"),
+    ([CHOICE, CHOICE | {"choices": ["a"]}], [], "train.jsonl:2: the choices are ['a']: give two"),
+    ([CHOICE | {"choices": "ab"}], [], "train.jsonl:1: 'choices' is str, not a list"),
+    ([CHOICE | {"answer": True}], [], "train.jsonl:1: 'answer' is True: give the right choice's"),
+    ([CHOICE | {"answer": "B"}], [], "train.jsonl:1: 'answer' is 'B': give the right choice's"),
 ]  # fmt: skip
 
 
@@ -677,6 +687,9 @@ def write_official(name):
         for part in ("eng.train", "eng.testa", "eng.testb"):
             lines = ["ab NN B-NP I-LOC", "cd NN I-NP O", ""] * 10
             (folder / part).write_text("\n".join(["-DOCSTART- -X- O O", "", *lines]))
+    elif name == "commonsense":
+        for part in ("train", "test"):
+            write(folder / f"{part}.jsonl", [CHOICE | {"prompt": f"ab {i}"} for i in range(20)])
     elif name == "e2e":
         for part in ("trainset.csv", "devset.csv", "testset_w_refs.csv"):
             rows = [f'"name[ab{i}], food[cd]",a restaurant' for i in range(10)]
@@ -697,6 +710,7 @@ def test_each_of_the_papers_runs_works_on_a_small_stand_in(name, capsys):
     stand_ins = {"e2e": "gpt2", "esm": "esm", "deberta": "deberta-v3"}
     model = stand_ins.get(name.partition("_")[0], "roberta")
     folder = writer(model) if name == "e2e" else encoder(model)
+    folder = "tiny-random" if name == "commonsense" else folder
     task = "cola" if name.startswith("as_") else name.removeprefix("deberta_")
     arguments = [] if task == "esm_peptides" else [f"--data={write_official(task)}"]
     config = train.read_config(
@@ -705,12 +719,13 @@ def test_each_of_the_papers_runs_works_on_a_small_stand_in(name, capsys):
     )
     config.retrain_steps = min(config.retrain_steps, 1)
     results = train.train(config)
-    expected = {"cola": "matthews", "stsb": "pearson", "conll2003": "f1", "e2e": "bleu"}
+    expected = dict(cola="matthews", stsb="pearson", conll2003="f1", e2e="bleu", commonsense="acc")
     assert results["metric"] == expected.get(task, "accuracy")
     assert results["after"]["test"][results["metric"]] is not None or name == "stsb"
     run = read_json(Path(results["out_dir"]) / "run.json")
-    axis = "row" if name in ("as_published", "esm_peptides") else "column"
-    assert run["magnitude_axis"] == axis and run["rank"] == 4
+    row = name in ("as_published", "esm_peptides", "commonsense")
+    assert run["magnitude_axis"] == ("row" if row else "column")
+    assert run["rank"] == (32 if name == "commonsense" else 4)
 
 
 # ------------------------------------------------------------------------ a whole file

@@ -9,13 +9,12 @@ import torch
 
 from support.run import distributed, interrupt
 from support.run.files import replacing
-from support.tasks import likelihood
 from support.text.datasets import BUILT_IN
 from support.text.jsonl import count_shared
 from support.text.splits import compared, left_out
 
 SHARES = ("accuracy", "f1", "f1_micro", "f1_macro", "precision", "recall")  # shown in percent
-SHARES += likelihood.NAMES
+SHARES += ("acc", "acc_norm", "acc_token")
 START = """Start with:
     python train.py --config=small.py    (downloads 95 MB, takes about 3 minutes on two CPU cores)
     python train.py --config=tiny.py     (downloads nothing, takes seconds)"""

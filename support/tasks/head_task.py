@@ -120,15 +120,6 @@ class HeadTask:
 
     # -------------------------------------------------------------------- the model, the scores
 
-    def check_vocabulary(self, encoded, shape):
-        """Raise ValueError for a token in any split that the model does not have."""
-        largest = max(max(row.input_ids) for rows in encoded.values() for row in rows)
-        if largest >= shape.vocab_size:
-            raise ValueError(
-                f"the tokenizer produced token {largest}, but the model's vocabulary has only "
-                f"{shape.vocab_size} tokens: take the model's own tokenizer"
-            )
-
     def rehearse(self, rows):
         """Raise ValueError now if a library is missing that the scores will need."""
         if self.kind == "tagging":

@@ -150,9 +150,8 @@ class DecoderWithHead(Head):
         """As in forward; the last token, which has seen all others, stands for a row."""
         ends = real & ~F.pad(real[:, 1:], (0, 1))
         wanted = real if self.kind == "tagging" else ends  # (B, T)
-        # `supervised` gives the hidden states before each token that has a label.
-        labels = F.pad(torch.where(wanted, 0, IGNORED), (1, 0), value=IGNORED)
-        hidden, _ = self.decoder.supervised(F.pad(input_ids, (0, 1)), labels)
+        places = [row.nonzero().flatten().tolist() for row in wanted]
+        hidden = self.decoder.states(input_ids.tolist(), places)
         logits = self.score(hidden.to(self.dtype))
         if self.kind != "tagging":
             return logits

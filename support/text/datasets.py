@@ -69,6 +69,7 @@ PEPTIDES = dict(
 QUESTION = (
     "Is the sentiment of this {} review positive or negative? Answer with one word.\n\n{{text}}"
 )
+PROVERB = "{} This narrative is a good illustration of the following proverb:"
 
 
 @dataclass(frozen=True)
@@ -187,36 +188,20 @@ def presuppositions():
     )
 
 
-def epistemic_reasoning():
-    """2,000 premises and hypotheses about what people believe and know."""
-    return text_pairs("epistemic_reasoning", r"Premise: (.*) Hypothesis: (.*)")
-
-
-def metaphors():
-    """680 times a metaphor and a sentence that may say the same; a metaphor is a group."""
-    return text_pairs("metaphor_boolean", r"(.*) <--> (.*)", lambda _, text: text)
-
-
-def choices(task, ending=""):
+def choices(task, template):
     """
-    A BIG-bench task with choices, without questions that it answers in two ways. ending: of each
-    prompt, after an example's input.
+    A BIG-bench task with choices; those with one right choice are a group. template: of prompts,
+    with {} for an example's input.
     """
-    examples = {}
+    examples = {}  # {prompt: its example, or None if it has two right answers}
     for example in big_bench(task):
         texts, scores = zip(*example["target_scores"].items())
-        prompt = example["input"].strip() + ending
-        one = {"prompt": prompt, "choices": list(texts), "answer": scores.index(max(scores))}
+        answer = scores.index(max(scores))
+        prompt = template.format(example["input"].strip())
+        one = dict(prompt=prompt, choices=list(texts), answer=answer, group=texts[answer])
         if examples.setdefault(prompt, one) != one:
             examples[prompt] = None
     return [example for example in examples.values() if example]
-
-
-def proverbs():
-    """1,000 times a story and five proverbs; the ten stories of the right proverb are a group."""
-    ending = " This narrative is a good illustration of the following proverb:"
-    examples = choices("abstract_narrative_understanding/4_distractors", ending)
-    return [example | {"group": example["choices"][example["answer"]]} for example in examples]
 
 
 def restaurants():
@@ -348,7 +333,7 @@ BUILT_IN = {
         "She had been singing.",
     ),
     "epistemic-nli": DataSet(
-        epistemic_reasoning,
+        partial(text_pairs, "epistemic_reasoning", r"Premise: (.*) Hypothesis: (.*)"),
         "Does the second text follow from the first: entailment or non-entailment?"
         "\n\n1: {text}\n2: {text_b}",
         "Ann knows that Bob thinks that it rains.",
@@ -356,7 +341,7 @@ BUILT_IN = {
         "Bob thinks that it rains.",
     ),
     "paraphrase": DataSet(
-        metaphors,
+        partial(text_pairs, "metaphor_boolean", r"(.*) <--> (.*)", lambda _, text: text),
         "Does the second text say what the first one means? Answer True or False."
         "\n\n1: {text}\n2: {text_b}",
         "Her words were knives.",
@@ -372,15 +357,12 @@ BUILT_IN = {
         "CC BY-SA 4.0",
     ),
     "social-iqa": DataSet(
-        partial(choices, "social_iqa"),
-        "",
-        "Ann lent Bob her umbrella. How would you describe Ann?",
-        "none stated; BIG-bench says Apache 2.0",
+        partial(choices, "social_iqa", "Q: {}\nA:"), "", "Q: Ann is ill. Why? A:", "none stated"
     ),
     "proverbs": DataSet(
-        proverbs,
+        partial(choices, "abstract_narrative_understanding/4_distractors", PROVERB),
         "",
-        "Ann saved a coin a day and bought a boat. The proverb for this story is:",
+        PROVERB.format("Ann saved a coin a day and bought a boat."),
         "Apache 2.0",
     ),
     "peptides": DataSet(

@@ -221,8 +221,8 @@ def check_choices(choices, answer):
     if len(choices) < 2 or not all(map(str.strip, choices)):
         raise ValueError(f"the choices are {choices!r:.80}: give two or more, and none empty")
     if type(answer) is not int or not 0 <= answer < len(choices):
-        last = len(choices) - 1
-        raise ValueError(f"'answer' is {answer!r:.40}: give the right choice's place, 0 to {last}")
+        places = f"0 to {len(choices) - 1}"
+        raise ValueError(f"'answer' is {answer!r:.40}: give the right choice's place, {places}")
 
 
 def check_score(score):

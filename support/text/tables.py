@@ -41,7 +41,6 @@ LAYOUTS = (  # {key: column}; a table has the first layout whose columns it has
     {"words": "words", "tags": "tags"},
     {"words": "tokens", "tags": "ner_tags"},
 )
-CHOICE = re.compile(r"choice_(\d|[1-9]\d)")  # kept with choice_0
 COLA_HEADER = ["source", "label", "annotation", "sentence"]  # CoLA's files have no header
 csv.field_size_limit(2**31 - 1)  # a cell may be as long as any text
 
@@ -214,7 +213,7 @@ def examples_of(path, rows, tidy=False):
 
 def gather_choices(fields):
     """Make one list of choice_0, choice_1, …, without empty ones at its end."""
-    count = 1 + max(int(key[7:]) for key in fields if CHOICE.fullmatch(key))
+    count = 1 + max(int(key[7:]) for key in fields if key.startswith("choice_"))
     choices = [fields.pop(f"choice_{i}", None) or "" for i in range(count)]
     while choices and not choices[-1]:
         choices.pop()
@@ -232,7 +231,8 @@ def layout_of(header, where):
     for layout in LAYOUTS:
         if set(layout.values()) <= set(names):
             optional = (*OPTIONAL.get(format_of(layout), ()), "group")
-            optional += tuple(filter(CHOICE.fullmatch, names if "choice_0" in layout else ()))
+            if "choice_0" in layout:
+                optional += tuple(name for name in names if re.fullmatch(r"choice_\d{1,2}", name))
             layout = layout | {name: name for name in optional if name in names}
             return {key: names.index(column) for key, column in layout.items()}
 

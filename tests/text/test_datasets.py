@@ -207,6 +207,7 @@ METAPHORS = [
     for animal in ("fox", "lion", "mouse", "snail", "bee")
     for like, label in [(f"like a {animal}", "True"), (f"the owner of a {animal}", "False")]
 ]
+PROVERBS = [f"Proverb {k}" for k in range(5)]
 CONTENT = {
     "vitaminc_fact_verification": [*FACTS, FACTS[0]],
     "presuppositions_as_nli": [*INFERENCES, INFERENCES[3]],
@@ -217,6 +218,13 @@ CONTENT = {
         {"input": "name: Red, area: riverside", "target": "Red is by the river."},
         {"input": "name: Blue, area: city", "target": "In the city you find Blue."},
         {"input": "name: Blue, area: city", "target": "Blue is in the city."},
+    ],
+    "social_iqa": [  # How? has two answers
+        source(question, label, ("joy", "pay", "heat"))
+        for question, label in [("Why? ", "pay"), ("How? ", "joy"), ("How? ", "pay")] * 2
+    ],
+    "abstract_narrative_understanding/4_distractors": [
+        source(f"Story {i}{j}.", PROVERBS[i], PROVERBS) for i in range(5) for j in range(4)
     ],
 }
 
@@ -279,10 +287,20 @@ def test_a_meaning_has_each_of_its_descriptions_once(archive):
     ]
 
 
+def test_choices_are_the_source_s_without_questions_that_have_two_answers(archive):
+    [example] = BUILT_IN["social-iqa"].load()
+    assert example.pop("group") == "pay"
+    assert example == {"prompt": "Q: Why?\nA:", "choices": ["joy", "pay", "heat"], "answer": 1}
+    example = BUILT_IN["proverbs"].load()[9]
+    assert example.pop("prompt").startswith("Story 21. This narrative is a good illustration of")
+    assert example == {"choices": PROVERBS, "answer": 2, "group": "Proverb 2"}
+
+
 @pytest.mark.parametrize(
     "name, source",
     [
         ("fact-verification", lambda example: example["text"].split(":")[0]),
+        ("proverbs", lambda example: example["prompt"][:7]),
         ("nli", lambda example: "".join(filter(str.isdigit, example["text"]))),
         ("paraphrase", lambda example: example["text"]),
     ],
@@ -300,7 +318,7 @@ def test_the_archive_is_read_once(archive):
     archive.unlink()
     assert BUILT_IN["e2e"].load() == expected
     assert all(BUILT_IN[name].load() for name in PAIRS)
-    assert len(os.listdir(archive.parent / "cache" / "big-bench")) == 5  # nothing else is left
+    assert len(os.listdir(archive.parent / "cache" / "big-bench")) == 7  # nothing else is left
 
 
 def test_a_damaged_file_is_named_and_taken_out_again_once_deleted(archive):

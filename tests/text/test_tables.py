@@ -8,7 +8,6 @@ import pyarrow.parquet
 import pytest
 
 from data import load_examples
-from support.text.jsonl import format_of
 from support.text.tables import read_conll, read_glue, read_table
 
 
@@ -36,6 +35,7 @@ def refused(read, path, place, said):
 # ------------------------------------------------------------------------------ CSV and parquet
 
 EMPTY = "the answer is empty: fill in"
+CHOICE = {"prompt": "x", "choices": ["y", "z"], "answer": 1}
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,8 @@ EMPTY = "the answer is empty: fill in"
         ("text_a,text_b,score\nx,y,3", {"text": "x", "text_b": "y", "score": 3.0}),
         ("text,label,group\nHi,a,g1", {"text": "Hi", "label": "a", "group": "g1"}),
         ("mr,ref\nname[Aida],Aida.", {"prompt": "name[Aida]", "references": ["Aida."]}),
+        ("prompt,choice_0,choice_1,answer\nx,y,z,1", CHOICE),
+        ("choice_1,answer,choice_2,prompt,choice_0\nz,1,,x,y", CHOICE),
     ],
 )
 def test_the_columns_decide_an_example_s_keys(write, text, example):
@@ -100,18 +102,6 @@ def test_e2e_s_references_are_joined_by_meaning(write):
 
 
 @pytest.mark.parametrize(
-    "text, name",
-    [
-        ("text,label\na,b", "classification"),
-        ("prompt,completion\na,b", "prompt"),
-        ("instruction,output\na,b", "instruction"),
-    ],
-)
-def test_single_texts_are_in_the_formats_of_jsonl_files(write, text, name):
-    assert format_of(read_table(write(text))[0]) == name
-
-
-@pytest.mark.parametrize(
     "text, line, said",
     [
         ("text,answer\nx,y", 1, "the columns are text, answer; these are needed: "),
@@ -125,6 +115,9 @@ def test_single_texts_are_in_the_formats_of_jsonl_files(write, text, name):
         ("prompt,completion\nx,", 2, f"{EMPTY} 'completion'"),
         ("instruction,output\nx,", 2, f"{EMPTY} 'output'"),
         ("mr,ref\nx,", 2, f"{EMPTY} 'ref'"),
+        ("prompt,choice_0,choice_2,answer\nx,y,z,0", 2, "the choices are ['y', '', 'z']"),
+        ("prompt,choice_0,choice_1,answer\nx,y,z,2", 2, "'answer' is 2: give the right choice's"),
+        ("prompt,choice_1,choice_2,answer\nx,y,z,1", 1, "prompt + choice_0 + answer"),
         ("text,score\nx,high", 2, "'score' is 'high', not a number"),
         ("text,score\nx,1_0", 2, "'score' is '1_0', not a number"),
         ("text,score\nx,３", 2, "'score' is '３', not a number"),
@@ -175,6 +168,8 @@ def parquet(tmp_path, **columns):
 def test_parquet_columns_become_texts_and_numbers(tmp_path):
     path = parquet(tmp_path, text=["a", "b"], label=[0, 1], idx=[7, 8])
     assert read_table(path) == [{"text": "a", "label": "0"}, {"text": "b", "label": "1"}]
+    for choices in ({"choices": [["y", "z"]]}, {"choice_0": ["y"], "choice_1": ["z"]}):
+        assert read_table(parquet(tmp_path, prompt=["x"], answer=[1], **choices)) == [CHOICE]
     path = parquet(tmp_path, text_a=["a"], text_b=["b"], score=[2.5])
     assert read_table(path) == [{"text": "a", "text_b": "b", "score": 2.5}]
 
