@@ -197,7 +197,7 @@ def family_of(run, tokenizer):
     """The task of a run, a HeadTask or a LanguageTask. tokenizer: from load."""
     if isinstance(tokenizer, HeadTask):
         return tokenizer
-    labels = run["labels"] if run["task"] == "label_words" else []
+    labels = run["labels"] if run.get("task") == "label_words" else []
     search = {} if labels else tasks.search_options(run)
     question, label_ids = run.get("label_prompt", ""), tokenize_labels(labels, tokenizer)
     return tasks.LanguageTask(tokenizer, question, label_ids, False, search, None)
@@ -205,15 +205,9 @@ def family_of(run, tokenizer):
 
 def predict_file(model, tokenizer, run, config):
     """Write the predictions of a file, and print their scores if its answers are there."""
-    if run.get("task") not in predict.TASKS:
-        raise ValueError(f"--file needs a run of a task that predicts: {', '.join(predict.TASKS)}")
-    family, form = family_of(run, tokenizer), predict.form_of(run["task"], run.get("raw"))
     paths = Path(config.file), Path(config.out)
-    scores = predict.predict(family, model, *paths, form, run["block_size"])
-    print(
-        *(f"{name:>10}  {score:.4f}" for name, score in scores.items() if score is not None),
-        sep="\n",
-    )
+    scores = predict.predict(family_of(run, tokenizer), model, run, *paths)
+    print(*(f"{name:>10}  {score:.4f}" for name, score in scores.items()), sep="\n")
     print(f"saved {config.out}")
 
 

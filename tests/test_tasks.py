@@ -774,7 +774,7 @@ def test_a_file_is_predicted_as_the_run_evaluated_it(family, monkeypatch, capsys
     lines = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
     assert len(lines) == 40 and not list(Path().glob("*.part"))
 
-    answer = FORMATS[predict.form_of(family, True)][-1]
+    answer = FORMATS[predict.form_of({"task": family, "raw": True})][-1]
     unknown = [{k: x for k, x in example.items() if k != answer} for example in examples]
     write("new.jsonl", unknown)
     assert sample.main([*command[:2], "--out=again.jsonl"]) == 0

@@ -26,9 +26,11 @@ TASKS = {  # the format of a task's examples
 ANY_ANSWER = {"labels": [], "score": 0.0, "references": ["?"], "completion": "?", "output": "?"}
 
 
-def form_of(task, raw):
-    """The key of FORMATS for the examples of a run. raw: whether no chat template frames them."""
-    return "prompt" if raw and task == "language_model" else TASKS[task]
+def form_of(run):
+    """The key of FORMATS for the examples of a run, its run.json. Raises ValueError for others."""
+    if (task := run.get("task")) not in TASKS:
+        raise ValueError(f"--file needs the adapter of a run; its task may be {', '.join(TASKS)}")
+    return "prompt" if run.get("raw") and task == "language_model" else TASKS[task]
 
 
 def read_questions(path, form):
@@ -84,15 +86,16 @@ def line_of(prediction, answer, as_csv):
     return line.getvalue()
 
 
-def predict(family, model, path, out, form, block_size):
+def predict(family, model, run, path, out):
     """
     Write the file `out` of a file's predictions; return their scores, {} if an answer is
     missing. Raises ValueError or OSError.
     """
     if out.exists():
         raise ValueError(f"{out} exists: choose another --out")
+    form = form_of(run)
     examples, answers = read_questions(path, form)
-    rows = encode(family, examples, form, block_size)
+    rows = encode(family, examples, form, run["block_size"])
     of_this = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     part = out.with_name(f"{out.name}.{of_this}.part")  # JSON, whatever out is
     done = [json.loads(line) for line in part.read_text().splitlines()] if part.exists() else []
@@ -116,4 +119,5 @@ def predict(family, model, path, out, form, block_size):
     if None in answers or form in ("prompt", "instruction"):
         return {}
     convert = float if form == "regression" else lambda answer: answer  # CSV has texts
-    return family.scores([(x, convert(answer)) for x, answer in zip(done, answers)])
+    scores = family.scores([(x, convert(answer)) for x, answer in zip(done, answers)])
+    return {name: score for name, score in scores.items() if score is not None}
