@@ -3,7 +3,6 @@ Use a trained model: classify, answer a prompt, or hold a conversation.
 
     python sample.py --adapter=out/small --prompt="Dull, clumsy and far too long."
     python sample.py --adapter=out/pairs --prompt="A man sleeps." --prompt_b="Nobody is awake."
-    python sample.py --adapter=out/mine --prompt="Explain rainbows."
     python sample.py --adapter=out/mine --chat
     python sample.py --adapter=out/mine --file=test.csv --out=predictions.csv
     python sample.py --model=smollm2-135m --chat                    the base model, for comparison
@@ -206,8 +205,8 @@ def family_of(run, tokenizer):
 def predict_file(model, tokenizer, run, config):
     """Write the predictions of a file, and print their scores if its answers are there."""
     paths = Path(config.file), Path(config.out)
-    scores = predict.predict(family_of(run, tokenizer), model, run, *paths)
-    print(*(f"{name:>10}  {score:.4f}" for name, score in scores.items()), sep="\n")
+    for name, score in predict.predict(family_of(run, tokenizer), model, run, *paths).items():
+        print(f"{name:>10}  {score:.4f}")
     print(f"saved {config.out}")
 
 

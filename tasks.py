@@ -85,12 +85,8 @@ def build(name, config, folder, question, labels, glue, began=None):
 
 def search_options(settings):
     """beam_search's options, of a run's settings as a dict."""
-    return dict(
-        max_new_tokens=settings["max_new_tokens"],
-        beams=settings["num_beams"],
-        length_penalty=settings["length_penalty"],
-        no_repeat_ngram=settings["no_repeat_ngram_size"],  # an answer names what the prompt names
-    )
+    names = "max_new_tokens num_beams length_penalty no_repeat_ngram_size"
+    return {name: settings[name] for name in names.split()}
 
 
 def load_model(family, folder, dtype, device, rows=(), own_head=False, **options):

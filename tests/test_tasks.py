@@ -294,7 +294,7 @@ def test_a_greedy_text_is_what_generate_writes():
     """On a model that has learnt to copy a word; beams are tested in test_any_model.py."""
     trained("generation", model="tiny-random", max_new_tokens=8, lower_lr=1e-2)
     model, tokenizer, _ = sample.load("run")
-    search = dict(max_new_tokens=8, beams=1, length_penalty=1.0, no_repeat_ngram=0)
+    search = dict(max_new_tokens=8, num_beams=1, length_penalty=1.0, no_repeat_ngram_size=0)
     task = tasks.LanguageTask(tokenizer, "", {}, False, search, None)
     rows, _ = task.encode(make("generation", 5), 64)
     _, _, pairs = task.evaluate(model, rows)

@@ -392,13 +392,14 @@ class AnyLanguageModel(Borrowed):
 
     @torch.no_grad()
     def beam_search(
-        self, prompts, max_new_tokens, stop_ids, beams, length_penalty, no_repeat_ngram
+        self, prompts, stop_ids, max_new_tokens, num_beams, length_penalty, no_repeat_ngram_size
     ):
         """
         The best continuation of each prompt (a list of token ids): the new ids, without the stop
         token. length_penalty: a sequence's sum of log p is divided by its length to this power;
-        no_repeat_ngram: the length of n-grams that an answer may not repeat, or 0; the prompt's do
-        not count, as in LoRA's code (arXiv 2106.09685). Raises ValueError for an empty prompt.
+        no_repeat_ngram_size: the length of n-grams that an answer may not repeat, or 0; those of
+        the prompt do not count, as in LoRA's code (arXiv 2106.09685). Raises ValueError for an
+        empty prompt.
         """
         if not all(prompts):
             raise ValueError(f"prompt {prompts.index([])} (from 0) is empty: give it a token")
@@ -409,8 +410,9 @@ class AnyLanguageModel(Borrowed):
         # It does not know the n-grams of embeddings.
         embedded = self.hf.get_input_embeddings()(ids.to(device))
         inputs = dict(inputs_embeds=embedded, attention_mask=real.long().to(device))
-        options = dict(num_beams=beams, do_sample=False, no_repeat_ngram_size=no_repeat_ngram)
-        options |= dict(length_penalty=length_penalty) if beams > 1 else {}
+        options = dict(num_beams=num_beams, do_sample=False)
+        options |= dict(no_repeat_ngram_size=no_repeat_ngram_size)
+        options |= dict(length_penalty=length_penalty) if num_beams > 1 else {}
         with warnings.catch_warnings(action="ignore"):  # of just these n-grams
             rows = self.continued(inputs, max_new_tokens, stop_ids, **options).tolist()
         return [list(itertools.takewhile(lambda token: token not in stop_ids, row)) for row in rows]

@@ -456,7 +456,7 @@ def test_what_it_writes_is_what_transformers_writes(name, tmp_path):
         embeds = peer.get_input_embeddings()(ids)
         search = options | dict(num_beams=4, length_penalty=0.9, no_repeat_ngram_size=2)
         [expected] = peer.generate(inputs_embeds=embeds, **search).tolist()
-        assert model.beam_search([row, ROWS[0]], 8, (), 4, 0.9, 2)[0] == expected
+        assert model.beam_search([row, ROWS[0]], (), 8, 4, 0.9, 2)[0] == expected
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
@@ -472,10 +472,10 @@ def test_the_two_back_ends_are_equal(family, tmp_path):
     for prompts, answers in itertools.product((ROWS, alike, alike[:1]), ([[3]], ANSWERS)):
         theirs = other.score(prompts, answers)
         torch.testing.assert_close(own.score(prompts, answers), theirs, rtol=0, atol=1e-5)
-    search = dict(max_new_tokens=12, stop_ids=[2, 3], beams=3, length_penalty=0.9)
+    search = dict(max_new_tokens=12, stop_ids=[2, 3], num_beams=3, length_penalty=0.9)
     for ngram in (0, 2):
-        answers = as_any(own).beam_search(ROWS, **search, no_repeat_ngram=ngram)
-        assert answers == other.beam_search(ROWS, **search, no_repeat_ngram=ngram)
+        answers = as_any(own).beam_search(ROWS, **search, no_repeat_ngram_size=ngram)
+        assert answers == other.beam_search(ROWS, **search, no_repeat_ngram_size=ngram)
     ids = torch.tensor(ROWS[:1])
     torch.testing.assert_close(as_any(own)(ids), own(ids), rtol=0, atol=1e-5)
     gradients = []
@@ -485,7 +485,7 @@ def test_the_two_back_ends_are_equal(family, tmp_path):
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     with refused("prompt 1 .from 0. is empty"):
-        other.beam_search([[4], []], **search, no_repeat_ngram=0)
+        other.beam_search([[4], []], **search, no_repeat_ngram_size=0)
 
 
 def test_a_language_models_adapter_is_peft_and_merges(tmp_path):
