@@ -213,7 +213,7 @@ def encode(examples, tokenizer, block_size, label_prompt="", label_ids=None, tra
         room = block_size - len(longest) + len(answer)
         cut += shortened or len(ids) > room
         row = Encoded(ids[-room:], targets[-room:], example.get("label"), notes=notes)
-        if kind not in ("messages", "instruction"):
+        if kind != "messages":
             row.prompt_ids = row.input_ids[: -len(answer)]
         if kind in ("prompt", "generation"):
             row.references = example.get("references") or [example["completion"].strip()]

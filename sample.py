@@ -142,8 +142,7 @@ def check(config):
         raise ValueError("give --adapter=out/..., or --model=... for a base model")
     if [config.chat, bool(config.prompt), bool(config.file)].count(True) != 1:
         raise ValueError('give one of --prompt="...", --chat and --file=...')
-    if bool(config.file) != bool(config.out):
-        raise ValueError("--file=... and --out=... go together: questions and predictions")
+    predict.check(config.file, config.out)
     rules.refuse(rules.values(config, {"quantize": ("", "none", *KINDS)}), rules.device(config))
     if config.top_p > 1:
         raise ValueError(f"top_p={config.top_p} must be at most 1")

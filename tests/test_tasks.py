@@ -780,17 +780,32 @@ def test_a_file_is_predicted_as_the_run_evaluated_it(family, monkeypatch, capsys
     assert sample.main([*command[:2], "--out=again.jsonl"]) == 0
     again = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]
     assert again == [{"prediction": line["prediction"]} for line in lines]
-    assert sample.main(command) == 2
-    assert "found.jsonl exists: choose another --out" in capsys.readouterr().err
 
 
 def test_a_csv_file_is_predicted_into_csv(capsys):
+    """Its columns and blanks are read as in training; an unknown label is said."""
     trained("classification", model=encoder(), method="lora")
-    Path("new.csv").write_text('text,text_b\n"ab cd",e\n"de, e",ab\n')
-    assert sample.main(["--adapter=run", "--file=new.csv", "--out=found.csv"]) == 0
+    Path("new.csv").write_text('sentence1,sentence2,label\n"ab cd",e, p\n"de, e",ab,z \n')
+    ask = ["--adapter=run", "--file=new.csv"]
+    assert sample.main([*ask, "--out=found.csv"]) == 0
     header, *rows = Path("found.csv").read_text().splitlines()
-    assert header == "prediction,answer" and len(rows) == 2
+    assert header == "prediction,answer" and [row.split(",")[1] for row in rows] == ["p", "z"]
     assert all(row.partition(",")[0] in "pqr" for row in rows)
+    assert "note: the run did not learn z" in capsys.readouterr().err
     Path("new.csv").write_text("words\nab\n")
-    assert sample.main(["--adapter=run", "--file=new.csv", "--out=more.csv"]) == 2
-    assert "new.csv:2: 'text' is missing, which the run's examples have" in capsys.readouterr().err
+    for out, said in (
+        ("more.csv", "new.csv:2: 'text' is missing, which the run's examples have"),
+        ("found.csv", "found.csv exists: choose another --out"),
+        ("nowhere/more.csv", "nowhere is no folder: make it, or choose another --out"),
+    ):
+        assert sample.main([*ask, f"--out={out}"]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_instructions_of_a_file_are_answered(capsys):
+    rows = [{"instruction": f"say {i}", "output": "yes"} for i in range(24)]
+    settings = dict(train_file=write("train.jsonl", rows), search_steps=20, retrain_steps=40)
+    trained(model="tiny-random", lower_lr=2e-2, **settings)
+    assert sample.main(["--adapter=run", "--file=train.jsonl", "--out=found.jsonl"]) == 0
+    lines = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
+    assert lines == [{"prediction": "yes", "answer": "yes"}] * 24

@@ -11,10 +11,12 @@ import csv
 import hashlib
 import io
 import json
+import sys
+from pathlib import Path
 
 from support.run import progress
-from support.text.jsonl import FORMATS, OPTIONAL, parse
-from support.text.tables import csv_rows
+from support.text.jsonl import FORMATS, OPTIONAL, format_of, of_each, parse
+from support.text.tables import LAYOUTS, bare_cell, csv_rows
 
 ROWS = 32  # in a forward pass
 TASKS = {  # the format of a task's examples
@@ -29,7 +31,9 @@ ANY_ANSWER = {"labels": [], "score": 0.0, "references": ["?"], "completion": "?"
 def form_of(run):
     """The key of FORMATS for the examples of a run, its run.json. Raises ValueError for others."""
     if (task := run.get("task")) not in TASKS:
-        raise ValueError(f"--file needs the adapter of a run; its task may be {', '.join(TASKS)}")
+        raise ValueError(
+            f"--file needs a run of a task among {', '.join(TASKS)}; this one is {task or 'no run'}"
+        )
     return "prompt" if run.get("raw") and task == "language_model" else TASKS[task]
 
 
@@ -40,17 +44,9 @@ def read_questions(path, form):
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a JSONL or CSV file")
-    if path.suffix.lower() == ".csv":
-        (_, header), *rows = csv_rows(path)
-        names = [name.strip().lower() for name in header]
-        lines = [(where, dict(zip(names, cells))) for where, cells in rows]
-    else:
-        numbered = enumerate(path.read_bytes().splitlines(), 1)
-        lines = [(f"{path}:{number}", line) for number, line in numbered if line.strip()]
-
     *needed, answer = FORMATS[form]
     asked, examples, answers = (*needed, *OPTIONAL.get(form, ())), [], []
-    for where, line in lines:
+    for where, line in csv_lines(path, form) if is_csv(path) else numbered(path):
         try:
             fields = parse(line) if isinstance(line, bytes) else line
             if missing := [key for key in needed if not fields.get(key)]:
@@ -59,10 +55,37 @@ def read_questions(path, form):
             raise ValueError(f"{where}: {error}") from None
         examples.append({key: fields[key] for key in asked if fields.get(key)})
         given = fields.get(answer)
+        if answer in ("label", "labels"):  # as in training
+            given = of_each(given, lambda name: name.strip() if isinstance(name, str) else name)
         answers.append(None if given == "" else given)
     if not examples:
         raise ValueError(f"{path} holds no examples")
     return examples, answers
+
+
+def is_csv(path):
+    return path.suffix.lower() == ".csv"
+
+
+def numbered(path):
+    """(file and line, its bytes) of each line that is not empty."""
+    lines = enumerate(path.read_bytes().splitlines(), 1)
+    return [(f"{path}:{number}", line) for number, line in lines if line.strip()]
+
+
+def csv_lines(path, form):
+    """(file and line, {key: cell}) of each row, by the columns of any of LAYOUTS, or by keys."""
+    (_, header), *rows = csv_rows(path)
+    names = [name.strip().lower() for name in header]
+    layouts = [x for x in LAYOUTS if format_of(x) == form]
+    asks = [{k: c for k, c in x.items() if k != FORMATS[form][-1]} for x in layouts]
+    fitting = [x for x, asked in zip(layouts, asks) if {*asked.values()} <= {*names}]
+    keys = {column: key for key, column in (fitting[0] if fitting else {}).items()}
+    named = [keys.get(name, name) for name in names]
+    return [
+        (where, {key: bare_cell(cell, key) for key, cell in zip(named, cells)})
+        for where, cells in rows
+    ]
 
 
 def encode(family, examples, form, block_size):
@@ -86,13 +109,21 @@ def line_of(prediction, answer, as_csv):
     return line.getvalue()
 
 
+def check(file, out):
+    """Raise ValueError unless both or neither are given, and out is new and in a folder."""
+    if bool(file) != bool(out):
+        raise ValueError("--file=... and --out=... go together: questions and predictions")
+    if out and Path(out).exists():
+        raise ValueError(f"{out} exists: choose another --out")
+    if out and not Path(out).parent.is_dir():
+        raise ValueError(f"{Path(out).parent} is no folder: make it, or choose another --out")
+
+
 def predict(family, model, run, path, out):
     """
     Write the file `out` of a file's predictions; return their scores, {} if an answer is
     missing. Raises ValueError or OSError.
     """
-    if out.exists():
-        raise ValueError(f"{out} exists: choose another --out")
     form = form_of(run)
     examples, answers = read_questions(path, form)
     rows = encode(family, examples, form, run["block_size"])
@@ -104,20 +135,26 @@ def predict(family, model, run, path, out):
         open(part, "a", encoding="utf-8") as file,
     ):
         for start in range(len(done), len(rows), ROWS):
-            _, _, pairs = family.evaluate(model, rows[start : start + ROWS])
+            try:
+                _, _, pairs = family.evaluate(model, rows[start : start + ROWS])
+            except KeyboardInterrupt:
+                print("\nthe same command resumes the predictions", file=sys.stderr)
+                raise
             found = [prediction for prediction, _ in pairs]
             file.write("".join(json.dumps(prediction) + "\n" for prediction in found))
             file.flush()
             done += found
             bar.update(len(found))
 
-    as_csv = out.suffix.lower() == ".csv"
-    lines = [line_of(*pair, as_csv) for pair in zip(done, answers)]
-    text = "prediction,answer\n" * as_csv + "".join(lines)
+    lines = [line_of(*pair, is_csv(out)) for pair in zip(done, answers)]
+    text = "prediction,answer\n" * is_csv(out) + "".join(lines)
     part.write_text(text, encoding="utf-8")
     part.replace(out)
     if None in answers or form in ("prompt", "instruction"):
         return {}
+    names = {*getattr(family, "label_ids", ())} | {*getattr(family, "names", ())}
+    if form == "classification" and (unknown := {*map(str, answers)} - names):
+        print(f"note: the run did not learn {', '.join(sorted(unknown))}", file=sys.stderr)
     convert = float if form == "regression" else lambda answer: answer  # CSV has texts
     scores = family.scores([(x, convert(answer)) for x, answer in zip(done, answers)])
     return {name: score for name, score in scores.items() if score is not None}
