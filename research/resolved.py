@@ -81,13 +81,13 @@ class Problem:
 
         self.task, self.whole, self.ridge, self.seed = task, task.model, given.ridge, seed
         self.rows = task.encoded | {"all": task.encoded["train"] + task.encoded["val"]}
-        self.inputs = {}
+        base, self.inputs = self.whole.hf.base_model, {}
         for split, rows in self.rows.items():
             ids, mask, types, targets = task.family.collate(rows)
             with torch.no_grad():
-                hidden = self.whole.encoder(ids, mask, types)  # zero at padding
+                hidden = base(ids, mask, types).last_hidden_state * mask[..., None]
             self.inputs[split] = (hidden.sum(1) / mask.sum(1, keepdim=True)).double(), targets
-        layers = self.whole.encoder.pooler.dense, torch.nn.Tanh(), self.whole.classifier
+        layers = base.pooler.dense, torch.nn.Tanh(), self.whole.classifier
         self.model = torch.nn.Sequential(*layers).double()
 
     def loss(self, model, split):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_heads import tokenizers as write_tokenizer
 from test_tasks import encoder
 
 import bidora
@@ -23,7 +24,9 @@ def small(tmp_path, monkeypatch, request):
 
 
 def given(**settings):
-    return Resolved(model=encoder(), domains=("toy-sentiment",), **settings)
+    folder = encoder()
+    write_tokenizer(Path(folder), "roberta")  # which knows every text
+    return Resolved(model=folder, domains=("toy-sentiment",), **settings)
 
 
 def test_the_implicit_hypergradient_is_the_slope_of_the_solved_lower_level():

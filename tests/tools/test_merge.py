@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import transformers
-from test_train import elsewhere, trained, write  # noqa: F401  (elsewhere: a fixture for all)
+from test_train import trained, write
 
 import sample
 from support.weights.pretrained import find_model
 from tools import merge
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def change(path, **values):
