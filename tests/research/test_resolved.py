@@ -58,7 +58,7 @@ def test_each_arm_searches_as_its_name_says():
     assert search(problem, "m-fixed") == found["m-fixed"]  # whatever was drawn before it
     assert found["m-fixed"]["moved"] == 0
     val = {arm: result["val"] for arm, result in found.items()}
-    searched = set(ARMS) - {"m-fixed", "m-joint"}
+    searched = set(ARMS) - {"m-fixed", "m-joint", "identity"}  # coefficient 1 may point uphill
     assert all(val[arm] < val["m-fixed"] for arm in searched)
     assert len(set(val.values())) == len(ARMS)  # no two are the same search
     for result in found.values():
