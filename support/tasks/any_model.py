@@ -154,7 +154,8 @@ def load(folder, head, dtype, device, **settings):
 
     base, parts = hf.base_model_prefix + ".", [name for name, _ in hf.base_model.named_children()]
     misshapen = sorted(said["mismatched_keys"])
-    for name in sorted({*said["missing_keys"], *(name for name, *_ in misshapen)}):
+    lost = {*said["missing_keys"], *(name for name, *_ in misshapen)}
+    for name in sorted(lost):
         if name.startswith(base) and not UNUSED.search(name):
             raise ValueError(f"{folder}: tensor {name} is missing, or of another shape")
     for name in sorted(said["unexpected_keys"]):
@@ -167,12 +168,7 @@ def load(folder, head, dtype, device, **settings):
         if hf.get_input_embeddings().weight is not hf.get_output_embeddings().weight:
             print(hf_format.UNTIED.format(folder=folder))
     own = dropouts | {"pad_token_id": config.pad_token_id}
-    return (
-        hf.requires_grad_(False).to(device),
-        own,
-        {*said["missing_keys"], *(n for n, *_ in misshapen)},
-        misshapen,
-    )
+    return hf.requires_grad_(False).to(device), own, lost, misshapen
 
 
 class Borrowed(nn.Module):
