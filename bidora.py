@@ -35,6 +35,7 @@ try:
 except ImportError:  # copied alone into another project: ordinary weights, plain formulas
     quantized = SimpleNamespace(
         linear=lambda x, weight, bias=None: F.linear(x, weight.to(x.dtype), bias),
+        products=lambda weight, *xs: [F.linear(x, weight.to(x.dtype)) for x in xs],
         transposed=torch.matmul,
         blocks=lambda weight, dtype: [(0, weight.size(0), weight.to(dtype))],
         dequantize=lambda weight, dtype: weight.to(dtype),
@@ -180,7 +181,7 @@ class BiDoRALinear(nn.Linear):
         self.register_load_state_dict_post_hook(BiDoRALinear.cache_norms)
 
         self.method.build(self, device=self.weight.device, dtype=self.weight_squares.dtype)
-        self.reset_direction()
+        self.method.start(self)
 
         # m starts at ‖W0‖ as forward computes it, so that the ratio is exactly 1. A row of zeros
         # has no direction: its m is exactly 0, so ratio and gradients are 0, and the row stays.
@@ -188,10 +189,6 @@ class BiDoRALinear(nn.Linear):
         if self.method.magnitude:
             start = torch.where(self.weight_squares > 0, self.direction_norm().detach(), 0.0)
             self.lora_magnitude_vector = nn.Parameter(start)
-
-    def reset_direction(self):
-        """Start afresh what the lower level trains; a magnitude stays."""
-        self.method.start(self)
 
     def factors(self):
         """A, (rank, in), and s·B, (out, rank), of the update."""
@@ -235,14 +232,8 @@ class BiDoRALinear(nn.Linear):
                 return self.forward(x.to(torch.get_autocast_dtype(device)))
 
         row = self.magnitude_axis == "row"
-        if self.method.magnitude:
-            norm = self.direction_norm()  # (out,) or (in,)
-            norm = norm if self.norm_grad == "exact" else norm.detach()
-            # ratio·y is computed as y + (ratio - 1)·y: near 1, bf16 has steps of 0.8 %, too coarse
-            # for ratio, but not for ratio - 1.
-            change = self.lora_magnitude_vector / norm - 1
-            if not row:
-                x = torch.addcmul(x, x, change.to(x.dtype))
+        if self.method.magnitude and not row:
+            x = torch.addcmul(x, x, self.change().to(x.dtype))
 
         A, sB = (factor.to(x.dtype) for factor in self.factors())  # (rank, in), (out, rank)
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -251,13 +242,26 @@ class BiDoRALinear(nn.Linear):
         if not (self.method.magnitude and row):
             y = quantized.linear(rows, self.weight, bias).addmm_(z, sB.T)  # (N, out), in place
         else:
-            y = kernels.rescale(quantized.linear(rows, self.weight).addmm_(z, sB.T), change)
+            y, AW0 = quantized.products(self.weight, rows, A)  # a packed W0 is unpacked once
+            y = kernels.rescale(y.addmm_(z, sB.T), self.change(AW0))
             # The bias comes last: in bf16, a large one would hide y from the gradient of m.
             y = y if bias is None else y + bias
         return y.view(*x.shape[:-1], self.out_features)
 
-    def direction_norm(self):
-        """‖W0 + s·B·A‖ of each row, (out,), or column, (in,), without building the product."""
+    def change(self, AW0=None):
+        """
+        ratio - 1, (out,) or (in,). ratio·y is computed as y + (ratio - 1)·y: near 1, bf16 has steps
+        of 0.8 %, too coarse for ratio, but not for ratio - 1.
+        """
+        norm = self.direction_norm(AW0)
+        norm = norm if self.norm_grad == "exact" else norm.detach()
+        return self.lora_magnitude_vector / norm - 1
+
+    def direction_norm(self, AW0=None):
+        """
+        ‖W0 + s·B·A‖ of each row, (out,), or column, (in,), without building the product. AW0: A·W0ᵀ
+        for the rows, (rank, out), if it is known; in another dtype than W0's it is not used.
+        """
         A, sB = self.factors()
         dtype, squares = quantized.float_dtype(self.weight), self.weight_squares
         if self.weight.requires_grad:  # full fine-tuning beside the adapter
@@ -267,7 +271,9 @@ class BiDoRALinear(nn.Linear):
             squares = self.weight_squares
 
         if self.magnitude_axis == "row":
-            W0A = quantized.linear(A.to(dtype), self.weight).T.to(A.dtype)  # (out, rank)
+            if AW0 is None or AW0.dtype != dtype:
+                [AW0] = quantized.products(self.weight, A.to(dtype))
+            W0A = AW0.T.to(A.dtype)  # (out, rank)
             squares = squares + ((2 * W0A + sB @ (A @ A.T)) * sB).sum(dim=1)
         else:
             BW0 = quantized.transposed(sB.T.to(dtype), self.weight).to(A.dtype)  # (rank, in)
@@ -408,7 +414,7 @@ def start_retrain(model, fresh=True):
         if layer.lora_magnitude_vector is not None:
             layer.lora_magnitude_vector.requires_grad_(False)
         if fresh:
-            layer.reset_direction()
+            layer.method.start(layer)
 
 
 def merge(model):

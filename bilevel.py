@@ -24,18 +24,6 @@ import torch
 
 import hypergrad
 from bidora import lower_parameters, upper_parameters
-from hypergrad import (
-    LowerGradient,
-    Step,
-    adam_moments,
-    adam_scale,
-    adamw,
-    assign,
-    gradient_descent,
-    one_process,
-    steps_taken,
-    total_gradient,
-)
 
 
 @dataclass(frozen=True)
@@ -165,7 +153,7 @@ class BilevelOptimizer:
         precondition="none",
         upper_weight_decay=0.0,
         upper_steps=1,
-        reduce=one_process,
+        reduce=hypergrad.one_process,
         **options,
     ):
         coarse = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
@@ -224,12 +212,12 @@ class BilevelOptimizer:
         if keep:
             self.past = [replace(step, graph=None) for step in self.past]  # saves memory
             graph = self.kept_graph(losses)
-            g = graph.value if graph else total_gradient(losses, self.lower, self.reduce)
+            g = graph.value if graph else hypergrad.total_gradient(losses, self.lower, self.reduce)
             self.past = [*self.past, self.kept_step(losses, g, graph)][-self.kept_steps :]
             g = [x.clone() for x in g]  # clipping writes into them
         else:
             self.past = []
-            g = total_gradient(losses, self.lower, self.reduce)
+            g = hypergrad.total_gradient(losses, self.lower, self.reduce)
 
         self.train_loss = losses
         [total] = self.reduce([sum(seen)])
@@ -368,8 +356,8 @@ class BilevelOptimizer:
         if self.kept_steps == self.lower_steps:
             return True
         # AdamW counts the steps, also over a checkpoint.
-        rounds = steps_taken(self.upper_optimizer) // self.upper_steps
-        in_round = steps_taken(self.lower_optimizer) - rounds * self.lower_steps
+        rounds = hypergrad.steps_taken(self.upper_optimizer) // self.upper_steps
+        in_round = hypergrad.steps_taken(self.lower_optimizer) - rounds * self.lower_steps
         return bool(in_round >= self.lower_steps - self.kept_steps)
 
     def kept_graph(self, losses):
@@ -378,16 +366,16 @@ class BilevelOptimizer:
             return None
         training = {module for module in self.model.modules() if module.training}
         mode = functools.partial(in_training, self.model, training)
-        return LowerGradient(losses, self.lower, self.reduce, mode)
+        return hypergrad.LowerGradient(losses, self.lower, self.reduce, mode)
 
     def kept_step(self, losses, g, graph):
         """The Step of a gradient; from now on the model has copies of the values before it."""
-        update, state = gradient_descent(self.options.get("lr", self.lower_lr)), []
+        update, state = hypergrad.gradient_descent(self.options.get("lr", self.lower_lr)), []
         if self.precondition == "adam":
-            update = adamw(self.lower_optimizer, self.grad_clip)
-            state = adam_moments(self.lower_optimizer)
-        step = Step([V.data for V in self.lower], g, state, update, losses, graph)
-        assign(self.lower, [V.data.clone() for V in self.lower])
+            update = hypergrad.adamw(self.lower_optimizer, self.grad_clip)
+            state = hypergrad.adam_moments(self.lower_optimizer)
+        step = hypergrad.Step([V.data for V in self.lower], g, state, update, losses, graph)
+        hypergrad.assign(self.lower, [V.data.clone() for V in self.lower])
         return step
 
     def moving_options(self):
@@ -398,7 +386,7 @@ class BilevelOptimizer:
         if self.precondition == "adam" and self.entry.adam == "update":
             options |= {"adam": self.lower_optimizer, "grad_clip": self.grad_clip}
         if self.precondition == "adam" and self.entry.adam == "scale":
-            options["precondition"] = adam_scale(self.lower_optimizer)
+            options["precondition"] = hypergrad.adam_scale(self.lower_optimizer)
         return options
 
 

@@ -101,7 +101,7 @@ def blocks(weight, dtype):
     elif kind_of(weight) == "int8":
         for start in range(0, weight.size(0), BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, weight.size(0))
-            rows = weight.data[start:stop] * (weight.SCB[start:stop, None] / 127)  # in fp32
+            rows = weight.data[start:stop].float().mul_(weight.SCB[start:stop, None] / 127)
             yield start, stop, rows.to(dtype)
     else:
         yield from blocks_of_4_bits(weight, dtype)
@@ -166,32 +166,55 @@ def nbytes(model):
     return total
 
 
-class Product(torch.autograd.Function):
-    """x·Wᵀ, (..., in) -> (..., out), or with transpose x·W; each is the other's derivative."""
+class Products(torch.autograd.Function):
+    """
+    x·Wᵀ of each x, (N, in) -> (N, out), or with transpose x·W; each is the other's derivative. Each
+    block of W is dequantised once for all of them.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, transpose):
+    def forward(ctx, weight, transpose, *xs):
         ctx.weight, ctx.transpose = weight, transpose
-        if transpose:
-            return sum(x[..., i:j] @ rows for i, j, rows in blocks(weight, x.dtype))
-        return torch.cat([x @ rows.T for _, _, rows in blocks(weight, x.dtype)], dim=-1)
+        ctx.set_materialize_grads(False)
+        parts = [[] for _ in xs]
+        for i, j, rows in blocks(weight, xs[0].dtype):
+            for x, products in zip(xs, parts):
+                if not transpose:
+                    products.append(x @ rows.T)
+                elif products:
+                    products[0].addmm_(x[:, i:j], rows)
+                else:
+                    products.append(x[:, i:j] @ rows)
+        return tuple(p[0] if len(p) == 1 else torch.cat(p, dim=1) for p in parts)
 
     @staticmethod
-    def backward(ctx, g):
-        return Product.apply(g, ctx.weight, not ctx.transpose), None, None
+    def backward(ctx, *gs):
+        needed = [i for i, g in enumerate(gs) if g is not None and ctx.needs_input_grad[i + 2]]
+        found = Products.apply(ctx.weight, not ctx.transpose, *(gs[i] for i in needed))
+        found = dict(zip(needed, found))
+        return None, None, *(found.get(i) for i in range(len(gs)))
+
+
+def products(weight, *xs):
+    """x·Wᵀ of each x, (N, in) -> (N, out), in its dtype, for a weight of any kind and dtype."""
+    if kind_of(weight) is None:
+        return [F.linear(x, weight.to(x.dtype)) for x in xs]
+    if len({x.dtype for x in xs}) > 1:
+        return [y for x in xs for y in products(weight, x)]
+    return Products.apply(weight, False, *xs)
 
 
 def linear(x, weight, bias=None):
     """x·Wᵀ + bias in x's dtype for a weight of any kind and dtype, (..., in) -> (..., out)."""
     if kind_of(weight) is None:
         return F.linear(x, weight.to(x.dtype), bias)
-    y = Product.apply(x, weight, False)
-    return y if bias is None else y + bias
+    [y] = products(weight, x.reshape(-1, x.size(-1)))
+    return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
 
 
 def transposed(g, weight):
-    """g·W for a weight of any kind, (..., out) -> (..., in)."""
-    return g @ weight if kind_of(weight) is None else Product.apply(g, weight, True)
+    """g·W for a weight of any kind, (rank, out) -> (rank, in)."""
+    return g @ weight if kind_of(weight) is None else Products.apply(weight, True, g)[0]
 
 
 class QuantizedLinear(nn.Linear):

@@ -11,13 +11,14 @@ import torch
 import torch.nn as nn
 import transformers
 from test_model import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bidora
 from bidora import adapter_layers, load_adapter, merge, replace_linear_with_bidora, save_adapter
 from bilevel import HYPERGRADIENTS, create_bilevel_optimizer
 from model import Transformer
 from support.weights import quantized
-from support.weights.quantized import KINDS, dequantize, kind_of, linear, pack
+from support.weights.quantized import KINDS, dequantize, kind_of, pack, products
 
 
 def unpacked(packed, shape):
@@ -49,18 +50,57 @@ def test_blocks_are_codes_times_scales(kind, shape):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_and_both_derivatives_are_those_of_the_dequantised_weight(kind):
+    """Of two inputs in one pass over the weight, and of one that needs no gradient."""
     packed = pack(torch.randn(1100, 24), kind)
-    x = torch.randn(2, 3, 24, requires_grad=True)
+    x, a, b = (torch.randn(n, 24, requires_grad=n > 2) for n in (6, 3, 2))
     weight = dequantize(packed, torch.float32)
 
-    def derivatives(y):
-        (g,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
-        (gg,) = torch.autograd.grad((g**2).sum(), x)
-        return y, g, gg
+    def derivatives(*ys):
+        g = torch.autograd.grad(sum((y**3).sum() for y in ys), (x, a), create_graph=True)
+        gg = torch.autograd.grad(g[0].square().sum() + (g[1] ** 3).sum(), (x, a))
+        return *ys, *g, *gg
 
-    plain = nn.functional.linear(x, weight)
-    for a, b in zip(derivatives(linear(x, packed)), derivatives(plain)):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+    plain = derivatives(*(nn.functional.linear(each, weight) for each in (x, a, b)))
+    for ours, expected in zip(derivatives(*products(packed, x, a, b)), plain):
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often torch turns a packed weight's numbers into floating-point ones."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.place, self.count = weight.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result, given = function(*arguments, **(named or {})), arguments[0] if arguments else None
+        if isinstance(given, torch.Tensor) and given.untyped_storage().data_ptr() == self.place:
+            self.count += result.is_floating_point()
+        return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dora_step_dequantises_each_weight_once_in_each_direction(kind):
+    """For the product and the norm together; gradients within 1e-6 of the formula in float64."""
+    packed = pack(torch.randn(48, 64), kind)
+    base = quantized.QuantizedLinear(64, 48, False, packed)
+    layer = bidora.BiDoRALinear(64, 48, 4, bias=False, method="dora", linear=base)
+    A, B, m = parameters = [p for p in layer.parameters() if p.requires_grad]
+    nn.init.normal_(B, std=0.1)
+    x, target = torch.randn(30, 64, requires_grad=True), torch.randn(30, 48)
+    with Reads(packed) as forward:
+        y = layer(x)
+    with Reads(packed) as backward:
+        ours = torch.autograd.grad((y * target).sum(), [x, *parameters])
+    assert (forward.count, backward.count) == (1, 1)
+
+    exact = [p.detach().double().requires_grad_() for p in (x, A, B, m)]
+    x, A, B, m = exact
+    W = dequantize(packed, torch.float32).double() + layer.scaling * B @ A
+    truth = x @ (m[:, None] * W / W.norm(dim=1, keepdim=True)).T
+    for g, expected in zip(ours, torch.autograd.grad((truth * target).sum(), exact)):
+        assert (g - expected).norm() <= 1e-6 * expected.norm()
 
 
 def models(folder, kind, method="bidora", **options):
