@@ -18,8 +18,7 @@ class Config:
     # the model and the method (most people set model and method)
     model: str = "smollm2-135m"  # a folder, owner/name or owner/name@revision on the hub, or the
     #: built-in smollm2-135m, minilm (an encoder) or tiny-random
-    method: str = "bidora"  # bidora, dora, lora, bilora, bilora_softmax, bilora_binary, or ft
-    #: (full fine-tuning: every weight)
+    method: str = "bidora"  # bidora, dora, lora, bilora, bilora_softmax, bilora_binary, ft (full)
     dtype: str = "auto"  # of the base: float32, bfloat16, or auto (whichever is fast here)
     quantize: str = "auto"  # pack the base's linear layers: nf4, fp4, int8, or none (auto: none)
     device: str = "auto"  # cpu, cuda, or auto (cuda if there is one)
@@ -29,12 +28,14 @@ class Config:
     data: str = ""  # a built-in data set, such as movie-sentiment (docs/using.md names all); a
     #: folder in an official layout (GLUE, CoNLL-2003, E2E, Reuters); owner/name:config on the hub
     train_file: str = ""  # or your own data: a JSONL, CSV or parquet file (docs/using.md: formats)
+    text_column: str = ""  # the file's name for "text"
+    text_b_column: str = ""  # and for "text_b", a pair's second text
+    label_column: str = ""  # and for "label" (or what the task learns: score, labels, tags)
     val_file: str = ""  # without it, val_fraction of train_file is split off
-    test_file: str = ""  # used for evaluation only
-    train_size: int = 0  # examples drawn, train and val together; 0: 200 of a built-in set (at most
-    #: half of it), all of another
-    test_size: int = 0  # examples tested, the same for every seed; 0: 400 of a built-in set (at
-    #: most half of it), all of another
+    test_file: str = ""  # used for evaluation only; also instead of a data set's own test
+    test_fraction: float = 0.0  # of train_file, if test_file is missing; the same for every seed
+    train_size: int = 0  # drawn for train and val; 0: all, or 200 of a built-in set (at most half)
+    test_size: int = 0  # tested, the same for every seed; 0: all, or 400 of a built-in set (half)
     tune_size: int = 0  # test on other examples of a built-in set instead, to choose settings on
     val_fraction: float = 0.2  # the upper level's share of the training data; the paper's is 0.2;
     #: 0: the data set's own validation set, which otherwise is the test set where there is no other
@@ -85,8 +86,7 @@ class Config:
     #: neumann, conjugate_gradient, identity and identity_difference (the authors' program's)
     hypergradient_steps: int = 0  # steps to differentiate through (unrolled, finite_difference),
     #: terms of the series (neumann) or iterations (conjugate_gradient); 0 means 1, 3 and 3
-    hypergradient_lr: float = 0.0  # learning rate of these steps (0 means lower_lr), or neumann's
-    #: alpha (0 means 0.01)
+    hypergradient_lr: float = 0.0  # rate of these steps (0: lower_lr), or neumann's alpha (0: 0.01)
     damping: float = 0.01  # conjugate_gradient: added to the Hessian's diagonal
     precondition: str = "none"  # adam: unrolled differentiates through AdamW's own update; neumann
     #: and conjugate_gradient are preconditioned by its second moments

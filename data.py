@@ -155,7 +155,7 @@ def segments(example, tokenizer):
     # The model must learn to stop, also where the template does not mark the end of an answer.
     if not chat.end_of_turn:
         pieces[-1] += eos
-    notes = tuple(f"the chat template drops {what}" for what in sorted(lost))
+    notes = tuple(sorted(lost))
     contents = [messages[i].get("content") or "" for i in answers if i <= last]
     if any(content.rstrip().endswith(tokenizer.ends) for content in contents):
         notes += ("the chat template ends an answer that has an end token already",)
@@ -216,7 +216,8 @@ def encode(examples, tokenizer, block_size, label_prompt="", label_ids=None, tra
         if kind != "messages":
             row.prompt_ids = row.input_ids[: -len(answer)]
         if kind in ("prompt", "generation"):
-            row.references = example.get("references") or [example["completion"].strip()]
+            texts = example.get("references") or [example["completion"].strip()]
+            row.references = list(map(tokenizer.without_end, texts))
         if choices:
             row.choices, row.answer = list(zip(choices, example["choices"])), example["answer"]
         encoded.append(row)

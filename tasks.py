@@ -142,7 +142,7 @@ class LanguageTask:
             what = "their texts were" if self.label_ids else "they were"
             yield (
                 f"{cut} examples were longer than block_size={block_size} tokens: {what} cut on "
-                f"the left, their answers kept"
+                f"the left, their last answers kept"
             )
         if not self.tokenizer.has_chat_template:
             yield "the tokenizer has no chat template: a plain one (User: … Assistant: …) is used"

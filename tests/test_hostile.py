@@ -277,7 +277,7 @@ def test_command_lines(folder, arguments):
         train.check(train.read_config(list(map("".join, arguments))))
 
     named = [name.strip("-") or "--" for name, _, _ in arguments]
-    others = ("no data", "nothing to train", "unknown device", "val_file and test_file")
+    others = ("no data", "nothing to train", "unknown device", "val_file needs", "test_fraction")
     survives(read, *named, *others)
 
 

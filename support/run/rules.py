@@ -20,7 +20,7 @@ from support.text.official import HUB_NAME
 MAY_BE_ZERO = set(
     "val_fraction length_penalty search_steps retrain_steps lr_floor damping temperature".split()
 )
-BELOW_ONE = {"dropout", "val_fraction", "adam_beta2", "lr_floor"}
+BELOW_ONE = {"dropout", "val_fraction", "test_fraction", "adam_beta2", "lr_floor"}
 MOST = {"snapshots": 1000, "num_beams": 1000, "length_penalty": 100}
 
 
@@ -98,11 +98,20 @@ def data(config, bilevel):
     if not name and not own:
         built_in = "|".join(BUILT_IN)
         yield f"no data: give --train_file=yours.jsonl, or a built-in set with --data={built_in}"
+    if os.path.isfile(name) and not own:
+        yield f"data={name} is a file: give it as --train_file={name}"
     if name and not own and name not in BUILT_IN and not elsewhere:
         close = settings.suggest(name, BUILT_IN)
         yield f"unknown data {name!r}: no folder, no owner/name on the hub, no built-in set{close}"
-    if (config.val_file or config.test_file) and not own:
-        yield "val_file and test_file need train_file; a built-in data set has its own splits"
+    if config.val_file and not own:
+        yield "val_file needs train_file: val is split off a data set's train, by val_fraction"
+    if config.test_fraction and (config.test_file or not own):
+        yield "test_fraction is of train_file alone: set train_file, and leave out test_file"
+    if config.tune_size and config.test_file:
+        yield "tune_size and test_file both replace the test examples: choose one"
+    named = [x for x in ("text_column", "text_b_column", "label_column") if getattr(config, x)]
+    if named and not own and name in BUILT_IN:
+        yield f"{named[0]} is for your own files and sets of the hub: {name} has its own"
     if config.train_size and own:
         yield f"train_size={config.train_size}: train_file is taken whole: shorten it, or set data"
     if config.tune_size and name not in BUILT_IN:
@@ -217,6 +226,8 @@ OTHER_NAMES = {  # {a setting of another program: what to write here}
         "use --dropout": "lora_dropout",
         "use --out_dir": "output_dir",
         "use --data, or --train_file for a file of your own": "dataset",
+        "use --text_column": "text_column_name text_column_names",
+        "use --label_column": "label_column_name",
         "use --model": "model_name_or_path",
         "write --model=owner/name@revision": "revision",
         "use --batch_size, of all processes together": "per_device_train_batch_size",

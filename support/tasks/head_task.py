@@ -146,6 +146,7 @@ class HeadTask:
         model.save_pretrained(folder, self.names)
         for name in FILES:
             if (base / name).exists():
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copy(base / name, folder / name)
 
     @torch.no_grad()
@@ -210,7 +211,7 @@ def load_tokenizer(folder, adapter=None):
     vocab.txt, or what transformers can convert. adapter: a folder whose own tokenizer.json, which
     is said, is used instead. Raises FileNotFoundError or ValueError.
     """
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, normalizers
 
     path, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
     config = read_json(folder / "config.json")
@@ -229,6 +230,14 @@ def load_tokenizer(folder, adapter=None):
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no other
         raise ValueError(f"{path} is not a tokenizer: {error}") from None
+    settings = path.with_name("tokenizer_config.json")
+    settings = read_json(settings) if settings.exists() else {}
+    if str(settings.get("tokenizer_class")) in ("BertTokenizer", "BertTokenizerFast"):
+        tokenizer.normalizer = normalizers.BertNormalizer(  # as transformers reads such files
+            lowercase=settings.get("do_lower_case", True),
+            strip_accents=settings.get("strip_accents"),
+            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        )
     if adapter is not None and (size := tokenizer.get_vocab_size()) > config["vocab_size"]:
         raise ValueError(
             f"{path} has {size} tokens, the model only {config['vocab_size']}: remove it"

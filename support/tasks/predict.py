@@ -3,8 +3,8 @@ A whole file, predicted: a line for each example, in the file's order, as CSV or
 
     python sample.py --adapter=out/mine --file=test.csv --out=predictions.csv
 
-The file is JSONL, or CSV whose columns have the names of the run's keys. Answers may be missing; if
-every example has one, the scores are returned. An interrupted call is resumed by the same one.
+The file is JSONL or CSV, its columns are called as the run's were. Answers may be missing; if every
+example has one, the scores are returned. An interrupted call is resumed by the same one.
 """
 
 import csv
@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from support.run import progress
-from support.text.jsonl import FORMATS, OPTIONAL, format_of, of_each, parse
-from support.text.tables import LAYOUTS, bare_cell, csv_rows
+from support.text.jsonl import FORMATS, OPTIONAL, columns_of, objects_of, of_each, renamed
+from support.text.tables import csv_rows, fields_of, places_of
 
 ROWS = 32  # in a forward pass
 TASKS = {  # the format of a task's examples
@@ -37,22 +37,21 @@ def form_of(run):
     return "prompt" if run.get("raw") and task == "language_model" else TASKS[task]
 
 
-def read_questions(path, form):
+def read_questions(path, form, columns=None):
     """
     (examples without answers, answers, None where one is missing) of a file. form: a key of
-    FORMATS. Raises FileNotFoundError or ValueError, which names file and line.
+    FORMATS; columns: as in jsonl.renamed. Raises FileNotFoundError or ValueError, which names file
+    and line.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a JSONL or CSV file")
     *needed, answer = FORMATS[form]
     asked, examples, answers = (*needed, *OPTIONAL.get(form, ())), [], []
-    for where, line in csv_lines(path, form) if is_csv(path) else numbered(path):
-        try:
-            fields = parse(line) if isinstance(line, bytes) else line
-            if missing := [key for key in needed if not fields.get(key)]:
-                raise ValueError(f"{missing[0]!r} is missing, which the run's examples have")
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+    read = csv_fields if path.suffix.lower() in (".csv", ".tsv") else json_fields
+    for where, fields in read(path, columns or {}):
+        if missing := [key for key in needed if not fields.get(key)]:
+            problem = f"{missing[0]!r} is missing, which the run's examples have"
+            raise ValueError(f"{where}: {problem}")
         examples.append({key: fields[key] for key in asked if fields.get(key)})
         given = fields.get(answer)
         if answer in ("label", "labels"):  # as in training
@@ -63,29 +62,22 @@ def read_questions(path, form):
     return examples, answers
 
 
-def is_csv(path):
-    return path.suffix.lower() == ".csv"
+def json_fields(path, columns):
+    """Yield (file and line, {key: value}) of each object of a JSONL file."""
+    for where, fields in objects_of(path):
+        there = {key: name for key, name in columns.items() if name in fields}
+        yield where, renamed(fields, there, where)
 
 
-def numbered(path):
-    """(file and line, its bytes) of each line that is not empty."""
-    lines = enumerate(path.read_bytes().splitlines(), 1)
-    return [(f"{path}:{number}", line) for number, line in lines if line.strip()]
-
-
-def csv_lines(path, form):
-    """(file and line, {key: cell}) of each row, by the columns of any of LAYOUTS, or by keys."""
-    (_, header), *rows = csv_rows(path)
+def csv_fields(path, columns):
+    """Yield (file and line, {key: value}) of each row of a CSV file."""
+    rows = csv_rows(path)
+    where, header = next(rows, (path, []))
     names = [name.strip().lower() for name in header]
-    layouts = [x for x in LAYOUTS if format_of(x) == form]
-    asks = [{k: c for k, c in x.items() if k != FORMATS[form][-1]} for x in layouts]
-    fitting = [x for x, asked in zip(layouts, asks) if {*asked.values()} <= {*names}]
-    keys = {column: key for key, column in (fitting[0] if fitting else {}).items()}
-    named = [keys.get(name, name) for name in names]
-    return [
-        (where, {key: bare_cell(cell, key) for key, cell in zip(named, cells)})
-        for where, cells in rows
-    ]
+    there = {key: name for key, name in columns.items() if name.lower() in names}
+    places = places_of(header, where, there)
+    for where, values, _ in fields_of(rows, places, len(header), tidy=True):
+        yield where, values
 
 
 def encode(family, examples, form, block_size):
@@ -99,12 +91,13 @@ def encode(family, examples, form, block_size):
     return family.encode(complete, block_size)[0]
 
 
-def line_of(prediction, answer, as_csv):
-    if not as_csv:
+def line_of(prediction, answer, separator):
+    """A line of JSON, or with a separator for lists, of CSV."""
+    if not separator:
         given = {} if answer is None else {"answer": answer}
         return json.dumps({"prediction": prediction} | given, ensure_ascii=False) + "\n"
     line = io.StringIO()
-    cells = [" ".join(x) if isinstance(x, list) else x for x in (prediction, answer)]
+    cells = [separator.join(x) if isinstance(x, list) else x for x in (prediction, answer)]
     csv.writer(line, lineterminator="\n").writerow(cells)
     return line.getvalue()
 
@@ -125,7 +118,7 @@ def predict(family, model, run, path, out):
     missing. Raises ValueError or OSError.
     """
     form = form_of(run)
-    examples, answers = read_questions(path, form)
+    examples, answers = read_questions(path, form, columns_of(run))
     rows = encode(family, examples, form, run["block_size"])
     of_this = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     part = out.with_name(f"{out.name}.{of_this}.part")  # JSON, whatever out is
@@ -146,8 +139,9 @@ def predict(family, model, run, path, out):
             done += found
             bar.update(len(found))
 
-    lines = [line_of(*pair, is_csv(out)) for pair in zip(done, answers)]
-    text = "prediction,answer\n" * is_csv(out) + "".join(lines)
+    separator = ("|" if form == "multi_label" else " ") * (out.suffix.lower() == ".csv")
+    lines = [line_of(*pair, separator) for pair in zip(done, answers)]
+    text = "prediction,answer\n" * bool(separator) + "".join(lines)
     part.write_text(text, encoding="utf-8")
     part.replace(out)
     if None in answers or form in ("prompt", "instruction"):

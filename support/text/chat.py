@@ -13,7 +13,7 @@ import threading
 from functools import cached_property
 from pathlib import Path
 
-from support.text.jsonl import LEARNT
+from support.text.jsonl import LEARNT, is_learnt
 
 # For a model without a template
 PLAIN_TEMPLATE = (
@@ -64,7 +64,7 @@ class ChatTemplate:
 
     def conversation(self, messages):
         """
-        (the conversation as text, a span (start, end) for each answer, the set of what is `lost`).
+        (the conversation as text, a span (start, end) for each answer, notes on what is lost).
 
         A span is what the model has to write: from the end of the generation prompt to the end of
         the end-of-turn token. Without a generation prompt, it starts at the answer, with the space
@@ -73,7 +73,7 @@ class ChatTemplate:
         """
         text = self.render(messages)
         places, written = self.places(text, messages)
-        openings, spans = {}, []
+        openings, spans, notes = {}, [], self.lost(text, messages, written)
         for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
             start = end = 0
             if places and not messages[i].get("tool_calls"):
@@ -83,11 +83,15 @@ class ChatTemplate:
                 opening = openings.get(between) or self.opening(text[:past], messages[:i])
                 openings[between] = opening
                 start = after_prompt(text, past, *opening, begin) if opening else end
+                if opening and opening[1] and not text.startswith(opening[0], past):
+                    common = len(os.path.commonprefix([opening[0], text[past:]]))
+                    asked = f"the prompt for an answer ends with {opening[0][common:]!r:.60}"
+                    notes.add(f"{asked}, after which no answer is learnt")
             if start >= end:  # not so simple, or empty: render the whole conversation for it
                 start, end = self.answer_span(text, messages, i)
             closed = text.startswith(self.end_of_turn, end)
             spans.append((start, end + len(self.end_of_turn) * closed))
-        return text, spans, self.lost(text, messages, written)
+        return text, spans, notes
 
     def places(self, text, messages):
         """
@@ -117,8 +121,9 @@ class ChatTemplate:
 
     def lost(self, text, messages, written):
         """
-        What of a conversation its text lacks, a set of names such as "the system turn": contents
-        that are not `written`, strings that are not in it, and keys without which it is the same.
+        What of a conversation its text lacks, a set of lines such as "the chat template drops the
+        system turn": contents that are not `written`, strings that are not in it, and keys without
+        which it is the same.
         """
         lists = [name for name in ("tools", "documents") if self.names.get(name)]
         others = [self.given(**{name: None}).answers([(messages, False)])[0] for name in lists]
@@ -137,7 +142,7 @@ class ChatTemplate:
                 if (whole or partly) and str(value or "").strip():
                     name = name if key == "content" else f"{key!r} of {name}"
                     lost.add(name if whole else f"a part of {name}")
-        return lost
+        return {f"the chat template drops {name}" for name in lost}
 
     def opening(self, text, messages):
         """
@@ -162,7 +167,8 @@ class ChatTemplate:
             start = after_prompt(text, 0, *prompt, len(before) if text.startswith(before) else None)
             end = len(text) - len(after)
 
-        if not mark or start is None or not text.endswith(after) or start >= end:
+        empty = start is not None and start >= end + (not is_learnt(messages[i]))
+        if not mark or start is None or not text.endswith(after) or empty:
             raise ValueError(
                 "the chat template omits an answer, or changes the rest of the conversation along "
                 "with it, so the assistant's tokens can't be told from the others"

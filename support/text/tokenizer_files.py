@@ -16,10 +16,11 @@ import tiktoken
 
 from support.run.files import malformed, read_json
 
+TOOL_USE = "additional_chat_templates/tool_use.jinja"
 FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
     "vocab.txt merges.txt chat_template.jinja generation_config.json spm.model spiece.model"
-).split()
+).split() + [TOOL_USE]
 
 # GPT-2 writes each byte as one character: a printable byte as itself, the others from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -62,7 +63,8 @@ def read_chat_templates(folder, settings):
     """
     path, template = folder / "chat_template.jinja", settings.get("chat_template")
     if path.exists():
-        return path.read_text(encoding="utf-8"), None
+        tools = folder / TOOL_USE
+        return tuple(x.read_text(encoding="utf-8") if x.exists() else None for x in (path, tools))
     if isinstance(template, list):  # several templates, each with a name
         named = {entry["name"]: entry["template"] for entry in template}
         return named.get("default"), named.get("tool_use")

@@ -113,7 +113,8 @@ def read_run(folder, tasks, settings):
         return {}
     run = read_json(path)
     check_known(run, settings, folder)
-    types = dict.fromkeys(("model", "dtype", "quantize", "label_prompt", "task"), str)
+    texts = "model dtype quantize label_prompt task text_column text_b_column label_column"
+    types = dict.fromkeys(texts.split(), str)
     for name, known in (types | {"block_size": int, "labels": list, "raw": bool}).items():
         if type(run.get(name, known())) is not known:  # True is no size
             raise ValueError(f"{path}: {name} has a value of the wrong type")

@@ -1,5 +1,8 @@
 """Tables in each layout, written here by hand, and the messages for those that can't be read."""
 
+import csv
+import io
+import json
 import sys
 from functools import partial
 
@@ -52,6 +55,8 @@ CHOICE = {"prompt": "x", "choices": ["y", "z"], "answer": 1}
         ("text,score\nx,-1.5", {"text": "x", "score": -1.5}),
         ("text_a,text_b,score\nx,y,3", {"text": "x", "text_b": "y", "score": 3.0}),
         ("text,label,group\nHi,a,g1", {"text": "Hi", "label": "a", "group": "g1"}),
+        ("text,labels\nHi,a | b", {"text": "Hi", "labels": ["a", "b"]}),
+        ("text,labels\nHi,", {"text": "Hi", "labels": []}),
         ("mr,ref\nname[Aida],Aida.", {"prompt": "name[Aida]", "references": ["Aida."]}),
         ("prompt,choice_0,choice_1,answer\nx,y,z,1", CHOICE),
         ("choice_1,answer,choice_2,prompt,choice_0\nz,1,,x,y", CHOICE),
@@ -93,6 +98,50 @@ def test_blanks_around_cells_are_left_out_and_noted(write, text, example, notes)
     assert read.notes == tuple(f"blanks around {key!r} are left out" for key in notes)
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.CSV"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("first", ["", "sep="])
+@pytest.mark.parametrize("separator", ",\t;|")
+def test_columns_are_separated_as_the_header_or_a_line_before_it_says(
+    write, separator, first, end, name
+):
+    """As csv.writer writes them, which quotes a cell that holds the separator."""
+    rows = [["label", "text", "id"], ["a", "x, y; z|\tw", "1"], ["b", "u", "2"]]
+    content = io.StringIO()
+    csv.writer(content, delimiter=separator, lineterminator=end).writerows(rows)
+    path = write(first and first + separator + end + content.getvalue() or content.getvalue(), name)
+    examples = read_table(path)
+    assert examples == [dict(text="x, y; z|\tw", label="a"), dict(text="u", label="b")]
+    assert examples[1].where == f"{path}:{3 + bool(first)}"
+
+
+COLUMNS = {"text": "Review", "label": "stars"}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.parquet"])
+def test_columns_that_settings_name_go_before_those_of_the_same_name(write, tmp_path, name):
+    """What is left out is counted; a name that the file lacks is refused with those it has."""
+    row = {"Review": "fine", "stars": "5", "text": "t", "label": "l"}
+    content = {"a.csv": "Review,stars,text,label\nfine,5,t,l", "a.json": json.dumps([row])}
+    path = write(content.get(name, json.dumps(row)), name)
+    if name == "a.parquet":
+        path = parquet(tmp_path, **{key: [value] for key, value in row.items()})
+    [example] = load_examples(path, COLUMNS)
+    assert example == {"text": "fine", "label": "5"} and "text" in "".join(example.notes)
+    with pytest.raises(ValueError, match=r"no '.rade', which the settings name, but .+tex"):
+        load_examples(path, COLUMNS | {"label": "Grade"})
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("text", ["", None])
+def test_an_empty_text_is_used_and_said_in_every_kind_of_file(write, tmp_path, name, text):
+    row = {"text": text, "label": "a"}
+    path = write("text,label\n,a" if name == "a.csv" else json.dumps(row), name)
+    path = parquet(tmp_path, text=[text], label=["a"]) if name == "a.parquet" else path
+    [example] = load_examples(path)
+    assert example == {"text": "", "label": "a"} and example.notes == ("the text is empty",)
+
+
 def test_e2e_s_references_are_joined_by_meaning(write):
     path = write('mr,ref\n"a[1], b[2]",One.\nc[3],Three.\n"a[1], b[2]","Two, too."\n')
     assert read_table(path) == [
@@ -105,7 +154,6 @@ def test_e2e_s_references_are_joined_by_meaning(write):
     "text, line, said",
     [
         ("text,answer\nx,y", 1, "the columns are text, answer; these are needed: "),
-        ("text;label\nx;y", 1, "the only column is 'text;label': separate columns with commas"),
         ('"text\nx",label\na,b', 1, "the columns are text x, label; these are needed: "),
         ("text,label,text\nx,y,z", 1, "the column 'text' occurs twice"),
         ("text,label\na,b\n\nx", 4, "1 cells, but 2 columns"),
@@ -117,7 +165,7 @@ def test_e2e_s_references_are_joined_by_meaning(write):
         ("mr,ref\nx,", 2, f"{EMPTY} 'ref'"),
         ("prompt,choice_0,choice_2,answer\nx,y,z,0", 2, "the choices are ['y', '', 'z']"),
         ("prompt,choice_0,choice_1,answer\nx,y,z,2", 2, "'answer' is 2: give the right choice's"),
-        ("prompt,choice_1,choice_2,answer\nx,y,z,1", 1, "prompt + choice_0 + answer"),
+        ("prompt,choice_1,choice_2,answer\nx,y,z,1", 1, "prompt + choices (or choice_0, c"),
         ("text,score\nx,high", 2, "'score' is 'high', not a number"),
         ("text,score\nx,1_0", 2, "'score' is '1_0', not a number"),
         ("text,score\nx,３", 2, "'score' is '３', not a number"),
@@ -155,9 +203,8 @@ def test_missing_empty_and_unknown_files_are_named(write, tmp_path):
         read_table(write("text,label\n\n"))
     with pytest.raises(ValueError, match=r"data.csv: the columns are \(none\)"):
         read_table(write(""))
-    for name in ("data.xlsx", "data.TSV"):
-        with pytest.raises(ValueError, match="must end in .csv or .parquet"):
-            load_examples(write("text,label\na,b", name))
+    with pytest.raises(ValueError, match="must end in .csv, .tsv, .parquet"):
+        load_examples(write("text,label\na,b", "data.xlsx"))
 
 
 def parquet(tmp_path, **columns):
@@ -210,7 +257,7 @@ def test_a_parquet_file_s_folder_adds_no_column(tmp_path):
 @pytest.mark.parametrize(
     "columns, place, said",
     [
-        (dict(text=["a", None], label=["x", "y"]), ", row 2", "'text' is NoneType, not a string"),
+        (dict(text=["a"], score=[None]), ", row 1", "'score' is None, not a number"),
         (dict(text=["a", "b"], label=[["x"], ["y"]]), ", row 1", "'label' is list, not a string"),
         (dict(text=["a", "b"], label=["x", " "]), ", row 2", f"{EMPTY} 'label'"),
         (dict(text=["a"], score=[float("nan")]), ", row 1", "'score' is nan, not a number"),
@@ -290,7 +337,7 @@ def test_many_broken_rows_of_qqp_are_refused(write):
 @pytest.mark.parametrize(
     "task, text, line, said",
     [
-        ("rte", "index\tsentence1\tsentence2\n0\ta\tb", 1, "needed: sentence1 + sentence2 + label"),
+        ("rte", "index\tsentence1\tsentence2\n0\ta\tb", 1, "these are needed: text + label; "),
         ("rte", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tc\n1\ta\tb", 3, "3 cells, but 4"),
         ("sst2", "sentence\tlabel\na\t1\nb\t", 3, f"{EMPTY} 'label'"),
         ("stsb", "sentence1\tsentence2\tscore\na\tb\tc", 2, "'score' is 'c', not a number"),

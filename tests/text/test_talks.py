@@ -1,5 +1,6 @@
 """Conversations as others write them, against transformers; and what a run says of what is lost."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,9 +14,11 @@ from test_tokenizer import CHATML, Listener, llama2_tokenizer, per_turn, trained
 
 import data
 import sample
+import train
 from support.text.splits import left_out
 from support.text.tokenizer import Tokenizer
 from support.weights.pretrained import find_model
+from tools import merge
 
 # Tools and documents, thoughts by the name that gpt-oss reads, tool calls; {% generation %} marks
 # what transformers counts as the assistant's, here without the turns that are not to be learnt.
@@ -54,6 +57,8 @@ TALKS = {
     "older thoughts": dict(messages=[USER, answer(reasoning="hm", name=None)]),
     "weights": dict(messages=[USER, answer("a", weight=0), USER, answer("b", weight=1)]),
     "train": dict(messages=[USER, answer("a", train=False), USER, answer("b", train=True)]),
+    "an empty turn": dict(messages=[USER, answer("", weight=0), USER, answer("b")]),
+    "no content": dict(messages=[USER, answer(None, train=False), USER, answer("b")]),
     "the last turn": dict(messages=[USER, answer("a"), USER, answer("b", weight=0)]),
 }
 
@@ -80,10 +85,11 @@ def test_a_talk_s_tokens_and_labels_are_those_of_transformers(tmp_path, name, tr
     unlearnt = [t for t in learnt if t.get("weight") == 0 or t.get("train") is False]
     if not train_on_prompt:
         assert row.labels == [token if yes else -100 for token, yes in zip(ids, mask)]
-    elif unlearnt:  # one turn: "a" and its end
+    elif unlearnt:  # one turn: "a" or nothing, and its end
         hidden = [i for i, label in enumerate(row.labels) if label == -100]
-        assert ours.decode([ids[i] for i in hidden], skip_special=False) == "a<|im_end|>"
-        assert hidden == [*range(hidden[0], hidden[0] + 2)]
+        said = unlearnt[0]["content"] or ""
+        assert ours.decode([ids[i] for i in hidden], skip_special=False) == said + "<|im_end|>"
+        assert hidden == [*range(hidden[0], hidden[0] + len(said) + 1)]
     assert row.notes == ()
 
 
@@ -128,6 +134,54 @@ def test_what_a_chat_template_drops_is_counted(tmp_path, template, talk, lost):
     assert ours.decode(rows[0].input_ids, skip_special=False) == expected.removesuffix("\n")
 
 
+@pytest.mark.parametrize("opening", ["<|im_start|>assistant\n" + x for x in ("", "<think>\n")])
+def test_a_prompt_that_ends_otherwise_than_training_texts_is_said(tmp_path, opening):
+    """transformers' prompt against its training text; written thoughts follow it."""
+    turn = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    trained_tokenizer(tmp_path, template=per_turn(turn, opening))
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    for talk in [[USER, answer()], [USER, answer("<think>\nhm</think>Fine.")]]:
+        [row], _ = data.encode([{"messages": talk}], ours, 400)
+        asked = peer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
+        whole = peer.apply_chat_template(talk, tokenize=False)
+        tail = asked[len(os.path.commonprefix([asked, whole])) :]
+        said = f"the prompt for an answer ends with {tail!r}, after which no answer is learnt"
+        assert row.notes == ((said,) if tail else ())
+
+
+def test_a_template_for_tools_may_be_a_file_of_its_own(tmp_path):
+    """As transformers saves it, and as it is copied into a trained model's folder."""
+    named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": AGENT}]
+    trained_tokenizer(tmp_path / "a", template=named)
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b/additional_chat_templates/tool_use.jinja").exists()
+    (tmp_path / "c").mkdir()
+    Tokenizer.from_pretrained(tmp_path / "b").save_pretrained(tmp_path / "c")
+    for folder in ("b", "c"):
+        peer = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        expected = peer.apply_chat_template([USER, answer()], tools=TOOLS, tokenize=False)
+        chat = Tokenizer.from_pretrained(tmp_path / folder).chat
+        assert chat.given(tools=TOOLS).render([USER, answer()]) == expected
+        assert chat.render([USER]) == peer.apply_chat_template([USER], tokenize=False)
+
+
+def test_parts_of_a_content_are_joined_as_transformers_joins_them(tmp_path):
+    from transformers.cli.serving.utils import BaseHandler, Modality
+
+    parts = [{"type": "text", "text": text} for text in ("good", "film")]
+    write = (tmp_path / "a.jsonl").write_text
+    write(json.dumps({"messages": [{"role": "user", "content": parts}, answer()]}))
+    [talk] = data.load_examples(tmp_path / "a.jsonl")
+    turns = [{"role": "user", "content": parts}]
+    peer = BaseHandler.get_processor_inputs_from_messages(turns, Modality.LLM)
+    assert talk["messages"][:1] == peer
+    picture = {"role": "user", "content": [{"type": "image_url"}]}
+    write(json.dumps({"messages": [picture, answer()]}))
+    with pytest.raises(ValueError, match="a.jsonl:1: .*'image_url': only texts can be learnt"):
+        data.load_examples(tmp_path / "a.jsonl")
+
+
 def test_an_answer_that_vanishes_is_refused(tmp_path):
     """Its tool calls are all that it has, and the template does not write them."""
     trained_tokenizer(tmp_path)
@@ -162,6 +216,14 @@ def test_a_rendered_text_gets_no_second_begin_or_end(tmp_path, tokenizer, begun,
     assert model.heard == [head]
 
 
+def test_references_are_compared_without_their_end_token(tmp_path):
+    trained_tokenizer(tmp_path)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    ended, bare = ([{"prompt": "a", "references": ["good" + x]}] for x in ("<|im_end|>", ""))
+    [row], [expected] = (data.encode(x, ours, 400)[0] for x in (ended, bare))
+    assert row == expected
+
+
 def test_an_answer_that_ends_already_is_said(tmp_path):
     trained_tokenizer(tmp_path)
     talk = {"messages": [USER, answer("Fine.<|im_end|>")]}
@@ -175,6 +237,49 @@ def test_white_space_may_follow_the_end_of_a_rendered_text(tmp_path):
     text = ours.apply_chat_template([USER, answer()])
     [row], _ = data.encode([{"text": text}], ours, 400)
     assert text.endswith("<|im_end|>\n") and row.input_ids == ours.encode(text)
+
+
+THOUGHTFUL = answer("good", reasoning_content="hm")
+WITH_TOOLS = dict(messages=[USER, *CALLS, answer("good")], tools=TOOLS)
+SYSTEM = {"role": "system", "content": "short"}
+
+
+@pytest.mark.parametrize(
+    "talk, written",
+    [
+        (WITH_TOOLS, "good"),
+        (dict(messages=[USER, THOUGHTFUL]), "<think>hm</think>good"),
+        (dict(messages=[USER, answer("bad", weight=0), USER, answer("good")]), "good"),
+        (dict(messages=[SYSTEM, USER, answer("good")]), "good"),
+        (dict(messages=[USER, answer("2 films")]), "2 films"),
+    ],
+    ids=["tools", "thoughts", "weights", "system", "dated template"],
+)
+def test_each_talk_s_answer_ends_where_it_should(tmp_path, monkeypatch, request, talk, written):
+    """Through train.py, sample.py, tools.merge, and transformers' generate on the merged folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+    shutil.copytree(find_model("tiny-random"), "model")
+    dated = written == "2 films"
+    template = AGENT.replace("{% for t", "{{ strftime_now('%Y') }}{% for t", 1) if dated else AGENT
+    Path("model/chat_template.jinja").write_text(template)
+    Path("talks.jsonl").write_text("\n".join([json.dumps(talk)] * 20))
+    arguments = ["--model=model", "--train_file=talks.jsonl", "--method=lora", "--dtype=float32"]
+    arguments += ["--search_steps=30", "--retrain_steps=60", "--lower_lr=2e-2", "--out_dir=run"]
+    assert train.main([*arguments, "--block_size=512"]) == 0
+    asked, tools = talk["messages"][:-1], talk.get("tools")
+    adapted, tokenizer, _ = sample.load("run", "", "cpu", "")
+    tokenizer.chat = tokenizer.chat.given(tools=tools)
+    assert sample.answer(adapted, tokenizer, asked, sample.Sample()) == written
+    assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained("merged")
+    model = transformers.AutoModelForCausalLM.from_pretrained("merged")
+    options = dict(add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(asked, tools=tools, **options)
+    out = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    answered = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
+    assert answered == f"{written}<|im_end|>"
 
 
 def test_a_run_keeps_the_date_on_which_it_began(tmp_path, monkeypatch, request):
