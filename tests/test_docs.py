@@ -76,6 +76,39 @@ def test_every_python_block_of_the_readme_runs_as_it_stands(tmp_path, monkeypatc
         assert lines == 10 or "bilevel_step" not in block
 
 
+OWN = """
+import data as own_data, model as own_model, support as own_support
+assert own_data.OWN and own_model.OWN and own_support.OWN
+from peft import PeftModel
+from bidora import BiDoRATrainer, save_adapter
+save_adapter(model, "out")
+base = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8))
+base.load_state_dict(model.state_dict(), strict=False)
+x = torch.randn(5, 16)
+torch.testing.assert_close(PeftModel.from_pretrained(base, "out")(x), model(x))
+"""
+
+
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+def test_installed_beside_a_user_s_own_files_the_readme_s_example_runs_and_saves(hook, tmp_path):
+    """From the wheel that pip's hook builds; PEFT reads what was saved."""
+    (tmp_path / "support").mkdir()
+    for name in ("data.py", "model.py", "support/__init__.py"):
+        (tmp_path / name).write_text("OWN = True")
+    [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.py").write_text(example + OWN)
+
+    build = f"import sys, wheels; wheels.{hook}(sys.argv[1])"
+    unpack = "import glob, shutil; shutil.unpack_archive(*glob.glob('*.whl'), 'site', 'zip')"
+    for path, *command in (
+        (ROOT / ".ci", "-c", build, tmp_path),
+        ("", "-c", unpack),
+        (tmp_path / "site", "mine.py"),
+    ):
+        environment = os.environ | {"PYTHONPATH": str(path)}
+        subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, check=True)
+
+
 def test_the_readme_gives_the_test_command_that_ci_runs():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     [command] = re.findall(r"(?m)^python -m pytest.*$", script)

@@ -16,7 +16,7 @@ from torch.nn.utils import parameters_to_vector
 
 import bidora
 from bidora import load_adapter, merge, replace_linear_with_bidora, save_adapter
-from bilevel import HYPERGRADIENTS
+from bilevel import HYPERGRADIENTS, create_bilevel_optimizer
 from hypergrad import first_order
 
 BASE = dict(
@@ -32,6 +32,14 @@ GPT2 |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 DISTILBERT = dict(vocab_size=41, dim=16, hidden_dim=24, n_layers=2, n_heads=4)
 DISTILBERT |= dict(dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0)
 ATTENTION_AND_MLP = ["query", "value", "intermediate.dense"]
+VIT = ENCODER | dict(image_size=8, patch_size=4)
+AST = ENCODER | dict(patch_size=4, max_length=16, num_mel_bins=8, frequency_stride=2, time_stride=4)
+WHISPER = dict(d_model=16, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=24)
+WHISPER |= dict(num_mel_bins=8, max_source_positions=10)
+WAV2VEC2 = ENCODER | dict(conv_dim=(16,), conv_stride=(4,), conv_kernel=(8,), layerdrop=0.0)
+WAV2VEC2 |= dict(feat_extract_norm="layer", num_conv_pos_embedding_groups=2, hidden_dropout=0.0)
+WAV2VEC2 |= dict(attention_dropout=0.0, final_dropout=0.0, feat_proj_dropout=0.0)
+WAV2VEC2 |= dict(activation_dropout=0.0, apply_spec_augment=False, num_conv_pos_embeddings=4)
 
 # a class of transformers: (its settings, target modules, the head that is trained beside adapters)
 ARCHITECTURES = {
@@ -43,7 +51,19 @@ ARCHITECTURES = {
     "T5ForConditionalGeneration": (T5, ["q", "v", "wo"], None),
     "GPT2LMHeadModel": (GPT2, ["c_attn", "c_proj"], None),
     "DistilBertForSequenceClassification": (DISTILBERT, ["q_lin", "v_lin", "lin1"], "classifier"),
+    "ViTForImageClassification": (VIT, ["q_proj", "fc1"], "classifier"),
+    "ASTForAudioClassification": (AST, ["q_proj", "fc1"], "classifier"),
+    "WhisperForAudioClassification": (WHISPER, ["q_proj", "v_proj", "fc1"], "classifier"),
+    "Wav2Vec2ForSequenceClassification": (WAV2VEC2, ["q_proj", "output_dense"], "classifier"),
     "torch.nn.TransformerEncoder": ({}, ["linear1", "linear2"], None),
+}
+# {a class whose inputs are not token ids: (their name, their shape)}
+SIGNALS = {
+    "ViTForImageClassification": ("pixel_values", (3, 3, 8, 8)),
+    "ASTForAudioClassification": ("input_values", (3, 16, 8)),
+    "WhisperForAudioClassification": ("input_features", (3, 8, 20)),
+    "Wav2Vec2ForSequenceClassification": ("input_values", (3, 64)),
+    "torch.nn.TransformerEncoder": ("src", (3, 7, 16)),
 }
 
 
@@ -60,8 +80,9 @@ def architecture(request):
 
     def inputs(seed):
         generator = torch.Generator().manual_seed(seed)
-        if not settings:
-            return {"src": torch.randn(3, 7, 16, generator=generator)}
+        if request.param in SIGNALS:
+            name, shape = SIGNALS[request.param]
+            return {name: torch.randn(shape, generator=generator)}
         ids = torch.randint(2, 41, (3, 7), generator=generator)
         return {"input_ids": ids} | ({"labels": ids.flip(1)} if settings is T5 else {})
 
@@ -73,6 +94,12 @@ def outputs(model, inputs):
     with torch.no_grad():
         result = model(**inputs)
     return getattr(result, "logits", result)
+
+
+def loss_of(result):
+    """Cross-entropy of class 0."""
+    y = getattr(result, "logits", result)
+    return F.cross_entropy(y.flatten(0, -2), y.new_zeros(y[..., 0].numel()).long())
 
 
 def adapted(base, targets):
@@ -91,6 +118,17 @@ def test_new_adapters_change_nothing(architecture):
     before = outputs(base, inputs(0))
     model = replace_linear_with_bidora(copy.deepcopy(base), 2, target_modules=targets)
     torch.testing.assert_close(outputs(model, inputs(0)), before, rtol=0, atol=1e-6)
+
+
+def test_three_bilevel_steps_move_what_each_level_trains_and_nothing_else(architecture):
+    base, inputs, targets, _ = architecture
+    model = replace_linear_with_bidora(copy.deepcopy(base), 2, target_modules=targets)
+    optimizer = create_bilevel_optimizer(model, lower_lr=1e-2, upper_lr=1e-2)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for step in range(3):
+        optimizer.bilevel_step(lambda m, x: loss_of(m(**x)), inputs(2 * step), inputs(2 * step + 1))
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
 
 
 def test_training_and_evaluation_mode_agree(architecture):
@@ -130,8 +168,10 @@ def test_saved_loaded_merged_and_read_by_peft(architecture, tmp_path):
 def test_what_peft_trained_is_loaded(architecture, tmp_path):
     """Heads included, within 1e-5 of logits of about 1."""
     base, inputs, targets, head = architecture
+    tokens = "TOKEN_CLS" if "Token" in type(base).__name__ else "SEQ_CLS"
     config = LoraConfig(
-        task_type=head and ("TOKEN_CLS" if "Token" in type(base).__name__ else "SEQ_CLS"),
+        task_type=tokens if head and "input_ids" in inputs(0) else None,
+        modules_to_save=[head] if head else None,
         target_modules=targets,
         use_dora=True,
         fan_in_fan_out="c_attn" in targets,
@@ -157,13 +197,7 @@ class Problem:
 
     def loss(self, inputs):
         inputs = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
-
-        def loss():
-            result = self.model(**inputs)
-            y = getattr(result, "logits", result)
-            return F.cross_entropy(y.flatten(0, -2), y.new_zeros(y[..., 0].numel()).long())
-
-        return loss
+        return lambda: loss_of(self.model(**inputs))
 
     def at(self, function, moves):
         """function() with parameters moved by {parameter: change}."""
