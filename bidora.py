@@ -12,7 +12,7 @@ the norm comes from the factors:  ‖W0 + sBA‖² = ‖W0‖² + 2s Σ (W0·A�
 (The same norm: arXiv 2603.22276, and PEFT's pull request 3387.)
 
 Works on any nn.Module with nn.Linear layers (or transformers' Conv1D). Everything but save_adapter,
-load_adapter and patterns of targets also works when this file is copied alone.
+load_adapter and patterns also works when this file is copied alone.
 """
 
 import contextlib
@@ -35,7 +35,6 @@ try:
 except ImportError:  # copied alone into another project: ordinary weights, plain formulas
     quantized = SimpleNamespace(
         linear=lambda x, weight, bias=None: F.linear(x, weight.to(x.dtype), bias),
-        products=lambda weight, *xs: [F.linear(x, weight.to(x.dtype)) for x in xs],
         transposed=torch.matmul,
         blocks=lambda weight, dtype: [(0, weight.size(0), weight.to(dtype))],
         dequantize=lambda weight, dtype: weight.to(dtype),
@@ -57,10 +56,7 @@ def plain_forward(layer, x):
 
 @dataclass(frozen=True)
 class Method:
-    """
-    An entry of METHODS: which parameters a layer has, how they form its update (here LoRA's), and
-    which level trains them.
-    """
+    """An entry of METHODS: a layer's parameters, the update they form, and who trains them."""
 
     magnitude: bool = False  # whether a layer has m
     upper: str | None = None  # the name of the parameter that learns at the upper level
@@ -79,6 +75,8 @@ class Method:
             random, zero = zero, random
         if layer.init == "kaiming":
             nn.init.kaiming_uniform_(random, a=math.sqrt(5))
+        elif layer.init == "orthogonal":
+            nn.init.orthogonal_(random)
         else:
             nn.init.normal_(random)
         nn.init.zeros_(zero)
@@ -123,7 +121,7 @@ CHOICES = {
     "method": METHODS,
     "norm_grad": ("exact", "detach"),  # detach: a constant in the backward pass (DoRA, section 4.3)
     "magnitude_axis": ("row", "column"),  # one m per output, or one per input
-    "init": ("kaiming", "normal", "normal_b"),  # of A, with B = 0; normal_b: of B, with A = 0
+    "init": ("kaiming", "normal", "normal_b", "orthogonal"),  # of A, B = 0; normal_b: of B, A = 0
 }
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -136,7 +134,6 @@ class BiDoRALinear(nn.Linear):
     lora_dropout is on the update's input; method, norm_grad, magnitude_axis and init: see CHOICES.
     linear: an nn.Linear whose weight and bias are shared, not copied; bitsandbytes may have packed
     it (support/weights/quantized.py). Without it, W0 is random.
-
     Adapter parameters are fp32 even over a bf16 weight, also after .to(torch.bfloat16): in bf16,
     small updates round to nothing. Under autocast the products run in autocast's dtype.
     Raises ValueError for a rank below 1 and for an unknown choice.
@@ -231,9 +228,18 @@ class BiDoRALinear(nn.Linear):
             with torch.autocast(device, enabled=False):  # the norm stays in fp32
                 return self.forward(x.to(torch.get_autocast_dtype(device)))
 
-        row = self.magnitude_axis == "row"
-        if self.method.magnitude and not row:
-            x = torch.addcmul(x, x, self.change().to(x.dtype))
+        row, y, AW0 = self.magnitude_axis == "row", None, None
+        if self.method.magnitude:
+            if row and quantized.kind_of(self.weight):  # unpack W0 once, for x and for the norm
+                A = self.factors()[0].to(x.dtype)
+                y, AW0 = quantized.products(self.weight, x.reshape(-1, self.in_features), A)
+            norm = self.direction_norm(AW0)  # (out,) or (in,)
+            norm = norm if self.norm_grad == "exact" else norm.detach()
+            # ratio·y is computed as y + (ratio - 1)·y: near 1, bf16 has steps of 0.8 %, too coarse
+            # for ratio, but not for ratio - 1.
+            change = self.lora_magnitude_vector / norm - 1
+            if not row:
+                x = torch.addcmul(x, x, change.to(x.dtype))
 
         A, sB = (factor.to(x.dtype) for factor in self.factors())  # (rank, in), (out, rank)
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -242,26 +248,14 @@ class BiDoRALinear(nn.Linear):
         if not (self.method.magnitude and row):
             y = quantized.linear(rows, self.weight, bias).addmm_(z, sB.T)  # (N, out), in place
         else:
-            y, AW0 = quantized.products(self.weight, rows, A)  # a packed W0 is unpacked once
-            y = kernels.rescale(y.addmm_(z, sB.T), self.change(AW0))
+            y = quantized.linear(rows, self.weight) if y is None else y
+            y = kernels.rescale(y.addmm_(z, sB.T), change)
             # The bias comes last: in bf16, a large one would hide y from the gradient of m.
             y = y if bias is None else y + bias
         return y.view(*x.shape[:-1], self.out_features)
 
-    def change(self, AW0=None):
-        """
-        ratio - 1, (out,) or (in,). ratio·y is computed as y + (ratio - 1)·y: near 1, bf16 has steps
-        of 0.8 %, too coarse for ratio, but not for ratio - 1.
-        """
-        norm = self.direction_norm(AW0)
-        norm = norm if self.norm_grad == "exact" else norm.detach()
-        return self.lora_magnitude_vector / norm - 1
-
     def direction_norm(self, AW0=None):
-        """
-        ‖W0 + s·B·A‖ of each row, (out,), or column, (in,), without building the product. AW0: A·W0ᵀ
-        for the rows, (rank, out), if it is known; in another dtype than W0's it is not used.
-        """
+        """‖W0 + s·B·A‖ of each row, (out,), or column, (in,). AW0: A·W0ᵀ, if it is known."""
         A, sB = self.factors()
         dtype, squares = quantized.float_dtype(self.weight), self.weight_squares
         if self.weight.requires_grad:  # full fine-tuning beside the adapter
@@ -271,10 +265,9 @@ class BiDoRALinear(nn.Linear):
             squares = self.weight_squares
 
         if self.magnitude_axis == "row":
-            if AW0 is None or AW0.dtype != dtype:
-                [AW0] = quantized.products(self.weight, A.to(dtype))
-            W0A = AW0.T.to(A.dtype)  # (out, rank)
-            squares = squares + ((2 * W0A + sB @ (A @ A.T)) * sB).sum(dim=1)
+            if AW0 is None or AW0.dtype != dtype:  # as under autocast
+                AW0 = quantized.linear(A.to(dtype), self.weight)
+            squares = squares + ((2 * AW0.T.to(A.dtype) + sB @ (A @ A.T)) * sB).sum(dim=1)
         else:
             BW0 = quantized.transposed(sB.T.to(dtype), self.weight).to(A.dtype)  # (rank, in)
             squares = squares + ((2 * BW0 + (sB.T @ sB) @ A) * A).sum(dim=0)
@@ -330,19 +323,28 @@ def replace_linear_with_bidora(
     lora_dropout=0.0,
     target_modules=ATTENTION,
     method="bidora",
+    *,
+    rank_pattern=None,
+    alpha_pattern=None,
     **options,
 ):
     """
     Replace, in place, the linear layers that match target_modules (as in linear_layers) by
-    BiDoRALinear ones that share their weights. Returns module. options: norm_grad, magnitude_axis,
-    init. Raises ValueError for a target without a match, and for a layer that is adapted already,
-    shares its weight with another, computes it, is smaller than the rank, or is read without being
-    called. Prints how many other parameters train, if the model was not frozen.
+    BiDoRALinear ones that share their weights. Returns module. rank_pattern, alpha_pattern: numbers
+    for some layers, {pattern: number} as in PEFT. options: norm_grad, magnitude_axis, init. Says
+    how many other parameters train. Raises ValueError for a target or pattern without a match, and
+    for a layer that has an adapter, shares or computes its weight, is too small, or is not called.
     """
     chosen = linear_layers(module, target_modules)
+    sizes = dict.fromkeys(chosen, (rank, lora_alpha))
+    if rank_pattern or alpha_pattern:
+        from support.weights import peft_format
+
+        sizes = peft_format.by_patterns(sizes, rank_pattern, alpha_pattern)
     for name, layer in chosen.items():
         size = as_linear(layer).in_features, as_linear(layer).out_features
-        if not 1 <= rank <= min(size):
+        rank, _ = sizes[name]
+        if not isinstance(rank, int) or not 1 <= rank <= min(size):
             problem = f"rank {rank} does not fit {size[0]} inputs and {size[1]} outputs"
             raise ValueError(f"{name}: {problem}: choose 1 to {min(size)}")
     own = {id(p) for layer in chosen.values() for p in layer.parameters()}
@@ -350,7 +352,7 @@ def replace_linear_with_bidora(
     if others and any(layer.weight.requires_grad for layer in chosen.values()):
         note = f"note: {others:,} other parameters train, and are saved, beside the adapters"
         print(note + "; for none, call model.requires_grad_(False) first", file=sys.stderr)
-    return adapt(module, dict.fromkeys(chosen, (rank, lora_alpha)), lora_dropout, method, **options)
+    return adapt(module, sizes, lora_dropout, method, **options)
 
 
 def adapt(module, sizes, lora_dropout, method, **options):
@@ -363,14 +365,11 @@ def adapt(module, sizes, lora_dropout, method, **options):
         if isinstance(layer, BiDoRALinear):
             raise ValueError(f"{name} has an adapter already")
         if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            raise ValueError(
-                f"{name}: nn.MultiheadAttention reads this layer's weight without calling the "
-                f"layer, so an adapter would have no effect: leave it out of the target modules"
-            )
+            problem = "nn.MultiheadAttention reads this layer's weight without calling the layer"
+            raise ValueError(f"{name}: {problem}: an adapter has no effect: leave the layer out")
         if "weight" not in layer._parameters:
             raise ValueError(f"{name} computes its weight, as by weight_norm: undo that first")
-        tied = [n for n, p in owners if p is layer.weight and n != f"{name}.weight"]
-        if tied:
+        if tied := [n for n, p in owners if p is layer.weight and n != f"{name}.weight"]:
             raise ValueError(f"{name} shares its weight with {tied[0]}: it can't be adapted alone")
 
         linear = as_linear(layer)
@@ -420,10 +419,8 @@ def start_retrain(model, fresh=True):
 def merge(model):
     """
     Fold every adapter into its weight, in place, leaving ordinary linear layers. Returns model.
-
-    The merged weight has the base's dtype: over a bf16 base it is rounded once. A quantised base is
-    first dequantised, in all its layers, and a line is printed that says so: an adapter fits the
-    weights that it was trained over, not those before quantisation.
+    The merged weight has the base's dtype: over bf16 it is rounded once. A quantised base is first
+    dequantised in all its layers, and a line says so: an adapter fits what it was trained over.
     """
     quantized.complete(model)
     kinds = {quantized.kind_of(p) for p in model.parameters()} - {None}
@@ -445,7 +442,6 @@ def save_adapter(model, folder, base_model=""):
     """
     Write adapter_model.safetensors and adapter_config.json as PEFT does, each atomically: LoRA's
     factors, with m DoRA's. Modules that are trained beside the adapters are saved whole.
-
     base_model: name, name@revision or folder of the base, for the config. Raises ValueError for no
     adapters, for several kinds, and (after saving the rest) for trained parameters that the format
     can't hold; OSError when the folder can't be written.
@@ -457,12 +453,10 @@ def save_adapter(model, folder, base_model=""):
 
 def load_adapter(model, folder, method=""):
     """
-    Load an adapter that save_adapter or PEFT wrote, with any pattern of ranks or targets; a model
-    without adapters is given them. Returns model. method: of the new adapters, such as "bidora" to
-    search on; empty: "dora" or "lora", as the file has magnitudes or not.
-
-    Raises FileNotFoundError for a missing file, ValueError for a damaged or incomplete one, for one
-    that does not fit the model, and for variants of LoRA that these layers don't compute.
+    Load an adapter that save_adapter or PEFT wrote; a model without adapters is given them. Returns
+    model. method: of the new adapters, such as "bidora"; empty: "dora" or "lora", as in the file.
+    Raises FileNotFoundError for a missing file, ValueError for one that is damaged or incomplete,
+    does not fit the model, or holds a variant of LoRA that these layers don't compute.
     """
     from support.weights import peft_format
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import hypergrad
-from bidora import lower_parameters, upper_parameters
+from bidora import adapter_layers, lower_parameters, upper_parameters
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ class BilevelOptimizer:
     hypergradient   a key of HYPERGRADIENTS; options: that function's own (lr: by default the lower
                     level's rate at the time)
     beta2           AdamW's, at both levels
+    lora_plus       B's rate is so many times A's (arXiv 2402.12354); not with an upper level
     grad_clip       the norm to which the gradient of each level is clipped
     optimizer       'adamw', or 'adamw8bit', bitsandbytes' AdamW with 8-bit moments (tensors below
                     4,096 numbers keep 32 bits)
@@ -148,6 +149,7 @@ class BilevelOptimizer:
         hypergradient="unrolled",
         *,
         beta2=0.999,
+        lora_plus=1.0,
         grad_clip=1.0,
         optimizer="adamw",
         precondition="none",
@@ -182,7 +184,14 @@ class BilevelOptimizer:
         if optimizer == "adamw8bit":
             from bitsandbytes.optim import AdamW8bit as build
         build = functools.partial(build, betas=(0.9, beta2))
-        self.lower_optimizer = build(self.lower, lr=lower_lr, weight_decay=weight_decay)
+        groups = [{"params": self.lower}]
+        if lora_plus != 1:
+            if self.upper:
+                raise ValueError("lora_plus: a hypergradient models one rate: use lora or dora")
+            Bs = {layer.lora_B: None for layer in adapter_layers(model).values()}
+            rest = [p for p in self.lower if p not in Bs]
+            groups = [{"params": rest}, {"params": [*Bs], "lr": lora_plus * lower_lr}]
+        self.lower_optimizer = build(groups, lr=lower_lr, weight_decay=weight_decay)
         upper = dict(lr=upper_lr, weight_decay=upper_weight_decay)
         self.upper_optimizer = build(self.upper, **upper) if self.upper else None
 
@@ -209,15 +218,12 @@ class BilevelOptimizer:
         """
         seen = []
         keep, losses = self.keeps_next(), self.watched(loss_fn, batch, seen)
+        self.past = [replace(step, graph=None) for step in self.past if keep]  # saves memory
+        graph = self.kept_graph(losses) if keep else None
+        g = graph.value if graph else hypergrad.total_gradient(losses, self.lower, self.reduce)
         if keep:
-            self.past = [replace(step, graph=None) for step in self.past]  # saves memory
-            graph = self.kept_graph(losses)
-            g = graph.value if graph else hypergrad.total_gradient(losses, self.lower, self.reduce)
             self.past = [*self.past, self.kept_step(losses, g, graph)][-self.kept_steps :]
             g = [x.clone() for x in g]  # clipping writes into them
-        else:
-            self.past = []
-            g = hypergrad.total_gradient(losses, self.lower, self.reduce)
 
         self.train_loss = losses
         [total] = self.reduce([sum(seen)])
@@ -297,7 +303,9 @@ class BilevelOptimizer:
         gradient is not finite.
         """
         for parameter, g in zip(parameters, gradients):
-            parameter.grad = g
+            # Torch's fused AdamW misreads a gradient whose numbers lie in another order.
+            same = g.stride() == parameter.stride()
+            parameter.grad = g if same else torch.empty_like(parameter).copy_(g)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip)
         finite = bool(torch.isfinite(loss + norm))  # the only number that a step reads from a GPU
         if finite:
@@ -403,9 +411,8 @@ def check_options(hypergradient, options):
         raise ValueError(f"hypergradient={hypergradient} has no option {unknown[0]!r}: {has}")
     for name, value in options.items():
         whole = name in ("steps", "terms", "iterations")
-        least = 1 if whole else 0
         number = isinstance(value, int if whole else (int, float)) and math.isfinite(value)
-        if not number or value < least or (value == 0 and name != "damping"):
+        if not number or value < 0 or (value == 0 and name != "damping"):
             kind = "a whole number of at least 1" if whole else "a positive number"
             raise ValueError(f"{name}={value!r} must be {kind}")
 

@@ -1,7 +1,7 @@
 """The settings of a run: defaults, meanings, and which combinations are refused."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import bidora
@@ -54,11 +54,13 @@ class Config:
     # the adapter (most people set rank)
     rank: int = 8  # of the update B·A; a higher rank can learn more, and overfit more
     alpha: float = 16.0  # the update is scaled by alpha / rank
+    rank_pattern: dict = field(default_factory=dict)  # {"down_proj": 16}: the first match counts
+    alpha_pattern: dict = field(default_factory=dict)  # likewise; PEFT sorts both when it saves
     dropout: float = 0.0  # on the update's input; off in the new passes of a hypergradient
     target_modules: tuple = bidora.ALL_LINEAR  # the adapted layers: names, patterns or all-linear;
     #: by default all linear layers of the blocks (of BERT query, key, value and three dense ones)
     magnitude_axis: str = "row"  # a magnitude per output (row, PEFT) or per input (column, papers)
-    init: str = "kaiming"  # of A, while B is 0: kaiming (LoRA's) or normal, N(0, 1); normal_b: of B
+    init: str = "kaiming"  # of A, B = 0: kaiming (LoRA's), normal, orthogonal; normal_b: of B
     norm_grad: str = "exact"  # exact, or detach: a constant norm in the backward pass, as in PEFT
     gram_weight: float = 0.0  # weight of a regulariser in the lower loss: it keeps directions apart
 
@@ -69,6 +71,7 @@ class Config:
     micro_batch_size: int = 0  # examples in memory at once: fewer take less, with the same result;
     #: 0: the whole batch
     lower_lr: float = 0.0  # AdamW's peak learning rate, lower level; 0 means 1e-3, or 2e-5 for ft
+    lora_plus: float = 1.0  # LoRA+ (arXiv 2402.12354): B's learning rate is so many times A's
     upper_lr: float = 1e-2  # AdamW's peak learning rate, upper level
     retrain_lr: float = 0.0  # AdamW's peak learning rate in the final phase; 0 means lower_lr
     lr_floor: float = 0.1  # each learning rate falls to this share of its peak

@@ -145,10 +145,9 @@ class LowerGradient:
 
             outputs, weights = map(list, zip(*pairs))
             keep = bool(self.graph) and not last
+            options = dict(grad_outputs=weights, retain_graph=keep)
             with second_derivatives(), self.mode():
-                products.append(
-                    gradient(outputs, parameters, grad_outputs=weights, retain_graph=keep)
-                )
+                products.append(gradient(outputs, parameters, **options))
         return self.reduce(add(*products))
 
 

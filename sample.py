@@ -63,7 +63,7 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
     """
     if not adapter:
         folder = find_model(model_name)
-        run = read_run(folder, tasks.TASKS, vars(Config))
+        run = read_run(folder, tasks.TASKS, Config.__annotations__)
         if run.get("task") in tasks.HEADS:  # full fine-tuning of an encoder
             task = HeadTask(run["task"], run["labels"], *load_tokenizer(folder))
             return tasks.load_model(task, folder, torch.float32, device, own_head=True), task, run
@@ -74,7 +74,7 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
     adapter = Path(adapter)
     if not adapter.is_dir():
         raise FileNotFoundError(f"no folder {adapter}: give the out_dir of a finished run")
-    run = read_run(adapter, tasks.TASKS, vars(Config))
+    run = read_run(adapter, tasks.TASKS, Config.__annotations__)
     if not (adapter / "adapter_config.json").exists():  # full fine-tuning leaves a whole model
         if not (adapter / "config.json").exists():
             raise FileNotFoundError(

@@ -142,6 +142,7 @@ def build_optimizer(task, phase):
         weight_decay=config.weight_decay,
         upper_weight_decay=config.upper_weight_decay,
         beta2=config.adam_beta2,
+        lora_plus=config.lora_plus,
         grad_clip=config.grad_clip,
         optimizer=config.optimizer,
         precondition=config.precondition,
@@ -373,6 +374,8 @@ def build_model(config, folder, dtype, device, family, rows):
             norm_grad=config.norm_grad,
             magnitude_axis=config.magnitude_axis,
             init=config.init,
+            rank_pattern=config.rank_pattern,
+            alpha_pattern=config.alpha_pattern,
         )
 
     if config.fsdp:

@@ -19,6 +19,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.testing import assert_close
 
 import bidora
+import sample
+import train
 from bidora import BiDoRALinear, load_adapter, merge, replace_linear_with_bidora, save_adapter
 from bilevel import create_bilevel_optimizer
 from support.fast import kernels
@@ -538,17 +540,20 @@ def test_each_method_trains_the_right_parameters_at_each_level():
 
 
 @pytest.mark.parametrize(
-    "rank, targets, message",
+    "rank, targets, message, options",
     [
-        (2, ["0", "no_such"], "no_such.*there are: 0, 2"),
-        (6, ["0", "2"], "2: rank 6 does not fit"),
-        (0, ["2"], "rank 0 does not fit"),
+        (2, ["0", "no_such"], "no_such.*there are: 0, 2", {}),
+        (6, ["0", "2"], "2: rank 6 does not fit", {}),
+        (0, ["2"], "rank 0 does not fit", {}),
+        (2, ["0"], "0: rank 2.5 does not fit", dict(rank_pattern={"0": 2.5})),
+        (2, ["0"], "'2' has no effect: no adapted layer", dict(rank_pattern={"2": 1})),
+        (2, ["0"], "'0' has no effect", dict(alpha_pattern={".*": 1, "0": 2})),
     ],
 )
-def test_what_cannot_be_adapted_is_refused(rank, targets, message):
+def test_what_cannot_be_adapted_is_refused(rank, targets, message, options):
     model = mlp()
     with pytest.raises(ValueError, match=message):
-        replace_linear_with_bidora(model, rank, target_modules=targets)
+        replace_linear_with_bidora(model, rank, target_modules=targets, **options)
     assert not bidora.adapter_layers(model)  # not half adapted
 
 
@@ -596,6 +601,69 @@ def test_a_loaded_adapter_is_trained_further_by_the_method_that_is_asked_for(tmp
         loaded = load_adapter(copy.deepcopy(base), tmp_path, method=method)
         assert torch.equal(loaded(x), model(x))
         assert len(bidora.upper_parameters(loaded)) == uppers
+
+
+def test_patterns_are_peft_s_in_the_order_that_is_given_and_survive_saving(tmp_path):
+    """The first match counts. PEFT's own file would sort them, which gives other ranks here."""
+    base, ids, targets = tiny_llama(), torch.randint(0, 97, (2, 9)), ["q_proj", "down_proj"]
+    patterns = dict(
+        rank_pattern={"q_proj": 2, r".*layers\.1\..*": 6},
+        alpha_pattern={"down_proj": 5, ".*1.*": 3},
+    )
+    peer = pefts(base, target_modules=targets, **patterns).base_model.model
+    ours = adapted(base, targets, 4, lora_alpha=8, method="lora", init="orthogonal", **patterns)
+    sizes = set()
+    for name, layer in bidora.adapter_layers(ours).items():
+        theirs = peer.get_submodule(name)
+        assert (layer.rank, layer.scaling) == (theirs.r["default"], theirs.scaling["default"])
+        assert_close(layer.lora_A @ layer.lora_A.T, torch.eye(layer.rank))  # orthogonal
+        sizes.add((layer.rank, layer.scaling))
+    assert sizes == {(2, 4), (2, 1.5), (4, 1.25), (6, 5 / 6)}
+    save_adapter(ours, tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path)
+    assert_close(again(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("times", [1, 16])
+def test_steps_are_torch_s_adamw_s_with_lora_plus_s_rate_for_b(times):
+    """Also where autograd gives B's gradient with its numbers in another order in memory."""
+
+    def loss(model, x):
+        return model(x).square().mean() + model[0].lora_B.T.exp().sum()
+
+    ours, x = adapted(mlp(), ["0", "2"], 2, method="dora"), torch.randn(6, 12)
+    other = copy.deepcopy(ours)
+    optimizer = create_bilevel_optimizer(ours, 1e-2, lora_plus=times, grad_clip=1e9)
+    named = {n: p for n, p in other.named_parameters() if p.requires_grad}
+    Bs, rest = ([p for n, p in named.items() if ("lora_B" in n) == b] for b in (True, False))
+    groups = [{"params": rest}, {"params": Bs, "lr": times * 1e-2}]
+    peer = torch.optim.AdamW(groups, 1e-2, weight_decay=0.01)
+    for _ in range(2):
+        optimizer.lower_step(loss, x)
+        peer.zero_grad()
+        loss(other, x).backward()
+        peer.step()
+    for p, q in zip(ours.parameters(), other.parameters()):
+        assert_close(p, q)
+    with pytest.raises(ValueError, match="lora_plus"):
+        create_bilevel_optimizer(adapted(mlp(), ["0"], 2), lora_plus=16)
+
+
+def test_a_run_takes_patterns_and_lora_plus_and_refuses_what_is_none(tmp_path, capsys):
+    run = ["--config=tiny.py", "--search_steps=1", "--retrain_steps=1", f"--out_dir={tmp_path}/run"]
+    run += ["--eval_size=4", "--eval_before=False"]
+    dora = ["--method=dora", "--lora_plus=4", '--rank_pattern={"layers.1.mlp.down_proj": 5}']
+    assert train.main([*run, *dora]) == 0
+    tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert [len(t) for n, t in sorted(tensors.items()) if "down_proj.lora_A" in n] == [8, 5]
+    assert sample.load(str(tmp_path / "run"))[2]["lora_plus"] == 4
+    for wrong, said in [
+        (["--method=bidora", "--lora_plus=4"], "lora_plus=4 is for lora and dora, not for bidora"),
+        (['--rank_pattern={"q_proj": -1}'], "is not a JSON object of positive numbers"),
+        (["--alpha_pattern=q_proj"], "is not a JSON object of positive numbers"),
+    ]:
+        assert train.main([*run, "--overwrite", *wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_alpha_patterns_whose_order_peft_lost_are_named(tmp_path, capsys):

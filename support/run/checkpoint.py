@@ -45,7 +45,7 @@ def optimizer_state(bilevel_optimizer):
     return {
         f"{level}.{i}.{name}": torch.as_tensor(value)
         for level, optimizer in bilevel_optimizer.optimizers.items()
-        for i, parameter in enumerate(optimizer.param_groups[0]["params"])
+        for i, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"])
         for name, value in optimizer.state.get(parameter, {}).items()
     }
 

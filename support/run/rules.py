@@ -135,6 +135,8 @@ def combinations(config, method):
             yield f"{setting} is for bidora and bilora; {config.method} has no upper level"
     if config.two_phases and (method is None or method.upper or not method.magnitude):
         yield f"two_phases=True is for method=dora; {config.method} has two phases, or no magnitude"
+    if config.lora_plus != 1 and (method is None or bilevel):
+        yield f"lora_plus={config.lora_plus:g} is for lora and dora, not for {config.method}"
     if config.two_phases and config.search_steps == 0:
         yield "two_phases=True needs search_steps, in which the magnitude learns"
     if config.group_by_length and not config.shuffle:

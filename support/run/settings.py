@@ -9,6 +9,7 @@ the dataclass, a line `# …` heads a group, and a line `#: …` continues a fie
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import os
 import re
@@ -24,6 +25,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 TEXTS = ("prompt", "prompt_b", "label_prompt")  # settings in which ~ is no home folder
 IN_WORDS = {
     tuple: "a list of names, separated by commas",
+    dict: 'a JSON object of positive numbers, such as {"down_proj": 16}',
     bool: "True or False",
     str: "text",
     int: "an integer",
@@ -50,6 +52,11 @@ def typed(field, value, where):
             listed = isinstance(names, (list, tuple)) and names
             if listed and all(isinstance(name, str) and name for name in names):
                 return tuple(names)
+        elif wanted is dict:
+            pairs = json.loads(value) if isinstance(value, str) else value
+            numbers = [number for number in pairs.values() if type(number) in (int, float)]
+            if len(numbers) == len(pairs) and all(0 < number < math.inf for number in numbers):
+                return pairs
         elif wanted is bool and str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
         elif wanted is str and isinstance(value, (str, Path)) and "\0" not in str(value):
@@ -59,7 +66,7 @@ def typed(field, value, where):
             number = wanted(value)
             if math.isfinite(number) and (isinstance(value, str) or number == value):
                 return number  # 8.5 is not an int
-    except (TypeError, ValueError, OverflowError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"{where}: {field.name}={value!r} is not {IN_WORDS[wanted]}")
 
@@ -198,7 +205,7 @@ def help_text(schema):
     ]
     for line in inspect.getsource(schema).splitlines()[2:]:
         if match := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):
-            default = getattr(schema, match[1])
+            default = getattr(schema, match[1], {})  # a dict has none in the class
             shown = ",".join(default) if isinstance(default, tuple) else default
             lines += [f"  --{match[1]}={shown}", f"        {match[2]}"]
         elif match := re.fullmatch(r"    #: (.*)", line):

@@ -384,14 +384,41 @@ def targeted(config, names, where):
     return set() if config.get("layers_pattern") else chosen
 
 
+def first_matches(names, patterns, where):
+    """
+    PEFT's rule: ({layer: the first of the patterns that matches}, {layer: the number of a later
+    one, where it differs}). patterns: {pattern: number}.
+    """
+    first, unclear, end = {}, {}, time.monotonic() + 5
+    for pattern, number in patterns.items():
+        plain = rf"(.*\.)?({pattern}|{without_wrappers(pattern)})"
+        for name in matching(plain, names, where, end):
+            if patterns[first.setdefault(name, pattern)] != number:
+                unclear[name] = number
+    return first, unclear
+
+
+def by_patterns(sizes, rank_pattern, alpha_pattern):
+    """
+    {layer: (rank, alpha)} where a user's patterns change some. Raises ValueError for a pattern that
+    decides no layer.
+    """
+    changed = []
+    for where, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        first, _ = first_matches(sizes, patterns or {}, where)
+        if idle := [pattern for pattern in patterns or {} if pattern not in first.values()]:
+            reason = "no adapted layer matches it, or an earlier pattern matches first"
+            raise ValueError(f"{where}: {idle[0]!r} has no effect: {reason}")
+        changed.append({name: patterns[pattern] for name, pattern in first.items()})
+    ranks, alphas = changed
+    return {n: (ranks.get(n, rank), alphas.get(n, alpha)) for n, (rank, alpha) in sizes.items()}
+
+
 def alphas_of(names, config, where):
-    """{layer: alpha} by PEFT's rule: the first matching pattern's, else lora_alpha."""
-    alphas, unclear, end = {}, {}, time.monotonic() + 5
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        pattern = rf"(.*\.)?({pattern}|{without_wrappers(pattern)})"
-        for name in matching(pattern, names, f"{where}: alpha_pattern", end):
-            if alphas.setdefault(name, alpha) != alpha:
-                unclear[name] = alpha
+    """{layer: alpha} of an adapter_config.json: its pattern's, else lora_alpha."""
+    patterns = config.get("alpha_pattern") or {}
+    first, unclear = first_matches(names, patterns, f"{where}: alpha_pattern")
+    alphas = {name: patterns[pattern] for name, pattern in first.items()}
     for name, alpha in list(unclear.items())[:1]:
         both = f"patterns give {name} the alphas {alphas[name]:g}, which is taken, and {alpha:g}"
         lost = "PEFT sorts patterns when it saves, so the order that was meant is lost"

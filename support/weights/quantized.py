@@ -196,11 +196,7 @@ class Products(torch.autograd.Function):
 
 
 def products(weight, *xs):
-    """x·Wᵀ of each x, (N, in) -> (N, out), in its dtype, for a weight of any kind and dtype."""
-    if kind_of(weight) is None:
-        return [F.linear(x, weight.to(x.dtype)) for x in xs]
-    if len({x.dtype for x in xs}) > 1:
-        return [y for x in xs for y in products(weight, x)]
+    """x·Wᵀ of each x, (N, in) -> (N, out), for a packed weight. All have one dtype."""
     return Products.apply(weight, False, *xs)
 
 
