@@ -86,7 +86,7 @@ class Config:
 
     # the hypergradient (hypergrad.py)
     hypergradient: str = "unrolled"  # unrolled (the paper's), first_order, finite_difference,
-    #: neumann, conjugate_gradient, identity and identity_difference (the authors' program's)
+    #: neumann, conjugate_gradient or identity (the authors' program has identity_difference)
     hypergradient_steps: int = 0  # steps to differentiate through (unrolled, finite_difference),
     #: terms of the series (neumann) or iterations (conjugate_gradient); 0 means 1, 3 and 3
     hypergradient_lr: float = 0.0  # rate of these steps (0: lower_lr), or neumann's alpha (0: 0.01)

