@@ -10,6 +10,7 @@ from bidora import METHODS
 from bilevel import HYPERGRADIENTS
 from support.run import rules, settings
 from support.weights import quantized
+from support.weights.pretrained import base_of
 from tasks import TASKS
 
 
@@ -21,7 +22,7 @@ class Config:
     method: str = "bidora"  # bidora, dora, lora, bilora, bilora_softmax, bilora_binary, ft (full)
     dtype: str = "auto"  # of the base: float32, bfloat16, or auto (whichever is fast here)
     quantize: str = "auto"  # pack the base's linear layers: nf4, fp4, int8, or none (auto: none)
-    device: str = "auto"  # cpu, cuda, or auto (cuda if there is one)
+    device: str = "auto"  # cpu, cuda, auto (cuda if there is one), or mps (untested)
     seed: int = 0  # of the data sample, the split, the adapter's initial values and the batches
 
     # the data (most people set train_file, or data)
@@ -42,6 +43,7 @@ class Config:
     task: str = "auto"  # label_words, language_model, generation, multiple_choice, classification,
     #: multi_label, regression, tagging; auto: what fits the examples (the last four train a head)
     block_size: int = 0  # most tokens of an example, others are cut; 0: 256, or the model's limit
+    held_fraction: float = 0.0  # share of train held out from all, for eval_every, keep, patience
     label_prompt: str = ""  # a question with {text}, and {labels} if wanted; empty: the data set's
     train_on_prompt: bool = False  # count the prompt in the loss too, not only the answer
 
@@ -52,6 +54,7 @@ class Config:
     no_repeat_ngram_size: int = 0  # no sequence of so many tokens occurs twice in a text; 0: any
 
     # the adapter (most people set rank)
+    adapter: str = ""  # start from an adapter's folder: it names the base, and has its own sizes
     rank: int = 8  # of the update B·A; a higher rank can learn more, and overfit more
     alpha: float = 16.0  # the update is scaled by alpha / rank
     rank_pattern: dict = field(default_factory=dict)  # {"down_proj": 16}: the first match counts
@@ -67,6 +70,7 @@ class Config:
     # the budget, of every method: search_steps + retrain_steps (most people set both, and lower_lr)
     search_steps: int = 12  # lower-level steps of the search phase
     retrain_steps: int = 54  # steps of the final phase: direction only, on train + val
+    epochs: float = 0.0  # passes over train + val of all phases together, instead of these steps
     batch_size: int = 4  # examples per step, at either level
     micro_batch_size: int = 0  # examples in memory at once: fewer take less, with the same result;
     #: 0: the whole batch
@@ -111,6 +115,9 @@ class Config:
     resume: bool = False  # resume the run in out_dir from its last checkpoint
     checkpoint_every: int = 100  # steps between checkpoints; each phase also ends with one
     eval_size: int = 400  # most examples evaluated per split
+    eval_every: int = 0  # steps between losses on held-out examples: held_fraction's, else test's
+    keep: str = "last"  # weights of each phase: last, or best (the lowest held-out loss)
+    patience: int = 0  # so many held-out losses without a lower one end a phase; 0: none do
     eval_before: bool = True  # evaluate the test examples before training, too
     snapshots: int = 0  # how often per phase the weights' ΔM and ΔD are recorded
 
@@ -121,6 +128,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "quantize": ("auto", "none", *quantized.KINDS),
     "final_init": ("fresh", "continue"),
+    "keep": ("last", "best"),
     "upper_data": ("val", "train"),
     "task": ("auto", *TASKS),
 }
@@ -136,9 +144,10 @@ def read_config(arguments, kind=Config):
     if config.data and config.train_file and not overrides:
         raise ValueError("data and train_file are two sources: choose one")
     if config.train_file and "--test_size" in given:
-        raise ValueError(
-            f"test_size={config.test_size}: files are taken whole; give test examples as test_file"
-        )
+        size = f"test_size={config.test_size}"
+        raise ValueError(f"{size}: files are taken whole; give test examples as test_file")
+    if config.adapter and config.model == Config.model:
+        config.model = base_of(Path(config.adapter))
     if path and not config.out_dir:
         suffix = f"-{config.method}" * ("--method" in given)
         config.out_dir = str(Path("out") / (path.stem + suffix))
@@ -155,18 +164,14 @@ def second_order(config):
 
 
 def resolve(config, shape):
-    """
-    config with values in place of its automatic settings. shape: from tasks.read_shape. Raises
-    ValueError for a block_size above the model's positions.
-    """
+    """config with automatic settings chosen. shape: from tasks.read_shape. Raises ValueError."""
     positions, targets = shape.max_position_embeddings, config.target_modules
     if targets == bidora.ALL_LINEAR:
         targets = getattr(shape, "targets", targets)
     block_size = config.block_size or min(256, positions)
     if block_size > positions:
-        raise ValueError(
-            f"block_size={block_size} is more than the {positions} positions of {config.model}"
-        )
+        more = f"block_size={block_size} is more than the {positions} positions"
+        raise ValueError(f"{more} of {config.model}")
     return dataclasses.replace(
         config,
         lower_lr=config.lower_lr or (2e-5 if config.method == "ft" else 1e-3),
@@ -179,17 +184,11 @@ def resolve(config, shape):
 def check(config):
     """Raise ValueError for settings that make no sense, before any work is done."""
     rules.refuse(rules.values(config, CHOICES | {"method": (*METHODS, "ft")}))
-    method, hypergradient = METHODS.get(config.method), HYPERGRADIENTS[config.hypergradient]
-    rules.refuse(
-        rules.device(config),
-        rules.budget(config, is_bilevel(config), hypergradient),
-        rules.data(config, is_bilevel(config)),
-    )
-    used = config.hypergradient if is_bilevel(config) else "first_order"  # else: unused
-    coarse = config.dtype == "bfloat16"
+    two, coarse = is_bilevel(config), config.dtype == "bfloat16"
+    budget = rules.budget(config, two, HYPERGRADIENTS[config.hypergradient])
+    rules.refuse(rules.device(config), budget, rules.data(config, two))
+    used = config.hypergradient if two else "first_order"  # else: unused
     bilevel.check_choices(used, config.optimizer, config.precondition, coarse)
-    rules.refuse(
-        rules.combinations(config, method),
-        rules.compiled(config, second_order(config)),
-        rules.sharded(config, second_order(config)),
-    )
+    those = second_order(config), rules.is_borrowed(config.model)
+    combined = rules.combinations(config, METHODS.get(config.method))
+    rules.refuse(combined, rules.compiled(config, *those), rules.sharded(config, *those))

@@ -43,8 +43,8 @@ class Sample:
     prompt_b: str = ""  # the second text of a pair
     chat: bool = False  # hold a conversation; an empty line ends it
     raw: bool = False  # continue the prompt itself, without chat template, as a run on texts does
-    file: str = ""  # predict every line of a JSONL or CSV file, whose answers may be missing
-    out: str = ""  # the file of these predictions, CSV or JSONL
+    file: str = ""  # print the loss and scores of its examples, or with out:
+    out: str = ""  # write their predictions, as CSV or JSONL; then answers may be missing
     labels: str = ""  # classify among these, separated by commas; empty: the run's own
 
     # generation (of free text: a run of another task, or of task=generation, has its own)
@@ -57,11 +57,12 @@ class Sample:
 
 def load(adapter="", model_name="", device="cpu", quantize=""):
     """
-    The model, its tokenizer (with a head: its HeadTask), and the settings of the run that trained
-    it, from which empty arguments are taken ({} for a model or an adapter from elsewhere). Raises
-    FileNotFoundError or ValueError with a message for the user.
+    The model, its tokenizer (with a head: its HeadTask), and the settings of its run, {} if it is
+    from elsewhere, from which empty arguments are taken. Raises FileNotFoundError or ValueError.
     """
     if not adapter:
+        if model_name == "minilm":
+            raise ValueError("minilm is an encoder, which writes nothing: give --adapter=out/...")
         folder = find_model(model_name)
         run = read_run(folder, tasks.TASKS, Config.__annotations__)
         if run.get("task") in tasks.HEADS:  # full fine-tuning of an encoder
@@ -77,9 +78,8 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
     run = read_run(adapter, tasks.TASKS, Config.__annotations__)
     if not (adapter / "adapter_config.json").exists():  # full fine-tuning leaves a whole model
         if not (adapter / "config.json").exists():
-            raise FileNotFoundError(
-                f"{adapter} holds no adapter (adapter_config.json) and no model (config.json)"
-            )
+            neither = "no adapter (adapter_config.json) and no model (config.json)"
+            raise FileNotFoundError(f"{adapter} holds {neither}")
         return load("", str(adapter), device, quantize)
 
     folder = find_base(adapter, model_name or run.get("model", ""))
@@ -96,10 +96,7 @@ def load(adapter="", model_name="", device="cpu", quantize=""):
 
 
 def answer(model, tokenizer, messages, config):
-    """
-    The assistant's next turn, as text. messages: the conversation, or a string to continue; config:
-    a Sample.
-    """
+    """The assistant's next turn, as text. messages: a conversation, or a string to continue."""
     if isinstance(messages, str):
         ids = tokenizer.encode(messages)
         ids = tokenizer.prefix_of(ids) + ids
@@ -115,10 +112,7 @@ def answer(model, tokenizer, messages, config):
 
 
 def classify(model, tokenizer, text, labels, label_prompt, block_size, text_b=""):
-    """
-    (probability, label) of every label, likeliest first; the probabilities sum to 1. text_b: the
-    second text of a pair. A text too long for block_size tokens is cut as in training.
-    """
+    """(probability, label) of every label, likeliest first; a long text is cut as in training."""
     label_ids = tokenize_labels(labels, tokenizer)
     prompt, _ = tokenize_question(text, tokenizer, label_prompt, label_ids, block_size, text_b)
     p = model.score([prompt], list(label_ids.values()))[0].softmax(-1)
@@ -142,7 +136,13 @@ def check(config):
         raise ValueError("give --adapter=out/..., or --model=... for a base model")
     if [config.chat, bool(config.prompt), bool(config.file)].count(True) != 1:
         raise ValueError('give one of --prompt="...", --chat and --file=...')
-    predict.check(config.file, config.out)
+    if config.out and not config.file:
+        raise ValueError("--out=... is for the predictions of a --file=...")
+    out = Path(config.out)
+    if config.out and out.exists():
+        raise ValueError(f"{out} exists: choose another --out")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent} is no folder: make it, or choose another --out")
     rules.refuse(rules.values(config, {"quantize": ("", "none", *KINDS)}), rules.device(config))
     if config.top_p > 1:
         raise ValueError(f"top_p={config.top_p} must be at most 1")
@@ -158,13 +158,11 @@ def respond(model, tokenizer, run, config):
     if config.prompt_b and not scored:
         raise ValueError("prompt_b is for a run that classifies pairs")
     if config.prompt and pairs is (not config.prompt_b) and not (raw or config.labels):
-        wanted = "pairs of texts: add" if pairs else "single texts: omit"
+        wanted = "pairs of texts: give both --prompt and" if pairs else "single texts: omit"
         raise ValueError(f"the run is on {wanted} --prompt_b")
     if isinstance(tokenizer, HeadTask):
         if config.chat or config.raw or config.labels:
-            raise ValueError(
-                f"the run's task is {task}: give --prompt alone (and --prompt_b for a pair)"
-            )
+            raise ValueError(f"the run's task is {task}: give --prompt alone, and --prompt_b")
         print(*tokenizer.describe(model, config.prompt, config.prompt_b, size), sep="\n")
     elif config.chat:
         chat(model, tokenizer, config)
@@ -191,22 +189,30 @@ def respond(model, tokenizer, run, config):
         print(answer(model, tokenizer, config.prompt if raw else turn, config))
 
 
-def family_of(run, tokenizer):
-    """The task of a run, a HeadTask or a LanguageTask. tokenizer: from load."""
+def family_of(run, tokenizer, writes=True):
+    """The task of a run; writes: whether a language model's answers are written, or compared."""
     if isinstance(tokenizer, HeadTask):
         return tokenizer
-    labels = run["labels"] if run.get("task") == "label_words" else []
-    search = {} if labels else tasks.search_options(run)
-    question, label_ids = run.get("label_prompt", ""), tokenize_labels(labels, tokenizer)
-    return tasks.LanguageTask(tokenizer, question, label_ids, False, search, None)
+    name = run.get("task")
+    label_ids = tokenize_labels(run["labels"] if name == "label_words" else [], tokenizer)
+    searches = name == "generation" or writes and not label_ids
+    search = tasks.search_options(run) if searches and run else {}
+    own = run.get("train_on_prompt", False)
+    make = tasks.MultipleChoice if name == "multiple_choice" else tasks.LanguageTask
+    return make(tokenizer, run.get("label_prompt", ""), label_ids, own, search, None)
 
 
-def predict_file(model, tokenizer, run, config):
-    """Write the predictions of a file, and print their scores if its answers are there."""
-    paths = Path(config.file), Path(config.out)
-    for name, score in predict.predict(family_of(run, tokenizer), model, run, *paths).items():
-        print(f"{name:>10}  {score:.4f}")
-    print(f"saved {config.out}")
+def use_file(model, tokenizer, run, config):
+    """Write a file's predictions to `out`, or without one evaluate it; print the scores."""
+    family, file = family_of(run, tokenizer, writes=bool(config.out)), Path(config.file)
+    if config.out:
+        found = predict.predict(family, model, run, file, Path(config.out))
+    else:
+        found = predict.evaluate(family, model, run, file, tasks.TASKS)
+    for name, score in found.items():
+        print(f"{name:>10}  " + ("–" if score is None else f"{score:.4f}"))
+    if config.out:
+        print(f"saved {config.out}")
 
 
 def use(config):
@@ -215,11 +221,13 @@ def use(config):
     torch.manual_seed(config.seed)
     device = hardware.choose_device(config.device)
     model, tokenizer, run = load(config.adapter, config.model, device, config.quantize)
-    (predict_file if config.file else respond)(model, tokenizer, run, config)
+    with hardware.attention(device):
+        (use_file if config.file else respond)(model, tokenizer, run, config)
 
 
 def main(arguments):
-    return settings.program(arguments or ["--help"], Sample, use, __doc__)
+    again = any(argument.startswith("--file") for argument in arguments)
+    return settings.program(arguments or ["--help"], Sample, use, __doc__, resumes=again)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,10 @@ def choose(name, example, shape):
     if name in possible:
         return name
     if encoder and (name in LANGUAGE or not possible):
-        raise ValueError(
-            f"examples of the format {form!r} need a model that writes, which an encoder does not: "
-            f"choose a language model, or examples for {', '.join(HEADS)}"
-        )
+        use = f"task={' or '.join(possible)}" if possible else f"examples for {', '.join(HEADS)}"
+        what = f"task={name} needs" if possible else f"examples of the format {form!r} need"
+        writes = "a model that writes, which an encoder does not"
+        raise ValueError(f"{what} {writes}: use {use}, or a language model")
     raise ValueError(
         f"task={name} does not take examples of the format {form!r}; use task="
         f"{' or '.join(possible)}"

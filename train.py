@@ -19,7 +19,6 @@ import functools
 import os
 import random
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +33,10 @@ from bilevel import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
 from config import MAY_CHANGE, Config, check, is_bilevel, read_config, resolve, second_order
 from support.run import distributed, hardware, progress, report, rules, settings
 from support.run.run import Run
+from support.tasks.predict import evaluate_rows
 from support.weights import quantized
 from support.weights.hf_format import is_own
-from support.weights.pretrained import find_model, is_hub_name
+from support.weights.pretrained import find_model
 from support.weights.regularisers import regulariser
 
 
@@ -50,7 +50,8 @@ def train(config, task_class=None):
     work for --resume.
     """
     check(config)
-    with Run(config, hardware.choose_device(config.device), MAY_CHANGE) as run:
+    device = hardware.choose_device(config.device)
+    with hardware.attention(device), Run(config, device, MAY_CHANGE) as run:
         check(run.config)  # that of a resumed run comes from a file
         task = prepare(run.config, run.device, run.resuming, task_class or Task, run.began)
         config = task.config
@@ -98,9 +99,12 @@ def fit(run, task, phase, steps, rows, val_rows=()):
             losses = {"train_loss": optimizer.lower_step(task.lower_loss, train_batch(step - 1))}
             for turn in upper_turns(step, config) if val_rows else ():
                 losses["val_loss"] = optimizer.upper_step(task.loss, val_batch(turn))
+            if config.eval_every and (step % config.eval_every == 0 or step == steps):
+                losses["held_loss"] = evaluate_rows(task, task.watched, scored=False)["loss"]
             run.record(step, losses)
         # A loss is computed before its step: only one more can show that the last step went well.
-        run.check_finite(optimizer.loss(task.loss, train_batch(steps)))
+        if not torch.isfinite(loss := optimizer.loss(task.loss, train_batch(steps))):
+            raise FloatingPointError(f"loss {loss:g} after the last step")
 
 
 def upper_turns(step, config):
@@ -126,72 +130,26 @@ def build_optimizer(task, phase):
     """The two-level optimizer of the config."""
     config = task.config
     lower_lr = (phase == "retrain" and config.retrain_lr) or config.lower_lr
+    names = "upper_steps hypergradient weight_decay upper_weight_decay lora_plus grad_clip"
+    names = (*names.split(), "optimizer", "precondition")
+    same = {name: getattr(config, name) for name in names}
+    same |= {"lower_steps": config.upper_every, "beta2": config.adam_beta2}
     # An option at 0 keeps the function's default; only for damping is 0 a value of its own.
     options = {
         option: getattr(config, setting)
         for option, setting in HYPERGRADIENTS[config.hypergradient].options.items()
         if getattr(config, setting) or setting == "damping"
     }
-    return task.create_optimizer(
-        task.model,
-        lower_lr,
-        config.upper_lr,
-        lower_steps=config.upper_every,
-        upper_steps=config.upper_steps,
-        hypergradient=config.hypergradient,
-        weight_decay=config.weight_decay,
-        upper_weight_decay=config.upper_weight_decay,
-        beta2=config.adam_beta2,
-        lora_plus=config.lora_plus,
-        grad_clip=config.grad_clip,
-        optimizer=config.optimizer,
-        precondition=config.precondition,
-        reduce=distributed.add_up,
-        **options,
-    )
+    rates, options = (lower_lr, config.upper_lr), options | {"reduce": distributed.add_up}
+    return task.create_optimizer(task.model, *rates, **same, **options)
 
 
 def evaluate(task, splits):
     """The results of evaluate_rows on each of the splits, {split: rows}, as {split: results}."""
     # Generated texts take long: only those of the last split are scored.
     last = [name for name, rows in splits.items() if rows][-1]
-    # Each batch here has a shape of its own, and torch.compile would compile for each.
-    eager = torch.compiler.set_stance("force_eager") if task.config.compile else nullcontext()
-    with progress.bar("evaluate", sum(map(len, splits.values())), "row") as bar, eager:
-        return {
-            name: evaluate_rows(task, rows, bar, scored=name == last)
-            for name, rows in splits.items()
-        }
-
-
-def evaluate_rows(task, rows, bar=None, scored=True):
-    """
-    {"loss": the mean loss, and the task's scores} over a list of rows; None for an empty list.
-    """
-    if not rows:
-        return None
-    model, family, sharded = task.model.eval(), task.family, task.config.fsdp
-    total = count = 0
-    found = []
-
-    # Each process takes its share of the rows; but with sharded weights all must call the same
-    # blocks in step, so each takes all rows.
-    own = sorted(rows, key=lambda row: len(row.input_ids))  # similar lengths need little padding
-    share = 1 if sharded else distributed.WORLD_SIZE
-    own = own[distributed.RANK % share :: share]
-    size = max(1, min(32, 8192 // max(len(row.input_ids) for row in rows)))  # rows per forward pass
-
-    for start in range(0, len(own), size):
-        batch = own[start : start + size]
-        loss, targets, answers = family.evaluate(model, batch, scored)
-        total, count, found = total + loss, count + targets, found + answers
-        if bar is not None:
-            bar.update(min(share * len(batch), bar.total - bar.n))
-
-    if not sharded:
-        sums = torch.tensor([total, count], dtype=torch.float64, device=task.device)
-        (total, count), found = distributed.add_up([sums])[0].tolist(), distributed.gather(found)
-    return {"loss": total / count} | family.scores(found)
+    with progress.bar("evaluate", sum(map(len, splits.values())), "row") as bar:
+        return {n: evaluate_rows(task, rows, bar, n == last) for n, rows in splits.items()}
 
 
 @dataclass
@@ -210,8 +168,7 @@ class Task:
     cut: int  # how many examples were too long
     labels: list  # sorted; [] where there are none
     model: nn.Module
-    sizes: dict  # {"weight_bytes", "local_weight_bytes": this process's share of them,
-    # "trainable_parameters": {"lower", "upper"}}
+    sizes: dict  # weight_bytes, local_weight_bytes (this process's), trainable_parameters
 
     def batches(self, rows):
         """A function of k: the k-th batch, as this process's micro-batches: (rows, share)."""
@@ -231,8 +188,7 @@ class Task:
     def lower_loss(self, model, micro_batch):
         loss, gram_weight = self.loss(model, micro_batch), self.config.gram_weight
         if gram_weight:
-            _, share = micro_batch
-            loss = loss + gram_weight * share * regulariser(adapter_layers(model).values())
+            loss = loss + gram_weight * micro_batch[1] * regulariser(adapter_layers(model).values())
         return loss
 
     create_optimizer = staticmethod(create_bilevel_optimizer)
@@ -249,37 +205,22 @@ class Task:
         return dict([pair for pair in self.evaluated.items() if pair[1]][-1:])
 
     @property
+    def watched(self):
+        """The rows whose loss eval_every asks for: held's, or where there are none test's."""
+        return self.evaluated.get("held") or self.evaluated["test"]
+
+    @property
     def layers(self):
         """The layers that fine-tuning changes, {name: module}."""
         adapted = adapter_layers(self.model)
         return adapted or bidora.linear_layers(self.model, self.config.target_modules)
-
-    @property
-    def pairs(self):
-        """Whether the examples are pairs of texts; None if only some are."""
-        kinds = {"text_b" in example for example in self.splits["train"]}
-        return kinds.pop() if len(kinds) == 1 else None
-
-    @property
-    def raw(self):
-        """Whether the examples are free text, which no chat template frames."""
-        free = data.format_of(self.splits["train"][0]) in ("prompt", "code", "text")
-        return self.name == "language_model" and free
-
-    def metadata(self):
-        """What run.json holds besides the settings; sample.py reads it."""
-        question = self.family.question if self.name == "label_words" else ""
-        labels = self.labels if self.name in ("label_words", *tasks.HEADS) else []
-        metadata = {"task": self.name, "labels": labels, "label_prompt": question}
-        return metadata | {"pairs": self.pairs, "raw": self.raw, "dtype": self.dtype}
 
     def save(self, out):
         """Write the adapter, or for full fine-tuning the model, into the folder `out`."""
         if self.config.method == "ft":
             self.family.save_pretrained(self.model, self.folder, out)
         else:
-            name = self.config.model
-            bidora.save_adapter(self.model, out, name if is_hub_name(name) else str(self.folder))
+            bidora.save_adapter(self.model, out, self.config.model)
 
     def summary(self):
         """What summary.json holds besides the run's own numbers."""
@@ -303,10 +244,7 @@ def prepare(config, device, resuming=False, task_class=Task, began=None):
         distributed.wait()  # lets the others continue
 
     rules.refuse(rules.task(config, name, name in tasks.HEADS, not is_own(folder)))
-    if is_bilevel(config) and not splits["val"] and config.upper_data == "val":
-        raise ValueError(
-            f"{config.data} has no dev set for the upper level: give a val_fraction above 0"
-        )
+    rules.refuse(rules.splits(config, splits, is_bilevel(config)))
     precise = is_bilevel(config) and HYPERGRADIENTS[config.hypergradient].float32
     dtype, dtype_reason = hardware.choose_dtype(config, device, precise)
 
@@ -316,25 +254,14 @@ def prepare(config, device, resuming=False, task_class=Task, began=None):
         config = hardware.fit_memory(config, method, device, dtype, shape, encode)
     config = resolve(config, shape)
     encoded, cut = encode(config.block_size)
+    config = rules.with_steps(config, len(encoded["train"]) + len(encoded["val"]))
     data.check_vocabulary(encoded, shape.vocab_size, folder)
     family.rehearse(encoded["train"])
 
     model, sizes = build_model(config, folder, dtype, device, family, encoded["train"])
-    return task_class(
-        config=config,
-        device=device,
-        dtype=dtype,
-        dtype_reason=dtype_reason,
-        folder=folder,
-        name=name,
-        family=family,
-        splits=splits,
-        encoded=encoded,
-        cut=cut,
-        labels=labels,
-        model=model,
-        sizes=sizes,
-    )
+    own = dict(config=config, device=device, dtype=dtype, dtype_reason=dtype_reason, folder=folder)
+    own |= dict(name=name, family=family, splits=splits, encoded=encoded, cut=cut, labels=labels)
+    return task_class(**own, model=model, sizes=sizes)
 
 
 def encode_splits(family, splits, block_size):
@@ -363,20 +290,15 @@ def build_model(config, folder, dtype, device, family, rows):
 
     if config.method == "ft":
         model.requires_grad_(True)
+    elif config.adapter:
+        bidora.load_adapter(model, config.adapter, config.method)
+        for layer in adapter_layers(model).values():
+            layer.norm_grad = config.norm_grad
     else:
-        bidora.replace_linear_with_bidora(
-            model,
-            config.rank,
-            config.alpha,
-            config.dropout,
-            config.target_modules,
-            config.method,
-            norm_grad=config.norm_grad,
-            magnitude_axis=config.magnitude_axis,
-            init=config.init,
-            rank_pattern=config.rank_pattern,
-            alpha_pattern=config.alpha_pattern,
-        )
+        sizes = config.rank, config.alpha, config.dropout, config.target_modules, config.method
+        names = ("norm_grad", "magnitude_axis", "init", "rank_pattern", "alpha_pattern")
+        options = {name: getattr(config, name) for name in names}
+        bidora.replace_linear_with_bidora(model, *sizes, **options)
 
     if config.fsdp:
         distributed.shard(model, device, second_order(config))
@@ -388,34 +310,27 @@ def build_model(config, folder, dtype, device, family, rows):
     return model, {
         "weight_bytes": weight_bytes,
         "local_weight_bytes": distributed.local_bytes(model) if config.fsdp else weight_bytes,
-        "trainable_parameters": {
-            level: sum(p.numel() for p in parameters) for level, parameters in levels.items()
-        },
+        "trainable_parameters": {k: sum(p.numel() for p in own) for k, own in levels.items()},
     }
 
 
 def main(arguments):
-    if not arguments or {"--help", "-h"} & set(arguments):
-        more = settings.help_text(Config) if arguments else report.START
-        print(__doc__.strip(), more, sep="\n\n")
+    if not arguments:
+        print(__doc__.strip(), report.START, sep="\n\n")
         return 0
     if distributed.RANK > 0:  # of several processes, only the first one prints
         sys.stdout = open(os.devnull, "w")
 
-    try:
-        arguments = settings.split(Config, arguments)
-        config = read_config(arguments)
-        results = train(config)
-    except (ValueError, OSError, FloatingPointError) as error:
-        return report.failed(error)
-    except RuntimeError as error:
-        return report.failed_in_torch(error)
-    except KeyboardInterrupt as error:
-        return report.stopped(error, arguments)
+    def do(config):
+        given = settings.split(Config, arguments)
+        try:
+            results = train(config)
+        except KeyboardInterrupt as error:
+            raise report.stopped(error, given) from None
+        other = "dora" if is_bilevel(config) else "bidora"
+        print(report.next_commands(results, given, config, other, lambda x: check(read_config(x))))
 
-    other = "dora" if is_bilevel(config) else "bidora"
-    print(report.next_commands(results, arguments, config, other))
-    return 0
+    return settings.program(arguments, Config, do, __doc__, reader=read_config)
 
 
 if __name__ == "__main__":

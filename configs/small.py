@@ -6,6 +6,5 @@ method = "bidora"
 # adds under 1 % to first_order (notebook 03) and makes a step of search cost about four of retrain.
 # --hypergradient=first_order is the thrifty choice: on an AMD EPYC, in bf16, the whole run took 89
 # seconds instead of 140, and its peak was 1.4 GB beyond Python and torch instead of 1.9.
-search_steps = 12
-retrain_steps = 54
+search_steps, retrain_steps = 12, 54
 eval_size = 200  # a shorter wait than with all 400 test examples

@@ -19,7 +19,7 @@ import config
 import sample
 import train
 from support.run import files, progress, rules
-from tools import merge
+from tools import curves, merge
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(train.__file__).parent
@@ -65,18 +65,29 @@ def interrupted(owner, name, count, *arguments):
     return done.stderr.strip().splitlines()[-1]
 
 
-def test_every_phase_has_a_bar_with_its_unit_and_the_table_says_what_val_was_for():
+def test_every_phase_has_a_bar_with_its_unit():
     done = run(str(ROOT / "train.py"), *SHORT)
     assert done.returncode == 0
-    bars = re.findall(r"(\w+): 100%.*? (\d+)/\2 \[.*?[\d?](row|step)/s", done.stderr)
-    assert [" ".join(bar) for bar in bars] == [
-        "evaluate 20 row",
-        "search 6 step",
-        "retrain 6 step",
-        "evaluate 220 row",
-    ], done.stderr
-    [line] = re.findall(r" trained on .*", done.stdout)
-    assert line.split() == ["trained", "on", "yes", "in", "retrain", "no"]
+    bars = re.findall(r"(\w+): 100%.*? (\d+)/\2 \[.*?(row|step)", done.stderr)
+    expected = ["evaluate 20 row", "search 6 step", "retrain 6 step", "evaluate 220 row"]
+    assert [" ".join(bar) for bar in bars] == expected, done.stderr
+
+
+def test_the_plan_and_the_table_say_how_much_of_the_data_is_seen(capsys):
+    """160 train and 40 val examples; --epochs keeps the proportion of the phases, here 5 to 7."""
+    assert train.main([*SHORT, "--eval_size=10"]) == 0
+    out = capsys.readouterr().out
+    assert "search: 6 steps of 4 examples, direction on train (0.15 epochs)" in out
+    assert "magnitude on val (0.60 epochs)" in out and "direction on train + val (0.12" in out
+    assert "warning: that is below one epoch: --epochs=1" in out
+    rows = [re.split("  +", line.strip()) for line in out.splitlines()]
+    assert ["examples", "160", "40", "20"] in rows and ["evaluated", "10", "10", "10"] in rows
+    assert ["trained on", "24.0% at most", "in retrain", "no"] in rows
+    assert train.main(["--config=tiny.py", "--epochs=1", "--test_size=20", "--overwrite"]) == 0
+    lines = Path("out/tiny/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["phase"] for line in lines] == ["search"] * 21 + ["retrain"] * 29
+    out = capsys.readouterr().out
+    assert "warning" not in out and "trained on             yes" in out  # and has learnt
 
 
 def test_the_first_step_is_kept_out_of_the_time_left(monkeypatch):
@@ -113,9 +124,7 @@ def test_before_the_first_step_an_interrupt_gives_the_command_and_the_folder_is_
         ("run.report", "plot_losses", 1, "interrupted after the last step"),
     ],
 )
-def test_an_interrupt_between_or_after_the_phases_is_resumed_and_loses_no_step(
-    owner, name, count, begin, capsys
-):
+def test_an_interrupt_between_or_after_phases_loses_no_step(owner, name, count, begin, capsys):
     said = interrupted(owner, name, count, *SHORT)
     assert said.startswith(begin)
     assert said.endswith(f"python train.py {' '.join(SHORT)} --resume=True")
@@ -134,11 +143,6 @@ def test_a_run_that_learnt_nothing_says_so_last_and_what_to_lower(before, capsys
     warning = capsys.readouterr().out.partition("\nnext:")[0].splitlines()[-1]
     assert warning.startswith("warning: training ended no better than it began (train loss")
     assert warning.endswith("lower --lower_lr or --upper_lr")
-
-
-def test_a_run_that_learnt_says_nothing_of_the_kind(capsys):
-    assert train.main(["--config=tiny.py", "--method=lora", "--test_size=20"]) == 0
-    assert "warning" not in capsys.readouterr().out
 
 
 def test_without_a_test_set_the_setting_for_one_is_named(capsys):
@@ -179,9 +183,10 @@ def test_a_name_from_elsewhere_is_answered_with_settings_that_exist(name, capsys
 
 
 def test_an_unknown_setting_is_never_answered_with_a_long_list(capsys):
-    for name in ("size", "qqqq", "lower_lrr", "hypergradient_step"):
+    for name in ("size", "zzzz", "lower_lrr", "hypergradient_step"):
         assert train.main([f"--{name}=3"]) == 2
-        assert len(capsys.readouterr().err) < 130
+        error = capsys.readouterr().err
+        assert len(error) < 130 and ("did you mean" in error) != ("--help lists them all" in error)
 
 
 def test_tools_read_settings_the_same_way(capsys):
@@ -207,9 +212,7 @@ def download(monkeypatch, status):
     """Download with a stand-in for pip, which writes a kilobyte in 0.8 seconds."""
     Path("pip.py").write_text(PIP.format(status=status))
     start = subprocess.Popen
-    monkeypatch.setattr(
-        files.subprocess, "Popen", lambda c, **o: start([c[0], "pip.py", *c[3:]], **o)
-    )
+    monkeypatch.setattr(subprocess, "Popen", lambda c, **o: start([c[0], "pip.py", *c[3:]], **o))
     files.download("thing==1", Path("cache/thing-1.whl"), "0" * 64, 1000)
 
 
@@ -231,13 +234,7 @@ def test_the_download_s_bar_bears_that_pip_removes_its_folders(tmp_path, monkeyp
     """The folder goes after it was listed and before it is opened, as pip's build folders do."""
     (tmp_path / "kept").write_bytes(b"12345")
     (tmp_path / "gone").mkdir()
-    scan = os.scandir
-
-    def late(path):
-        if Path(path).name == "gone":
-            raise FileNotFoundError(path)
-        return scan(path)
-
+    scan, late = os.scandir, lambda path: scan(f"{path}/x" if Path(path).name == "gone" else path)
     monkeypatch.setattr(os, "scandir", late)
     assert files.largest(tmp_path) == 5
 
@@ -276,6 +273,21 @@ def test_files_of_several_kinds_are_named(capsys):
     assert "train is classification, val is classification, test is regression" in last(capsys)
     assert train.main([*given, "--test_file=pairs.jsonl"]) == 2
     assert "text_b, for pairs, is only in the examples of test" in last(capsys)
+
+
+def test_an_encoder_without_an_adapter_is_refused_before_it_is_downloaded(capsys, monkeypatch):
+    monkeypatch.setenv("BIDORA_CACHE", "cache")
+    assert sample.main(["--model=minilm", "--prompt=a"]) == 2
+    assert "minilm is an encoder, which writes nothing" in last(capsys)
+    assert not Path("cache").exists()
+
+
+def test_curves_of_several_runs_are_drawn_and_a_run_that_is_missing_is_named(capsys):
+    for name, key in (("a", "train_loss"), ("b", "held_loss")):
+        write(files.make_folder(name) / "metrics.jsonl", [{"step": i, key: 1} for i in (1, 2)])
+    assert curves.main(["a", "b"]) == 0
+    assert Path("out/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert curves.main(["a", "nowhere"]) == 2 and "nowhere/metrics.jsonl" in last(capsys)
 
 
 def test_a_question_is_refused_where_nothing_is_asked(capsys):

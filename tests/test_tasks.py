@@ -140,7 +140,7 @@ def test_the_task_follows_from_the_data_and_the_model(example, is_encoder, expec
     "task, example, message",
     [
         ("auto", {"prompt": "a", "completion": "b"}, "'prompt' need a model that writes, which an"),
-        ("label_words", LABELLED, "need a model that writes"),
+        ("label_words", LABELLED, "task=label_words needs a model that writes, which"),
         ("auto", CHOICE, "'multiple_choice' need a model that writes"),
         ("tagging", LABELLED, "task=tagging does not take examples of .*; use task=classification"),
     ],
@@ -365,7 +365,7 @@ def test_a_run_resumes_bit_for_bit_is_sampled_merged_and_read_by_peft(
 
 
 NOT_BORROWED = [
-    (["--quantize=nf4"], "quantize=nf4 packs model.py's models only: use quantize=none"),
+    (["--quantize=nf4"], "quantize=nf4 packs model.py's models only (LLaMA"),
     (["--auto_hardware=True"], "auto_hardware=True knows the memory of model.py's"),
     (["--compile=True", "--method=dora"], "compile=True does not work with a model that"),
     (["--block_size=65"], "block_size=65 is more than the 64 positions of gpt2"),
@@ -536,11 +536,11 @@ def test_a_wrong_example_is_refused_by_file_and_line_before_any_work(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--quantize=nf4"], "quantize=nf4 packs model.py's models only: use quantize=none"),
+        (["--quantize=nf4"], "quantize=nf4 packs model.py's models only (LLaMA"),
         (["--auto_hardware=True"], "auto_hardware=True knows the memory of model.py's"),
         (["--compile=True", "--hypergradient=first_order"], "compile=True does not work with a"),
         (["--task=tagging"], "task=tagging does not take examples of the format 'classification'"),
-        (["--task=label_words"], "need a model that writes"),
+        (["--task=label_words"], "task=label_words needs a model that writes, which"),
         (["--block_size=900"], "block_size=900 is more than the 64 positions of bert"),
         (["--block_size=2"], "block_size=2 leaves no room beside 3 special tokens"),
         (["--target_modules=q_proj"], "target module 'q_proj' matches no linear layer"),
@@ -771,6 +771,9 @@ def test_a_file_is_predicted_as_the_run_evaluated_it(family, monkeypatch, capsys
     scores = {name: x for name, x in after.items() if name != "loss" and x is not None}
     if family != "language_model":
         assert all(f"{name}  {score:.4f}" in printed for name, score in scores.items())
+    assert sample.main(command[:2]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{n}  {x:.4f}" in printed for n, x in after.items() if x is not None)
     lines = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
     assert len(lines) == 40 and not list(Path().glob("*.part"))
 

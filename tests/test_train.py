@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -112,14 +113,12 @@ def imported_by(script):
     return set(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize(
-    "program, refused", [("train", ["--rnak=4", "--lower_lr=-1"]), ("sample", ["--top_p=-1"])]
-)
+@pytest.mark.parametrize("program, refused", [("train", "--rnak=4"), ("sample", "--top_p=-1")])
 def test_help_and_refusals_import_torch_and_no_other_large_library(program, refused):
     script = f"""
 import sys, {program}
 assert {program}.main(["--help"]) == 0
-assert all({program}.main(["--model=a", argument]) == 2 for argument in {refused})
+assert {program}.main(["--model=a", {refused!r}]) == 2
 print(*sys.modules)
 """
     modules = imported_by(script)
@@ -146,16 +145,11 @@ def test_tiny_config_learns_and_leaves_all_its_files():
     assert [line["step"] for line in lines] == list(range(1, search + retrain + 1))
     assert [line["phase"] for line in lines] == ["search"] * search + ["retrain"] * retrain
     assert all("val_loss" in line for line in lines[:search]) and "val_loss" not in lines[-1]
-    for said in (
-        "bidora on tiny-random",
-        "before training: test accuracy",
-        "accuracy after",
-        "trainable parameters:",
-        "seconds: search",
-        "peak memory:",
-        "sample.py --adapter=out/tiny",
-    ):
-        assert said in done.stdout
+    said = "bidora on tiny-random, before training: test accuracy, accuracy after, seconds: search"
+    said += ", trainable parameters:, peak memory:, sample.py --adapter=out/tiny"
+    assert all(words in done.stdout for words in said.split(", "))
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny-random"  # no folder of this machine
 
 
 @pytest.mark.parametrize("method", ["ft", "lora", "dora", "bidora", "bilora"])
@@ -211,6 +205,68 @@ def test_the_test_examples_never_change_and_are_never_trained_on():
         assert not sets["test"] & (sets["train"] | sets["val"]) and not sets["train"] & sets["val"]
         texts.append(sets)
     assert texts[0]["test"] == texts[1]["test"] and texts[0]["train"] != texts[1]["train"]
+
+
+def test_held_out_losses_choose_the_weights_and_end_a_phase(capsys):
+    seen = []  # the weights before each step
+
+    class Watched(train.Task):
+        def lower_loss(self, model, micro_batch):
+            seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
+            return super().lower_loss(model, micro_batch)
+
+    options = dict(method="lora", lower_lr=0.1, search_steps=12, retrain_steps=12)
+    plain = Config(**TINY | options, held_fraction=0.2, eval_every=2, out_dir="plain")
+    results = train.train(plain)
+    losses = {line["step"]: line["held_loss"] for line in metrics("plain") if "held_loss" in line}
+    assert [*losses] == [*range(2, 25, 2)] and losses[24] == results["after"]["held"]["loss"]
+    lowest = {s: min(x for step, x in losses.items() if step <= s + 4) for s in losses}
+    best = next(step for step, loss in losses.items() if loss == lowest[step])
+    chosen = dataclasses.replace(plain, keep="best", patience=2, out_dir="chosen")
+    results = train.train(chosen, Watched)
+    assert [line["step"] for line in metrics("chosen")] == [*range(1, best + 5)] and best < 20
+    assert results["after"]["held"]["loss"] == losses[best]
+    for name, value in adapter("chosen").items():
+        own = name.removeprefix("base_model.model.").removesuffix(".weight")
+        assert torch.equal(seen[best][own], value)
+    said = f"train: {best + 4} of 24 steps; the lowest held-out loss, {losses[best]:.3f}, came"
+    assert f"{said} after step {best}, whose weights are kept" in capsys.readouterr().out
+
+
+def test_held_out_examples_train_nothing_and_their_losses_change_nothing():
+    parts = data.load_splits(Config(**TINY, held_fraction=0.2)).splits
+    texts = {name: {example["text"] for example in part} for name, part in parts.items()}
+    held, others = texts.pop("held"), set().union(*texts.values())
+    assert len(held) == 32 and not held & others
+    for every in (0, 1):
+        trained(str(every), held_fraction=0.2, eval_every=every, dropout=0.1)
+    ours, theirs = adapter("0"), adapter("1")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+@pytest.mark.parametrize("method, final_init", [("dora", "fresh"), ("bidora", "continue")])
+def test_a_run_starts_from_an_adapter(method, final_init, capsys):
+    first = trained("first", method="dora", rank=3, alpha=5.0)
+    config = train.read_config(["--adapter=first", f"--method={method}", "--data=toy-sentiment"])
+    assert config.model == "tiny-random"  # the base is the adapter's
+    own = dict(method=method, adapter="first", final_init=final_init, norm_grad="detach")
+    second = trained("second", **own, search_steps=9, retrain_steps=9)
+    assert second["before"] == {"test": first["after"]["test"]} and learnt(second)
+    assert json.loads(Path("second/adapter_config.json").read_text())["r"] == 3
+    lora = ["--out_dir=third", "--adapter=first", "--method=lora"]
+    assert "use_dora=True does not fit method=lora" in refused(capsys, *SETTINGS, *lora)
+
+
+def test_the_next_run_is_not_refused_and_names_the_dtype(capsys):
+    steps = ["--search_steps=1", "--retrain_steps=1", "--out_dir=run", "--overwrite"]
+    lora = ["--method=lora", "--val_fraction=0", "--dtype=auto"]
+    for arguments, method in ((lora, "bidora"), (["--upper_weight_decay=1"], "dora")):
+        assert train.main([*SETTINGS[:2], *steps, *arguments]) == 0
+        copied = re.search(r"  python train.py (.*)", capsys.readouterr().out)[1]
+        config = train.read_config(shlex.split(copied, comments=True))
+        train.check(config)
+        dtype = json.loads(Path("run/run.json").read_text())["dtype"]
+        assert (config.method, config.dtype, config.val_fraction) == (method, dtype, 0.2)
 
 
 def test_magnitude_learns_in_search_and_rests_in_retrain(monkeypatch):
@@ -281,6 +337,9 @@ def test_memory_settings_change_no_result():
     lean = trained("lean", dropout=0.0, micro_batch_size=1, gradient_checkpointing=True)
     assert same_loss(lean, whole, 1e-4)
     assert not same_loss(trained("dropped", dropout=0.1), whole, 1e-4)
+    options = dict(method="dora", dropout=0.3)
+    again, once = (trained(str(x), **options, gradient_checkpointing=x) for x in (True, False))
+    assert same_loss(again, once, 1e-5)  # dropout is the same when computed twice
 
 
 def test_a_compiled_run_gives_the_same_adapter():
@@ -295,12 +354,6 @@ def test_a_compiled_run_gives_the_same_adapter():
 def test_without_a_compiler_compile_is_refused(capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "C++ compiler" in refused(capsys, "--config=tiny.py", "--compile=True", "--method=dora")
-
-
-def test_dropout_is_the_same_when_computed_twice():
-    options = dict(method="dora", dropout=0.3)
-    again, once = (trained(str(x), **options, gradient_checkpointing=x) for x in (True, False))
-    assert same_loss(again, once, 1e-5)
 
 
 def test_auto_hardware_says_what_it_picks_and_why(capsys, monkeypatch):
@@ -328,9 +381,7 @@ def assert_merged_as(model):
     torch.testing.assert_close(merged(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "method, quantize", [("bidora", "none"), ("dora", "nf4"), ("lora", "none")]
-)
+@pytest.mark.parametrize("method,quantize", [("bidora", "none"), ("dora", "nf4"), ("lora", "none")])
 def test_merge_makes_a_plain_model_that_answers_alike(capsys, method, quantize):
     trained(method=method, quantize=quantize, lower_lr=1e-2)
     assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
@@ -360,6 +411,14 @@ def test_micro_batches_of_any_size_are_made():
         parts = data.micro_batches(rows, size)
         assert [len(part) for part, _ in parts] == sizes
         assert sum(share for _, share in parts) == pytest.approx(1)
+
+
+def test_a_merged_model_in_another_dtype_than_its_base_is_said(capsys):
+    trained(dtype="bfloat16")
+    assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
+    said = "the base's weights are in float32, the merged ones in bfloat16, as trained"
+    assert said in capsys.readouterr().out
+    assert load_file("merged/model.safetensors").popitem()[1].dtype == torch.bfloat16
 
 
 def test_merge_refuses_what_it_cannot_do(capsys):
@@ -509,6 +568,10 @@ def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
         assert "%" not in shown
     shown = sampled("--adapter=free", "--prompt=abab", "--labels=good, bad,").out
     assert sorted(re.findall(r"%  (.*)", shown)) == ["bad", "good"]
+    write("new.jsonl", [{"text": "aeae", "label": "perhaps"}])
+    for file, said in (("own", "has the format 'prompt', and"), ("new", "label 'perhaps', which")):
+        assert sample.main(["--adapter=labels", f"--file={file}.jsonl"]) == 2
+        assert said in capsys.readouterr().err
     shown = sampled("--adapter=labels", "--prompt=aeae", "--labels=yes,maybe")
     assert shown.err == "note: the run did not learn maybe\n"
     typed = iter(["hello", "and you?", ""])
@@ -534,28 +597,27 @@ def test_config_file_then_command_line_then_defaults():
     assert train.read_config(["--config=mine.json", "--rank=3"]) == mine
 
 
-def test_help_shows_every_field_with_default_and_comment(capsys):
+def test_help_shows_every_field_with_default_and_comment_and_no_arguments_say_how_to_start(capsys):
+    assert train.main([]) == 0
+    assert "python train.py --config=small.py" in capsys.readouterr().out
     assert train.main(["--help"]) == 0
     text = capsys.readouterr().out
     for name in Config.__dataclass_fields__:
         assert re.search(rf"^  --{name}=.*\n        \S", text, re.MULTILINE), name
 
 
-def test_no_arguments_says_how_to_start(capsys):
-    assert train.main([]) == 0
-    assert "python train.py --config=small.py" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "argument, said",
     [
         ("--compile=True", "second derivatives"),
-        ("--compile=True --method=dora --quantize=nf4", "bitsandbytes"),
+        ("--compile=True --quantize=nf4", "or compile=False; compile=True does not work with bits"),
+        ("--adapter=a --rank=3", "rank: an adapter brings its own"),
+        ("--adapter=a --method=ft", "method=ft trains no adapter: merge it first"),
+        ("--adapter=a", "final_init=fresh would forget the adapter's directions"),
+        ("--keep=best --eval_every=2", "keep: set held_fraction, too: val is trained on"),
+        ("--patience=2 --held_fraction=0.2", "patience: set eval_every, in steps, too"),
         ("--method=ft --quantize=nf4", "method=ft trains the base's own weights"),
-        ("--rnak=4", "did you mean 'rank'"),
         ("--rank", "--rank needs a value: write --rank=value or --rank value"),
-        ("--learning_rate=1", "--learning_rate is not a setting here: use --lower_lr"),
-        ("--zzz=1", "unknown setting --zzz; --help lists them all"),
         ("rank=4", "write --name=value"),
         ("--rank=four", "rank='four' is not an integer"),
         ("--rank=2.5", "not an integer"),
@@ -565,43 +627,31 @@ def test_no_arguments_says_how_to_start(capsys):
         ("--method=bidoar", "did you mean 'bidora'"),
         ("--hypergradient=neuman", "did you mean 'neumann'"),
         ("--data=movie-sentimen", "did you mean 'movie-sentiment'"),
-        ("--rank=0", "rank=0 must be positive"),
-        ("--lower_lr=-1", "lower_lr=-1.0 must be at least 0"),
-        ("--upper_lr=0", "upper_lr=0.0 must be positive"),
+        ("--rank=0 --dropout=1", "rank=0 must be positive; dropout=1.0 must be below 1"),
+        ("--lower_lr=-1 --upper_lr=0", "=-1.0 must be at least 0; upper_lr=0.0 must be positive"),
         ("--device=gpu", "unknown device"),
         ("--device=cuda:99", "is not available"),
-        ("--device=meta", "unknown device"),
+        ("--device=mps", "device=mps is not available"),
         ("--lower_lr=nan", "lower_lr"),
-        ("--dropout=1", "below 1"),
         ("--rank=65", "rank 65 does not fit"),
         ("--target_modules=q_proj,qproj", "'qproj' matches no linear layer; there are: down_proj"),
         ("--model=nowhere", "no model 'nowhere'"),
         ("--train_file=nowhere.jsonl", "nowhere.jsonl does not exist"),
         ("--train_file=.", "is a folder"),
-        ("--val_fraction=0", "needs validation data"),
-        ("--val_file=a.jsonl", "need train_file"),
+        ("--val_fraction=0 --block_size=1", "set val_file, or val_fraction above 0; block_size=1 "),
+        ("--val_file=a.jsonl --label_prompt=hm", "need train_file; label_prompt must contain {tex"),
         ("--block_size=1000", "512 positions"),
         ("--block_size=2", "raise block_size"),
-        ("--block_size=1", "at least 2"),
-        ("--upper_every=5", "never take a step"),
-        ("--hypergradient_steps=2", "is more than upper_every=1"),
-        ("--precondition=sgd", "unknown precondition"),
-        ("--magnitude_axis=rows", "did you mean 'row'"),
-        ("--lambda_kind=real", "lambda_kind is not a setting here: use --method=bilora_softmax"),
-        ("--unroll_steps=2", "use --hypergradient_steps"),
+        ("--upper_every=5 --hypergradient_steps=6", "level never learns; hypergradient_steps=6 is"),
+        ("--precondition=sgd --magnitude_axis=rows", "did you mean 'row'?; unknown precondition"),
         ("--train_size=1960", "fewer than the 2000 examples"),
         ("--train_size=1", "at least 10"),
-        ("--search_steps=0", "needs a search"),
-        ("--label_prompt=hm", "{text}"),
+        ("--search_steps=0 --micro_batch_size=9", "more than batch_size=4; search_steps=0: the up"),
         ("--config=nowhere.py", "no config file 'nowhere.py'"),
         ("--val_fraction=0.001", "leaves an empty split"),
         ("--out_dir=file/run", "file"),
         ("--quantize=nf3", "did you mean 'nf4'"),
         ("--optimizer=adamw8", "did you mean 'adamw'"),
-        ("--gradient_checkpointing=maybe", "not True or False"),
-        ("--micro_batch_size=9", "more than batch_size=4"),
-        ("--accumulate=2", "use --micro_batch_size"),
-        ("--revision=v1", "write --model=owner/name@revision"),
         ("--model=tiny-random@v1", "revision=v1 goes with a name on the hub"),
     ],
 )
@@ -618,8 +668,7 @@ def test_a_wrong_setting_gets_one_line_and_exit_code_2(capsys, argument, said):
     [
         ("rank = = 2", "mine.py, line 1: SyntaxError"),
         ("rank = 2\nx = 1 / 0", "mine.py, line 2: ZeroDivisionError"),
-        ("lerning_rate = 2", "unknown setting 'lerning_rate'"),
-        ("lower_lrr = 2", "did you mean 'lower_lr'"),
+        ("lower_lrr = 2", "unknown setting 'lower_lrr'; did you mean 'lower_lr'"),
         ("rank = 'two'", "rank='two' is not an integer"),
     ],
 )
@@ -664,10 +713,6 @@ def test_an_earlier_run_is_kept_unless_overwrite_says_otherwise(capsys):
     assert contents("run") == before
     assert train.main([*arguments, "--method=ft"]) == 0
     assert "adapter_model.safetensors" not in contents("run") and not Path("run.previous").exists()
-    Path("run/notes.txt").write_text("mine")
-    assert train.main(arguments) == 0
-    assert contents("run.previous") == {"notes.txt": b"mine"}
-    assert "run.previous is in the way" in refused(capsys, *arguments)
 
 
 def test_an_overwritten_run_stays_beside_until_the_new_one_has_finished(capsys, monkeypatch):
@@ -696,40 +741,12 @@ def test_a_folder_with_other_files_is_never_written_to(capsys):
     assert contents("model") == before
 
 
-def test_an_interrupted_run_finishes_its_step_keeps_its_weights_and_says_how_to_go_on(
-    capsys, monkeypatch
-):
-    steps, step = [], bilevel.BilevelOptimizer.lower_step
-
-    def interrupted(self, *arguments, **options):
-        steps.append(1)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *arguments, **options)
-
-    monkeypatch.setattr(bilevel.BilevelOptimizer, "lower_step", interrupted)
-    arguments = [*SETTINGS, "--out_dir=run"]
-    assert train.main(arguments) == 130
-    again = f"python train.py {' '.join(arguments)} --resume=True"
-    assert f"stopped at search step 3 of 4; resume it with: {again}" in capsys.readouterr().err
-    assert len(metrics()) == 3
-    state = load_file("run/checkpoints/000003/state.safetensors")
-    for name, tensor in adapter("run").items():
-        own = name.removeprefix("base_model.model.").removesuffix(".weight")
-        assert torch.equal(state[f"parameter.{own}"], tensor)
-
-
-@pytest.mark.parametrize(
-    "steps, said",
-    [
-        ([], r"train step \d of 7 is not finite.*lower lower_lr"),
-        (["--search_steps=1", "--retrain_steps=0"], "train step 1 of 1 is not finite"),
-    ],
-)
+@pytest.mark.parametrize("steps, said", [((4, 3), r"step \d of 7"), ((1, 0), "step 1 of 1")])
 def test_a_diverging_run_stops_and_keeps_the_last_good_adapter(capsys, steps, said):
     """With an absurd rate the loss soon is not finite; what is saved must be."""
+    steps = [f"--{name}_steps={n}" for name, n in zip(("search", "retrain"), steps)]
     arguments = [*SETTINGS, "--lower_lr=1e30", "--method=lora", "--out_dir=run", *steps]
-    assert re.search(said, refused(capsys, *arguments))
+    assert re.search(said + " is not finite.*lower lower_lr", refused(capsys, *arguments))
     assert all(t.isfinite().all() and t.abs().max() < 1e3 for t in adapter("run").values())
 
 
@@ -743,14 +760,7 @@ def test_a_full_disk_is_one_line_before_training():
     assert not list(Path("out").iterdir())
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
-        "you tried to allocate 4398046511104 bytes. Error code 12 (Cannot allocate memory)\nmore",
-        None,
-    ],
-)
+@pytest.mark.parametrize("message", ["[…] DefaultCPUAllocator: can't allocate memory: …\nmore", ""])
 def test_too_little_memory_on_a_cpu_is_one_line_as_on_a_gpu(capsys, monkeypatch, message):
     """As torch says it, and as it says it here when asked for 4 EB."""
 

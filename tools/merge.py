@@ -15,6 +15,7 @@ from sample import load
 from support.run import rules, settings
 from support.run.files import write_json
 from support.tasks.head_task import HeadTask
+from support.weights.hf_format import own_dtype
 from support.weights.pretrained import find_base
 from support.weights.quantized import KINDS
 
@@ -42,6 +43,8 @@ def write_merged(config):
         raise ValueError(f"{config.adapter} is a whole model already: there is nothing to merge")
 
     base = find_base(Path(config.adapter), config.model or run.get("model", ""))
+    if (own := str(own_dtype(base)).removeprefix("torch.")) != run.get("dtype", own):
+        print(f"the base's weights are in {own}, the merged ones in {run['dtype']}, as trained")
     if isinstance(tokenizer, HeadTask):
         tokenizer.save_pretrained(merge(model), base, out)
     else:

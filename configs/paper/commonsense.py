@@ -14,12 +14,10 @@ train_on_prompt = True
 method = "dora"
 norm_grad = "detach"
 target_modules = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-rank = 32
-alpha = 64.0
+rank, alpha = 32, 64.0
 dropout = 0.05
 
-batch_size = 16
-block_size = 256
+batch_size, block_size = 16, 256
 gradient_checkpointing = True
 lower_lr = 1e-4
 lr_floor = 0.0

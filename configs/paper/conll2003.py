@@ -8,6 +8,5 @@ from configs.paper.glue import *  # noqa: F403
 
 data = "conll2003"
 lower_lr = upper_lr = 5e-5
-search_steps = 20000
+search_steps, retrain_steps = 20000, 30000
 retrain_lr = 3e-5
-retrain_steps = 30000

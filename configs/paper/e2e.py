@@ -10,16 +10,13 @@ model = "openai-community/gpt2-medium"
 data = "e2e-dataset"
 task = "generation"
 target_modules = ("c_attn",)
-rank = 4
-alpha = 32.0
+rank, alpha = 4, 32.0
 magnitude_axis = "column"
 
-batch_size = 8
-block_size = 512
+batch_size, block_size = 8, 512
 lower_lr = upper_lr = 2e-4
 weight_decay = 0.01
-search_steps = 5000
-retrain_steps = 21000
+search_steps, retrain_steps = 5000, 21000
 checkpoint_every = 1000
 eval_size = 100000
 

@@ -8,10 +8,8 @@ model = "facebook/esm2_t6_8M_UR50D"
 data = "peptides"
 train_size = 400
 target_modules = ("query", "value")
-rank = 4
-alpha = 8.0
+rank, alpha = 4, 8.0
 
 block_size = 128
 lower_lr = 3e-3
-search_steps = 20
-retrain_steps = 80
+search_steps, retrain_steps = 20, 80

@@ -14,13 +14,11 @@ are shuffled; there is no dropout.
 
 model = "FacebookAI/roberta-base"
 target_modules = ("query", "value")
-rank = 4
-alpha = 8.0
+rank, alpha = 4, 8.0
 magnitude_axis = "column"
 gram_weight = 1e-5
 
-batch_size = 32
-block_size = 512
+batch_size, block_size = 32, 512
 weight_decay = 0.1
 adam_beta2 = 0.98
 lr_floor = 0.0

@@ -4,5 +4,4 @@ from configs.paper.glue import *  # noqa: F403
 
 data = "nyu-mll/glue:mrpc"
 lower_lr = upper_lr = 2e-5
-search_steps = 28000
-retrain_steps = 0
+search_steps, retrain_steps = 28000, 0

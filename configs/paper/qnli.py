@@ -4,5 +4,4 @@ from configs.paper.glue import *  # noqa: F403
 
 data = "nyu-mll/glue:qnli"
 lower_lr = upper_lr = 2e-5
-search_steps = 20000
-retrain_steps = 0
+search_steps, retrain_steps = 20000, 0

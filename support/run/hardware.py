@@ -4,9 +4,8 @@ layers with widths h (hidden), q (queries), kv (keys, values) and f (feed-forwar
 
     weights        per number its dtype's size; in linear layers nf4 0.52, int8 1; embeddings, norms
                    and head are never quantised
-    training state per trained number 24 (value, gradient, AdamW's two moments, two copies for
-                   recovery); of ft 12: no copies, and its values are the weights; with adamw8bit
-                   6 less
+    training state per trained number 24 (value, gradient, AdamW's two moments, two copies); of ft
+                   12: no copies, and its values are the weights; with adamw8bit 6 less
     activations    per token 1.25 · L · (6h + 4q + 4kv + 6f) numbers; for LoRA and ft, which keep no
                    layer's output, 1.25 · L · (4h + 3q + 3kv + 4f)
     second order   4 times that, and per token 24 · L · heads · length: attention is not fused. Of
@@ -15,28 +14,35 @@ layers with widths h (hidden), q (queries), kv (keys, values) and f (feed-forwar
                    numbers, 5 blocks' 1.25 · (…) and the scores of one layer
     logits         per logit at supervised positions 12; with a frozen head, 128 positions at a time
 
-Each of N devices (distributed.py) sends 2 (N - 1)/N of 4 bytes per trained number. With --fsdp=True
-it keeps 1/N of the weights, a whole block, and the embeddings or the head, and sends (N - 1)/N of
-all weights' bytes twice per step.
+Each of N devices sends 2 (N - 1)/N of 4 bytes per trained number. With --fsdp=True it keeps 1/N of
+the weights, a block, and embeddings or head, and sends (N - 1)/N of all weights twice per step.
 
-The factors were measured on SmolLM2-135M on a CPU (float32 and bfloat16, 64 to 512 tokens), where
-glibc returned freed tensors of 1 MB and more; tests hold the formula to within 40 %.
+Measured on SmolLM2-135M on a CPU, of 64 to 512 tokens; tests hold the formula to within 40 %.
 """
 
+import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import platform
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from support.fast.kernels import QUERIES, ROWS
 from support.run import distributed
+
+PROC = Path("/proc")  # where Linux describes the machine
+UNITS = {  # a processor's flags (the last one ARM's): what they stand for
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "bf16 products",
+    "amx_bf16": "AMX (bf16 matrices)",
+    "bf16": "bf16 instructions",
+}
 
 
 def choose_device(name):
@@ -46,10 +52,15 @@ def choose_device(name):
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def attention(device):
+    """A context in which attention is computed by plain products where fused ones are untried."""
+    return sdpa_kernel(SDPBackend.MATH) if device == "mps" else contextlib.nullcontext()
+
+
 def proc(path, name):
-    """What a file in Linux's /proc says after `name:`, or ""."""
-    path = Path("/proc", path)
-    line = path.exists() and re.search(rf"^{name}\s*:\s*(.*)", path.read_text(), re.MULTILINE)
+    """What a file in PROC says after `name:`, a pattern, or ""."""
+    path = PROC / path
+    line = path.exists() and re.search(rf"^(?:{name})\s*:\s*(.*)", path.read_text(), re.MULTILINE)
     return line[1] if line else ""
 
 
@@ -66,18 +77,16 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts bytes
 
 
+def vector_units():
+    """The CPU's vector units, {flag of UNITS: words}; none where the system does not tell."""
+    flags = proc("cpuinfo", "flags|Features").split()
+    return {flag: words for flag, words in UNITS.items() if flag in flags}
+
+
 def processor():
     """The CPU in words: its name, torch's threads, and the vector units that matter."""
     name = proc("cpuinfo", "model name") or platform.processor() or platform.machine()
-    flags = proc("cpuinfo", "flags").split()
-    units = {
-        "avx2": "AVX2",
-        "avx512f": "AVX-512",
-        "avx512_bf16": "bf16 products",
-        "amx_bf16": "AMX (bf16 matrices)",
-    }
-    present = [unit for flag, unit in units.items() if flag in flags]
-    return ", ".join((name, f"{torch.get_num_threads()} threads", *present))
+    return ", ".join((name, f"{torch.get_num_threads()} threads", *vector_units().values()))
 
 
 def free_memory(device):
@@ -100,23 +109,9 @@ def fast_dtype(device):
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU supports it"
         return torch.float32, "the GPU has no bfloat16, or only emulates it"
-    ratio = bfloat16_speed()
-    dtype = torch.bfloat16 if ratio > 1.5 else torch.float32
-    return dtype, f"a bfloat16 product runs at {ratio:.1f} × float32's speed here"
-
-
-@functools.cache
-def bfloat16_speed():
-    """This CPU's speed in bfloat16 products over that in float32; many CPUs emulate bfloat16."""
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    operands = [(torch.ones(512, 1024, dtype=d), torch.ones(1024, 1024, dtype=d)) for d in seconds]
-    for _ in range(6):
-        for x, w in operands:
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, w)
-            seconds[x.dtype].append(time.perf_counter() - start)
-    # The least times, since other programs can only make a product slower.
-    return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
+    if units := [words for flag, words in vector_units().items() if "bf16" in flag]:
+        return torch.bfloat16, f"the CPU has {' and '.join(units)}"
+    return torch.float32, "the processor names no bf16 instructions"
 
 
 def choose_dtype(config, device, precise):
@@ -157,8 +152,7 @@ class Need:
 def need(c, method, itemsize, length, config, supervised=1):
     """
     The Need of training a model (c: its ModelConfig) with all seven linear layers adapted. method:
-    of bidora.METHODS, or None for ft; itemsize: bytes per number of the base; length, supervised:
-    tokens and supervised positions per row.
+    of bidora.METHODS, None for ft; itemsize: of the base's dtype; length, supervised: per row.
     """
     h, f, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -194,11 +188,14 @@ def need(c, method, itemsize, length, config, supervised=1):
 
 
 def candidates(c, config, method, data):
-    """Dicts of settings to try, best first. Settings that the user set, and batch_size, stay."""
+    """
+    Dicts of settings to try. First, micro-batches shrink (the same result), then activations are
+    recomputed (one more forward pass), then the base is packed (other weights), then rows are cut.
+    """
     floor, batch = max(128, data["shortest"]), config.batch_size
     block = min(c.max_position_embeddings, max(floor, 64 * math.ceil(data["longest"] / 64)))
     packs = not (method is None or config.fsdp or config.compile)
-    options = {  # from what costs most, less text, to what costs least, the same result
+    options = {  # those that the user set stay
         "block_size": [max(min(block, floor), block >> i) for i in range(8)],
         "quantize": ["none", "int8", "nf4"] if packs else ["none"],
         "gradient_checkpointing": [False, True],
@@ -213,13 +210,9 @@ def candidates(c, config, method, data):
 
 def choose(c, config, method, itemsize, data, free):
     """
-    (a dict of settings, lines that give the reason): the choice of --auto_hardware=True.
-
-    Of the choices that fit in 80 % of the free bytes, it sacrifices least: first micro-batches (the
-    same result), then recomputed activations (one more forward pass), then a quantised base (other
-    weights), then shorter rows (less text). c, method: as in `need`. data: {"longest": the longest
-    row's tokens, "supervised": most supervised positions of a row, "shortest": least block_size
-    that keeps the answers}.
+    (a dict of settings, lines that give the reason): the first of `candidates` that fits in 80 % of
+    the free bytes. c, method: as in `need`. data: {"longest": tokens of the longest row,
+    "supervised": most positions in a row, "shortest": least block_size that keeps the answers}.
     """
 
     def needed(choice):
@@ -229,8 +222,7 @@ def choose(c, config, method, itemsize, data, free):
 
     choices = candidates(c, config, method, data)
     best = next((choice for choice in choices if needed(choice).total < 0.8 * free), choices[-1])
-    takes = needed(best)
-    fits = "fits in 80 % of it"
+    takes, fits = needed(best), "fits in 80 % of it"
     if takes.total >= 0.8 * free:
         fits = "does not fit in 80 % of it, and nothing leaner is left to try"
     return best, [
@@ -245,10 +237,7 @@ def fit_memory(config, method, device, dtype, c, encode):
     """config with what `choose` picks. encode: block_size -> (splits of rows, number cut)."""
     free = free_memory(device)
     if free is None:
-        raise ValueError(
-            "auto_hardware=True: this system does not say how much memory is free; set quantize, "
-            "micro_batch_size, gradient_checkpointing and block_size yourself"
-        )
+        raise ValueError("auto_hardware=True: this system does not say how much memory is free")
     free = -distributed.highest(-free)  # the least, so that all processes choose alike
 
     splits, _ = encode(config.block_size or c.max_position_embeddings)

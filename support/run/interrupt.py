@@ -36,10 +36,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stop_signals():
-    """
-    Yield a list that gathers SIGINT and SIGTERM, for the caller to check between steps. A SIGINT
-    after another signal interrupts at once. Outside the main thread, the list stays empty.
-    """
+    """Yield a list that gathers SIGINT and SIGTERM; a second SIGINT interrupts at once."""
     signals = []
 
     def note(signum, frame):

@@ -35,8 +35,5 @@ def bar(name, total, unit, begin=0, **options):
 
 
 def over(items, name, unit):
-    """Yield the items of a list, with a bar after 3 seconds."""
-    with bar(name, len(items), unit, delay=3) as shown:
-        for item in items:
-            yield item
-            shown.update()
+    """The items of a list, with a bar after 3 seconds."""
+    return bar(name, len(items), unit, delay=3, iterable=items)

@@ -1,16 +1,14 @@
 """What a run prints: its plan, the final table and what to try next; and its loss curves."""
 
+import contextlib
 import itertools
 import shlex
-import sys
 from pathlib import Path
-
-import torch
 
 from support.run import distributed, interrupt
 from support.run.files import replacing
 from support.text.datasets import BUILT_IN
-from support.text.jsonl import count_shared
+from support.text.jsonl import count_shared, format_of
 from support.text.splits import compared, left_out
 
 SHARES = ("accuracy", "f1", "f1_micro", "f1_macro", "precision", "recall")  # shown in percent
@@ -24,10 +22,9 @@ def announce(task, method):
     """Print a run's plan. method: its entry of bidora.METHODS; None for ft."""
     config = task.config
     packed = "" if config.quantize == "none" else f"{config.quantize} and "
-    print(
-        f"{config.method} on {config.model}, {packed}{task.dtype} on {task.device} "
-        f"({task.dtype_reason}): {task.sizes['weight_bytes'] / 1e6:.0f} MB of weights"
-    )
+    place = f"{packed}{task.dtype} on {task.device} ({task.dtype_reason})"
+    size = f"{task.sizes['weight_bytes'] / 1e6:.0f} MB of weights"
+    print(f"{config.method} on {config.model}, {place}: {size}")
     if distributed.WORLD_SIZE > 1:
         own = f", and {task.sizes['local_weight_bytes'] / 1e6:.0f} MB of weights" * config.fsdp
         print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{own}")
@@ -35,8 +32,7 @@ def announce(task, method):
     counts = ", ".join(f"{len(examples)} {name}" for name, examples in task.splits.items())
     labels = f"; labels {', '.join(task.labels)}" if task.labels else ""
     source = config.train_file or config.data
-    if source in BUILT_IN:
-        source += f" (licence: {BUILT_IN[source].licence})"
+    source += f" (licence: {BUILT_IN[source].licence})" if source in BUILT_IN else ""
     if max(map(len, task.splits.values())) > config.eval_size:
         counts += f" (evaluated: {config.eval_size} of each at most)"
     print(f"data: {source}: {counts}{labels:.300}")
@@ -45,16 +41,15 @@ def announce(task, method):
     notes = [*getattr(task.model, "notes", ()), *left_out(task.splits, task.encoded, task.labels)]
     notes += compared(task.encoded, task.family.unknown_id)
     notes += task.family.notes(task.cut, config.block_size)
-    print(*notes, trainable(task.sizes["trainable_parameters"]), phases(config, method), sep="\n")
+    print(*notes, trainable(task.sizes["trainable_parameters"]), *plan(task, method), sep="\n")
 
 
 def announce_shared(config, splits):
     """Print how many lines of val_file and test_file an earlier file also holds."""
-    files = {f"{name}_file": rows for name, rows in splits.items()}
+    files = {"train_file": splits["train"] + splits.get("held", [])}
     if not config.val_file:  # then val is a part of train_file
-        files["train_file"] = splits["train"] + files.pop("val_file")
-    if not config.test_file:
-        del files["test_file"]
+        files["train_file"] += splits["val"]
+    files |= {n: splits[n[:-5]] for n in ("val_file", "test_file") if getattr(config, n)}
     for (name, rows), (later, later_rows) in itertools.combinations(files.items(), 2):
         if shared := count_shared(later_rows, rows):
             print(f"{shared} of {len(later_rows)} lines of {later} are also in {name}")
@@ -64,31 +59,48 @@ def trainable(sizes):
     return f"trainable parameters: {sizes['lower']:,} lower level, {sizes['upper']:,} upper level"
 
 
-def phases(config, method):
-    """The plan's lines about the phases."""
-    bilevel = method is not None and method.upper is not None
-    if not bilevel and not config.two_phases:
-        unused = "; retrain_lr is for a final phase" if config.retrain_lr else ""
-        return f"train: {config.search_steps + config.retrain_steps} steps, on train + val{unused}"
+def plan(task, method):
+    """Lines about the phases: their steps, and how often what learns sees its examples."""
+    c, bilevel = task.config, method is not None and method.upper is not None
+    search, retrain, both = c.search_steps, c.retrain_steps, "train + val"
 
-    lower, upper = method.names
-    search = f"{lower} and {upper} on train + val"
-    if bilevel:
-        search = f"{lower} on train, {upper} on {config.upper_data} by the {config.hypergradient}"
-        search += " hypergradient"
-    start = "a fresh start" if config.final_init == "fresh" else "where search ended"
-    retrain = f"{lower} on train + val from {start}, {upper} fixed"
-    lines = [f"search: {config.search_steps} steps, {search}"]
-    if config.retrain_steps:
-        lines.append(f"retrain: {config.retrain_steps} steps, {retrain}")
-    return "\n".join(lines)
+    def of(phase, steps):
+        return f"{phase}: {steps} steps of {c.batch_size} examples, "
+
+    def on(split, steps):
+        return f"on {split} ({epochs(task, split, steps):.2f} epochs)"
+
+    if bilevel or c.two_phases:
+        lower, upper = method.names
+        learn = f"{lower} and {upper} {on(both, search)}"
+        if bilevel:
+            turns = search // c.upper_every * c.upper_steps
+            learn = f"{lower} {on('train', search)}, {upper} {on(c.upper_data, turns)}"
+            learn += f" by the {c.hypergradient} hypergradient"
+        start = "a fresh start" if c.final_init == "fresh" else "where search ended"
+        yield of("search", search) + learn
+        if retrain:
+            yield (
+                of("retrain", retrain) + f"{lower} {on(both, retrain)} from {start}, {upper} fixed"
+            )
+    else:
+        unused = "; retrain_lr is for a final phase" if c.retrain_lr else ""
+        yield of("train", search + retrain) + on(both, search + retrain) + unused
+    if epochs(task, both, search + retrain) < 1:
+        yield "warning: that is below one epoch: --epochs=1 sees each training example once"
+
+
+def epochs(task, splits, steps):
+    """How often so many steps see the rows of one or more splits, joined by " + "."""
+    rows = sum(len(task.encoded[name]) for name in splits.split(" + "))
+    return steps * min(task.config.batch_size, rows) / rows
 
 
 def announce_before(before, metric):
     """Print the results before training, {split: results}. metric: the score that is shown."""
-    [(split, scores)] = before.items()
-    score, loss = in_form(metric, scores[metric]), scores["loss"]
-    print(f"before training: {split} {metric} {score}, loss {loss:.3f}", flush=True)
+    for split, scores in before.items():
+        score, loss = in_form(metric, scores[metric]), scores["loss"]
+        print(f"before training: {split} {metric} {score}, loss {loss:.3f}", flush=True)
 
 
 def in_form(name, score):
@@ -106,11 +118,11 @@ def plot_losses(path, metrics, results):
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for split, color, style in (("train", "#0072B2", "-"), ("val", "#E69F00", "--")):
-        key, label = f"{split}_loss", f"{split} batch"
-        points = [(line["step"], line[key]) for line in metrics if key in line]
-        if points:
-            axes.plot(*zip(*points), style, label=label, color=color, linewidth=1.2)
+    colors = {"train": "#0072B2", "val": "#E69F00", "held": "#009E73"}
+    for (split, color), style in zip(colors.items(), ("-", "--", "o:")):
+        key, label = f"{split}_loss", "held out" if split == "held" else f"{split} batch"
+        if points := [(line["step"], line[key]) for line in metrics if key in line]:
+            axes.plot(*zip(*points), style, label=label, color=color, linewidth=1.2, markersize=4)
 
     if results["after"]["test"] and results["before"]:
         losses = [results[when]["test"]["loss"] for when in ("before", "after")]
@@ -122,9 +134,8 @@ def plot_losses(path, metrics, results):
         axes.text(first, 1.01, phase, transform=axes.get_xaxis_transform(), color="gray")
 
     axes.set(xlabel="lower-level step", ylabel="loss", ylim=(0, None))
-    # Folders and hub names can be long. The title stands above the phases' names.
-    title = f"{results['method']} on {Path(results['model']).name}"
-    axes.set_title(title, fontsize=10, pad=18)
+    title = f"{results['method']} on {Path(results['model']).name}"  # without a long folder
+    axes.set_title(title, fontsize=10, pad=18)  # above the phases' names
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
@@ -134,8 +145,8 @@ def table(results):
     """The final table and the lines below it. results: the content of summary.json."""
     splits = [split for split, scores in results["after"].items() if scores]
     rows = {"": splits}
-    rows["examples"] = [results["evaluated"][split] for split in splits]
-    rows["trained on"] = [results["trained_on"][split] for split in splits]
+    for row in ("examples", "trained on", "evaluated"):
+        rows[row] = [results[row.replace(" ", "_")][split] for split in splits]
     names = [name for name in results["after"][splits[-1]] if name != "loss"]
     for name in (*names, "loss"):
         for when in ("before", "after") if results["before"] else ("after",):
@@ -148,23 +159,21 @@ def table(results):
     seconds = ", ".join(f"{phase} {value:.0f}" for phase, value in results["seconds"].items())
     peak, beyond = results["peak_memory_gb"], results["peak_memory_beyond_start_gb"]
     files = ", ".join(sorted(path.name for path in Path(results["out_dir"]).iterdir()))
-    lines += [
-        "",
-        trainable(results["trainable_parameters"]),
-        f"seconds: {seconds}",
-        f"peak memory: {peak:.2f} GB, {beyond:.2f} GB of it beyond Python and torch",
-        "",
-        f"saved in {results['out_dir']}: {files}",
-    ]
-    return "\n".join(["", *lines, *warnings(results)])
+    lines += ["", trainable(results["trainable_parameters"]), f"seconds: {seconds}"]
+    lines += [f"peak memory: {peak:.2f} GB, {beyond:.2f} GB of it beyond Python and torch", ""]
+    lines += [f"saved in {results['out_dir']}: {files}", *warnings(results)]
+    return "\n".join(["", *lines])
 
 
-def trained_on(config, phases):
-    """{split: whether these phases trained on it, in words for the table}."""
-    val = "yes" if "train" in phases else f"in {phases[-1]}"
+def trained_on(task, phases, steps):
+    """{split: whether these phases, of so many steps, trained on it, in words for the table}."""
+    config, seen = task.config, epochs(task, "train + val", steps)
+    yes = "yes" if seen >= 1 else f"{seen:.1%} at most"
+    val = yes if "train" in phases else f"in {phases[-1]}"
     if phases == ["search"] and config.upper_data == "train":
         val = "no"
-    return {"train": "yes", "val": val, "test": "no"}
+    held = "to choose" if config.keep == "best" or config.patience else "no"
+    return {"train": yes, "val": val, "held": held, "test": "no"}
 
 
 def warnings(results):
@@ -175,10 +184,8 @@ def warnings(results):
     rates = "--lower_lr" + " or --upper_lr" * (results["trainable_parameters"]["upper"] > 0)
     # The first loss is one batch's: if test has improved, that batch was a lucky one.
     if last >= first and (worse or not before):
-        return [
-            f"warning: training ended no better than it began (train loss {first:.3f} at the first "
-            f"step, {last:.3f} at the end): lower {rates}"
-        ]
+        losses = f"train loss {first:.3f} at the first step, {last:.3f} at the end"
+        return [f"warning: training ended no better than it began ({losses}): lower {rates}"]
     return [f"warning: the loss on {name} is higher than before: lower {rates}" for name in worse]
 
 
@@ -187,23 +194,37 @@ def without(arguments, *names):
     return [a for a in arguments if a.partition("=")[0].removeprefix("--") not in names]
 
 
-def summary(task):
-    """The part of summary.json that describes the task."""
-    names = ("method", "model", "seed", "quantize")
-    return {name: getattr(task.config, name) for name in names} | {
-        **task.sizes,
+def metadata(task):
+    """What run.json holds besides the settings; sample.py reads it."""
+    first, pairs = task.splits["train"][0], {"text_b" in x for x in task.splits["train"]}
+    free = format_of(first) in ("prompt", "code", "text")
+    return {
         "task": task.name,
-        "metric": task.family.metric,
-        "pairs": task.pairs,
-        "raw": task.raw,
+        "labels": task.labels,
+        "label_prompt": task.family.question if task.name == "label_words" else "",
+        "pairs": pairs.pop() if len(pairs) == 1 else None,  # None: only some are pairs of texts
+        "raw": task.name == "language_model" and free,  # free text, which no chat template frames
         "dtype": task.dtype,
-        "examples": {name: len(examples) for name, examples in task.splits.items()},
-        "evaluated": {name: len(rows) for name, rows in task.evaluated.items()},
     }
 
 
-def next_commands(results, arguments, config, other):
-    """Commands to try next. results: the run's summary. other: a method to compare with."""
+def summary(task):
+    """The part of summary.json that describes the task."""
+    own = {name: getattr(task.config, name) for name in ("method", "model", "seed", "quantize")}
+    return (
+        own
+        | metadata(task)
+        | task.sizes
+        | {
+            "metric": task.family.metric,
+            "examples": {name: len(examples) for name, examples in task.splits.items()},
+            "evaluated": {name: len(rows) for name, rows in task.evaluated.items()},
+        }
+    )
+
+
+def next_commands(results, arguments, config, other, check):
+    """Commands to try next; the one with the method `other` if `check` does not refuse it."""
     out, prompts = results["out_dir"], ("...", "..." * bool(results["pairs"]))
     if config.data in BUILT_IN and not config.train_file:
         built_in = BUILT_IN[config.data]
@@ -212,46 +233,31 @@ def next_commands(results, arguments, config, other):
     shown = " ".join(f'--{name}="{text}"' for name, text in names if text)
     shown += " --raw" * results["raw"]
     shown += ' --labels="..., ..."' * (results["task"] == "multiple_choice")
-    adapter, again_in = shlex.quote(f"--adapter={out}"), shlex.quote(f"--out_dir={out}-{other}")
-    controls = ("two_phases", "upper_data")  # of one method alone
-    kept = without(arguments, "method", "out_dir", "overwrite", "resume", "fsdp", *controls)
-    again = shlex.join(kept + ["--fsdp=False"] * config.fsdp)
-    return (
-        f"next:\n  python sample.py {adapter} {shown}\n"
-        f"  python train.py {again} --method={other} {again_in}"
-        f"    # the same data and budget"
-    )
+    commands = [f"python sample.py {shlex.quote(f'--adapter={out}')} {shown}"]
 
-
-def failed(error):
-    """Print an error once on each machine. Returns the exit status 2."""
-    if distributed.LOCAL_RANK == 0:
-        print("error:", *str(error).split(), file=sys.stderr)  # in one line
-    return 2
-
-
-def failed_in_torch(error):
-    """`failed` if memory is short or another process has ended; else raise the error."""
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        hint = "lower batch_size, micro_batch_size or block_size, or try --auto_hardware=True"
-        return failed(f"out of memory ({text.splitlines()[0]}): {hint}")
-    lost = isinstance(error, torch.distributed.DistError) or "gloo" in text
-    if distributed.WORLD_SIZE > 1 and lost:
-        return failed("another process of this run has ended; --resume=True resumes the run")
-    raise error
+    # What one method alone takes goes, and what needs several processes; dtype=auto is pinned.
+    names = ("two_phases", "upper_data", "upper_weight_decay", "compile", "fsdp")
+    changed = {name: getattr(type(config), name) for name in names}
+    changed |= {"dtype": results["dtype"]} if config.dtype == "auto" else {}
+    if other == "bidora" and not results["examples"]["val"]:
+        changed["val_fraction"] = type(config).val_fraction
+    again = without(arguments, "method", "out_dir", "overwrite", "resume", *changed)
+    again += [f"--{n}={value}" for n, value in changed.items() if getattr(config, n) != value]
+    again += [f"--method={other}", f"--out_dir={out}-{other}"]
+    with contextlib.suppress(ValueError):
+        check(again)
+        commands.append(f"python train.py {shlex.join(again)}    # the same data and budget")
+    return "\n  ".join(["next:", *commands])
 
 
 def stopped(error, arguments):
-    """Print how to resume a run that a signal ended. Returns the exit status."""
-    if not isinstance(error, interrupt.Stopped):
-        error = interrupt.Stopped("interrupted", how=interrupt.START_AGAIN)
-    resumes = error.how.startswith("resume")
+    """The Stopped of a KeyboardInterrupt that ended a run: its text also says how to go on."""
+    how = getattr(error, "how", interrupt.START_AGAIN)
+    resumes = how.startswith("resume")
     if resumes:
         arguments = [*without(arguments, "resume", "overwrite"), "--resume=True"]
     command = f"python train.py {shlex.join(arguments)}"
     if distributed.WORLD_SIZE > 1:
         command = "the same torchrun command" + " and --resume=True" * resumes
-    if distributed.LOCAL_RANK == 0:
-        print(f"{error}; {error.how}: {command}" if error.how else error, file=sys.stderr)
-    return 128 + error.signum
+    said, number = str(error) or "interrupted", getattr(error, "signum", interrupt.signal.SIGINT)
+    return interrupt.Stopped(f"{said}; {how}: {command}" if how else said, number)

@@ -1,37 +1,50 @@
 """
 The rules for a run's settings: which values and combinations are refused. Each function yields a
-message for each problem; `refuse` raises the first one. method, hypergradient: the entries that the
+message for each problem; `refuse` raises all of them. method, hypergradient: the entries that the
 config names (method: None for ft). The rules read their fields, so a new entry needs no new rule.
 """
 
 import dataclasses
-import itertools
 import math
 import os
 import shutil
+from pathlib import Path
 
 import torch
 
 from support.run import distributed, hardware, settings
 from support.text.datasets import BUILT_IN
 from support.text.official import HUB_NAME
+from support.weights.hf_format import is_own
 
 # Besides the settings that are 0 by default
 MAY_BE_ZERO = set(
     "val_fraction length_penalty search_steps retrain_steps lr_floor damping temperature".split()
 )
-BELOW_ONE = {"dropout", "val_fraction", "test_fraction", "adam_beta2", "lr_floor"}
+BELOW_ONE = {"dropout", "val_fraction", "test_fraction", "held_fraction"}
+BELOW_ONE |= {"adam_beta2", "lr_floor"}
 MOST = {"snapshots": 1000, "num_beams": 1000, "length_penalty": 100}
 
 
 def refuse(*rules):
-    """Raise ValueError with the first message that a rule yields, if any."""
-    for message in itertools.chain(*rules):
-        raise ValueError(message)
+    """Raise ValueError with the messages that the rules yield, if any, in one line."""
+    if messages := [message for rule in rules for message in rule]:
+        raise ValueError("; ".join(messages))
 
 
 def is_packed(config):
-    return config.quantize not in ("auto", "none")
+    return config.quantize in ("nf4", "fp4", "int8")
+
+
+def changed(config, names):
+    """Those of these settings that are not at their defaults, in words; "" if all are."""
+    schema = type(config)
+    return ", ".join(n for n in names.split() if getattr(config, n) != getattr(schema, n))
+
+
+def those(*cases, of=""):
+    """The messages, each after `of`, of the cases, (whether it applies, message), that apply."""
+    return [of + message for applies, message in cases if applies]
 
 
 def values(config, choices):
@@ -49,183 +62,189 @@ def values(config, choices):
 
 
 def number(name, value, default):
-    may_be_zero = default == 0 or name in MAY_BE_ZERO
-    if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
-        yield f"{name}={value} must be {'at least 0' if may_be_zero else 'positive'}"
-    if name in BELOW_ONE and value >= 1:
-        yield f"{name}={value} must be below 1"
+    zero = default == 0 or name in MAY_BE_ZERO
+    below = not math.isfinite(value) or value < 0 or (value == 0 and not zero)
     most = MOST.get(name, 2**62 if isinstance(value, int) else math.inf)
-    if value > most:
-        yield f"{name}={value} must be at most {most}"
+    return those(
+        (below, f"must be {'at least 0' if zero else 'positive'}"),
+        (name in BELOW_ONE and value >= 1, "must be below 1"),
+        (value > most, f"must be at most {most}"),
+        of=f"{name}={value} ",
+    )
 
 
 def device(config):
     place, _, index = config.device.partition(":")
-    if config.device not in ("auto", "cpu", "cuda") and not (place == "cuda" and index.isdigit()):
-        yield f"unknown device {config.device!r}: choose auto, cpu or cuda"
+    known = config.device in ("auto", "cpu", "cuda", "mps") or place == "cuda" and index.isdigit()
     # A tensor would show this too, but make each process open the first GPU.
-    if place == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        yield f"device={config.device} is not available: use device=cpu"
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    lacks = known and int(index or 0) >= counts.get(place, math.inf)
+    return those(
+        (not known, f"unknown device {config.device!r}: choose auto, cpu, cuda or mps"),
+        (lacks, f"device={config.device} is not available: use device=cpu"),
+    )
 
 
 def budget(config, bilevel, hypergradient):
-    search, every = config.search_steps, config.upper_every
-    if search + config.retrain_steps == 0:
-        yield "search_steps=0, retrain_steps=0: there is nothing to train"
-    if bilevel and search == 0:
-        yield f"search_steps=0: method={config.method} needs a search, where its upper level learns"
-    if bilevel and every > search:
-        more = f"upper_every={every} is more than search_steps={search}"
-        yield f"{more}: the upper level would never take a step"
-    steps = config.hypergradient_steps
-    if bilevel and "steps" in hypergradient.options and steps > every:
-        yield (
-            f"hypergradient_steps={steps} is more than upper_every={every}: an upper-level step "
-            f"can only differentiate through the lower-level steps since the last one"
-        )
-    yield from micro_batch(config)
+    search, every, steps = config.search_steps, config.upper_every, config.hypergradient_steps
+    looks_back, chooses = "steps" in hypergradient.options, changed(config, "keep patience")
+    never = f"upper_every={every} is more than search_steps={search}: the upper level never learns"
+    gone = f"hypergradient_steps={steps} is more than upper_every={every}: older steps are gone"
+    why = "val is trained on, by the upper level or in the end, and test judges the result"
+    return micro_batch(config) + those(
+        (search + config.retrain_steps == 0, "search_steps=0, retrain_steps=0: nothing to train"),
+        (bilevel and search == 0, "search_steps=0: the upper level needs a search to learn in"),
+        (bilevel and every > search > 0, never),
+        (bilevel and looks_back and steps > every, gone),
+        (chooses and not config.eval_every, f"{chooses}: set eval_every, in steps, too"),
+        (chooses and not config.held_fraction, f"{chooses}: set held_fraction, too: {why}"),
+    )
+
+
+def with_steps(config, rows):
+    """config with the steps of its epochs of so many rows, in the proportion that they had."""
+    search, retrain = config.search_steps, config.retrain_steps
+    if config.epochs:
+        total = round(config.epochs * rows / min(config.batch_size, rows))
+        share = round(total * search / (search + retrain))
+        search = search and max(share, config.upper_every)  # one round at least
+        retrain = retrain and max(total - search, 1)
+    return dataclasses.replace(config, search_steps=search, retrain_steps=retrain)
 
 
 def micro_batch(config):
     micro, batch = config.micro_batch_size, config.batch_size
-    if micro > batch:
-        yield f"micro_batch_size={micro} is more than batch_size={batch}"
+    return those((micro > batch, f"micro_batch_size={micro} is more than batch_size={batch}"))
 
 
 def data(config, bilevel):
-    name, own = config.data, config.train_file
+    c, name, own, built_in = config, config.data, config.train_file, config.data in BUILT_IN
     elsewhere = os.path.isdir(name) or HUB_NAME.fullmatch(name)
-    if not name and not own:
-        built_in = "|".join(BUILT_IN)
-        yield f"no data: give --train_file=yours.jsonl, or a built-in set with --data={built_in}"
-    if os.path.isfile(name) and not own:
-        yield f"data={name} is a file: give it as --train_file={name}"
-    if name and not own and name not in BUILT_IN and not elsewhere:
-        close = settings.suggest(name, BUILT_IN)
-        yield f"unknown data {name!r}: no folder, no owner/name on the hub, no built-in set{close}"
-    if config.val_file and not own:
-        yield "val_file needs train_file: val is split off a data set's train, by val_fraction"
-    if config.test_fraction and (config.test_file or not own):
-        yield "test_fraction is of train_file alone: set train_file, and leave out test_file"
-    if config.tune_size and config.test_file:
-        yield "tune_size and test_file both replace the test examples: choose one"
-    named = [x for x in ("text_column", "text_b_column", "label_column") if getattr(config, x)]
-    if named and not own and name in BUILT_IN:
-        yield f"{named[0]} is for your own files and sets of the hub: {name} has its own"
-    if config.train_size and own:
-        yield f"train_size={config.train_size}: train_file is taken whole: shorten it, or set data"
-    if config.tune_size and name not in BUILT_IN:
-        yield "tune_size is for a built-in set: give your tuning examples as --test_file"
-    if config.label_prompt and "{text}" not in config.label_prompt:
-        yield "label_prompt must contain {text}, where the example's text goes"
-    val = config.val_file or config.val_fraction or (elsewhere and not own)
-    if bilevel and not val:
-        yield (
-            f"method={config.method} needs validation data: its upper level learns from examples "
-            f"that the lower level does not train on; give --val_file, or a val_fraction above 0"
-        )
-    if config.block_size == 1:
-        yield "block_size=1 must be at least 2: a token and its successor"
+    unknown = name and not (own or built_in or elsewhere or os.path.isfile(name))
+    near = settings.suggest(name, BUILT_IN)
+    is_file = os.path.isfile(name) and not own
+    named = changed(c, "text_column text_b_column label_column")
+    sets, asks = "|".join(BUILT_IN), c.label_prompt and "{text}" not in c.label_prompt
+    no_val = bilevel and not (c.val_file or c.val_fraction or elsewhere and not own)
+    return those(
+        (not name and not own, f"no data: give --train_file=yours.jsonl, or --data={sets}"),
+        (unknown, f"unknown data {name!r}: no folder, hub name (owner/name) or built-in set{near}"),
+        (is_file, f"data={name} is a file: give it as --train_file={name}"),
+        (c.val_file and not own, "val_file needs train_file: other sets split val off their train"),
+        (c.test_fraction and not own, "test_fraction is of train_file: set train_file"),
+        (c.test_fraction and c.test_file, "test_fraction and test_file are both the test: choose"),
+        (c.tune_size and c.test_file, "tune_size and test_file replace the test: choose one"),
+        (named and built_in and not own, f"{named}: for your own files and sets of the hub"),
+        (c.train_size and own, f"train_size={c.train_size}: train_file is taken whole: shorten it"),
+        (c.tune_size and not built_in, "tune_size is for a built-in set: use --test_file"),
+        (asks, "label_prompt must contain {text}, where the example's text goes"),
+        (no_val, f"method={c.method} needs validation data: set val_file, or val_fraction above 0"),
+        (c.block_size == 1, "block_size=1 must be at least 2: a token and its successor"),
+    )
+
+
+def splits(config, splits, bilevel):
+    """splits: {name: examples}."""
+    no_val = bilevel and not splits["val"] and config.upper_data == "val"
+    unseen = splits.get("held") or splits["test"]
+    return those(
+        (no_val, f"{config.data} has no dev set for the upper level: set val_fraction above 0"),
+        (config.eval_every and not unseen, "eval_every needs held_fraction or test_file"),
+    )
 
 
 def combinations(config, method):
-    bilevel = method is not None and method.upper is not None
-    for setting, default in (("upper_data", "val"), ("upper_weight_decay", 0)):
-        if getattr(config, setting) != default and not bilevel:
-            yield f"{setting} is for bidora and bilora; {config.method} has no upper level"
-    if config.two_phases and (method is None or method.upper or not method.magnitude):
-        yield f"two_phases=True is for method=dora; {config.method} has two phases, or no magnitude"
-    if config.lora_plus != 1 and (method is None or bilevel):
-        yield f"lora_plus={config.lora_plus:g} is for lora and dora, not for {config.method}"
-    if config.two_phases and config.search_steps == 0:
-        yield "two_phases=True needs search_steps, in which the magnitude learns"
-    if config.group_by_length and not config.shuffle:
-        yield "group_by_length=True draws a new order each epoch, shuffle=False keeps one: choose"
-    if config.gram_weight and not (method and (method.magnitude or method.upper)):
-        yield f"gram_weight is for methods with magnitudes or BiLoRA's factors, not {config.method}"
-    if method is None and is_packed(config):
-        yield (
-            f"method=ft trains the base's own weights, which quantize={config.quantize} packs too "
-            f"coarsely to train: use an adapter (bidora, dora, lora), or quantize=none"
-        )
-    if method is None and config.dtype == "bfloat16":
-        yield "method=ft: small updates of bfloat16 weights round to nothing: use dtype=float32"
+    c, upper, magnitude = config, method and method.upper, method and method.magnitude
+    uppers = changed(c, "upper_data upper_weight_decay")
+    lacking = changed(c, "quantize precondition upper_every snapshots optimizer compile")
+    own = changed(c, "rank alpha dropout rank_pattern alpha_pattern magnitude_axis init")
+    forgets = c.adapter and (upper or c.two_phases) and c.retrain_steps and c.final_init == "fresh"
+    two, norms = c.two_phases, magnitude or upper
+    rounds = "small updates of bfloat16 weights round to nothing"
+    return those(
+        (uppers and not upper, f"{uppers}: for bidora and bilora; {c.method} has no upper level"),
+        (two and (upper or not magnitude), f"two_phases=True is for method=dora, not {c.method}"),
+        (two and not c.search_steps, "two_phases=True needs search_steps, where magnitudes learn"),
+        (c.group_by_length and not c.shuffle, "group_by_length=True shuffles: use shuffle=True"),
+        (
+            c.lora_plus != 1 and (not method or upper),
+            f"lora_plus={c.lora_plus:g} is for lora and dora, not for {c.method}",
+        ),
+        (c.gram_weight and not norms, f"gram_weight is for magnitudes or BiLoRA, not {c.method}"),
+        (not method and is_packed(c), "method=ft trains the base's own weights: use quantize=none"),
+        (not method and c.dtype == "bfloat16", f"method=ft: {rounds}: use dtype=float32"),
+        (c.device == "mps" and lacking, f"device=mps lacks what {lacking} needs: leave it out"),
+        (c.adapter and own, f"{own}: an adapter brings its own: leave out this, or --adapter"),
+        (c.adapter and not method, "method=ft trains no adapter: merge it first (tools.merge)"),
+        (forgets, "final_init=fresh would forget the adapter's directions: use continue"),
+    )
 
 
-def compiled(config, second_order):
-    if not config.compile:
-        return
-    if second_order:
-        yield (
-            "compile=True: torch.compile has no second derivatives: use compile=False, or "
-            "hypergradient=first_order or finite_difference"
-        )
-    if is_packed(config):
-        yield "compile=True does not work with bitsandbytes' packed weights: use quantize=none"
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if hardware.choose_device(config.device) == "cpu" and not compiler:
-        yield "compile=True needs a C++ compiler on a CPU: install g++, or use compile=False"
+def is_borrowed(model):
+    """Whether a model is none of model.py's; of the hub's models that is known later."""
+    return model == "minilm" or Path(model, "config.json").exists() and not is_own(Path(model))
 
 
-def sharded(config, second_order):
-    if not config.fsdp:
-        return
-    if distributed.WORLD_SIZE == 1:
-        yield "fsdp=True needs several processes: torchrun --nproc_per_node=2 (or more) train.py"
-    if second_order and not config.gradient_checkpointing:
-        yield (
-            "fsdp=True gives the collected weights back before second derivatives need them: use "
-            "gradient_checkpointing=True, which collects them again, or hypergradient=first_order"
-        )
-    if config.method == "ft":
-        yield "fsdp=True shards frozen weights only: use an adapter, not method=ft"
-    if is_packed(config):
-        yield "fsdp=True can't shard packed weights: use quantize=none"
-    if config.gram_weight:
-        yield "fsdp=True has no whole weights to regularise: use gram_weight=0"
-    if config.snapshots:
-        yield (
-            "fsdp=True has no whole weights for ΔM and ΔD: use snapshots=0, and python -m "
-            "tools.analysis --tuned= on the finished run"
-        )
-    if config.compile:
-        yield "fsdp=True is not supported with torch.compile: use compile=False"
+def compiled(config, second, borrowed):
+    """second: whether second derivatives are needed; borrowed: whether transformers computes."""
+    cpu = hardware.choose_device(config.device) == "cpu"
+    bare = cpu and not shutil.which(os.environ.get("CXX", "g++"))
+    return config.compile * those(
+        (second, "has no second derivatives: use hypergradient=first_order, or compile=False"),
+        (is_packed(config), "does not work with bitsandbytes' packed weights: use quantize=none"),
+        (borrowed, "does not work with a model that transformers computes"),
+        (bare, "needs a C++ compiler on a CPU: install g++, or use compile=False"),
+        of="compile=True ",
+    )
+
+
+def sharded(config, second, borrowed):
+    """Second derivatives take the collected weights again."""
+    lost = second and not config.gradient_checkpointing
+    return config.fsdp * those(
+        (distributed.WORLD_SIZE == 1, "needs processes: torchrun --nproc_per_node=2 train.py …"),
+        (borrowed, "shards model.py's models only (LLaMA, Mistral, Qwen2, Qwen3)"),
+        (lost, "needs gradient_checkpointing=True (or first_order), for second derivatives"),
+        (config.method == "ft", "shards frozen weights only: use an adapter, not method=ft"),
+        (is_packed(config), "can't shard packed weights: use quantize=none"),
+        (config.gram_weight, "has no whole weights to regularise: use gram_weight=0"),
+        (config.snapshots, "has no whole weights for ΔM and ΔD: run tools.analysis afterwards"),
+        (config.compile, "is not supported with torch.compile: use compile=False"),
+        of="fsdp=True ",
+    )
 
 
 def task(config, name, head, borrowed):
     """name: the task's; head: whether it trains a head; borrowed: whether transformers computes."""
+    c, other, asks = config, head or borrowed, bool(config.label_prompt)
     what = "a model that transformers computes" if borrowed else "a head"
-    if (head or borrowed) and config.fsdp:
-        yield f"fsdp=True shards model.py's language models only, not {what}: leave it out"
-    if (head or borrowed) and config.auto_hardware:
-        yield (
-            "auto_hardware=True knows the memory of model.py's language models only: set "
-            "micro_batch_size"
-        )
-    if borrowed and is_packed(config):
-        yield f"quantize={config.quantize} packs model.py's models only: use quantize=none"
-    if (head or borrowed) and config.compile:
-        yield f"compile=True does not work with {what}: use compile=False"
-    if head and config.label_prompt:
-        yield f"label_prompt is a question to a language model; task={name} reads the text alone"
-    if not head and config.label_prompt and name != "label_words":
-        yield f"label_prompt is for task=label_words, not task={name}: its prompts are in the data"
-    if name != "generation" and (config.num_beams > 1 or config.no_repeat_ngram_size):
-        yield f"num_beams and no_repeat_ngram_size are for task=generation, not task={name}"
-    if head and not borrowed and config.method == "ft":
-        yield "method=ft trains no head on a language model: use an adapter, or task=label_words"
+    own = "model.py's models only (LLaMA, Mistral, Qwen2, Qwen3)"
+    own_prompts = f"task=label_words, not task={name}: its prompts are in the data"
+    searches = name != "generation" and (c.num_beams > 1 or c.no_repeat_ngram_size)
+    whole = head and not borrowed and c.method == "ft"
+    return those(
+        (other and c.fsdp, f"fsdp=True shards {own}, without a head: leave it out"),
+        (other and c.compile, f"compile=True does not work with {what}: use compile=False"),
+        (other and c.auto_hardware, f"auto_hardware=True knows the memory of {own}"),
+        (borrowed and is_packed(c), f"quantize={c.quantize} packs {own}: use quantize=none"),
+        (asks and head, f"label_prompt is a question to a language model, not for task={name}"),
+        (asks and not head and name != "label_words", f"label_prompt is for {own_prompts}"),
+        (searches, f"num_beams and no_repeat_ngram_size are for task=generation, not task={name}"),
+        (whole, "method=ft trains no head on a language model: use an adapter, or label_words"),
+    )
 
 
-STEPS = "set --search_steps and --retrain_steps"
+SCHEDULE = "edit learning_rate_scale in train.py, which warms up over a tenth of the steps"
 OTHER_NAMES = {  # {a setting of another program: what to write here}
     name: instead
     for instead, names in {
         "use --lower_lr (and --upper_lr for the upper level)": "lr learning_rate",
-        f"{STEPS}, each with --batch_size examples a step": "epochs num_epochs num_train_epochs",
-        STEPS: "steps max_steps max_iters",
+        "use --epochs, of all phases together": "num_epochs num_train_epochs",
+        "set --search_steps and --retrain_steps, or --epochs": "steps max_steps max_iters",
         "use --rank": "r lora_r lora_rank",
-        "use --alpha": "lora_alpha",
+        "use --alpha; the update is scaled by alpha / rank": "lora_alpha use_rslora",
         "use --dropout": "lora_dropout",
+        "use --target_modules": "lora_target_modules",
         "use --out_dir": "output_dir",
         "use --data, or --train_file for a file of your own": "dataset",
         "use --text_column": "text_column_name text_column_names",
@@ -236,13 +255,18 @@ OTHER_NAMES = {  # {a setting of another program: what to write here}
         "use --micro_batch_size, of examples in memory": "gradient_accumulation_steps accumulate",
         "use --block_size, in tokens": "max_length max_seq_length",
         "use --resume": "resume_from_checkpoint",
+        "use --checkpoint_every": "save_steps",
+        "use --eval_every": "eval_steps eval_strategy evaluation_strategy",
+        "use --keep=best, with --eval_every and --held_fraction": "load_best_model_at_end",
+        "use --patience, with --eval_every and --held_fraction": "early_stopping",
+        "metrics.jsonl has every step, and python -m tools.curves draws it": "report_to",
         "use --dtype=bfloat16": "bf16",
         "use --quantize=nf4": "load_in_4bit",
         "use --hypergradient_steps": "unroll_steps terms cg_iterations",
         "use --hypergradient_lr": "unroll_lr neumann_alpha",
         "use --method=bilora_softmax or bilora_binary": "lambda_kind",
-        "edit learning_rate_scale in train.py, which warms up over a tenth of the steps": "warmup",
-        "evaluation chooses its own batch size": "eval_batch_size",
+        SCHEDULE: "warmup warmup_steps warmup_ratio lr_scheduler_type",
+        "evaluation chooses its own batch size": "eval_batch_size per_device_eval_batch_size",
     }.items()
     for name in names.split()
 }

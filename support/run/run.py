@@ -30,6 +30,7 @@ from support.weights.weight_changes import Trajectory
 
 LOG_EVERY = 0.25  # seconds between writes at least, since Python waits for the GPU to read a loss
 LEVELS = {"train_loss": "lower", "val_loss": "upper"}
+SHOWN = LEVELS | {"held_loss": "held"}  # on the bar
 
 
 def digest_of(lines):
@@ -38,10 +39,7 @@ def digest_of(lines):
 
 
 class Run:
-    """
-    The run of a config. `config` becomes that of the earlier run if one is resumed; only the
-    settings may_change may differ. Raises ValueError or OSError for a folder that can't be used.
-    """
+    """The run of a config, or of an earlier one, from whose settings only may_change may differ."""
 
     def __init__(self, config, device, may_change):
         self.started, self.memory_at_start = time.time(), hardware.peak_memory(device)
@@ -63,10 +61,8 @@ class Run:
                 self.earlier_run = read_sealed(self.out / "run.json")
                 config = run_folder.resumed_config(config, self.out, self.earlier_run, may_change)
                 self.state = checkpoint.load(self.out)
-                if self.state:
-                    print(f"resuming {self.out} after step {self.state[1]['n']}")
-                else:
-                    print(f"{self.out} has no checkpoint yet: starting from its first step")
+                none = f"{self.out} has no checkpoint yet: starting from its first step"
+                print(self.state and f"resuming {self.out} after step {self.state[1]['n']}" or none)
             self.config, self.locks = config, locks.pop_all()
         # A chat template may write the date: a run keeps that on which it began.
         now = distributed.from_first(lambda: datetime.datetime.now().isoformat(timespec="seconds"))
@@ -87,10 +83,10 @@ class Run:
         if (self.out / "summary.json").exists():
             return interrupt.Stopped(f"interrupted; the run in {self.out} has finished", how="")
         saved = max((int(path.name) for path in checkpoint.names(self.out)), default=0)
-        said = f"; {saved} steps are saved"
-        if saved == self.config.search_steps + self.config.retrain_steps:
-            said = " after the last step: all are saved, only the evaluation is repeated"
-        return interrupt.Stopped(f"interrupted{said}")
+        if sum(self.done.values()) == self.config.search_steps + self.config.retrain_steps:
+            said = "interrupted after the last step: all are saved, only the evaluation is repeated"
+            return interrupt.Stopped(said)
+        return interrupt.Stopped(f"interrupted; {saved} steps are saved")
 
     def start(self, task):
         """Restore a resumed run or set an earlier one aside; write the folder. task: a Task."""
@@ -124,10 +120,8 @@ class Run:
         log = self.out / "metrics.jsonl"
         lines = log.read_bytes().splitlines()[: self.n]
         if digest_of(lines) != state["log"]:
-            raise ValueError(
-                f"{log} lacks lines of the first {self.n} steps, or was edited: the run can't be "
-                f"resumed"
-            )
+            said = f"{log} lacks lines of the first {self.n} steps, or was edited"
+            raise ValueError(f"{said}: the run can't be resumed")
         self.metrics = [json.loads(line) for line in lines]
 
         self.load_parameters(tensors)
@@ -145,18 +139,16 @@ class Run:
         """Write run.json, the log and the weights: a full disk shows before any work."""
         base = fingerprints(self.task.folder)
         kept = self.earlier_run.get("base", base)
-        if changed := [part for part in kept if base.get(part) != kept[part]]:
-            raise ValueError(
-                f"{self.out} can't be resumed: {', '.join(changed)} of {self.task.folder} "
-                f"changed since the run began"
-            )
+        if changed := ", ".join(part for part in kept if base.get(part) != kept[part]):
+            said = f"{changed} of {self.task.folder} changed since the run began"
+            raise ValueError(f"{self.out} can't be resumed: {said}")
         if self.replaces:
             run_folder.set_aside(self.out)
             if not self.out.exists():
                 self.locks.enter_context(run_folder.locked(self.out))  # the new folder
 
         try:
-            settings = dataclasses.asdict(self.config) | self.task.metadata()
+            settings = dataclasses.asdict(self.config) | report.metadata(self.task)
             settings |= {"asked": self.asked, "base": base, "files": self.earlier_run.get("files")}
             settings["began"] = self.began
             write_json(self.out / "run.json", seal(settings))
@@ -183,14 +175,19 @@ class Run:
         self.phase_start = time.time() - self.seconds.get(name, 0)
         # The last weights with a finite loss: how many steps made them, and copies (not for ft)
         self.good, self.last_finite, self.before_step = self.n - bool(self.step), {}, {}
+        # The lowest held-out loss, its step, and with keep=best that step's weights
+        self.best, self.best_step, self.best_tensors = math.inf, 0, {}
         count = self.config.snapshots
         self.marks = {math.ceil(steps * i / count) for i in range(1, count + 1)}
 
         distributed.same_everywhere(p.data for p in optimizer.lower + optimizer.upper)
         if self.step:
-            checkpoint.load_optimizer_state(optimizer, self.state[0])
+            tensors, state = self.state
+            checkpoint.load_optimizer_state(optimizer, tensors)
+            self.best, self.best_step = state["best"]
+            self.best_tensors = {n[5:]: x for n, x in tensors.items() if n.startswith("best.")}
 
-        self.unwritten, self.last_written = [], 0.0  # lines of the log
+        self.unwritten, self.last_written, self.shown = [], 0.0, {}  # lines of the log, the bar's
         log = self.out / "metrics.jsonl" if self.is_first else os.devnull
         try:
             with (
@@ -202,6 +199,7 @@ class Run:
                     yield self.remaining()
                 finally:
                     self.write_log()
+                self.choose()
                 self.save()
                 self.write_checkpoint()
                 if stop := self.stop_asked():
@@ -209,19 +207,25 @@ class Run:
         except FloatingPointError as error:
             self.roll_back(error)
         except OSError as error:
-            said = f"could not write {log} ({error.strerror})" if error.strerror else error
-            hint = "; make room and add --resume=True to the command, or copy the folder "
-            hint += "and add --out_dir=… too"
-            raise OSError(f"{said}{hint if checkpoint.names(self.out) else ''}") from None
+            said = f"could not write {log} ({error.strerror})" if error.strerror else str(error)
+            if checkpoint.names(self.out):
+                said += "; make room and add --resume=True (--out_dir=… too for a copied folder)"
+            raise OSError(said) from None
 
     def remaining(self):
         for step in range(self.step + 1, self.steps + 1):
+            waited = self.step - self.best_step
+            if self.config.patience and waited >= self.config.patience * self.config.eval_every:
+                return
             self.step, self.step_start, self.n = step, time.time(), self.n + 1
             if self.config.method != "ft":  # whose copies would be two whole models
-                copies = {f"parameter.{n}": p.detach().clone() for n, p in self.parameters.items()}
-                self.before_step = copies
+                self.before_step = self.copies()
             yield step
             self.bar.update()
+
+    def copies(self):
+        """Copies of the trained parameters, as load_parameters takes them."""
+        return {f"parameter.{n}": p.detach().clone() for n, p in self.parameters.items()}
 
     def record(self, step, losses):
         """Log a step; if due, take a snapshot, save, stop. losses: {name: a scalar}."""
@@ -232,6 +236,11 @@ class Run:
             if key in losses:
                 rate = self.optimizer.optimizers[level].param_groups[0]["lr"]
                 line |= {key: losses[key], f"{level}_lr": rate}
+        if "held_loss" in losses:
+            line["held_loss"] = losses["held_loss"]
+            if line["held_loss"] < self.best:
+                self.best, self.best_step = line["held_loss"], step
+                self.best_tensors = self.copies() if self.config.keep == "best" else {}
         if step in self.marks and self.is_first:
             self.trajectory.record(self.task.model, self.name, self.n)
 
@@ -250,10 +259,15 @@ class Run:
                 self.save()
                 raise interrupt.Stopped(f"stopped at {self.name} step {step} of {self.steps}", stop)
 
-    def check_finite(self, loss):
-        """Raise FloatingPointError if the loss after the last step, a scalar, is not finite."""
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss {loss:g} after the last step")
+    def choose(self):
+        """At a phase's end: say what the held-out losses decided; with keep=best, go back."""
+        if self.best_tensors or self.step < self.steps:
+            kept = ", whose weights are kept" * bool(self.best_tensors)
+            lowest = f"the lowest held-out loss, {self.best:.3f}, came after step {self.best_step}"
+            print(f"{self.name}: {self.step} of {self.steps} steps; {lowest}{kept}")
+        if self.best_tensors:
+            self.load_parameters(self.best_tensors)
+        self.step = self.steps  # done, if patience ended it too
 
     def roll_back(self, error):
         """Save the last weights with a finite loss; raise FloatingPointError."""
@@ -286,9 +300,8 @@ class Run:
         self.metrics += lines
         for line in lines:
             self.log.write(json.dumps(line) + "\n")
-
-        shown = {level: f"{line[key]:.3f}" for key, level in LEVELS.items() if key in line}
-        self.bar.set_postfix(shown, refresh=False)
+            self.shown |= {SHOWN[key]: f"{line[key]:.3f}" for key in SHOWN if key in line}
+        self.bar.set_postfix(self.shown, refresh=False)
 
     def save(self):
         """Write the present weights, and the trajectory."""
@@ -308,6 +321,7 @@ class Run:
         tensors = {f"parameter.{name}": p for name, p in self.parameters.items()}
         if self.step < self.steps:  # the next phase begins with optimizers of its own
             tensors |= checkpoint.optimizer_state(self.optimizer)
+            tensors |= {f"best.{name}": tensor for name, tensor in self.best_tensors.items()}
 
         keys = ("snapshots", "delta_m", "delta_d") if self.trajectory else ()
         state = {
@@ -315,6 +329,7 @@ class Run:
             "done": self.done,
             "seconds": self.seconds,
             "before": self.before,
+            "best": [self.best, self.best_step],
             "fingerprint": self.fingerprint,
             "elapsed": time.time() - self.started,
             "trajectory": {key: getattr(self.trajectory, key) for key in keys},
@@ -329,7 +344,7 @@ class Run:
         results |= {
             "before": self.before,
             "first_train_loss": self.metrics[0]["train_loss"],
-            "trained_on": report.trained_on(self.config, [*self.done]),
+            "trained_on": report.trained_on(self.task, [*self.done], self.n),
             "seconds": self.seconds | {"total": time.time() - self.started},
             "peak_memory_gb": peak,
             "peak_memory_beyond_start_gb": peak - self.memory_at_start,

@@ -1,8 +1,8 @@
 """
 A run's folder: who may write there; what is resumed, replaced and removed.
 
-A run locks its folder while it writes there. --resume continues an earlier run. --overwrite keeps
-it as FOLDER.previous until the new run has finished. Nothing else touches an earlier run.
+A run locks its folder. --resume continues an earlier run; --overwrite keeps it as FOLDER.previous
+until the new run has finished; nothing else touches it.
 """
 
 import contextlib
@@ -64,10 +64,8 @@ def take_lock(folder):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
-            raise ValueError(
-                f"{folder} is in use by another run: wait until it has ended, or choose "
-                f"another --out_dir"
-            ) from None
+            remedy = "wait until it has ended, or choose another --out_dir"
+            raise ValueError(f"{folder} is in use by another run: {remedy}") from None
         if is_at(handle, folder):
             return handle
         os.close(handle)  # the lock of a folder that another run has removed or moved
@@ -97,11 +95,8 @@ def find_run(config, out):
             raise ValueError(f"{out} holds a finished run: there is nothing to resume")
         return True, False
     if not config.overwrite and not untrained:
-        more = "" if finished else ", resume it with --resume=True"
-        raise ValueError(
-            f"{out} holds an earlier run: choose another --out_dir{more}, or replace it with "
-            f"--overwrite=True"
-        )
+        more = "choose another --out_dir" + ", resume it with --resume=True" * (not finished)
+        raise ValueError(f"{out} holds an earlier run: {more}, or replace it by --overwrite=True")
 
     previous = previous_of(out)
     if previous.exists() and not (previous / REPLACED).exists() and not untrained:
@@ -173,10 +168,8 @@ def check_known(stored, known, folder):
     """Raise ValueError for settings in a folder's run.json that are on and are not `known`."""
     with malformed(folder / "run.json"):
         asked = stored.get("asked", {}).items()
-        if unknown := [f"{name}={value}" for name, value in asked if value and name not in known]:
-            raise ValueError(
-                f"{folder} is the run of another program, with {', '.join(unknown)}: use that one"
-            )
+        if more := ", ".join(f"{n}={x}" for n, x in asked if x and n not in known):
+            raise ValueError(f"{folder} is the run of another program, with {more}: use that one")
 
 
 def resumed_config(config, out, stored, may_change):

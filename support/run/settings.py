@@ -1,9 +1,8 @@
 """
 A command line for a dataclass: its fields are the settings, their comments the help.
 
-The command line (--name=value or --name value) goes before a config file (Python that sets names,
-or a JSON object), and that before the field's default. Values are converted to the field's type. In
-the dataclass, a line `# …` heads a group, and a line `#: …` continues a field's comment.
+The command line (--name=value or --name value) goes before a config file (Python or JSON), and that
+before a field's default. In the dataclass, `# …` heads a group, and `#: …` continues a comment.
 """
 
 import dataclasses
@@ -14,11 +13,15 @@ import math
 import os
 import re
 import runpy
+import signal
 import sys
 import traceback
 import types
 from pathlib import Path
 
+import torch
+
+from support.run import distributed
 from support.run.files import read_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -72,10 +75,7 @@ def typed(field, value, where):
 
 
 def split(schema, arguments):
-    """
-    A command line for the dataclass `schema`, each argument as --name=value: from `--name value`,
-    from a bool's bare `--name`, and with _ for - in the name. Raises ValueError for others.
-    """
+    """A command line as a list of --name=value, from `--name value` and a bool's bare --name."""
     type_of = {field.name: field.type for field in dataclasses.fields(schema)}
     whole, rest = [], list(arguments)
     while rest:
@@ -98,10 +98,8 @@ def split(schema, arguments):
 
 def read(schema, arguments, other_names=()):
     """
-    (an instance of the dataclass `schema`, the path of its config file or None) from arguments.
-
-    arguments: as for split; --config=file names a file here or in configs/. other_names: {another
-    program's name for a setting: what to write instead}. Raises ValueError or FileNotFoundError.
+    (an instance of the dataclass `schema`, the path of its config file or None) of a command line.
+    other_names: {another program's setting: what to write}. Raises ValueError, FileNotFoundError.
     """
     fields = {field.name: field for field in dataclasses.fields(schema)}
 
@@ -143,27 +141,38 @@ def program(arguments, schema, do, text, resumes=False, reader=None):
     """
     Run do(settings) on what `reader`, or `read`, makes of the command line; for --help, print text
     and settings. resumes: whether the same command goes on after Ctrl-C. Returns the exit status:
-    0, 130 after Ctrl-C, or 2 after one line about wrong input, a missing library or short memory.
+    0, 128 + a signal's number, or 2 after one line about wrong input, a missing library, memory.
     """
     if {"--help", "-h"} & set(arguments):
         print(text.strip(), help_text(schema), sep="\n\n")
         return 0
+    status = 2
     try:
         do(reader(arguments) if reader else read(schema, arguments)[0])
         return 0
     except ModuleNotFoundError as error:
-        message = f"{error.name} is not installed: pip install -r requirements-dev.txt"
+        said = f"error: {error.name} is not installed: pip install -r requirements-dev.txt"
     except (ValueError, OSError, FloatingPointError) as error:
-        message = " ".join(str(error).split())  # in one line
-    except RuntimeError as error:  # of torch
-        if not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        message = f"out of memory: {str(error).splitlines()[0]}"
-    except KeyboardInterrupt:
-        print("interrupted" + "; the same command resumes" * resumes, file=sys.stderr)
-        return 130
-    print("error:", message, file=sys.stderr)
-    return 2
+        said = " ".join(f"error: {error}".split())  # in one line
+    except RuntimeError as error:
+        said = f"error: {of_torch(error)}"
+    except KeyboardInterrupt as error:
+        said = str(error) or "interrupted" + "; the same command resumes" * resumes
+        status = 128 + getattr(error, "signum", signal.SIGINT)
+    if distributed.LOCAL_RANK == 0:  # once on each machine
+        print(said, file=sys.stderr)
+    return status
+
+
+def of_torch(error):
+    """What to say of short memory, or of another process that has ended; else raise the error."""
+    line = str(error).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return f"out of memory ({line}): lower batch_size or the rows' length, or see docs/using.md"
+    lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    if distributed.WORLD_SIZE > 1 and lost:
+        return "another process of this run has ended; --resume=True resumes the run"
+    raise error
 
 
 def find_config(name):
@@ -187,22 +196,15 @@ def run(path):
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", "?")
-        said = " ".join(str(error).split())
-        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {said}") from None
-    return {
-        name: value
-        for name, value in names.items()
-        if not name.startswith("_") and not isinstance(value, types.ModuleType)
-    }
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+    modules = {name for name, value in names.items() if isinstance(value, types.ModuleType)}
+    return {n: x for n, x in names.items() if n not in modules and not n.startswith("_")}
 
 
 def help_text(schema):
     """Each field's default and comment, in groups, from the dataclass's source."""
-    lines = [
-        "settings:",
-        "  --config=file",
-        "        Python or JSON that sets any of these: a path, here or in configs/",
-    ]
+    lines = ["settings:", "  --config=file"]
+    lines += ["        Python or JSON that sets any of these: a path, here or in configs/"]
     for line in inspect.getsource(schema).splitlines()[2:]:
         if match := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):
             default = getattr(schema, match[1], {})  # a dict has none in the class

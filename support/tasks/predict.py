@@ -1,10 +1,10 @@
 """
-A whole file, predicted: a line for each example, in the file's order, as CSV or JSON.
+Rows evaluated, and a whole file: its loss and scores, or its predictions, a line for each example.
 
     python sample.py --adapter=out/mine --file=test.csv --out=predictions.csv
 
-The file is JSONL or CSV, its columns are called as the run's were. Answers may be missing; if every
-example has one, the scores are returned. An interrupted call is resumed by the same one.
+The file is JSONL or CSV, its columns are called as the run's were. With --out, answers may be
+missing; if every example has one, the scores are returned, and the same call resumes.
 """
 
 import csv
@@ -12,10 +12,22 @@ import hashlib
 import io
 import json
 import sys
-from pathlib import Path
+from contextlib import nullcontext
+from types import SimpleNamespace
 
-from support.run import progress
-from support.text.jsonl import FORMATS, OPTIONAL, columns_of, objects_of, of_each, renamed
+import torch
+
+from support.run import distributed, progress
+from support.text.jsonl import (
+    FORMATS,
+    OPTIONAL,
+    columns_of,
+    format_of,
+    objects_of,
+    of_each,
+    renamed,
+)
+from support.text.splits import labels_of, load_examples
 from support.text.tables import csv_rows, fields_of, places_of
 
 ROWS = 32  # in a forward pass
@@ -28,20 +40,64 @@ TASKS = {  # the format of a task's examples
 ANY_ANSWER = {"labels": [], "score": 0.0, "references": ["?"], "completion": "?", "output": "?"}
 
 
+def evaluate_rows(task, rows, bar=None, scored=True):
+    """{"loss": the mean loss, and the scores} of rows; None of none. task: a train.Task's parts."""
+    if not rows:
+        return None
+    model, family, config = task.model, task.family, task.config
+    training, _ = model.training, model.eval()
+    total = count = 0
+    found = []
+
+    # Each process takes its share of the rows; but with sharded weights all must call the same
+    # blocks in step, so each takes all rows.
+    own = sorted(rows, key=lambda row: len(row.input_ids))  # similar lengths need little padding
+    share = 1 if config.fsdp else distributed.WORLD_SIZE
+    own = own[distributed.RANK % share :: share]
+    size = max(1, min(32, 8192 // max(len(row.input_ids) for row in rows)))  # rows per forward pass
+
+    # Each batch here has a shape of its own, and torch.compile would compile for each.
+    eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+    with eager:
+        for start in range(0, len(own), size):
+            batch = own[start : start + size]
+            loss, targets, answers = family.evaluate(model, batch, scored)
+            total, count, found = total + loss, count + targets, found + answers
+            if bar is not None:
+                bar.update(min(share * len(batch), bar.total - bar.n))
+
+    if share > 1:
+        sums = torch.tensor([total, count], dtype=torch.float64)
+        (total, count), found = distributed.add_up([sums])[0].tolist(), distributed.gather(found)
+    model.train(training)
+    return {"loss": total / count} | family.scores(found)
+
+
+def evaluate(family, model, run, path, tasks):
+    """The loss and the scores of a file of examples with answers. tasks: {task: its formats}."""
+    examples, name = load_examples(str(path), columns_of(run)), run.get("task", "unknown")
+    if (form := format_of(examples[0])) not in tasks.get(name, ()):
+        raise ValueError(f"{path} has the format {form!r}, and the run's task is {name}")
+    if new := {label for example in examples for label in labels_of(example)} - {*run["labels"]}:
+        raise ValueError(f"{path} has the label {min(new)!r}, which the run did not learn")
+    rows, _ = family.encode(examples, run["block_size"])
+    plain = SimpleNamespace(fsdp=False, compile=False)
+    with progress.bar("evaluate", len(rows), "row") as bar:
+        return evaluate_rows(SimpleNamespace(model=model, family=family, config=plain), rows, bar)
+
+
 def form_of(run):
     """The key of FORMATS for the examples of a run, its run.json. Raises ValueError for others."""
     if (task := run.get("task")) not in TASKS:
-        raise ValueError(
-            f"--file needs a run of a task among {', '.join(TASKS)}; this one is {task or 'no run'}"
-        )
+        known = f"--file needs a run of a task among {', '.join(TASKS)}"
+        raise ValueError(f"{known}; this one is {task or 'no run'}")
     return "prompt" if run.get("raw") and task == "language_model" else TASKS[task]
 
 
 def read_questions(path, form, columns=None):
     """
-    (examples without answers, answers, None where one is missing) of a file. form: a key of
-    FORMATS; columns: as in jsonl.renamed. Raises FileNotFoundError or ValueError, which names file
-    and line.
+    (examples without answers, answers or None) of a file. form: a key of FORMATS; columns: as in
+    jsonl.renamed.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a JSONL or CSV file")
@@ -85,10 +141,8 @@ def encode(family, examples, form, block_size):
     *_, key = FORMATS[form]
     names = list(getattr(family, "label_ids", None) or getattr(family, "names", ()))
     answers = ANY_ANSWER | {"label": names and names[0]}
-    complete = [
-        x | {key: names[:1] * len(x["words"]) if key == "tags" else answers[key]} for x in examples
-    ]
-    return family.encode(complete, block_size)[0]
+    of = (lambda x: names[:1] * len(x["words"])) if key == "tags" else lambda x: answers[key]
+    return family.encode([x | {key: of(x)} for x in examples], block_size)[0]
 
 
 def line_of(prediction, answer, separator):
@@ -102,21 +156,8 @@ def line_of(prediction, answer, separator):
     return line.getvalue()
 
 
-def check(file, out):
-    """Raise ValueError unless both or neither are given, and out is new and in a folder."""
-    if bool(file) != bool(out):
-        raise ValueError("--file=... and --out=... go together: questions and predictions")
-    if out and Path(out).exists():
-        raise ValueError(f"{out} exists: choose another --out")
-    if out and not Path(out).parent.is_dir():
-        raise ValueError(f"{Path(out).parent} is no folder: make it, or choose another --out")
-
-
 def predict(family, model, run, path, out):
-    """
-    Write the file `out` of a file's predictions; return their scores, {} if an answer is
-    missing. Raises ValueError or OSError.
-    """
+    """Write the predictions of a file to `out`; return their scores, {} if an answer is missing."""
     form = form_of(run)
     examples, answers = read_questions(path, form, columns_of(run))
     rows = encode(family, examples, form, run["block_size"])
@@ -128,11 +169,7 @@ def predict(family, model, run, path, out):
         open(part, "a", encoding="utf-8") as file,
     ):
         for start in range(len(done), len(rows), ROWS):
-            try:
-                _, _, pairs = family.evaluate(model, rows[start : start + ROWS])
-            except KeyboardInterrupt:
-                print("\nthe same command resumes the predictions", file=sys.stderr)
-                raise
+            _, _, pairs = family.evaluate(model, rows[start : start + ROWS])
             found = [prediction for prediction, _ in pairs]
             file.write("".join(json.dumps(prediction) + "\n" for prediction in found))
             file.flush()

@@ -121,6 +121,9 @@ def load_splits(config):
 
     if not splits["val"] and config.val_fraction > 0:
         splits["train"], splits["val"] = split(splits["train"], config.val_fraction, config.seed)
+    if config.held_fraction > 0:
+        splits["train"], held = split(splits["train"], config.held_fraction, config.seed)
+        splits = {"train": splits.pop("train"), "val": splits.pop("val"), "held": held, **splits}
     # From the whole data set, since a small sample may lack a label.
     labels = sorted({label for example in whole for label in labels_of(example)})
     check_splits(splits, labels)

@@ -71,9 +71,10 @@ def find_model(name):
 
 def from_hub(name, revision):
     """The cached folder (a Path) of a hub repository. Raises FileNotFoundError."""
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download, utils
 
     files = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
+    utils.logging.set_verbosity_error()  # without a network, it warns of each new try
     other = ["*/*", "consolidated*"]  # subfolders; the weights again, in Mistral's own layout
     try:
         options = dict(revision=revision, allow_patterns=files, ignore_patterns=other)
@@ -126,15 +127,18 @@ def read_run(folder, tasks, settings):
     return run
 
 
+def base_of(adapter):
+    """The name of the base in a folder's adapter_config.json. Raises ValueError for none."""
+    config = read_json(adapter / "adapter_config.json")
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not name:
+        raise ValueError(f"{adapter} does not name its base model: give it with --model=...")
+    return f"{name}@{revision}" if revision else name
+
+
 def find_base(adapter, name=""):
     """The folder of the model `name`, or else of the base that an adapter names."""
-    if not name:
-        config = read_json(adapter / "adapter_config.json")
-        name, revision = config.get("base_model_name_or_path"), config.get("revision")
-        if not name:
-            raise ValueError(f"{adapter} does not name its base model: give it with --model=...")
-        name = f"{name}@{revision}" if revision else name
-    return find_model(name)
+    return find_model(name or base_of(adapter))
 
 
 def find_tokenizer(adapter, base, vocab_size):

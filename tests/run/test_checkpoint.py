@@ -25,25 +25,15 @@ from train import Config
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(train.__file__).parent
 STRESS = int(os.environ.get("BIDORA_STRESS", 1))  # how many times as many kills and mutations
-TINY = dict(
-    model="tiny-random",
-    data="toy-sentiment",
-    dtype="float32",
-    search_steps=8,
-    retrain_steps=6,
-    test_size=20,
-    eval_size=20,
-    checkpoint_every=2,
-    snapshots=2,
-)
+TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", checkpoint_every=2)
+TINY |= dict(search_steps=8, retrain_steps=6, test_size=20, eval_size=20, snapshots=2)
+HELD = dict(held_fraction=0.2, eval_every=2, keep="best", patience=2)
 # What is hardest to restore: random masks, kept lower steps, several upper steps, 8-bit moments,
-# whole models.
+# whole models, the weights of the lowest held-out loss.
 RUNS = {
-    "bidora": dict(
-        method="bidora", dropout=0.1, upper_every=2, hypergradient_steps=2, precondition="adam"
-    ),
-    "bilora": dict(method="bilora", upper_steps=2, hypergradient="neumann"),
-    "dora": dict(method="dora", dropout=0.1, micro_batch_size=2),
+    "bidora": dict(dropout=0.1, upper_every=2, hypergradient_steps=2, precondition="adam"),
+    "bilora": dict(method="bilora", upper_steps=2, hypergradient="neumann", **HELD),
+    "dora": dict(method="dora", dropout=0.1, micro_batch_size=2, **HELD, lower_lr=0.3),
     "lora": dict(method="lora", optimizer="adamw8bit"),
     "ft": dict(method="ft"),
 }
@@ -166,6 +156,10 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(signum, code):
     assert message.startswith("stopped at search step ") and message.endswith(again)
     done = len(lines("out/tiny"))
     assert done < 200 and checkpoint.names("out/tiny")[-1].name == f"{done:06d}"
+    state = load_file(f"out/tiny/checkpoints/{done:06d}/state.safetensors")
+    for name, tensor in load_file("out/tiny/adapter_model.safetensors").items():
+        own = name.removeprefix("base_model.model.").removesuffix(".weight")
+        assert torch.equal(state[f"parameter.{own}"], tensor)
     assert train.main([*arguments, "--resume=True"]) == 0
     assert train.main([*arguments, "--out_dir=whole"]) == 0
     assert_same_run("whole", "out/tiny")
@@ -213,9 +207,7 @@ def stopped(stopped_once, elsewhere):
 
 
 @pytest.mark.parametrize("method", ["bidora", "ft"])
-def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_elsewhere(
-    method, monkeypatch
-):
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(method, monkeypatch):
     message = stopped_run("full", monkeypatch, method=method)
     for said in ("full/checkpoints/000006 (No space left on device)", "--resume=True", "--out_dir"):
         assert said in message
@@ -227,9 +219,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_elsewhe
 
 
 @pytest.mark.parametrize("part", ["a bit of the tensors", "random", "n", "done", "log"])
-def test_a_damaged_or_edited_checkpoint_is_named_and_the_one_before_it_taken(
-    part, whole, stopped, capsys
-):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(part, whole, stopped, capsys):
     newest = checkpoint.names("run")[-1]
     if part == "a bit of the tensors":
         content = bytearray((newest / "state.safetensors").read_bytes())
@@ -352,12 +342,8 @@ def mutated(content, rng):
     at, size = rng.randrange(len(content)), rng.choice((1, 1, 4, 50))
     change = rng.choice(("overwrite", "insert", "delete", "cut"))
     new = rng.randbytes(size) if rng.random() < 0.5 else rng.choice((b"0", b"1", b"9", b'"', b"}"))
-    changed = {
-        "overwrite": new + content[at + len(new) :],
-        "insert": new + content[at:],
-        "delete": content[at + size :],
-        "cut": b"",
-    }
+    changed = dict(overwrite=new + content[at + len(new) :], insert=new + content[at:])
+    changed |= dict(delete=content[at + size :], cut=b"")
     return content[:at] + changed[change]
 
 
@@ -405,10 +391,8 @@ print(held)
 def test_two_processes_never_hold_the_same_folder():
     """Each of three takes and gives back the lock thousands of times; the folder comes and goes."""
     command = [sys.executable, "-c", HOLD, "run", "mark", "4000"]
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": ROOT})
-        for _ in range(3)
-    ]
+    options = dict(stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": ROOT})
+    processes = [subprocess.Popen(command, **options) for _ in range(3)]
     held = [int(process.communicate()[0] or -1) for process in processes]
     assert all(process.returncode == 0 for process in processes)
     assert all(count > 100 for count in held)
