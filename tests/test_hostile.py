@@ -15,6 +15,7 @@ import re
 import resource
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ import sample
 import tasks
 import train
 from bidora import load_adapter, replace_linear_with_bidora, save_adapter
-from config import read_config
+from config import Config, read_config
 from model import ModelConfig, Transformer
 from research import sweep
 from support.text.tokenizer import Tokenizer
@@ -402,6 +403,9 @@ def test_a_model_type_that_is_no_name_is_refused(tmp_path):
         (["--lower_lr=inf"], "lower_lr='inf' is not a finite number"),
         (["--rank=1e3"], "rank='1e3' is not an integer"),
         (["--train_file=mine.jsonl"], "data and train_file are two sources: choose one"),
+        (["--data=c"], "data=c is a file: give it as --train_file=c"),
+        (["--test_fraction=0.2"], "test_fraction is of train_file alone"),
+        (["--label_column=x"], "label_column is for your own files and sets of the hub"),
     ],
 )
 def test_command_lines_that_are_refused_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
@@ -413,7 +417,8 @@ def test_command_lines_that_are_refused_in_one_line(arguments, said, tmp_path, m
     Path("fails.py").write_text("raise ValueError('two\\n   lines')")
     Path("twice.json").write_text('{"rank": 4, "rank": 8}')
     Path("null.json").write_text(json.dumps({"out_dir": "a\0b"}))
-    assert train.main(["--data=toy-sentiment", "--model=tiny-random", *arguments]) == 2
+    given = ["--data=toy-sentiment"] * (arguments != ["--data=c"])
+    assert train.main([*given, "--model=tiny-random", *arguments]) == 2
     assert said in last_line(capsys)
     assert not Path("out").exists()
 
@@ -445,6 +450,28 @@ def test_a_test_size_beside_a_file_is_refused_and_one_of_a_config_file_is_not(tm
     assert read_config(["--train_file=a.jsonl", f"--config={path}"]).train_file == "a.jsonl"
     with pytest.raises(ValueError, match="test_size=5: files are taken whole"):
         read_config(["--train_file=a.jsonl", "--test_size=5"])
+
+
+def test_test_examples_are_a_fraction_of_the_file_or_a_file_of_their_own(tmp_path):
+    """Stratified, groups kept whole, the same for each seed; a file goes beside any data set."""
+    rows = [{"text": f"{i}", "label": "no yes".split()[i % 2], "group": i // 4} for i in range(80)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    settings = dict(train_file=str(path), test_fraction=0.25)
+    first, second = (data.load_splits(Config(seed=seed, **settings)).splits for seed in (0, 1))
+    assert first["test"] == second["test"] and first["train"] != second["train"]
+    assert Counter(row["label"] for row in first["test"]) == {"no": 10, "yes": 10}
+    groups = [{row["group"] for row in part} for part in first.values()]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 20
+    splits = data.load_splits(Config(data="toy-sentiment", test_file=str(path))).splits
+    assert splits["test"] == data.load_examples(path) and len(splits["train"]) == 160
+
+
+def test_a_fraction_that_leaves_two_examples_whole_names_one_that_does_not():
+    rows = [{"text": str(i), "label": "rare" if i < 2 else "often"} for i in range(40)]
+    with pytest.raises(ValueError, match=r"or a fraction above 0.25; .*--val_fraction=0"):
+        data.split(rows, 0.25)
+    assert Counter(row["label"] for row in data.split(rows, 0.26)[1])["rare"] == 1
 
 
 def test_config_files_in_capitals_are_read_as_what_they_are(tmp_path):

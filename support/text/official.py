@@ -44,6 +44,7 @@ REUTERS = {
     "modlewis": ("LEWISSPLIT", "TRAIN", "TEST", ("YES", "NO")),
     "modhayes": ("CGISPLIT", "TRAINING-SET", "PUBLISHED-TESTSET", ("YES", "NO", "BYPASS")),
 }
+PART = r"<{0}\b[^>]*>(.*?)</{0}>"
 REUTERS_TAGS = "<REUTERS <TOPICS </TOPICS <TEXT( <TITLE </TITLE)?( <BODY </BODY)? </TEXT </REUTERS"
 
 HUB_NAME = re.compile(r"(?P<base>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[^@]+))?(@(?P<rev>.+))?")
@@ -156,10 +157,7 @@ def reuters_documents(path):
         if not tags:  # what stands before the first one
             continue
         attributes = dict(re.findall(r'(\w+)="([^"]*)"', document.partition(">")[0]))
-        parts = [
-            re.search(rf"<{tag}\b[^>]*>(.*?)</{tag}>", document, re.DOTALL)
-            for tag in ("TOPICS", "TEXT")
-        ]
+        parts = [re.search(PART.format(x), document, re.DOTALL) for x in ("TOPICS", "TEXT")]
         whole = re.fullmatch(REUTERS_TAGS, " ".join(tags))  # else a part is another document's
         if not (whole and all(parts) and {"TOPICS", "LEWISSPLIT", "CGISPLIT"} <= attributes.keys()):
             raise ValueError(

@@ -1,7 +1,7 @@
 """
 Examples from tables: CSV and parquet files, GLUE's TSV files, CoNLL-2003's columns.
 
-    read_table(path)        CSV or parquet, by the names of its columns
+    read_table(path)        CSV, TSV or parquet, by the names of its columns
     read_glue(path, task)   train.tsv or dev.tsv of a GLUE task
     read_conll(path)        one word and its tag a line
 
@@ -16,7 +16,6 @@ import io
 import re
 from pathlib import Path
 
-from support.tasks.scores import GLUE
 from support.text import jsonl
 
 PAIRS = (  # the columns of two texts; MRPC's come last
@@ -32,11 +31,10 @@ SAME = {  # {another name of a column: the key that it is}
     **dict.fromkeys(("mr", "meaning_representation"), "prompt"),  # E2E (arXiv 1706.09254)
     **dict.fromkeys(("ref", "human_reference", "human_references"), "references"),
 }
-TABLES = (  # a table has the first format whose keys its columns are
-    "instruction prompt multiple_choice generation classification regression multi_label tagging"
-).split()
-KEYS = {
-    key for form in TABLES for key in (*jsonl.FORMATS[form], *jsonl.OPTIONAL.get(form, ()), "group")
+TABLES = {  # {format: its keys}; a table has the first format whose needed keys its columns are
+    form: {*jsonl.FORMATS[form], *jsonl.OPTIONAL.get(form, ()), "group"}
+    for form in "instruction prompt multiple_choice generation classification regression "
+    "multi_label tagging".split()
 }
 COLA_HEADER = ["source", "label", "annotation", "sentence"]  # CoLA's files have no header
 csv.field_size_limit(2**31 - 1)  # a cell may be as long as any text
@@ -51,8 +49,6 @@ def read_table(path, columns=None):
     ending, known = Path(path).suffix.lower(), (".csv", ".tsv", ".parquet")
     if ending not in known:
         raise ValueError(f"{path}: the name of a table must end in {', '.join(known)}")
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist: give the path of a file")
     packed = ending == ".parquet"
     rows = parquet_rows(path, columns) if packed else csv_rows(path)
     return examples_of(path, rows, columns, tidy=not packed)
@@ -64,8 +60,6 @@ def read_glue(path, task, columns=None):
     scores.GLUE. Labels stay as written, and quotes mean nothing. Rows of QQP that are broken in two
     are left out, up to one in a hundred.
     """
-    if task not in GLUE:
-        raise ValueError(f"unknown GLUE task {task!r}: choose {', '.join(GLUE)}")
     rows = list(csv_rows(path, delimiter="\t", quoting=csv.QUOTE_NONE))
     if task == "cola":
         rows.insert(0, (path, COLA_HEADER))
@@ -222,11 +216,9 @@ def fields_of(rows, layout, width, tidy, notes=()):
 
 def gather_choices(fields):
     """Make one list of choice_0, choice_1, …, without empty ones at its end."""
-    count = 1 + max(int(key[7:]) for key in fields if key.startswith("choice_"))
-    choices = [fields.pop(f"choice_{i}", None) or "" for i in range(count)]
-    while choices and not choices[-1]:
-        choices.pop()
-    fields["choices"] = choices
+    texts = {int(key[7:]): fields.pop(key) for key in [*fields] if key.startswith("choice_")}
+    last = max((i for i, text in texts.items() if text), default=-1)
+    fields["choices"] = [texts.get(i) or "" for i in range(last + 1)]
 
 
 def places_of(header, where, columns=None):
@@ -241,7 +233,8 @@ def places_of(header, where, columns=None):
     names = list(jsonl.renamed(dict.fromkeys(names), columns, where))
     whole = [pair for pair in PAIRS if {*pair} <= {*names} and "text" not in columns]
     texts = dict(zip(*whole[:1], ("text", "text_b"))) if whole else {}
-    own = {name: name for name in names if name in KEYS or re.fullmatch(r"choice_\d{1,2}", name)}
+    known = "|".join(set.union(*TABLES.values()))
+    own = {name: name for name in names if re.fullmatch(rf"{known}|choice_\d{{1,2}}", name)}
     places = {}
     for keys in (texts, own, SAME):
         for place, name in enumerate(names):
@@ -254,20 +247,20 @@ def layout_of(header, where, columns=None):
     """places_of the keys of a table's format and of what it may have besides. Raises ValueError."""
     places = places_of(header, where, columns)
     choices = {key for key in places if key.startswith("choice_")}
-    keys = {form: {*jsonl.FORMATS[form]} for form in TABLES}
-    if "choice_0" in choices and "choices" not in places:
-        keys["multiple_choice"] = {"prompt", "answer", *choices}
-    for form, needed in keys.items():
-        if needed <= places.keys():
-            used = {*needed, *jsonl.OPTIONAL.get(form, ()), "group"}
+    needed = {form: {*jsonl.FORMATS[form]} for form in TABLES}
+    if "choice_0" in places and "choices" not in places:
+        needed["multiple_choice"] = {"prompt", "answer", "choice_0"}
+    for form, keys in needed.items():
+        if keys <= places.keys():
+            used = TABLES[form] | (choices if "choice_0" in keys else set())
             return {key: place for key, place in places.items() if key in used}
 
-    similar = [form for form in TABLES if keys[form] & places.keys()]
-    needed = "; ".join(" + ".join(jsonl.FORMATS[form]) for form in similar or TABLES)
-    needed = needed.replace("choices", "choices (or choice_0, choice_1, …)")
+    similar = [form for form in TABLES if needed[form] & places.keys()]
+    sets = "; ".join(" + ".join(jsonl.FORMATS[form]) for form in similar or TABLES)
+    sets = sets.replace("choices", "choices (or choice_0, choice_1, …)")
     have = " ".join(", ".join(header).lower().split()) or "(none)"  # a name may have line breaks
     more = "; --text_column and --label_column name others"
-    raise ValueError(f"{where}: the columns are {have:.300}; these are needed: {needed}{more}")
+    raise ValueError(f"{where}: the columns are {have:.300}; these are needed: {sets}{more}")
 
 
 def bare_cell(cell, key):

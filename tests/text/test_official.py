@@ -148,6 +148,19 @@ def test_files_called_train_dev_and_test_may_each_be_of_another_kind(folder):
     }
 
 
+@pytest.mark.parametrize("parts", [["train"], ["train", "validation", "test"], None])
+def test_what_datasets_saved_on_disk_is_read_with_its_classes_names(tmp_path, parts):
+    """A DatasetDict, or a Dataset alone, which is train; with columns by the settings' names."""
+    features = datasets.Features({"review": Value("string"), "label": ClassLabel(names=["n", "y"])})
+    one = datasets.Dataset.from_dict({"review": ["a"], "label": [1]}, features)
+    whole = datasets.DatasetDict(dict.fromkeys(parts, one)) if parts else one
+    whole.save_to_disk(tmp_path / "saved")
+    splits, task = read_folder(tmp_path / "saved", {"text": "review"})
+    example, others = [{"text": "a", "label": "y"}], parts and parts[1:]
+    assert task is None and splits["train"] == example
+    assert splits["dev"] == splits["test"] == (example if others else [])
+
+
 def test_train_alone_is_enough(folder):
     splits, _ = read_folder(folder("own", {"train.csv": "text,label\na,1"}))
     assert splits == {"train": [{"text": "a", "label": "1"}], "dev": [], "test": []}

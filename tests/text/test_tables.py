@@ -142,6 +142,24 @@ def test_an_empty_text_is_used_and_said_in_every_kind_of_file(write, tmp_path, n
     assert example == {"text": "", "label": "a"} and example.notes == ("the text is empty",)
 
 
+def test_a_json_array_is_read_like_lines_and_whole_floats_are_classes(write):
+    rows = [{"text": "a", "label": 1.0}, {"text": "b", "label": "x"}]
+    path = write("\ufeff \n" + json.dumps(rows, indent=1), "a.json")
+    examples = load_examples(path)
+    assert examples == [{"text": "a", "label": "1"}, {"text": "b", "label": "x"}]
+    assert examples[1].where == f"{path}, item 2"
+    path = write(json.dumps([{"text": "a", "label": 0.5}]), "a.json")
+    refused(load_examples, path, ", item 1: ", "'label' is float, not a string")
+    refused(load_examples, write("[1]", "a.json"), ", item 1: ", "this is not a JSON object")
+    refused(load_examples, write("[{}\n[]", "a.jsonl"), ": not JSON", "write one JSON object")
+
+
+def test_a_blank_word_is_said_since_nothing_of_it_is_learnt(tmp_path):
+    path = parquet(tmp_path, words=[["a", " "]], tags=[["O", "B-X"]])
+    [example] = load_examples(path)
+    assert example.notes == ("a blank word has no token, and its tag is not learnt",)
+
+
 def test_e2e_s_references_are_joined_by_meaning(write):
     path = write('mr,ref\n"a[1], b[2]",One.\nc[3],Three.\n"a[1], b[2]","Two, too."\n')
     assert read_table(path) == [
@@ -196,9 +214,9 @@ def test_a_score_beyond_the_floats_is_refused(write, name, text):
 
 
 def test_missing_empty_and_unknown_files_are_named(write, tmp_path):
-    for name in ("none.csv", "none.parquet"):
+    for name in ("none.csv", "none.tsv", "none.parquet"):
         with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
-            read_table(tmp_path / name)
+            load_examples(tmp_path / name)
     with pytest.raises(ValueError, match="data.csv holds no examples"):
         read_table(write("text,label\n\n"))
     with pytest.raises(ValueError, match=r"data.csv: the columns are \(none\)"):
@@ -346,11 +364,6 @@ def test_many_broken_rows_of_qqp_are_refused(write):
 )
 def test_a_bad_row_of_glue_is_named_by_file_and_line(write, task, text, line, said):
     refused(partial(read_glue, task=task), write(text, "train.tsv"), f":{line}: ", said)
-
-
-def test_an_unknown_glue_task_is_named(write):
-    with pytest.raises(ValueError, match="unknown GLUE task 'SST-2': choose cola, sst2"):
-        read_glue(write("sentence\tlabel\na\t1", "train.tsv"), "SST-2")
 
 
 # ---------------------------------------------------------------------------------------- CoNLL

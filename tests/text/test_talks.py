@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import transformers
 from test_checkpoint import KILLED, ROOT, TINY, assert_same_run
 from test_tokenizer import CHATML, Listener, llama2_tokenizer, per_turn, trained_tokenizer
@@ -15,6 +16,7 @@ from test_tokenizer import CHATML, Listener, llama2_tokenizer, per_turn, trained
 import data
 import sample
 import train
+from support.tasks.head_task import load_tokenizer
 from support.text.splits import left_out
 from support.text.tokenizer import Tokenizer
 from support.weights.pretrained import find_model
@@ -222,6 +224,24 @@ def test_references_are_compared_without_their_end_token(tmp_path):
     ended, bare = ([{"prompt": "a", "references": ["good" + x]}] for x in ("<|im_end|>", ""))
     [row], [expected] = (data.encode(x, ours, 400)[0] for x in (ended, bare))
     assert row == expected
+
+
+@pytest.mark.parametrize("cased", [True, False])
+@pytest.mark.parametrize("named", [{}, {"do_lower_case": True}, {"do_lower_case": False}])
+@pytest.mark.parametrize("accents", [None, True, False])
+def test_a_head_s_tokenizer_lowers_and_strips_as_transformers_does(tmp_path, cased, named, accents):
+    """Whatever tokenizer.json says: BertTokenizer takes the settings, or their defaults."""
+    vocab = {token: i for i, token in enumerate("[UNK] hello Hello é e".split())}
+    written = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    written.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=not cased)
+    written.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    written.save(str(tmp_path / "tokenizer.json"))
+    named = named | {"tokenizer_class": "BertTokenizer", "strip_accents": accents}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    ours, _ = load_tokenizer(tmp_path)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode("Hello é").tokens == peer.tokenize("Hello é")
 
 
 def test_an_answer_that_ends_already_is_said(tmp_path):
