@@ -38,8 +38,8 @@ def is_packed(config):
 
 def changed(config, names):
     """Those of these settings that are not at their defaults, in words; "" if all are."""
-    schema = type(config)
-    return ", ".join(n for n in names.split() if getattr(config, n) != getattr(schema, n))
+    plain = type(config)()
+    return ", ".join(n for n in names.split() if getattr(config, n) != getattr(plain, n))
 
 
 def those(*cases, of=""):
@@ -189,7 +189,9 @@ def compiled(config, second, borrowed):
     """second: whether second derivatives are needed; borrowed: whether transformers computes."""
     cpu = hardware.choose_device(config.device) == "cpu"
     bare = cpu and not shutil.which(os.environ.get("CXX", "g++"))
-    return config.compile * those(
+    if not config.compile:
+        return []
+    return those(
         (second, "has no second derivatives: use hypergradient=first_order, or compile=False"),
         (is_packed(config), "does not work with bitsandbytes' packed weights: use quantize=none"),
         (borrowed, "does not work with a model that transformers computes"),
@@ -201,7 +203,9 @@ def compiled(config, second, borrowed):
 def sharded(config, second, borrowed):
     """Second derivatives take the collected weights again."""
     lost = second and not config.gradient_checkpointing
-    return config.fsdp * those(
+    if not config.fsdp:
+        return []
+    return those(
         (distributed.WORLD_SIZE == 1, "needs processes: torchrun --nproc_per_node=2 train.py …"),
         (borrowed, "shards model.py's models only (LLaMA, Mistral, Qwen2, Qwen3)"),
         (lost, "needs gradient_checkpointing=True (or first_order), for second derivatives"),
