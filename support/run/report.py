@@ -41,6 +41,7 @@ def announce(task, method):
     notes = [*getattr(task.model, "notes", ()), *left_out(task.splits, task.encoded, task.labels)]
     notes += compared(task.encoded, task.family.unknown_id)
     notes += task.family.notes(task.cut, config.block_size)
+    notes += ["device=mps is untested: watch the losses"] * (task.device == "mps")
     print(*notes, trainable(task.sizes["trainable_parameters"]), *plan(task, method), sep="\n")
 
 
@@ -87,7 +88,7 @@ def plan(task, method):
         unused = "; retrain_lr is for a final phase" if c.retrain_lr else ""
         yield of("train", search + retrain) + on(both, search + retrain) + unused
     if epochs(task, both, search + retrain) < 1:
-        yield "warning: that is below one epoch: --epochs=1 sees each training example once"
+        yield "warning: that is below one epoch: --epochs=1 draws as many examples as there are"
 
 
 def epochs(task, splits, steps):

@@ -89,7 +89,8 @@ def budget(config, bilevel, hypergradient):
     search, every, steps = config.search_steps, config.upper_every, config.hypergradient_steps
     looks_back, chooses = "steps" in hypergradient.options, changed(config, "keep patience")
     never = f"upper_every={every} is more than search_steps={search}: the upper level never learns"
-    gone = f"hypergradient_steps={steps} is more than upper_every={every}: older steps are gone"
+    gone = f"hypergradient_steps={steps} is more than upper_every={every}, and an upper-level step "
+    gone += "can only look back on the lower-level steps since the last one"
     why = "val is trained on, by the upper level or in the end, and test judges the result"
     return micro_batch(config) + those(
         (search + config.retrain_steps == 0, "search_steps=0, retrain_steps=0: nothing to train"),
