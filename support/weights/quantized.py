@@ -191,20 +191,14 @@ class Products(torch.autograd.Function):
     def backward(ctx, *gs):
         needed = [i for i, g in enumerate(gs) if g is not None and ctx.needs_input_grad[i + 2]]
         found = Products.apply(ctx.weight, not ctx.transpose, *(gs[i] for i in needed))
-        found = dict(zip(needed, found))
-        return None, None, *(found.get(i) for i in range(len(gs)))
-
-
-def products(weight, *xs):
-    """x·Wᵀ of each x, (N, in) -> (N, out), for a packed weight. All have one dtype."""
-    return Products.apply(weight, False, *xs)
+        return None, None, *map(dict(zip(needed, found)).get, range(len(gs)))
 
 
 def linear(x, weight, bias=None):
     """x·Wᵀ + bias in x's dtype for a weight of any kind and dtype, (..., in) -> (..., out)."""
     if kind_of(weight) is None:
         return F.linear(x, weight.to(x.dtype), bias)
-    [y] = products(weight, x.reshape(-1, x.size(-1)))
+    [y] = Products.apply(weight, False, x.reshape(-1, x.size(-1)))
     return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
 
 

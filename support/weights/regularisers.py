@@ -7,7 +7,7 @@ Regularisers that keep a layer's directions apart. The lower loss adds gram_weig
 
 import torch
 
-from support.weights.quantized import blocks, float_dtype, kind_of, linear, transposed
+from support.weights.quantized import blocks, float_dtype, linear, transposed
 
 
 def regulariser(layers):
@@ -55,6 +55,4 @@ def weight_gram(weight, dtype, row):
     pieces = (rows for _, _, rows in blocks(weight, dtype))
     if not row:
         return sum(rows.T @ rows for rows in pieces)
-    if kind_of(weight):
-        return torch.cat([linear(rows, weight) for rows in pieces])
-    return torch.cat([rows @ weight.to(dtype).T for rows in pieces])
+    return torch.cat([linear(rows, weight) for rows in pieces])

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from peft import PeftModel
 from test_train import trained, write
 
 import sample
@@ -38,6 +40,36 @@ def trained_on_talks(method):
     file, steps = write("talks.jsonl", [{"messages": TALK}] * 20), dict(search_steps=20)
     steps |= dict(retrain_steps=40, lower_lr=2e-2)
     trained("run", model=base(), data="", train_file=file, method=method, **steps)
+
+
+@pytest.mark.parametrize("rank", [3, 64])
+def test_the_nearest_lora_of_a_rank_is_peft_s_to_load_and_its_error_is_printed(rank, capsys):
+    """Rank 64 is the whole matrix. The error is the singular values' that are left out."""
+    trained("run", method="dora", lower_lr=1e-2)
+    assert merge.main(["--adapter=run", "--out_dir=lora", f"--lora_rank={rank}"]) == 0
+    shown = capsys.readouterr().out
+    weights = {}
+    for folder in (None, "run", "lora"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(find_model("tiny-random"))
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload() if folder else model
+        weights[folder] = {n: p.double() for n, p in model.named_parameters() if "_proj" in n}
+    base, dora, lora = weights.values()
+    off, moved, best = (
+        sum(term(n).square().sum() for n in base).sqrt().item()
+        for term in (
+            lambda n: lora[n] - dora[n],
+            lambda n: dora[n] - base[n],
+            lambda n: torch.linalg.svdvals(dora[n] - base[n])[rank:],
+        )
+    )
+    assert off == pytest.approx(best, abs=1e-4 * moved)
+    assert float(re.search(r"misses ([\d.]+)%", shown)[1]) == pytest.approx(
+        100 * off / moved, abs=0.02
+    )
+    assert (off < 1e-4 * moved) == (rank == 64)
+    assert not json.loads(Path("lora/adapter_config.json").read_text())["use_dora"]
+    command = shlex.split(shown.splitlines()[-1])[2:-1]
+    assert sample.main([*command, "--prompt=a", "--temperature=0", "--max_new_tokens=2"]) == 0
 
 
 def generated(folder):

@@ -18,7 +18,7 @@ from bidora import adapter_layers, load_adapter, merge, replace_linear_with_bido
 from bilevel import HYPERGRADIENTS, create_bilevel_optimizer
 from model import Transformer
 from support.weights import quantized
-from support.weights.quantized import KINDS, dequantize, kind_of, pack, products
+from support.weights.quantized import KINDS, Products, dequantize, kind_of, pack
 
 
 def unpacked(packed, shape):
@@ -61,7 +61,7 @@ def test_products_and_both_derivatives_are_those_of_the_dequantised_weight(kind)
         return *ys, *g, *gg
 
     plain = derivatives(*(nn.functional.linear(each, weight) for each in (x, a, b)))
-    for ours, expected in zip(derivatives(*products(packed, x, a, b)), plain):
+    for ours, expected in zip(derivatives(*Products.apply(packed, False, x, a, b)), plain):
         scale = expected.abs().max().item()
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * scale)
 
