@@ -44,9 +44,10 @@ LOOKS |= dict(conjugate_gradient=("black", "D"), identity=(PURPLE, "v"))
 MARKERS = {"similarity": "o", "movie-sentiment": "v", "movie-ratings": "^", "peptides": "s"}
 MARKERS |= {"bbc-topics": "P", "product-sentiment": "X", "tweet-entities": "*"}
 # {arm: (its hypergradient, a line of its own)}
-SHOWN = {"as-written": ("unrolled", "-"), "unrolled-adam": ("unrolled", "--")}
-SHOWN |= {"m-fixed": ("unrolled", ":"), "identity": ("identity", "-")}
-SHOWN |= {"written+identity": ("identity", "--"), "as-published": ("identity", ":")}
+CURVES = {"as-written": ("unrolled", "-"), "unrolled-adam": ("unrolled", "--")}
+CURVES |= {"m-fixed": ("unrolled", ":"), "identity": ("identity", "-")}
+CURVES |= {"written+identity": ("identity", "--"), "as-published": ("identity", ":")}
+SHOWN = tuple(CURVES)
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -253,7 +254,7 @@ def search(folder):
     runs = of_group(results, GROUPS["paper"]) + of_group(results, GROUPS["hypergradients"])
     figure = Figure(figsize=(8.6, 3.6))
     ratio, cosine = figure.subplots(1, 2)
-    for arm, look in SHOWN.items():
+    for arm, look in CURVES.items():
         traces = [r["trace"] for r in runs if r["method"] == arm and "trace" in r]
         if not traces:
             raise ValueError(f"no run of {arm} has a trace: python -m research.sweep makes them")
