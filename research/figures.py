@@ -36,8 +36,18 @@ from support.run.files import make_folder, replacing
 ORANGE, SKY, BLUE = "#E69F00", "#56B4E9", "#0072B2"
 GREEN, VERMILION, PURPLE = "#009E73", "#D55E00", "#CC79A7"
 DTYPES = {"bf16": (BLUE, ""), "fp32": (ORANGE, "////")}  # colour and hatching
-LINES = (BLUE, ORANGE, VERMILION, SKY, GREEN, PURPLE, "black")
-SHOWN = ("as-written", "written+identity", "as-published", "m-fixed", "identity", "unrolled-adam")
+# The colour and marker of each method and hypergradient, and each task's marker, in lessons too
+LOOKS = dict(lora=(VERMILION, "^"), dora=(BLUE, "o"), bidora=(ORANGE, "s"), bilora=(PURPLE, "v"))
+LOOKS |= {"dora-two-phases": (GREEN, "P"), "ft": ("black", "D")}
+LOOKS |= dict(first_order=(VERMILION, "o"), unrolled=(ORANGE, "s"), neumann=(BLUE, "^"))
+LOOKS |= dict(conjugate_gradient=("black", "D"), identity=(PURPLE, "v"))
+MARKERS = {"similarity": "o", "movie-sentiment": "v", "movie-ratings": "^", "peptides": "s"}
+MARKERS |= {"bbc-topics": "P", "product-sentiment": "X", "tweet-entities": "*"}
+# {arm: (its hypergradient, a line of its own)}
+CURVES = {"as-written": ("unrolled", "-"), "unrolled-adam": ("unrolled", "--")}
+CURVES |= {"m-fixed": ("unrolled", ":"), "identity": ("identity", "-")}
+CURVES |= {"written+identity": ("identity", "--"), "as-published": ("identity", ":")}
+SHOWN = tuple(CURVES)
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -219,21 +229,20 @@ def dots(axes, by_arm, arms, domains):
             continue
         y = arms.index(arm)
         if domain == "all":
-            style = {"color": BLUE, "markersize": 7, "linewidth": 2, "zorder": 3}
-            axes.errorbar(mean, y, xerr=half, fmt="D", label="mean of the tasks", **style)
+            style = {"color": "black", "markersize": 7, "linewidth": 2, "zorder": 3}
+            axes.errorbar(mean, y, xerr=half, fmt="D", label="mean, 95 % interval", **style)
         else:
-            marker = "ov^sPX*"[domains.index(domain) % 7]
             style = {"color": "none", "markeredgecolor": "#767676", "markersize": 6}
-            axes.plot(mean, y, marker, label=domain, **style)
+            axes.plot(mean, y, MARKERS.get(domain, "p"), label=domain, **style)
     axes.axvline(0, **DOTTED)
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(-0.6, len(arms) - 0.4)
 
 
-def curve(axes, i, *points, **style):
-    """The i-th line of a panel."""
-    look = {"color": LINES[i], "marker": "osv^DXP"[i], "linestyle": ("-", "--", "-.", ":")[i % 4]}
-    axes.plot(*points, markersize=5, **look, **style)
+def curve(axes, hypergradient, line, *points, **style):
+    """A line of a panel, in a hypergradient's colour and marker."""
+    color, marker = LOOKS[hypergradient]
+    axes.plot(*points, color=color, marker=marker, linestyle=line, markersize=5, **style)
 
 
 def search(folder):
@@ -245,13 +254,13 @@ def search(folder):
     runs = of_group(results, GROUPS["paper"]) + of_group(results, GROUPS["hypergradients"])
     figure = Figure(figsize=(8.6, 3.6))
     ratio, cosine = figure.subplots(1, 2)
-    for i, arm in enumerate(SHOWN):
+    for arm, look in CURVES.items():
         traces = [r["trace"] for r in runs if r["method"] == arm and "trace" in r]
         if not traces:
             raise ValueError(f"no run of {arm} has a trace: python -m research.sweep makes them")
         for axes, key in ((ratio, "indirect"), (cosine, "cosine")):
             medians = numpy.median([trace[key] for trace in traces], axis=0)
-            curve(axes, i, range(1, 1 + len(medians)), medians, label=arm)
+            curve(axes, *look, range(1, 1 + len(medians)), medians, label=arm)
 
     ratio.set(yscale="log", ylabel="‖indirect part‖ / ‖∂F/∂m‖", xlabel="upper-level step")
     cosine.set(ylim=(-1, 1), ylabel="their cosine", xlabel="upper-level step")
@@ -270,10 +279,10 @@ def truth(folder):
 
     figure = Figure(figsize=(8.6, 4.4))
     left, right = figure.subplots(1, 2)
-    shown = [arm for arm in resolved.SEARCHES if arm not in ("unrolled-5", "adam-1")]
-    for i, arm in enumerate(shown):
+    for arm in (arm for arm in resolved.SEARCHES if arm not in ("unrolled-5", "adam-1")):
+        look = resolved.SEARCHES[arm][0], {"unrolled-20": "--", "adam-20": ":"}.get(arm, "-")
         after = resolved.errors_of(runs, arm)
-        curve(left, i, [*map(str, after)], [error for error, _ in after.values()], label=arm)
+        curve(left, *look, [*map(str, after)], [error for error, _ in after.values()], label=arm)
     left.set(yscale="log", xlabel="lower-level steps before it is measured")
     left.set_ylabel("error / length of the truth")
     left.axhline(1, **DOTTED)
