@@ -175,9 +175,7 @@ def test_the_table_runs_and_knows_the_published_sizes(capsys):
     [
         ("--model=no/such/model", "no/such/model"),
         ("--rnak=3", "did you mean 'rank'"),
-        ("--optimizer=foo", "unknown optimizer 'foo'"),
         ("--length=-5", "length=-5"),
-        ("--micro_batch_size=8", "is more than batch_size=4"),
         ("--devices=1", "above 1"),
     ],
 )
