@@ -270,8 +270,7 @@ def search(folder):
 
 def truth(folder):
     """The error of each hypergradient beside the truth, and what a search along it gives."""
-    given = resolved.Resolved(results=f"{folder}/resolved")
-    runs, results = resolved.results_of(given)
+    runs, results = resolved.results_of(f"{folder}/resolved")
     by_arm = differences(results, 100, "test score", resolved.ARMS[0], -1)
     arms = [arm for arm in resolved.ARMS if ("all", arm) in by_arm]
     if not arms or not runs:
@@ -288,7 +287,7 @@ def truth(folder):
     left.axhline(1, **DOTTED)
     left.legend(fontsize=8)
 
-    dots(right, by_arm, arms, given.domains)
+    dots(right, by_arm, arms, resolved.DOMAINS)
     right.invert_yaxis()
     right.set_xlabel(f"test score minus that of {resolved.ARMS[0]}, points")
     right.legend(*unique_labels(right), loc=(0.02, 0.35), fontsize=8)

@@ -1,8 +1,7 @@
 """
 How much of the published program's hypergradient is the noise of dropout?
 
-    python -m research.noise             measure what has no result yet, and print the table
-    python -m research.noise --report    print the table of the results so far, in Markdown
+    python -m research.noise     measure what has no result yet, and print the table
 
 Betty's darts takes the product ∂²L/∂m∂θ · v, v = ∂F/∂θ, from the difference of two passes, at
 θ + ε·v and θ - ε·v. They draw different dropout masks, so their noise is divided by 2ε, with ε =
@@ -37,17 +36,15 @@ from research.results import mend, read_results, save
 from support.run import settings
 
 RADIUS = 0.01  # Betty's darts_alpha
+BATCHES, DRAWS = (8, 32, 128), 24  # rows of the train and of the val batch, and draws of each
 ENOUGH = 0.81 / 0.19  # n = ENOUGH · N²/S² draws have a cosine of 0.9
 
 
 @dataclass
 class Noise:
     domains: tuple = GROUPS["paper"].domains  # built-in data sets
-    batches: tuple = ("8", "32", "128")  # rows of the train and of the val batch
     steps: tuple = ("0", "25")  # of the network, before the draws
-    draws: int = 24
     results: str = "results/noise"  # folder of the results
-    report: bool = False  # only print the table
 
 
 def signal(indirect):
@@ -115,11 +112,11 @@ def draw(task, adapters, weights, batches, seed):
     return flat(direct), parts
 
 
-def measure(noise, domain, steps):
+def measure(domain, steps):
     """Yield the results of a domain after some steps of the network, a dict for each line."""
     given = sweep.Sweep(group="paper")
     rates = sweep.rates_of(given, domain, 100, "ft", make=False)
-    changes = {"train_size": 2 * max(map(int, noise.batches)), "val_fraction": 0.5}
+    changes = {"train_size": 2 * max(BATCHES), "val_fraction": 0.5}
     changes |= {"network": True, "noise": True}
     task = sweep.task_of(given, domain, "bidora", 0, rates, **changes)
     optimizer = task.create_optimizer(task.model, task.config.lower_lr)
@@ -127,15 +124,15 @@ def measure(noise, domain, steps):
     for step in range(steps):
         optimizer.lower_step(task.family.loss, rows[step])
 
-    for size in map(int, noise.batches):
+    for size in BATCHES:
         batches = [task.encoded[split][:size] for split in ("train", "val")]
-        seeds = tqdm([None, *range(noise.draws)], desc=f"{domain}, step {steps}, {size} rows")
+        seeds = tqdm([None, *range(DRAWS)], desc=f"{domain}, step {steps}, {size} rows")
         draws = [draw(task, optimizer.adapters, optimizer.lower, batches, seed) for seed in seeds]
         direct = numpy.array([d for d, _ in draws])
         for weights in ("adapters", "all"):
             indirect = numpy.array([parts[weights] for _, parts in draws])
             line = statistics(direct[1:], indirect[1:], (direct[0], indirect[0]))
-            yield {"batch": size, "weights": weights, "draws": noise.draws} | line
+            yield {"batch": size, "weights": weights, "draws": DRAWS} | line
 
 
 def noise_table(results):
@@ -162,22 +159,17 @@ def noise_table(results):
 
 def do_all(noise):
     """Measure what is missing, and print the table."""
-    settings.at_least(noise, draws=3)
-    if not noise.report:
-        mend(noise.results)
-        for domain, steps in itertools.product(noise.domains, map(int, noise.steps)):
-            name = f"{domain}-{steps}-"
-            if any(known.startswith(name) for known in read_results(noise.results)):
-                continue
-            command = ["python", "-m", "research.noise", f"--domains={domain}", f"--steps={steps}"]
-            for line in list(measure(noise, domain, steps)):
-                line |= {"name": f"{name}{line['batch']}-{line['weights']}", "set": "main"}
-                line |= {"domain": domain, "steps": steps, "command": shlex.join(command)}
-                save(noise.results, line, None)
-    results = list(read_results(noise.results).values())
-    if not results:
-        raise FileNotFoundError(f"no results in {noise.results}: run research.noise first")
-    print("\n".join(noise_table(results)))
+    mend(noise.results)
+    for domain, steps in itertools.product(noise.domains, map(int, noise.steps)):
+        name = f"{domain}-{steps}-"
+        if any(known.startswith(name) for known in read_results(noise.results)):
+            continue
+        command = ["python", "-m", "research.noise", f"--domains={domain}", f"--steps={steps}"]
+        for line in list(measure(domain, steps)):
+            line |= {"name": f"{name}{line['batch']}-{line['weights']}", "set": "main"}
+            line |= {"domain": domain, "steps": steps, "command": shlex.join(command)}
+            save(noise.results, line)
+    print("\n".join(noise_table(read_results(noise.results).values())))
 
 
 def main(arguments):

@@ -14,7 +14,6 @@ import functools
 import sys
 from dataclasses import dataclass, replace
 
-import numpy
 import torch
 import torch.nn as nn
 
@@ -37,8 +36,8 @@ class Published(program.Config):
     #: the network, whichever of them train: Betty's darts
     noise: bool = False  # an encoder's dropout is on, at the rates of its config.json, in training
     #: and in the hypergradient too, whose passes then draw different masks
-    trace: bool = False  # print how the indirect part of the hypergradient compares with the direct
-    #: one, ∂F/∂m, and how far m moves; summary.json has it for each upper-level step
+    trace: bool = False  # summary.json says for each upper-level step how the indirect part of the
+    #: hypergradient compares with the direct one, ∂F/∂m, and how far m has moved
 
 
 read_config = functools.partial(program.read_config, kind=Published)
@@ -208,20 +207,9 @@ def train(config):
     return summary
 
 
-def train_and_say(config):
-    """Train, and print the trace's means."""
-    trace = train(config).get("trace", {"moved": []})
-    if trace["moved"]:
-        print(
-            f"of {len(trace['moved'])} upper-level steps, mean: the indirect part is "
-            f"{numpy.mean(trace['indirect']):.2g} of the direct one, at a cosine of "
-            f"{numpy.mean(trace['cosine']):+.2f}; m moved by {trace['moved'][-1]:.2%}"
-        )
-
-
 def main(arguments):
     options = {"reader": read_config}
-    return settings.program(arguments or ["--help"], Published, train_and_say, __doc__, **options)
+    return settings.program(arguments or ["--help"], Published, train, __doc__, **options)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """
 Does the true hypergradient help? BiDoRA on a layer so small that its lower level can be solved.
 
-    python -m research.resolved             measure what has no result yet, and print the tables
-    python -m research.resolved --report    print the tables of the results so far, in Markdown
+    python -m research.resolved     measure what has no result yet, and print the tables
 
 The layer is MiniLM's pooler, 384 × 384, on the mean of a text's tokens, with a head after it. All
-below it is frozen and computed once. The lower level minimises the train loss plus ridge / 2 times
+below it is frozen and computed once. The lower level minimises the train loss plus RIDGE / 2 times
 the squares of A, B and the head, in float64, so that L-BFGS finds V*(m), where its gradient is 0.
 
 errors   of the hypergradients at m's start, after some lower-level steps and at V*(m): ‖h - truth‖
@@ -28,17 +27,20 @@ from dataclasses import dataclass
 
 import numpy
 import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
 
 import bidora
 from bilevel import HYPERGRADIENTS, create_bilevel_optimizer
+from hypergrad import LowerGradient
 from research.differences import table, tables
 from research.results import load_results, mend, read_results, save
-from research.sharpness import largest_eigenvalue
-from research.sweep import Sweep, check_names, in_workers, task_of
+from research.sweep import Sweep, in_workers, task_of
 from support.run import settings
-from support.text.datasets import BUILT_IN
-from support.weights import hf_format
 
+MODEL = "minilm"  # the base model, an encoder with a pooler
+DOMAINS = ("movie-sentiment", "peptides", "movie-ratings")  # built-in data sets
+SEEDS = 20  # each draws the sample, the split, the adapter and the head
+RIDGE = 0.1  # positive, or V*(m) might lie at infinity
 SIZE = 100  # training examples of task_of, 80 of them in train and 20 in val
 LOWER_LR, UPPER_LR = 1e-2, 1e-2  # of AdamW
 UPPER_STEPS, LOWER_STEPS = 20, 50  # of a search, and before each of its upper-level steps
@@ -61,25 +63,37 @@ ARMS = (*SEARCHES, "first-order-solved", "cg-100-solved", "m-fixed", "m-joint")
 
 @dataclass
 class Resolved:
-    domains: tuple = ("movie-sentiment", "peptides", "movie-ratings")  # built-in data sets
-    seeds: int = 20  # each draws the sample, the split, the adapter and the head
-    ridge: float = 0.1  # of the lower level
-    model: str = "minilm"  # the base model, an encoder with a pooler
     workers: int = 2  # processes, which share the CPU's cores
     results: str = "results/resolved"  # folder of the results
-    report: bool = False  # only print the tables
+
+
+def largest_eigenvalue(loss, parameters, tolerance=0.01):
+    """
+    The largest eigenvalue, a float, of the Hessian of loss(), a scalar, in a list of parameters: by
+    Lanczos' method, to a relative tolerance.
+    """
+    g = LowerGradient(loss, parameters)
+    sizes = [p.numel() for p in parameters]
+
+    def product(x):
+        parts = torch.from_numpy(x.ravel()).to(parameters[0]).split(sizes)
+        vectors = [part.view_as(p) for part, p in zip(parts, parameters)]
+        return torch.cat([y.flatten() for y in g.product(vectors, parameters)]).double().numpy()
+
+    n = sum(sizes)
+    hessian = LinearOperator((n, n), product, dtype=numpy.float64)
+    start = numpy.random.default_rng(0).standard_normal(n)
+    options = {"v0": start, "tol": tolerance, "ncv": min(n, 12), "return_eigenvectors": False}
+    return float(eigsh(hessian, 1, which="LA", **options)[0])
 
 
 class Problem:
     """The data of a domain and a seed, and the losses. model: adapted layer, tanh, head."""
 
-    def __init__(self, given, domain, seed):
-        sweep = Sweep(model=given.model, target_modules=("pooler.dense",))
+    def __init__(self, domain, seed):
+        sweep = Sweep(model=MODEL, target_modules=("pooler.dense",))
         task = task_of(sweep, domain, "bidora", seed)
-        if not any(n.endswith("pooler.dense.weight") for n in hf_format.find_tensors(task.folder)):
-            raise ValueError(f"{given.model} has no pretrained pooler: choose a BERT with one")
-
-        self.task, self.whole, self.ridge, self.seed = task, task.model, given.ridge, seed
+        self.task, self.whole, self.seed = task, task.model, seed
         self.rows = task.encoded | {"all": task.encoded["train"] + task.encoded["val"]}
         base, self.inputs = self.whole.hf.base_model, {}
         for split, rows in self.rows.items():
@@ -97,7 +111,7 @@ class Problem:
         if split in ("train", "all"):
             m = model[0].lora_magnitude_vector
             weights = [p for p in bidora.lower_parameters(model) if p is not m]
-            loss = loss + self.ridge / 2 * sum(p.square().sum() for p in weights)
+            loss = loss + RIDGE / 2 * sum(p.square().sum() for p in weights)
         return loss
 
     def solve(self, model, split="train", most=1e-5):
@@ -238,29 +252,28 @@ def search(problem, arm):
     return {"metric": problem.task.family.metric, "moved": moved, "val": val, "after": after}
 
 
-def measure(given, domain, seed):
+def measure(results, domain, seed):
     """Make and save what a domain and a seed still lack; in a worker process."""
-    problem = Problem(given, domain, seed)
+    problem = Problem(domain, seed)
     for arm in ("errors", *ARMS):
         name = f"{domain}-{arm}-{seed}"
-        if name in read_results(given.results):  # perhaps of another process
+        if name in read_results(results):  # perhaps of another process
             continue
         result = {"name": name, "set": "errors" if arm == "errors" else "main"}
         result |= {"domain": domain, "size": SIZE, "method": arm, "seed": seed}
-        result |= {"model": given.model, "ridge": given.ridge}
+        result |= {"model": MODEL, "ridge": RIDGE}
         try:
             result |= {"errors": errors(problem, seed)} if arm == "errors" else search(problem, arm)
         except FloatingPointError as error:
             result["diverged"] = str(error)
-        save(given.results, result)
+        save(results, result)
 
 
-def results_of(given):
-    """The lines that hold errors, and those that hold scores, of the given domains and seeds."""
-    sets = (load_results(given.results, which) for which in ("errors", "main"))
-    for results in sets:
-        own = (r for r in results if r["domain"] in given.domains and r["seed"] < given.seeds)
-        yield [r for r in own if "diverged" not in r]
+def results_of(folder):
+    """The lines that hold errors, and those that hold scores, of DOMAINS and SEEDS."""
+    for which in ("errors", "main"):
+        own = (r for r in load_results(folder, which) if "diverged" not in r)
+        yield [r for r in own if r["domain"] in DOMAINS and r["seed"] < SEEDS]
 
 
 def errors_of(results, arm):
@@ -307,36 +320,19 @@ def loss_table(results):
     yield from table(["arm", *columns], rows)
 
 
-def to_do(given):
-    """The (domain, seed) pairs that lack a result. Raises ValueError for unfit settings."""
-    settings.at_least(given, seeds=1, workers=1)
-    check_names("domains", given.domains, BUILT_IN)
-    if given.ridge <= 0:
-        raise ValueError(f"ridge={given.ridge} must be positive: else V*(m) may lie at infinity")
-    done = read_results(given.results)
-    for name, result in done.items():
-        if (result.get("model"), result.get("ridge")) != (given.model, given.ridge):
-            raise ValueError(
-                f"{name} in {given.results}/runs.jsonl was not made with --model={given.model} "
-                f"--ridge={given.ridge:g}: choose another --results"
-            )
-    return [
-        (domain, seed)
-        for seed, domain in itertools.product(range(given.seeds), given.domains)
-        if any(f"{domain}-{arm}-{seed}" not in done for arm in ("errors", *ARMS))
-    ]
-
-
 def do_all(given):
     """Measure what is missing, and print the tables."""
-    missing = to_do(given)
-    if missing and not given.report:
-        mend(given.results)
-        in_workers(given.workers, "problems", measure, [(given, *pair) for pair in missing])
-
-    with_errors, results = results_of(given)
-    if not results or not with_errors:
-        raise FileNotFoundError(f"no results in {given.results}: run python -m research.resolved")
+    settings.at_least(given, workers=1)
+    mend(given.results)
+    done = read_results(given.results)
+    missing = [
+        (given.results, domain, seed)
+        for seed, domain in itertools.product(range(SEEDS), DOMAINS)
+        if any(f"{domain}-{arm}-{seed}" not in done for arm in ("errors", *ARMS))
+    ]
+    if missing:
+        in_workers(given.workers, "problems", measure, missing)
+    with_errors, results = results_of(given.results)
     lines = *error_table(with_errors), *loss_table(results), *tables(results, ARMS, -1)
     print(*lines, sep="\n")
 

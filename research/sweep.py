@@ -1,18 +1,14 @@
 """
 Arms side by side, over tasks and many seeds: --group is one of research/arms.py.
 
-    python -m research.sweep --group=paper     make every run of the group that has no result yet
-    ... --report          print the tables of the results so far, in Markdown
-    ... --list            one command a job that is still to do, for a job array or GNU parallel
-                          (... --list | parallel -j 2): the choices of rates, then the runs
-    ... --job=NAME        do one job
+    python -m research.sweep --group=paper     make every run of the group that has no result yet,
+                                               and print the group's tables
     ... --lower_lr=1e-3   the same with all arms at one rate, as a set of its own
-    ... --quick           a toy in two minutes, in folders of its own
 
-Stop it at any time: the same command resumes. Several machines may work on one folder: a run that
-another process holds comes last. In each domain 300 examples are the test set, the same for all
-runs; the seed draws a training sample from the rest. With n examples every arm takes 50·√(n/100)
-lower-level steps, those with two phases a fifth of them in search.
+Stop it at any time: the same command resumes. Several machines may work on one folder, each by the
+same command: a run that another process holds comes last. In each domain 300 examples are the
+test set, the same for all runs; the seed draws a training sample from the rest. With n examples
+every arm takes 50·√(n/100) lower-level steps, those with two phases a fifth of them in search.
 
 Rates are chosen by the loss on 200 other examples, at 100 training examples, mean over three seeds.
 On MiniLM each arm and domain has its own: from a first guess the search goes to the best neighbour
@@ -62,8 +58,6 @@ from support.weights.weight_changes import Trajectory
 RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0]
 TUNING_SEEDS = (1000, 1001, 1002)
 SMALL = ("similarity",)  # domains with too few examples to choose rates with more than 100
-TOY = {"domains": ("toy-sentiment",), "sizes": ("40",), "seeds": 2, "model": "tiny-random"}
-TOY |= {"target_modules": ("q_proj", "v_proj")}
 
 
 @dataclass
@@ -81,20 +75,12 @@ class Sweep:
     lower_lr: float = 0.0  # of all arms, which are then not tuned; 0: each takes its chosen one
     upper_lr: float = 3e-2  # beside such a lower_lr, of the arms that have an upper level
     workers: int = 2  # runs at a time, which share the CPU's cores
-    report: bool = False  # only print the tables
-    list: bool = False  # only print the jobs that are still to do
-    job: str = ""  # do this one alone
-    quick: bool = False  # two seeds of a toy on a tiny random model
 
     def __post_init__(self):
         check_names("group", [self.group], GROUPS)
         group = GROUPS[self.group]
         for name in ("arms", "domains", "sizes", "seeds", "results", "out_dir"):
             setattr(self, name, getattr(self, name) or getattr(group, name))
-        if self.quick:
-            folders = {name: f"{getattr(self, name)}-quick" for name in ("results", "out_dir")}
-            vars(self).update(TOY | folders)
-
         self.set = f"rate-{self.lower_lr:g}" if self.lower_lr else "main"
         given = {"model": self.model, "target_modules": ",".join(self.target_modules)}
         self.settings = group.settings | {name: value for name, value in given.items() if value}
@@ -104,8 +90,6 @@ class Sweep:
         if not all(size.isdigit() and int(size) >= 20 for size in self.sizes):
             raise ValueError(f"sizes={','.join(self.sizes)} must be integers of at least 20")
         settings.at_least(self, seeds=1, workers=1, lower_lr=0, upper_lr=0)
-        if self.list + self.report + bool(self.job) > 1:
-            raise ValueError("list, report and job are three things to do: choose one")
 
 
 class Job(NamedTuple):
@@ -266,8 +250,7 @@ def best_of(grid, arm, loss):
 def choice_of(sweep, domain, size, arm):
     """The choice of rates for runs of an arm that has rates of its own: (its name, its Job)."""
     if GROUPS[sweep.group].grids:
-        place = (TOY["domains"][0], 40) if sweep.quick else ("movie-sentiment", 100)
-        return f"tune-{arm}", Job(*place, arm)
+        return f"tune-{arm}", Job("movie-sentiment", 100, arm)
     if size <= 100 or domain in SMALL:
         return f"tune-{domain}-{arm}", Job(domain, 100, arm)
     return f"tune-{domain}-{size}-{arm}", Job(domain, size, arm)
@@ -286,8 +269,7 @@ def choose(sweep, domain, size, arm, make=True):
         return numpy.inf if "diverged" in result else result["after"]["test"]["loss"]
 
     def loss(rates):
-        seeds = TUNING_SEEDS[:1] if sweep.quick else TUNING_SEEDS
-        return numpy.mean([loss_of(seed, rates) for seed in seeds])
+        return numpy.mean([loss_of(seed, rates) for seed in TUNING_SEEDS])
 
     if grids := GROUPS[sweep.group].grids:
         return best_of(grids.get(arm, grids["others"]), arm, loss)
@@ -325,30 +307,10 @@ def runs_of(sweep):
     }
 
 
-def choices_of(sweep, runs):
-    """{name: Job} of the choices of rates that runs need."""
-    if sweep.lower_lr:
-        return {}
-    places = ((run.domain, run.size, arm) for run in runs for arm in sources_of(run.arm))
-    return dict(choice_of(sweep, *place) for place in dict.fromkeys(places))
-
-
-def to_do(sweep):
-    """{name: Job} of the choices of rates that are still to be made, and of the runs."""
-    done, choices = results_of(sweep), {}
-    runs = {name: job for name, job in runs_of(sweep).items() if name not in done}
-    for name, job in choices_of(sweep, runs.values()).items():
-        try:
-            choose(sweep, job.domain, job.size, job.arm, make=False)
-        except LookupError:
-            choices[name] = job
-    return choices, runs
-
-
 def do(sweep, name, job, wait=False):
-    """Do a job, in a worker. If another process makes its run, return its name, or wait for it."""
+    """Make a run, in a worker. If another process makes it, return its name, or wait for it."""
     rates = rates_of(sweep, job.domain, job.size, job.arm)
-    while job.seed is not None and not run(sweep, name, job, rates):
+    while not run(sweep, name, job, rates):
         if not wait:
             return name
         time.sleep(5)
@@ -381,57 +343,39 @@ def in_workers(workers, title, function, jobs):
         pool.shutdown(cancel_futures=True)
 
 
-def work(sweep, title, jobs):
-    """Do the jobs, {name: Job}; those that other processes are at come last."""
-    for domain in {job.domain for job in jobs.values()}:
+def make(sweep):
+    """Choose the rates and make the runs that are missing; those of other processes come last."""
+    mend(sweep.results)
+    runs = {name: job for name, job in runs_of(sweep).items() if name not in results_of(sweep)}
+    print(f"{len(runs)} runs to do, for {sweep.results}", file=sys.stderr)
+    if not runs:
+        return
+    for domain in {job.domain for job in runs.values()}:
         data.load_examples(domain)  # a missing download shows now, and happens once
-    made = in_workers(sweep.workers, title, do, [(sweep, *job) for job in jobs.items()])
+
+    if not sweep.lower_lr:
+        needed = [(r.domain, r.size, arm) for r in runs.values() for arm in sources_of(r.arm)]
+        choices = dict.fromkeys(choice_of(sweep, *place)[1][:3] for place in needed)
+        in_workers(sweep.workers, "tuning", choose, [(sweep, *place) for place in choices])
+    made = in_workers(sweep.workers, "runs", do, [(sweep, *run) for run in runs.items()])
     if left := [name for name in made if name]:
         print(f"{len(left)} runs are being made by other processes", file=sys.stderr)
-        if not sweep.job:
-            in_workers(sweep.workers, title, do, [(sweep, n, jobs[n], True) for n in left])
+        in_workers(sweep.workers, "runs", do, [(sweep, n, runs[n], True) for n in left])
 
 
-def make(sweep, arguments):
-    """List what is missing, do the one job that is asked for, or do all. arguments: as given."""
-    choices, runs = to_do(sweep)
-    if sweep.list:
-        given = [a for a in settings.split(Sweep, arguments) if not a.startswith("--list=")]
-        for name in choices or runs:
-            print(shlex.join(["python", "-m", "research.sweep", *given, f"--job={name}"]))
-        return
-
-    mend(sweep.results)
-    if not sweep.job:
-        print(f"{len(runs)} runs to do, for {sweep.results}", file=sys.stderr)
-        work(sweep, "tuning", choices)
-        work(sweep, "runs", runs)
-    elif sweep.job in choices | runs:
-        work(sweep, sweep.job, {sweep.job: (choices | runs)[sweep.job]})
-    elif sweep.job not in runs_of(sweep) | choices_of(sweep, runs_of(sweep).values()):
-        raise ValueError(f"unknown job {sweep.job!r}: --list shows those that are still to do")
-
-
-def do_all(sweep, arguments):
-    """Make what is missing, and print the tables. arguments: the command line."""
+def do_all(sweep):
+    """Make what is missing, and print the tables."""
     for result in results_of(sweep).values():
         check_made(sweep, result, {})
-    if not sweep.report:
-        make(sweep, arguments)
-    if sweep.list or sweep.job:
-        return
+    make(sweep)
     with malformed(f"a line of {sweep.results}/runs.jsonl"):
         results = of_group(load_results(sweep.results, sweep.set), sweep)
-        if not results:
-            again = f"run python -m research.sweep --group={sweep.group} first"
-            raise FileNotFoundError(f"no results in {sweep.results}: {again}")
         sign = GROUPS[sweep.group].sign
         print(*tables(results, sweep.arms, sign), *seconds_table(results, sweep.arms), sep="\n")
 
 
 def main(arguments):
-    do = functools.partial(do_all, arguments=arguments)
-    return settings.program(arguments, Sweep, do, __doc__, resumes=True)
+    return settings.program(arguments, Sweep, do_all, __doc__, resumes=True)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def rates():
 
 def solved():
     """The layer whose lower level can be solved."""
-    errors, runs = resolved.results_of(resolved.Resolved(results=RESULTS / "resolved"))
+    errors, runs = resolved.results_of(RESULTS / "resolved")
     yield from resolved.error_table(errors)
     yield from resolved.loss_table(runs)
     yield from tables(runs, resolved.ARMS, -1)

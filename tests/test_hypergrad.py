@@ -3,8 +3,6 @@
 import copy
 import functools
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 import transformers
+from test_distributed import forked
 from test_model import checkpoint
 from torch.autograd.functional import jacobian
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -612,13 +611,8 @@ def test_losses_in_micro_batches_give_the_hypergradient_of_the_whole(name, steps
 
 
 PROCESS = """
-import json, sys
-sys.path[:0] = {paths!r}
-import torch
-import torch.distributed as dist
-from test_hypergrad import Curved, DISTRIBUTED, HYPERGRADIENTS
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+import json, torch
+distributed.start("cpu")
 
 def reduce(tensors):
     for tensor in tensors:
@@ -631,12 +625,9 @@ share = slice(10 * rank, 10 * rank + 10)
 c.train, c.val = tuple(t[share] for t in c.train), tuple(t[share] for t in c.val)
 for name, options in DISTRIBUTED:
     h = HYPERGRADIENTS[name].function(*c.arguments(), reduce=reduce, **options)
-    print(json.dumps(torch.cat([x.flatten() for x in h]).tolist()))
-dist.barrier()
-dist.destroy_process_group()
+    line = [rank, name, *torch.cat([x.flatten() for x in h]).tolist()]
+    sys.stdout.write(json.dumps(line) + "\\n")
 """
-
-
 DISTRIBUTED = [
     ("first_order", {}),
     ("unrolled", {"lr": 0.1}),
@@ -649,23 +640,20 @@ DISTRIBUTED = [
 ]
 
 
-def test_two_processes_give_the_hypergradient_of_the_joined_batch(tmp_path):
+def test_two_processes_give_the_hypergradient_of_the_joined_batch():
     """Each has half of the batches; 1e-6 relative in float64, where differences are rounded."""
-    paths = [str(Path(hypergrad.__file__).parent), str(Path(__file__).parent)]
-    command = [sys.executable, "-c", PROCESS.format(paths=paths)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], **pipes)
-        for rank in range(2)
-    ]
+    before = f"sys.path.append({str(Path(__file__).parent)!r}); import conftest\n"
+    before += "from test_hypergrad import DISTRIBUTED, HYPERGRADIENTS, Curved"
+    done = forked(PROCESS, before=before)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
     c = Curved()
-    joined = [HYPERGRADIENTS[name].function(*c.arguments(), **o) for name, o in DISTRIBUTED]
-    for process in processes:
-        lines, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        for (name, _), line, h in zip(DISTRIBUTED, lines.splitlines(), joined, strict=True):
-            ours, truth = torch.tensor(json.loads(line), dtype=torch.float64), torch.cat(h)
-            assert (ours - truth).norm() <= 1e-6 * truth.norm(), name
+    for each in range(2):
+        own = [line[1:] for line in lines if line[0] == each]
+        for (name, options), (same, *h) in zip(DISTRIBUTED, own, strict=True):
+            truth = torch.cat(HYPERGRADIENTS[name].function(*c.arguments(), **options))
+            error = torch.tensor(h, dtype=torch.float64) - truth
+            assert same == name and error.norm() <= 1e-6 * truth.norm(), name
 
 
 def transformer(folder, family, quantize=None, **changes):

@@ -253,23 +253,26 @@ BATCHES = {  # rows of (what they begin with, their own length), and what is sup
 }
 
 
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def model(request, tmp_path_factory):
+    """A checkpoint with adapters, in float64."""
+    family, changes = CHECKPOINTS[request.param]
+    folder = tmp_path_factory.mktemp("adapted")
+    checkpoint(folder, family, **changes)
+    model = Transformer.from_pretrained(folder, torch.float64).requires_grad_(False)
+    bidora.replace_linear_with_bidora(model, 2, target_modules=["q_proj", "v_proj", "down_proj"])
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        torch.nn.init.normal_(p, mean=p.mean().item(), std=0.1)
+    return model
+
+
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_rows_laid_end_to_end_give_the_loss_and_the_derivatives_of_padded_ones(
-    tmp_path, name, batch
-):
+def test_rows_laid_end_to_end_give_the_loss_and_the_derivatives_of_padded_ones(model, batch):
     """
     The loss, its gradient, and the gradient of that gradient's square, within 1e-10 in float64, of
     cross-entropy on the logits of the padded batch.
     """
-    family, changes = CHECKPOINTS[name]
-    checkpoint(tmp_path, family, **changes)
-    model = Transformer.from_pretrained(tmp_path, torch.float64).requires_grad_(False)
-    bidora.replace_linear_with_bidora(model, 2, target_modules=["q_proj", "v_proj", "down_proj"])
     parameters = [p for p in model.parameters() if p.requires_grad]
-    for p in parameters:
-        torch.nn.init.normal_(p, mean=p.mean().item(), std=0.1)
-
     rows, supervised = BATCHES[batch]
     beginning = torch.randint(3, 131, (20,))
     ids = [torch.cat((beginning[:n], torch.randint(3, 131, (m,)))) for n, m in rows]

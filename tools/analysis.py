@@ -175,11 +175,12 @@ def table(trajectories, targets):
     return lines + [note for end, note in NOTES.items() if any(end in line for line in lines)]
 
 
-def of_checkpoints(tuned, base="", axis="row", targets=("q_proj", "v_proj")):
+def of_checkpoints(tuned, base="", axis="row", targets=()):
     """
     The Trajectory of a finished model, with one snapshot. tuned: the folder of an adapter or a
-    whole model; base: the model that it was tuned from, if the folder does not say so. Raises
-    FileNotFoundError for a missing model, ValueError for models of unequal shapes.
+    whole model, whose targets are by default its run's, or all; base: the model that it was tuned
+    from, if the folder does not say so. Raises FileNotFoundError for a missing model, ValueError
+    for models of unequal shapes.
     """
     is_adapter = (Path(tuned) / "adapter_config.json").exists()
     model, _, run = load(tuned, base) if is_adapter else load("", tuned)
@@ -190,6 +191,7 @@ def of_checkpoints(tuned, base="", axis="row", targets=("q_proj", "v_proj")):
         base = base or run.get("model")
         if not base:
             raise ValueError(f"{tuned} is a whole model: name its base model with --base=...")
+        targets = targets or run.get("target_modules") or "all-linear"
         trajectory = Trajectory.start(linear_layers(load("", base)[0], targets), axis)
         shapes = {name: weight.shape for name, weight in model.state_dict().items()}
         for name, weight in trajectory.base.items():
@@ -204,7 +206,7 @@ def of_checkpoints(tuned, base="", axis="row", targets=("q_proj", "v_proj")):
 class Analysis:
     tuned: tuple = ()  # folders of runs, adapters or whole models, separated by commas
     base: str = ""  # the model that they were tuned from; empty: the one that their run names
-    targets: tuple = ("q_proj", "v_proj")  # the matrices to show, by the ends of their names
+    targets: tuple = ()  # the matrices to show, by the ends of their names; empty: those recorded
     axis: str = "row"  # row or column, for folders without recorded snapshots
     out: str = ""  # the picture; empty: analysis.png in the (first) folder of `tuned`
 
@@ -218,11 +220,17 @@ def trajectory_at(folder, analysis):
 
     if not trajectory.snapshots:
         raise ValueError(f"{folder} has no snapshot: its run ended before the first one")
-    for target in analysis.targets:
-        if not trajectory.select(target).layers:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in trajectory.layers}))
-            raise ValueError(f"{folder} has no matrix {target!r}: set --targets to some of {known}")
     return trajectory
+
+
+def targets_of(folder, trajectory, targets):
+    """The targets, or without any the ends of all names. Raises ValueError for a missing one."""
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in trajectory.layers)
+    for target in targets:
+        if not trajectory.select(target).layers:
+            known = ", ".join(sorted(ends))
+            raise ValueError(f"{folder} has no matrix {target!r}: set --targets to some of {known}")
+    return targets or tuple(ends)
 
 
 def analyse(analysis):
@@ -238,16 +246,17 @@ def analyse(analysis):
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is no folder: say with --out= where the picture goes")
 
-    trajectories = {}
+    trajectories, targets = {}, analysis.targets
     for folder in analysis.tuned:
         trajectory = trajectories[str(Path(folder))] = trajectory_at(folder, analysis)
+        targets = targets_of(folder, trajectory, targets)  # empty: the first one's
         print(
             f"{folder}: {len(trajectory.layers)} matrices by {trajectory.axis}, "
             f"snapshots: {len(trajectory.snapshots)}"
         )
-    print("", *table(trajectories, analysis.targets), sep="\n")
+    print("", *table(trajectories, targets), sep="\n")
     with replacing(out) as temporary:
-        plot(trajectories, analysis.targets).savefig(temporary, format="png", dpi=150)
+        plot(trajectories, targets).savefig(temporary, format="png", dpi=150)
     print(f"\nsaved in {out}")
 
 

@@ -2,7 +2,7 @@
 What a training step costs, by each method and each hypergradient, side by side.
 
     python -m tools.bench                    SmolLM2-135M; about 8 minutes on two CPU cores
-    python -m tools.bench --quick=True       the main methods in under a minute, with more noise
+    python -m tools.bench --rounds=3 --kinds=forward,lora,dora,unrolled     in under a minute
     python -m tools.bench --peer=True        transformers and PEFT too, on equal weights and batches
     python -m tools.bench --peer=True --data=movie-sentiment     the same on rows of a data set
     python -m tools.bench --scaling=True     time and memory over rank, length and depth
@@ -18,7 +18,7 @@ import copy
 import dataclasses
 import functools
 import itertools
-import os
+import multiprocessing
 import random
 import statistics
 import sys
@@ -27,8 +27,6 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -38,7 +36,7 @@ import data
 from bilevel import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
 from model import ModelConfig, Transformer
 from support.run import settings
-from support.run.files import read_json, replacing, write_json
+from support.run.files import read_json
 from support.run.hardware import fast_dtype, peak_memory, processor
 from support.text.datasets import BUILT_IN
 from support.text.tokenizer import Tokenizer
@@ -59,38 +57,31 @@ class Bench:
     rank: int = 8  # of the adapters, in all seven linear layers
     layers: int = 0  # keep only this many blocks; 0: all
     dtype: str = "auto"  # float32, bfloat16, or auto: what is fast here
-    upper_every: int = 4  # lower-level steps for each upper-level step, in that column
     peer: bool = False  # transformers and PEFT too (pip install -r requirements-dev.txt)
     compile: bool = False  # torch.compile each block, where no second derivatives are taken
-    quick: bool = False  # three rounds of forward, lora, dora and unrolled
     scaling: bool = False  # instead: LoRA, DoRA and search over rank, length and depth
-    out: str = "bench.json"  # where the numbers are written; a chart goes beside
 
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of step."""
 
-    method: str = "bidora"  # of bidora.METHODS, or ft; none: a forward pass alone
+    method: str = "bidora"  # of bidora.METHODS; none: a forward pass alone
     hypergradient: str = ""  # that of an iteration of search; empty: a lower-level step alone
     options: dict = dataclasses.field(default_factory=dict)  # of create_bilevel_optimizer
     peer: bool = False  # transformers and PEFT instead
     one_label: bool = False  # a row, whatever `labels` says
-    norm_grad: str = "exact"
     recomputed: bool = False  # with gradient checkpointing
     micro_batch: int = 0  # rows of a search whose activations are in memory at once; 0: all
 
 
 KINDS = {
     "forward": Kind("none"),
-    "ft": Kind("ft"),
     "lora": Kind("lora"),
     "dora": Kind("dora"),
     "lora one label": Kind("lora", one_label=True),
     "dora one label": Kind("dora", one_label=True),
-    "dora norm detached": Kind("dora", norm_grad="detach"),
     "dora recomputed": Kind("dora", recomputed=True),
-    "retrain": Kind(),
     "first_order": Kind(hypergradient="first_order"),
     "unrolled": Kind(hypergradient="unrolled"),
     "unrolled recomputed": Kind(hypergradient="unrolled", recomputed=True),
@@ -104,8 +95,7 @@ KINDS = {
 }
 SEARCH = {n: HYPERGRADIENTS[k.hypergradient] for n, k in KINDS.items() if k.hypergradient}
 SECOND = [name for name, entry in SEARCH.items() if entry.second_order]  # take second derivatives
-# Only in float32: in bfloat16, ft's small updates round to nothing and differences are noise
-SINGLE = ["ft", *(name for name, entry in SEARCH.items() if entry.float32)]
+SINGLE = [name for name, entry in SEARCH.items() if entry.float32]  # are noise in bfloat16
 
 
 def shape(bench):
@@ -155,23 +145,18 @@ def peft_model(base, rank, use_dora):
 
 
 def model_of(bench, name, base):
-    """The model that a kind of step trains; it shares the weights of `base` unless they train."""
+    """The model that a kind of step trains, over the weights of `base`."""
     kind = KINDS[name]
     torch.manual_seed(0)
     if kind.method == "none":
         return base
     if kind.peer:
         model = peft_model(base, bench.rank, kind.method == "dora")
-    elif kind.method == "ft":
-        model = copy.deepcopy(base).requires_grad_(True)
     else:
         model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
         options = {"target_modules": bidora.ALL_LINEAR, "method": kind.method}
-        options["norm_grad"] = kind.norm_grad
         bidora.replace_linear_with_bidora(model, bench.rank, **options)
         model.gradient_checkpointing = kind.recomputed
-    if name == "retrain":
-        bidora.start_retrain(model)
     if bench.compile and name not in SECOND:
         for block in (model.get_base_model() if kind.peer else model).model.layers:
             block.compile()
@@ -250,17 +235,20 @@ def timed(run):
 
 
 def in_its_process(bench, name):
-    """{"kind", "seconds": of each round, "peak_gb": beyond the loaded model} of this process."""
+    """(seconds of each round, peak GB beyond the loaded model) of this process."""
     base = load(bench)
     before = peak_memory("cpu")
     run = step(bench, name, base)
     times = [timed(run) for _ in range(bench.rounds + 1)][1:]
-    return {"kind": name, "seconds": times, "peak_gb": peak_memory("cpu") - before}
+    return times, peak_memory("cpu") - before
 
 
 def alone(bench, name):
     """`in_its_process` in a new process. Raises ValueError if that is killed."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    known = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
+    context.set_forkserver_preload(["torch"])  # which takes seconds to import
+    with ProcessPoolExecutor(1, context) as pool:
         try:
             return pool.submit(in_its_process, bench, name).result()
         except BrokenProcessPool:
@@ -292,7 +280,7 @@ def measure(bench):
     del base, runs
     once = dataclasses.replace(bench, rounds=1)
     shown = tqdm(names, desc="peak memory", unit="method")
-    peaks = {name: alone(once, name)["peak_gb"] for name in shown}
+    peaks = {name: alone(once, name)[1] for name in shown}
     return {name: times[1:] for name, times in seconds.items()}, peaks
 
 
@@ -300,10 +288,9 @@ def table(bench, seconds, peaks):
     """Lines of text: each kind's median, and the same relative to other kinds."""
     median = {name: statistics.median(times) for name, times in seconds.items()}
     dora, forward = median.get("dora"), median.get("forward")
-    every = bench.upper_every
     lines = [
         f"{'':24}{'seconds':>9}{'spread':>14}{'tokens/s':>10}{'2 forwards':>12}"
-        f"{'DoRA steps':>12}{f'every {every}th':>11}{'peak GB':>9}"
+        f"{'DoRA steps':>12}{'every 4th':>11}{'peak GB':>9}"
     ]
     for name, value in median.items():
         search = name in SEARCH
@@ -312,7 +299,7 @@ def table(bench, seconds, peaks):
         speed = "" if bench.data else f"{tokens / value:.0f}"
         bound = f"{value / 2 / forward:.2f}" if forward and not search else ""
         steps = f"{value / dora:.2f}" if dora else ""
-        amortised = f"{(value / dora + every - 1) / every:.2f}" if dora and search else ""
+        amortised = f"{(value / dora + 3) / 4:.2f}" if dora and search else ""
         lines.append(
             f"{name:24}{value:9.2f}{spread:>14}{speed:>10}{bound:>12}"
             f"{steps:>12}{amortised:>11}{peaks[name]:9.2f}"
@@ -328,32 +315,8 @@ def table(bench, seconds, peaks):
     return lines
 
 
-def draw(path, title, seconds):
-    """A bar for each kind: the median, and a line from the fastest to the slowest round."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 0.3 * len(seconds) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    for y, (name, times) in enumerate(seconds.items()):
-        value = statistics.median(times)
-        color = "gray" if KINDS[name].peer else "orange" if name in SEARCH else "blue"
-        axes.barh(y, value, color=f"tab:{color}", height=0.7)
-        axes.plot([min(times), max(times)], [y, y], color="black", linewidth=1)
-        axes.text(max(times), y, f" {value:.2f}", va="center")
-
-    axes.set_yticks(range(len(seconds)), seconds)
-    axes.invert_yaxis()
-    axes.set(
-        xlabel="seconds a step (median, fastest and slowest); orange: an iteration of search",
-        title=title,
-        xlim=(0, 1.15 * max(map(max, seconds.values()))),
-    )
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-
-
 def scaling(bench):
-    """Print and return seconds and peak memory over rank, length and depth, one at a time."""
+    """Print seconds and peak memory over rank, length and depth, one at a time."""
     c = shape(bench)
     depth = c.num_hidden_layers
     widest = min(256, c.num_key_value_heads * c.head_dim)  # no rank above a layer's outputs
@@ -361,21 +324,19 @@ def scaling(bench):
     changes += [{"length": n, "batch_size": 2} for n in (64, 256, 512, 1024, 2048)]
     changes += [{"layers": n} for n in (depth // 4, depth // 2, depth)]
 
-    results = []
     print(f"{'':28}{'seconds':>9}{'GB':>7}")
     for change, name in itertools.product(changes, ("lora", "dora", "unrolled")):
         if name == "unrolled" and change.get("length", 0) > 512:
             continue  # it would take too long
-        results.append(change | alone(dataclasses.replace(bench, **change), name))
-        seconds, gb = statistics.median(results[-1]["seconds"]), results[-1]["peak_gb"]
+        times, gb = alone(dataclasses.replace(bench, **change), name)
         what, value = next(iter(change.items()))
+        seconds = statistics.median(times)
         print(f"{f'{what} {value}':16}{name:12}{seconds:9.2f}{gb:7.2f}", flush=True)
-    return results
 
 
 def check(bench):
     """Raise ValueError or OSError for settings that make no sense."""
-    settings.at_least(bench, rounds=1, rank=1, upper_every=1, layers=0, batch_size=2, length=2)
+    settings.at_least(bench, rounds=1, rank=1, layers=0, batch_size=2, length=2)
     dtypes, labels = ("auto", "float32", "bfloat16"), ("all", "last")
     choices = {"labels": labels, "data": ("", *BUILT_IN), "dtype": dtypes, "kinds": KINDS}
     for name, known in choices.items():
@@ -383,22 +344,15 @@ def check(bench):
         for each in value if isinstance(value, tuple) else [value]:
             if each not in known:
                 raise ValueError(f"unknown {name} {each!r}" + settings.suggest(each, known))
-
-    out = Path(bench.out)
-    if out.suffix != ".json" or out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise ValueError(f"out={bench.out} must be a .json file in a folder that can be written to")
     shape(bench)  # raises for an unknown model
 
 
 def run(bench):
-    """Measure, print and write."""
+    """Measure and print."""
     check(bench)
     if bench.dtype == "auto":
         fastest = str(fast_dtype("cpu")[0]).removeprefix("torch.")
         bench = dataclasses.replace(bench, dtype=fastest)
-    if bench.quick:
-        kinds = ("forward", "lora", "dora", "unrolled")
-        bench = dataclasses.replace(bench, rounds=3, kinds=kinds)
 
     labels = {"all": "a label on each", "last": "one label a row"}[bench.labels]
     what = (
@@ -406,19 +360,11 @@ def run(bench):
         f"{bench.data or f'{bench.length} tokens, {labels}'}, rank {bench.rank}"
         f"{', compiled' if bench.compile else ''}"
     )
-    results = {"settings": vars(bench), "processor": processor()}
-    print(what, results["processor"], sep="\n", flush=True)
-    chart, saved = Path(bench.out).with_suffix(".png"), bench.out
+    print(what, processor(), sep="\n", flush=True)
     if bench.scaling:
-        results["scaling"] = scaling(bench)
+        scaling(bench)
     else:
-        seconds, peaks = measure(bench)
-        results |= {"seconds": seconds, "peak_gb": peaks}
-        print("", *table(bench, seconds, peaks), sep="\n")
-        draw(chart, what, seconds)
-        saved = f"{bench.out} and {chart}"
-    write_json(bench.out, results)
-    print(f"\nsaved in {saved}")
+        print("", *table(bench, *measure(bench)), sep="\n")
 
 
 def main(arguments):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from bidora import METHODS
 from config import Config
 from model import ModelConfig
-from support.run import rules, settings
+from support.run import settings
 from support.run.files import read_json
 from support.run.hardware import need
 from support.weights.pretrained import find_model
@@ -48,16 +48,13 @@ class Memory:
     rank: int = 8  # of the adapters, in all seven linear layers
     length: int = 512  # tokens a row
     batch_size: int = 4  # rows a step
-    micro_batch_size: int = 0  # rows whose activations are in memory at once; 0: all
     gradient_checkpointing: bool = True  # keep one activation a block, compute the others again
-    optimizer: str = "adamw"  # or adamw8bit
     devices: tuple = ()  # a table over these numbers of devices, for LLaMA 2 or the model
 
 
 def check(memory):
     """Raise ValueError for settings that make no sense."""
-    known = {"optimizer": ("adamw", "adamw8bit")}
-    rules.refuse(rules.values(memory, known), rules.micro_batch(memory))
+    settings.at_least(memory, rank=1, length=1, batch_size=1)
     if not all(number.isdigit() and int(number) > 1 for number in memory.devices):
         raise ValueError(f"devices={','.join(memory.devices)} must be integers above 1")
 
@@ -111,7 +108,7 @@ def estimate(memory):
     """Print the table of the devices or of the methods."""
     check(memory)
     models = models_of(memory)
-    shared = ("rank", "batch_size", "micro_batch_size", "gradient_checkpointing", "optimizer")
+    shared = ("rank", "batch_size", "gradient_checkpointing")
     config = Config(**{name: getattr(memory, name) for name in shared})
     (print_devices if memory.devices else print_methods)(models, memory, config)
 

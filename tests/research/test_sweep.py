@@ -23,8 +23,10 @@ from support.run import run_folder
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(sweep.__file__).parents[1]
 OPTIONS = "--model=minilm --target_modules=query,value --dtype=float32"
+MODEL = {"model": "tiny-random", "target_modules": ("q_proj", "v_proj")}
 TOY = ["--model=tiny-random", "--target_modules=q_proj,v_proj", "--domains=toy-sentiment"]
-TOY += ["--sizes=20", "--arms=lora", "--seeds=2"]
+TOY += ["--sizes=20"]
+LORA = [*TOY, "--arms=lora", "--seeds=2"]
 
 
 def test_samples_tuning_set_and_test_share_no_example_and_the_test_is_the_same_for_all():
@@ -136,7 +138,7 @@ def test_the_point_of_a_grid_with_the_lowest_mean_loss_is_chosen_for_all_domains
 
 
 def test_a_run_that_diverges_is_kept_as_such_and_any_other_failure_stops():
-    toy, job = Sweep(quick=True), Job("toy-sentiment", 40, "ft", 0)
+    toy, job = Sweep(**MODEL), Job("toy-sentiment", 40, "ft", 0)
     assert "not finite" in sweep.run(toy, "a", job, {"lower_lr": 1e30})["diverged"]
     with pytest.raises(ValueError, match="b: lower_lr=-1.0 must be at least 0"):
         sweep.run(toy, "b", job, {"lower_lr": -1.0})
@@ -145,7 +147,7 @@ def test_a_run_that_diverges_is_kept_as_such_and_any_other_failure_stops():
 
 
 def test_a_run_that_another_process_holds_is_left_to_it():
-    toy = Sweep(group="smollm2", quick=True)
+    toy = Sweep(group="smollm2", **MODEL)
     Path(toy.out_dir).mkdir(parents=True)
     with run_folder.locked(f"{toy.out_dir}/a"):
         assert sweep.run(toy, "a", Job("toy-sentiment", 40, "lora", 0), {"lower_lr": 1e-3}) is None
@@ -180,63 +182,55 @@ def test_every_method_is_an_arm_with_rates_for_its_levels_and_a_grid():
     assert max(arms.GRIDS["ft"]["lower_lr"]) < 1e-4
 
 
-def test_a_sweep_tunes_trains_resumes_and_lists_what_is_left(capfd):
-    def listed():
-        capfd.readouterr()
-        assert sweep.main([*TOY, "--list"]) == 0
-        return [line.split("--job=")[1] for line in capfd.readouterr().out.splitlines()]
-
-    names = ["toy-sentiment-20-lora-0", "toy-sentiment-20-lora-1"]
-    assert listed() == ["tune-toy-sentiment-lora"]
-    assert sweep.main([*TOY, "--job=tune-toy-sentiment-lora"]) == 0
-    assert listed() == names
-    assert sweep.main([*TOY, f"--job={names[0]}"]) == 0 and listed() == names[1:]
-
+def test_a_sweep_tunes_trains_and_goes_on_where_it_ended(capfd):
+    """One run of the choice of rates is missing, then the runs of two seeds."""
     path = Path("results/study/runs.jsonl")
+    losses = {(3e-4,): 2.0, (1e-3,): 1.0, (3e-3,): 2.0, (1e-2,): 3.0}
+    tuned(losses, "toy-sentiment-lora", BOTH[:1], options=" ".join([*TOY[:2], "--dtype=float32"]))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert sweep.main([*TOY, "--arms=lora", "--seeds=1"]) == 0
     before = path.read_bytes()
-    assert sweep.main(TOY) == 0
+    made = [json.loads(line)["name"] for line in before.splitlines()[-2:]]
+    assert made == ["tune-toy-sentiment-lora-0.01-1002", "toy-sentiment-20-lora-0"]
+    assert sweep.main(LORA) == 0
     after = path.read_bytes()
     assert after.startswith(before) and after.count(b"\n") == before.count(b"\n") + 1
-    assert names[1] in results.read_results("results/study") and not listed()
+    runs = results.load_results("results/study")
+    assert [(r["seed"], r["lower_lr"]) for r in runs] == [(0, 1e-3), (1, 1e-3)]
+
+    capfd.readouterr()
+    assert sweep.main(LORA) == 0 and path.read_bytes() == after
+    out, error = capfd.readouterr()
+    assert "0 runs to do" in error and re.search(r"\| `lora` \| .* \(2\) \|", out)
 
 
-def test_a_quick_sweep_makes_again_only_what_was_torn(capsys):
-    arguments = ["--group=smollm2", "--quick", "--arms=lora"]
+def test_a_sweep_at_one_rate_is_a_set_of_its_own_and_makes_again_only_what_was_torn(capsys):
+    arguments = [*TOY, "--group=smollm2", "--arms=bilora,ft", "--seeds=1", "--lower_lr=3e-4"]
     assert sweep.main(arguments) == 0
-    assert re.search(r"\| `lora` \| .* \(2\) \|", capsys.readouterr().out)
-    before = results.read_results("results-quick")
-    assert len(before) == 6  # four rates, two seeds
-    path = Path("results-quick/runs.jsonl")
+    assert "| `bilora` |" in capsys.readouterr().out
+    before = results.read_results("results")
+    assert before.keys() == {f"rate-0.0003-toy-sentiment-20-{arm}-0" for arm in ("bilora", "ft")}
+    runs = results.load_results("results", "rate-0.0003")
+    rates = {(r["method"], r["lower_lr"], r.get("upper_lr")) for r in runs}
+    assert rates == {("bilora", 3e-4, 3e-2), ("ft", 3e-4, None)}
+    for run in runs:  # q and v of two blocks, four snapshots a phase
+        trajectory = results.trajectory_of(run)
+        phases = 2 if run["method"] == "bilora" else 1
+        assert numpy.shape(trajectory.delta_m) == (4 * phases, 4)
+
+    path = Path("results/runs.jsonl")
     content = path.read_bytes()
     path.write_bytes(content[: content.rindex(b"}") - 9])  # as a process leaves it that is killed
     assert sweep.main(arguments) == 0
-    after = results.read_results("results-quick")
+    after = results.read_results("results")
     assert after.keys() == before.keys()
     made_again = [name for name in before if before[name]["seconds"] != after[name]["seconds"]]
     assert made_again == [json.loads(content.splitlines()[-1])["name"]]
 
-    runs = results.load_results("results-quick")
-    assert {r["seed"] for r in runs} == {0, 1}
-    trajectory = results.trajectory_of(runs[0])  # q and v of two blocks, four snapshots
-    assert numpy.shape(trajectory.delta_m) == (4, 4) and len(trajectory.magnitude) == 4
-    other = Sweep(group="smollm2", model="other", results="results-quick")
+    other, job = Sweep(group="smollm2", model="other"), Job("toy-sentiment", 20, "ft", 0)
     message = "was made without --lower_lr=9, --model=other: remove its line"
     with pytest.raises(ValueError, match=message):
-        sweep.run(other, runs[0]["name"], Job("toy-sentiment", 40, "lora", 0), {"lower_lr": 9})
-
-
-def test_a_sweep_at_one_rate_is_a_set_of_its_own(capsys):
-    arguments = ["--group=smollm2", "--quick", "--arms=bilora,ft", "--lower_lr=3e-4"]
-    assert sweep.main(arguments) == 0
-    assert not results.load_results("results-quick", "tune")
-    runs = results.load_results("results-quick", "rate-0.0003")
-    names = {f"rate-0.0003-toy-sentiment-40-{m}-{s}" for m in ("bilora", "ft") for s in range(2)}
-    assert {r["name"] for r in runs} == names
-    rates = {(r["method"], r["lower_lr"], r.get("upper_lr")) for r in runs}
-    assert rates == {("bilora", 3e-4, 3e-2), ("ft", 3e-4, None)}
-    assert sweep.main(["--report", *arguments]) == 0
-    assert "| `bilora` |" in capsys.readouterr().out
-    assert sweep.main(["--report", *arguments[:-1]]) == 2  # no run has a rate of its own
+        sweep.run(other, runs[0]["name"], job, {"lower_lr": 9})
 
 
 def test_a_run_that_another_sweep_leaves_is_made_after_all(capsys):
@@ -253,7 +247,7 @@ def test_a_run_that_another_sweep_leaves_is_made_after_all(capsys):
     held, other = threading.Event(), threading.Thread(target=hold_the_first, daemon=True)
     other.start()
     held.wait()
-    assert sweep.main([*TOY, "--lower_lr=1e-3", "--workers=1"]) == 0
+    assert sweep.main([*LORA, "--lower_lr=1e-3", "--workers=1"]) == 0
     assert "1 runs are being made by other processes" in capsys.readouterr().err
     made = results.read_results("results/study")
     assert [*made] == names[::-1] and {line["threads"] for line in made.values()} == {1}
@@ -270,7 +264,7 @@ def test_workers_share_the_cores_unless_the_user_says_how_many_threads(threads, 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_the_workers_end_with_their_parent_and_the_same_command_resumes(signum, status):
-    command = [sys.executable, "-m", "research.sweep", *TOY]
+    command = [sys.executable, "-m", "research.sweep", *LORA]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         while not Path("results/study/runs.jsonl").exists():
@@ -297,37 +291,38 @@ def test_the_workers_end_with_their_parent_and_the_same_command_resumes(signum, 
         (["--sizes=ten"], "integers of at least 20"),
         (["--seeds=-1"], "must be at least"),
         (["--workers=0"], "must be at least"),
-        (["--report"], "no results in results/study"),
-        ([*TOY, "--job=nothing"], "unknown job 'nothing'"),
-        ([*TOY, "--job=tune-nothing"], "unknown job 'tune-nothing'"),
-        (["--list", "--report"], "choose one"),
-        (["--quick", "--results=file"], "choose another --results"),
+        (["--results=file"], "choose another --results"),
     ],
 )
 def test_wrong_input_gets_one_line(arguments, message, capsys):
-    Path("file-quick").touch()
+    Path("file").touch()
     assert sweep.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("error: ") == 1 and "Traceback" not in error
 
 
-LINE = {"name": "a", "set": "main", "domain": "peptides", "size": 100, "method": "bidora"}
+NAME = "peptides-100-bidora-0"
+LINE = {"name": NAME, "set": "main", "domain": "peptides", "size": 100, "method": "bidora"}
 LINE |= {"after": {"test": {"accuracy": 0.5}, "train": {"accuracy": 0.9}}}
 LINE |= {"seed": 0, "command": f"python train.py {OPTIONS}"}
 
 
-@pytest.mark.parametrize("lost", ["after", "command"])
-def test_a_line_without_what_a_sweep_reads_is_named(lost, capsys):
+@pytest.mark.parametrize(
+    "lost, arguments, said",
+    [
+        ("after", [], "lacks after: remove its line"),
+        ("command", [], "lacks command: remove its line"),
+        (None, ["--model=other"], "was made without --model=other: remove its line"),
+        (None, [], ""),
+    ],
+)
+def test_a_line_without_what_a_sweep_reads_or_of_another_model_is_named(
+    lost, arguments, said, capsys
+):
     results.save("results/study", {key: value for key, value in LINE.items() if key != lost})
-    assert sweep.main(["--report"]) == 2
-    said = f"error: a in results/study/runs.jsonl lacks {lost}: remove its line"
-    assert capsys.readouterr().err.strip() == said
-
-
-def test_runs_of_another_model_are_not_taken_for_this_one_s(capsys):
-    results.save("results/study", LINE)
-    assert sweep.main(["--report"]) == 0
-    assert sweep.main(["--report", "--model=tiny-random"]) == 2
-    assert "a in results/study/runs.jsonl was made without --model=tiny-random" in (
-        capsys.readouterr().err
+    one = ["--arms=bidora", "--domains=peptides", "--seeds=1", "--sizes=100"]
+    assert sweep.main([*one, *arguments]) == (2 if said else 0)
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"error: {NAME} in results/study/runs.jsonl {said}" if said else "0 runs"
     )

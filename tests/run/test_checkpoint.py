@@ -134,12 +134,22 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(name, again):
     assert_same_run("whole", "killed")
 
 
+LONG = "--config=tiny.py --snapshots=2 --search_steps=100 --retrain_steps=10 --upper_every=4"
+LONG = [*LONG.split(), "--eval_size=20"]
+
+
+@pytest.fixture(scope="module")
+def long_whole(tmp_path_factory):
+    """The folder of a run of LONG that was never stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "long"
+    assert train.main([*LONG, f"--out_dir={folder}"]) == 0
+    return folder
+
+
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_finish_the_step_save_and_say_how_to_go_on(signum, code):
-    command = "--config=tiny.py --snapshots=2 --search_steps=200 --retrain_steps=10 --upper_every=4"
-    arguments = [*command.split(), "--eval_size=20"]
+def test_signals_finish_the_step_save_and_say_how_to_go_on(signum, code, long_whole):
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
+        [sys.executable, str(ROOT / "train.py"), *LONG],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -152,17 +162,16 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(signum, code):
     _, error = process.communicate(timeout=120)
     assert process.returncode == code
     message = error.strip().splitlines()[-1]
-    again = f"resume it with: python train.py {' '.join(arguments)} --resume=True"
+    again = f"resume it with: python train.py {' '.join(LONG)} --resume=True"
     assert message.startswith("stopped at search step ") and message.endswith(again)
     done = len(lines("out/tiny"))
-    assert done < 200 and checkpoint.names("out/tiny")[-1].name == f"{done:06d}"
+    assert done < 100 and checkpoint.names("out/tiny")[-1].name == f"{done:06d}"
     state = load_file(f"out/tiny/checkpoints/{done:06d}/state.safetensors")
     for name, tensor in load_file("out/tiny/adapter_model.safetensors").items():
         own = name.removeprefix("base_model.model.").removesuffix(".weight")
         assert torch.equal(state[f"parameter.{own}"], tensor)
-    assert train.main([*arguments, "--resume=True"]) == 0
-    assert train.main([*arguments, "--out_dir=whole"]) == 0
-    assert_same_run("whole", "out/tiny")
+    assert train.main([*LONG, "--resume=True"]) == 0
+    assert_same_run(long_whole, "out/tiny")
 
 
 def test_a_second_interrupt_leaves_at_once():

@@ -173,8 +173,8 @@ def test_the_table_runs_and_knows_the_published_sizes(capsys):
     [
         ("--model=no/such/model", "no/such/model"),
         ("--optimizer=foo", "unknown optimizer 'foo'"),
+        ("--rnak=3", "did you mean 'rank'"),
         ("--length=-5", "length=-5"),
-        ("--micro_batch_size=8", "is more than batch_size=4"),
         ("--devices=1", "above 1"),
     ],
 )
