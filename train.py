@@ -34,6 +34,7 @@ from bilevel import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
 from config import MAY_CHANGE, Config, check, is_bilevel, read_config, resolve, second_order
 from support.run import distributed, hardware, progress, report, rules, settings
 from support.run.run import Run
+from support.text.splits import Examples
 from support.weights import quantized
 from support.weights.hf_format import is_own
 from support.weights.pretrained import find_model, is_hub_name
@@ -204,8 +205,8 @@ class Task:
     folder: Path  # of the base model
     name: str  # a key of tasks.TASKS
     family: tasks.LanguageTask | tasks.HeadTask  # what rows, losses and scores are here
-    splits: dict  # {"train", "val", "test"}: lists of examples
-    encoded: dict  # the same splits, as lists of rows
+    examples: Examples  # what is known of them; their texts are not kept
+    encoded: dict  # {"train", "val", "test"}: lists of rows
     cut: int  # how many examples were too long
     labels: list  # sorted; [] where there are none
     model: nn.Module
@@ -254,23 +255,16 @@ class Task:
         return adapted or bidora.linear_layers(self.model, self.config.target_modules)
 
     @property
-    def pairs(self):
-        """Whether the examples are pairs of texts; None if only some are."""
-        kinds = {"text_b" in example for example in self.splits["train"]}
-        return kinds.pop() if len(kinds) == 1 else None
-
-    @property
     def raw(self):
         """Whether the examples are free text, which no chat template frames."""
-        free = data.format_of(self.splits["train"][0]) in ("prompt", "code", "text")
-        return self.name == "language_model" and free
+        return self.name == "language_model" and self.examples.form in ("prompt", "code", "text")
 
     def metadata(self):
         """What run.json holds besides the settings; sample.py reads it."""
         question = self.family.question if self.name == "label_words" else ""
         labels = self.labels if self.name in ("label_words", *tasks.HEADS) else []
         metadata = {"task": self.name, "labels": labels, "label_prompt": question}
-        return metadata | {"pairs": self.pairs, "raw": self.raw, "dtype": self.dtype}
+        return metadata | {"pairs": self.examples.pairs, "raw": self.raw, "dtype": self.dtype}
 
     def save(self, out):
         """Write the adapter, or for full fine-tuning the model, into the folder `out`."""
@@ -314,7 +308,9 @@ def prepare(config, device, resuming=False, task_class=Task, began=None):
         method = METHODS.get(config.method)
         config = hardware.fit_memory(config, method, device, dtype, shape, encode)
     config = resolve(config, shape)
+    examples = Examples.of(splits, config)
     encoded, cut = encode(config.block_size)
+    splits.clear()  # frees the texts
     data.check_vocabulary(encoded, shape.vocab_size, folder)
     family.rehearse(encoded["train"])
 
@@ -327,7 +323,7 @@ def prepare(config, device, resuming=False, task_class=Task, began=None):
         folder=folder,
         name=name,
         family=family,
-        splits=splits,
+        examples=examples,
         encoded=encoded,
         cut=cut,
         labels=labels,

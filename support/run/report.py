@@ -1,6 +1,5 @@
 """What a run prints: its plan, the final table and what to try next; and its loss curves."""
 
-import itertools
 import shlex
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ import torch
 from support.run import distributed, interrupt
 from support.run.files import replacing
 from support.text.datasets import BUILT_IN
-from support.text.jsonl import count_shared
 from support.text.splits import compared, left_out
 
 SHARES = ("accuracy", "f1", "f1_micro", "f1_macro", "precision", "recall")  # shown in percent
@@ -32,32 +30,21 @@ def announce(task, method):
         own = f", and {task.sizes['local_weight_bytes'] / 1e6:.0f} MB of weights" * config.fsdp
         print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{own}")
 
-    counts = ", ".join(f"{len(examples)} {name}" for name, examples in task.splits.items())
+    counts = ", ".join(f"{count} {name}" for name, count in task.examples.counts.items())
     labels = f"; labels {', '.join(task.labels)}" if task.labels else ""
     source = config.train_file or config.data
     if source in BUILT_IN:
         source += f" (licence: {BUILT_IN[source].licence})"
-    if max(map(len, task.splits.values())) > config.eval_size:
+    if max(task.examples.counts.values()) > config.eval_size:
         counts += f" (evaluated: {config.eval_size} of each at most)"
     print(f"data: {source}: {counts}{labels:.300}")
-    announce_shared(config, task.splits)
+    for line in task.examples.shared:
+        print(line)
     print(f"task: {task.name}, scored by {task.family.metric}")
-    notes = [*getattr(task.model, "notes", ()), *left_out(task.splits, task.encoded, task.labels)]
+    notes = [*getattr(task.model, "notes", ()), *left_out(task.examples, task.encoded, task.labels)]
     notes += compared(task.encoded, task.family.unknown_id)
     notes += task.family.notes(task.cut, config.block_size)
     print(*notes, trainable(task.sizes["trainable_parameters"]), phases(config, method), sep="\n")
-
-
-def announce_shared(config, splits):
-    """Print how many lines of val_file and test_file an earlier file also holds."""
-    files = {f"{name}_file": rows for name, rows in splits.items()}
-    if not config.val_file:  # then val is a part of train_file
-        files["train_file"] = splits["train"] + files.pop("val_file")
-    if not config.test_file:
-        del files["test_file"]
-    for (name, rows), (later, later_rows) in itertools.combinations(files.items(), 2):
-        if shared := count_shared(later_rows, rows):
-            print(f"{shared} of {len(later_rows)} lines of {later} are also in {name}")
 
 
 def trainable(sizes):
@@ -194,10 +181,10 @@ def summary(task):
         **task.sizes,
         "task": task.name,
         "metric": task.family.metric,
-        "pairs": task.pairs,
+        "pairs": task.examples.pairs,
         "raw": task.raw,
         "dtype": task.dtype,
-        "examples": {name: len(examples) for name, examples in task.splits.items()},
+        "examples": task.examples.counts,
         "evaluated": {name: len(rows) for name, rows in task.evaluated.items()},
     }
 
