@@ -11,18 +11,19 @@ The answer is supervised (a completion, an output, a label, the assistant's turn
 everything is.
 """
 
-import bisect
 import itertools
 import json
 import math
 import random
-import re
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from support.text.jsonl import FORMATS, format_of, is_learnt
+from support.text.packed import Packed
+from support.text.question import Question, prefix_of
 from support.text.splits import LABEL_PROMPT, load_examples, load_splits, split  # noqa: F401
 from support.text.tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer)
 
@@ -31,65 +32,24 @@ from support.text.tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer
 
 @dataclass
 class Encoded:
-    input_ids: list  # prompt and answer
-    labels: list  # as long; -100 where not supervised
+    input_ids: list = Packed()  # prompt and answer
+    labels: list = Packed()  # as long; -100 where not supervised
     label: str = None  # classification: the right answer
-    prompt_ids: list = field(default_factory=list)  # the prompt alone, unless plain text
-    references: list = field(default_factory=list)  # data to text: the right answers
+    prompt: int = 0  # how many tokens are the prompt; 0 in plain text
+    references: list = ()  # data to text: the right answers
     notes: tuple = ()  # what of the example the chat template leaves out
     choices: list = None  # multiple choice: (token ids, text) of each
     answer: int = None  # the place of the right one
 
-
-def prefix_of(tokenizer):
-    """The token ids before a conversation: a chat template writes its own, the plain one none."""
-    return [] if tokenizer.has_chat_template else tokenizer.prefix_ids
+    @property
+    def prompt_ids(self):
+        return self.input_ids[: self.prompt]
 
 
 def tokenize_prompt(messages, tokenizer):
     """A conversation up to where the assistant's next turn goes, as token ids."""
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     return prefix_of(tokenizer) + tokenizer.encode(text)
-
-
-def tokenize_question(text, tokenizer, label_prompt, label_ids, block_size, text_b=""):
-    """
-    The prompt of a classification example, up to where the label goes: (token ids, whether it was
-    cut). label_ids: from tokenize_labels. text_b: the second text of a pair, which follows the
-    first one where label_prompt has no {text_b}.
-
-    Of a prompt that leaves no room for every label in block_size tokens, the left of the text is
-    cut, of a pair that of the longer one first, and nothing else. Raises ValueError if that is not
-    enough.
-    """
-
-    if text_b and "{text_b}" not in label_prompt:
-        label_prompt = label_prompt.replace("{text}", "{text}\n{text_b}")
-    longer, both = len(text) - len(text_b), len(text) + len(text_b)
-
-    def prompt(cut):
-        """With `cut` characters less."""
-        first = min(cut, abs(longer))  # all of these from the longer text
-        start, start_b = (cut - first + 1) // 2, (cut - first) // 2
-        start, start_b = (start + first, start_b) if longer > 0 else (start, start_b + first)
-        values = {"text": text[start:], "text_b": text_b[start_b:], "labels": ", ".join(label_ids)}
-        question = re.sub(r"\{(labels|text|text_b)\}", lambda m: values[m[1]], label_prompt)
-        return tokenize_prompt([{"role": "user", "content": question}], tokenizer)
-
-    room = block_size - max(map(len, label_ids.values()))
-    ids = prompt(0)
-    if len(ids) <= room:
-        return ids, False
-
-    cut = bisect.bisect_left(range(both), True, key=lambda i: len(prompt(i)) <= room)
-    ids = prompt(cut)
-    if len(ids) > room:
-        raise ValueError(
-            f"block_size={block_size} must hold the classification question, which takes "
-            f"{len(ids)} tokens without any text, and a label ({block_size - room}): raise "
-            f"block_size, or shorten label_prompt"
-        )
-    return ids, True
 
 
 def tokenize_labels(labels, tokenizer):
@@ -99,10 +59,11 @@ def tokenize_labels(labels, tokenizer):
     Raises ValueError for labels that are the same tokens.
     """
     ids = {label: tokenizer.encode(label) for label in labels}
-    for a, b in itertools.combinations(labels, 2):
+    in_order = sorted(labels, key=ids.get)  # those that a label begins follow it at once
+    for a, b in itertools.pairwise(in_order):
         if ids[a] == ids[b]:
             raise ValueError(f"to the tokenizer, the labels {a!r} and {b!r} are one: rename one")
-    if any(a != b and ids[b][: len(ids[a])] == ids[a] for a in labels for b in labels):
+    if any(ids[b][: len(ids[a])] == ids[a] for a, b in itertools.pairwise(in_order)):
         ids = {label: tokens + [tokenizer.eos_id] for label, tokens in ids.items()}
     return ids
 
@@ -180,22 +141,25 @@ def encode(examples, tokenizer, block_size, label_prompt="", label_ids=None, tra
     whole; of a classification example, only the text is cut; plain text fills several rows.
     label_ids: from tokenize_labels. Raises ValueError without room, or if a chat template refuses.
     """
-    encoded, cut, asked = [], 0, (tokenizer, label_prompt or LABEL_PROMPT, label_ids, block_size)
+    encoded, cut = [], 0
+    asked = label_ids and Question(tokenizer, label_prompt or LABEL_PROMPT, label_ids, block_size)
     for example in examples:
-        kind, shortened, choices, notes = format_of(example), False, [], ()
+        kind, label = format_of(example), example.get("label")
+        shortened, choices, notes = False, [], ()
         if kind == "classification":
-            text, text_b = example["text"], example.get("text_b", "")
-            question, shortened = tokenize_question(text, *asked, text_b)
-            pieces = [(question, False), (label_ids[example["label"]], True)]
+            question, shortened = asked.tokenize(example["text"], example.get("text_b", ""))
+            pieces, label = [(question, False), (label_ids[label], True)], sys.intern(label)
         elif kind == "multiple_choice":
             prompt, choices = tokenize_choices(example["prompt"], example["choices"], tokenizer)
             pieces = [(prompt, False), (choices[example["answer"]], True)]
         else:
             pieces, notes = segments(example, tokenizer)
 
-        ids = [token for tokens, _ in pieces for token in tokens]
-        learnt = [yes or train_on_prompt and yes is False for part, yes in pieces for _ in part]
-        targets = [token if yes else -100 for token, yes in zip(ids, learnt)]
+        ids, targets = [], []
+        for tokens, yes in pieces:
+            ids += tokens
+            learnt = yes or train_on_prompt and yes is False
+            targets += tokens if learnt else [-100] * len(tokens)
         if kind in ("text", "code"):
             # A row's first token is the last of the row before, so that each is predicted once.
             for i in range(0, len(ids) - 1, block_size - 1):
@@ -212,9 +176,9 @@ def encode(examples, tokenizer, block_size, label_prompt="", label_ids=None, tra
             )
         room = block_size - len(longest) + len(answer)
         cut += shortened or len(ids) > room
-        row = Encoded(ids[-room:], targets[-room:], example.get("label"), notes=notes)
+        row = Encoded(ids[-room:], targets[-room:], label, notes=notes)
         if kind != "messages":
-            row.prompt_ids = row.input_ids[: -len(answer)]
+            row.prompt = min(len(ids), room) - len(answer)
         if kind in ("prompt", "generation"):
             texts = example.get("references") or [example["completion"].strip()]
             row.references = list(map(tokenizer.without_end, texts))

@@ -20,7 +20,7 @@ import torch
 import tasks
 from bidora import load_adapter
 from config import Config
-from data import LABEL_PROMPT, encode, tokenize_labels, tokenize_prompt, tokenize_question
+from data import LABEL_PROMPT, Question, encode, tokenize_labels, tokenize_prompt
 from support.run import hardware, progress, rules, settings
 from support.tasks import predict
 from support.tasks.head_task import HeadTask, load_tokenizer
@@ -114,7 +114,7 @@ def answer(model, tokenizer, messages, config):
 def classify(model, tokenizer, text, labels, label_prompt, block_size, text_b=""):
     """(probability, label) of every label, likeliest first; a long text is cut as in training."""
     label_ids = tokenize_labels(labels, tokenizer)
-    prompt, _ = tokenize_question(text, tokenizer, label_prompt, label_ids, block_size, text_b)
+    prompt, _ = Question(tokenizer, label_prompt, label_ids, block_size).tokenize(text, text_b)
     p = model.score([prompt], list(label_ids.values()))[0].softmax(-1)
     return sorted(zip(p.tolist(), labels), reverse=True)
 

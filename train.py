@@ -34,6 +34,7 @@ from config import MAY_CHANGE, Config, check, is_bilevel, read_config, resolve, 
 from support.run import distributed, hardware, progress, report, rules, settings
 from support.run.run import Run
 from support.tasks.predict import evaluate_rows
+from support.text.splits import Examples
 from support.weights import quantized
 from support.weights.hf_format import is_own
 from support.weights.pretrained import find_model
@@ -163,8 +164,8 @@ class Task:
     folder: Path  # of the base model
     name: str  # a key of tasks.TASKS
     family: tasks.LanguageTask | tasks.HeadTask  # what rows, losses and scores are here
-    splits: dict  # {"train", "val", "test"}: lists of examples
-    encoded: dict  # the same splits, as lists of rows
+    examples: Examples  # what is known of them; their texts are not kept
+    encoded: dict  # {"train", "val", "test"}: lists of rows
     cut: int  # how many examples were too long
     labels: list  # sorted; [] where there are none
     model: nn.Module
@@ -253,15 +254,17 @@ def prepare(config, device, resuming=False, task_class=Task, began=None):
         method = METHODS.get(config.method)
         config = hardware.fit_memory(config, method, device, dtype, shape, encode)
     config = resolve(config, shape)
+    examples = Examples.of(splits, config)
     encoded, cut = encode(config.block_size)
     config = rules.with_steps(config, len(encoded["train"]) + len(encoded["val"]))
+    splits.clear()  # frees the texts
     data.check_vocabulary(encoded, shape.vocab_size, folder)
     family.rehearse(encoded["train"])
 
     model, sizes = build_model(config, folder, dtype, device, family, encoded["train"])
     own = dict(config=config, device=device, dtype=dtype, dtype_reason=dtype_reason, folder=folder)
-    own |= dict(name=name, family=family, splits=splits, encoded=encoded, cut=cut, labels=labels)
-    return task_class(**own, model=model, sizes=sizes)
+    own |= dict(name=name, family=family, examples=examples, encoded=encoded, cut=cut)
+    return task_class(**own, labels=labels, model=model, sizes=sizes)
 
 
 def encode_splits(family, splits, block_size):

@@ -631,7 +631,7 @@ def test_of_a_long_pair_the_left_of_the_longer_text_is_cut_first(sizes):
     tokenizer = data.Tokenizer.from_pretrained(find_model("tiny-random"))
     label_ids = data.tokenize_labels(["no", "yes"], tokenizer)
     text, text_b = "a" * sizes[0], "b" * sizes[1]
-    ids, cut = data.tokenize_question(text, tokenizer, "{text}|{text_b}", label_ids, 150, text_b)
+    ids, cut = data.Question(tokenizer, "{text}|{text_b}", label_ids, 150).tokenize(text, text_b)
     before, after = tokenizer.decode(ids).split("|")
     kept = before.count("a"), after.count("b")
     assert cut and len(ids) == 150 - 3  # room for "yes"

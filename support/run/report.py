@@ -1,14 +1,12 @@
 """What a run prints: its plan, the final table and what to try next; and its loss curves."""
 
 import contextlib
-import itertools
 import shlex
 from pathlib import Path
 
 from support.run import distributed, interrupt
 from support.run.files import replacing
 from support.text.datasets import BUILT_IN
-from support.text.jsonl import count_shared, format_of
 from support.text.splits import compared, left_out
 
 SHARES = ("accuracy", "f1", "f1_micro", "f1_macro", "precision", "recall")  # shown in percent
@@ -29,31 +27,21 @@ def announce(task, method):
         own = f", and {task.sizes['local_weight_bytes'] / 1e6:.0f} MB of weights" * config.fsdp
         print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{own}")
 
-    counts = ", ".join(f"{len(examples)} {name}" for name, examples in task.splits.items())
+    counts = ", ".join(f"{count} {name}" for name, count in task.examples.counts.items())
     labels = f"; labels {', '.join(task.labels)}" if task.labels else ""
     source = config.train_file or config.data
     source += f" (licence: {BUILT_IN[source].licence})" if source in BUILT_IN else ""
-    if max(map(len, task.splits.values())) > config.eval_size:
+    if max(task.examples.counts.values()) > config.eval_size:
         counts += f" (evaluated: {config.eval_size} of each at most)"
     print(f"data: {source}: {counts}{labels:.300}")
-    announce_shared(config, task.splits)
+    for line in task.examples.shared:
+        print(line)
     print(f"task: {task.name}, scored by {task.family.metric}")
-    notes = [*getattr(task.model, "notes", ()), *left_out(task.splits, task.encoded, task.labels)]
+    notes = [*getattr(task.model, "notes", ()), *left_out(task.examples, task.encoded, task.labels)]
     notes += compared(task.encoded, task.family.unknown_id)
     notes += task.family.notes(task.cut, config.block_size)
     notes += ["device=mps is untested: watch the losses"] * (task.device == "mps")
     print(*notes, trainable(task.sizes["trainable_parameters"]), *plan(task, method), sep="\n")
-
-
-def announce_shared(config, splits):
-    """Print how many lines of val_file and test_file an earlier file also holds."""
-    files = {"train_file": splits["train"] + splits.get("held", [])}
-    if not config.val_file:  # then val is a part of train_file
-        files["train_file"] += splits["val"]
-    files |= {n: splits[n[:-5]] for n in ("val_file", "test_file") if getattr(config, n)}
-    for (name, rows), (later, later_rows) in itertools.combinations(files.items(), 2):
-        if shared := count_shared(later_rows, rows):
-            print(f"{shared} of {len(later_rows)} lines of {later} are also in {name}")
 
 
 def trainable(sizes):
@@ -197,13 +185,12 @@ def without(arguments, *names):
 
 def metadata(task):
     """What run.json holds besides the settings; sample.py reads it."""
-    first, pairs = task.splits["train"][0], {"text_b" in x for x in task.splits["train"]}
-    free = format_of(first) in ("prompt", "code", "text")
+    free = task.examples.form in ("prompt", "code", "text")
     return {
         "task": task.name,
         "labels": task.labels,
         "label_prompt": task.family.question if task.name == "label_words" else "",
-        "pairs": pairs.pop() if len(pairs) == 1 else None,  # None: only some are pairs of texts
+        "pairs": task.examples.pairs,
         "raw": task.name == "language_model" and free,  # free text, which no chat template frames
         "dtype": task.dtype,
     }
@@ -218,7 +205,7 @@ def summary(task):
         | task.sizes
         | {
             "metric": task.family.metric,
-            "examples": {name: len(examples) for name, examples in task.splits.items()},
+            "examples": task.examples.counts,
             "evaluated": {name: len(rows) for name, rows in task.evaluated.items()},
         }
     )

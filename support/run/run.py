@@ -25,6 +25,7 @@ import torch
 
 from support.run import checkpoint, distributed, hardware, interrupt, progress, report, run_folder
 from support.run.files import read_sealed, replacing, seal, write_json
+from support.text.packed import digest_of_rows
 from support.weights.pretrained import fingerprints
 from support.weights.weight_changes import Trajectory
 
@@ -91,7 +92,7 @@ class Run:
     def start(self, task):
         """Restore a resumed run or set an earlier one aside; write the folder. task: a Task."""
         self.config, self.task = task.config, task
-        self.fingerprint = hashlib.sha256(repr(task.encoded).encode()).hexdigest()
+        self.fingerprint = digest_of_rows(task.encoded)
         self.parameters = {n: p for n, p in task.model.named_parameters() if p.requires_grad}
         self.trajectory = None
         if self.config.snapshots:

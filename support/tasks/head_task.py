@@ -8,6 +8,7 @@ The tasks of a head (heads.py): examples as rows of tokens, answers as labels, a
 """
 
 import functools
+import itertools
 import shutil
 import sys
 from dataclasses import dataclass
@@ -20,13 +21,16 @@ from support.run.files import read_json
 from support.tasks import scores
 from support.tasks.any_model import in_one_line, library
 from support.tasks.heads import IGNORED, DecoderWithHead
+from support.text.packed import Packed
 from support.text.tokenizer_files import FILES, unknown_id
+
+BATCH = 1000  # examples that are tokenised at once
 
 
 @dataclass
 class Row:
-    input_ids: list
-    types: list  # the text, 0 or 1, of each token
+    input_ids: list = Packed()
+    types: list = Packed("b")  # the text, 0 or 1, of each token
     target: object  # a class, a list of 0 and 1, a number, or a class or -100 for each token
     answer: object  # the example's own, to compare with predictions
     words: list = None  # tagging: the word of each token that begins one, else -100
@@ -57,30 +61,43 @@ class HeadTask:
 
     def encode(self, examples, block_size):
         """(list of Row, how many were cut on the right) of examples. Raises ValueError."""
-        encode = self.encode_tags if self.kind == "tagging" else self.encode_text
-        encoded = [encode(example, block_size) for example in examples]
+        encode = self.encode_tags if self.kind == "tagging" else self.encode_texts
+        examples, encoded = iter(examples), []
+        while batch := [*itertools.islice(examples, BATCH)]:
+            encoded += encode(batch, block_size)
         return [row for row, _ in encoded], sum(cut for _, cut in encoded)
 
-    def encode_text(self, example, block_size):
-        text, text_b = example["text"], example.get("text_b")
-        ids, types, cut = encode_pair(self.tokenizer, text, text_b, block_size)
-        self.check_known(ids, example, text)
-        if self.kind == "regression":
-            answer = target = example["score"]
-        elif self.kind == "multi_label":
-            answer = example["labels"]
-            target = [float(name in answer) for name in self.names]
-        else:
-            answer = example["label"]
-            target = self.names.index(answer)
-        return Row(ids, types, target, answer), cut
+    def encode_texts(self, examples, block_size):
+        """Yield (Row, whether it was cut) of texts or pairs."""
+        pairs = [(example["text"], example.get("text_b")) for example in examples]
+        encoded = encode_pairs(self.tokenizer, pairs, block_size)
+        for example, (ids, types, cut) in zip(examples, encoded):
+            self.check_known(ids, example, example["text"])
+            if self.kind == "regression":
+                answer = target = example["score"]
+            elif self.kind == "multi_label":
+                answer = example["labels"]
+                target = [float(name in answer) for name in self.names]
+            else:
+                target = self.places[example["label"]]
+                answer = self.names[target]
+            yield Row(ids, types, target, answer), cut
 
-    def encode_tags(self, example, block_size):
-        words, tags = example["words"], example["tags"]
-        ids, places = encode_words(self.tokenizer, words, range(len(words)), block_size)
-        self.check_known([i for i, place in zip(ids, places) if place != IGNORED], example, words)
-        targets = [IGNORED if i == IGNORED else self.names.index(tags[i]) for i in places]
-        return Row(ids, [0] * len(ids), targets, tags, places), max(places) < len(words) - 1
+    def encode_tags(self, examples, block_size):
+        """Yield (Row, whether it was cut) of words."""
+        for example in examples:
+            words, tags = example["words"], [self.places[tag] for tag in example["tags"]]
+            ids, places = encode_words(self.tokenizer, words, range(len(words)), block_size)
+            known = [i for i, place in zip(ids, places) if place != IGNORED]
+            self.check_known(known, example, words)
+            targets = [IGNORED if i == IGNORED else tags[i] for i in places]
+            answer = [self.names[tag] for tag in tags]
+            row = Row(ids, [0] * len(ids), targets, answer, places)
+            yield row, max(places) < len(words) - 1
+
+    @functools.cached_property
+    def places(self):
+        return {name: place for place, name in enumerate(self.names)}
 
     @functools.cached_property
     def unknown_id(self):
@@ -179,10 +196,10 @@ class HeadTask:
             words = text.split()
             ids, places = encode_words(self.tokenizer, words, range(len(words)), block_size)
             prediction = model.predict(model(torch.tensor([ids])))[0].tolist()
-            tags = self.in_words(Row(ids, None, None, words, places), prediction)
+            tags = self.in_words(Row(ids, [], None, words, places), prediction)
             return [f"{word}\t{tag}" for word, tag in zip(words, tags)]
 
-        ids, types, _ = encode_pair(self.tokenizer, text, text_b or None, block_size)
+        [(ids, types, _)] = encode_pairs(self.tokenizer, [(text, text_b or None)], block_size)
         logits = model(torch.tensor([ids]), None, torch.tensor([types]))[0]
         if self.kind == "regression":
             return [f"{logits.item():.3f}"]
@@ -273,14 +290,16 @@ def truncate(tokenizer, block_size, pair):
     tokenizer.no_padding()
 
 
-def encode_pair(tokenizer, text, text_b=None, block_size=512):
+def encode_pairs(tokenizer, pairs, block_size=512):
     """
-    (token ids, token types, whether it was cut) of a text or a pair, with special tokens. The
-    longer text of a pair is cut first. Raises ValueError if block_size holds only special tokens.
+    (token ids, token types, whether it was cut) of each text or pair, (text, None or text_b), with
+    special tokens; the longer text is cut first. Raises ValueError as truncate.
     """
-    truncate(tokenizer, block_size, text_b is not None)
-    encoding = tokenizer.encode(text, text_b)
-    return encoding.ids, encoding.type_ids, bool(encoding.overflowing)
+    for paired in {text_b is not None for _, text_b in pairs}:
+        truncate(tokenizer, block_size, paired)
+    texts = [text if text_b is None else (text, text_b) for text, text_b in pairs]
+    encoded = tokenizer.encode_batch(texts)
+    return [(each.ids, each.type_ids, bool(each.overflowing)) for each in encoded]
 
 
 def encode_words(tokenizer, words, targets, block_size=512):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from support.text import official, tables
 from support.text.datasets import BUILT_IN
-from support.text.jsonl import Example, columns_of, format_of, read_jsonl
+from support.text.jsonl import Example, columns_of, count_shared, format_of, read_jsonl
 
 LABEL_PROMPT = (
     "Which of these labels fits the text: {labels}? Answer with the label only.\n\n{text}"
@@ -65,8 +65,8 @@ def split(examples, val_fraction=0.2, seed=0, grouped=True):
     chosen = set()
     for members in (groups[i] for i in order if i in groups):
         counts = Counter(examples[i].get("label") for i in members)
-        if counts <= lacking:
-            lacking -= counts
+        if all(count <= lacking[label] for label, count in counts.items()):
+            lacking.subtract(counts)
             chosen.update(members)
 
     train, val = [], []
@@ -206,8 +206,9 @@ def check_splits(splits, labels):
     if 0 < len(with_b) < len(firsts):
         raise ValueError(f"text_b, for pairs, is only in the examples of {' and '.join(with_b)}")
 
+    known = set(labels)
     for name, example in ((name, e) for name, part in splits.items() for e in part):
-        if unseen := set(labels_of(example)).difference(labels):
+        if unseen := set(labels_of(example)) - known:
             where = f"{example.where}: " if hasattr(example, "where") else ""
             raise ValueError(f"{where}{name} has the label {min(unseen)!r}, which train lacks")
 
@@ -224,14 +225,48 @@ def check_splits(splits, labels):
         raise ValueError(f"val lacks the label {min(lacking)!r}: give it examples of every label")
 
 
-def left_out(splits, encoded, labels):
+class Examples(NamedTuple):
+    """What is known of the examples when they have become rows."""
+
+    counts: dict  # {split: how many}
+    form: str  # their format, a key of jsonl.FORMATS
+    pairs: bool | None  # whether they are pairs of texts; None if only some are
+    notes: Counter  # {what a file's reader left out or changed: in how many}
+    shared: list  # a line for each file that holds lines of an earlier one
+
+    @classmethod
+    def of(cls, splits, config):
+        notes = (getattr(x, "notes", ()) for part in splits.values() for x in part)
+        pairs = {"text_b" in example for example in splits["train"]}
+        return cls(
+            {name: len(part) for name, part in splits.items()},
+            format_of(splits["train"][0]),
+            pairs.pop() if len(pairs) == 1 else None,
+            Counter(itertools.chain(*notes)),
+            [*shared(splits, config)],
+        )
+
+
+def shared(splits, config):
+    """Lines that say how many lines of val_file and test_file an earlier file also holds."""
+    first = "train_file" if config.train_file else "the training data"
+    files = {first: splits["train"] + splits.get("held", [])}
+    if not config.val_file:  # then val is a part of it
+        files[first] += splits["val"]
+    files |= {n: splits[n[:-5]] for n in ("val_file", "test_file") if getattr(config, n)}
+    for (name, part), (later, later_part) in itertools.combinations(files.items(), 2):
+        if count := count_shared(later_part, part):
+            yield f"{count} of {len(later_part)} lines of {later} are also in {name}"
+
+
+def left_out(examples, encoded, labels):
     """
     Lines that count what is left out of the examples or changed, by files' readers and by the chat
-    template, and name labels that look alike. splits: {name: examples}; encoded: {name: rows}.
+    template, and name labels that look alike. examples: Examples; encoded: {split: rows}.
     """
-    items = [item for parts in (splits, encoded) for part in parts.values() for item in part]
-    counts = Counter(note for item in items for note in getattr(item, "notes", ()))
-    total = sum(map(len, splits.values()))
+    rows = (row for part in encoded.values() for row in part)
+    counts = examples.notes + Counter(note for row in rows for note in getattr(row, "notes", ()))
+    total = sum(examples.counts.values())
     for note, count in counts.items():
         yield f"{note} in {count} of {total} examples"
     for _, alike in itertools.groupby(sorted(labels, key=str.casefold), str.casefold):
@@ -243,10 +278,10 @@ def compared(encoded, unknown_id):
     """Lines about many unknown tokens, and about splits, {name: rows}, of unlike lengths."""
     shares, lengths = {}, {}
     for name, rows in encoded.items():
-        ids = [row.input_ids for row in rows]
-        if len(ids) >= 10:  # fewer say little
-            shares[name] = sum(tokens.count(unknown_id) for tokens in ids) / sum(map(len, ids))
-            lengths[name] = statistics.median(map(len, ids))
+        if len(rows) >= 10:  # fewer say little
+            each = [(len(ids), ids.count(unknown_id)) for ids in (row.input_ids for row in rows)]
+            sizes, unknown = zip(*each)
+            shares[name], lengths[name] = sum(unknown) / sum(sizes), statistics.median(sizes)
     if max(shares.values(), default=0) > 0.05:
         said = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
         yield f"unknown tokens: {said}: the model can't tell such texts apart"

@@ -12,6 +12,7 @@ tokenizer (SentencePiece: LLaMA 2, the first Mistral).
 
 import bisect
 import contextlib
+import json
 import re
 import shutil
 import unicodedata
@@ -23,13 +24,17 @@ from support.text.chat import PLAIN_TEMPLATE, ChatTemplate
 from support.text.tokenizer_files import (
     FILES,
     library_errors,
-    open_library,
-    read_chat_templates,
-    read_settings,
-    read_spec,
+    read_files,
     tiktoken_encoding,
-    token_text,
     unknown_id,
+)
+
+# Questions that show what a chat template does to any
+ODD = (
+    "\ue000?\ue000",
+    '\n \ta\\n <b>\'"é"</b> {{ 7*7 }}\n\n[INST]<think>x</think> y\u3000\n ',
+    "<tool_response>\n?\n</tool_response>",
+    "",
 )
 
 
@@ -46,15 +51,10 @@ class Tokenizer:
 
     def __init__(self, folder, now=None):
         self.folder = folder = Path(folder)
-        self.settings = read_settings(folder)
-        path, spec = read_spec(folder, self.settings)
-        self.encoding, self.nfc = None, spec.get("normalizer") is not None
-        with contextlib.suppress(ValueError), malformed(path):  # the library says what is damaged
-            self.encoding = tiktoken_encoding(spec)
-        self.unknown_id = None
-        if not self.encoding:
-            self.library = open_library(path, spec)
-            self.unknown_id = unknown_id(self.library)
+        self.library, named, templates = read_files(folder)
+        spec = json.loads(self.library.to_str())
+        self.encoding, self.nfc = tiktoken_encoding(spec), spec.get("normalizer") is not None
+        self.unknown_id = None if self.encoding else unknown_id(self.library)
 
         vocab = spec["model"]["vocab"] if self.encoding else {}
         tokens = spec["added_tokens"]
@@ -64,8 +64,6 @@ class Tokenizer:
         longest_first = sorted(self.added, key=len, reverse=True)
         self.added_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
-        texts = {name: token_text(token) for name, token in self.settings.items()}
-        named = {n: t for n, t in texts.items() if n.endswith("_token") and isinstance(t, str)}
         if "eos_token" not in named and (folder / "config.json").exists():  # GPT-2's is there alone
             end = read_json(folder / "config.json").get("eos_token_id")
             named["eos_token"] = next((text for text, i in self.added.items() if i == end), None)
@@ -74,7 +72,7 @@ class Tokenizer:
             path = folder / "tokenizer_config.json"
             raise ValueError(f"{path} names no eos_token that is an added token")
         self.pad_id = self.added.get(named.get("pad_token"), self.eos_id)
-        template, with_tools = read_chat_templates(folder, self.settings)
+        template, with_tools = templates.get("default"), templates.get("tool_use")
         self.has_chat_template = template is not None
         self.chat = ChatTemplate(template or PLAIN_TEMPLATE, named, self.added, with_tools, now)
 
@@ -83,11 +81,6 @@ class Tokenizer:
         """That of a folder. now: ChatTemplate's. Raises FileNotFoundError or ValueError."""
         with malformed(f"{Path(folder) / 'tokenizer_config.json'} or tokenizer.json"):
             return cls(folder, now)
-
-    @cached_property
-    def library(self):
-        """The tokenizers library's tokenizer, loaded only when it is needed."""
-        return open_library(*read_spec(self.folder, self.settings))
 
     def encode(self, text):
         """The token ids of a text, a list. Added tokens in the text count as themselves."""
@@ -117,9 +110,11 @@ class Tokenizer:
         tokenizer puts a space before each text (LLaMA 2: SentencePiece), a token of the whole text
         belongs to the segment that it ends in.
         """
+        whole, added = self.encode(text), set(self.added.values())
+        if not cuts:
+            return [whole]
         # Text after an added token does not change the tokens before it, so the text before a cut
         # is encoded from the last added token on.
-        whole, added = self.encode(text), set(self.added.values())
         begins = [0, *(match.start() for match in self.added_pattern.finditer(text))]
         counts = [0, *(n for n, token in enumerate(whole) if token in added)]
         if len(begins) != len(counts):  # one of them counts only as a whole word
@@ -166,6 +161,26 @@ class Tokenizer:
     def apply_chat_template(self, messages, add_generation_prompt=False):
         """ChatTemplate.render, under its name in transformers."""
         return self.chat.render(messages, add_generation_prompt)
+
+    def turn(self, question):
+        """The chat template's text of one question, up to the answer. It is rendered only once."""
+        if self.frame is None:
+            return self.chat.render([{"role": "user", "content": question}], True)
+        before, edit, after = self.frame
+        return before + edit(question) + after
+
+    @cached_property
+    def frame(self):
+        """
+        (a chat template's text before a question, str or str.strip, which it applies to it, its
+        text after it), or None for a template that does more to one of ODD.
+        """
+        answers = self.chat.answers([([{"role": "user", "content": odd}], True) for odd in ODD])
+        texts = [answer.get("text", "") for answer in answers]
+        before, mark, after = texts[0].partition(ODD[0])
+        for edit in (str, str.strip):
+            if mark and texts == [before + edit(odd) + after for odd in ODD]:
+                return before, edit, after
 
     @cached_property
     def prefix_ids(self):

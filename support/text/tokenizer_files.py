@@ -1,10 +1,8 @@
 """
 Hugging Face's tokenizer files, for the tokenizers library or as a tiktoken encoding.
 
-tokenizer.json describes a whole tokenizer: added tokens, normalizer, pre-tokenizer, model
-(vocabulary and merges), post-processor and decoder. Older models have vocab.json and merges.txt
-instead; their class, named in tokenizer_config.json, implies the rest. Source:
-https://huggingface.co/docs/tokenizers/components
+tokenizer.json describes all of a tokenizer (https://huggingface.co/docs/tokenizers/components);
+transformers reads the files beside it.
 """
 
 import contextlib
@@ -13,8 +11,9 @@ import os
 import sys
 
 import tiktoken
+import tokenizers
 
-from support.run.files import malformed, read_json
+from support.run.files import read_json
 
 TOOL_USE = "additional_chat_templates/tool_use.jinja"
 FILES = (
@@ -27,12 +26,6 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 CHAR_TO_BYTE = dict(zip(map(chr, [*PRINTABLE, *range(256, 512)]), PRINTABLE + OTHERS))
 
-# An added token's flags, if the file does not give them
-FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-# The classes that take the vocabulary and the merges of tokenizer.json, and little more
-BYTE_LEVEL = ("GPT2Tokenizer", "Qwen2Tokenizer")
-
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits are cut out first, and GPT-2's split applies between them: so a digit ends a run of spaces,
 # like the end of the text.
@@ -44,127 +37,35 @@ QWEN2_SPLIT = (
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
-def read_settings(folder):
-    """tokenizer_config.json's; without a list of tokens, special_tokens_map.json has priority."""
-    paths = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
-    config, tokens = (read_json(path) if path.exists() else {} for path in paths)
-    return config if "added_tokens_decoder" in config else config | tokens
-
-
-def token_text(token):
-    """A special token's text, from a string or from an object with flags."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def read_chat_templates(folder, settings):
+def read_files(folder):
     """
-    (the chat template's text, that for conversations with tools), either None without one; from
-    chat_template.jinja or else the settings.
+    (tokenizers.Tokenizer, the special tokens' texts by name, the chat templates by name) of a
+    folder, as transformers reads files that may contradict each other; those of a built-in model,
+    which don't, without it, since its import takes seconds. Raises FileNotFoundError, ValueError.
     """
-    path, template = folder / "chat_template.jinja", settings.get("chat_template")
-    if path.exists():
-        tools = folder / TOOL_USE
-        return tuple(x.read_text(encoding="utf-8") if x.exists() else None for x in (path, tools))
-    if isinstance(template, list):  # several templates, each with a name
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default"), named.get("tool_use")
-    return template, None
-
-
-def read_spec(folder, settings):
-    """
-    (path, content) of tokenizer.json, or what vocab.json implies, with all added tokens, as
-    transformers 5.24 reads files that contradict each other. Raises FileNotFoundError, ValueError.
-    """
-    path, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
-    name = str(settings.get("tokenizer_class", "missing")).removesuffix("Fast")
-    if not path.exists() and vocab.exists() and merges.exists():
-        path, spec = vocab, spec_from_merges(vocab, merges, settings, name)
-    elif not path.exists() and (folder / "tokenizer.model").exists():
+    path, built_in = folder / "tokenizer.json", (folder / "digests.json").exists()
+    if not path.exists() and not (folder / "vocab.json").exists():
+        alone = "tokenizer.model alone is not supported: " * (folder / "tokenizer.model").exists()
         raise FileNotFoundError(
-            f"{path} is missing; tokenizer.model alone is not supported: load it with "
-            f"transformers' AutoTokenizer and call save_pretrained(folder), which writes "
-            f"tokenizer.json"
+            f"{path} is missing; {alone}load the tokenizer with transformers' AutoTokenizer and "
+            f"call save_pretrained(folder), which writes it"
         )
-    else:
-        spec = read_json(path)
+    with library_errors(f"{folder / 'tokenizer_config.json'} or tokenizer.json is damaged"):
+        if built_in:
+            settings = read_json(folder / "tokenizer_config.json")
+            library = tokenizers.Tokenizer.from_file(str(path))
+            templates = settings.get("chat_template")
+            named = {name: text for name, text in settings.items() if name.endswith("_token")}
+        else:
+            from support.tasks.any_model import library as transformers
 
-    listed, named = tokens_beside(folder, settings)
-    with malformed(f"{path} is damaged: it"):
-        added = {token["content"]: FLAGS | token for token in spec.get("added_tokens", [])}
-        if name in BYTE_LEVEL:
-            step = spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]])[-1]
-            if step["type"] == "ByteLevel":
-                step["add_prefix_space"] = bool(settings.get("add_prefix_space"))
-            added = {} if listed else added
-        vocab = spec["model"]["vocab"]
-        vocab = vocab if isinstance(vocab, dict) else {t: i for i, (t, _) in enumerate(vocab)}
-        for token in listed + [token for token in named if token["content"] not in added]:
-            text, free = token["content"], max([len(vocab), *(t["id"] + 1 for t in added.values())])
-            known = added.get(text, {"id": vocab.get(text, free)})
-            added[text] = FLAGS | token | {"id": known["id"]}
-        return path, spec | {"added_tokens": [*added.values()]}
-
-
-def tokens_beside(folder, settings):
-    """
-    The added tokens of the files beside tokenizer.json, two lists: those that replace its own, and
-    those that are added if they are missing.
-    """
-    names = sorted((n for n in settings if n.endswith("_token")), key=[*NAMED, *settings].index)
-    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    more = more.values() if isinstance(more, dict) else more
-    named = [*map(settings.get, names), *more]
-    named = [{"content": t} if isinstance(t, str) else t for t in named]
-    named = [t | {"special": True} for t in named if isinstance(t, dict) and t.get("content")]
-
-    special = {token["content"] for token in named}
-    decoder, path = settings.get("added_tokens_decoder"), folder / "added_tokens.json"
-    if decoder is None:
-        ids = read_json(path) if path.exists() else {}
-        texts = [text for text in sorted(ids, key=ids.get) if text not in special]
-        return [], [{"content": text, "normalized": True} for text in texts] + named
-    if wrong := [i for i in decoder if not i.isdecimal()]:
-        path = folder / "tokenizer_config.json"
-        raise ValueError(f"{path}: an id in added_tokens_decoder is not an integer ({wrong[0]!r})")
-    listed = [decoder[i] for i in sorted(decoder, key=int)]
-    texts = {token["content"] for token in listed}
-    listed = [t | {"special": t["content"] in special or t.get("special", False)} for t in listed]
-    return listed, [token for token in named if token["content"] not in texts]
-
-
-def spec_from_merges(vocab, merges, settings, name):
-    """The tokenizer.json that vocab.json, merges.txt and the class imply. May set eos_token."""
-    from tokenizers import ByteLevelBPETokenizer, Regex, pre_tokenizers
-
-    if name not in BYTE_LEVEL:
-        raise ValueError(
-            f"{vocab.parent}: tokenizer_class is {name}; without tokenizer.json, only "
-            f"GPT2Tokenizer and Qwen2Tokenizer are supported"
-        )
-    qwen2, spaced = name == "Qwen2Tokenizer", bool(settings.get("add_prefix_space"))
-    options = {"add_prefix_space": spaced, "unicode_normalizer": "nfc" if qwen2 else None}
-    with library_errors(f"{vocab} or merges.txt is damaged"):
-        library = ByteLevelBPETokenizer.from_file(str(vocab), str(merges), **options)
-    if qwen2:
-        split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
-        to_bytes = pre_tokenizers.ByteLevel(spaced, use_regex=False)
-        library.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-
-    settings.setdefault("eos_token", "<|endoftext|>")  # the default of both classes
-    return json.loads(library.to_str())
-
-
-def open_library(path, spec):
-    """The tokenizers library's tokenizer for tokenizer.json's content. Raises ValueError."""
-    import tokenizers
-
-    with library_errors(f"{path} is damaged or of an unknown kind"):
-        library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            peer = transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            library, templates = peer.backend_tokenizer, peer.chat_template
+            named = dict(peer.special_tokens_map)
     # The file's truncation and padding are meant for batches.
     library.no_truncation()
     library.no_padding()
-    return library
+    return library, named, templates if isinstance(templates, dict) else {"default": templates}
 
 
 def unknown_id(library):

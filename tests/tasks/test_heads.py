@@ -10,7 +10,7 @@ from test_any_model import checkpoint, load, refused
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from support.tasks.any_model import AnyWithHead
-from support.tasks.head_task import encode_pair, encode_words
+from support.tasks.head_task import encode_pairs, encode_words
 from support.tasks.heads import IGNORED
 
 # -------------------------------------------------------------------------------- from text
@@ -57,7 +57,7 @@ def test_pairs_are_encoded_and_truncated_as_by_transformers(family, tmp_path):
         row = peer(text, other, truncation=True, max_length=size, return_token_type_ids=True)
         whole = len(peer(text, other)["input_ids"])
         expected = row["input_ids"], row["token_type_ids"], whole > size
-        assert encode_pair(ours, text, other, size) == expected
+        assert encode_pairs(ours, [(text, other)], size) == [expected]
         assert len(row["input_ids"]) <= size
 
 
@@ -133,6 +133,6 @@ def test_rows_that_begin_with_padding_are_refused_where_the_first_token_is_read(
 def test_text_that_can_not_be_encoded_as_asked_is_refused(tmp_path):
     ours, _ = tokenizers(tmp_path, "bert")
     with pytest.raises(ValueError, match="block_size=3 leaves no room beside 3 special tokens"):
-        encode_pair(ours, "ab", "cd", 3)
+        encode_pairs(ours, [("ab", "cd")], 3)
     with pytest.raises(ValueError, match="1 targets for 2 words"):
         encode_words(ours, ["ab", "cd"], [0])

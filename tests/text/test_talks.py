@@ -16,8 +16,9 @@ from test_tokenizer import CHATML, Listener, llama2_tokenizer, per_turn, trained
 import data
 import sample
 import train
+from config import Config
 from support.tasks.head_task import load_tokenizer
-from support.text.splits import left_out
+from support.text.splits import Examples, left_out
 from support.text.tokenizer import Tokenizer
 from support.weights.pretrained import find_model
 from tools import merge
@@ -128,9 +129,9 @@ def test_what_a_chat_template_drops_is_counted(tmp_path, template, talk, lost):
     ours, whole = Tokenizer.from_pretrained(tmp_path), {"messages": [USER, answer("Fine.")]}
     rows, _ = data.encode([talk, whole, talk], ours, 400)
     encoded = {"train": rows[:2], "test": rows[2:]}
-    splits = {"train": [talk, whole], "test": [talk]}
+    examples = Examples.of({"train": [talk, whole], "val": [], "test": [talk]}, Config())
     said = f"the chat template drops {lost} in 2 of 3 examples"
-    assert [*left_out(splits, encoded, [])] == [said]
+    assert [*left_out(examples, encoded, [])] == [said]
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     expected = peer.apply_chat_template(talk["messages"], tokenize=False)
     assert ours.decode(rows[0].input_ids, skip_special=False) == expected.removesuffix("\n")
