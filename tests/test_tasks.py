@@ -478,7 +478,8 @@ def test_a_run_on_pairs_asks_for_both_texts_and_one_on_single_texts_for_one(mode
     assert train.main([*arguments, "--overwrite=True"]) == 0
     assert '--prompt="..." --prompt_b="..."' in capsys.readouterr().out
     assert sample.main(one) == 2
-    assert capsys.readouterr().err == "error: the run is on pairs of texts: add --prompt_b\n"
+    said = "error: the run is on pairs of texts: give both --prompt and --prompt_b\n"
+    assert capsys.readouterr().err == said
     assert sample.main(both) == 0
 
 
