@@ -184,16 +184,20 @@ class BilevelOptimizer:
         if optimizer == "adamw8bit":
             from bitsandbytes.optim import AdamW8bit as build
         build = functools.partial(build, betas=(0.9, beta2))
-        groups = [{"params": self.lower}]
-        if lora_plus != 1:
-            if self.upper:
-                raise ValueError("lora_plus: a hypergradient models one rate: use lora or dora")
-            Bs = {layer.lora_B: None for layer in adapter_layers(model).values()}
-            rest = [p for p in self.lower if p not in Bs]
-            groups = [{"params": rest}, {"params": [*Bs], "lr": lora_plus * lower_lr}]
+        groups = self.lower_groups(lora_plus, lower_lr)
         self.lower_optimizer = build(groups, lr=lower_lr, weight_decay=weight_decay)
         upper = dict(lr=upper_lr, weight_decay=upper_weight_decay)
         self.upper_optimizer = build(self.upper, **upper) if self.upper else None
+
+    def lower_groups(self, lora_plus, lr):
+        """The lower level's parameters in groups of one rate: B has lora_plus times the others'."""
+        if lora_plus == 1:
+            return [{"params": self.lower}]
+        if self.upper:
+            raise ValueError("lora_plus: a hypergradient models one rate: use lora or dora")
+        Bs = {layer.lora_B: None for layer in adapter_layers(self.model).values()}
+        rest = [p for p in self.lower if p not in Bs]
+        return [{"params": rest}, {"params": [*Bs], "lr": lora_plus * lr}]
 
     def bilevel_step(self, loss_fn, train_batch, val_batch):
         """
