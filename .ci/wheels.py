@@ -22,10 +22,19 @@ OURS = r'(?m)^( *from |.*import_module\(")(?=(?:support|data)(?: import |\.))'
 THERE = r"\1_bidora."
 
 RUN = """import re
+import sys
+from importlib.machinery import SourceFileLoader
 
 __file__ = {path!r}
-with open(__file__, encoding="utf-8") as file:
-    exec(compile(re.sub({ours!r}, {there!r}, file.read()), __file__, "exec"))
+
+
+class Loader(SourceFileLoader):
+    def get_code(self, name):
+        text = re.sub({ours!r}, {there!r}, self.get_source(name))
+        return compile(text, self.path, "exec")
+
+
+Loader(__name__, __file__).exec_module(sys.modules[__name__])
 """
 
 

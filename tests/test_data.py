@@ -518,7 +518,8 @@ def test_a_padding_token_that_the_model_lacks_does_not_matter(cache, tmp_path, m
     monkeypatch.chdir(tmp_path)
     shutil.copytree(find_model("tiny-random"), "model")
     vocab_size = json.loads(Path("model/config.json").read_text())["vocab_size"]
-    token = {"id": vocab_size, "content": "<pad>", "special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    token = {"id": vocab_size, "content": "<pad>", "special": True} | flags
     tokenizer, settings = Path("model/tokenizer.json"), Path("model/tokenizer_config.json")
     content = json.loads(tokenizer.read_text())
     content["added_tokens"].append(token)

@@ -404,8 +404,8 @@ def test_a_model_type_that_is_no_name_is_refused(tmp_path):
         (["--rank=1e3"], "rank='1e3' is not an integer"),
         (["--train_file=mine.jsonl"], "data and train_file are two sources: choose one"),
         (["--data=c"], "data=c is a file: give it as --train_file=c"),
-        (["--test_fraction=0.2"], "test_fraction is of train_file alone"),
-        (["--label_column=x"], "label_column is for your own files and sets of the hub"),
+        (["--test_fraction=0.2"], "test_fraction is of train_file: set train_file"),
+        (["--label_column=x"], "label_column: for your own files and sets of the hub"),
     ],
 )
 def test_command_lines_that_are_refused_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):

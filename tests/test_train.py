@@ -639,7 +639,10 @@ def test_help_shows_every_field_with_default_and_comment_and_no_arguments_say_ho
         ("--train_file=nowhere.jsonl", "nowhere.jsonl does not exist"),
         ("--train_file=.", "is a folder"),
         ("--val_fraction=0 --block_size=1", "set val_file, or val_fraction above 0; block_size=1 "),
-        ("--val_file=a.jsonl --label_prompt=hm", "need train_file; label_prompt must contain {tex"),
+        (
+            "--val_file=a.jsonl --label_prompt=hm",
+            "val off their train; label_prompt must contain {t",
+        ),
         ("--block_size=1000", "512 positions"),
         ("--block_size=2", "raise block_size"),
         ("--upper_every=5 --hypergradient_steps=6", "level never learns; hypergradient_steps=6 is"),

@@ -43,7 +43,8 @@ def read_files(folder):
     folder, as transformers reads files that may contradict each other; those of a built-in model,
     which don't, without it, since its import takes seconds. Raises FileNotFoundError, ValueError.
     """
-    path, built_in = folder / "tokenizer.json", (folder / "digests.json").exists()
+    path, more = folder / "tokenizer.json", any((folder / name).exists() for name in FILES[2:])
+    built_in = (folder / "digests.json").exists() and not more
     if not path.exists() and not (folder / "vocab.json").exists():
         alone = "tokenizer.model alone is not supported: " * (folder / "tokenizer.model").exists()
         raise FileNotFoundError(
