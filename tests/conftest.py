@@ -13,10 +13,28 @@ import torch
 
 
 @pytest.fixture
-def elsewhere(tmp_path, monkeypatch, request):
-    """Run in an empty folder, with one cache of models for the whole session."""
-    monkeypatch.chdir(tmp_path)
+def model_cache(monkeypatch, request):
+    """One cache of models and data for the whole session."""
     monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch, model_cache):
+    """Run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def refuses(capsys):
+    """A function: a program ends with exit code 2 and one line of an error, which says this."""
+
+    def refuses(program, arguments, said):
+        capsys.readouterr()
+        assert program.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("error: ") == 1 and "Traceback" not in error
+
+    return refuses
 
 
 @pytest.fixture

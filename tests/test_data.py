@@ -91,13 +91,6 @@ def test_train_on_prompt_counts_everything(tiny):
     assert whole == counted
 
 
-def test_a_tokenizer_without_chat_template_uses_a_plain_one(tmp_path):
-    trained_tokenizer(tmp_path, "smollm", template=None)
-    tokenizer = Tokenizer.from_pretrained(tmp_path)
-    whole, counted = masked(tokenizer, {"instruction": "Hi", "output": "Ho"})
-    assert (whole, counted) == (f"User:\nHi{END}\nAssistant:\nHo{END}", f"Ho{END}")
-
-
 def test_long_examples_lose_the_left_of_the_prompt_never_the_answer(tiny):
     long = {"prompt": "p" * 50, "completion": "answer"}
     rows, cut = encode([long, {"prompt": "p", "completion": "a"}], tiny, 20)
@@ -235,6 +228,11 @@ def test_jsonl_formats_are_read(tmp_path):
         (b'{"instruction": "a", "output": "b", "history": ["cd"]}', "'history' is str, not a list"),
         (b'{"prompt": "a", "completion": "b"}', "one format per file"),
         (b"[" * 100000, "not JSON"),
+        (b'{"text": "' + b"a" * 10_000_000 + b'", "label": ' + b"9" * 5000 + b"}", "data.jsonl:3"),
+        (b'{"text": "a", "text": "b"}', "occurs twice"),
+        (b'{"text": NaN}', "not a string"),
+        (b'{"text": "\\ud800"}', "surrogate"),
+        (b"\x00", "not JSON"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, said):
@@ -316,13 +314,7 @@ def test_groups_that_are_too_large_to_be_split_are_refused():
         split(TWO_GROUPS, 0.2)
 
 
-@pytest.fixture
-def cache(monkeypatch, request):
-    """One cache for the whole session."""
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
-
-
-def test_no_product_review_has_sentences_in_two_splits(cache):
+def test_no_product_review_has_sentences_in_two_splits(model_cache):
     """The archive says which review a sentence is of: 1_3 is the third sentence of review 1."""
     path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     with tarfile.open(datasets.fetch(**datasets.SNIPPETS)) as outer:
@@ -395,7 +387,7 @@ class Begins(Exception):
 
 
 @pytest.fixture
-def begin(cache, tmp_path, monkeypatch):
+def begin(elsewhere, monkeypatch):
     """A function that prepares a run of the tiny model, up to its first step."""
 
     def stop(*arguments):
@@ -407,7 +399,6 @@ def begin(cache, tmp_path, monkeypatch):
             train.train(Config(**options | settings))
 
     monkeypatch.setattr(train, "fit", stop)
-    monkeypatch.chdir(tmp_path)
     return begin
 
 
@@ -453,7 +444,7 @@ def test_what_a_run_leaves_out_of_its_examples_is_said_before_training(begin, ca
         assert out.count(line) == 1
 
 
-def test_labels_that_are_the_same_tokens_are_refused(cache, tmp_path):
+def test_labels_that_are_the_same_tokens_are_refused(model_cache, tmp_path):
     """A lower-casing normaliser makes Yes and YES one."""
     trained_tokenizer(tmp_path, "gpt2")
     change_json(tmp_path / "tokenizer.json", lambda t: t.update(normalizer={"type": "Lowercase"}))
@@ -475,20 +466,14 @@ def test_examples_without_any_label_are_refused(tmp_path, line, said):
 
 
 @pytest.fixture
-def residues(cache, tmp_path):
-    """The tiny model with WordPiece's vocabulary of five residues, and lines of so many texts."""
+def residues(model_cache, tmp_path):
+    """The tiny model with WordPiece's vocabulary of five residues."""
     shutil.copytree(find_model("tiny-random"), tmp_path / "model")
     vocab = {token: i for i, token in enumerate(["[UNK]", "<|im_end|>", *"MKTAY"])}
     peer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
     peer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     peer.add_special_tokens(["[UNK]", "<|im_end|>"])
     peer.save(str(tmp_path / "model/tokenizer.json"))
-
-    def write(text):
-        lines = [{"text": text, "label": "MK"[i % 2]} for i in range(100)]
-        return "\n".join(map(json.dumps, lines))
-
-    return write
 
 
 @pytest.mark.parametrize(
@@ -502,8 +487,9 @@ def residues(cache, tmp_path):
 def test_texts_that_the_tokenizer_does_not_know_are_counted_or_refused(
     begin, residues, capsys, text, said
 ):
-    Path("a.jsonl").write_text(residues(text))
-    Path("b.jsonl").write_text(residues("M A"))
+    for file, content in (("a.jsonl", text), ("b.jsonl", "M A")):
+        lines = [json.dumps({"text": content, "label": "MK"[i % 2]}) for i in range(100)]
+        Path(file).write_text("\n".join(lines))
     options = dict(model="model", task="classification", train_file="a.jsonl", test_file="b.jsonl")
     if "nothing" in said:
         with pytest.raises(ValueError, match=rf"a.jsonl:\d+: {said}"):
@@ -513,17 +499,15 @@ def test_texts_that_the_tokenizer_does_not_know_are_counted_or_refused(
         assert said in capsys.readouterr().out
 
 
-def test_a_padding_token_that_the_model_lacks_does_not_matter(cache, tmp_path, monkeypatch):
+def test_a_padding_token_that_the_model_lacks_does_not_matter(elsewhere):
     """Rows are not padded: a step, and an evaluation, with one."""
-    monkeypatch.chdir(tmp_path)
     shutil.copytree(find_model("tiny-random"), "model")
     vocab_size = json.loads(Path("model/config.json").read_text())["vocab_size"]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    token = {"id": vocab_size, "content": "<pad>", "special": True} | flags
-    tokenizer, settings = Path("model/tokenizer.json"), Path("model/tokenizer_config.json")
-    content = json.loads(tokenizer.read_text())
-    content["added_tokens"].append(token)
-    tokenizer.write_text(json.dumps(content))
+    settings, path = Path("model/tokenizer_config.json"), "model/tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    tokenizer.add_special_tokens(["<pad>"])
+    assert tokenizer.token_to_id("<pad>") == vocab_size
+    tokenizer.save(path)
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": "<pad>"}))
     sizes = dict(test_size=40, train_size=40, search_steps=1, retrain_steps=0)
     config = Config(model="model", data="toy-sentiment", method="lora", out_dir="run", **sizes)

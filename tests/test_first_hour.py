@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_train import command, write
 
 import config
 import sample
@@ -44,29 +45,16 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def run(*command, **options):
-    options |= dict(capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    return subprocess.run([sys.executable, *command], timeout=300, **options)
-
-
-def write(path, rows):
-    Path(path).write_text("\n".join(map(json.dumps, rows)))
-
-
-def last(capsys):
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 def interrupted(owner, name, count, *arguments):
     """The last line on stderr of a run that is interrupted there; its exit code must be 130."""
     code = INTERRUPTED.format(root=str(ROOT), owner=owner, name=name, count=count)
-    done = run("-c", code, *arguments)
+    done = command("-c", code, *arguments)
     assert done.returncode == 130, done.stderr
     return done.stderr.strip().splitlines()[-1]
 
 
 def test_every_phase_has_a_bar_with_its_unit():
-    done = run(str(ROOT / "train.py"), *SHORT)
+    done = command(*SHORT)
     assert done.returncode == 0
     bars = re.findall(r"(\w+): 100%.*? (\d+)/\2 \[.*?(row|step)", done.stderr)
     expected = ["evaluate 20 row", "search 6 step", "retrain 6 step", "evaluate 220 row"]
@@ -104,7 +92,8 @@ def test_the_first_step_is_kept_out_of_the_time_left(monkeypatch):
 
 def test_an_interrupt_between_the_imports_and_the_program_is_of_a_killed_process():
     code = "import train, _thread; _thread.interrupt_main(); input()"
-    done = run("-c", code, stdin=subprocess.DEVNULL)
+    own = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = command("-c", code, stdin=subprocess.DEVNULL, env=own)
     assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr
     assert done.stderr.startswith("interrupted; start it again with: python -c")
 
@@ -163,6 +152,7 @@ def test_without_a_test_set_the_setting_for_one_is_named(capsys):
         (["--eval_before", "False", "--rank=4"], {"eval_before": False, "rank": 4}),
         (["--target-modules", "q_proj,v_proj"], {"target_modules": ("q_proj", "v_proj")}),
         (["--lower_lr", "1e-2", "--label_prompt=a=b"], {"lower_lr": 0.01, "label_prompt": "a=b"}),
+        (["--seed=9007199254740993"], {"seed": 2**53 + 1}),  # no float
         # The folder's name holds the method.
         (["--config", "tiny.py", "--method", "dora"], {"out_dir": "out/tiny-dora"}),
         (["--config", "tiny.py"], {"out_dir": "out/tiny"}),
@@ -189,11 +179,9 @@ def test_an_unknown_setting_is_never_answered_with_a_long_list(capsys):
         assert len(error) < 130 and ("did you mean" in error) != ("--help lists them all" in error)
 
 
-def test_tools_read_settings_the_same_way(capsys):
-    assert merge.main(["--adaptor", "x", "--out_dir=y"]) == 2
-    assert "did you mean 'adapter'" in capsys.readouterr().err
-    assert merge.main(["--adapter", "nowhere", "--out_dir", "y"]) == 2
-    assert "no folder nowhere" in capsys.readouterr().err
+def test_tools_read_settings_the_same_way(refuses):
+    refuses(merge, ["--adaptor", "x", "--out_dir=y"], "did you mean 'adapter'")
+    refuses(merge, ["--adapter", "nowhere", "--out_dir", "y"], "no folder nowhere")
 
 
 PIP = """
@@ -240,9 +228,9 @@ def test_the_download_s_bar_bears_that_pip_removes_its_folders(tmp_path, monkeyp
 
 
 def test_a_conversation_ends_at_ctrl_c_without_a_traceback():
-    command = [sys.executable, str(ROOT / "sample.py"), "--model", "tiny-random", "--chat"]
+    chat = [sys.executable, str(ROOT / "sample.py"), "--model", "tiny-random", "--chat"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process = subprocess.Popen(command, text=True, **pipes)
+    process = subprocess.Popen(chat, text=True, **pipes)
     shown = ""
     while not shown.endswith("you: "):
         shown += process.stdout.read(1) or pytest.fail(process.stderr.read())
@@ -264,34 +252,34 @@ def test_the_next_command_can_be_copied(capsys):
     assert sample.main(arguments) == 0
 
 
-def test_files_of_several_kinds_are_named(capsys):
+def test_files_of_several_kinds_are_named(refuses):
     write("label.jsonl", [{"text": f"a {i}", "label": "yes"} for i in range(20)])
     write("score.jsonl", [{"text": f"a {i}", "score": 1.0} for i in range(20)])
     write("pairs.jsonl", [{"text": "a", "text_b": "b", "label": "yes"}])
     given = ["--model=tiny-random", "--train_file=label.jsonl"]
-    assert train.main([*given, "--test_file=score.jsonl"]) == 2
-    assert "train is classification, val is classification, test is regression" in last(capsys)
-    assert train.main([*given, "--test_file=pairs.jsonl"]) == 2
-    assert "text_b, for pairs, is only in the examples of test" in last(capsys)
+    said = "train is classification, val is classification, test is regression"
+    refuses(train, [*given, "--test_file=score.jsonl"], said)
+    said = "text_b, for pairs, is only in the examples of test"
+    refuses(train, [*given, "--test_file=pairs.jsonl"], said)
 
 
-def test_an_encoder_without_an_adapter_is_refused_before_it_is_downloaded(capsys, monkeypatch):
+def test_an_encoder_without_an_adapter_is_refused_before_it_is_downloaded(refuses, monkeypatch):
     monkeypatch.setenv("BIDORA_CACHE", "cache")
-    assert sample.main(["--model=minilm", "--prompt=a"]) == 2
-    assert "minilm is an encoder, which writes nothing" in last(capsys)
+    said = "minilm is an encoder, which writes nothing"
+    refuses(sample, ["--model=minilm", "--prompt=a"], said)
     assert not Path("cache").exists()
 
 
-def test_curves_of_several_runs_are_drawn_and_a_run_that_is_missing_is_named(capsys):
+def test_curves_of_several_runs_are_drawn_and_a_run_that_is_missing_is_named(refuses):
     for name, key in (("a", "train_loss"), ("b", "held_loss")):
         write(files.make_folder(name) / "metrics.jsonl", [{"step": i, key: 1} for i in (1, 2)])
     assert curves.main(["a", "b"]) == 0
     assert Path("out/curves.png").read_bytes().startswith(b"\x89PNG")
-    assert curves.main(["a", "nowhere"]) == 2 and "nowhere/metrics.jsonl" in last(capsys)
+    refuses(curves, ["a", "nowhere"], "nowhere/metrics.jsonl")
 
 
-def test_a_question_is_refused_where_nothing_is_asked(capsys):
+def test_a_question_is_refused_where_nothing_is_asked(refuses):
     write("free.jsonl", [{"text": f"a {i}"} for i in range(20)])
     given = ["--train_file=free.jsonl", "--label_prompt={text}?"]
-    assert train.main(["--model=tiny-random", *given]) == 2
-    assert "label_prompt is for task=label_words, not task=language_model" in last(capsys)
+    said = "label_prompt is for task=label_words, not task=language_model"
+    refuses(train, ["--model=tiny-random", *given], said)

@@ -22,10 +22,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_model import LLAMA
+from test_tokenizer import HOSTILE
 
 import data
 import sample
-import tasks
 import train
 from bidora import load_adapter, replace_linear_with_bidora, save_adapter
 from config import Config, read_config
@@ -169,24 +169,6 @@ def test_jsonl_with_changed_bytes(folder, content):
     survives(lambda: data.load_examples(folder / "data.jsonl"), "data.jsonl:", "data.jsonl holds")
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        (b'{"text": ' + b"[" * 100_000, "not JSON"),
-        (b'{"text": "' + b"a" * 10_000_000 + b'", "label": ' + b"9" * 5000 + b"}", "data.jsonl:1"),
-        (b'{"text": "a", "text": "b"}', "occurs twice"),
-        (b'{"text": NaN}', "not a string"),
-        (b'{"text": "\\ud800"}', "surrogate"),
-        (b"\xff\xfe{\x00}", "UTF-8"),
-        (b"\x00", "not JSON"),
-    ],
-)
-def test_jsonl_that_is_known_to_be_hostile(folder, line, message):
-    (folder / "data.jsonl").write_bytes(line)
-    with pytest.raises(ValueError, match=message):
-        data.load_examples(folder / "data.jsonl")
-
-
 ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 ROPE["original_max_position_embeddings"] = 64
 
@@ -302,125 +284,29 @@ def test_nothing_here_unpickles():
         assert "tests" in path.parts or not re.search(unpickles, path.read_text()), path
 
 
-def last_line(capsys):
-    """What a failed command has printed on stderr, which must be one line."""
-    [line] = capsys.readouterr().err.strip().splitlines()
-    return line
+SLOW = {r"(\w|\.|[a-z]|[a-p])+\s" + str(i): 4 for i in range(99)}
 
 
-@pytest.fixture
-def load_changed(tmp_path):
-    """A function that loads an adapter of which some settings were changed, in 20 CPU seconds."""
+@pytest.mark.parametrize(
+    "patterns, expected",
+    [
+        (SLOW, pytest.raises(ValueError, match="alpha_pattern .*slow ones .*timed out")),
+        ({r"((\w|\.)+)+X": 4}, contextlib.nullcontext()),
+    ],
+)
+def test_patterns_that_backtrack_are_refused_after_seconds_or_end(patterns, expected, tmp_path):
+    """
+    Each of the first ones takes ages, for each of fourteen layers; over the other one, Python's own
+    `re` would take 2^20 times as long for each twenty characters.
+    """
     model = Transformer.from_pretrained(find_model("tiny-random")).requires_grad_(False)
     save_adapter(replace_linear_with_bidora(model, 2), tmp_path)
     path = tmp_path / "adapter_config.json"
-
-    def load(change):
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
-        model = Transformer.from_pretrained(find_model("tiny-random"))
-        start = sum(os.times()[:4])
-        try:
-            load_adapter(model, tmp_path)
-        finally:
-            assert sum(os.times()[:4]) - start < 20  # CPU seconds
-
-    return load
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is not a JSON object"),
-        ({"lora_alpha": 10**400}, "not a number below 1e9"),
-        ({"alpha_pattern": {"q_proj": float("nan")}}, "not a number below 1e9"),
-        ({"modules_to_save": "lm_head"}, "modules_to_save is not a list of names"),
-        ({"alpha_pattern": {"a" * 10**6: 4}}, "a pattern exceeds 1000 characters"),
-        ({"alpha_pattern": {"(" * 900 + ")" * 900: 4}}, "a pattern exceeds 1000 characters"),
-        ({"alpha_pattern": {"(" * 450 + ")" * 450: 4}}, "invalid regular expression"),
-    ],
-)
-def test_adapters_that_are_hostile_on_purpose(load_changed, change, said):
-    with pytest.raises(ValueError, match=said) as caught:
-        load_changed(change)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-
-
-def test_patterns_that_backtrack_are_refused_after_seconds(load_changed):
-    """Each of them takes ages, for each of fourteen layers."""
-    hostile = {r"(\w|\.|[a-z]|[a-p])+\s" + str(i): 4 for i in range(99)}
-    with pytest.raises(ValueError, match="alpha_pattern .*slow ones .*timed out"):
-        load_changed({"alpha_pattern": hostile})
-
-
-def test_a_pattern_that_backtracks_for_ever_does_not(load_changed):
-    """Python's own `re` would take 2^20 times as long for each twenty characters."""
-    load_changed({"alpha_pattern": {r"((\w|\.)+)+X": 4}})
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (dict(num_hidden_layers=10**9), "num_hidden_layers=1000000000 is more than 1000"),
-        (dict(num_attention_heads=6, num_key_value_heads=4), "4 key-value heads do not divide 6"),
-        (dict(head_dim=7), "head_dim=7 is not an even integer"),
-        (dict(head_dim=8.5), "head_dim=8.5 is not an even integer"),
-        (dict(head_dim=10**12), "head_dim=1000000000000 is not an even integer up to"),
-        (dict(hidden_size=2**62), "hidden_size=4611686018427387904 is more than 100000000"),
-        (dict(rms_norm_eps=10**400), "rms_norm_eps.* must be positive and below"),
-        (
-            dict(rope_scaling=dict(rope_type="yarn", factor=2.0, attention_factor="much")),
-            "much.* is missing or not a number",
-        ),
-    ],
-)
-def test_models_whose_sizes_make_no_sense(change, said):
-    with pytest.raises(ValueError, match=said):
-        ModelConfig.from_hf(LLAMA | {"model_type": "llama"} | change)
-
-
-def test_a_model_type_that_is_no_name_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"model_type": ["llama"]}))
-    with pytest.raises(ValueError, match="^[^\n]*can.t load this model: TypeError[^\n]*$"):
-        tasks.read_shape(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["--snapshots=1000000000"], "snapshots=1000000000 must be at most 1000"),
-        (["--seed=18446744073709551616"], "seed=18446744073709551616 must be at most"),
-        (["--rank=4", "--rank=8"], "--rank is given twice, as '4' and as '8'"),
-        (["--out_dir=."], "out_dir=.: name a folder for this run alone"),
-        (["--out_dir=a/.."], "out_dir=a/..: name a folder for this run alone"),
-        (["--config=c.jsonc"], "config file c.jsonc: its name must end in .py or .json"),
-        (["--config=c"], "config file c: its name must end in .py or .json"),
-        (["--config=exits.py"], "exits.py, line 1: SystemExit: 0"),
-        (["--config=fails.py"], "fails.py, line 1: ValueError: two lines"),
-        (["--config=twice.json"], "twice.json is not valid JSON: the key 'rank' occurs twice"),
-        (["--config=null.json"], "null.json: out_dir='a\\x00b' is not text"),
-        (["--config=nested.py"], "nested.py: unknown setting 'config'; --help lists them all"),
-        (["--lower_lr=nan"], "lower_lr='nan' is not a finite number"),
-        (["--lower_lr=inf"], "lower_lr='inf' is not a finite number"),
-        (["--rank=1e3"], "rank='1e3' is not an integer"),
-        (["--train_file=mine.jsonl"], "data and train_file are two sources: choose one"),
-        (["--data=c"], "data=c is a file: give it as --train_file=c"),
-        (["--test_fraction=0.2"], "test_fraction is of train_file: set train_file"),
-        (["--label_column=x"], "label_column: for your own files and sets of the hub"),
-    ],
-)
-def test_command_lines_that_are_refused_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name in ("c", "c.jsonc"):
-        Path(name).write_text('{"rank": 4}')
-    Path("nested.py").write_text("config = 'small.py'")
-    Path("exits.py").write_text("raise SystemExit(0)")
-    Path("fails.py").write_text("raise ValueError('two\\n   lines')")
-    Path("twice.json").write_text('{"rank": 4, "rank": 8}')
-    Path("null.json").write_text(json.dumps({"out_dir": "a\0b"}))
-    given = ["--data=toy-sentiment"] * (arguments != ["--data=c"])
-    assert train.main([*given, "--model=tiny-random", *arguments]) == 2
-    assert said in last_line(capsys)
-    assert not Path("out").exists()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": patterns}))
+    start = sum(os.times()[:4])
+    with expected:
+        load_adapter(Transformer.from_pretrained(find_model("tiny-random")), tmp_path)
+    assert sum(os.times()[:4]) - start < 20  # CPU seconds
 
 
 @pytest.mark.parametrize(
@@ -474,12 +360,6 @@ def test_a_fraction_that_leaves_two_examples_whole_names_one_that_does_not():
     assert Counter(row["label"] for row in data.split(rows, 0.26)[1])["rare"] == 1
 
 
-def test_config_files_in_capitals_are_read_as_what_they_are(tmp_path):
-    for name, text in (("a.JSON", '{"rank": 3}'), ("b.Py", "rank = 3")):
-        (tmp_path / name).write_text(text)
-        assert read_config([f"--config={tmp_path / name}"]).rank == 3
-
-
 def test_a_home_folder_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = read_config(["--out_dir=~/x", "--label_prompt=~/{text}"])
@@ -493,11 +373,6 @@ def test_the_home_folder_of_nobody_is_not_found():
             find("~nobody-of-that-name/x")
 
 
-def test_large_integers_are_read_digit_by_digit():
-    """2^53 + 1 is no float."""
-    assert read_config(["--seed=9007199254740993"]).seed == 2**53 + 1
-
-
 @pytest.mark.parametrize(
     "name, value, said",
     [
@@ -509,16 +384,15 @@ def test_large_integers_are_read_digit_by_digit():
         ("quantize", "nf5", "unknown quantize 'nf5'"),
     ],
 )
-def test_a_run_json_with_wrong_values(name, value, said, tmp_path, capsys):
+def test_a_run_json_with_wrong_values(name, value, said, tmp_path, refuses):
     (tmp_path / "run.json").write_text(json.dumps({name: value}))
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert sample.main([f"--adapter={tmp_path}", "--prompt=x"]) == 2
-    assert f"run.json: {said}" in last_line(capsys)
+    refuses(sample, [f"--adapter={tmp_path}", "--prompt=x"], f"run.json: {said}")
 
 
-def test_a_seed_that_torch_refuses_is_named_by_sample(capsys):
-    assert sample.main(["--model=tiny-random", "--prompt=x", f"--seed={2**64}"]) == 2
-    assert f"seed={2**64} must be" in last_line(capsys)
+def test_a_seed_that_torch_refuses_is_named_by_sample(refuses):
+    arguments = ["--model=tiny-random", "--prompt=x", f"--seed={2**64}"]
+    refuses(sample, arguments, f"seed={2**64} must be")
 
 
 TEMPLATES = [  # what a template may hold; the loops take all of their five seconds
@@ -528,24 +402,19 @@ TEMPLATES = [  # what a template may hold; the loops take all of their five seco
     "{% if add_generation_prompt %}Assistant:{% endif %}",
     "{{ raise_exception('no\nsuch talk') }}",
     "{{ messages[0] + 1 }}",
-    "{{ 'a' * 10**10 }}",
     "{{ 'a' * 10**9 }}",
     "{{ '%*d' % (10**9, 1) }}",
     "{{ range(10**9) | list }}",
-    "{{ messages.__class__.__mro__ }}",
-    "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{% for i in range(10**9) %}{% endfor %}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{{ ' '.join(['a' * 999] * 99999) }}",
     "{% include 'x' %}",
     "{% import 'os' as os %}",
-    "{% if %}",
     "{{ [" * 999,
     "\ue000message 0\ue000",
     "{{ messages | map('upper') | first }}",
     "{% generation %}",
     "\0",
+    *HOSTILE,
 ]
 PATTERNS = [r"\s+|\S+", "(a|aa)+(?=b)|[^a]+", "^(a|aa)+(?=b)", "(", "a{99999}{99999}", r"\p{F}"]
 CHANGES = {  # what is changed, in which file

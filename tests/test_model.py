@@ -60,6 +60,7 @@ OTHER_YARN = dict(factor=8.0, original_max_position_embeddings=24, beta_fast=16,
 OTHER_YARN |= dict(mscale=0.7, mscale_all_dim=1.2, truncate=False)
 SLIDING, FULL = "sliding_attention", "full_attention"
 MIXED = dict(use_sliding_window=True, layer_types=[SLIDING, FULL, SLIDING])
+QWEN2 = MIXED | {"model_type": "qwen2"}
 CHECKPOINTS = {
     "llama, tied, other theta": ("Llama", rope("default", 1e5) | dict(tie_word_embeddings=True)),
     "llama, biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
@@ -168,22 +169,6 @@ def test_edited_and_shortened_configs_mean_what_they_mean_to_transformers(tmp_pa
     edited(tmp_path, change)
     peer = FAMILIES[family][1].from_pretrained(tmp_path).eval()
     assert_alike(Transformer.from_pretrained(tmp_path), peer, torch.randint(0, 131, (2, 60)))
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (
-            dict(layer_types=[FULL, "chunked_attention", FULL]),
-            "layer_types 'chunked_attention' is not",
-        ),
-        (dict(layer_types=[SLIDING] * 3, sliding_window=7.0), "sliding_window .an integer."),
-    ],
-)
-def test_windows_that_transformers_cannot_compute_are_refused(change, said):
-    config = LLAMA | {"model_type": "qwen2", "use_sliding_window": True}
-    with pytest.raises(ValueError, match=said):
-        ModelConfig.from_hf(config | change)
 
 
 @pytest.mark.parametrize("load", [Transformer, AnyLanguageModel])
@@ -389,7 +374,17 @@ def test_top_k_and_top_p_keep_only_the_likeliest_tokens(tmp_path):
         ({"rope_scaling": {"type": "yarn", "factor": -2}}, "must be positive"),
         ({"model_type": "mistral", "sliding_window": "x"}, "must be positive"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
-        ({"model_type": "qwen2", **MIXED, "layer_types": [FULL]}, "must be positive"),
+        (QWEN2 | {"layer_types": [FULL]}, "must be positive"),
+        (QWEN2 | {"layer_types": [FULL, "chunked", FULL]}, "layer_types 'chunked' is not"),
+        (QWEN2 | {"sliding_window": 7.0}, "sliding_window .an integer."),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is more than 1000"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 4}, "4 key-value heads do not divide 6"),
+        ({"head_dim": 7}, "head_dim=7 is not an even integer"),
+        ({"head_dim": 8.5}, "head_dim=8.5 is not an even integer"),
+        ({"head_dim": 10**12}, "head_dim=1000000000000 is not an even integer up to"),
+        ({"hidden_size": 2**62}, "hidden_size=4611686018427387904 is more than 100000000"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps.* must be positive and below"),
+        (rope("yarn", factor=2.0, attention_factor="much"), "much.* is missing or not a number"),
     ],
 )
 def test_unsupported_config_is_refused_by_name(change, named):

@@ -2,7 +2,6 @@
 
 import ctypes
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -337,9 +336,6 @@ def test_memory_settings_change_no_result():
     lean = trained("lean", dropout=0.0, micro_batch_size=1, gradient_checkpointing=True)
     assert same_loss(lean, whole, 1e-4)
     assert not same_loss(trained("dropped", dropout=0.1), whole, 1e-4)
-    options = dict(method="dora", dropout=0.3)
-    again, once = (trained(str(x), **options, gradient_checkpointing=x) for x in (True, False))
-    assert same_loss(again, once, 1e-5)  # dropout is the same when computed twice
 
 
 def test_a_compiled_run_gives_the_same_adapter():
@@ -421,22 +417,16 @@ def test_a_merged_model_in_another_dtype_than_its_base_is_said(capsys):
     assert load_file("merged/model.safetensors").popitem()[1].dtype == torch.bfloat16
 
 
-def test_merge_refuses_what_it_cannot_do(capsys):
+def test_merge_refuses_what_it_cannot_do(refuses):
     trained("whole", method="ft")
-    for arguments, said in (
-        (["--adapter=whole", "--out_dir=new"], "is a whole model already"),
-        (["--adapter=none", "--out_dir=new"], "no folder none"),
-        (["--adapter=whole", "--out_dir=whole"], "not an empty folder"),
-        (["--adapter=whole", "--out_dir=whole/run.json"], "not an empty folder"),
-    ):
-        capsys.readouterr()
-        assert merge.main(arguments) == 2
-        error = capsys.readouterr().err
-        assert said in error and len(error.splitlines()) == 1
+    refuses(merge, ["--adapter=whole", "--out_dir=new"], "is a whole model already")
+    refuses(merge, ["--adapter=none", "--out_dir=new"], "no folder none")
+    for folder in ("whole", "whole/run.json"):
+        refuses(merge, ["--adapter=whole", f"--out_dir={folder}"], "not an empty folder")
     assert not Path("new").exists()
 
 
-def test_an_adapter_that_peft_trained_elsewhere_is_sampled_and_merged(capsys):
+def test_an_adapter_that_peft_trained_elsewhere_is_sampled_and_merged(refuses):
     base = transformers.AutoModelForCausalLM.from_pretrained(find_model("tiny-random"))
     options = dict(r=3, use_rslora=True, use_dora=True, target_modules="all-linear")
     peer = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
@@ -450,8 +440,7 @@ def test_an_adapter_that_peft_trained_elsewhere_is_sampled_and_merged(capsys):
     assert merge.main(["--adapter=adapter", "--model=tiny-random", "--out_dir=merged"]) == 0
     assert_merged_as(lambda ids: peer(ids).logits)
     Path("adapter/adapter_model.safetensors").rename("adapter/adapter_model.bin")
-    assert sample.main(ours) == 2
-    assert "adapter_model.safetensors is missing" in capsys.readouterr().err
+    refuses(sample, ours, "adapter_model.safetensors is missing")
 
 
 def test_gram_weight_keeps_directions_apart():
@@ -549,7 +538,7 @@ def test_own_data_in_every_format(row):
     assert results["examples"] == {"train": 20, "val": 20, "test": 20}
 
 
-def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
+def test_sample_classifies_generates_and_chats(capsys, monkeypatch, refuses):
     def sampled(*arguments):
         assert sample.main(arguments) == 0
         return capsys.readouterr()
@@ -570,16 +559,14 @@ def test_sample_classifies_generates_and_chats(capsys, monkeypatch):
     assert sorted(re.findall(r"%  (.*)", shown)) == ["bad", "good"]
     write("new.jsonl", [{"text": "aeae", "label": "perhaps"}])
     for file, said in (("own", "has the format 'prompt', and"), ("new", "label 'perhaps', which")):
-        assert sample.main(["--adapter=labels", f"--file={file}.jsonl"]) == 2
-        assert said in capsys.readouterr().err
+        refuses(sample, ["--adapter=labels", f"--file={file}.jsonl"], said)
     shown = sampled("--adapter=labels", "--prompt=aeae", "--labels=yes,maybe")
     assert shown.err == "note: the run did not learn maybe\n"
     typed = iter(["hello", "and you?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     shown = sampled("--adapter=free", "--chat", "--max_new_tokens=5").out
     assert shown.count("model:") == 2
-    assert sample.main(["--adapter=nowhere", "--prompt=a"]) == 2
-    assert "nowhere" in capsys.readouterr().err
+    refuses(sample, ["--adapter=nowhere", "--prompt=a"], "nowhere")
 
 
 def test_config_file_then_command_line_then_defaults():
@@ -593,8 +580,11 @@ def test_config_file_then_command_line_then_defaults():
     assert train.read_config(["--config=small.py"]).model == "smollm2-135m"
     patterns = train.read_config(["--target_modules=.*[0,1].q{1,2},k_proj"]).target_modules
     assert patterns == (".*[0,1].q{1,2}", "k_proj")  # a comma in brackets separates nothing
-    Path("mine.json").write_text('{"lower_lr": 0.01, "target_modules": ["q_proj"]}')  # runs nothing
-    assert train.read_config(["--config=mine.json", "--rank=3"]) == mine
+    for name in ("mine.json", "mine.JSON"):  # runs nothing
+        Path(name).write_text('{"lower_lr": 0.01, "target_modules": ["q_proj"]}')
+        assert train.read_config([f"--config={name}", "--rank=3"]) == mine
+    with pytest.raises(ValueError, match="--rank is given twice, as '4' and as '8'"):
+        train.read_config(["--rank=4", "--rank=8"])
 
 
 def test_help_shows_every_field_with_default_and_comment_and_no_arguments_say_how_to_start(capsys):
@@ -621,7 +611,21 @@ def test_help_shows_every_field_with_default_and_comment_and_no_arguments_say_ho
         ("rank=4", "write --name=value"),
         ("--rank=four", "rank='four' is not an integer"),
         ("--rank=2.5", "not an integer"),
+        ("--rank=1e3", "rank='1e3' is not an integer"),
         ("--lower_lr=fast", "not a finite number"),
+        ("--lower_lr=nan", "lower_lr='nan' is not a finite number"),
+        ("--lower_lr=inf", "lower_lr='inf' is not a finite number"),
+        ("--snapshots=1000000000", "snapshots=1000000000 must be at most 1000"),
+        ("--seed=18446744073709551616", "seed=18446744073709551616 must be at most"),
+        ("--out_dir=.", "out_dir=.: name a folder for this run alone"),
+        ("--out_dir=a/..", "out_dir=a/..: name a folder for this run alone"),
+        (
+            "--data=toy-sentiment --train_file=a.jsonl",
+            "data and train_file are two sources: choose",
+        ),
+        ("--data=file", "data=file is a file: give it as --train_file=file"),
+        ("--test_fraction=0.2", "test_fraction is of train_file: set train_file"),
+        ("--label_column=x", "label_column: for your own files and sets of the hub"),
         ("--overwrite=maybe", "not True or False"),
         ("--target_modules=", "not a list"),
         ("--method=bidoar", "did you mean 'bidora'"),
@@ -632,7 +636,6 @@ def test_help_shows_every_field_with_default_and_comment_and_no_arguments_say_ho
         ("--device=gpu", "unknown device"),
         ("--device=cuda:99", "is not available"),
         ("--device=mps", "device=mps is not available"),
-        ("--lower_lr=nan", "lower_lr"),
         ("--rank=65", "rank 65 does not fit"),
         ("--target_modules=q_proj,qproj", "'qproj' matches no linear layer; there are: down_proj"),
         ("--model=nowhere", "no model 'nowhere'"),
@@ -667,17 +670,29 @@ def test_a_wrong_setting_gets_one_line_and_exit_code_2(capsys, argument, said):
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "name, text, said",
     [
-        ("rank = = 2", "mine.py, line 1: SyntaxError"),
-        ("rank = 2\nx = 1 / 0", "mine.py, line 2: ZeroDivisionError"),
-        ("lower_lrr = 2", "unknown setting 'lower_lrr'; did you mean 'lower_lr'"),
-        ("rank = 'two'", "rank='two' is not an integer"),
+        ("a.py", "rank = = 2", "a.py, line 1: SyntaxError"),
+        ("a.Py", "rank = 2\nx = 1 / 0", "a.Py, line 2: ZeroDivisionError"),
+        ("a.py", "raise SystemExit(0)", "a.py, line 1: SystemExit: 0"),
+        ("a.py", "raise ValueError('two\\n   lines')", "a.py, line 1: ValueError: two lines"),
+        ("a.py", "lower_lrr = 2", "unknown setting 'lower_lrr'; did you mean 'lower_lr'"),
+        ("a.py", "config = 'small.py'", "a.py: unknown setting 'config'; --help lists them all"),
+        ("a.py", "rank = 'two'", "rank='two' is not an integer"),
+        (
+            "a.json",
+            '{"rank": 4, "rank": 8}',
+            "a.json is not valid JSON: the key 'rank' occurs twice",
+        ),
+        ("a.json", '{"out_dir": "a\\u0000b"}', "a.json: out_dir='a\\x00b' is not text"),
+        ("a.jsonc", "{}", "config file a.jsonc: its name must end in .py or .json"),
+        ("a", "{}", "config file a: its name must end in .py or .json"),
     ],
 )
-def test_a_wrong_config_file_is_named(capsys, text, said):
-    Path("mine.py").write_text(text)
-    assert said in refused(capsys, "--config=mine.py")
+def test_a_wrong_config_file_is_named(capsys, name, text, said):
+    Path(name).write_text(text)
+    assert said in refused(capsys, f"--config={name}")
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
@@ -723,7 +738,8 @@ def test_an_overwritten_run_stays_beside_until_the_new_one_has_finished(capsys, 
     before = contents("run")
     arguments = [*SETTINGS, "--out_dir=run", "--overwrite=True"]
     for _ in range(2):  # the second failure must not take the first one for finished work
-        refused(capsys, *arguments, "--lower_lr=1e30")
+        assert "is not finite" in (said := refused(capsys, *arguments, "--lower_lr=1e30"))
+        assert "lower lower_lr" in said
         assert contents("run.previous") == before
 
     def full(*_):
@@ -744,22 +760,8 @@ def test_a_folder_with_other_files_is_never_written_to(capsys):
     assert contents("model") == before
 
 
-@pytest.mark.parametrize("steps, said", [((4, 3), r"step \d of 7"), ((1, 0), "step 1 of 1")])
-def test_a_diverging_run_stops_and_keeps_the_last_good_adapter(capsys, steps, said):
-    """With an absurd rate the loss soon is not finite; what is saved must be."""
-    steps = [f"--{name}_steps={n}" for name, n in zip(("search", "retrain"), steps)]
-    arguments = [*SETTINGS, "--lower_lr=1e30", "--method=lora", "--out_dir=run", *steps]
-    assert re.search(said + " is not finite.*lower lower_lr", refused(capsys, *arguments))
-    assert all(t.isfinite().all() and t.abs().max() < 1e3 for t in adapter("run").values())
-
-
-def test_a_full_disk_is_one_line_before_training():
-    """A limit on the size of a file stands in for a full disk."""
-    resource = pytest.importorskip("resource")
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (10_000, 10_000))
-    done = command("--config=tiny.py", preexec_fn=limit)
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in done.stderr and "search:" not in done.stderr
+def test_a_full_disk_is_one_line_before_training(capsys, file_limit):
+    assert "File too large" in refused(capsys, "--config=tiny.py")
     assert not list(Path("out").iterdir())
 
 

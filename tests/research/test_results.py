@@ -208,12 +208,11 @@ def test_a_table_says_which_runs_are_in_another_dtype():
         ("hypergradients", ["bidora", "first-order"]),
     ],
 )
-def test_the_pictures_and_the_tables_are_drawn_from_results(picture, compared, capsys):
+def test_the_pictures_and_the_tables_are_drawn_from_results(picture, compared, refuses):
     folder = "results" if picture == "compare" else "results/study"
     results.save(folder, {"name": "other", "set": "tune"})
     Path("docs").mkdir()
-    assert figures.main([f"--only={picture}"]) == 2
-    assert f"no arm has six seeds beside {compared[0]}" in capsys.readouterr().err
+    refuses(figures, [f"--only={picture}"], f"no arm has six seeds beside {compared[0]}")
 
     runs = draws(domains=("peptides", "movie-sentiment"), compared=compared)
     for run in runs:
@@ -224,7 +223,7 @@ def test_the_pictures_and_the_tables_are_drawn_from_results(picture, compared, c
     assert Path(f"docs/{picture}.png").stat().st_size > 5000
 
 
-def test_traces_are_drawn_and_summed_up(capsys):
+def test_traces_are_drawn_and_summed_up(refuses):
     trace = {"indirect": [0.1, 0.3, 0.5], "cosine": [-0.4, -0.2, 0.1], "moved": [0.01, 0.04]}
     *shown, last = figures.SHOWN
     runs = [run | {"trace": trace} for run in draws(domains=("peptides",), compared=figures.SHOWN)]
@@ -232,8 +231,7 @@ def test_traces_are_drawn_and_summed_up(capsys):
         if run["method"] != last:
             results.save("results/study", run)
     Path("docs").mkdir()
-    assert figures.main(["--only=search"]) == 2
-    assert f"no run of {last} has a trace" in capsys.readouterr().err
+    refuses(figures, ["--only=search"], f"no run of {last} has a trace")
 
     results.save("results/study", next(run for run in runs if run["method"] == last))
     assert figures.main(["--only=search"]) == 0

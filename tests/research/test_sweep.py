@@ -294,11 +294,9 @@ def test_the_workers_end_with_their_parent_and_the_same_command_resumes(signum, 
         (["--results=file"], "choose another --results"),
     ],
 )
-def test_wrong_input_gets_one_line(arguments, message, capsys):
+def test_wrong_input_gets_one_line(arguments, message, refuses):
     Path("file").touch()
-    assert sweep.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("error: ") == 1 and "Traceback" not in error
+    refuses(sweep, arguments, message)
 
 
 NAME = "peptides-100-bidora-0"

@@ -16,7 +16,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_architectures import VARIANTS, Problem, in_float64
+from test_architectures import VARIANTS, Problem, in_float64, moved, perturbed
 
 import bidora
 from bilevel import BilevelOptimizer
@@ -27,14 +27,8 @@ from support.weights.pretrained import find_model
 
 ROOT = Path(__file__).parents[2]
 LABELS = 3
-SIZES = dict(
-    vocab_size=41,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-)
+SIZES = dict(vocab_size=41, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+SIZES |= dict(num_attention_heads=4, max_position_embeddings=64)
 SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
 ESM = dict(pad_token_id=1, mask_token_id=32, position_embedding_type="rotary", token_dropout=True)
 DEBERTA = dict(relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"])
@@ -131,12 +125,7 @@ def adapted(model, targets):
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.3)
-    bidora.replace_linear_with_bidora(model, 2, 8, target_modules=targets)
-    for layer in bidora.adapter_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
-        m = layer.lora_magnitude_vector.data
-        m.mul_(torch.linspace(0.8, 1.2, len(m)))
-    return model
+    return moved(model, targets)
 
 
 def rewrite(folder, change):
@@ -387,17 +376,10 @@ def test_the_adapter_is_peft_and_the_merged_model_transformers(name, kind, tmp_p
 @pytest.mark.parametrize("name, kind", EACH)
 def test_what_peft_trained_is_loaded_with_its_head(name, kind, tmp_path):
     base = checkpoint(tmp_path, name, CLASSES[kind], num_labels=LABELS)
-    config = LoraConfig(
-        task_type="TOKEN_CLS" if kind == "tagging" else "SEQ_CLS",
-        target_modules=list(read_shape(tmp_path).targets),
-        use_dora=True,
-        fan_in_fan_out=name == "gpt2",
-        r=2,
-    )
-    peer = get_peft_model(copy.deepcopy(base), config).eval()
-    for parameter in peer.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    options = dict(task_type="TOKEN_CLS" if kind == "tagging" else "SEQ_CLS", r=2, use_dora=True)
+    targets = list(read_shape(tmp_path).targets)
+    config = LoraConfig(target_modules=targets, fan_in_fan_out=name == "gpt2", **options)
+    peer = perturbed(get_peft_model(copy.deepcopy(base), config).eval())
     peer.save_pretrained(tmp_path / "adapter")
     model = bidora.load_adapter(load(tmp_path, kind), tmp_path / "adapter")
     assert_alike(model, peer, batch(base))
@@ -543,6 +525,7 @@ REFUSED = [
     (dict(model_type="nothing"), "transformers .* can't load this model"),
     (dict(model_type="vit"), "transformers .* can't load this model: ValueError: Unrecognized"),
     (dict(quantization_config={"quant_method": "gptq"}), "is quantised already"),
+    (dict(model_type=["llama"]), "can't load this model: TypeError"),
     (dict(num_attention_heads=5), "can't load this model: ValueError: The hidden size"),
 ]
 

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
-from test_tasks import WORDS, elsewhere, trained, writer  # noqa: F401  (elsewhere: a fixture)
+from test_tasks import WORDS, trained, writer
 from test_train import write
 
 import sample
@@ -14,6 +14,7 @@ import tasks
 from config import Config
 from support.weights.pretrained import find_model
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 RNG = random.Random(0)
 EXAMPLES = [{"prompt": "", "choices": ["ab ab cd", "cd"], "answer": 1}]
 for i in range(30):
@@ -90,7 +91,7 @@ def test_a_long_prompt_is_cut_on_the_left_for_the_longest_choice(whole):
         task.encode([example], 15)
 
 
-def test_a_run_learns_the_right_choice_and_sample_ranks_choices(capsys):
+def test_a_run_learns_the_right_choice_and_sample_ranks_choices(capsys, refuses):
     """The ranks' probabilities are those of PEFT's model."""
     rows = [{"prompt": f"{i}:", "choices": ["ab", "cd d", "e be"], "answer": 1} for i in range(40)]
     settings = dict(train_file=write("train.jsonl", rows), search_steps=20, retrain_steps=30)
@@ -104,5 +105,4 @@ def test_a_run_learns_the_right_choice_and_sample_ranks_choices(capsys):
     log_p = [exact(tokenizer, peer, "7:", choice)[0] for choice in ("cd d", "e be")]
     right, wrong = torch.tensor(log_p).softmax(0).tolist()
     assert printed == f"{right:6.1%}  cd d\n{wrong:6.1%}  e be\n"
-    assert sample.main(["--adapter=run", "--prompt=7:"]) == 2
-    assert "task is multiple_choice: give --labels=" in capsys.readouterr().err
+    refuses(sample, ["--adapter=run", "--prompt=7:"], "task is multiple_choice: give --labels=")

@@ -27,12 +27,6 @@ SMALL = ("movie-ratings", "bbc-topics", "similarity", "tweet-entities", "peptide
 PAIRS = ("fact-verification", "nli", "epistemic-nli", "paraphrase")  # of BIG-bench
 
 
-@pytest.fixture
-def cache(monkeypatch, request):
-    """One cache for the whole session."""
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
-
-
 def text_in(pinned, name):
     """The text of the only file in a zip archive whose path ends so."""
     with zipfile.ZipFile(datasets.fetch(**pinned)) as archive:
@@ -48,13 +42,13 @@ def texts_of(example):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_no_text_is_empty_and_no_example_occurs_twice(cache, name):
+def test_no_text_is_empty_and_no_example_occurs_twice(model_cache, name):
     examples = BUILT_IN[name].load()
     assert all(text == text.strip() and text for e in examples for text in texts_of(e))
     assert len({tuple(texts_of(example)) for example in examples}) == len(examples)
 
 
-def test_a_movie_s_score_is_the_mean_of_its_raters(cache):
+def test_a_movie_s_score_is_the_mean_of_its_raters(model_cache):
     """The archive also lists every single rating, by the snippet's number. It rounds to 1e-9."""
     with tarfile.open(datasets.fetch(**datasets.SNIPPETS)) as outer:
         path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -77,7 +71,7 @@ def test_a_movie_s_score_is_the_mean_of_its_raters(cache):
         assert score == pytest.approx(expected[text][0], abs=1e-8)  # two texts occur twice
 
 
-def test_every_bbc_article_has_its_folder_as_topic(cache):
+def test_every_bbc_article_has_its_folder_as_topic(model_cache):
     expected = set()
     with zipfile.ZipFile(datasets.fetch(**datasets.BBC)) as archive:
         names = [name for name in archive.namelist() if name.endswith(".txt") and "/data/" in name]
@@ -88,7 +82,7 @@ def test_every_bbc_article_has_its_folder_as_topic(cache):
     assert found == expected and len(names) == 2225
 
 
-def test_tweets_are_tagged_as_in_their_file(cache):
+def test_tweets_are_tagged_as_in_their_file(model_cache):
     """
     seqeval, as a library, finds the same entities in the file as a whole, less those of tweets that
     occur before.
@@ -110,21 +104,21 @@ def test_tweets_are_tagged_as_in_their_file(cache):
     assert len(types) == 10 and {"person", "geo-loc", "tvshow"} < types
 
 
-def test_a_tag_inside_an_entity_follows_one_of_its_type(cache):
+def test_a_tag_inside_an_entity_follows_one_of_its_type(model_cache):
     for example in BUILT_IN["tweet-entities"].load():
         assert len(example["words"]) == len(example["tags"])
         for before, tag in zip(["O", *example["tags"]], example["tags"]):
             assert not tag.startswith("I-") or before[2:] == tag[2:]
 
 
-def test_words_have_the_scores_of_their_file_from_1_to_5(cache):
+def test_words_have_the_scores_of_their_file_from_1_to_5(model_cache):
     rows = list(csv.reader(io.StringIO(text_in(datasets.WORD_PAIRS, "mturk-771.csv"))))[1:]
     found = [(e["text"], e["text_b"], e["score"]) for e in BUILT_IN["similarity"].load()]
     assert found == [(a, b, float(score)) for _, a, b, score in rows] and len(found) == 771
     assert all(1 <= score <= 5 for *_, score in found)
 
 
-def test_peptides_are_residues_with_the_label_of_their_file(cache):
+def test_peptides_are_residues_with_the_label_of_their_file(model_cache):
     rows = text_in(datasets.PEPTIDES, "/AMPvsUniProt.csv").split("\n")[1:]
     listed = {tuple(part.strip() for part in row.split(",")) for row in rows if row}
     both = {sequence for sequence, label in listed if (sequence, str(1 - int(label))) in listed}
@@ -154,7 +148,7 @@ def runs_of_eight(examples):
 @pytest.mark.parametrize(
     "name, parts", [("bbc-topics", headlines), ("similarity", words), ("peptides", runs_of_eight)]
 )
-def test_no_two_splits_share_a_headline_a_word_or_eight_residues(cache, name, parts):
+def test_no_two_splits_share_a_headline_a_word_or_eight_residues(model_cache, name, parts):
     examples = BUILT_IN[name].load()
     for seed in range(3):
         train, val = data.split(examples, 0.2, seed)
@@ -162,7 +156,7 @@ def test_no_two_splits_share_a_headline_a_word_or_eight_residues(cache, name, pa
         assert len(val) == pytest.approx(0.2 * len(examples), rel=0.03)
 
 
-def test_a_question_names_every_label_and_has_a_place_for_every_text(cache):
+def test_a_question_names_every_label_and_has_a_place_for_every_text(model_cache):
     for name in ("bbc-topics", "peptides", "movie-sentiment", "product-sentiment"):
         examples, question = BUILT_IN[name].load(), BUILT_IN[name].question
         assert all(example["label"] in question for example in examples), name

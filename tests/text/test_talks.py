@@ -11,7 +11,8 @@ import pytest
 import tokenizers
 import transformers
 from test_checkpoint import KILLED, ROOT, TINY, assert_same_run
-from test_tokenizer import CHATML, Listener, llama2_tokenizer, per_turn, trained_tokenizer
+from test_merge import generated
+from test_tokenizer import CHATML, Listener, both, llama2_tokenizer, per_turn, trained_tokenizer
 
 import data
 import sample
@@ -75,8 +76,7 @@ def test_a_talk_s_tokens_and_labels_are_those_of_transformers(tmp_path, name, tr
     """
     talk = TALKS[name]
     named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": AGENT}]
-    trained_tokenizer(tmp_path, template=named if talk.get("tools") else AGENT)
-    ours = Tokenizer.from_pretrained(tmp_path)
+    _, ours = both(tmp_path, template=named if talk.get("tools") else AGENT)
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     more = {key: value for key, value in talk.items() if key != "messages"}
     [row], _ = data.encode([talk], ours, 800, train_on_prompt=train_on_prompt)
@@ -125,8 +125,7 @@ THOUGHT = answer("<think>1 + 3 is\n4</think>\n\n4")
 )
 def test_what_a_chat_template_drops_is_counted(tmp_path, template, talk, lost):
     """The rest is learnt as if nothing had been dropped."""
-    trained_tokenizer(tmp_path, template=template)
-    ours, whole = Tokenizer.from_pretrained(tmp_path), {"messages": [USER, answer("Fine.")]}
+    (_, ours), whole = both(tmp_path, template=template), {"messages": [USER, answer("Fine.")]}
     rows, _ = data.encode([talk, whole, talk], ours, 400)
     encoded = {"train": rows[:2], "test": rows[2:]}
     examples = Examples.of({"train": [talk, whole], "val": [], "test": [talk]}, Config())
@@ -141,9 +140,8 @@ def test_what_a_chat_template_drops_is_counted(tmp_path, template, talk, lost):
 def test_a_prompt_that_ends_otherwise_than_training_texts_is_said(tmp_path, opening):
     """transformers' prompt against its training text; written thoughts follow it."""
     turn = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-    trained_tokenizer(tmp_path, template=per_turn(turn, opening))
+    _, ours = both(tmp_path, template=per_turn(turn, opening))
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ours = Tokenizer.from_pretrained(tmp_path)
     for talk in [[USER, answer()], [USER, answer("<think>\nhm</think>Fine.")]]:
         [row], _ = data.encode([{"messages": talk}], ours, 400)
         asked = peer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
@@ -187,8 +185,7 @@ def test_parts_of_a_content_are_joined_as_transformers_joins_them(tmp_path):
 
 def test_an_answer_that_vanishes_is_refused(tmp_path):
     """Its tool calls are all that it has, and the template does not write them."""
-    trained_tokenizer(tmp_path)
-    ours = Tokenizer.from_pretrained(tmp_path)
+    _, ours = both(tmp_path)
     with pytest.raises(ValueError, match="the chat template omits an answer"):
         data.encode([{"messages": [USER, answer("", tool_calls=[CALL])]}], ours, 400)
 
@@ -220,8 +217,7 @@ def test_a_rendered_text_gets_no_second_begin_or_end(tmp_path, tokenizer, begun,
 
 
 def test_references_are_compared_without_their_end_token(tmp_path):
-    trained_tokenizer(tmp_path)
-    ours = Tokenizer.from_pretrained(tmp_path)
+    _, ours = both(tmp_path)
     ended, bare = ([{"prompt": "a", "references": ["good" + x]}] for x in ("<|im_end|>", ""))
     [row], [expected] = (data.encode(x, ours, 400)[0] for x in (ended, bare))
     assert row == expected
@@ -253,8 +249,7 @@ def test_an_answer_that_ends_already_is_said(tmp_path):
 
 
 def test_white_space_may_follow_the_end_of_a_rendered_text(tmp_path):
-    trained_tokenizer(tmp_path)
-    ours = Tokenizer.from_pretrained(tmp_path)
+    _, ours = both(tmp_path)
     text = ours.apply_chat_template([USER, answer()])
     [row], _ = data.encode([{"text": text}], ours, 400)
     assert text.endswith("<|im_end|>\n") and row.input_ids == ours.encode(text)
@@ -276,10 +271,8 @@ SYSTEM = {"role": "system", "content": "short"}
     ],
     ids=["tools", "thoughts", "weights", "system", "dated template"],
 )
-def test_each_talk_s_answer_ends_where_it_should(tmp_path, monkeypatch, request, talk, written):
+def test_each_talk_s_answer_ends_where_it_should(elsewhere, talk, written):
     """Through train.py, sample.py, tools.merge, and transformers' generate on the merged folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
     shutil.copytree(find_model("tiny-random"), "model")
     dated = written == "2 films"
     template = AGENT.replace("{% for t", "{{ strftime_now('%Y') }}{% for t", 1) if dated else AGENT
@@ -294,19 +287,11 @@ def test_each_talk_s_answer_ends_where_it_should(tmp_path, monkeypatch, request,
     assert sample.answer(adapted, tokenizer, asked, sample.Sample()) == written
     assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained("merged")
-    model = transformers.AutoModelForCausalLM.from_pretrained("merged")
-    options = dict(add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    inputs = tokenizer.apply_chat_template(asked, tools=tools, **options)
-    out = model.generate(**inputs, max_new_tokens=40, do_sample=False)
-    answered = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
-    assert answered == f"{written}<|im_end|>"
+    assert generated("merged", asked, tools) == f"{written}<|im_end|>"
 
 
-def test_a_run_keeps_the_date_on_which_it_began(tmp_path, monkeypatch, request):
+def test_a_run_keeps_the_date_on_which_it_began(elsewhere):
     """Killed in one time zone and resumed in another, 26 hours ahead; as if it had not been."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
     shutil.copytree(find_model("tiny-random"), "model")
     dated = per_turn("{{ m.content }}", before="{{ strftime_now('%d %b %Y') }}")
     Path("model/chat_template.jinja").write_text(dated)

@@ -36,7 +36,17 @@ def per_turn(turn, opening="<|im_start|>assistant\n", before=""):
     return loop + f"{{% if add_generation_prompt %}}{{{{ '{opening}' }}}}{{% endif %}}"
 
 
-CHATML = per_turn("{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}")
+def marked(answer, other):
+    """The part of a chat template for message m, with {% generation %}: the assistant's."""
+    mark = "{% if m.role == 'assistant' %}{% generation %}" + answer + "{% endgeneration %}"
+    return mark + "{% else %}" + other + "{% endif %}"
+
+
+CHATML = per_turn(
+    "{{ '<|im_start|>' + m['role'] + '\n' }}"
+    + marked(*["{{ m['content'] + '<|im_end|>' }}"] * 2)
+    + "{{ '\n' }}"
+)
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 CORPUS = [
     "the film's 1st half isn't bad, it's 100% good fun; we'll see   what he'd say in 2024",
@@ -229,6 +239,11 @@ def test_what_a_tokenizer_puts_before_a_text_is_known(tmp_path):
     peer, ours = both(tmp_path, "llama3")
     for text in ("", "a film", "<|im_start|>a"):
         assert ours.prefix_ids + ours.encode(text) == peer.encode(text).ids != ours.encode(text)
+    # RoBERTa's puts a token after it, too.
+    peer.post_processor = processors.RobertaProcessing(("<|im_end|>", 2), ("<|im_start|>", 1))
+    peer.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.prefix_ids + ours.encode("a film") == peer.encode("a film").ids[:-1]
 
 
 def test_a_text_that_tiktoken_gives_up_on_is_tokenized(tmp_path):
@@ -239,116 +254,53 @@ def test_a_text_that_tiktoken_gives_up_on_is_tokenized(tmp_path):
     assert ours.encode(text) == peer.encode(text).ids
 
 
-def without_tokenizer_json(folder, settings, change=lambda vocab: None):
+def without_tokenizer_json(folder):
     """Write vocab.json and merges.txt in place of tokenizer.json."""
-    spec = json.loads((folder / "tokenizer.json").read_text())
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
     (folder / "tokenizer.json").unlink()
-    merges = "\n".join(" ".join(pair) for pair in spec["model"]["merges"])
-    change(spec["model"]["vocab"])
-    (folder / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-@pytest.mark.parametrize("kind, name", [("gpt2", "GPT2Tokenizer"), ("qwen", "Qwen2TokenizerFast")])
-def test_vocab_and_merges_files_are_read_as_transformers_does(tmp_path, kind, name):
-    peer = trained_tokenizer(tmp_path, kind)
-    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
-    listed = {
-        str(i): {"content": token.content, **flags, "special": True}
-        for i, token in peer.get_added_tokens_decoder().items()
-    }
-    settings = {"eos_token": "<|im_end|>", "added_tokens_decoder": listed}
-    without_tokenizer_json(tmp_path, settings | {"tokenizer_class": name})
-
-    peer_class = getattr(transformers, name.removesuffix("Fast"))
-    peer, ours = peer_class.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
-    assert ours.encoding
-    for text in NASTY + random_texts(2000):
-        assert ours.encode(text) == peer.encode(text, add_special_tokens=False), repr(text)
+FLAGS = dict.fromkeys(("rstrip", "single_word", "normalized"), False) | {"special": True}
+TAKES_SPACES = {"2": FLAGS | {"content": "<|im_end|>", "lstrip": True}}
 
 
+@pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"eos_token": "<|new|>", "pad_token": "<|im_end|>"}, {"add_prefix_space": True}],
-)
-@pytest.mark.parametrize("swapped", [False, True])
-def test_a_bare_pair_of_files_is_read_as_transformers_does(tmp_path, settings, swapped):
-    """
-    No token named, one outside the vocabulary, or a space before the text.
-
-    swapped: ids that tiktoken can't follow, so the tokenizers library takes over.
-    """
-
-    def swap(vocab):
-        if swapped:
-            vocab["Ġfilm"], vocab["Ġgood"] = vocab["Ġgood"], vocab["Ġfilm"]
-
-    trained_tokenizer(tmp_path, "gpt2")
-    without_tokenizer_json(tmp_path, {"tokenizer_class": "GPT2Tokenizer"} | settings, swap)
-    peer = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
-    ours = Tokenizer.from_pretrained(tmp_path)
-    assert not (swapped and ours.encoding)
-    for text in [t for t in NASTY + random_texts(500) if "<|im_" not in t]:
-        assert ours.encode(text) == peer.encode(text, add_special_tokens=False), repr(text)
-    assert ours.eos_id == peer.eos_token_id
-
-
-def token(content, **flags):
-    return dict.fromkeys(FLAGS, False) | {"content": content, "special": True} | flags
-
-
-FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
-END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
-LISTED = {str(i): token(t) for i, t in enumerate([END_OF_TEXT, "<|im_start|>", END_OF_TURN])}
-CONTRADICTIONS = {  # settings of tokenizer_config.json, and other files
-    **{flag: ({"added_tokens_decoder": LISTED | {"2": token(END_OF_TURN, **{flag: True})}}, {})
-       for flag in ("lstrip", "rstrip", "single_word")},
-    "another content": ({"added_tokens_decoder": LISTED | {"0": token("<t>")}}, {}),
-    "a token of the file is not listed": ({"added_tokens_decoder": {"460": token("<t>")}}, {}),
-    "the map names another end": ({}, {"special_tokens_map": {"eos_token": END_OF_TEXT}}),
-    "the map's flags": ({}, {"special_tokens_map": {"eos_token": token(END_OF_TURN, lstrip=True)}}),
-    "the map and a list": (
-        {"added_tokens_decoder": LISTED}, {"special_tokens_map": {"eos_token": END_OF_TEXT}}
-    ),
-    "the map names a new token": ({}, {"special_tokens_map": {"pad_token": "<t>"}}),
-    "ids beyond the vocabulary": ({}, {"added_tokens": {"<t>": 900, "<u>": 800}}),
-    "more special tokens": ({"additional_special_tokens": ["<t>", "<u>"]}, {}),
-    "extra tokens": ({"extra_special_tokens": {"image_token": "<t>"}}, {}),
-    "a space": ({"add_prefix_space": True}, {}),
-    "lower case": ({"do_lower_case": True}, {}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "case, name",
+    "name, fast, settings, files",
     [
-        (case, name)
-        for case in CONTRADICTIONS
-        for name in ("PreTrainedTokenizerFast", "GPT2Tokenizer", "Qwen2TokenizerFast")
-        if case not in FLAGS or "Qwen" not in name  # which takes no flags of its end of turn
+        ("GPT2Tokenizer", True, {}, {}),
+        ("Qwen2TokenizerFast", True, {}, {"special_tokens_map": {"eos_token": "<t>"}}),
+        ("GPT2Tokenizer", False, {}, {"added_tokens": {"<t>": 900, "<u>": 800}}),
+        ("GPT2Tokenizer", False, {"add_prefix_space": True}, {}),
+        ("GPT2Tokenizer", False, {"added_tokens_decoder": TAKES_SPACES}, {}),
     ],
 )
-def test_files_that_contradict_each_other_are_read_as_transformers_does(tmp_path, case, name):
-    settings, files = CONTRADICTIONS[case]
-    added = [AddedToken("<|u|>", special=True, normalized=False)]
-    kind = "qwen" if "Qwen" in name else "gpt2"
-    trained_tokenizer(tmp_path, kind, added=added, tokenizer_class=name, **settings)
-    for file, content in (files | {"config": {"model_type": "llama"}}).items():
+def test_the_files_beside_tokenizer_json_count(tmp_path, name, fast, settings, files, bare):
+    """
+    Tokens that they add or name, a space before the text: with tiktoken and where it cannot follow.
+
+    bare: vocab.json and merges.txt in place of tokenizer.json.
+    """
+    settings = settings | {"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    settings["tokenizer_class"] = name
+    trained_tokenizer(tmp_path, "qwen" if "Qwen" in name else "gpt2", **settings)
+    for file, content in files.items():
         (tmp_path / f"{file}.json").write_text(json.dumps(content))
+    if bare:
+        without_tokenizer_json(tmp_path)
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = Tokenizer.from_pretrained(tmp_path)
+    assert bool(ours.encoding) == fast
     assert (ours.eos_id, ours.pad_id) == (peer.eos_token_id, peer.pad_token_id)
-    for text in random_texts(1000, [" <t> ", "<u>", "<|u|>", " <|im_end|>", "<|im_end|> ", "Film"]):
+    for text in NASTY + random_texts(1000, [" <t> ", "<u>", " <|im_end|>", "<|im_end|> "]):
         assert ours.encode(text) == peer.encode(text, add_special_tokens=False), repr(text)
 
 
-def test_truncation_padding_and_tokens_named_elsewhere(tmp_path):
-    """
-    Truncation and padding in a file are ignored: they are for batches.
-
-    tokenizer_config.json may add tokens. RoBERTa's token before a text is known.
-    """
+def test_truncation_and_padding_in_a_file_are_ignored(tmp_path):
+    """They are for batches."""
     peer = llama2_tokenizer(tmp_path)
     peer.enable_truncation(8)
     peer.enable_padding(length=12)
@@ -358,19 +310,6 @@ def test_truncation_padding_and_tokens_named_elsewhere(tmp_path):
     peer.no_padding()
     for text in ("good film " * 20, "a"):
         assert ours.encode(text) == peer.encode(text, add_special_tokens=False).ids
-
-    peer = trained_tokenizer(tmp_path, "gpt2")
-    extra = peer.get_vocab_size()
-    decoder = {str(extra): {"content": "<extra>", "special": True}}
-    _, ours = both(tmp_path, "gpt2", added_tokens_decoder=decoder)
-    other = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    assert ours.encode("a<extra>b") == [*peer.encode("a").ids, extra, *peer.encode("b").ids]
-    assert ours.encode("a<extra>b") == other.encode("a<extra>b")
-
-    peer.post_processor = processors.RobertaProcessing(("<|im_end|>", 2), ("<|im_start|>", 1))
-    peer.save(str(tmp_path / "tokenizer.json"))
-    ours = Tokenizer.from_pretrained(tmp_path)
-    assert ours.prefix_ids + ours.encode("a film") == peer.encode("a film").ids[:-1]
 
 
 LLAMA2_TEMPLATE = (
@@ -485,16 +424,20 @@ TEMPLATES = {
         "{% endif %}\n"
     ),
     "thoughts in the last turn": per_turn(
-        "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
-        "{% set content = m.content.split('</think>')[-1].lstrip('\n') %}"
-        "{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ content }}"
-        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}",
+        "{{ '<|im_start|>' + m.role + '\n' }}"
+        + marked(
+            "{% set content = m.content.split('</think>')[-1].lstrip('\n') %}"
+            "{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+            "{{ content + '<|im_end|>' }}",
+            "{{ m.content + '<|im_end|>' }}",
+        )
+        + "{{ '\n' }}",
         before="{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
         "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}",
     ),
     "trimmed, dated": per_turn(
-        "{{ '<|im_start|>' + m['role'] + '<|im_start|>\n\n' + m['content'] | trim + "
-        "'<|im_end|>' }}",
+        "{{ '<|im_start|>' + m['role'] + '<|im_start|>\n\n' }}"
+        + marked(*["{{ m['content'] | trim + '<|im_end|>' }}"] * 2),
         "<|im_start|>assistant<|im_start|>\n\n",
         "{{ bos_token }}{% if not date is defined %}{% set date = strftime_now('%d %b %Y') %}"
         "{% endif %}{{ date }}{% if tools is not none %}{{ tools | tojson }}{% endif %}",
@@ -543,19 +486,6 @@ def test_chat_templates_equal_transformers(tmp_path, name, place):
             assert ours.encode(text) == peer.apply_chat_template(messages, **options)["input_ids"]
 
 
-def test_templates_run_in_a_sandbox_and_their_errors_are_one_line():
-    for template, message in (
-        ("{{ messages.__class__.__mro__ }}", "unsafe"),
-        ("{{ raise_exception('no system please') }}", "no system please"),
-        ("{% for %}", "Expected"),
-        ("{{ 1 / 0 }}", "division"),
-        ("{{ messages + 1 }}", "concatenate"),
-    ):
-        with pytest.raises(ValueError, match=message) as caught:
-            ChatTemplate(template, {}, []).render(TALK)
-        assert "\n" not in str(caught.value)
-
-
 def test_stop_ids_include_the_end_of_turn_and_generation_config(tmp_path):
     # As in Qwen 2.5's base models: one token ends a turn, another a text.
     trained_tokenizer(tmp_path, eos_token="<|endoftext|>")
@@ -564,43 +494,17 @@ def test_stop_ids_include_the_end_of_turn_and_generation_config(tmp_path):
     assert Tokenizer.from_pretrained(tmp_path).stop_ids == [0, 1, 2]
 
 
-# With {% generation %}, by which transformers marks the assistant's text
-GENERATION = {
-    "chatml": per_turn(
-        "{{ '<|im_start|>' + m['role'] + '\n' }}"
-        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
-        "{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
-    ),
-    "thoughts in the last turn": TEMPLATES["thoughts in the last turn"]
-    .replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' %}{% generation %}", 1)
-    .replace(
-        "{{ content }}{% else %}",
-        "{{ content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}",
-    )
-    .replace(
-        "{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}",
-        "{{ m.content + '<|im_end|>\n' }}{% endif %}",
-    ),
-    "trimmed": per_turn(
-        "{{ '<|im_start|>' + m['role'] + '<|im_start|>\n\n' }}"
-        "{% if m['role'] == 'assistant' %}{% generation %}"
-        "{{ m['content'] | trim + '<|im_end|>' }}{% endgeneration %}{% else %}"
-        "{{ m['content'] | trim + '<|im_end|>' }}{% endif %}",
-        "<|im_start|>assistant<|im_start|>\n\n",
-    ),
-}
-
-
 @pytest.mark.parametrize(
     "name, kind",
     [
         (name, kind)
-        for name in GENERATION
-        for kind in (FAMILIES if name != "trimmed" else ["qwen", "llama3"])
+        for name in ("chatml", "thoughts in the last turn", "trimmed, dated")
+        for kind in (FAMILIES if "trimmed" not in name else ["qwen", "llama3"])
     ],
 )
 def test_the_assistants_tokens_are_the_ones_transformers_marks(tmp_path, kind, name):
-    _, ours = both(tmp_path, kind, template=GENERATION[name])
+    """By {% generation %} in the template."""
+    _, ours = both(tmp_path, kind, template=TEMPLATES[name])
     peer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     odd = [TALK[1], {"role": "assistant", "content": "<|im_end|> a 12 é"}]
     for messages in (TALK, TALK[1:], TALK[:3], TALK[1:3], odd):
@@ -889,27 +793,30 @@ def test_a_question_is_rendered_once_and_its_rows_take_few_bytes(tmp_path, monke
 
 # A template is anybody's program.
 HOSTILE = {
-    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "lorem ipsum": "{{ lipsum(n=10**8) }}",
-    "doubling": "{% set n = namespace(s='aa') %}{% for i in range(60) %}"
-    "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
-    "product": "{{ 'a' * 10**10 }}",
-    "format": "{{ '%1000000000d' % 1 }}",
-    "much text": "{% for i in range(99999) %}" + "a" * 1000 + "{% endfor %}",
-    "itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
-    "syntax": "{% if %}",
-    "no such name": "{{ nothing.at.all }}",
-    "no such block": "{% nothing %}",
-    "a module": "{{ ().__class__.__mro__[1].__subclasses__() }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "",
+    "{{ lipsum(n=10**8) }}": "",
+    "{% set n = namespace(s='aa') %}{% for i in range(60) %}"
+    "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}": "",
+    "{{ 'a' * 10**10 }}": "",
+    "{{ '%1000000000d' % 1 }}": "",
+    "{% for i in range(99999) %}" + "a" * 1000 + "{% endfor %}": "",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "",
+    "{{ nothing.at.all }}": "",
+    "{% nothing %}": "",
+    "{% if %}": "Expected",
+    "{{ ().__class__.__mro__[1].__subclasses__() }}": "unsafe",
+    "{{ raise_exception('no system please') }}": "no system please",
+    "{{ 1 / 0 }}": "division",
+    "{{ messages + 1 }}": "concatenate",
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_end_in_one_line_and_within_limits(name):
+@pytest.mark.parametrize("template, said", HOSTILE.items(), ids=range(len(HOSTILE)))
+def test_hostile_templates_end_in_one_line_and_within_limits(template, said):
     start = sum(os.times()[:4])
-    with pytest.raises(ValueError, match="the chat template rejects") as caught:
-        ChatTemplate(HOSTILE[name], {"eos_token": "</s>"}, []).render(TALK)
+    with pytest.raises(ValueError, match=f"the chat template rejects.*{said}") as caught:
+        ChatTemplate(template, {"eos_token": "</s>"}, []).render(TALK)
     assert "\n" not in str(caught.value)
     assert sum(os.times()[:4]) - start < 20  # CPU seconds, the children's too
     # The next template is rendered as ever.

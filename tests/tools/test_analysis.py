@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
+from test_train import TINY
 
 import train
 from bidora import ALL_LINEAR, BiDoRALinear
@@ -18,15 +19,7 @@ from tools.analysis import fit
 from train import Config
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
-TINY = dict(
-    model="tiny-random",
-    data="toy-sentiment",
-    dtype="float32",
-    search_steps=4,
-    retrain_steps=4,
-    test_size=40,
-    eval_size=20,
-)
+TINY = TINY | dict(retrain_steps=4)
 
 
 def definition(weight, base, dim):
@@ -237,7 +230,7 @@ def test_the_command_line_draws_runs_and_checkpoints(capsys):
         (["--tuned=odd"], "odd: trajectory.json"),
     ],
 )
-def test_wrong_input_gets_one_line(arguments, message, capsys):
+def test_wrong_input_gets_one_line(arguments, message, refuses):
     if arguments[0] == "--tuned=dora":
         train.train(Config(method="dora", out_dir="dora", snapshots=1, **TINY))
     Path("torn").mkdir()
@@ -246,9 +239,7 @@ def test_wrong_input_gets_one_line(arguments, message, capsys):
     shutil.copytree("torn", "damaged"), shutil.copytree("torn", "odd")
     Path("damaged/trajectory.safetensors").write_bytes(b"half")
     Path("odd/trajectory.json").write_text('{"layers": 5, "snapshots": 3, "axis": 1}')
-    assert analysis.main(arguments) == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error and error.count("error: ") == 1 and "Traceback" not in error
+    refuses(analysis, arguments, message)
 
 
 def test_shapes_that_differ_are_named():

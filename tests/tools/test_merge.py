@@ -72,13 +72,13 @@ def test_the_nearest_lora_of_a_rank_is_peft_s_to_load_and_its_error_is_printed(r
     assert sample.main([*command, "--prompt=a", "--temperature=0", "--max_new_tokens=2"]) == 0
 
 
-def generated(folder):
-    """What transformers answers to "Hi", from a folder alone."""
+def generated(folder, asked=TALK[:1], tools=None):
+    """What transformers answers to messages, from a folder alone."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     options = dict(add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    inputs = tokenizer.apply_chat_template(TALK[:1], **options)
-    out = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    inputs = tokenizer.apply_chat_template(asked, tools=tools, **options)
+    out = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     return tokenizer.decode(out[0, inputs["input_ids"].size(1) :])
 
 

@@ -12,9 +12,8 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_in_the_short_setting(path, monkeypatch, request):
+def test_notebook_runs_in_the_short_setting(path, monkeypatch, model_cache):
     monkeypatch.setenv("QUICK", "1")
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
     notebooks.execute(path, timeout=300)
 
 

@@ -102,14 +102,26 @@ def loss_of(result):
     return F.cross_entropy(y.flatten(0, -2), y.new_zeros(y[..., 0].numel()).long())
 
 
-def adapted(base, targets):
-    """A copy of base with adapters that have been moved."""
-    model = replace_linear_with_bidora(copy.deepcopy(base), 2, 8, target_modules=targets)
+def moved(model, targets):
+    """The model with adapters that have been moved."""
+    replace_linear_with_bidora(model, 2, 8, target_modules=targets)
     for layer in bidora.adapter_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.1)
         m = layer.lora_magnitude_vector.data
         m.mul_(torch.linspace(0.8, 1.2, len(m)))
     return model
+
+
+def adapted(base, targets):
+    return moved(copy.deepcopy(base), targets)
+
+
+def perturbed(peer):
+    """PEFT's model with trained parameters that have been moved."""
+    for parameter in peer.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return peer
 
 
 def test_new_adapters_change_nothing(architecture):
@@ -176,10 +188,7 @@ def test_what_peft_trained_is_loaded(architecture, tmp_path):
         use_dora=True,
         fan_in_fan_out="c_attn" in targets,
     )
-    peer = get_peft_model(copy.deepcopy(base), config)
-    for parameter in peer.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
+    peer = perturbed(get_peft_model(copy.deepcopy(base), config))
     expected = outputs(peer.train(), inputs(0))
     peer.save_pretrained(tmp_path)
     loaded = load_adapter(copy.deepcopy(base), tmp_path)

@@ -4,23 +4,17 @@ import http.server
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
+from test_train import command as run
 
 from support.weights.pretrained import find_model, is_hub_name, split_revision
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, request):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BIDORA_CACHE", str(request.config.cache.mkdir("models")))
 
 
 def test_a_changed_file_of_a_converted_model_in_the_cache_is_named(monkeypatch):
@@ -38,13 +32,7 @@ def test_a_changed_file_of_a_converted_model_in_the_cache_is_named(monkeypatch):
 
 def command(*arguments, **environment):
     """Run Python in a process of its own: huggingface_hub reads its settings once, on import."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"HF_HOME": "hf", **environment},
-    )
+    return run(*arguments, env=os.environ | {"HF_HOME": "hf", **environment})
 
 
 def found(name, **environment):

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn as nn
 import transformers
+from test_kernels import Watched
 from test_model import checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bidora
 from bidora import adapter_layers, load_adapter, merge, replace_linear_with_bidora, save_adapter
@@ -66,18 +66,18 @@ def test_products_and_both_derivatives_are_those_of_the_dequantised_weight(kind)
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * scale)
 
 
-class Reads(TorchDispatchMode):
-    """Counts how often torch turns a packed weight's numbers into floating-point ones."""
+def reads(weight, function):
+    """(what a function returns, how often it turns a packed weight's numbers into floats)."""
+    place, count = weight.untyped_storage().data_ptr(), 0
 
-    def __init__(self, weight):
-        super().__init__()
-        self.place, self.count = weight.untyped_storage().data_ptr(), 0
+    def note(operation, arguments, result):
+        nonlocal count
+        given = arguments[0] if arguments else None
+        if isinstance(given, torch.Tensor) and given.untyped_storage().data_ptr() == place:
+            count += result.is_floating_point()
 
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        result, given = function(*arguments, **(named or {})), arguments[0] if arguments else None
-        if isinstance(given, torch.Tensor) and given.untyped_storage().data_ptr() == self.place:
-            self.count += result.is_floating_point()
-        return result
+    with Watched(note):
+        return function(), count
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,11 +89,10 @@ def test_a_dora_step_dequantises_each_weight_once_in_each_direction(kind):
     A, B, m = parameters = [p for p in layer.parameters() if p.requires_grad]
     nn.init.normal_(B, std=0.1)
     x, target = torch.randn(30, 64, requires_grad=True), torch.randn(30, 48)
-    with Reads(packed) as forward:
-        y = layer(x)
-    with Reads(packed) as backward:
-        ours = torch.autograd.grad((y * target).sum(), [x, *parameters])
-    assert (forward.count, backward.count) == (1, 1)
+    y, forward = reads(packed, lambda: layer(x))
+    loss = (y * target).sum()
+    ours, backward = reads(packed, lambda: torch.autograd.grad(loss, [x, *parameters]))
+    assert (forward, backward) == (1, 1)
 
     exact = [p.detach().double().requires_grad_() for p in (x, A, B, m)]
     x, A, B, m = exact
