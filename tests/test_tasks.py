@@ -536,7 +536,8 @@ def test_what_a_borrowed_model_or_its_head_can_not_have_is_refused(
 ):
     folder = writer(model) if model == "gpt2" else encoder(model)
     file = write("train.jsonl", make("classification"))
-    refused(capsys, message, f"--model={folder}", f"--train_file={file}", *arguments)
+    data = "--data=toy-sentiment" if model == "gpt2" else f"--train_file={file}"
+    refused(capsys, message, f"--model={folder}", data, *arguments)
 
 
 def test_a_folder_without_a_dev_set_can_not_serve_the_upper_level(capsys):
