@@ -133,6 +133,16 @@ def turns_of(example):
     return [{"role": role, "content": content} for role, content in turns]
 
 
+def joined(pieces, train_on_prompt):
+    """(token ids, labels) of pieces, (token ids, whether they are learnt; None: in no case)."""
+    ids, targets = [], []
+    for tokens, yes in pieces:
+        ids += tokens
+        learnt = yes or train_on_prompt and yes is False
+        targets += tokens if learnt else [-100] * len(tokens)
+    return ids, targets
+
+
 def encode(examples, tokenizer, block_size, label_prompt="", label_ids=None, train_on_prompt=False):
     """
     Turn examples into (list of Encoded, how many were cut).
@@ -155,11 +165,7 @@ def encode(examples, tokenizer, block_size, label_prompt="", label_ids=None, tra
         else:
             pieces, notes = segments(example, tokenizer)
 
-        ids, targets = [], []
-        for tokens, yes in pieces:
-            ids += tokens
-            learnt = yes or train_on_prompt and yes is False
-            targets += tokens if learnt else [-100] * len(tokens)
+        ids, targets = joined(pieces, train_on_prompt)
         if kind in ("text", "code"):
             # A row's first token is the last of the row before, so that each is predicted once.
             for i in range(0, len(ids) - 1, block_size - 1):

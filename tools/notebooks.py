@@ -34,7 +34,7 @@ def execute(path, timeout=3600):
         timeout=timeout,
         resources={"metadata": {"path": str(path.parent)}},
         record_timing=False,  # times of day would make every cell differ from its last run
-    ).execute()
+    ).execute(env=os.environ | {"PYTHONWARNINGS": "ignore:IProgress"})  # of bars, with a path
 
 
 def execute_all(notebooks):
