@@ -4,6 +4,7 @@ The losses of several runs in one picture, side by side on train, val and held-o
     python -m tools.curves out/a out/b
 """
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -49,8 +50,9 @@ def draw(curves):
 
 
 def main(arguments):
-    if arguments and not arguments[0].startswith("--"):
-        arguments = [f"--runs={','.join(arguments)}"]
+    folders = [*itertools.takewhile(lambda word: not word.startswith("--"), arguments)]
+    if folders:
+        arguments = [f"--runs={','.join(folders)}", *arguments[len(folders) :]]
     return settings.program(arguments or ["--help"], Curves, draw, __doc__)
 
 
