@@ -172,7 +172,6 @@ def test_the_table_runs_and_knows_the_published_sizes(capsys):
     "argument, said",
     [
         ("--model=no/such/model", "no/such/model"),
-        ("--optimizer=foo", "unknown optimizer 'foo'"),
         ("--rnak=3", "did you mean 'rank'"),
         ("--length=-5", "length=-5"),
         ("--devices=1", "above 1"),
