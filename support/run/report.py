@@ -199,16 +199,12 @@ def metadata(task):
 def summary(task):
     """The part of summary.json that describes the task."""
     own = {name: getattr(task.config, name) for name in ("method", "model", "seed", "quantize")}
-    return (
-        own
-        | metadata(task)
-        | task.sizes
-        | {
-            "metric": task.family.metric,
-            "examples": task.examples.counts,
-            "evaluated": {name: len(rows) for name, rows in task.evaluated.items()},
-        }
-    )
+    own |= metadata(task) | task.sizes
+    return own | {
+        "metric": task.family.metric,
+        "examples": task.examples.counts,
+        "evaluated": {name: len(rows) for name, rows in task.evaluated.items()},
+    }
 
 
 def next_commands(results, arguments, config, other, check):

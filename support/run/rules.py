@@ -21,8 +21,7 @@ from support.weights.hf_format import is_own
 MAY_BE_ZERO = set(
     "val_fraction length_penalty search_steps retrain_steps lr_floor damping temperature".split()
 )
-BELOW_ONE = {"dropout", "val_fraction", "test_fraction", "held_fraction"}
-BELOW_ONE |= {"adam_beta2", "lr_floor"}
+BELOW_ONE = set("dropout val_fraction test_fraction held_fraction adam_beta2 lr_floor".split())
 MOST = {"snapshots": 1000, "num_beams": 1000, "length_penalty": 100}
 
 
@@ -121,9 +120,9 @@ def micro_batch(config):
 def data(config, bilevel):
     c, name, own, built_in = config, config.data, config.train_file, config.data in BUILT_IN
     elsewhere = os.path.isdir(name) or HUB_NAME.fullmatch(name)
-    unknown = name and not (own or built_in or elsewhere or os.path.isfile(name))
-    near = settings.suggest(name, BUILT_IN)
     is_file = os.path.isfile(name) and not own
+    unknown = name and not (own or built_in or elsewhere or is_file)
+    near = settings.suggest(name, BUILT_IN)
     named = changed(c, "text_column text_b_column label_column")
     sets, asks = "|".join(BUILT_IN), c.label_prompt and "{text}" not in c.label_prompt
     no_val = bilevel and not (c.val_file or c.val_fraction or elsewhere and not own)
