@@ -36,6 +36,8 @@ from support.weights import hf_format
 LOGITS = 2**27  # at a time, in evaluation
 UNLIMITED = 10**6  # tokens a row, of a model without a table of positions
 UNUSED = re.compile(r"contact_head|pooler")  # what a file may lack: no task reads it, or it trains
+LOADERS = {None: "AutoModelForCausalLM", "tagging": "AutoModelForTokenClassification"}
+SUPPORTED = "AutoModelForCausalLM, …SequenceClassification and …TokenClassification"
 PROBLEMS = {  # transformers' names
     "classification": "single_label_classification",
     "multi_label": "multi_label_classification",
@@ -60,9 +62,11 @@ def in_one_line(folder):
         yield
     except Exception as error:
         line = (str(error).strip().splitlines() or ["no reason given"])[0]
-        version, kind = library().__version__, type(error).__name__
+        if "ecognize" in line:  # a type that it does not know, or that is not of texts
+            line = f"{line:.250}; supported is what {SUPPORTED} load"
+        version, error_name = library().__version__, type(error).__name__
         raise ValueError(
-            f"{folder}: transformers {version} can't load this model: {kind}: {line:.300}"
+            f"{folder}: transformers {version} can't load this model: {error_name}: {line:.400}"
         ) from None
 
 
@@ -89,8 +93,7 @@ def read_config(folder):
 
 def loader(head):
     """The class of transformers' that loads a model; head: a key of heads.KINDS, or None."""
-    endings = {None: "CausalLM", "tagging": "TokenClassification"}
-    return getattr(library(), f"AutoModelFor{endings.get(head, 'SequenceClassification')}")
+    return getattr(library(), LOADERS.get(head, "AutoModelForSequenceClassification"))
 
 
 def writes(config):
