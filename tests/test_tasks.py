@@ -246,6 +246,8 @@ def test_words_that_do_not_fit_are_predicted_as_outside():
     task, _, [row], cut = head("tagging", ["B-X", "O"], [example], 6)  # [CLS], four words, [SEP]
     assert cut == 1 and len(row.input_ids) == 6
     assert task.in_words(row, [0] * 6) == ["B-X"] * 4 + ["O"] * 5
+    blank = {"words": ["ab", "ab", " "], "tags": ["B-X"] * 3}  # it has no token, so none is cut
+    assert head("tagging", ["B-X", "O"], [blank], 6)[3] == 0
 
 
 @pytest.mark.parametrize("family", HEADS)

@@ -92,8 +92,8 @@ class HeadTask:
             self.check_known(known, example, words)
             targets = [IGNORED if i == IGNORED else tags[i] for i in places]
             answer = [self.names[tag] for tag in tags]
-            row = Row(ids, [0] * len(ids), targets, answer, places)
-            yield row, max(places) < len(words) - 1
+            left_out = "".join(words[max(places) + 1 :])
+            yield Row(ids, [0] * len(ids), targets, answer, places), bool(left_out.strip())
 
     @functools.cached_property
     def places(self):

@@ -68,6 +68,8 @@ def read_folder(path, columns=None):
     if names & {"dataset_dict.json", "state.json"}:
         return splits_of(loaded(folder, "load_from_disk", str(folder)), folder, None, columns), None
     if any(re.fullmatch(r"reut2-\d+\.sgm", name) for name in names):
+        if columns:
+            raise ValueError(f"{folder}: SGML has no columns: leave {[*columns.values()]} out")
         return splits | read_reuters(folder), None
 
     files, task = files_of(folder, names)

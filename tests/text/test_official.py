@@ -1,6 +1,7 @@
 """Data sets in the layouts that are given out, written here by hand, and those of a local hub."""
 
 import sys
+from functools import partial
 
 import datasets
 import pyarrow
@@ -250,6 +251,8 @@ def test_a_broken_document_of_reuters_is_named_by_file_and_line(folder, cut):
 def test_reuters_without_some_of_its_files_or_documents_is_refused(folder):
     files = reuters()
     path = folder("a", files | {"reut2-007.sgm": b"<html>404</html>"})
+    named = partial(read_folder, columns={"text": "story"})
+    refused(named, path, "SGML has no columns: leave ['story'] out")
     refused(read_folder, path, "reut2-007.sgm holds no documents")
     del files["reut2-004.sgm"]
     said = "b holds 21 of Reuters-21578's 22 files"
