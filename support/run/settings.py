@@ -93,7 +93,8 @@ def parse(schema, arguments):
         elif not equals and name in {*type_of, "config"}:
             raise ValueError(f"--{name} needs a value: write --{name}=value or --{name} value")
         if name in given:
-            raise ValueError(f"{name!r} is given twice, as {given[name]!r} and as {value!r}")
+            shown = repr(f"--{name}")
+            raise ValueError(f"{shown} is given twice, as {given[name]!r} and as {value!r}")
         given[name] = value
     return given
 
