@@ -137,19 +137,17 @@ MAY_CHANGE = {"out_dir", "overwrite", "resume", "checkpoint_every", "fsdp"}  # w
 
 def read_config(arguments, kind=Config):
     """The Config of a command line, or a `kind` of it. Raises ValueError or FileNotFoundError."""
-    arguments = settings.split(kind, arguments)
-    given = {argument.partition("=")[0] for argument in arguments}
-    config, path = settings.read(kind, arguments, rules.OTHER_NAMES)
-    overrides = "--train_file" in given and "--data" not in given
+    config, path, given = settings.read(kind, arguments, rules.OTHER_NAMES)
+    overrides = "train_file" in given and "data" not in given
     if config.data and config.train_file and not overrides:
         raise ValueError("data and train_file are two sources: choose one")
-    if config.train_file and "--test_size" in given:
-        size = f"test_size={config.test_size}"
-        raise ValueError(f"{size}: files are taken whole; give test examples as test_file")
+    if config.train_file and "test_size" in given:
+        whole = "files are taken whole; give test examples as test_file"
+        raise ValueError(f"test_size={config.test_size}: {whole}")
     if config.adapter and config.model == Config.model:
         config.model = base_of(Path(config.adapter))
     if path and not config.out_dir:
-        suffix = f"-{config.method}" * ("--method" in given)
+        suffix = f"-{config.method}" * ("method" in given)
         config.out_dir = str(Path("out") / (path.stem + suffix))
     return config
 

@@ -325,7 +325,7 @@ def main(arguments):
         sys.stdout = open(os.devnull, "w")
 
     def do(config):
-        given = settings.split(Config, arguments)
+        given = settings.parse(Config, arguments)
         try:
             results = train(config)
         except KeyboardInterrupt as error:

@@ -167,7 +167,10 @@ def test_a_value_may_follow_its_name_and_a_bool_may_stand_alone(arguments, expec
 def test_a_name_from_elsewhere_is_answered_with_settings_that_exist(name, capsys):
     assert train.main([f"--{name}", "3"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: --{name} is not a setting here: ") and error.count("\n") == 1
+    assert (
+        error.startswith(f"error: command line: {name} is not a setting here: ")
+        and error.count("\n") == 1
+    )
     named = set(re.findall(r"--(\w+)", rules.OTHER_NAMES[name]))
     assert named <= set(config.Config.__dataclass_fields__)
 

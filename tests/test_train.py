@@ -583,7 +583,7 @@ def test_config_file_then_command_line_then_defaults():
     for name in ("mine.json", "mine.JSON"):  # runs nothing
         Path(name).write_text('{"lower_lr": 0.01, "target_modules": ["q_proj"]}')
         assert train.read_config([f"--config={name}", "--rank=3"]) == mine
-    with pytest.raises(ValueError, match="--rank is given twice, as '4' and as '8'"):
+    with pytest.raises(ValueError, match="'--rank' is given twice, as '4' and as '8'"):
         train.read_config(["--rank=4", "--rank=8"])
 
 

@@ -1,14 +1,12 @@
 """
 Checkpoints, from which a killed run resumes bit for bit.
 
-A checkpoint is a folder, such as checkpoints/000120: state.safetensors holds parameters and both
-optimizers' states, state.json the rest. A rename ends the writing: it is complete or absent.
+A step's checkpoint is checkpoints/000120.safetensors, with parameters and both optimizers' states,
+and 000120.json, which is written last and holds the rest, and the digest of the first.
 """
 
 import math
-import os
 import random
-import shutil
 from pathlib import Path
 
 import numpy
@@ -16,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from support.run.files import digest, read_sealed, seal, write_json
+from support.run.files import digest, read_sealed, remove, replacing, seal, write_json, written
 
 
 def random_states():
@@ -43,9 +41,9 @@ def optimizer_state(bilevel_optimizer):
     """{"<level>.<parameter's index>.<name>": tensor} of both levels; numbers become tensors."""
     return {
         f"{level}.{i}.{name}": torch.as_tensor(value)
-        for level, optimizer in bilevel_optimizer.optimizers.items()
-        for i, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"])
-        for name, value in optimizer.state.get(parameter, {}).items()
+        for level, state in bilevel_optimizer.state_dict().items()
+        for i, values in state["state"].items()
+        for name, value in values.items()
     }
 
 
@@ -63,51 +61,46 @@ def load_optimizer_state(bilevel_optimizer, tensors):
     bilevel_optimizer.load_state_dict(states)
 
 
+def place(run, step):
+    """The path of a step's tensors."""
+    return Path(run) / "checkpoints" / f"{step:06d}.safetensors"
+
+
+def steps(run):
+    """The steps of which a run has checkpoints, in order."""
+    names = (path.stem for path in place(run, 0).parent.glob("*.json"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 def save(run, step, tensors, state):
     """Write a step's checkpoint, then remove all but the last two. state: a dict for JSON."""
-    final = Path(run) / "checkpoints" / f"{step:06d}"
-    temporary = final.with_suffix(".tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
+    path = place(run, step)
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with written(path):
         # No parents=True: if the run's folder has vanished, a checkpoint in it is no use.
-        temporary.parent.mkdir(exist_ok=True)
-        temporary.mkdir()
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as temporary:
+            save_file(contiguous, temporary)
+    write_json(path.with_suffix(".json"), seal(state | {"tensors": digest(path)}))
 
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary / "state.safetensors")
-        state = state | {"tensors": digest(temporary / "state.safetensors")}
-        write_json(temporary / "state.json", seal(state))
-
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"could not write the checkpoint {final} ({reason})") from None
-
-    earlier = [path for path in names(run) if int(path.name) < step]
     # A run that found later checkpoints damaged has begun before them.
-    for old in {*names(run)} - {*earlier[-1:], final}:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def names(run):
-    """The folders of a run's checkpoints, oldest first."""
-    folders = [path for path in (Path(run) / "checkpoints").glob("*") if path.name.isdigit()]
-    return sorted(folders, key=lambda path: int(path.name))
+    earlier = [other for other in steps(run) if other < step]
+    for old in {*steps(run)} - {*earlier[-1:], step}:
+        remove(place(run, old).with_suffix(".json"))
+        remove(place(run, old))
 
 
 def load(run, most=math.inf):
     """The newest intact checkpoint up to a step: (tensors, state), or None. Names damaged ones."""
-    folders = [path for path in names(run) if int(path.name) <= most]
-    for folder in reversed(folders):
+    left = [step for step in steps(run) if step <= most]
+    while left:
+        path = place(run, left.pop())
         try:
-            state = read_sealed(folder / "state.json")
-            if digest(folder / "state.safetensors") != state.get("tensors"):
-                raise ValueError("state.safetensors has changed since it was written")
-            return load_file(folder / "state.safetensors"), state
+            state = read_sealed(path.with_suffix(".json"))
+            if digest(path) != state.get("tensors"):
+                raise ValueError(f"{path.name} has changed since it was written")
+            return load_file(path), state
         except (ValueError, OSError, SafetensorError) as error:
-            last = folder == folders[0]
-            what = "there is no other" if last else "taking the one before it"
-            print(f"the checkpoint {folder} is damaged ({error}): {what}", flush=True)
+            what = "taking the one before it" if left else "there is no other"
+            print(f"the checkpoint {path} is damaged ({error}): {what}", flush=True)
     return None

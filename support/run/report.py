@@ -178,9 +178,10 @@ def warnings(results):
     return [f"warning: the loss on {name} is higher than before: lower {rates}" for name in worse]
 
 
-def without(arguments, *names):
-    """A command line without the settings in `names`."""
-    return [a for a in arguments if a.partition("=")[0].removeprefix("--") not in names]
+def flags(given, *left_out, **more):
+    """A command line: the settings in `given`, {name: text}, but for some, and `more`."""
+    own = {name: text for name, text in given.items() if name not in {*left_out, *more}}
+    return [f"--{name}={text}" for name, text in (own | more).items()]
 
 
 def metadata(task):
@@ -207,7 +208,7 @@ def summary(task):
     }
 
 
-def next_commands(results, arguments, config, other, check):
+def next_commands(results, given, config, other, check):
     """Commands to try next; the one with the method `other` if `check` does not refuse it."""
     out, prompts = results["out_dir"], ("...", "..." * bool(results["pairs"]))
     if config.data in BUILT_IN and not config.train_file:
@@ -225,23 +226,23 @@ def next_commands(results, arguments, config, other, check):
     changed |= {"dtype": results["dtype"]} if config.dtype == "auto" else {}
     if other == "bidora" and not results["examples"]["val"]:
         changed["val_fraction"] = type(config).val_fraction
-    again = without(arguments, "method", "out_dir", "overwrite", "resume", *changed)
-    again += [f"--{n}={value}" for n, value in changed.items() if getattr(config, n) != value]
-    again += [f"--method={other}", f"--out_dir={out}-{other}"]
+    more = {name: value for name, value in changed.items() if getattr(config, name) != value}
+    more |= {"method": other, "out_dir": f"{out}-{other}"}
+    again = flags(given, "overwrite", "resume", *changed, **more)
     with contextlib.suppress(ValueError):
         check(again)
         commands.append(f"python train.py {shlex.join(again)}    # the same data and budget")
     return "\n  ".join(["next:", *commands])
 
 
-def stopped(error, arguments):
+def stopped(error, given):
     """The Stopped of a KeyboardInterrupt that ended a run: its text also says how to go on."""
     how = getattr(error, "how", interrupt.START_AGAIN)
     resumes = how.startswith("resume")
-    if resumes:
-        arguments = [*without(arguments, "resume", "overwrite"), "--resume=True"]
-    command = f"python train.py {shlex.join(arguments)}"
     if distributed.WORLD_SIZE > 1:
         command = "the same torchrun command" + " and --resume=True" * resumes
+    else:
+        again = flags(given, "overwrite", resume=True) if resumes else flags(given)
+        command = f"python train.py {shlex.join(again)}"
     said, number = str(error) or "interrupted", getattr(error, "signum", interrupt.signal.SIGINT)
     return interrupt.Stopped(f"{said}; {how}: {command}" if how else said, number)

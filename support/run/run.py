@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from support.run import checkpoint, distributed, hardware, interrupt, progress, report, run_folder
-from support.run.files import read_sealed, replacing, seal, write_json
+from support.run.files import read_sealed, replacing, seal, write_json, written
 from support.text.packed import digest_of_rows
 from support.weights.pretrained import fingerprints
 from support.weights.weight_changes import Trajectory
@@ -83,21 +83,20 @@ class Run:
             return interrupt.Stopped("interrupted before the first step", how=interrupt.START_AGAIN)
         if (self.out / "summary.json").exists():
             return interrupt.Stopped(f"interrupted; the run in {self.out} has finished", how="")
-        saved = max((int(path.name) for path in checkpoint.names(self.out)), default=0)
         if sum(self.done.values()) == self.config.search_steps + self.config.retrain_steps:
             said = "interrupted after the last step: all are saved, only the evaluation is repeated"
             return interrupt.Stopped(said)
+        saved = max(checkpoint.steps(self.out), default=0)
         return interrupt.Stopped(f"interrupted; {saved} steps are saved")
 
     def start(self, task):
         """Restore a resumed run or set an earlier one aside; write the folder. task: a Task."""
         self.config, self.task = task.config, task
-        self.fingerprint = digest_of_rows(task.encoded)
         self.parameters = {n: p for n, p in task.model.named_parameters() if p.requires_grad}
-        self.trajectory = None
-        if self.config.snapshots:
-            self.trajectory = Trajectory.start(task.layers, self.config.magnitude_axis)
+        axis, snapshots = self.config.magnitude_axis, self.config.snapshots
+        self.trajectory = Trajectory.start(task.layers, axis) if snapshots else None
 
+        distributed.from_first(self.check_inputs)
         # n: steps so far; done: {phase: its steps so far}; before: the results before training
         self.n, self.done, self.seconds, self.before, self.metrics = 0, {}, {}, None, []
         if self.state:
@@ -109,11 +108,17 @@ class Run:
         if not self.is_first:
             torch.manual_seed(hash((self.config.seed, distributed.RANK, self.n)))
 
+    def check_inputs(self):
+        """Raise ValueError if the base or the data of a resumed run have changed."""
+        folder, data = self.task.folder, digest_of_rows(self.task.encoded)
+        self.inputs = fingerprints(folder) | {"the data": data}
+        before = self.earlier_run.get("inputs", self.inputs)
+        if changed := ", ".join(name for name in before if self.inputs.get(name) != before[name]):
+            said = f"{changed} changed since the run began, on {folder}"
+            raise ValueError(f"{self.out} can't be resumed: {said}")
+
     def restore(self, tensors, state):
         """Restore a checkpoint but for the optimizers, which phase() restores."""
-        if state["fingerprint"] != self.fingerprint:
-            raise ValueError(f"{self.out} can't be resumed: its data or its tokenizer has changed")
-
         self.n, self.done, self.before = state["n"], state["done"], state["before"]
         self.seconds, self.started = state["seconds"], self.started - state["elapsed"]
 
@@ -138,11 +143,6 @@ class Run:
 
     def open_folder(self):
         """Write run.json, the log and the weights: a full disk shows before any work."""
-        base = fingerprints(self.task.folder)
-        kept = self.earlier_run.get("base", base)
-        if changed := ", ".join(part for part in kept if base.get(part) != kept[part]):
-            said = f"{changed} of {self.task.folder} changed since the run began"
-            raise ValueError(f"{self.out} can't be resumed: {said}")
         if self.replaces:
             run_folder.set_aside(self.out)
             if not self.out.exists():
@@ -150,8 +150,8 @@ class Run:
 
         try:
             settings = dataclasses.asdict(self.config) | report.metadata(self.task)
-            settings |= {"asked": self.asked, "base": base, "files": self.earlier_run.get("files")}
-            settings["began"] = self.began
+            settings |= {"asked": self.asked, "inputs": self.inputs, "began": self.began}
+            settings["files"] = self.earlier_run.get("files")
             write_json(self.out / "run.json", seal(settings))
             with replacing(self.out / "metrics.jsonl") as temporary:
                 lines = "".join(json.dumps(line) + "\n" for line in self.metrics)
@@ -192,6 +192,7 @@ class Run:
         log = self.out / "metrics.jsonl" if self.is_first else os.devnull
         try:
             with (
+                written(log),
                 progress.bar(name, steps, "step", self.step) as self.bar,
                 open(log, "a", buffering=1, encoding="utf-8") as self.log,  # a kill tears no line
                 interrupt.stop_signals() as self.signals,
@@ -208,10 +209,8 @@ class Run:
         except FloatingPointError as error:
             self.roll_back(error)
         except OSError as error:
-            said = f"could not write {log} ({error.strerror})" if error.strerror else str(error)
-            if checkpoint.names(self.out):
-                said += "; make room and add --resume=True (--out_dir=… too for a copied folder)"
-            raise OSError(said) from None
+            resumes = "; then add --resume=True (--out_dir=… too for a copied folder)"
+            raise OSError(f"{error}{resumes if checkpoint.steps(self.out) else ''}") from None
 
     def remaining(self):
         for step in range(self.step + 1, self.steps + 1):
@@ -331,7 +330,6 @@ class Run:
             "seconds": self.seconds,
             "before": self.before,
             "best": [self.best, self.best_step],
-            "fingerprint": self.fingerprint,
             "elapsed": time.time() - self.started,
             "trajectory": {key: getattr(self.trajectory, key) for key in keys},
             "random": checkpoint.random_states(),

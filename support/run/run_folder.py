@@ -149,7 +149,7 @@ def remove_run(folder):
         if path.name.removesuffix(".tmp") in own:
             remove(path)
     for path in (folder / "checkpoints").glob("*"):
-        if path.stem.isdigit():
+        if path.name.partition(".")[0].isdigit():
             remove(path)
     for left in (folder / "checkpoints", folder):
         with contextlib.suppress(OSError):
@@ -176,7 +176,7 @@ def resumed_config(config, out, stored, may_change):
     """`config` with run.json's settings but may_change's. Raises ValueError if others differ."""
     now = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as lists
     asked = stored.get("asked")
-    if not isinstance(asked, dict) or now.keys() - stored.keys():
+    if not isinstance(asked, dict) or {*now, "inputs"} - stored.keys():
         raise ValueError(f"{out / 'run.json'} was written by another version: it can't be resumed")
 
     check_known(stored, now, out)

@@ -39,7 +39,7 @@ IN_WORDS = {
 def suggest(name, known):
     """The end of a message about an unknown name: the closest known names, or all if few."""
     many = len(known) > 20
-    close = difflib.get_close_matches(str(name), known, n=3 if many else 1)
+    close = difflib.get_close_matches(str(name), known, n=2 if many else 1)
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
     return "; --help lists them all" if many else f"; there are: {', '.join(filter(None, known))}"
@@ -74,10 +74,10 @@ def typed(field, value, where):
     raise ValueError(f"{where}: {field.name}={value!r} is not {IN_WORDS[wanted]}")
 
 
-def split(schema, arguments):
-    """A command line as a list of --name=value, from `--name value` and a bool's bare --name."""
+def parse(schema, arguments):
+    """A command line as {name: text}, of --name=value, --name value and a bool's bare --name."""
     type_of = {field.name: field.type for field in dataclasses.fields(schema)}
-    whole, rest = [], list(arguments)
+    given, rest = {}, list(arguments)
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
@@ -92,42 +92,35 @@ def split(schema, arguments):
             value = rest.pop(0)
         elif not equals and name in {*type_of, "config"}:
             raise ValueError(f"--{name} needs a value: write --{name}=value or --{name} value")
-        whole.append(f"--{name}={value}")
-    return whole
+        if name in given:
+            shown = repr(f"--{name}")
+            raise ValueError(f"{shown} is given twice, as {given[name]!r} and as {value!r}")
+        given[name] = value
+    return given
 
 
 def read(schema, arguments, other_names=()):
     """
-    (an instance of the dataclass `schema`, the path of its config file or None) of a command line.
-    other_names: {another program's setting: what to write}. Raises ValueError, FileNotFoundError.
+    (an instance of the dataclass `schema`, the path of its config file or None, what `parse` makes
+    of the command line). other_names: {another program's setting: what to write}. Raises
+    ValueError, FileNotFoundError.
     """
-    fields = {field.name: field for field in dataclasses.fields(schema)}
-
-    def check_name(name, where, shown):
-        if name in other_names:
-            raise ValueError(f"{where}{shown} is not a setting here: {other_names[name]}")
-        if name not in fields:
-            names = [*fields] if where else ["config", *fields]  # a file can't name another
-            raise ValueError(f"{where}unknown setting {shown}" + suggest(name, names))
-
-    given = {}
-    for argument in split(schema, arguments):
-        name, _, value = argument.removeprefix("--").partition("=")
-        if name != "config":
-            check_name(name, "", f"--{name}" if name.isprintable() else repr(f"--{name}"))
-        if name in given:
-            raise ValueError(f"--{name} is given twice, as {given[name]!r} and as {value!r}")
-        given[name] = value
-
-    values, path = {}, None
+    given, path, contents = parse(schema, arguments), None, {}
     if "config" in given:
-        path = find_config(given.pop("config"))
+        path = find_config(given["config"])
         contents = read_json(path) if path.suffix.lower() == ".json" else run(path)
-        for name, value in contents.items():
-            check_name(name, f"{path}: ", repr(name))
-            values[name] = typed(fields[name], value, path)
-    values |= {name: typed(fields[name], value, "command line") for name, value in given.items()}
-    return schema(**values), path
+
+    fields, values = {field.name: field for field in dataclasses.fields(schema)}, {}
+    own = {name: text for name, text in given.items() if name != "config"}
+    sources = (own, "command line", ["config", *fields]), (contents, path, [*fields])
+    for source, where, known in sources:
+        for name, value in source.items():
+            if name in other_names:
+                raise ValueError(f"{where}: {name} is not a setting here: {other_names[name]}")
+            if name not in fields:
+                raise ValueError(f"{where}: unknown setting {name!r}" + suggest(name, known))
+            values.setdefault(name, typed(fields[name], value, where))
+    return schema(**values), path, given
 
 
 def at_least(config, **least):

@@ -383,7 +383,7 @@ def test_an_interrupted_run_of_the_program_is_neither_resumed_nor_sampled_by_oth
 ):
     class Stops(published.PublishedTask):
         def lower_loss(self, model, micro_batch):
-            if Path("out/checkpoints/000002").exists():
+            if Path("out/checkpoints/000002.json").exists():
                 raise KeyboardInterrupt
             return super().lower_loss(model, micro_batch)
 

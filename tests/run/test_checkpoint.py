@@ -165,8 +165,8 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(signum, code, long_wh
     again = f"resume it with: python train.py {' '.join(LONG)} --resume=True"
     assert message.startswith("stopped at search step ") and message.endswith(again)
     done = len(lines("out/tiny"))
-    assert done < 100 and checkpoint.names("out/tiny")[-1].name == f"{done:06d}"
-    state = load_file(f"out/tiny/checkpoints/{done:06d}/state.safetensors")
+    assert done < 100 and checkpoint.steps("out/tiny")[-1] == done
+    state = load_file(checkpoint.place("out/tiny", done))
     for name, tensor in load_file("out/tiny/adapter_model.safetensors").items():
         own = name.removeprefix("base_model.model.").removesuffix(".weight")
         assert torch.equal(state[f"parameter.{own}"], tensor)
@@ -218,9 +218,10 @@ def stopped(stopped_once, elsewhere):
 @pytest.mark.parametrize("method", ["bidora", "ft"])
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(method, monkeypatch):
     message = stopped_run("full", monkeypatch, method=method)
-    for said in ("full/checkpoints/000006 (No space left on device)", "--resume=True", "--out_dir"):
-        assert said in message
-    assert sorted(path.name for path in Path("full/checkpoints").iterdir()) == ["000002", "000004"]
+    said = "full/checkpoints/000006.safetensors (No space left on device): free some disk space"
+    assert said in message and "then add --resume=True (--out_dir" in message
+    names = [f"00000{step}.{ending}" for step in (2, 4) for ending in ("json", "safetensors")]
+    assert sorted(path.name for path in Path("full/checkpoints").iterdir()) == names
     shutil.copytree("full", "elsewhere")
     run("elsewhere", resume=True, method=method)
     assert_same_run(run("whole", method=method), "elsewhere")
@@ -229,18 +230,18 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(method,
 
 @pytest.mark.parametrize("part", ["a bit of the tensors", "random", "n", "done", "log"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(part, whole, stopped, capsys):
-    newest = checkpoint.names("run")[-1]
+    tensors = checkpoint.place("run", 4)
     if part == "a bit of the tensors":
-        content = bytearray((newest / "state.safetensors").read_bytes())
+        content = bytearray(tensors.read_bytes())
         content[-10] ^= 1
-        (newest / "state.safetensors").write_bytes(content)
+        tensors.write_bytes(content)
     else:
-        state = json.loads((newest / "state.json").read_text())
+        state = json.loads(tensors.with_suffix(".json").read_text())
         del state[part]
-        (newest / "state.json").write_text(json.dumps(state))
+        tensors.with_suffix(".json").write_text(json.dumps(state))
     run("run", resume=True)
     out = capsys.readouterr().out
-    assert "checkpoint run/checkpoints/000004 is damaged" in out and "after step 2" in out
+    assert "run/checkpoints/000004.safetensors is damaged" in out and "after step 2" in out
     reason = "has changed" if " " in part else "edited, damaged, or written by another version"
     assert reason in out
     assert_same_run(whole, "run")
@@ -255,22 +256,10 @@ def test_a_run_without_any_checkpoint_starts_again(monkeypatch, capsys):
     assert_same_run("run", "new")
 
 
-def test_changed_settings_and_data_are_refused_and_harmless_ones_named(stopped, capsys):
+def test_changed_settings_are_refused_and_harmless_ones_named(stopped, capsys):
     changed = r"rank=4 \(it was 8\), lower_lr=0.5 \(it was 0.0\)"
     refused(changed, resume=True, rank=4, lower_lr=0.5)
     refused("earlier run: choose another --out_dir, resume it with --resume=True")
-
-    path = checkpoint.names("run")[-1] / "state.json"
-    sealed = path.read_text()
-    state = {name: value for name, value in json.loads(sealed).items() if name != "sha256"}
-    path.write_text(json.dumps(seal(state | {"fingerprint": "other"})))
-    refused("its data or its tokenizer has changed", resume=True)
-    path.write_text(sealed)
-
-    metrics = Path("run/metrics.jsonl").read_text()
-    Path("run/metrics.jsonl").write_text(metrics.split("\n", 1)[1])
-    refused("lacks lines", resume=True)
-    Path("run/metrics.jsonl").write_text(metrics)
 
     run("run", resume=True, checkpoint_every=7)
     assert "changed since the run began: checkpoint_every=7 (it was 2)" in capsys.readouterr().out
@@ -294,26 +283,32 @@ def test_what_an_earlier_run_left_goes_when_the_newer_one_has_ended_however_it_w
 
 
 @pytest.mark.parametrize(
-    "path, old, new",
+    "path, old, new, said",
     [
-        ("run.json", '"lower_lr": 0.001', '"lower_lr": 0.5'),
-        ("run.json", '"retrain_steps": ', '"retrain_steps": 9'),
-        ("metrics.jsonl", '"phase": "', '"phase": "x'),
+        ("run.json", '"lower_lr": 0.001', '"lower_lr": 0.5', "was edited"),
+        ("run.json", '"retrain_steps": ', '"retrain_steps": 9', "was edited"),
+        ("metrics.jsonl", '"phase": "', '"phase": "x', "lacks lines .*, or was edited"),
+        ("metrics.jsonl", "\n", "", "lacks lines .*, or was edited"),
     ],
 )
-def test_a_run_whose_files_were_edited_is_not_resumed(path, old, new, stopped):
+def test_a_run_whose_files_were_edited_is_not_resumed(path, old, new, said, stopped):
     text = (Path("run") / path).read_text()
     assert old in text
     (Path("run") / path).write_text(text.replace(old, new, 1))
-    refused("was edited", resume=True)
+    refused(said, resume=True)
 
 
-@pytest.mark.parametrize("part", ["config.json", "the weights", "the tokenizer"])
-def test_a_run_whose_base_has_changed_is_not_resumed(part, monkeypatch):
+@pytest.mark.parametrize("part", ["config.json", "the weights", "the tokenizer", "the data"])
+def test_a_run_whose_base_or_data_have_changed_is_not_resumed(part, monkeypatch):
     base = Path(shutil.copytree(find_model("tiny-random"), "base"))
-    monkeypatch.setitem(TINY, "model", "base")
+    rows = [{"text": f"{i}", "label": "ab"[i % 2]} for i in range(20)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, value in dict(model="base", data="", train_file="rows.jsonl", test_size=0).items():
+        monkeypatch.setitem(TINY, name, value)
     stopped_run("run", monkeypatch)
-    if part == "the weights":
+    if part == "the data":
+        Path("rows.jsonl").write_text(Path("rows.jsonl").read_text().replace("7", "8"))
+    elif part == "the weights":
         tensors = load_file(base / "model.safetensors")
         tensors["model.embed_tokens.weight"] *= 1.5
         save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
@@ -322,7 +317,7 @@ def test_a_run_whose_base_has_changed_is_not_resumed(part, monkeypatch):
         content = json.loads(path.read_text())
         other = {"rope_theta": 12345.0} if part == "config.json" else {"truncation": None}
         path.write_text(json.dumps(content | other, indent=3))
-    refused(f"can't be resumed: {part} of base changed since", resume=True)
+    refused(f"can't be resumed: {part} changed since the run began, on base", resume=True)
 
 
 @pytest.mark.parametrize("method", ["bidora", "ft"])
@@ -423,14 +418,6 @@ def test_a_disk_that_fills_while_the_log_grows_gets_one_line_with_its_path(file_
         run("run", **small, search_steps=200, checkpoint_every=1000)
 
 
-def test_a_file_gets_its_mode_without_a_change_of_the_processs_umask(monkeypatch):
-    """In between, other threads' files would be open to all."""
-    monkeypatch.setattr(os, "umask", None)
-    write_json("x.json", {})
-    Path("y.json").touch()
-    assert Path("x.json").stat().st_mode == Path("y.json").stat().st_mode
-
-
 def test_a_planted_link_is_not_followed_and_leftovers_go():
     Path("precious").write_text("mine")
     os.symlink("precious", "x.json.tmp")
@@ -443,11 +430,14 @@ def test_a_planted_link_is_not_followed_and_leftovers_go():
 
 
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
-def test_written_weights_have_the_permissions_that_others_files_have(mask, mode):
+def test_written_weights_have_the_permissions_that_others_files_have(mask, mode, monkeypatch):
+    """Without a change of the process's umask: meanwhile, other threads' files would be open."""
     before = os.umask(mask)
     try:
-        with replacing("w.safetensors") as temporary:
-            save_file({"a": torch.ones(3)}, temporary)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", None)
+            with replacing("w.safetensors") as temporary:
+                save_file({"a": torch.ones(3)}, temporary)
     finally:
         os.umask(before)
     assert os.stat("w.safetensors").st_mode & 0o777 == mode
@@ -516,14 +506,14 @@ def test_a_copy_of_a_run_stands_alone(whole, stopped, monkeypatch):
 def test_the_checkpoint_just_written_stays_and_stale_later_ones_go():
     for step in (999_998, 999_999, 1_000_000):
         checkpoint.save(Path("."), step, {}, {})
-    assert [path.name for path in checkpoint.names(".")] == ["999999", "1000000"]
+    assert checkpoint.steps(".") == [999_999, 1_000_000]
     checkpoint.save(Path("."), 10, {}, {})  # a run that started again, since these were damaged
-    assert [path.name for path in checkpoint.names(".")] == ["000010"]
+    assert sorted(os.listdir("checkpoints")) == ["000010.json", "000010.safetensors"]
 
 
 def test_a_folder_that_vanishes_gets_one_line(monkeypatch):
     before_each_step(monkeypatch, lambda step: step == 3 and shutil.rmtree("run"))
-    with pytest.raises(OSError, match="could not write the checkpoint run/checkpoints/000004"):
+    with pytest.raises(OSError, match="could not write run/checkpoints/000004"):
         run("run")
     assert not Path("run").exists()
 
