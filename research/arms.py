@@ -8,8 +8,12 @@ What research/sweep.py compares: the arms, each a run's settings, and the groups
     published        and back: the program without (a minus) one of its changes
     network          full fine-tuning, and the arms that train the whole network
     hypergradients   BiDoRA along each of them, and at other rates of its magnitudes
+    rank             the methods at ranks 1 to 32, at their rates for rank 4 and with its scale
+    tiny             the methods and DoRA in BiDoRA's phases, on 16 to 1,000 examples
+    sensitivity      BiDoRA at rates around its chosen ones, other splits, and T1 and T2
 """
 
+import itertools
 from dataclasses import dataclass, field
 
 import bidora
@@ -27,7 +31,8 @@ class Arm:
     # the first guess of its rates, {} where settings has them, or the arm whose rates it takes
     rates: dict | str
     upper_from: str = ""  # the arm whose upper_lr it takes, if another's
-    upper_factor: float = 1.0  # on that upper_lr
+    lower_factor: float = 1.0  # on its lower_lr
+    upper_factor: float = 1.0  # on its upper_lr
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,11 @@ CONTROLS = {
     "dora-two-phases": Arm({"method": "dora", "two_phases": True}, LOWER),
     "dora-at-bidora-rate": Arm({"method": "dora"}, "bidora"),
 }
-for tenths in (1, 3, 4, 5):  # of the examples, held out for the upper level
-    val = {"val_fraction": tenths / 10}
-    CONTROLS[f"bidora-{10 - tenths}:{tenths}"] = Arm(BIDORA | val, "bidora")
+SPLITS = {
+    f"bidora-{10 - tenths}:{tenths}": Arm(BIDORA | {"val_fraction": tenths / 10}, "bidora")
+    for tenths in (1, 3, 4, 5)  # of the examples, held out for the upper level
+}
+CONTROLS |= SPLITS
 
 TRACED = BIDORA | {"trace": True}
 WRITTEN = TRACED | {"magnitude_axis": "column"}
@@ -131,7 +138,39 @@ HYPERGRADIENTS = {name: Arm(TRACED | settings, "bidora") for name, settings in A
 for name, factor in (("m-fixed", M_FIXED), ("m-rate-0.1", 0.1), ("m-rate-10", 10.0)):
     HYPERGRADIENTS[name] = Arm(TRACED, "bidora", upper_factor=factor)
 
-ARMS = METHODS | CONTROLS | PAPER | PUBLISHED | HYPERGRADIENTS
+RANKS = (1, 2, 4, 8, 16, 32)
+
+
+def at_rank(method, rank):
+    """The name of a method's arm at a rank."""
+    return method if rank == MINILM["rank"] else f"{method}-r{rank}"
+
+
+RANK = {
+    at_rank(method, rank): Arm({"method": method, "rank": rank, "alpha": 2.0 * rank}, method)
+    for rank, method in itertools.product(RANKS, ("bidora", "dora", "lora"))
+    if rank != MINILM["rank"]
+}
+
+FACTORS = (0.1, 0.3, 1, 3, 10)  # on BiDoRA's chosen rates
+
+
+def at_rates(lower, upper):
+    """The name of BiDoRA's arm at these of FACTORS."""
+    return "bidora" if lower == upper == 1 else f"rates-{lower}-{upper}"
+
+
+SENSITIVITY = {
+    at_rates(lower, upper): Arm(BIDORA, "bidora", lower_factor=lower, upper_factor=upper)
+    for lower, upper in itertools.product(FACTORS, FACTORS)
+    if (lower, upper) != (1, 1)
+}
+SENSITIVITY |= {
+    f"{setting}-{n}": Arm(BIDORA | {setting: n}, "bidora")
+    for setting, n in itertools.product(("upper_every", "upper_steps"), (2, 5))
+}
+
+ARMS = METHODS | CONTROLS | PAPER | PUBLISHED | HYPERGRADIENTS | RANK | SENSITIVITY
 COMPARED = ("bidora", "dora", "dora-two-phases", "lora", "bilora", "ft")
 # bbc-topics is left out: all arms are within a point of each other there, and it takes longest
 SOME = ("similarity", "movie-sentiment", "peptides")
@@ -160,4 +199,12 @@ GROUPS = {
     "published": Group(("as-published", *PUBLISHED, "as-written", "ft"), SOME),
     "network": Group(("ft", *NETWORK), SOME),
     "hypergradients": Group(("bidora", *HYPERGRADIENTS, "dora-two-phases"), SOME),
+    "rank": Group(("bidora", "dora", "lora", *RANK), SOME, sizes=("100", "400"), sign=1),
+    "tiny": Group(
+        ("bidora", "dora", "lora", "dora-two-phases"),
+        ("movie-sentiment", "peptides", "movie-ratings", "bbc-topics"),
+        sizes=("16", "32", "64", "100", "200", "400", "1000"),
+        sign=1,
+    ),
+    "sensitivity": Group(("bidora", *SENSITIVITY, *SPLITS), SOME),
 }

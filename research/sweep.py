@@ -13,7 +13,7 @@ every arm takes 50·√(n/100) lower-level steps, those with two phases a fifth 
 Rates are chosen by the loss on 200 other examples, at 100 training examples, mean over three seeds.
 On MiniLM each arm and domain has its own: from a first guess the search goes to the best neighbour
 on a grid, half a decade apart, until none is better by half a percent. So no choice lies at an
-edge. For more examples it goes on from there, where the domain has enough of them. On SmolLM2 all
+edge. From 400 examples on it goes on from there with 400, where the domain has them. On SmolLM2 all
 points of an arm's grid are tried on film reviews, for all domains and sizes. Arms without rates of
 their own take another's. A run is one call of train.py, or of research.published; its result and
 command are one line of runs.jsonl. On SmolLM2, ΔM and ΔD of the adapted matrices, four snapshots a
@@ -57,13 +57,14 @@ from support.weights.weight_changes import Trajectory
 
 RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0]
 TUNING_SEEDS = (1000, 1001, 1002)
-SMALL = ("similarity",)  # domains with too few examples to choose rates with more than 100
+MORE = 400  # training examples, from which on rates are chosen with so many, below with 100
+SMALL = ("similarity",)  # domains with too few examples to choose rates with MORE
 
 
 @dataclass
 class Sweep:
-    group: str = "methods"  # smollm2, methods, controls, paper, published, network or
-    #: hypergradients
+    group: str = "methods"  # smollm2, methods, controls, paper, published, network,
+    #: hypergradients, rank, tiny or sensitivity
     arms: tuple = ()  # what is compared; this and what follows, if empty: the group's
     domains: tuple = ()  # built-in data sets
     sizes: tuple = ()  # training examples, train and val together
@@ -87,8 +88,8 @@ class Sweep:
 
         check_names("arms", self.arms, ARMS)
         check_names("domains", self.domains, BUILT_IN)
-        if not all(size.isdigit() and int(size) >= 20 for size in self.sizes):
-            raise ValueError(f"sizes={','.join(self.sizes)} must be integers of at least 20")
+        if not all(size.isdigit() and int(size) >= 10 for size in self.sizes):
+            raise ValueError(f"sizes={','.join(self.sizes)} must be integers of at least 10")
         settings.at_least(self, seeds=1, workers=1, lower_lr=0, upper_lr=0)
 
 
@@ -251,9 +252,9 @@ def choice_of(sweep, domain, size, arm):
     """The choice of rates for runs of an arm that has rates of its own: (its name, its Job)."""
     if GROUPS[sweep.group].grids:
         return f"tune-{arm}", Job("movie-sentiment", 100, arm)
-    if size <= 100 or domain in SMALL:
+    if size < MORE or domain in SMALL:
         return f"tune-{domain}-{arm}", Job(domain, 100, arm)
-    return f"tune-{domain}-{size}-{arm}", Job(domain, size, arm)
+    return f"tune-{domain}-{MORE}-{arm}", Job(domain, MORE, arm)
 
 
 def choose(sweep, domain, size, arm, make=True):
@@ -292,18 +293,17 @@ def rates_of(sweep, domain, size, arm, make=True):
         rates["upper_lr"] = other["upper_lr"]
     if ARMS[arm].settings["method"] == "dora":
         rates.pop("upper_lr", None)
-    elif "upper_lr" in rates:
-        rates["upper_lr"] *= ARMS[arm].upper_factor
-    return rates
+    factors = {"lower_lr": ARMS[arm].lower_factor, "upper_lr": ARMS[arm].upper_factor}
+    return {name: rate * factors[name] for name, rate in rates.items()}
 
 
 def runs_of(sweep):
     """{name: Job} of all runs, in the order in which they are made."""
     prefix = "" if sweep.set == "main" else f"{sweep.set}-"
-    parts = map(int, sweep.sizes), range(sweep.seeds), sweep.domains, sweep.arms
+    parts = range(sweep.seeds), map(int, sweep.sizes), sweep.domains, sweep.arms
     return {
         f"{prefix}{domain}-{size}-{arm}-{seed}": Job(domain, size, arm, seed)
-        for size, seed, domain, arm in itertools.product(*parts)
+        for seed, size, domain, arm in itertools.product(*parts)
     }
 
 

@@ -99,7 +99,8 @@ def test_the_choice_for_more_examples_begins_at_that_for_100():
     for domain in ("peptides", "similarity"):
         tuned(bowl(1e-2, 1e-3), f"{domain}-bidora", BOTH)
     tuned(bowl(1e-3, 1e-2), "peptides-400-bidora", BOTH)
-    expected = {("peptides", 50): (1e-2, 1e-3), ("peptides", 400): (1e-3, 1e-2)}
+    expected = {("peptides", size): (1e-2, 1e-3) for size in (16, 200)}
+    expected |= {("peptides", size): (1e-3, 1e-2) for size in (400, 1000)}
     expected[("similarity", 400)] = (1e-2, 1e-3)  # which has too few examples
     for place, best in expected.items():
         assert tuple(sweep.choose(Sweep(), *place, "bidora", make=False).values()) == best
@@ -118,6 +119,8 @@ def test_an_arm_takes_the_rates_that_it_names_and_a_factor_on_the_upper_one_alon
         "bidora-5:5": {"lower_lr": 1e-2, "upper_lr": 1e-2},
         "bidora-on-train": {"lower_lr": 1e-2, "upper_lr": 1e-2},
         "m-rate-10": {"lower_lr": 1e-2, "upper_lr": 1e-1},
+        "rates-0.1-3": {"lower_lr": 1e-3, "upper_lr": 3e-2},
+        "bidora-r32": {"lower_lr": 1e-2, "upper_lr": 1e-2},
         "as-published": {"lower_lr": 3e-5, "upper_lr": 1e-2},
         "as-published-script-rates": {},
     }.items():
@@ -158,6 +161,20 @@ def test_every_arm_is_a_run_that_train_accepts():
         rates = arm.rates if isinstance(arm.rates, dict) else {"lower_lr": 1e-3}
         options = sweep.options_of(Sweep(), "x", Job("peptides", 100, name, 0), rates)
         train.check(published.read_config([f"--{name}={value}" for name, value in options.items()]))
+
+
+@pytest.mark.parametrize("group", arms.GROUPS)
+def test_the_runs_of_a_seed_come_before_those_of_the_next(group):
+    jobs = [*sweep.runs_of(Sweep(group=group)).values()]
+    seeds = [job.seed for job in jobs]
+    assert seeds == sorted(seeds) and len({*jobs}) == len(jobs)
+
+
+def test_the_arms_at_a_rank_keep_the_scale_of_the_others():
+    whole = {name: arms.MINILM | ARMS[name].settings for name in arms.GROUPS["rank"].arms}
+    found = {(settings["method"], settings["rank"]) for settings in whole.values()}
+    assert found == set(itertools.product(("lora", "dora", "bidora"), (1, 2, 4, 8, 16, 32)))
+    assert {settings["alpha"] / settings["rank"] for settings in whole.values()} == {2}
 
 
 def test_each_published_arm_undoes_one_change():
@@ -288,7 +305,7 @@ def test_the_workers_end_with_their_parent_and_the_same_command_resumes(signum, 
         (["--group=paperr"], "unknown group 'paperr'; did you mean 'paper'?"),
         (["--arms=dorra"], "did you mean 'dora'"),
         (["--domains=films"], "unknown domains 'films'"),
-        (["--sizes=ten"], "integers of at least 20"),
+        (["--sizes=ten"], "integers of at least 10"),
         (["--seeds=-1"], "must be at least"),
         (["--workers=0"], "must be at least"),
         (["--results=file"], "choose another --results"),
