@@ -202,7 +202,7 @@ GROUPS = {
     "rank": Group(("bidora", "dora", "lora", *RANK), SOME, sizes=("100", "400"), sign=1),
     "tiny": Group(
         ("bidora", "dora", "lora", "dora-two-phases"),
-        ("movie-sentiment", "peptides", "movie-ratings", "bbc-topics"),
+        ("movie-sentiment", "peptides", "movie-ratings", "similarity"),
         sizes=("16", "32", "64", "100", "200", "400", "1000"),
         sign=1,
     ),

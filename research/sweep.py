@@ -58,7 +58,7 @@ from support.weights.weight_changes import Trajectory
 RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0]
 TUNING_SEEDS = (1000, 1001, 1002)
 MORE = 400  # training examples, from which on rates are chosen with so many, below with 100
-SMALL = ("similarity",)  # domains with too few examples to choose rates with MORE
+SMALL = ("similarity",)  # domains with too few examples to choose rates with MORE, or for more
 
 
 @dataclass
@@ -304,6 +304,7 @@ def runs_of(sweep):
     return {
         f"{prefix}{domain}-{size}-{arm}-{seed}": Job(domain, size, arm, seed)
         for seed, size, domain, arm in itertools.product(*parts)
+        if size <= MORE or domain not in SMALL
     }
 
 
