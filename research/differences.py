@@ -3,6 +3,8 @@ Arms side by side, from the runs of research/sweep.py: scores, paired difference
 tests, and the seconds that a run takes, as tables in Markdown.
 """
 
+import itertools
+
 import numpy
 from scipy.stats import t, wilcoxon
 
@@ -40,19 +42,24 @@ def collect(results, size, measure):
     return found
 
 
+def interval(values):
+    """The mean of some values, and its 95 % interval's half-width (Student's t); NaN of one."""
+    n = len(values)
+    half = t.ppf(0.975, n - 1) * numpy.std(values, ddof=1) / n**0.5 if n > 1 else numpy.nan
+    return float(numpy.mean(values)), float(half)
+
+
 def compare(ours, other):
     """
     Of two {seed: value}: the number of pairs, the mean difference, the half-width of its 95 %
-    interval (Student's t), and p by Wilcoxon's signed-rank test. None for fewer than six pairs.
+    interval, and p by Wilcoxon's signed-rank test. None for fewer than six pairs.
     """
     # rounded, so that equal differences tie whatever their last digits are
-    differences = [round(ours[seed] - other[seed], 9) for seed in ours if seed in other]
-    n = len(differences)
-    if n < 6:  # no p below 0.05 is possible
+    differences = [round(ours[seed] - other[seed], 9) for seed in sorted(ours.keys() & other)]
+    if len(differences) < 6:  # no p below 0.05 is possible
         return None
-    half = t.ppf(0.975, n - 1) * numpy.std(differences, ddof=1) / n**0.5
     p = wilcoxon(differences).pvalue if any(differences) else 1.0
-    return n, float(numpy.mean(differences)), float(half), float(p)
+    return len(differences), *interval(differences), float(p)
 
 
 def holm(p_values):
@@ -63,24 +70,32 @@ def holm(p_values):
     return raised[order.argsort()].tolist()
 
 
-def differences(results, size, measure, first, sign):
+def compare_all(pairs):
     """
-    The first arm minus each other with sign 1, each other minus the first with -1:
-    {(domain, arm): (pairs, mean, half-width, p, Holm's p)}. p is corrected for the number of arms
-    and domains, "all" apart.
+    `compare` pairs, {(domain, name): two {seed: value}}, and add Holm's p, which is corrected for
+    the number of names and domains, "all" apart.
     """
-    values = collect(results, size, measure)
-    found = {}
-    for (domain, arm), other in values.items():
-        if arm != first and (domain, first) in values:
-            if pairs := compare(values[domain, first], other):
-                n, mean, half, p = pairs
-                found[domain, arm] = n, sign * mean, half, p
+    found = {key: one for key, pair in pairs.items() if (one := compare(*pair))}
     for together in (False, True):
         keys = [key for key in found if (key[0] == "all") == together]
         for key, p in zip(keys, holm([found[key][3] for key in keys])):
             found[key] += (p,)
     return found
+
+
+def differences(results, size, measure, first, sign):
+    """
+    The first arm minus each other with sign 1, each other minus the first with -1:
+    {(domain, arm): (pairs, mean, half-width, p, Holm's p)}, by `compare_all`.
+    """
+    values = collect(results, size, measure)
+    return compare_all(
+        {
+            (domain, arm): (values.get((domain, first), {}), other)[::sign]
+            for (domain, arm), other in values.items()
+            if arm != first
+        }
+    )
 
 
 def table(titles, rows):
@@ -128,10 +143,11 @@ def tables(results, arms, sign):
     """Lines of Markdown: for each size, the arms' scores, gaps and differences, with their sign."""
     for size in sorted({r["size"] for r in results}):
         own = [r for r in results if r["size"] == size]
-        known = [arm for arm in arms if any(r["method"] == arm for r in own)]
+        corner = f"`{arms[0]}` minus" if sign == 1 else f"minus `{arms[0]}`"
+        rows = {f"`{arm}`": (arms[0], arm)[::sign] for arm in arms[1:]}
         for measure in MEASURES:
-            yield from score_table(own, size, measure, known)
-            yield from difference_table(own, size, measure, known, sign)
+            yield from score_table(own, size, measure, arms)
+            yield from difference_table(own, size, measure, corner, rows)
         yield from dtype_note(own)
 
 
@@ -157,7 +173,10 @@ def score_table(results, size, measure, arms):
     shown = measure == "test score" and any("trace" in r for r in results)
     rows = []
     for arm in arms:
-        traces = traced([r for r in results if r["method"] == arm]) if shown else ()
+        own = [r for r in results if r["method"] == arm]
+        if not own:
+            continue
+        traces = traced(own) if shown else ()
         cells = [score_cell(values.get((domain, arm))) for domain in columns]
         rows.append([f"`{arm}`", *cells, *traces])
 
@@ -166,19 +185,22 @@ def score_table(results, size, measure, arms):
     yield from table(["arm", *columns.values(), *(TRACED if shown else ())], rows)
 
 
-def difference_table(results, size, measure, arms, sign):
-    """Lines of Markdown: `differences`; none for too few seeds, or a single arm."""
-    found, columns = differences(results, size, measure, arms[0], sign), columns_of(results)
+def difference_table(results, size, measure, corner, rows):
+    """Lines of Markdown: {row: (arm, the arm that is subtracted)}; none if all have few seeds."""
+    values, columns = collect(results, size, measure), columns_of(results)
+    found = compare_all(
+        {
+            (domain, row): [values.get((domain, arm), {}) for arm in arms]
+            for domain, (row, arms) in itertools.product(columns, rows.items())
+        }
+    )
     if not found:
         return
-    rows = [
-        [f"`{arm}`", *(difference_cell(found.get((domain, arm))) for domain in columns)]
-        for arm in arms[1:]
-    ]
+    rows = [row for row in rows if any((domain, row) in found for domain in columns)]
+    cells = [[row, *(difference_cell(found.get((d, row))) for d in columns)] for row in rows]
     title = f"**{measure}, points of 100, {size} examples**"
     yield from (f"{title}: mean [95 % interval], p by Wilcoxon's test (by Holm)", "")
-    first = f"`{arms[0]}` minus" if sign == 1 else f"minus `{arms[0]}`"
-    yield from table([first, *columns.values()], rows)
+    yield from table([corner, *columns.values()], cells)
 
 
 def seconds_table(results, arms):

@@ -7,12 +7,14 @@ The pictures of README.md and docs/, drawn from committed files in a few seconds
 phases           who trains on what in BiDoRA's three phases
 compare, study   BiDoRA minus each other method, on SmolLM2 and on an encoder
 ablation, back, hypergradients     the groups paper, published and hypergradients
+rank, tiny, sensitivity            score and gap over what these groups vary
 search, truth    hypergradients in the course of a search, and beside a solved lower level
 speed            two tables of docs/speed.md, as bars
 
 Colours are Okabe and Ito's. Line styles, markers and hatching serve black and white.
 """
 
+import functools
 import io
 import itertools
 import sys
@@ -26,8 +28,8 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
 from research import resolved
-from research.arms import GROUPS
-from research.differences import MEASURES, differences, of_group
+from research.arms import FACTORS, GROUPS, RANKS, at_rank, at_rates
+from research.differences import MEASURES, collect, differences, interval, of_group
 from research.results import load_results
 from research.sweep import check_names
 from support.run import settings
@@ -48,6 +50,39 @@ CURVES = {"as-written": ("unrolled", "-"), "unrolled-adam": ("unrolled", "--")}
 CURVES |= {"m-fixed": ("unrolled", ":"), "identity": ("identity", "-")}
 CURVES |= {"written+identity": ("identity", "--"), "as-published": ("identity", ":")}
 SHOWN = tuple(CURVES)
+LOWER = {factor: f"bidora, lower rate × {factor}" for factor in FACTORS} | {1: "bidora"}
+LOOKS |= dict(zip(LOWER.values(), zip((SKY, BLUE, ORANGE, VERMILION, PURPLE), "vospX")))
+# {group: {what it varies: {line: [(value, arm, training examples)]}}}
+VARIED = {
+    "rank": {
+        f"rank, at {size} examples": {
+            method: [(rank, at_rank(method, rank), size) for rank in RANKS]
+            for method in ("lora", "dora", "bidora")
+        }
+        for size in (100, 400)
+    },
+    "tiny": {
+        "training examples": {
+            arm: [(int(size), arm, int(size)) for size in GROUPS["tiny"].sizes]
+            for arm in GROUPS["tiny"].arms
+        }
+    },
+    "sensitivity": {
+        "upper rate ×": {
+            line: [(upper, at_rates(lower, upper), 100) for upper in FACTORS]
+            for lower, line in LOWER.items()
+        },
+        "held out": {
+            "bidora": [
+                (n / 10, "bidora" if n == 2 else f"bidora-{10 - n}:{n}", 100) for n in range(1, 6)
+            ]
+        },
+        **{
+            title: {"bidora": [(1, "bidora", 100), *((n, f"{name}-{n}", 100) for n in (2, 5))]}
+            for title, name in (("T1", "upper_every"), ("T2", "upper_steps"))
+        },
+    },
+}
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -61,8 +96,7 @@ PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text t
 
 @dataclass
 class Figures:
-    only: str = ""  # one picture: phases, compare, study, ablation, back, hypergradients,
-    #: search, truth or speed; empty: all of them
+    only: str = ""  # one picture, of those named above; empty: all of them
     results: str = "results"  # of research.sweep
     docs: str = "docs"  # where speed.md is read and the pictures are written
 
@@ -245,6 +279,47 @@ def curve(axes, hypergradient, line, *points, **style):
     axes.plot(*points, color=color, marker=marker, linestyle=line, markersize=5, **style)
 
 
+def over(folder, name):
+    """
+    Test score and gap over what the arms of a group vary: means over its tasks, and over the seeds
+    that all arms have which have any.
+    """
+    results = of_group(load_results(f"{folder}/study"), GROUPS[name])
+    columns, found = VARIED[name], {}
+    lines = [line for column in columns.values() for line in column.items()]
+    for measure, size in itertools.product(MEASURES, {size for _, p in lines for *_, size in p}):
+        values = collect(results, size, measure)
+        found |= {(measure, arm, size): v for (domain, arm), v in values.items() if domain == "all"}
+    each = [set(by_seed) for by_seed in found.values() if by_seed]
+    seeds = set.intersection(*each) if each else ()
+    if not seeds:
+        raise ValueError(f"no seed of all arms: run python -m research.sweep --group={name}")
+
+    figure = Figure(figsize=(8.6, 5))
+    widths = [1 + len(column) / 2 for column in columns.values()]
+    options = {"sharex": "col", "sharey": "row", "squeeze": False, "width_ratios": widths}
+    panels = figure.subplots(2, len(columns), **options)
+    for row, measure in zip(panels, MEASURES):
+        row[0].set_ylabel(f"{measure}, points")
+        for axes, lines in zip(row, columns.values()):
+            for line, points in lines.items():
+                color, marker = LOOKS[line]
+                ours = [(x, found.get((measure, *arm_and_size))) for x, *arm_and_size in points]
+                drawn = [(x, *interval([v[s] for s in seeds])) for x, v in ours if v]
+                if drawn:
+                    style = {"color": color, "marker": marker, "capsize": 2, "label": line}
+                    axes.errorbar(*zip(*drawn), **style)
+            values = [x for x, *_ in points]
+            axes.set_xscale("log" if values[-1] > 5 * values[0] else "linear")
+            axes.set_xticks(values, values)
+            axes.minorticks_off()
+    for axes, label in zip(panels[-1], columns):
+        axes.set_xlabel(label)
+    title = f"means of {len(GROUPS[name].domains)} tasks, 95 % intervals over {len(seeds)} seeds"
+    figure.legend(*unique_labels(panels[0, 0]), **ABOVE, title=title)
+    return figure
+
+
 def search(folder):
     """
     The indirect part of the hypergradient beside the direct one, ∂F/∂m, at each upper-level step:
@@ -361,6 +436,7 @@ def draw(figures):
         "ablation": lambda: study(figures.results, "paper"),
         "back": lambda: study(figures.results, "published"),
         "hypergradients": lambda: study(figures.results, "hypergradients"),
+        **{name: functools.partial(over, figures.results, name) for name in VARIED},
         "search": lambda: search(figures.results),
         "truth": lambda: truth(figures.results),
         "speed": lambda: speed(Path(figures.docs) / "speed.md"),

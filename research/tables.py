@@ -4,6 +4,7 @@ All tables of docs/tables/, from the runs in results/.
     python -m research.tables
 """
 
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ from pathlib import Path
 import numpy
 
 from research import noise, resolved
-from research.arms import GROUPS
+from research.arms import GROUPS, RANKS, at_rank
 from research.differences import (
+    MEASURES,
     TRACED,
+    difference_table,
     dtype_note,
     of_group,
+    score_table,
     seconds_table,
     spread,
     table,
@@ -131,6 +135,22 @@ def group(name):
     return tables(of_group(lines_of("study"), given), given.arms, given.sign)
 
 
+def rank():
+    """The methods at each rank, and DoRA with half of LoRA's."""
+    given, methods = GROUPS["rank"], ("bidora", "dora", "lora")
+    runs = of_group(lines_of("study"), given)
+    pairs = [
+        (at_rank(ours, rank), at_rank(other, rank))
+        for rank, (ours, other) in itertools.product(RANKS, itertools.combinations(methods, 2))
+    ]
+    pairs += [(at_rank("dora", rank // 2), at_rank("lora", rank)) for rank in RANKS[1:]]
+    arms = [at_rank(method, rank) for method in methods for rank in RANKS]
+    rows = {f"`{ours}` minus `{other}`": (ours, other) for ours, other in pairs}
+    for size, measure in itertools.product(map(int, given.sizes), MEASURES):
+        yield from score_table(runs, size, measure, arms)
+        yield from difference_table(runs, size, measure, "", rows)
+
+
 def rates():
     """The rates, lower and upper, at which each arm of the study ran."""
     given, shown = GROUPS["methods"], {}
@@ -167,6 +187,9 @@ FILES = {
     "network": lambda: group("network"),
     "noise": lambda: noise.noise_table(lines_of("noise")),
     "hypergradients": lambda: group("hypergradients"),
+    "rank": rank,
+    "tiny": lambda: group("tiny"),
+    "sensitivity": lambda: group("sensitivity"),
     "resolved": solved,
     "decoder": decoder,
 }

@@ -1,5 +1,6 @@
 """Results: files that several processes write, and the statistics and tables made of them."""
 
+import itertools
 import multiprocessing
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import scipy.stats
 
 from research import figures, results
+from research.arms import GROUPS
 from research.differences import MEASURES, compare, differences, holm, seconds_table, tables
 from support.weights.weight_changes import Trajectory
 
@@ -221,6 +223,34 @@ def test_the_pictures_and_the_tables_are_drawn_from_results(picture, compared, r
     assert sum(line.startswith(f"| `{compared[1]}` |") for line in lines) == 4
     assert figures.main([f"--only={picture}"]) == 0
     assert Path(f"docs/{picture}.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("group", figures.VARIED)
+def test_a_group_is_drawn_over_what_it_varies_by_the_seeds_that_its_arms_share(
+    group, seeds, refuses
+):
+    Path("docs").mkdir()
+    refuses(figures, [f"--only={group}"], "no seed of all arms")
+    domains, score = GROUPS[group].domains, {}
+    for column in figures.VARIED[group].values():
+        for _, arm, size in itertools.chain(*column.values()):
+            assert arm in GROUPS[group].arms and str(size) in GROUPS[group].sizes
+            score |= {(arm, size, d, s): random.random() for d in domains for s in range(seeds)}
+    score |= {("bidora", 100, d, seeds): 0.0 for d in domains}  # a seed that no other arm has
+    for (arm, size, domain, seed), value in score.items():
+        name = {"name": f"{domain}-{size}-{arm}-{seed}", "size": size}
+        results.save("results/study", result(domain, arm, seed, value) | name)
+
+    figure = figures.over("results", group)
+    assert f"of {len(domains)} tasks" in (title := figure.legends[0].get_title().get_text())
+    assert title.endswith(f"over {seeds} seeds")
+    for axes, column in zip(figure.axes, figures.VARIED[group].values()):
+        for drawn, points in zip(axes.containers, column.values()):
+            own = [[score[a, n, d, s] for d in domains for s in range(seeds)] for _, a, n in points]
+            expected = [(x, 100 * numpy.mean(values)) for (x, *_), values in zip(points, own)]
+            numpy.testing.assert_allclose(drawn[0].get_xydata(), expected)
+    assert figures.main([f"--only={group}"]) == 0
 
 
 def test_traces_are_drawn_and_summed_up(refuses):
