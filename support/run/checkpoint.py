@@ -41,9 +41,9 @@ def optimizer_state(bilevel_optimizer):
     """{"<level>.<parameter's index>.<name>": tensor} of both levels; numbers become tensors."""
     return {
         f"{level}.{i}.{name}": torch.as_tensor(value)
-        for level, state in bilevel_optimizer.state_dict().items()
-        for i, values in state["state"].items()
-        for name, value in values.items()
+        for level, optimizer in bilevel_optimizer.optimizers.items()
+        for i, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"])
+        for name, value in optimizer.state.get(parameter, {}).items()
     }
 
 

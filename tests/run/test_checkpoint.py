@@ -27,6 +27,7 @@ ROOT = Path(train.__file__).parent
 STRESS = int(os.environ.get("BIDORA_STRESS", 1))  # how many times as many kills and mutations
 TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", checkpoint_every=2)
 TINY |= dict(search_steps=8, retrain_steps=6, test_size=20, eval_size=20, snapshots=2)
+LORA = dict(method="lora", target_modules=("q_proj",))  # where any run will do
 HELD = dict(held_fraction=0.2, eval_every=2, keep="best", patience=2)
 # What is hardest to restore: random masks, kept lower steps, several upper steps, 8-bit moments,
 # whole models, the weights of the lowest held-out loss.
@@ -41,6 +42,8 @@ KILLED = """
 import os, random, signal, sys, threading
 sys.path.insert(0, {root!r})
 import data, train
+if "--optimizer=adamw8bit" in sys.argv:
+    import bitsandbytes.optim  # once, not in each process
 events = 0
 
 def die():
@@ -248,10 +251,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(part, whole, 
 
 
 def test_a_run_without_any_checkpoint_starts_again(monkeypatch, capsys):
-    stopped_run("run", monkeypatch, after=1)
-    run("run", resume=True)
+    stopped_run("run", monkeypatch, after=1, **LORA)
+    run("run", resume=True, **LORA)
     assert "run has no checkpoint yet" in capsys.readouterr().out
-    run("new", resume=True)
+    run("new", resume=True, **LORA)
     assert "new holds no run to resume: starting one" in capsys.readouterr().out
     assert_same_run("run", "new")
 
@@ -267,15 +270,17 @@ def test_changed_settings_are_refused_and_harmless_ones_named(stopped, capsys):
 
 
 def test_what_an_earlier_run_left_goes_when_the_newer_one_has_ended_however_it_went_on(monkeypatch):
-    run("run")
-    stopped_run("run", monkeypatch, overwrite=True)  # killed: the earlier run is still beside
+    run("run", **LORA)
+    stopped_run(
+        "run", monkeypatch, overwrite=True, **LORA
+    )  # killed: the earlier run is still beside
     assert Path("run.previous/summary.json").exists()
-    run("run", resume=True, overwrite=True)
+    run("run", resume=True, overwrite=True, **LORA)
     assert not Path("run.previous").exists()
-    stopped_run("run", monkeypatch, overwrite=True)
+    stopped_run("run", monkeypatch, overwrite=True, **LORA)
     Path("run/notes.txt").write_text("mine")
     # Over one that never finished: its files go, mine stay.
-    run("run", overwrite=True)
+    run("run", overwrite=True, **LORA)
     assert Path("run/notes.txt").exists() and Path("run/summary.json").exists()
     assert not Path("run.previous").exists()
     Path("run.previous").mkdir()  # somebody's own
@@ -320,7 +325,7 @@ def test_a_run_whose_base_or_data_have_changed_is_not_resumed(part, monkeypatch)
     refused(f"can't be resumed: {part} changed since the run began, on base", resume=True)
 
 
-@pytest.mark.parametrize("method", ["bidora", "ft"])
+@pytest.mark.parametrize("method", ["lora", "ft"])
 def test_overwriting_removes_what_the_run_wrote_and_nothing_else(method):
     run("run", method=method)
     mine = {"draft.tmp", "checkpoints/mine.txt", "vocab.json", "merges.txt", "notes/a.txt"}
@@ -352,10 +357,10 @@ def mutated(content, rng):
     return content[:at] + changed[change]
 
 
-def test_mutated_files_of_a_run_change_nothing_or_are_refused(whole, monkeypatch, capsys):
+def test_mutated_files_of_a_run_change_nothing_or_are_refused(monkeypatch, capsys):
     """Resumed, the run ends bit for bit as one that never stopped, or is refused."""
-    expected = (whole / "adapter_model.safetensors").read_bytes()
-    stopped_run("run", monkeypatch, after=4)
+    expected = (run(Path("whole"), **LORA) / "adapter_model.safetensors").read_bytes()
+    stopped_run("run", monkeypatch, after=4, **LORA)
     files = sorted(str(p.relative_to("run")) for p in Path("run").rglob("*") if p.is_file())
     rng, resumed, refusals = random.Random(0), 0, 0
     for i in range(30 * STRESS):
@@ -363,7 +368,7 @@ def test_mutated_files_of_a_run_change_nothing_or_are_refused(whole, monkeypatch
         path = Path("mutated") / files[i % len(files)]
         path.write_bytes(mutated(path.read_bytes(), rng))
         try:
-            run("mutated", resume=True)
+            run("mutated", resume=True, **LORA)
             assert Path("mutated/adapter_model.safetensors").read_bytes() == expected, path
             resumed += 1
         except (ValueError, OSError) as error:
@@ -375,32 +380,32 @@ def test_mutated_files_of_a_run_change_nothing_or_are_refused(whole, monkeypatch
     assert resumed and refusals
 
 
-HOLD = """
-import os, sys, time
+HOLD = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
 from support.run import run_folder
-folder, marks, turns = sys.argv[1], sys.argv[2], int(sys.argv[3])
+for _ in range(3):
+    if os.fork() == 0:
+        break
+else:
+    sys.exit(any([os.wait()[1] for _ in range(3)]))
+
 held = 0
-for _ in range(turns):
+for _ in range(4000):
     try:
-        with run_folder.locked(folder):
-            mark = os.open(marks, os.O_CREAT | os.O_EXCL)  # fails if another one holds the lock
-            os.close(mark)
-            os.unlink(marks)
+        with run_folder.locked("run"):
+            os.close(os.open("mark", os.O_CREAT | os.O_EXCL))  # fails if another one has the lock
+            os.unlink("mark")
             held += 1
     except ValueError:
         pass
-print(held)
+assert held > 100
 """
 
 
 def test_two_processes_never_hold_the_same_folder():
     """Each of three takes and gives back the lock thousands of times; the folder comes and goes."""
-    command = [sys.executable, "-c", HOLD, "run", "mark", "4000"]
-    options = dict(stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": ROOT})
-    processes = [subprocess.Popen(command, **options) for _ in range(3)]
-    held = [int(process.communicate()[0] or -1) for process in processes]
-    assert all(process.returncode == 0 for process in processes)
-    assert all(count > 100 for count in held)
+    subprocess.run([sys.executable, "-c", HOLD], check=True)
 
 
 def test_two_runs_in_one_folder_at_once_are_refused():
@@ -409,11 +414,11 @@ def test_two_runs_in_one_folder_at_once_are_refused():
         refused("run is in use by another run")
         assert Path("run").exists()
     assert not Path("run").exists()
-    run("run")
+    run("run", **LORA)
 
 
 def test_a_disk_that_fills_while_the_log_grows_gets_one_line_with_its_path(file_limit):
-    small = dict(method="lora", rank=1, target_modules=("q_proj",), snapshots=0)
+    small = LORA | dict(rank=1, snapshots=0)
     with pytest.raises(OSError, match=r"could not write run/metrics.jsonl \(File too large\)"):
         run("run", **small, search_steps=200, checkpoint_every=1000)
 
@@ -519,7 +524,7 @@ def test_a_folder_that_vanishes_gets_one_line(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
-def test_three_thousand_steps_take_no_more_memory_or_files_than_five_hundred(monkeypatch):
+def test_a_thousand_steps_take_no_more_memory_or_files_than_two_hundred(monkeypatch):
     pages, files = [], []
 
     def measure(step):
@@ -527,7 +532,7 @@ def test_three_thousand_steps_take_no_more_memory_or_files_than_five_hundred(mon
         files.append(len(os.listdir("/proc/self/fd")))
 
     before_each_step(monkeypatch, measure)
-    budget = dict(search_steps=1500, retrain_steps=1500, checkpoint_every=250)
+    budget = dict(search_steps=500, retrain_steps=500, checkpoint_every=100, batch_size=1)
     run("run", **budget, target_modules=("down_proj",))
-    assert len(pages) == 3000 and max(pages[2800:]) < 1.01 * max(pages[450:550])
-    assert len({*files[500:1400], *files[2000:]}) == 1
+    assert len(pages) == 1000 and max(pages[900:]) < 1.005 * max(pages[180:220])
+    assert len({*files[200:480], *files[700:]}) == 1
