@@ -52,33 +52,39 @@ CURVES |= {"written+identity": ("identity", "--"), "as-published": ("identity", 
 SHOWN = tuple(CURVES)
 LOWER = {factor: f"bidora, lower rate × {factor}" for factor in FACTORS} | {1: "bidora"}
 LOOKS |= dict(zip(LOWER.values(), zip((SKY, BLUE, ORANGE, VERMILION, PURPLE), "vospX")))
-# {group: {what it varies: {line: [(value, arm, training examples)]}}}
+# {group: {what it varies: {line: [(value, arm, training examples, task, or "all": their mean)]}}}
 VARIED = {
     "rank": {
         f"rank, at {size} examples": {
-            method: [(rank, at_rank(method, rank), size) for rank in RANKS]
+            method: [(rank, at_rank(method, rank), size, "all") for rank in RANKS]
             for method in ("lora", "dora", "bidora")
         }
         for size in (100, 400)
     },
     "tiny": {
-        "training examples": {
-            arm: [(int(size), arm, int(size)) for size in GROUPS["tiny"].sizes]
+        f"{domain}, examples": {
+            arm: [(int(size), arm, int(size), domain) for size in GROUPS["tiny"].sizes]
             for arm in GROUPS["tiny"].arms
         }
+        for domain in GROUPS["tiny"].domains
     },
     "sensitivity": {
         "upper rate ×": {
-            line: [(upper, at_rates(lower, upper), 100) for upper in FACTORS]
+            line: [(upper, at_rates(lower, upper), 100, "all") for upper in FACTORS]
             for lower, line in LOWER.items()
         },
         "held out": {
             "bidora": [
-                (n / 10, "bidora" if n == 2 else f"bidora-{10 - n}:{n}", 100) for n in range(1, 6)
+                (n / 10, "bidora" if n == 2 else f"bidora-{10 - n}:{n}", 100, "all")
+                for n in range(1, 6)
             ]
         },
         **{
-            title: {"bidora": [(1, "bidora", 100), *((n, f"{name}-{n}", 100) for n in (2, 5))]}
+            title: {
+                "bidora": [
+                    (n, "bidora" if n == 1 else f"{name}-{n}", 100, "all") for n in (1, 2, 5)
+                ]
+            }
             for title, name in (("T1", "upper_every"), ("T2", "upper_steps"))
         },
     },
@@ -281,15 +287,14 @@ def curve(axes, hypergradient, line, *points, **style):
 
 def over(folder, name):
     """
-    Test score and gap over what the arms of a group vary: means over its tasks, and over the seeds
-    that all arms have which have any.
+    Test score and gap over what the arms of a group vary: means over its tasks, or of one, and over
+    the seeds that all arms have which have any.
     """
     results = of_group(load_results(f"{folder}/study"), GROUPS[name])
     columns, found = VARIED[name], {}
-    lines = [line for column in columns.values() for line in column.items()]
-    for measure, size in itertools.product(MEASURES, {size for _, p in lines for *_, size in p}):
+    for measure, size in itertools.product(MEASURES, map(int, GROUPS[name].sizes)):
         values = collect(results, size, measure)
-        found |= {(measure, arm, size): v for (domain, arm), v in values.items() if domain == "all"}
+        found |= {(measure, arm, size, domain): v for (domain, arm), v in values.items()}
     each = [set(by_seed) for by_seed in found.values() if by_seed]
     seeds = set.intersection(*each) if each else ()
     if not seeds:
@@ -297,14 +302,14 @@ def over(folder, name):
 
     figure = Figure(figsize=(8.6, 5))
     widths = [1 + len(column) / 2 for column in columns.values()]
-    options = {"sharex": "col", "sharey": "row", "squeeze": False, "width_ratios": widths}
+    options = {"sharex": "col", "squeeze": False, "width_ratios": widths}
     panels = figure.subplots(2, len(columns), **options)
     for row, measure in zip(panels, MEASURES):
         row[0].set_ylabel(f"{measure}, points")
         for axes, lines in zip(row, columns.values()):
             for line, points in lines.items():
                 color, marker = LOOKS[line]
-                ours = [(x, found.get((measure, *arm_and_size))) for x, *arm_and_size in points]
+                ours = [(x, found.get((measure, *key))) for x, *key in points]
                 drawn = [(x, *interval([v[s] for s in seeds])) for x, v in ours if v]
                 if drawn:
                     style = {"color": color, "marker": marker, "capsize": 2, "label": line}
@@ -315,7 +320,7 @@ def over(folder, name):
             axes.minorticks_off()
     for axes, label in zip(panels[-1], columns):
         axes.set_xlabel(label)
-    title = f"means of {len(GROUPS[name].domains)} tasks, 95 % intervals over {len(seeds)} seeds"
+    title = f"95 % intervals over {len(seeds)} seeds"
     figure.legend(*unique_labels(panels[0, 0]), **ABOVE, title=title)
     return figure
 
