@@ -62,9 +62,16 @@ CONTROLS = {
     "dora-two-phases": Arm({"method": "dora", "two_phases": True}, LOWER),
     "dora-at-bidora-rate": Arm({"method": "dora"}, "bidora"),
 }
+
+
+def at_split(tenths):
+    """The name of BiDoRA's arm with so many tenths of the examples held out."""
+    return "bidora" if tenths == 2 else f"bidora-{10 - tenths}:{tenths}"
+
+
 SPLITS = {
-    f"bidora-{10 - tenths}:{tenths}": Arm(BIDORA | {"val_fraction": tenths / 10}, "bidora")
-    for tenths in (1, 3, 4, 5)  # of the examples, held out for the upper level
+    at_split(tenths): Arm(BIDORA | {"val_fraction": tenths / 10}, "bidora")
+    for tenths in (1, 3, 4, 5)
 }
 CONTROLS |= SPLITS
 
@@ -139,6 +146,7 @@ for name, factor in (("m-fixed", M_FIXED), ("m-rate-0.1", 0.1), ("m-rate-10", 10
     HYPERGRADIENTS[name] = Arm(TRACED, "bidora", upper_factor=factor)
 
 RANKS = (1, 2, 4, 8, 16, 32)
+FACTORS = (0.1, 0.3, 1, 3, 10)  # on BiDoRA's chosen rates
 
 
 def at_rank(method, rank):
@@ -146,28 +154,29 @@ def at_rank(method, rank):
     return method if rank == MINILM["rank"] else f"{method}-r{rank}"
 
 
-RANK = {
-    at_rank(method, rank): Arm({"method": method, "rank": rank, "alpha": 2.0 * rank}, method)
-    for rank, method in itertools.product(RANKS, ("bidora", "dora", "lora"))
-    if rank != MINILM["rank"]
-}
-
-FACTORS = (0.1, 0.3, 1, 3, 10)  # on BiDoRA's chosen rates
-
-
 def at_rates(lower, upper):
     """The name of BiDoRA's arm at these of FACTORS."""
     return "bidora" if lower == upper == 1 else f"rates-{lower}-{upper}"
 
 
+def at_steps(setting, steps):
+    """The name of BiDoRA's arm with so many upper_every (T1) or upper_steps (T2)."""
+    return "bidora" if steps == 1 else f"{setting}-{steps}"
+
+
+RANK = {
+    at_rank(method, rank): Arm({"method": method, "rank": rank, "alpha": 2.0 * rank}, method)
+    for rank, method in itertools.product(RANKS, ("bidora", "dora", "lora"))
+    if rank != MINILM["rank"]
+}
 SENSITIVITY = {
     at_rates(lower, upper): Arm(BIDORA, "bidora", lower_factor=lower, upper_factor=upper)
     for lower, upper in itertools.product(FACTORS, FACTORS)
     if (lower, upper) != (1, 1)
 }
 SENSITIVITY |= {
-    f"{setting}-{n}": Arm(BIDORA | {setting: n}, "bidora")
-    for setting, n in itertools.product(("upper_every", "upper_steps"), (2, 5))
+    at_steps(setting, steps): Arm(BIDORA | {setting: steps}, "bidora")
+    for setting, steps in itertools.product(("upper_every", "upper_steps"), (2, 5))
 }
 
 ARMS = METHODS | CONTROLS | PAPER | PUBLISHED | HYPERGRADIENTS | RANK | SENSITIVITY

@@ -242,7 +242,7 @@ def test_a_group_is_drawn_over_what_it_varies_by_the_seeds_that_its_arms_share(
         name = {"name": f"{domain}-{size}-{arm}-{seed}", "size": size}
         results.save("results/study", result(domain, arm, seed, value) | name)
 
-    figure = figures.over("results", group)
+    figure = figures.over("results/study", group)
     assert f"of {len(domains)} tasks" in (title := figure.legends[0].get_title().get_text())
     assert title.endswith(f"over {seeds} seeds")
     for axes, column in zip(figure.axes, figures.VARIED[group].values()):
@@ -255,8 +255,8 @@ def test_a_group_is_drawn_over_what_it_varies_by_the_seeds_that_its_arms_share(
 
 def test_traces_are_drawn_and_summed_up(refuses):
     trace = {"indirect": [0.1, 0.3, 0.5], "cosine": [-0.4, -0.2, 0.1], "moved": [0.01, 0.04]}
-    *shown, last = figures.SHOWN
-    runs = [run | {"trace": trace} for run in draws(domains=("peptides",), compared=figures.SHOWN)]
+    *shown, last = figures.CURVES
+    runs = [run | {"trace": trace} for run in draws(domains=("peptides",), compared=figures.CURVES)]
     for run in runs:
         if run["method"] != last:
             results.save("results/study", run)
@@ -266,5 +266,5 @@ def test_traces_are_drawn_and_summed_up(refuses):
     results.save("results/study", next(run for run in runs if run["method"] == last))
     assert figures.main(["--only=search"]) == 0
     assert Path("docs/search.png").stat().st_size > 5000
-    lines = list(tables(runs, figures.SHOWN, -1))
-    assert sum(line.endswith("| 0.3 | -0.20 | 4.0 % |") for line in lines) == len(figures.SHOWN)
+    lines = list(tables(runs, [*figures.CURVES], -1))
+    assert sum(line.endswith("| 0.3 | -0.20 | 4.0 % |") for line in lines) == len(figures.CURVES)
