@@ -29,10 +29,9 @@ from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
 from research import resolved
-from research.arms import FACTORS, GROUPS, RANKS, at_rank, at_rates, at_split, at_steps
+from research.arms import AT_RANK, AT_RATES, AT_SPLIT, FACTORS, GROUPS
 from research.differences import MEASURES, collect, differences, interval, of_group
 from research.results import load_results
-from research.sweep import check_names
 from support.run import settings
 from support.run.files import make_folder, replacing
 
@@ -54,31 +53,20 @@ CURVES |= {"written+identity": ("identity", "--"), "as-published": ("identity", 
 STUDIED = {"study": "methods", "ablation": "paper", "back": "published"}
 STUDIED |= {"hypergradients": "hypergradients"}
 COMPARED = {"main": ",\neach at its chosen rate", "rate-0.001": ",\nall at 1e-3"}
+# {group: {what it varies: (training examples, {line: {value: arm}})}}; None: the value itself
 LOWER = {factor: f"bidora, lower rate × {factor}" for factor in FACTORS} | {1: "bidora"}
 LOOKS |= dict(zip(LOWER.values(), zip((SKY, BLUE, ORANGE, VERMILION, PURPLE), "vospX")))
-# {group: {what it varies: {line: [(value, arm, training examples)]}}}
+SIZES = [*map(int, GROUPS["tiny"].sizes)]
 VARIED = {
-    "rank": {
-        f"rank, at {size} examples": {
-            method: [(rank, at_rank(method, rank), size) for rank in RANKS]
-            for method in ("lora", "dora", "bidora")
-        }
-        for size in (100, 400)
-    },
+    "rank": {f"rank, at {size} examples": (size, AT_RANK) for size in (100, 400)},
     "tiny": {
-        "training examples": {
-            arm: [(int(size), arm, int(size)) for size in GROUPS["tiny"].sizes]
-            for arm in GROUPS["tiny"].arms
-        }
+        "training examples": (None, {a: dict.fromkeys(SIZES, a) for a in GROUPS["tiny"].arms})
     },
     "sensitivity": {
-        "upper rate ×": {
-            line: [(upper, at_rates(lower, upper), 100) for upper in FACTORS]
-            for lower, line in LOWER.items()
-        },
-        "tenths held out": {"bidora": [(n, at_split(n), 100) for n in range(1, 6)]},
-        "T1": {"bidora": [(n, at_steps("upper_every", n), 100) for n in (1, 2, 5)]},
-        "T2": {"bidora": [(n, at_steps("upper_steps", n), 100) for n in (1, 2, 5)]},
+        "upper rate ×": (100, {line: AT_RATES[factor] for factor, line in LOWER.items()}),
+        "tenths held out": (100, {"bidora": AT_SPLIT}),
+        "T1": (100, {"bidora": {1: "bidora", 2: "upper_every-2", 5: "upper_every-5"}}),
+        "T2": (100, {"bidora": {1: "bidora", 2: "upper_steps-2", 5: "upper_steps-5"}}),
     },
 }
 STYLE = {
@@ -254,38 +242,37 @@ def over(folder, name):
     Test score and gap over what the arms of a group vary: means over its tasks, and over the seeds
     that all arms have which have any.
     """
-    results = of_group(load_results(folder), GROUPS[name])
-    columns, found = VARIED[name], {}
-    lines = [line for column in columns.values() for line in column.items()]
-    for measure, size in itertools.product(MEASURES, {size for _, p in lines for *_, size in p}):
-        values = collect(results, size, measure)
-        found |= {(measure, arm, size): v for (domain, arm), v in values.items() if domain == "all"}
-    each = [set(by_seed) for by_seed in found.values() if by_seed]
-    seeds = set.intersection(*each) if each else ()
+    group, columns = GROUPS[name], VARIED[name]
+    results, values = of_group(load_results(folder), group), {}
+    for size, measure in itertools.product(map(int, group.sizes), MEASURES):
+        for (domain, arm), by_seed in collect(results, size, measure).items():
+            if domain == "all" and by_seed:
+                values[measure, size, arm] = by_seed
+    seeds = set.intersection(*map(set, values.values())) if values else ()
     if not seeds:
         raise ValueError(f"no seed of all arms: run python -m research.sweep --group={name}")
 
     figure = Figure(figsize=(8.6, 5))
-    widths = [1 + len(column) / 2 for column in columns.values()]
+    widths = [1 + len(lines) / 2 for _, lines in columns.values()]
     options = {"sharex": "col", "sharey": "row", "squeeze": False, "width_ratios": widths}
     panels = figure.subplots(2, len(columns), **options)
     for row, measure in zip(panels, MEASURES):
         row[0].set_ylabel(f"{measure}, points")
-        for axes, lines in zip(row, columns.values()):
-            for line, points in lines.items():
-                color, marker = LOOKS[line]
-                ours = [(x, found.get((measure, *arm_and_size))) for x, *arm_and_size in points]
-                drawn = [(x, *interval([v[s] for s in seeds])) for x, v in ours if v]
-                if drawn:
+        for axes, (label, (size, lines)) in zip(row, columns.items()):
+            for line, arms in lines.items():
+                shown = [x for x, arm in arms.items() if (measure, size or x, arm) in values]
+                each = [values[measure, size or x, arms[x]] for x in shown]
+                points = [interval([by_seed[seed] for seed in seeds]) for by_seed in each]
+                if points:
+                    color, marker = LOOKS[line]
                     style = {"color": color, "marker": marker, "capsize": 2, "label": line}
-                    axes.errorbar(*zip(*drawn), **style)
-            values = [x for x, *_ in points]
-            axes.set_xscale("log" if values[-1] > 5 * values[0] else "linear")
-            axes.set_xticks(values, values)
+                    axes.errorbar(shown, *zip(*points), **style)
+            axes.set_xscale("log" if max(arms) > 5 * min(arms) else "linear")
+            axes.set_xticks([*arms], arms)
             axes.minorticks_off()
-    for axes, label in zip(panels[-1], columns):
-        axes.set_xlabel(label)
-    title = f"means of {len(GROUPS[name].domains)} tasks, 95 % intervals over {len(seeds)} seeds"
+            if measure != "test score":
+                axes.set_xlabel(label)
+    title = f"means of {len(group.domains)} tasks, 95 % intervals over {len(seeds)} seeds"
     figure.legend(*unique_labels(panels[0, 0]), **ABOVE, title=title)
     return figure
 
@@ -408,7 +395,7 @@ def draw(figures):
     pictures["search"] = functools.partial(search, of_encoder)
     pictures["truth"] = functools.partial(truth, f"{figures.results}/resolved")
     pictures["speed"] = functools.partial(speed, Path(figures.docs) / "speed.md")
-    check_names("picture", [figures.only], ["", *pictures])
+    settings.check_names("picture", figures.only, ["", *pictures])
     for name in [figures.only] if figures.only else pictures:
         path = Path(figures.docs) / f"{name}.png"
         with matplotlib.rc_context(STYLE):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy
 
 from research import noise, resolved
-from research.arms import GROUPS, RANKS, at_rank
+from research.arms import AT_RANK, GROUPS
 from research.differences import (
     MEASURES,
     TRACED,
@@ -27,7 +27,6 @@ from research.differences import (
     traced,
 )
 from research.results import read_results
-from research.sweep import check_names
 from support.run import settings
 from support.run.files import replacing
 
@@ -137,14 +136,11 @@ def group(name):
 
 def rank():
     """The methods at each rank, and DoRA with half of LoRA's."""
-    given, methods = GROUPS["rank"], ("bidora", "dora", "lora")
+    given, (lora, dora, bidora) = GROUPS["rank"], AT_RANK.values()
     runs = of_group(lines_of("study"), given)
-    pairs = [
-        (at_rank(ours, rank), at_rank(other, rank))
-        for rank, (ours, other) in itertools.product(RANKS, itertools.combinations(methods, 2))
-    ]
-    pairs += [(at_rank("dora", rank // 2), at_rank("lora", rank)) for rank in RANKS[1:]]
-    arms = [at_rank(method, rank) for method in methods for rank in RANKS]
+    pairs = [(bidora[r], dora[r]) for r in dora] + [(bidora[r], lora[r]) for r in dora]
+    pairs += [(dora[r], lora[r]) for r in dora] + [(dora[r // 2], lora[r]) for r in dora if r > 1]
+    arms = [*lora.values(), *dora.values(), *bidora.values()]
     rows = {f"`{ours}` minus `{other}`": (ours, other) for ours, other in pairs}
     for size, measure in itertools.product(map(int, given.sizes), MEASURES):
         yield from score_table(runs, size, measure, arms)
@@ -202,7 +198,7 @@ class Tables:
 
 def write(given):
     """Write the files of docs/tables/, or the one of --only. Raises ValueError for another name."""
-    check_names("table", [given.only], ["", *FILES])
+    settings.check_names("table", given.only, ["", *FILES])
     for name in [given.only] if given.only else FILES:
         with replacing(TABLES / f"{name}.md") as temporary:
             temporary.write_text("\n".join(FILES[name]()).rstrip() + "\n", encoding="utf-8")

@@ -233,8 +233,9 @@ def test_a_group_is_drawn_over_what_it_varies_by_the_seeds_that_its_arms_share(
     Path("docs").mkdir()
     refuses(figures, [f"--only={group}"], "no seed of all arms")
     domains, score = GROUPS[group].domains, {}
-    for column in figures.VARIED[group].values():
-        for _, arm, size in itertools.chain(*column.values()):
+    for examples, lines in figures.VARIED[group].values():
+        for value, arm in itertools.chain(*(line.items() for line in lines.values())):
+            size = examples or value
             assert arm in GROUPS[group].arms and str(size) in GROUPS[group].sizes
             score |= {(arm, size, d, s): random.random() for d in domains for s in range(seeds)}
     score |= {("bidora", 100, d, seeds): 0.0 for d in domains}  # a seed that no other arm has
@@ -245,10 +246,13 @@ def test_a_group_is_drawn_over_what_it_varies_by_the_seeds_that_its_arms_share(
     figure = figures.over("results/study", group)
     assert f"of {len(domains)} tasks" in (title := figure.legends[0].get_title().get_text())
     assert title.endswith(f"over {seeds} seeds")
-    for axes, column in zip(figure.axes, figures.VARIED[group].values()):
-        for drawn, points in zip(axes.containers, column.values()):
-            own = [[score[a, n, d, s] for d in domains for s in range(seeds)] for _, a, n in points]
-            expected = [(x, 100 * numpy.mean(values)) for (x, *_), values in zip(points, own)]
+    for axes, (size, lines) in zip(figure.axes, figures.VARIED[group].values()):
+        for drawn, line in zip(axes.containers, lines.values()):
+            shared = [
+                [score[arm, size or x, d, s] for d in domains for s in range(seeds)]
+                for x, arm in line.items()
+            ]
+            expected = numpy.transpose([[*line], 100 * numpy.mean(shared, axis=1)])
             numpy.testing.assert_allclose(drawn[0].get_xydata(), expected)
     assert figures.main([f"--only={group}"]) == 0
 
