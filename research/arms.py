@@ -13,7 +13,6 @@ What research/sweep.py compares: the arms, each a run's settings, and the groups
     sensitivity      BiDoRA at rates around its chosen ones, other splits, and T1 and T2
 """
 
-import itertools
 from dataclasses import dataclass, field
 
 import bidora
@@ -62,9 +61,13 @@ CONTROLS = {
     "dora-two-phases": Arm({"method": "dora", "two_phases": True}, LOWER),
     "dora-at-bidora-rate": Arm({"method": "dora"}, "bidora"),
 }
+
+# {tenths of the examples that are held out: BiDoRA's arm}
+AT_SPLIT = {n: "bidora" if n == 2 else f"bidora-{10 - n}:{n}" for n in range(1, 6)}
 SPLITS = {
-    f"bidora-{10 - tenths}:{tenths}": Arm(BIDORA | {"val_fraction": tenths / 10}, "bidora")
-    for tenths in (1, 3, 4, 5)  # of the examples, held out for the upper level
+    name: Arm(BIDORA | {"val_fraction": n / 10}, "bidora")
+    for n, name in AT_SPLIT.items()
+    if name != "bidora"
 }
 CONTROLS |= SPLITS
 
@@ -138,37 +141,30 @@ HYPERGRADIENTS = {name: Arm(TRACED | settings, "bidora") for name, settings in A
 for name, factor in (("m-fixed", M_FIXED), ("m-rate-0.1", 0.1), ("m-rate-10", 10.0)):
     HYPERGRADIENTS[name] = Arm(TRACED, "bidora", upper_factor=factor)
 
-RANKS = (1, 2, 4, 8, 16, 32)
-
-
-def at_rank(method, rank):
-    """The name of a method's arm at a rank."""
-    return method if rank == MINILM["rank"] else f"{method}-r{rank}"
-
-
+AT_RANK = {  # {method: {rank: its arm}}
+    method: {r: method if r == MINILM["rank"] else f"{method}-r{r}" for r in (1, 2, 4, 8, 16, 32)}
+    for method in ("lora", "dora", "bidora")
+}
 RANK = {
-    at_rank(method, rank): Arm({"method": method, "rank": rank, "alpha": 2.0 * rank}, method)
-    for rank, method in itertools.product(RANKS, ("bidora", "dora", "lora"))
-    if rank != MINILM["rank"]
+    name: Arm({"method": method, "rank": r, "alpha": 2.0 * r}, method)
+    for method, at in AT_RANK.items()
+    for r, name in at.items()
+    if name != method
 }
 
-FACTORS = (0.1, 0.3, 1, 3, 10)  # on BiDoRA's chosen rates
-
-
-def at_rates(lower, upper):
-    """The name of BiDoRA's arm at these of FACTORS."""
-    return "bidora" if lower == upper == 1 else f"rates-{lower}-{upper}"
-
-
+FACTORS = (0.1, 0.3, 1, 3, 10)
+AT_RATES = {  # {factor on BiDoRA's lower rate: {factor on its upper rate: its arm}}
+    low: {up: "bidora" if low == up == 1 else f"rates-{low}-{up}" for up in FACTORS}
+    for low in FACTORS
+}
 SENSITIVITY = {
-    at_rates(lower, upper): Arm(BIDORA, "bidora", lower_factor=lower, upper_factor=upper)
-    for lower, upper in itertools.product(FACTORS, FACTORS)
-    if (lower, upper) != (1, 1)
+    name: Arm(BIDORA, "bidora", lower_factor=low, upper_factor=up)
+    for low, at in AT_RATES.items()
+    for up, name in at.items()
+    if name != "bidora"
 }
-SENSITIVITY |= {
-    f"{setting}-{n}": Arm(BIDORA | {setting: n}, "bidora")
-    for setting, n in itertools.product(("upper_every", "upper_steps"), (2, 5))
-}
+for setting in ("upper_every", "upper_steps"):  # T1 and T2
+    SENSITIVITY |= {f"{setting}-{n}": Arm(BIDORA | {setting: n}, "bidora") for n in (2, 5)}
 
 ARMS = METHODS | CONTROLS | PAPER | PUBLISHED | HYPERGRADIENTS | RANK | SENSITIVITY
 COMPARED = ("bidora", "dora", "dora-two-phases", "lora", "bilora", "ft")

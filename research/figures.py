@@ -17,6 +17,7 @@ Colours are Okabe and Ito's. Line styles, markers and hatching serve black and w
 import functools
 import io
 import itertools
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,13 @@ from pathlib import Path
 import matplotlib
 import numpy
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
 from research import resolved
-from research.arms import FACTORS, GROUPS, RANKS, at_rank, at_rates
+from research.arms import AT_RANK, AT_RATES, AT_SPLIT, FACTORS, GROUPS
 from research.differences import MEASURES, collect, differences, interval, of_group
 from research.results import load_results
-from research.sweep import check_names
 from support.run import settings
 from support.run.files import make_folder, replacing
 
@@ -49,44 +49,26 @@ MARKERS |= {"bbc-topics": "P", "product-sentiment": "X", "tweet-entities": "*"}
 CURVES = {"as-written": ("unrolled", "-"), "unrolled-adam": ("unrolled", "--")}
 CURVES |= {"m-fixed": ("unrolled", ":"), "identity": ("identity", "-")}
 CURVES |= {"written+identity": ("identity", "--"), "as-published": ("identity", ":")}
-SHOWN = tuple(CURVES)
+# {picture: the group of research/arms.py}, and the sets of SmolLM2's
+STUDIED = {"study": "methods", "ablation": "paper", "back": "published"}
+STUDIED |= {"hypergradients": "hypergradients"}
+COMPARED = {"main": ",\neach at its chosen rate", "rate-0.001": ",\nall at 1e-3"}
+# {group: {what it varies: (task or "all", for their mean, training examples, {line: {value: arm}})}}
+# examples None: as many as the value
 LOWER = {factor: f"bidora, lower rate × {factor}" for factor in FACTORS} | {1: "bidora"}
 LOOKS |= dict(zip(LOWER.values(), zip((SKY, BLUE, ORANGE, VERMILION, PURPLE), "vospX")))
-# {group: {what it varies: {line: [(value, arm, training examples, task, or "all": their mean)]}}}
+SIZES = [*map(int, GROUPS["tiny"].sizes)]
 VARIED = {
-    "rank": {
-        f"rank, at {size} examples": {
-            method: [(rank, at_rank(method, rank), size, "all") for rank in RANKS]
-            for method in ("lora", "dora", "bidora")
-        }
-        for size in (100, 400)
-    },
+    "rank": {f"rank, at {size} examples": ("all", size, AT_RANK) for size in (100, 400)},
     "tiny": {
-        f"{domain}, examples": {
-            arm: [(int(size), arm, int(size), domain) for size in GROUPS["tiny"].sizes]
-            for arm in GROUPS["tiny"].arms
-        }
-        for domain in GROUPS["tiny"].domains
+        f"{task}, examples": (task, None, {a: dict.fromkeys(SIZES, a) for a in GROUPS["tiny"].arms})
+        for task in GROUPS["tiny"].domains
     },
     "sensitivity": {
-        "upper rate ×": {
-            line: [(upper, at_rates(lower, upper), 100, "all") for upper in FACTORS]
-            for lower, line in LOWER.items()
-        },
-        "held out": {
-            "bidora": [
-                (n / 10, "bidora" if n == 2 else f"bidora-{10 - n}:{n}", 100, "all")
-                for n in range(1, 6)
-            ]
-        },
-        **{
-            title: {
-                "bidora": [
-                    (n, "bidora" if n == 1 else f"{name}-{n}", 100, "all") for n in (1, 2, 5)
-                ]
-            }
-            for title, name in (("T1", "upper_every"), ("T2", "upper_steps"))
-        },
+        "upper rate ×": ("all", 100, {line: AT_RATES[factor] for factor, line in LOWER.items()}),
+        "tenths held out": ("all", 100, {"bidora": AT_SPLIT}),
+        "T1": ("all", 100, {"bidora": {1: "bidora", 2: "upper_every-2", 5: "upper_every-5"}}),
+        "T2": ("all", 100, {"bidora": {1: "bidora", 2: "upper_steps-2", 5: "upper_steps-5"}}),
     },
 }
 STYLE = {
@@ -96,6 +78,8 @@ STYLE = {
     "figure.constrained_layout.use": True,
 }
 DOTTED = {"color": "black", "linewidth": 1, "linestyle": ":"}
+TITLE = {"size": 10, "weight": "bold"}
+BAR = {"corners": "square,pad=0", "linewidth": 1}
 ABOVE = {"loc": "outside upper center", "ncols": 3}  # where a legend is
 PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text that crosses a line
 
@@ -109,60 +93,50 @@ class Figures:
 
 def write(axes, x, y, text, size=9, **style):
     """Centred text."""
-    axes.text(x, y, text, size=size, **{"ha": "center", "va": "center"} | style)
+    axes.text(x, y, text, size=size, ha="center", va="center", **style)
 
 
-def box(axes, x, y, width, height, **style):
-    """A box with rounded corners, its lower left one at (x, y)."""
+def box(axes, x, y, width, height, *texts, corners="round,pad=0,rounding_size=0.8", **style):
+    """A box, its lower left corner at (x, y). texts: (middle, text, look) of each."""
     style = {"facecolor": "white", "edgecolor": "black", "linewidth": 1.2} | style
-    axes.add_patch(FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=0.8", **style))
+    axes.add_patch(FancyBboxPatch((x, y), width, height, corners, **style))
+    for middle, text, look in texts:
+        write(axes, x + width / 2, middle, text, **look)
 
 
-def tile(axes, x, y, name, state, color=None):
-    """A group of parameters: filled where it trains (in color), dashed where it is fixed."""
-    fixed = {"linestyle": (0, (3, 2)), "edgecolor": "#767676"}
-    box(axes, x, y, 8, 7, **{"facecolor": color, "linewidth": 2.2} if color else fixed)
-    write(axes, x + 4, y + 4.7, name, 11, weight="bold", color="black" if color else "#555555")
-    write(axes, x + 4, y + 2, state, 8, color="black" if color else "#555555")
-
-
-def arrow(axes, start, end, **style):
+def arrow(axes, start, end, color="black", width=1.4):
     """A straight arrow."""
-    style = {"color": "black", "linewidth": 1.4, "mutation_scale": 12, "arrowstyle": "-|>"} | style
-    axes.annotate("", end, start, arrowprops=style | {"shrinkA": 0, "shrinkB": 0})
+    style = {"arrowstyle": "-|>", "mutation_scale": 12, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", end, start, arrowprops=style | {"color": color, "linewidth": width})
 
 
-def draw_data(axes):
-    """The two stages and their data: search splits it 8:2, retrain takes all of it."""
+def draw_stages(axes):
+    """Two stages and their data, which search splits 8:2, a box for each phase, what passes on."""
     for x, width, name in ((1, 66, "SEARCH: phases 1 and 2 alternate"), (69, 30.5, "RETRAIN")):
-        box(axes, x, 1, width, 46, facecolor="#F2F2F2", edgecolor="none")
-        write(axes, x + width / 2, 44.6, name, 10, weight="bold")
+        box(axes, x, 1, width, 46, (44.6, name, TITLE), facecolor="#F2F2F2", edgecolor="none")
     for x, width, color, text in (
         (3, 50, "white", "train split: 80 % of the examples"),
         (53, 12, "#BDBDBD", "val: 20 %"),
         (70.5, 28, "white", "train + val: 100 %"),
     ):
-        axes.add_patch(Rectangle((x, 38.5), width, 4, facecolor=color, edgecolor="black"))
-        write(axes, x + width / 2, 40.5, text)
-    for x in (16, 59, 84.5):
-        arrow(axes, (x, 38.3), (x, 35.2))
+        box(axes, x, 38.5, width, 4, (40.5, text, {}), facecolor=color, **BAR)
 
-
-def draw_phases(axes):
-    """A box for each phase, with the three groups of parameters in it, and what they hand over."""
     for x, title, learns, trained in (
         (3, "1  lower level", "A, B learn on train", {"A, B": ORANGE}),
         (37, "2  upper level", "m learns on val", {"m": SKY}),
         (70.5, "3  final phase", "A, B learn afresh on everything", {"A, B": ORANGE}),
     ):
-        box(axes, x, 17, 28, 18)
-        write(axes, x + 14, 32.6, title, 11, weight="bold")
-        write(axes, x + 14, 29.2, learns)
-        tile(axes, x + 0.9, 19, "$W_0$", "frozen")
-        for aside, name in ((10, "A, B"), (19.1, "m")):
-            state = "trains" if name in trained else "fixed"
-            tile(axes, x + aside, 19, name, state, trained.get(name))
+        box(axes, x, 17, 28, 18, (32.6, title, TITLE | {"size": 11}), (29.2, learns, {}))
+        for aside, name in ((0.9, "$W_0$"), (10, "A, B"), (19.1, "m")):
+            state = "trains" if name in trained else "frozen" if aside == 0.9 else "fixed"
+            look, color = {"linestyle": (0, (3, 2)), "edgecolor": "#767676"}, "#555555"
+            if name in trained:
+                look, color = {"facecolor": trained[name], "linewidth": 2.2}, "black"
+            title = (23.7, name, {"size": 11, "weight": "bold", "color": color})
+            box(axes, x + aside, 19, 8, 7, title, (21, state, {"size": 8, "color": color}), **look)
 
+    for x in (16, 59, 84.5):
+        arrow(axes, (x, 38.3), (x, 35.2))
     for start, end, name, x, y in (
         ((31.2, 26), (36.8, 26), "A, B", 34, 27.7),
         ((36.8, 22), (31.2, 22), "m", 34, 20.2),
@@ -176,21 +150,20 @@ def draw_formulas(axes):
     """The hypergradient, which passes through the direction on its way to m; and what comes out."""
     path = {"color": BLUE, "linewidth": 2.2, "linestyle": (0, (4, 1.5))}
     axes.plot([17, 17, 60.1, 60.1], [18.6, 12.5, 12.5, 16], **path)
-    arrow(axes, (60.1, 16), (60.1, 18.9), color=BLUE, linewidth=2.2)
+    arrow(axes, (60.1, 16), (60.1, 18.9), BLUE, 2.2)
     write(axes, 38.5, 14.3, "hypergradient: how the val loss F changes with m", color=BLUE)
-    through = "through the direction, V = (A, B)"
-    for x, term, meaning in (
-        (12, r"$\dfrac{dF}{dm}\;=$", ""),
-        (23, r"$\dfrac{\partial F}{\partial m}$", "directly"),
-        (31, "$+$", ""),
-        (47, r"$\left(\dfrac{dV^*}{dm}\right)^{\!\top}\dfrac{\partial F}{\partial V}$", through),
-    ):
-        write(axes, x, 8, term, 12)
-        write(axes, x, 3, meaning)
-
     arrow(axes, (84.5, 16.8), (84.5, 13.2))
-    write(axes, 84.5, 8.6, r"$W' = m\,\dfrac{W_0 + s B A}{\Vert W_0 + s B A \Vert}$", 12)
-    write(axes, 84.5, 3, "merged: one ordinary weight")
+    indirect = r"$\left(\dfrac{dV^*}{dm}\right)^{\!\top}\dfrac{\partial F}{\partial V}$"
+    merged = r"$W' = m\,\dfrac{W_0 + s B A}{\Vert W_0 + s B A \Vert}$"
+    for x, y, term, meaning in (
+        (12, 8, r"$\dfrac{dF}{dm}\;=$", ""),
+        (23, 8, r"$\dfrac{\partial F}{\partial m}$", "directly"),
+        (31, 8, "$+$", ""),
+        (47, 8, indirect, "through the direction, V = (A, B)"),
+        (84.5, 8.6, merged, "merged: one ordinary weight"),
+    ):
+        write(axes, x, y, term, 12)
+        write(axes, x, 3, meaning)
 
 
 def phases():
@@ -198,57 +171,38 @@ def phases():
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 100), ylim=(0, 48))
     axes.axis("off")
-    draw_data(axes)
-    draw_phases(axes)
+    draw_stages(axes)
     draw_formulas(axes)
     return figure
 
 
-def compare(folder):
-    best, same = load_results(folder), load_results(folder, "rate-0.001")
-    domains = list(dict.fromkeys(result["domain"] for result in best))
-    parts = by_size(best, ",\neach at its chosen rate") | by_size(same, ",\nall at 1e-3")
-    return differences_of(parts, GROUPS["smollm2"].arms, domains, 1)
-
-
-def study(folder, name):
-    """The differences of a group of research/arms.py."""
-    group = GROUPS[name]
-    parts = by_size(of_group(load_results(f"{folder}/study"), group))
-    return differences_of(parts, group.arms, group.domains, group.sign)
-
-
-def by_size(results, note=""):
-    """{label: the results of one size}"""
-    sizes = sorted({result["size"] for result in results})
-    return {f"{size} examples{note}": [r for r in results if r["size"] == size] for size in sizes}
-
-
-def differences_of(parts, arms, domains, sign):
+def study(folder, name, notes):
     """
-    `differences`, a row of panels for each of the parts, {label: results of one size}: the mean
-    over all domains with its 95 % interval, and each domain's mean.
+    The differences of a group, a row of panels for each of its sizes in each of the sets {set:
+    what it is}: the mean over all domains with its 95 % interval, and each domain's mean.
     """
-    first, rows = arms[0], {}
-    for label, results in parts.items():
-        size = results[0]["size"]
-        measured = [differences(results, size, measure, first, sign) for measure in MEASURES]
-        if complete := [arm for arm in arms if ("all", arm) in measured[0]]:
-            rows[label] = complete, measured
+    group, rows = GROUPS[name], []
+    for (which, note), size in itertools.product(notes.items(), map(int, group.sizes)):
+        of_size = (of_group(load_results(folder, which), group), size)
+        pair = [differences(*of_size, measure, group.arms[0], group.sign) for measure in MEASURES]
+        if complete := [arm for arm in group.arms if ("all", arm) in pair[0]]:
+            rows.append((f"{size} examples{note}", complete, pair))
     if not rows:
-        raise ValueError(f"no arm has six seeds beside {first}: run python -m research.sweep")
+        first = f"no arm has six seeds beside {group.arms[0]}"
+        raise ValueError(f"{first}: run python -m research.sweep --group={name}")
 
-    heights = [1 + len(complete) for complete, _ in rows.values()]
+    heights = [1 + len(complete) for _, complete, _ in rows]
     figure = Figure(figsize=(8.6, max(3.6, 1 + 0.3 * sum(heights))))
     options = {"sharex": "col", "sharey": "row", "squeeze": False, "height_ratios": heights}
     panels = figure.subplots(len(rows), 2, **options)
-    for row, (label, (complete, measured)) in zip(panels, rows.items()):
-        for axes, by_arm in zip(row, measured):
-            dots(axes, by_arm, complete, domains)
+    for row, (label, complete, pair) in zip(panels, rows):
+        for axes, by_arm in zip(row, pair):
+            dots(axes, by_arm, complete)
         row[0].invert_yaxis()
         row[0].set_ylabel(label)
 
-    what = f"{first} minus the other" if sign == 1 else f"the arm minus {first}"
+    first = group.arms[0]
+    what = f"{first} minus the other" if group.sign == 1 else f"the arm minus {first}"
     for axes, measure in zip(panels[-1], MEASURES):
         axes.set_xlabel(f"{measure}, points:\n{what}")
     figure.legend(*unique_labels(panels[0, 0]), **ABOVE)
@@ -262,7 +216,7 @@ def unique_labels(axes):
     return unique.values(), unique
 
 
-def dots(axes, by_arm, arms, domains):
+def dots(axes, by_arm, arms):
     """A panel: the `differences` of the arms in one measure."""
     for (domain, arm), (_, mean, half, *_) in by_arm.items():
         if arm not in arms:  # not yet in every domain
@@ -290,36 +244,36 @@ def over(folder, name):
     Test score and gap over what the arms of a group vary: means over its tasks, or of one, and over
     the seeds that all arms have which have any.
     """
-    results = of_group(load_results(f"{folder}/study"), GROUPS[name])
-    columns, found = VARIED[name], {}
-    for measure, size in itertools.product(MEASURES, map(int, GROUPS[name].sizes)):
-        values = collect(results, size, measure)
-        found |= {(measure, arm, size, domain): v for (domain, arm), v in values.items()}
-    each = [set(by_seed) for by_seed in found.values() if by_seed]
-    seeds = set.intersection(*each) if each else ()
+    group, columns = GROUPS[name], VARIED[name]
+    results, values = of_group(load_results(folder), group), {}
+    for size, measure in itertools.product(map(int, group.sizes), MEASURES):
+        for (domain, arm), by_seed in collect(results, size, measure).items():
+            if by_seed:
+                values[measure, size, domain, arm] = by_seed
+    seeds = set.intersection(*map(set, values.values())) if values else ()
     if not seeds:
         raise ValueError(f"no seed of all arms: run python -m research.sweep --group={name}")
 
     figure = Figure(figsize=(8.6, 5))
-    widths = [1 + len(column) / 2 for column in columns.values()]
+    widths = [1 + len(lines) / 2 for *_, lines in columns.values()]
     options = {"sharex": "col", "squeeze": False, "width_ratios": widths}
     panels = figure.subplots(2, len(columns), **options)
     for row, measure in zip(panels, MEASURES):
         row[0].set_ylabel(f"{measure}, points")
-        for axes, lines in zip(row, columns.values()):
-            for line, points in lines.items():
-                color, marker = LOOKS[line]
-                ours = [(x, found.get((measure, *key))) for x, *key in points]
-                drawn = [(x, *interval([v[s] for s in seeds])) for x, v in ours if v]
-                if drawn:
+        for axes, (label, (task, size, lines)) in zip(row, columns.items()):
+            for line, arms in lines.items():
+                keys = {x: (measure, size or x, task, arm) for x, arm in arms.items()}
+                shown = [x for x, key in keys.items() if key in values]
+                points = [interval([values[keys[x]][seed] for seed in seeds]) for x in shown]
+                if points:
+                    color, marker = LOOKS[line]
                     style = {"color": color, "marker": marker, "capsize": 2, "label": line}
-                    axes.errorbar(*zip(*drawn), **style)
-            values = [x for x, *_ in points]
-            axes.set_xscale("log" if values[-1] > 5 * values[0] else "linear")
-            axes.set_xticks(values, values)
+                    axes.errorbar(shown, *zip(*points), **style)
+            axes.set_xscale("log" if max(arms) > 5 * min(arms) else "linear")
+            axes.set_xticks([*arms], arms)
             axes.minorticks_off()
-    for axes, label in zip(panels[-1], columns):
-        axes.set_xlabel(label)
+            if measure != "test score":
+                axes.set_xlabel(label)
     title = f"95 % intervals over {len(seeds)} seeds"
     figure.legend(*unique_labels(panels[0, 0]), **ABOVE, title=title)
     return figure
@@ -330,7 +284,7 @@ def search(folder):
     The indirect part of the hypergradient beside the direct one, ∂F/∂m, at each upper-level step:
     their ratio and their cosine, medians over tasks and seeds.
     """
-    results = load_results(f"{folder}/study")
+    results = load_results(folder)
     runs = of_group(results, GROUPS["paper"]) + of_group(results, GROUPS["hypergradients"])
     figure = Figure(figsize=(8.6, 3.6))
     ratio, cosine = figure.subplots(1, 2)
@@ -350,7 +304,7 @@ def search(folder):
 
 def truth(folder):
     """The error of each hypergradient beside the truth, and what a search along it gives."""
-    runs, results = resolved.results_of(f"{folder}/resolved")
+    runs, results = resolved.results_of(folder)
     by_arm = differences(results, 100, "test score", resolved.ARMS[0], -1)
     arms = [arm for arm in resolved.ARMS if ("all", arm) in by_arm]
     if not arms or not runs:
@@ -367,7 +321,7 @@ def truth(folder):
     left.axhline(1, **DOTTED)
     left.legend(fontsize=8)
 
-    dots(right, by_arm, arms, resolved.DOMAINS)
+    dots(right, by_arm, arms)
     right.invert_yaxis()
     right.set_xlabel(f"test score minus that of {resolved.ARMS[0]}, points")
     right.legend(*unique_labels(right), loc=(0.02, 0.35), fontsize=8)
@@ -376,12 +330,11 @@ def truth(folder):
 
 def rows(path, section):
     """The first table below a heading of a Markdown file: {first cell: list of the others}."""
-    lines = path.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].splitlines()
-    lines = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
-    table = itertools.takewhile(lambda line: line.startswith("|"), lines)
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    if len(cells) < 3:
+    table = rf"(?ms)^## {re.escape(section)}$.*?^((?:\|[^\n]*\n){{3,}})"
+    if not (found := re.search(table, path.read_text(encoding="utf-8"))):
         raise ValueError(f"{path}: there is no table below '## {section}'")
+    lines = found[1].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {name: values for name, *values in cells[2:]}
 
 
@@ -434,19 +387,17 @@ def save(figure, path):
 def draw(figures):
     """Draw all pictures, or the one of --only."""
     make_folder(figures.docs, "choose another --docs")
-    pictures = {
-        "phases": phases,
-        "compare": lambda: compare(figures.results),
-        "study": lambda: study(figures.results, "methods"),
-        "ablation": lambda: study(figures.results, "paper"),
-        "back": lambda: study(figures.results, "published"),
-        "hypergradients": lambda: study(figures.results, "hypergradients"),
-        **{name: functools.partial(over, figures.results, name) for name in VARIED},
-        "search": lambda: search(figures.results),
-        "truth": lambda: truth(figures.results),
-        "speed": lambda: speed(Path(figures.docs) / "speed.md"),
-    }
-    check_names("picture", [figures.only], ["", *pictures])
+    of_encoder = f"{figures.results}/study"
+    pictures = {"phases": phases}
+    pictures["compare"] = functools.partial(study, figures.results, "smollm2", COMPARED)
+    for name, group in STUDIED.items():
+        pictures[name] = functools.partial(study, of_encoder, group, {"main": ""})
+    for name in VARIED:
+        pictures[name] = functools.partial(over, of_encoder, name)
+    pictures["search"] = functools.partial(search, of_encoder)
+    pictures["truth"] = functools.partial(truth, f"{figures.results}/resolved")
+    pictures["speed"] = functools.partial(speed, Path(figures.docs) / "speed.md")
+    settings.check_names("picture", figures.only, ["", *pictures])
     for name in [figures.only] if figures.only else pictures:
         path = Path(figures.docs) / f"{name}.png"
         with matplotlib.rc_context(STYLE):

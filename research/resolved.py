@@ -286,11 +286,11 @@ def errors_of(results, arm):
 def error_table(results):
     """Lines of Markdown: `errors_of` all arms, and those at the end for each domain."""
     domains = list(dict.fromkeys(r["domain"] for r in results))
+    of_domain = [[r for r in results if r["domain"] == domain] for domain in domains]
     rows = []
     for arm in SEARCHES:
-        pairs = list(errors_of(results, arm).values())
-        for domain in domains:
-            pairs.append(errors_of([r for r in results if r["domain"] == domain], arm)["solved"])
+        pairs = [*errors_of(results, arm).values()]
+        pairs += [errors_of(own, arm)["solved"] for own in of_domain]
         rows.append([f"`{arm}`", *(f"{error:.2g}, {cosine:+.2f}" for error, cosine in pairs)])
 
     yield from ("**Error relative to the truth, and cosine**: medians over tasks and seeds", "")
@@ -300,24 +300,26 @@ def error_table(results):
 
 def loss_table(results):
     """Lines of Markdown: what the title says, by domain."""
-    found = {}  # of each domain and seed, each arm's values
-    for r in results:
-        values = r["val"], r["after"]["test"]["loss"], r["moved"]
-        found.setdefault(r["domain"], {}).setdefault(r["seed"], {})[r["method"]] = values
-    shared = {
-        domain: [by_arm for by_arm in seeds.values() if by_arm.keys() == set(ARMS)]
-        for domain, seeds in found.items()
-    }
-    rows = []
-    for arm in ARMS:
-        of_arm = [[by_arm[arm] for by_arm in seeds] for seeds in shared.values()]
-        means = (numpy.mean(values, axis=0) if values else (numpy.nan,) * 3 for values in of_arm)
-        rows.append([f"`{arm}`", *("{:.3f}, {:.3f}, {:.0%}".format(*values) for values in means)])
+    titles, rows = ["arm"], {arm: [f"`{arm}`"] for arm in ARMS}
+    for domain in dict.fromkeys(r["domain"] for r in results):
+        values = {arm: {} for arm in ARMS}
+        for r in (r for r in results if r["domain"] == domain):
+            values[r["method"]][r["seed"]] = r["val"], r["after"]["test"]["loss"], r["moved"]
+        seeds = sorted(set.intersection(*map(set, values.values())))
+        titles.append(f"`{domain}` ({len(seeds)})")
+        for arm, row in rows.items():
+            own = [values[arm][seed] for seed in seeds] or [(numpy.nan,) * 3]
+            row.append("{:.3f}, {:.3f}, {:.0%}".format(*numpy.mean(own, axis=0)))
 
     title = "**Val loss at V*(m) after search, test loss after retraining, how far m moves**"
     yield from (f"{title}: means over the seeds that all arms have", "")
-    columns = [f"`{domain}` ({len(seeds)})" for domain, seeds in shared.items()]
-    yield from table(["arm", *columns], rows)
+    yield from table(titles, rows.values())
+
+
+def all_tables(folder):
+    """Lines of Markdown: what was measured."""
+    with_errors, results = results_of(folder)
+    yield from (*error_table(with_errors), *loss_table(results), *tables(results, ARMS, -1))
 
 
 def do_all(given):
@@ -332,9 +334,7 @@ def do_all(given):
     ]
     if missing:
         in_workers(given.workers, "problems", measure, missing)
-    with_errors, results = results_of(given.results)
-    lines = *error_table(with_errors), *loss_table(results), *tables(results, ARMS, -1)
-    print(*lines, sep="\n")
+    print(*all_tables(given.results), sep="\n")
 
 
 def main(arguments):

@@ -78,7 +78,7 @@ class Sweep:
     workers: int = 2  # runs at a time, which share the CPU's cores
 
     def __post_init__(self):
-        check_names("group", [self.group], GROUPS)
+        settings.check_names("group", self.group, GROUPS)
         group = GROUPS[self.group]
         for name in ("arms", "domains", "sizes", "seeds", "results", "out_dir"):
             setattr(self, name, getattr(self, name) or getattr(group, name))
@@ -86,8 +86,8 @@ class Sweep:
         given = {"model": self.model, "target_modules": ",".join(self.target_modules)}
         self.settings = group.settings | {name: value for name, value in given.items() if value}
 
-        check_names("arms", self.arms, ARMS)
-        check_names("domains", self.domains, BUILT_IN)
+        settings.check_names("arms", self.arms, ARMS)
+        settings.check_names("domains", self.domains, BUILT_IN)
         if not all(size.isdigit() and int(size) >= 10 for size in self.sizes):
             raise ValueError(f"sizes={','.join(self.sizes)} must be integers of at least 10")
         settings.at_least(self, seeds=1, workers=1, lower_lr=0, upper_lr=0)
@@ -100,13 +100,6 @@ class Job(NamedTuple):
     size: int
     arm: str
     seed: int | None = None
-
-
-def check_names(setting, values, known):
-    """Raise ValueError for a value of a setting that is not known."""
-    for value in values:
-        if value not in known:
-            raise ValueError(f"unknown {setting} {value!r}" + settings.suggest(value, known))
 
 
 def options_of(sweep, name, job, rates, tuning=False):

@@ -172,38 +172,36 @@ def rows_of(name, model):
     return data.encode(examples[:400], tokenizer, 256, question, labels)[0], tokenizer.pad_id
 
 
-def rows_for(bench, kind, vocab_size, rng):
-    """Rows of the data set, or of random token ids and their labels."""
+def drawing(bench, kind, vocab_size):
+    """A function that draws the rows of a batch, alike for all kinds, and the padding's id."""
+    rng = random.Random(0)
     if bench.data:
-        return rng.sample(rows_of(bench.data, bench.model)[0], bench.batch_size)
-    ids = torch.randint(vocab_size, (bench.batch_size, bench.length))
-    labels = ids
-    if bench.labels != "all" or kind.one_label:
-        labels = torch.full_like(ids, -100)
-        labels[:, -1] = ids[:, -1]
-    return [data.Encoded(*row) for row in zip(ids.tolist(), labels.tolist())]
+        rows, pad_id = rows_of(bench.data, bench.model)
+        return lambda: rng.sample(rows, bench.batch_size), pad_id
+
+    def draw():
+        labels = ids = torch.randint(vocab_size, (bench.batch_size, bench.length))
+        if bench.labels != "all" or kind.one_label:
+            labels = torch.full_like(ids, -100)
+            labels[:, -1] = ids[:, -1]
+        return [data.Encoded(*row) for row in zip(ids.tolist(), labels.tolist())]
+
+    return draw, 0
 
 
 def step(bench, name, base):
-    """A function that takes a step, or an iteration of search, of a kind on a random batch."""
+    """A function that takes a step, or an iteration of search, of a kind on random batches."""
     kind, model = KINDS[name], model_of(bench, name, base)
-    rng = random.Random(0)  # each kind sees the same rows
-    pad_id = rows_of(bench.data, bench.model)[1] if bench.data else 0
-
-    rows = functools.partial(rows_for, bench, kind, base.config.vocab_size, rng)
-
-    def batch():
-        return data.collate(rows(), pad_id)
-
+    draw, pad_id = drawing(bench, kind, base.config.vocab_size)
     if kind.method == "none":
-        return torch.no_grad()(lambda: model(*batch()))
+        return torch.no_grad()(lambda: model(*data.collate(draw(), pad_id)))
 
     if kind.peer:
         trained = [p for p in model.parameters() if p.requires_grad]
         peft_optimizer = torch.optim.AdamW(trained, 1e-3, fused=True)
 
         def peft_step():
-            ids, labels = batch()
+            ids, labels = data.collate(draw(), pad_id)
             peft_optimizer.zero_grad()
             model(input_ids=ids, labels=labels).loss.backward()
             peft_optimizer.step()
@@ -217,20 +215,18 @@ def step(bench, name, base):
         rows, share = micro_batch
         return model(*data.collate(rows, pad_id)) * share
 
-    def lower():
-        optimizer.lower_step(loss_fn, MicroBatches(data.micro_batches(rows())))
-
-    def search():
-        parts = data.micro_batches(rows(), kind.micro_batch)
+    def take():
+        parts = data.micro_batches(draw(), kind.micro_batch)
         optimizer.lower_step(loss_fn, MicroBatches(parts))
-        optimizer.upper_step(loss_fn, MicroBatches(data.micro_batches(rows())))
+        if name in SEARCH:
+            optimizer.upper_step(loss_fn, MicroBatches(data.micro_batches(draw())))
 
-    return search if name in SEARCH else lower
+    return take
 
 
-def timed(run):
+def timed(take):
     start = time.perf_counter()
-    run()
+    take()
     return time.perf_counter() - start
 
 
@@ -238,8 +234,8 @@ def in_its_process(bench, name):
     """(seconds of each round, peak GB beyond the loaded model) of this process."""
     base = load(bench)
     before = peak_memory("cpu")
-    run = step(bench, name, base)
-    times = [timed(run) for _ in range(bench.rounds + 1)][1:]
+    take = step(bench, name, base)
+    times = [timed(take) for _ in range(bench.rounds + 1)][1:]
     return times, peak_memory("cpu") - before
 
 
@@ -271,13 +267,13 @@ def measure(bench):
         )
 
     base = load(bench)
-    runs = {name: step(bench, name, base) for name in names}
+    steps = {name: step(bench, name, base) for name in names}
     seconds = {name: [] for name in names}
     for _ in tqdm(range(bench.rounds + 1), desc="bench", unit="round"):
-        for name, run in runs.items():
-            seconds[name].append(timed(run))
+        for name, take in steps.items():
+            seconds[name].append(timed(take))
 
-    del base, runs
+    del base, steps
     once = dataclasses.replace(bench, rounds=1)
     shown = tqdm(names, desc="peak memory", unit="method")
     peaks = {name: alone(once, name)[1] for name in shown}
@@ -340,10 +336,7 @@ def check(bench):
     dtypes, labels = ("auto", "float32", "bfloat16"), ("all", "last")
     choices = {"labels": labels, "data": ("", *BUILT_IN), "dtype": dtypes, "kinds": KINDS}
     for name, known in choices.items():
-        value = getattr(bench, name)
-        for each in value if isinstance(value, tuple) else [value]:
-            if each not in known:
-                raise ValueError(f"unknown {name} {each!r}" + settings.suggest(each, known))
+        settings.check_names(name, getattr(bench, name), known)
     shape(bench)  # raises for an unknown model
 
 

@@ -45,6 +45,13 @@ def suggest(name, known):
     return "; --help lists them all" if many else f"; there are: {', '.join(filter(None, known))}"
 
 
+def check_names(setting, values, known):
+    """Raise ValueError for a value of a setting, or for one of several, that is not known."""
+    for value in [values] if isinstance(values, str) else values:
+        if value not in known:
+            raise ValueError(f"unknown {setting} {value!r}" + suggest(value, known))
+
+
 def typed(field, value, where):
     """A value converted to the field's type. Raises ValueError, which begins with `where`."""
     wanted = field.type

@@ -233,8 +233,9 @@ def test_a_group_is_drawn_over_what_it_varies_by_the_seeds_that_its_arms_share(
     Path("docs").mkdir()
     refuses(figures, [f"--only={group}"], "no seed of all arms")
     domains, score = GROUPS[group].domains, {}
-    for column in figures.VARIED[group].values():
-        for _, arm, size, _ in itertools.chain(*column.values()):
+    for _, examples, lines in figures.VARIED[group].values():
+        for value, arm in itertools.chain(*(line.items() for line in lines.values())):
+            size = examples or value
             assert arm in GROUPS[group].arms and str(size) in GROUPS[group].sizes
             score |= {(arm, size, d, s): random.random() for d in domains for s in range(seeds)}
     score |= {("bidora", 100, d, seeds): 0.0 for d in domains}  # a seed that no other arm has
@@ -242,23 +243,28 @@ def test_a_group_is_drawn_over_what_it_varies_by_the_seeds_that_its_arms_share(
         name = {"name": f"{domain}-{size}-{arm}-{seed}", "size": size}
         results.save("results/study", result(domain, arm, seed, value) | name)
 
-    figure = figures.over("results", group)
+    figure = figures.over("results/study", group)
     assert figure.legends[0].get_title().get_text().endswith(f"over {seeds} seeds")
-    for axes, column in zip(figure.axes, figures.VARIED[group].values()):
-        for drawn, points in zip(axes.containers, column.values()):
-            own = [
-                [score[a, n, d, s] for d in domains if task in (d, "all") for s in range(seeds)]
-                for _, a, n, task in points
+    for axes, (task, size, lines) in zip(figure.axes, figures.VARIED[group].values()):
+        for drawn, line in zip(axes.containers, lines.values()):
+            shared = [
+                [
+                    score[arm, size or x, d, s]
+                    for d in domains
+                    for s in range(seeds)
+                    if task in (d, "all")
+                ]
+                for x, arm in line.items()
             ]
-            expected = [(x, 100 * numpy.mean(values)) for (x, *_), values in zip(points, own)]
+            expected = numpy.transpose([[*line], 100 * numpy.mean(shared, axis=1)])
             numpy.testing.assert_allclose(drawn[0].get_xydata(), expected)
     assert figures.main([f"--only={group}"]) == 0
 
 
 def test_traces_are_drawn_and_summed_up(refuses):
     trace = {"indirect": [0.1, 0.3, 0.5], "cosine": [-0.4, -0.2, 0.1], "moved": [0.01, 0.04]}
-    *shown, last = figures.SHOWN
-    runs = [run | {"trace": trace} for run in draws(domains=("peptides",), compared=figures.SHOWN)]
+    *shown, last = figures.CURVES
+    runs = [run | {"trace": trace} for run in draws(domains=("peptides",), compared=figures.CURVES)]
     for run in runs:
         if run["method"] != last:
             results.save("results/study", run)
@@ -268,5 +274,5 @@ def test_traces_are_drawn_and_summed_up(refuses):
     results.save("results/study", next(run for run in runs if run["method"] == last))
     assert figures.main(["--only=search"]) == 0
     assert Path("docs/search.png").stat().st_size > 5000
-    lines = list(tables(runs, figures.SHOWN, -1))
-    assert sum(line.endswith("| 0.3 | -0.20 | 4.0 % |") for line in lines) == len(figures.SHOWN)
+    lines = list(tables(runs, [*figures.CURVES], -1))
+    assert sum(line.endswith("| 0.3 | -0.20 | 4.0 % |") for line in lines) == len(figures.CURVES)
