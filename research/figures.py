@@ -53,8 +53,8 @@ CURVES |= {"written+identity": ("identity", "--"), "as-published": ("identity", 
 STUDIED = {"study": "methods", "ablation": "paper", "back": "published"}
 STUDIED |= {"hypergradients": "hypergradients"}
 COMPARED = {"main": ",\neach at its chosen rate", "rate-0.001": ",\nall at 1e-3"}
-# {group: {what it varies: (task or "all", for their mean, training examples, {line: {value: arm}})}}
-# examples None: as many as the value
+# {group: {what it varies: (task, or "all" for their mean, examples, {line: {value: arm}})}}
+# examples None: the value is their number
 LOWER = {factor: f"bidora, lower rate × {factor}" for factor in FACTORS} | {1: "bidora"}
 LOOKS |= dict(zip(LOWER.values(), zip((SKY, BLUE, ORANGE, VERMILION, PURPLE), "vospX")))
 SIZES = [*map(int, GROUPS["tiny"].sizes)]
