@@ -49,15 +49,14 @@ RUNS = {
     "tags": dict(data="", train_file="tags.jsonl", test_file="tags.jsonl", batch_size=3),
 }
 TAGS = [{"words": ["ab"] * n + ["cd"], "tags": ["O"] * n + ["B-X"]} for n in range(1, 14)]
+FSDP = "torch._dynamo, torch.distributed.fsdp"  # takes seconds, too
 MAIN = "sys.exit(train.main(sys.argv[1:]))"
 FORKED = """
 import os, socket, sys
 sys.path.insert(0, {root!r})
-import bidora, data, train
+import bidora, data, train, {imports}
 import torch.distributed as dist
 from support.run import distributed
-if {sharded}:
-    import torch.distributed.fsdp
 local = socket.create_server(("127.0.0.1", 0))
 port = local.getsockname()[1]
 for rank in range({processes}):
@@ -115,9 +114,9 @@ def torchrun(script, *arguments, restarts=0, **environment):
     return finished([*command, *arguments], **environment)
 
 
-def forked(script, *arguments, processes=2, sharded=False):
+def forked(script, *arguments, processes=2, imports="torch"):
     """Without torchrun: the processes share one import, which takes most of their time."""
-    start = FORKED.format(root=str(ROOT), processes=processes, sharded=sharded)
+    start = FORKED.format(root=str(ROOT), processes=processes, imports=imports)
     return finished([sys.executable, "-c", start + script, *arguments])
 
 
@@ -138,7 +137,7 @@ for name, settings in json.loads(sys.argv[1]).items():
     train.train(train.Config(out_dir=name + '-several', **settings))
 """
     several = {name: settings | more for name, settings in runs.items()}
-    done = forked(script, json.dumps(several), processes=processes, sharded="fsdp" in more)
+    done = forked(script, json.dumps(several), processes=processes, imports=FSDP)
     assert done.returncode == 0, done.stderr
     for name, settings in runs.items():
         alone = train.train(Config(out_dir=name, **settings))
@@ -179,7 +178,7 @@ settings |= dict(search_steps=3, retrain_steps=2, test_size=10, eval_size=3, eva
 train.train(train.Config(out_dir=out, **settings))
 """
     for out, micro, processes in (("one", "0", 1), ("two", "1", 2)):
-        done = forked(script, out, micro, processes=processes)
+        done = forked(script, out, micro, processes=processes, imports="transformers")
         assert done.returncode == 0, done.stderr
     assert load_file("one/adapter_model.safetensors").popitem()[1].dtype == torch.float64
     assert distance("one", "two") < 1e-11
@@ -306,10 +305,10 @@ def test_a_model_shared_out_trains_as_a_whole_one(processes):
 def test_a_run_of_two_processes_that_share_the_model_goes_on_with_one_or_four():
     arguments = flags(TINY, method="dora", checkpoint_every=1, resume=True)
     shared_out = [*arguments, "--fsdp=True"]
-    assert forked(DIES, *shared_out, "--out_dir=one", sharded=True).returncode != 0
+    assert forked(DIES, *shared_out, "--out_dir=one", imports=FSDP).returncode != 0
     shutil.copytree("one", "four")
     assert train.main([*arguments, "--out_dir=one"]) == 0
-    done = forked(MAIN, *shared_out, "--out_dir=four", processes=4, sharded=True)
+    done = forked(MAIN, *shared_out, "--out_dir=four", processes=4, imports=FSDP)
     assert done.returncode == 0 and "resuming four after step " in done.stdout, done.stderr
     assert "--fsdp=False --method=bidora" in done.stdout  # what to try next is one process
     assert train.main([*arguments, "--out_dir=whole"]) == 0
@@ -345,7 +344,7 @@ def test_wrong_input_is_said_once(restarts, message):
 def test_a_process_holds_its_share_of_the_weights_and_never_copies_them_all():
     """RssAnon of SmolLM2's 269 MB: loaded, shared out, and after a forward and a backward pass."""
     script = """
-import gc, torch, torch._dynamo  # which FSDP would import meanwhile
+import gc, torch
 from model import Transformer
 from support.weights.pretrained import find_model
 
@@ -375,7 +374,7 @@ if distributed.RANK == 0:
     if not Path("/proc/self/status").exists():
         pytest.skip("memory is read from Linux's /proc")
     find_model("smollm2-135m")  # converting it takes memory of its own
-    measured = {n: forked(script, processes=n, sharded=True).stdout.split()[-4:] for n in (1, 2, 4)}
+    measured = {n: forked(script, processes=n, imports=FSDP).stdout.split()[-4:] for n in (1, 2, 4)}
     loaded_by_one = float(measured.pop(1)[0])
     for processes, numbers in measured.items():
         loaded, adapted, shared, passed = map(float, numbers)
@@ -419,7 +418,7 @@ for settings in json.loads(sys.argv[1]):
     settings = [
         brief | dict(model=model, fsdp=fsdp, out_dir=f"{model}{fsdp}") for model, fsdp in runs
     ]
-    done = forked(script, json.dumps(settings), processes=processes, sharded=True)
+    done = forked(script, json.dumps(settings), processes=processes, imports=FSDP)
     assert done.returncode == 0, done.stderr
     asked = re.findall(r"(?m)^asked (\d+) (\d+)", done.stdout)
     for (model, fsdp), numbers in zip(runs, asked, strict=True):
