@@ -89,7 +89,9 @@ def budget(config, bilevel, hypergradient):
     gone = f"hypergradient_steps={steps} is more than upper_every={every}, and an upper-level step "
     gone += "can only look back on the lower-level steps since the last one"
     why = "val is trained on, by the upper level or in the end, and test judges the result"
-    return micro_batch(config) + those(
+    micro, batch = config.micro_batch_size, config.batch_size
+    return those(
+        (micro > batch, f"micro_batch_size={micro} is more than batch_size={batch}"),
         (search + config.retrain_steps == 0, "search_steps=0, retrain_steps=0: nothing to train"),
         (bilevel and search == 0, "search_steps=0: the upper level needs a search to learn in"),
         (bilevel and every > search > 0, never),
@@ -108,11 +110,6 @@ def with_steps(config, rows):
         search = search and max(share, config.upper_every)  # one round at least
         retrain = retrain and max(total - search, 1)
     return dataclasses.replace(config, search_steps=search, retrain_steps=retrain)
-
-
-def micro_batch(config):
-    micro, batch = config.micro_batch_size, config.batch_size
-    return those((micro > batch, f"micro_batch_size={micro} is more than batch_size={batch}"))
 
 
 def data(config, bilevel):
