@@ -187,6 +187,5 @@ def check(config):
     rules.refuse(rules.device(config), budget, rules.data(config, two))
     used = config.hypergradient if two else "first_order"  # else: unused
     bilevel.check_choices(used, config.optimizer, config.precondition, coarse)
-    those = second_order(config), rules.is_borrowed(config.model)
-    combined = rules.combinations(config, METHODS.get(config.method))
-    rules.refuse(combined, rules.compiled(config, *those), rules.sharded(config, *those))
+    combined, second = rules.combinations(config, METHODS.get(config.method)), second_order(config)
+    rules.refuse(combined, rules.compiled(config, second), rules.sharded(config, second))

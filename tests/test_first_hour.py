@@ -3,6 +3,7 @@ A newcomer's first hour, scripted: what a run shows on stderr, what it says when
 wrong or in vain, and with which exit code.
 """
 
+import itertools
 import json
 import os
 import re
@@ -19,38 +20,35 @@ from test_train import command, write
 import config
 import sample
 import train
-from support.run import files, progress, rules
+from support.run import files, progress, report, rules
 from tools import curves, merge
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(train.__file__).parent
 SHORT = ("--config=tiny.py", "--search_steps=6", "--retrain_steps=6", "--test_size=20")
-# Sends itself a SIGINT when a function is called for the n-th time.
-INTERRUPTED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import train
-from support.run import run
-owner, name, left = {owner}, {name!r}, [{count}]
-function = getattr(owner, name)
-
-def wrapper(*arguments, **options):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGINT)
-    return function(*arguments, **options)
-
-setattr(owner, name, wrapper)
-sys.exit(train.main(sys.argv[1:]))
-"""
 
 
-def interrupted(owner, name, count, *arguments):
-    """The last line on stderr of a run that is interrupted there; its exit code must be 130."""
-    code = INTERRUPTED.format(root=str(ROOT), owner=owner, name=name, count=count)
-    done = command("-c", code, *arguments)
-    assert done.returncode == 130, done.stderr
-    return done.stderr.strip().splitlines()[-1]
+@pytest.fixture
+def interrupted(monkeypatch, capsys):
+    """
+    A function that runs train.py and sends it a SIGINT when a module's function is called for the
+    n-th time: the exit code must be 130. Returns the last line on stderr.
+    """
+
+    def interrupted(module, name, count, *arguments):
+        calls, function = itertools.count(1), getattr(module, name)
+
+        def wrapper(*given, **options):
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGINT)
+            return function(*given, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, wrapper)
+            assert train.main(arguments) == 130
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return interrupted
 
 
 def test_every_phase_has_a_bar_with_its_unit():
@@ -99,22 +97,26 @@ def test_an_interrupt_between_the_imports_and_the_program_is_of_a_killed_process
 
 
 @pytest.mark.parametrize("name", ["prepare", "evaluate_rows"])
-def test_before_the_first_step_an_interrupt_gives_the_command_and_the_folder_is_used_again(name):
-    said = interrupted("train", name, 1, *SHORT)
+def test_before_the_first_step_an_interrupt_gives_the_command_and_the_folder_is_used_again(
+    name, interrupted
+):
+    said = interrupted(train, name, 1, *SHORT)
     assert said.startswith("interrupted") and said.endswith(f"python train.py {' '.join(SHORT)}")
     assert train.main([*SHORT]) == 0
 
 
 @pytest.mark.parametrize(
-    "owner, name, count, begin",
+    "module, name, count, begin",
     [
-        ("train", "build_optimizer", 2, "interrupted; 6 steps are saved; resume it with: "),
-        ("train", "evaluate_rows", 2, "interrupted after the last step"),
-        ("run.report", "plot_losses", 1, "interrupted after the last step"),
+        (train, "build_optimizer", 2, "interrupted; 6 steps are saved; resume it with: "),
+        (train, "evaluate_rows", 2, "interrupted after the last step"),
+        (report, "plot_losses", 1, "interrupted after the last step"),
     ],
 )
-def test_an_interrupt_between_or_after_phases_loses_no_step(owner, name, count, begin, capsys):
-    said = interrupted(owner, name, count, *SHORT)
+def test_an_interrupt_between_or_after_phases_loses_no_step(
+    module, name, count, begin, capsys, interrupted
+):
+    said = interrupted(module, name, count, *SHORT)
     assert said.startswith(begin)
     assert said.endswith(f"python train.py {' '.join(SHORT)} --resume=True")
     steps = Path("out/tiny/metrics.jsonl").read_bytes()

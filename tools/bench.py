@@ -41,7 +41,7 @@ from support.run.hardware import fast_dtype, peak_memory, processor
 from support.text.datasets import BUILT_IN
 from support.text.tokenizer import Tokenizer
 from support.weights.pretrained import find_model
-from tools.memory import QWEN25, published
+from tools.memory import Memory, models_of
 
 
 @dataclass
@@ -101,7 +101,7 @@ SINGLE = [name for name, entry in SEARCH.items() if entry.float32]  # are noise 
 def shape(bench):
     """The model's ModelConfig."""
     if bench.model == "random-0.5b":
-        return published("qwen2", QWEN25["0.5B"])
+        return models_of(Memory())["Qwen2.5-0.5B"]
     return ModelConfig.from_hf(read_json(find_model(bench.model) / "config.json"))
 
 

@@ -18,27 +18,22 @@ from support.run.files import read_json
 from support.run.hardware import need
 from support.weights.pretrained import find_model
 
-# Published config.json values of these names
+# The values of the published config.json files, in the order of NAMES
 NAMES = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "vocab_size tie_word_embeddings"
+    "vocab_size tie_word_embeddings model_type"
 ).split()
 QWEN25 = {
-    "0.5B": (896, 4864, 24, 14, 2, 151936, True),
-    "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
-    "7B": (3584, 18944, 28, 28, 4, 152064, False),
-    "14B": (5120, 13824, 48, 40, 8, 152064, False),
-    "32B": (5120, 27648, 64, 40, 8, 152064, False),
+    "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True, "qwen2"),
+    "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True, "qwen2"),
+    "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False, "qwen2"),
+    "Qwen2.5-14B": (5120, 13824, 48, 40, 8, 152064, False, "qwen2"),
+    "Qwen2.5-32B": (5120, 27648, 64, 40, 8, 152064, False, "qwen2"),
 }
 LLAMA2 = {
-    "7B": (4096, 11008, 32, 32, 32, 32000, False),
-    "70B": (8192, 28672, 80, 64, 8, 32000, False),
+    "LLaMA 2 7B": (4096, 11008, 32, 32, 32, 32000, False, "llama"),
+    "LLaMA 2 70B": (8192, 28672, 80, 64, 8, 32000, False, "llama"),
 }
-
-
-def published(model_type, values):
-    """The ModelConfig of an entry of QWEN25 or LLAMA2."""
-    return ModelConfig.from_hf({"model_type": model_type, **dict(zip(NAMES, values))})
 
 
 @dataclass
@@ -52,21 +47,14 @@ class Memory:
     devices: tuple = ()  # a table over these numbers of devices, for LLaMA 2 or the model
 
 
-def check(memory):
-    """Raise ValueError for settings that make no sense."""
-    settings.at_least(memory, rank=1, length=1, batch_size=1)
-    if not all(number.isdigit() and int(number) > 1 for number in memory.devices):
-        raise ValueError(f"devices={','.join(memory.devices)} must be integers above 1")
-
-
 def models_of(memory):
     """{name: ModelConfig} of the models in the table. Raises ValueError or OSError."""
     if memory.model:
-        config = read_json(find_model(memory.model) / "config.json")
-        return {memory.model: ModelConfig.from_hf(config)}
-    if memory.devices:
-        return {f"LLaMA 2 {size}": published("llama", values) for size, values in LLAMA2.items()}
-    return {f"Qwen2.5-{size}": published("qwen2", values) for size, values in QWEN25.items()}
+        configs = {memory.model: read_json(find_model(memory.model) / "config.json")}
+    else:
+        published = LLAMA2 if memory.devices else QWEN25
+        configs = {name: dict(zip(NAMES, values)) for name, values in published.items()}
+    return {name: ModelConfig.from_hf(config) for name, config in configs.items()}
 
 
 def print_devices(models, memory, config):
@@ -105,12 +93,13 @@ def print_methods(models, memory, config):
 
 
 def estimate(memory):
-    """Print the table of the devices or of the methods."""
-    check(memory)
-    models = models_of(memory)
+    """Print the table of the devices or of the methods. Raises ValueError or OSError."""
+    settings.at_least(memory, rank=1, length=1, batch_size=1)
+    if not all(number.isdigit() and int(number) > 1 for number in memory.devices):
+        raise ValueError(f"devices={','.join(memory.devices)} must be integers above 1")
     shared = ("rank", "batch_size", "gradient_checkpointing")
     config = Config(**{name: getattr(memory, name) for name in shared})
-    (print_devices if memory.devices else print_methods)(models, memory, config)
+    (print_devices if memory.devices else print_methods)(models_of(memory), memory, config)
 
 
 def main(arguments):

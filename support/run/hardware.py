@@ -187,16 +187,17 @@ def need(c, method, itemsize, length, config, supervised=1):
     return Need(weights, state, activations, (block + embeddings) * itemsize, trained)
 
 
-def candidates(c, config, method, data):
+def choose(c, config, method, itemsize, data, free):
     """
-    Dicts of settings to try. First, micro-batches shrink (the same result), then activations are
-    recomputed (one more forward pass), then the base is packed (other weights), then rows are cut.
+    (a dict of settings, lines that give the reason): the first choice that fits in 80 % of the free
+    bytes, or the leanest. c, method: as in `need`. data: {"longest": tokens of the longest row,
+    "supervised": most positions in a row, "shortest": least block_size that keeps the answers}.
     """
     floor, batch = max(128, data["shortest"]), config.batch_size
-    block = min(c.max_position_embeddings, max(floor, 64 * math.ceil(data["longest"] / 64)))
+    most = min(c.max_position_embeddings, max(floor, 64 * math.ceil(data["longest"] / 64)))
     packs = not (method is None or config.fsdp or config.compile)
     options = {  # those that the user set stay
-        "block_size": [max(min(block, floor), block >> i) for i in range(8)],
+        "block_size": [max(min(most, floor), most >> i) for i in range(8)],
         "quantize": ["none", "int8", "nf4"] if packs else ["none"],
         "gradient_checkpointing": [False, True],
         "micro_batch_size": [batch // n for n in range(1, batch + 1) if batch % n == 0],
@@ -204,31 +205,23 @@ def candidates(c, config, method, data):
     for name in options:
         if getattr(config, name) != getattr(type(config), name):
             options[name] = [getattr(config, name)]
-    # product varies the last setting fastest, so the cheapest sacrifice comes first.
-    return [dict(zip(options, values)) for values in itertools.product(*options.values())]
 
-
-def choose(c, config, method, itemsize, data, free):
-    """
-    (a dict of settings, lines that give the reason): the first of `candidates` that fits in 80 % of
-    the free bytes. c, method: as in `need`. data: {"longest": tokens of the longest row,
-    "supervised": most positions in a row, "shortest": least block_size that keeps the answers}.
-    """
-
-    def needed(choice):
-        block, changed = choice["block_size"], dataclasses.replace(config, **choice)
-        length, supervised = min(block, data["longest"]), min(block, data["supervised"])
-        return need(c, method, itemsize, length, changed, supervised)
-
-    choices = candidates(c, config, method, data)
-    best = next((choice for choice in choices if needed(choice).total < 0.8 * free), choices[-1])
-    takes, fits = needed(best), "fits in 80 % of it"
-    if takes.total >= 0.8 * free:
-        fits = "does not fit in 80 % of it, and nothing leaner is left to try"
+    # The last setting varies fastest: first, micro-batches shrink (the same result), then
+    # activations are recomputed (one more forward pass), then the base is packed (other weights),
+    # then rows are cut.
+    for values in itertools.product(*options.values()):
+        best = dict(zip(options, values))
+        length, supervised = (min(best["block_size"], data[x]) for x in ("longest", "supervised"))
+        changed = dataclasses.replace(config, **best)
+        takes = need(c, method, itemsize, length, changed, supervised)
+        if fits := takes.total < 0.8 * free:
+            break
+    not_fit = "does not fit in 80 % of it, and nothing leaner is left to try"
     return best, [
         f"auto_hardware: {free / 1e9:.1f} GB free; about {takes.total / 1e9:.1f} GB needed "
         f"({takes.weights / 1e9:.1f} weights, {takes.state / 1e9:.1f} training state, "
-        f"{takes.activations / 1e9:.1f} activations), which {fits}",
+        f"{takes.activations / 1e9:.1f} activations), which "
+        f"{'fits in 80 % of it' if fits else not_fit}",
         f"auto_hardware: {', '.join(f'{name}={value}' for name, value in best.items())}",
     ]
 

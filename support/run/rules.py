@@ -8,14 +8,12 @@ import dataclasses
 import math
 import os
 import shutil
-from pathlib import Path
 
 import torch
 
 from support.run import distributed, hardware, settings
 from support.text.datasets import BUILT_IN
 from support.text.official import HUB_NAME
-from support.weights.hf_format import is_own
 
 # Besides the settings that are 0 by default
 MAY_BE_ZERO = set(
@@ -91,7 +89,9 @@ def budget(config, bilevel, hypergradient):
     gone = f"hypergradient_steps={steps} is more than upper_every={every}, and an upper-level step "
     gone += "can only look back on the lower-level steps since the last one"
     why = "val is trained on, by the upper level or in the end, and test judges the result"
-    return micro_batch(config) + those(
+    micro, batch = config.micro_batch_size, config.batch_size
+    return those(
+        (micro > batch, f"micro_batch_size={micro} is more than batch_size={batch}"),
         (search + config.retrain_steps == 0, "search_steps=0, retrain_steps=0: nothing to train"),
         (bilevel and search == 0, "search_steps=0: the upper level needs a search to learn in"),
         (bilevel and every > search > 0, never),
@@ -110,11 +110,6 @@ def with_steps(config, rows):
         search = search and max(share, config.upper_every)  # one round at least
         retrain = retrain and max(total - search, 1)
     return dataclasses.replace(config, search_steps=search, retrain_steps=retrain)
-
-
-def micro_batch(config):
-    micro, batch = config.micro_batch_size, config.batch_size
-    return those((micro > batch, f"micro_batch_size={micro} is more than batch_size={batch}"))
 
 
 def data(config, bilevel):
@@ -180,13 +175,8 @@ def combinations(config, method):
     )
 
 
-def is_borrowed(model):
-    """Whether a model is none of model.py's; of the hub's models that is known later."""
-    return model == "minilm" or Path(model, "config.json").exists() and not is_own(Path(model))
-
-
-def compiled(config, second, borrowed):
-    """second: whether second derivatives are needed; borrowed: whether transformers computes."""
+def compiled(config, second):
+    """second: whether second derivatives are needed."""
     cpu = hardware.choose_device(config.device) == "cpu"
     bare = cpu and not shutil.which(os.environ.get("CXX", "g++"))
     if not config.compile:
@@ -194,20 +184,18 @@ def compiled(config, second, borrowed):
     return those(
         (second, "has no second derivatives: use hypergradient=first_order, or compile=False"),
         (is_packed(config), "does not work with bitsandbytes' packed weights: use quantize=none"),
-        (borrowed, "does not work with a model that transformers computes"),
         (bare, "needs a C++ compiler on a CPU: install g++, or use compile=False"),
         of="compile=True ",
     )
 
 
-def sharded(config, second, borrowed):
+def sharded(config, second):
     """Second derivatives take the collected weights again."""
     lost = second and not config.gradient_checkpointing
     if not config.fsdp:
         return []
     return those(
         (distributed.WORLD_SIZE == 1, "needs processes: torchrun --nproc_per_node=2 train.py …"),
-        (borrowed, "shards model.py's models only (LLaMA, Mistral, Qwen2, Qwen3)"),
         (lost, "needs gradient_checkpointing=True (or first_order), for second derivatives"),
         (config.method == "ft", "shards frozen weights only: use an adapter, not method=ft"),
         (is_packed(config), "can't shard packed weights: use quantize=none"),

@@ -55,9 +55,10 @@ class Run:
             def find_folder():
                 run_folder.check_writable(self.out)
                 locks.enter_context(run_folder.locked(self.out))
-                return run_folder.find_run(config, self.out)
+                now = datetime.datetime.now().isoformat(timespec="seconds")
+                return *run_folder.find_run(config, self.out), now
 
-            self.resuming, self.replaces = distributed.from_first(find_folder)
+            self.resuming, self.replaces, now = distributed.from_first(find_folder)
             if self.resuming:
                 self.earlier_run = read_sealed(self.out / "run.json")
                 config = run_folder.resumed_config(config, self.out, self.earlier_run, may_change)
@@ -66,7 +67,6 @@ class Run:
                 print(self.state and f"resuming {self.out} after step {self.state[1]['n']}" or none)
             self.config, self.locks = config, locks.pop_all()
         # A chat template may write the date: a run keeps that on which it began.
-        now = distributed.from_first(lambda: datetime.datetime.now().isoformat(timespec="seconds"))
         self.began = self.earlier_run.get("began", now)
 
     def __enter__(self):

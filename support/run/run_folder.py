@@ -144,7 +144,10 @@ def remove_previous(out):
 
 def remove_run(folder):
     """Remove a run's files, and its folder if the user keeps no files of their own there."""
-    own = own_files(folder)
+    own = {*ADAPTER_FILES}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        own = {*read_sealed(folder / "run.json")["files"]}
+    own |= {*RUN_FILES}
     for path in list(folder.glob("*")):  # no name in run.json can then lead out of the folder
         if path.name.removesuffix(".tmp") in own:
             remove(path)
@@ -154,14 +157,6 @@ def remove_run(folder):
     for left in (folder / "checkpoints", folder):
         with contextlib.suppress(OSError):
             left.rmdir()
-
-
-def own_files(folder):
-    """The names of the files that the run in a folder has written."""
-    recorded = {*ADAPTER_FILES}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        recorded = {*read_sealed(folder / "run.json")["files"]}
-    return recorded | {*RUN_FILES}
 
 
 def check_known(stored, known, folder):
