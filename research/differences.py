@@ -98,8 +98,9 @@ def differences(results, size, measure, first, sign):
     )
 
 
-def table(titles, rows):
+def table(titles, rows, heading=""):
     """Lines of a Markdown table, and an empty one. rows: of cells, whose text str gives."""
+    yield from [heading, ""] if heading else []
     for cells in (titles, ["---"] * len(titles), *rows):
         yield f"| {' | '.join(map(str, cells))} |"
     yield ""
@@ -173,16 +174,11 @@ def score_table(results, size, measure, arms):
     shown = measure == "test score" and any("trace" in r for r in results)
     rows = []
     for arm in arms:
-        own = [r for r in results if r["method"] == arm]
-        if not own:
-            continue
-        traces = traced(own) if shown else ()
-        cells = [score_cell(values.get((domain, arm))) for domain in columns]
-        rows.append([f"`{arm}`", *cells, *traces])
-
-    title = f"**{measure}, points of 100, {size} examples**"
-    yield from (f"{title}: mean ± standard deviation (seeds)", "")
-    yield from table(["arm", *columns.values(), *(TRACED if shown else ())], rows)
+        if own := [r for r in results if r["method"] == arm]:
+            cells = [score_cell(values.get((domain, arm))) for domain in columns]
+            rows.append([f"`{arm}`", *cells, *(traced(own) if shown else ())])
+    heading = f"**{measure}, points of 100, {size} examples**: mean ± standard deviation (seeds)"
+    return table(["arm", *columns.values(), *(TRACED if shown else ())], rows, heading)
 
 
 def difference_table(results, size, measure, corner, rows):
@@ -194,19 +190,18 @@ def difference_table(results, size, measure, corner, rows):
             for domain, (row, arms) in itertools.product(columns, rows.items())
         }
     )
-    if not found:
-        return
-    rows = [row for row in rows if any((domain, row) in found for domain in columns)]
-    cells = [[row, *(difference_cell(found.get((d, row))) for d in columns)] for row in rows]
-    title = f"**{measure}, points of 100, {size} examples**"
-    yield from (f"{title}: mean [95 % interval], p by Wilcoxon's test (by Holm)", "")
-    yield from table([corner, *columns.values()], cells)
+    cells = [
+        [row, *(difference_cell(found.get((domain, row))) for domain in columns)]
+        for row in rows
+        if any((domain, row) in found for domain in columns)
+    ]
+    heading = f"**{measure}, points of 100, {size} examples**"
+    heading += ": mean [95 % interval], p by Wilcoxon's test (by Holm)"
+    return table([corner, *columns.values()], cells, heading) if found else ()
 
 
 def seconds_table(results, arms):
     """Lines of Markdown: the median seconds of the arms' runs, if some say on how many threads."""
-    if not any("threads" in r for r in results):
-        return
     seconds = {}
     for r in results:
         if "seconds" in r:  # it did not diverge
@@ -218,7 +213,6 @@ def seconds_table(results, arms):
     for (size, *where), times in sorted(seconds.items(), key=lambda item: item[0][0]):
         cells = [f"{numpy.median(times[arm]):.0f}" if arm in times else "–" for arm in arms]
         rows.append([size, ", ".join(map(str, where)), *cells])
-
-    yield from ("**median seconds of a run**, to be compared within a row", "")
     titles = ["examples", "processor, dtype, threads", *(f"`{arm}`" for arm in arms)]
-    yield from table(titles, rows)
+    heading = "**median seconds of a run**, to be compared within a row"
+    return table(titles, rows, heading) if any("threads" in r for r in results) else ()
