@@ -112,11 +112,6 @@ def spread(values, digits=1):
     return f"{numpy.mean(values):.{digits}f}{deviation}"
 
 
-def score_cell(by_seed):
-    """The spread and number of {seed: value}, as text; a dash where there is none."""
-    return f"{spread([*by_seed.values()])} ({len(by_seed)})" if by_seed else "–"
-
-
 def difference_cell(found):
     """One of `differences` as text."""
     if not found:
@@ -142,13 +137,17 @@ def traced(results):
 
 def tables(results, arms, sign):
     """Lines of Markdown: for each size, the arms' scores, gaps and differences, with their sign."""
+    corner = f"`{arms[0]}` minus" if sign == 1 else f"minus `{arms[0]}`"
+    pairs = {f"`{arm}`": (arms[0], arm)[::sign] for arm in arms[1:]}
+    return tables_of(results, arms, corner, pairs)
+
+
+def tables_of(results, arms, corner, pairs):
+    """`tables` with the differences of pairs, {row: (an arm, the arm that is subtracted)}."""
     for size in sorted({r["size"] for r in results}):
         own = [r for r in results if r["size"] == size]
-        corner = f"`{arms[0]}` minus" if sign == 1 else f"minus `{arms[0]}`"
-        rows = {f"`{arm}`": (arms[0], arm)[::sign] for arm in arms[1:]}
         for measure in MEASURES:
-            yield from score_table(own, size, measure, arms)
-            yield from difference_table(own, size, measure, corner, rows)
+            yield from measure_tables(own, size, measure, arms, corner, pairs)
         yield from dtype_note(own)
 
 
@@ -163,41 +162,38 @@ def dtype_note(results):
         yield from (f"Not all in one dtype; {'; '.join(parts)}", "")
 
 
-def columns_of(results):
-    """{a domain, or "all": its title in a table}"""
-    return {r["domain"]: f"`{r['domain']}`" for r in results} | {"all": "mean of all"}
-
-
-def score_table(results, size, measure, arms):
-    """Lines of Markdown: the arms' values of a measure and, beside test scores, their traces."""
-    values, columns = collect(results, size, measure), columns_of(results)
+def measure_tables(results, size, measure, arms, corner, pairs):
+    """
+    The arms' values of a measure and, beside test scores, their traces; and the differences of the
+    pairs that have enough seeds.
+    """
+    values = collect(results, size, measure)
+    columns = {r["domain"]: f"`{r['domain']}`" for r in results} | {"all": "mean of all"}
+    heading = f"**{measure}, points of 100, {size} examples**"
     shown = measure == "test score" and any("trace" in r for r in results)
     rows = []
     for arm in arms:
         if own := [r for r in results if r["method"] == arm]:
-            cells = [score_cell(values.get((domain, arm))) for domain in columns]
+            each = [values.get((domain, arm)) for domain in columns]
+            cells = [f"{spread([*v.values()])} ({len(v)})" if v else "–" for v in each]
             rows.append([f"`{arm}`", *cells, *(traced(own) if shown else ())])
-    heading = f"**{measure}, points of 100, {size} examples**: mean ± standard deviation (seeds)"
-    return table(["arm", *columns.values(), *(TRACED if shown else ())], rows, heading)
+    titles = ["arm", *columns.values(), *(TRACED if shown else ())]
+    yield from table(titles, rows, f"{heading}: mean ± standard deviation (seeds)")
 
-
-def difference_table(results, size, measure, corner, rows):
-    """Lines of Markdown: {row: (arm, the arm that is subtracted)}; none if all have few seeds."""
-    values, columns = collect(results, size, measure), columns_of(results)
     found = compare_all(
         {
-            (domain, row): [values.get((domain, arm), {}) for arm in arms]
-            for domain, (row, arms) in itertools.product(columns, rows.items())
+            (domain, row): [values.get((domain, arm), {}) for arm in pair]
+            for domain, (row, pair) in itertools.product(columns, pairs.items())
         }
     )
-    cells = [
+    rows = [
         [row, *(difference_cell(found.get((domain, row))) for domain in columns)]
-        for row in rows
+        for row in pairs
         if any((domain, row) in found for domain in columns)
     ]
-    heading = f"**{measure}, points of 100, {size} examples**"
-    heading += ": mean [95 % interval], p by Wilcoxon's test (by Holm)"
-    return table([corner, *columns.values()], cells, heading) if found else ()
+    if rows:
+        heading += ": mean [95 % interval], p by Wilcoxon's test (by Holm)"
+        yield from table([corner, *columns.values()], rows, heading)
 
 
 def seconds_table(results, arms):
