@@ -245,9 +245,9 @@ def over(folder, name):
     group, columns = GROUPS[name], VARIED[name]
     results, values = of_group(load_results(folder), group), {}
     for size, measure in itertools.product(map(int, group.sizes), MEASURES):
-        found = collect(results, size, measure)
-        values |= {(measure, size, arm): v for (domain, arm), v in found.items() if domain == "all"}
-    values = {key: by_seed for key, by_seed in values.items() if by_seed}
+        for (domain, arm), by_seed in collect(results, size, measure).items():
+            if domain == "all" and by_seed:
+                values[measure, size, arm] = by_seed
     seeds = set.intersection(*map(set, values.values())) if values else ()
     if not seeds:
         raise ValueError(f"no seed of all arms: run python -m research.sweep --group={name}")
