@@ -98,8 +98,9 @@ def differences(results, size, measure, first, sign):
     )
 
 
-def table(titles, rows):
+def table(titles, rows, heading=""):
     """Lines of a Markdown table, and an empty one. rows: of cells, whose text str gives."""
+    yield from [heading, ""] if heading else []
     for cells in (titles, ["---"] * len(titles), *rows):
         yield f"| {' | '.join(map(str, cells))} |"
     yield ""
@@ -109,11 +110,6 @@ def spread(values, digits=1):
     """Mean ± standard deviation, as text; the mean alone of a single value."""
     deviation = f" ± {numpy.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{numpy.mean(values):.{digits}f}{deviation}"
-
-
-def score_cell(by_seed):
-    """The spread and number of {seed: value}, as text; a dash where there is none."""
-    return f"{spread([*by_seed.values()])} ({len(by_seed)})" if by_seed else "–"
 
 
 def difference_cell(found):
@@ -141,13 +137,17 @@ def traced(results):
 
 def tables(results, arms, sign):
     """Lines of Markdown: for each size, the arms' scores, gaps and differences, with their sign."""
+    corner = f"`{arms[0]}` minus" if sign == 1 else f"minus `{arms[0]}`"
+    pairs = {f"`{arm}`": (arms[0], arm)[::sign] for arm in arms[1:]}
+    return tables_of(results, arms, corner, pairs)
+
+
+def tables_of(results, arms, corner, pairs):
+    """`tables` with the differences of pairs, {row: (an arm, the arm that is subtracted)}."""
     for size in sorted({r["size"] for r in results}):
         own = [r for r in results if r["size"] == size]
-        corner = f"`{arms[0]}` minus" if sign == 1 else f"minus `{arms[0]}`"
-        rows = {f"`{arm}`": (arms[0], arm)[::sign] for arm in arms[1:]}
         for measure in MEASURES:
-            yield from score_table(own, size, measure, arms)
-            yield from difference_table(own, size, measure, corner, rows)
+            yield from measure_tables(own, size, measure, arms, corner, pairs)
         yield from dtype_note(own)
 
 
@@ -162,51 +162,42 @@ def dtype_note(results):
         yield from (f"Not all in one dtype; {'; '.join(parts)}", "")
 
 
-def columns_of(results):
-    """{a domain, or "all": its title in a table}"""
-    return {r["domain"]: f"`{r['domain']}`" for r in results} | {"all": "mean of all"}
-
-
-def score_table(results, size, measure, arms):
-    """Lines of Markdown: the arms' values of a measure and, beside test scores, their traces."""
-    values, columns = collect(results, size, measure), columns_of(results)
+def measure_tables(results, size, measure, arms, corner, pairs):
+    """
+    The arms' values of a measure and, beside test scores, their traces; and the differences of the
+    pairs that have enough seeds.
+    """
+    values = collect(results, size, measure)
+    columns = {r["domain"]: f"`{r['domain']}`" for r in results} | {"all": "mean of all"}
+    heading = f"**{measure}, points of 100, {size} examples**"
     shown = measure == "test score" and any("trace" in r for r in results)
     rows = []
     for arm in arms:
-        own = [r for r in results if r["method"] == arm]
-        if not own:
-            continue
-        traces = traced(own) if shown else ()
-        cells = [score_cell(values.get((domain, arm))) for domain in columns]
-        rows.append([f"`{arm}`", *cells, *traces])
+        if own := [r for r in results if r["method"] == arm]:
+            each = [values.get((domain, arm)) for domain in columns]
+            cells = [f"{spread([*v.values()])} ({len(v)})" if v else "–" for v in each]
+            rows.append([f"`{arm}`", *cells, *(traced(own) if shown else ())])
+    titles = ["arm", *columns.values(), *(TRACED if shown else ())]
+    yield from table(titles, rows, f"{heading}: mean ± standard deviation (seeds)")
 
-    title = f"**{measure}, points of 100, {size} examples**"
-    yield from (f"{title}: mean ± standard deviation (seeds)", "")
-    yield from table(["arm", *columns.values(), *(TRACED if shown else ())], rows)
-
-
-def difference_table(results, size, measure, corner, rows):
-    """Lines of Markdown: {row: (arm, the arm that is subtracted)}; none if all have few seeds."""
-    values, columns = collect(results, size, measure), columns_of(results)
     found = compare_all(
         {
-            (domain, row): [values.get((domain, arm), {}) for arm in arms]
-            for domain, (row, arms) in itertools.product(columns, rows.items())
+            (domain, row): [values.get((domain, arm), {}) for arm in pair]
+            for domain, (row, pair) in itertools.product(columns, pairs.items())
         }
     )
-    if not found:
-        return
-    rows = [row for row in rows if any((domain, row) in found for domain in columns)]
-    cells = [[row, *(difference_cell(found.get((d, row))) for d in columns)] for row in rows]
-    title = f"**{measure}, points of 100, {size} examples**"
-    yield from (f"{title}: mean [95 % interval], p by Wilcoxon's test (by Holm)", "")
-    yield from table([corner, *columns.values()], cells)
+    rows = [
+        [row, *(difference_cell(found.get((domain, row))) for domain in columns)]
+        for row in pairs
+        if any((domain, row) in found for domain in columns)
+    ]
+    if rows:
+        heading += ": mean [95 % interval], p by Wilcoxon's test (by Holm)"
+        yield from table([corner, *columns.values()], rows, heading)
 
 
 def seconds_table(results, arms):
     """Lines of Markdown: the median seconds of the arms' runs, if some say on how many threads."""
-    if not any("threads" in r for r in results):
-        return
     seconds = {}
     for r in results:
         if "seconds" in r:  # it did not diverge
@@ -218,7 +209,6 @@ def seconds_table(results, arms):
     for (size, *where), times in sorted(seconds.items(), key=lambda item: item[0][0]):
         cells = [f"{numpy.median(times[arm]):.0f}" if arm in times else "–" for arm in arms]
         rows.append([size, ", ".join(map(str, where)), *cells])
-
-    yield from ("**median seconds of a run**, to be compared within a row", "")
     titles = ["examples", "processor, dtype, threads", *(f"`{arm}`" for arm in arms)]
-    yield from table(titles, rows)
+    heading = "**median seconds of a run**, to be compared within a row"
+    return table(titles, rows, heading) if any("threads" in r for r in results) else ()

@@ -338,7 +338,7 @@ def rows(path, section):
     return {name: values for name, *values in cells[2:]}
 
 
-def bars(axes, limit, pairs):
+def bars(axes, title, label, limit, pairs):
     """Two bars, bf16 and fp32, for each entry of {name: (text, text)}, a table's numbers."""
     for y, pair in enumerate(pairs.values()):
         for text, aside, (color, hatch) in zip(pair, (-0.2, 0.2), DTYPES.values()):
@@ -347,7 +347,8 @@ def bars(axes, limit, pairs):
             axes.text(value + 0.01 * limit, y + aside, text, va="center", size=8, bbox=PLAIN)
     axes.axvline(1, **DOTTED)
     axes.set_yticks(range(len(pairs)), pairs)
-    axes.set_xlim(0, limit)
+    axes.set(xlim=(0, limit), xlabel=label)
+    axes.set_title(title, size=10)
     axes.invert_yaxis()
 
 
@@ -358,9 +359,8 @@ def speed(path):
 
     costs = rows(path, "What a hypergradient costs").items()
     named = {name.replace("`", "").replace(", ", ",\n"): cells for name, cells in costs}
-    bars(left, 9, {name: (cells[0], cells[3]) for name, cells in named.items()})
-    left.set_title("an iteration of search", size=10)
-    left.set_xlabel("time, in DoRA steps (dotted: one step)")
+    shown = {name: (cells[0], cells[3]) for name, cells in named.items()}
+    bars(left, "an iteration of search", "time, in DoRA steps (dotted: one step)", 9, shown)
 
     peer, steps = rows(path, "A training step, beside PEFT"), {}
     for labels in ("", " with one label a row (classification)"):
@@ -368,9 +368,8 @@ def speed(path):
             cells = peer[f"{method}{labels}, speed relative to PEFT"]
             name = f"{method}{labels.partition(' (')[0]}".replace(" with ", ",\n")
             steps[name] = (cells[0], cells[2])
-    bars(right, 2.4, steps)
-    right.set_title("a training step, beside PEFT", size=10)
-    right.set_xlabel("speed relative to PEFT (dotted: equal)")
+    title, label = "a training step, beside PEFT", "speed relative to PEFT (dotted: equal)"
+    bars(right, title, label, 2.4, steps)
 
     figure.legend(left.containers[:2], DTYPES, **ABOVE)
     return figure

@@ -27,11 +27,10 @@ from dataclasses import dataclass
 
 import numpy
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
 
 import bidora
 from bilevel import HYPERGRADIENTS, create_bilevel_optimizer
-from hypergrad import LowerGradient
+from hypergrad import LowerGradient, dot
 from research.differences import table, tables
 from research.results import load_results, mend, read_results, save
 from research.sweep import Sweep, in_workers, task_of
@@ -67,24 +66,16 @@ class Resolved:
     results: str = "results/resolved"  # folder of the results
 
 
-def largest_eigenvalue(loss, parameters, tolerance=0.01):
-    """
-    The largest eigenvalue, a float, of the Hessian of loss(), a scalar, in a list of parameters: by
-    Lanczos' method, to a relative tolerance.
-    """
+def largest_eigenvalue(loss, parameters, products=200):
+    """The eigenvalue of largest size of the Hessian of loss(), a float, by powers of it."""
     g = LowerGradient(loss, parameters)
-    sizes = [p.numel() for p in parameters]
-
-    def product(x):
-        parts = torch.from_numpy(x.ravel()).to(parameters[0]).split(sizes)
-        vectors = [part.view_as(p) for part, p in zip(parts, parameters)]
-        return torch.cat([y.flatten() for y in g.product(vectors, parameters)]).double().numpy()
-
-    n = sum(sizes)
-    hessian = LinearOperator((n, n), product, dtype=numpy.float64)
-    start = numpy.random.default_rng(0).standard_normal(n)
-    options = {"v0": start, "tol": tolerance, "ncv": min(n, 12), "return_eigenvectors": False}
-    return float(eigsh(hessian, 1, which="LA", **options)[0])
+    generator = torch.Generator().manual_seed(0)
+    vector = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
+    for _ in range(products):
+        length = dot(vector, vector).sqrt()
+        unit = [v / length for v in vector]
+        vector = g.product(unit, parameters)
+    return dot(unit, vector).item()
 
 
 class Problem:
@@ -293,9 +284,9 @@ def error_table(results):
         pairs += [errors_of(own, arm)["solved"] for own in of_domain]
         rows.append([f"`{arm}`", *(f"{error:.2g}, {cosine:+.2f}" for error, cosine in pairs)])
 
-    yield from ("**Error relative to the truth, and cosine**: medians over tasks and seeds", "")
-    columns = [f"`{domain}`, solved" for domain in domains]
-    yield from table(["lower-level steps", *AFTER, "solved", *columns], rows)
+    titles = ["lower-level steps", *AFTER, "solved", *(f"`{domain}`, solved" for domain in domains)]
+    heading = "**Error relative to the truth, and cosine**: medians over tasks and seeds"
+    return table(titles, rows, heading)
 
 
 def loss_table(results):
@@ -311,9 +302,8 @@ def loss_table(results):
             own = [values[arm][seed] for seed in seeds] or [(numpy.nan,) * 3]
             row.append("{:.3f}, {:.3f}, {:.0%}".format(*numpy.mean(own, axis=0)))
 
-    title = "**Val loss at V*(m) after search, test loss after retraining, how far m moves**"
-    yield from (f"{title}: means over the seeds that all arms have", "")
-    yield from table(titles, rows.values())
+    heading = "**Val loss at V*(m) after search, test loss after retraining, how far m moves**"
+    return table(titles, rows.values(), f"{heading}: means over the seeds that all arms have")
 
 
 def all_tables(folder):

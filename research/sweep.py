@@ -133,8 +133,8 @@ def write_files(sweep, job, tuning):
 
     files = {"label_prompt": BUILT_IN[job.domain].question}
     for split, (name, chosen) in parts.items():
-        path = Path(sweep.out_dir) / "data" / f"{job.domain}-{name}.jsonl"
-        make_folder(path.parent, "choose another --out_dir")
+        folder = make_folder(Path(sweep.out_dir) / "data", "choose another --out_dir")
+        path = folder / f"{job.domain}-{name}.jsonl"
         temporary = path.with_name(f"{path.name}-{os.getpid()}")  # others may write it just now
         with written(path):
             lines = "".join(json.dumps(example) + "\n" for example in chosen)
@@ -231,16 +231,6 @@ def climb(loss, best):
     return best
 
 
-def best_of(grid, arm, loss):
-    """The point of an arm's grid with the lowest loss. Raises ValueError if all diverged."""
-    names = ARMS[arm].rates
-    points = itertools.product(*(grid[name] for name in names))
-    best = min((dict(zip(names, point)) for point in points), key=loss)
-    if loss(best) == numpy.inf:
-        raise ValueError(f"all rates of {arm}'s grid diverged: lower them in research/arms.py")
-    return best
-
-
 def choice_of(sweep, domain, size, arm):
     """The choice of rates for runs of an arm that has rates of its own: (its name, its Job)."""
     if GROUPS[sweep.group].grids:
@@ -266,10 +256,14 @@ def choose(sweep, domain, size, arm, make=True):
         return numpy.mean([loss_of(seed, rates) for seed in TUNING_SEEDS])
 
     if grids := GROUPS[sweep.group].grids:
-        return best_of(grids.get(arm, grids["others"]), arm, loss)
-    if job.size == 100:
-        return climb(loss, ARMS[arm].rates)
-    return climb(loss, choose(sweep, domain, 100, arm, make))
+        grid, names = grids.get(arm, grids["others"]), ARMS[arm].rates
+        points = itertools.product(*(grid[name] for name in names))
+        best = min((dict(zip(names, point)) for point in points), key=loss)
+        if loss(best) == numpy.inf:
+            raise ValueError(f"all rates of {arm}'s grid diverged: lower them in research/arms.py")
+        return best
+    start = ARMS[arm].rates if job.size == 100 else choose(sweep, domain, 100, arm, make)
+    return climb(loss, start)
 
 
 def sources_of(arm):

@@ -4,7 +4,6 @@ All tables of docs/tables/, from the runs in results/.
     python -m research.tables
 """
 
-import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,14 @@ import numpy
 from research import noise, resolved
 from research.arms import AT_RANK, GROUPS
 from research.differences import (
-    MEASURES,
     TRACED,
-    difference_table,
     dtype_note,
     of_group,
-    score_table,
     seconds_table,
     spread,
     table,
     tables,
+    tables_of,
     traced,
 )
 from research.results import load_results, read_results
@@ -140,9 +137,7 @@ def rank():
     pairs += [(dora[r], lora[r]) for r in dora] + [(dora[r // 2], lora[r]) for r in dora if r > 1]
     arms = [*lora.values(), *dora.values(), *bidora.values()]
     rows = {f"`{ours}` minus `{other}`": (ours, other) for ours, other in pairs}
-    for size, measure in itertools.product(map(int, given.sizes), MEASURES):
-        yield from score_table(runs, size, measure, arms)
-        yield from difference_table(runs, size, measure, "", rows)
+    return tables_of(runs, arms, "", rows)
 
 
 def rates():

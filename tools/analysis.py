@@ -14,6 +14,7 @@ has the weights' unit, so `fit` returns the least-squares slope k, Pearson's r a
     python -m tools.analysis --tuned=one/model --base=its/base     two checkpoints
 """
 
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,10 +118,8 @@ def legend(figure, trajectories):
     marks = [(marker, "full", f"snapshot {t + 1}") for t, marker in enumerate(MARKERS[:most])]
     if any("retrain" in phases for phases in runs):
         marks.append(("o", "none", "hollow: retrain"))
-    handles = [
-        Line2D([], [], linestyle="", color="gray", marker=marker, fillstyle=fill, label=text)
-        for marker, fill, text in marks
-    ]
+    look = {"linestyle": "", "color": "gray"}
+    handles = [Line2D([], [], marker=m, fillstyle=f, label=text, **look) for m, f, text in marks]
     columns = int(figure.get_figwidth() / 1.4)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
 
@@ -157,21 +156,22 @@ NOTES = {
 }
 
 
+WIDTHS = {"points": 8, "mean ΔM": 10, "mean ΔD": 10, "slope k": 30, "k, ΔM relative": 36}
+WIDTHS |= {"Pearson r": 28, "Spearman ρ": 28}
+
+
 def table(trajectories, targets):
     """Lines of text: the fit of each {title: Trajectory} for each target."""
+    rows = {"": WIDTHS}
+    for (title, trajectory), target in itertools.product(trajectories.items(), targets):
+        chosen = trajectory.select(target)
+        means = (f"{numpy.mean(values):.2g}" for values in (chosen.delta_m, chosen.delta_d))
+        numbers = (interval(*number) for number in fit([chosen]).values())
+        rows[f"{title}, {target}"] = (str(numpy.size(chosen.delta_d)), *means, *numbers)
     lines = [
-        f"{'':28}{'points':>8}{'mean ΔM':>10}{'mean ΔD':>10}{'slope k':>30}"
-        f"{'k, ΔM relative':>36}{'Pearson r':>28}{'Spearman ρ':>28}"
+        f"{name:28}" + "".join(map(str.rjust, cells, WIDTHS.values()))
+        for name, cells in rows.items()
     ]
-    for title, trajectory in trajectories.items():
-        for target in targets:
-            chosen = trajectory.select(target)
-            k, relative, r, rho = (interval(*number) for number in fit([chosen]).values())
-            lines.append(
-                f"{title + ', ' + target:28}{numpy.size(chosen.delta_d):8}"
-                f"{numpy.mean(chosen.delta_m):10.2g}{numpy.mean(chosen.delta_d):10.2g}"
-                f"{k:>30}{relative:>36}{r:>28}{rho:>28}"
-            )
     return lines + [note for end, note in NOTES.items() if any(end in line for line in lines)]
 
 
@@ -213,11 +213,9 @@ class Analysis:
 
 def trajectory_at(folder, analysis):
     """The Trajectory recorded in a folder, or its finished model's. Raises ValueError."""
-    if (Path(folder) / "trajectory.json").exists():
-        trajectory = Trajectory.load(folder)
-    else:
-        trajectory = of_checkpoints(folder, analysis.base, analysis.axis, analysis.targets)
-
+    if not (Path(folder) / "trajectory.json").exists():
+        return of_checkpoints(folder, analysis.base, analysis.axis, analysis.targets)
+    trajectory = Trajectory.load(folder)
     if not trajectory.snapshots:
         raise ValueError(f"{folder} has no snapshot: its run ended before the first one")
     return trajectory
@@ -235,8 +233,7 @@ def targets_of(folder, trajectory, targets):
 
 def analyse(analysis):
     """Print the table of runs or models, and draw their picture."""
-    if analysis.axis not in ("row", "column"):
-        raise ValueError(f"unknown axis {analysis.axis!r}: choose row, column")
+    settings.check_names("axis", analysis.axis, ("row", "column"))
     if not analysis.tuned:
         raise ValueError("nothing to analyse: set --tuned to the folder of a run or a model")
     for folder in analysis.tuned:

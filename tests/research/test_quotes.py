@@ -43,6 +43,16 @@ def text_of(lesson):
     return " ".join(" ".join(c.source for c in cells if c.cell_type == "markdown").split()), printed
 
 
+def quoted(text, sentence):
+    """The numbers at each {} of a sentence, in which … stands for other words."""
+    pattern = re.escape(sentence).replace(r"\{\}", r"([-+.\de]*\d)").replace("…", "[^.]*?")
+    [match] = re.finditer(pattern, text)
+    return match.groups()
+
+
+LESSON_02, PRINTED_02 = text_of("02")
+
+
 def score(run, split="test"):
     """In points of 100; what was undefined counts as 0."""
     return 100 * (run["after"][split][run.get("metric", "accuracy")] or 0)
@@ -90,17 +100,17 @@ def gaps(runs, *arm_and_size):
 
 def test_the_earlier_comparison_s_smaller_gaps():
     """In pairs of equal domain and seed, as that page had them."""
-    [quoted] = re.findall(
-        r"gap was (\S+) points smaller than DoRA's at 100 examples \(ten pairs, p = (\S+)\) "
-        r"and (\S+) at 400 \(p = (\S+)\)",
+    numbers = quoted(
         RESULTS,
+        "gap was {} points smaller than DoRA's at 100 examples (ten pairs, p = {}) and {} at 400 "
+        "(p = {})",
     )
-    at_1e_3 = re.findall(r"BiDoRA's gap had been (\S+) points smaller \(p = (\S+)\)", RESULTS)
+    at_1e_3 = quoted(RESULTS, "BiDoRA's gap had been {} points smaller (p = {})")
     same_rate = lines_of("results/earlier", "dora-at-1e-3")
     for size, others, (mean, p) in (
-        (100, EARLIER, quoted[:2]),
-        (400, EARLIER, quoted[2:]),
-        (100, same_rate, *at_1e_3),
+        (100, EARLIER, numbers[:2]),
+        (400, EARLIER, numbers[2:]),
+        (100, same_rate, at_1e_3),
     ):
         found = paired(gaps(EARLIER, "bidora", size), gaps(others, "dora", size))
         assert len(found) == 10
@@ -128,96 +138,74 @@ def test_the_losses_that_chose_the_rates():
             assert_quoted(cell, statistics.mean(losses))
 
 
-@pytest.mark.parametrize("text", [RESULTS, text_of("02")[0]], ids=["results", "lesson"])
+@pytest.mark.parametrize("text", [RESULTS, LESSON_02], ids=["results", "lesson"])
 def test_the_losses_that_had_chosen_dora_s_rate_and_the_same_runs_made_again(text):
-    number = r"(\d\.\d+)"
-    [quoted] = re.findall(f"losses of {number}, {number} and {number} [^.]*at 3e-4, 1e-3", text)
-    [again] = re.findall(f"give {number}, {number} and {number}", text)
-    for folder, quotes in (("results/earlier", quoted), ("results", again)):
+    before = quoted(text, "losses of {}, {} and {}…at 3e-4, 1e-3")
+    again = quoted(text, "give {}, {} and {}")
+    for folder, quotes in (("results/earlier", before), ("results", again)):
         for rate, quote in zip((3e-4, 1e-3, 3e-3), quotes):
             assert_quoted(quote, tuning_losses(folder)["dora", rate, None][0])
 
 
-COMPARED = (  # gap and score; at the chosen rates, then at one rate
-    r"accuracy is (\S+) points larger \(p = (\S+)\) [^.]*?, (\S+) smaller \(p = (\S+)\)",
-    r"its test accuracy is (\S+) points higher \(p = (\S+)\), and (\S+) lower \(p = (\S+)\)",
-)
+def differences(runs, ours, other, measure=score, size=100, domains=()):
+    """Of two arms, seed by seed: the mean over the domains, by default all."""
+    seeds = 20 if runs is STUDY else 10
+    kind = (domains or domains_of(r for r in runs if r["size"] == size), measure, seeds, size)
+    found = paired(measured(runs, ours, *kind), measured(runs, other, *kind))
+    assert len(found) == seeds
+    return found
 
 
-def test_the_readme_quotes_the_comparison():
-    for measure, pattern in zip((gap, score), COMPARED):
-        [(above, p_chosen, below, p_same)] = re.findall(pattern, README)
-        for runs, mean, p in ((COMPARISON, above, p_chosen), (ONE_RATE, f"-{below}", p_same)):
-            kind = (domains_of(runs), measure, 10)
-            found = paired(*(measured(runs, arm, *kind) for arm in ("bidora", "dora")))
-            assert len(found) == 10
-            assert_pairs(found, mean, p)
+GAPS = [("", COMPARISON, "bidora", "dora", gap), ("-", ONE_RATE, "bidora", "dora", gap)]
+SCORES = [("", COMPARISON, "bidora", "dora"), ("-", ONE_RATE, "bidora", "dora")]
+PHASES = [("-", runs, "dora-two-phases", "dora") for runs in (COMPARISON, ONE_RATE)]
+OF_STUDY = [("-", STUDY, "bidora", "dora"), ("", STUDY, "bidora", "dora-two-phases")]
 
 
-def test_the_comparison_quotes_what_the_phases_cost():
-    [(chosen, p_chosen, same, p_same)] = re.findall(
-        r"is (\S+) points below DoRA at the chosen rates \(p = (\S+)\) "
-        r"and (\S+) below it at one rate \(p = ([^;]+);",
-        RESULTS,
-    )
-    for runs, mean, p in ((COMPARISON, chosen, p_chosen), (ONE_RATE, same, p_same)):
-        scores = (measured(runs, m, domains_of(runs)) for m in ("dora-two-phases", "dora"))
-        assert_pairs(paired(*scores), f"-{mean}", p)
-
-
-def test_lesson_02_quotes_the_comparison_s_gaps():
-    [quoted] = re.findall(
-        r"gap is \*larger\*, by (\S+) points \(p = (\S+)\); with both at 1e-3 it is (\S+) points "
-        r"smaller \(p = (\S+)\)",
-        text_of("02")[0],
-    )
-    assert [quoted] == re.findall(COMPARED[0], README)
-
-
-def test_the_readme_quotes_the_study_s_mean_scores():
-    domains = domains_of(STUDY)
-    [(seeds, below, p_below, above, p_above)] = re.findall(
-        r"five tasks and (\w+) seeds, its mean score is (\S+) points below DoRA's \(p = (\S+)\), "
-        r"and (\S+) above DoRA in BiDoRA's phases \(p = (\S+)\)",
-        README,
-    )
-    for arm, mean, p in (("dora", f"-{below}", p_below), ("dora-two-phases", above, p_above)):
-        found = paired(measured(STUDY, "bidora", domains), measured(STUDY, arm, domains))
-        assert seeds == "twenty" and len(found) == 20 and len(domains) == 5
-        assert_pairs(found, mean, p)
+@pytest.mark.parametrize(
+    "text, pairs, sentence",
+    [
+        (README, GAPS, "accuracy is {} points larger (p = {}) …, {} smaller (p = {})"),
+        (README, SCORES, "test accuracy is {} points higher (p = {}), and {} lower (p = {})"),
+        (LESSON_02, GAPS, "is *larger*, by {} points (p = {}); … it is {} points smaller (p = {})"),
+        (RESULTS, PHASES, "is {} points below DoRA at … (p = {}) and {} below it … (p = {};"),
+        (README, OF_STUDY, "twenty seeds, its mean score is {} points below DoRA's (p = {}), and "
+         "{} above DoRA in BiDoRA's phases (p = {})"),
+    ],
+    ids=["gap", "score", "lesson's gap", "phases", "study"],
+)  # fmt: skip
+def test_a_quoted_mean_and_its_p_are_those_of_paired_runs(text, pairs, sentence):
+    numbers = quoted(text, sentence)
+    for (sign, *arms), mean, p in zip(pairs, numbers[::2], numbers[1::2], strict=True):
+        assert_pairs(differences(*arms), sign + mean, p)
+    assert len(domains_of(STUDY)) == 5
 
 
 def test_the_readme_quotes_the_study_s_gap_at_400_examples():
-    domains = domains_of(r for r in STUDY if r["size"] == 400)
-    bidora, dora, phases = (
-        measured(STUDY, arm, domains, gap, 20, 400) for arm in ("bidora", "dora", "dora-two-phases")
-    )
-    [(smaller, below, p)] = re.findall(
-        r"At 400 examples its gap is (\S+) points smaller than DoRA's \(p < 0.001\), but so is "
-        r"DoRA's in these phases; its score is (\S+) lower \(p = (\S+)\)",
+    smaller, below, p = quoted(
         README,
+        "At 400 examples its gap is {} points smaller than DoRA's (p < 0.001), but so is DoRA's in "
+        "these phases; its score is {} lower (p = {})",
     )
-    assert_quoted(f"-{smaller}", statistics.mean(paired(bidora, dora)))
-    for found in (paired(bidora, dora), paired(phases, dora)):
-        assert len(found) == 20 and statistics.mean(found) < -2 and wilcoxon(found).pvalue < 0.001
-    scores = (measured(STUDY, arm, domains, score, 20, 400) for arm in ("bidora", "dora"))
-    assert_pairs(paired(*scores), f"-{below}", p)
+    own, phases = (differences(STUDY, a, "dora", gap, 400) for a in ("bidora", "dora-two-phases"))
+    assert_quoted(f"-{smaller}", statistics.mean(own))
+    for found in (own, phases):
+        assert statistics.mean(found) < -2 and wilcoxon(found).pvalue < 0.001
+    assert_pairs(differences(STUDY, "bidora", "dora", score, 400), f"-{below}", p)
 
 
 def test_the_readme_quotes_the_ablation():
     domains = ["similarity", "movie-sentiment", "peptides"]
-    [cost] = re.findall(r"transposed layers, which cost (\d+) points on MiniLM", README)
-    [(fixed, p, seeds)] = re.findall(
-        r"a magnitude that stays fixed costs (\S+) points on one of three tasks \(p = (\S+), "
-        r"(\w+) seeds\)",
+    [cost] = quoted(README, "transposed layers, which cost {} points on MiniLM")
+    fixed, p = quoted(
         README,
+        "a magnitude that stays fixed costs {} points on one of three tasks (p = {}, twenty seeds)",
     )
 
     def minus(arm, other, *domains):
-        return paired(measured(STUDY, arm, domains), measured(STUDY, other, domains))
+        return differences(STUDY, arm, other, domains=domains)
 
     transposed = minus("written+transposed", "as-written", *domains)
-    assert seeds == "twenty" and len(transposed) == 20
     assert_quoted(f"-{cost}", statistics.mean(transposed))
     assert wilcoxon(minus("first-order", "bidora", *domains)).pvalue > 0.5
 
@@ -325,11 +313,6 @@ def test_the_rates_of_the_study_are_those_of_its_runs():
                 assert rates == {tuple(map(float, cell.split(" and ")))}, kind
 
 
-def assert_each(cell, values):
-    for quote, value in zip(cell.split(" / "), values, strict=True):
-        assert_quoted(quote, value)
-
-
 def assert_spread(cell, values):
     if cell == "–":
         assert not values
@@ -350,49 +333,48 @@ def assert_difference(cell, found):
 
 
 LOSSES = [(split, "loss") for split in ("test", "train")]
+ACCURACIES = [("test", "accuracy"), ("train", "accuracy")]
 
 
 @pytest.mark.parametrize(
-    "domain, columns",
+    "name, folder, domain, columns",
     [
-        ("e2e", [("test", name) for name in ("bleu", "chrf", "rougeL", "nist")] + LOSSES),
-        ("movie-sentiment", [("test", "accuracy"), ("train", "accuracy"), LOSSES[0]]),
+        ("default", "default", "movie-sentiment", [ACCURACIES[0], LOSSES[0], ACCURACIES[1]]),
+        ("decoder", "smollm2", "movie-sentiment", [*ACCURACIES, LOSSES[0]]),
+        (
+            "e2e",
+            "smollm2",
+            "e2e",
+            [("test", n) for n in ("bleu", "chrf", "rougeL", "nist")] + LOSSES,
+        ),
     ],
 )
-def test_the_tables_of_the_decoder_are_what_its_runs_measured(domain, columns):
-    found = [r for r in lines_of("results/smollm2") if r["domain"] == domain]
+def test_the_tables_by_method_are_what_their_runs_measured(name, folder, domain, columns):
+    """A cell without a deviation is a mean alone; the default run's last one, its seconds."""
+    found = [r for r in lines_of(f"results/{folder}") if r["domain"] == domain]
     found.sort(key=lambda r: r["seed"])
-    [(_, _, *rows)] = tables_of("e2e" if domain == "e2e" else "decoder")
+    [(_, _, *rows)] = tables_of(name)
     assert {row[0].strip("`") for row in rows} == {r["method"] for r in found}
     for arm, seeds, *cells in rows:
-        ours = [r["after"] for r in found if r["method"] == arm.strip("`")]
+        ours = [r for r in found if r["method"] == arm.strip("`")]
         values = [
-            [(100 if name == "accuracy" else 1) * after[split][name] for after in ours]
-            for split, name in columns
+            [(100 if score == "accuracy" else 1) * r["after"][split][score] for r in ours]
+            for split, score in columns
         ]
-        assert_each(seeds, values[0])
+        for quote, value in zip(seeds.split(" / "), values[0], strict=True):
+            assert_quoted(quote, value)
         for cell, column in zip(cells, values):
-            assert_spread(f"{cell} ({len(column)})", column)
-
-
-def test_the_table_of_the_default_run_is_what_its_runs_measured():
-    [(_, _, *rows)] = tables_of("default")
-    assert len(rows) == 4
-    for arm, seeds, spread, loss, train, seconds in rows:
-        found = [r for r in lines_of("results/default") if r["method"] == arm.strip("`")]
-        found.sort(key=lambda r: r["seed"])
-        accuracies = [100 * r["after"]["test"]["accuracy"] for r in found]
-        assert_each(seeds, accuracies)
-        assert_spread(f"{spread} (3)", accuracies)
-        assert_quoted(loss, statistics.mean(r["after"]["test"]["loss"] for r in found))
-        assert_quoted(train, statistics.mean(100 * r["after"]["train"]["accuracy"] for r in found))
-        totals = [r["seconds"]["total"] for r in found]
-        assert seconds == f"{min(totals):.0f} to {max(totals):.0f}"
+            if "±" in cell:
+                assert_spread(f"{cell} ({len(column)})", column)
+            else:
+                assert_quoted(cell, statistics.mean(column))
+        if name == "default":
+            totals = [r["seconds"]["total"] for r in ours]
+            assert cells[-1] == f"{min(totals):.0f} to {max(totals):.0f}"
 
 
 def test_lesson_02_quotes_the_mean_gaps():
-    text, _ = text_of("02")
-    found = re.findall(r"(\d+\.\d) (?:points )?against (\d+\.\d) at (\d+)", text)
+    found = re.findall(r"(\d+\.\d) (?:points )?against (\d+\.\d) at (\d+)", LESSON_02)
     assert [size for *_, size in found] == ["50", "100", "200", "400", "800"]
     for ours, other, size in found:
         for quote, method in ((ours, "bidora"), (other, "dora")):
@@ -412,15 +394,13 @@ def test_lesson_04_prints_the_seeds_and_accuracies_that_results_hold():
 
 
 def test_the_claims_quote_the_draws_that_lesson_02_counted():
-    _, printed = text_of("02")
     wins = dict.fromkeys(("DoRA", "joint"), ())
     for name, count in re.findall(
-        r"(?m)^(DoRA|joint)(?:, then m fixed)? .* (\d+) of 100 ", printed
+        r"(?m)^(DoRA|joint)(?:, then m fixed)? .* (\d+) of 100 ", PRINTED_02
     ):
         wins[name] += (count,)
-    [quoted] = re.findall(
-        r"a hundred draws\), its test error is lower than DoRA's in (\d+) at rank 6 and in (\d+) "
-        r"at rank 2. .*? BiDoRA's error is lower in (\d+) and in (\d+)",
-        RESULTS,
+    dora = quoted(
+        RESULTS, "its test error is lower than DoRA's in {} at rank 6 and in {} at rank 2"
     )
-    assert quoted == (wins["DoRA"][0], wins["DoRA"][-1], *wins["joint"])
+    assert dora == (wins["DoRA"][0], wins["DoRA"][-1])
+    assert quoted(RESULTS, "BiDoRA's error is lower in {} and in {}") == wins["joint"]

@@ -28,7 +28,7 @@ def small(elsewhere, monkeypatch):
 
 
 def test_the_largest_eigenvalue_is_that_of_the_whole_hessian():
-    """To 1e-6: 1e-9 is asked of Lanczos, in float64. The other half of the weights is constant."""
+    """To 1e-6 in float64. The other half of the weights is constant."""
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     x, y = torch.randn(30, 5, dtype=torch.float64), torch.randint(3, (30,))
     parameters = dict(model[0].named_parameters(prefix="0"))
@@ -41,7 +41,7 @@ def test_the_largest_eigenvalue_is_that_of_the_whole_hessian():
     flat = torch.cat([p.detach().flatten() for p in parameters.values()])
     expected = torch.linalg.eigvalsh(hessian(loss_at)(flat))[-1].item()
     found = resolved.largest_eigenvalue(
-        lambda: F.cross_entropy(model(x), y), list(parameters.values()), 1e-9
+        lambda: F.cross_entropy(model(x), y), list(parameters.values()), 1000
     )
     assert found == pytest.approx(expected, rel=1e-6)
 

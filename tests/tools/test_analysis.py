@@ -222,7 +222,7 @@ def test_the_command_line_draws_runs_and_checkpoints(capsys):
     "arguments, message",
     [
         (["--tuned=nothing-here"], "nothing-here"),
-        (["--tuned=dora", "--axis=diagonal"], "choose row, column"),
+        (["--tuned=dora", "--axis=diagonal"], "there are: row, column"),
         (["--tuned=dora", "--targets=z_proj"], "'z_proj': set --targets to some of down_proj"),
         (["--base=tiny-random"], "nothing to analyse"),
         (["--tuned=torn"], "don't fit together"),
