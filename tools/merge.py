@@ -78,38 +78,47 @@ def check(config, out):
 
 def write(config):
     """Write the folder, and print what it holds. Raises ValueError or OSError."""
-    out = Path(config.out_dir)
+    out, to = Path(config.out_dir), config.to
     check(config, out)
     model, tokenizer, run = load(config.adapter, config.model, "cpu", config.quantize)
-    if not adapter_layers(model):
+    layers = adapter_layers(model)
+    if not layers:
         raise ValueError(f"{config.adapter} is a whole model already: there is nothing to merge")
 
-    base = find_base(Path(config.adapter), config.model or run.get("model", ""))
     name = config.model or run.get("model", "")
+    base = find_base(Path(config.adapter), name)
     name = name if is_hub_name(name) else str(base)
     own = str(own_dtype(base)).removeprefix("torch.")
-    if own != run.get("dtype", own) and config.to in ("transformers", "gguf"):
+    beside = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+    if to in ("gguf", "mlx") and (isinstance(tokenizer, HeadTask) or not is_own(base)):
+        raise ValueError(f"--to={to} is for language models that model.py computes")
+    if to == "mlx" and (beside or any(kind_of(p) for p in model.parameters())):
+        problem = "modules trained beside the adapter, or a packed base: use --to=transformers"
+        raise ValueError(f"mlx-lm's adapters can't hold {problem}")
+    if own != run.get("dtype", own) and to in ("transformers", "gguf"):
         print(f"the base's weights are in {own}, the merged ones in {run['dtype']}, as trained")
-    if config.to in ("gguf", "mlx") and (isinstance(tokenizer, HeadTask) or not is_own(base)):
-        raise ValueError(f"--to={config.to} is for language models that model.py computes")
-    if config.to == "peft-lora":
+
+    if to == "peft-lora":
         as_lora(model, config.lora_rank)
         save_adapter(model, out, name)
-    elif config.to == "mlx":
-        beside = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
-        if beside or any(kind_of(p) for p in model.parameters()):
-            problem = "modules trained beside the adapter, or a base that is packed"
-            raise ValueError(f"mlx-lm's adapters can't hold {problem}: use --to=transformers")
-        write_mlx(out, adapter_layers(model), name)
-    elif config.to == "gguf":
+    elif to == "mlx":
+        write_mlx(out, layers, name)
+    elif to == "gguf":
         with tempfile.TemporaryDirectory(dir=make_folder(out)) as folder:
             write_merged(merge(model), tokenizer, base, Path(folder))
             write_gguf(Path(folder), out / "model.gguf")
     else:
         write_merged(merge(model), tokenizer, base, out)
-    if run and config.to in ("transformers", "peft-lora"):
+    if run and to in ("transformers", "peft-lora"):
         write_json(out / "run.json", run)  # by which sample.py asks as training did
-    report(config, out, run)
+
+    print(f"saved in {out}:", ", ".join(sorted(path.name for path in out.iterdir())))
+    more = ' --prompt_b="..."' * bool(run.get("pairs")) + " --raw" * run.get("raw", False)
+    model = shlex.quote(f"--{'model' if to == 'transformers' else 'adapter'}={out}")
+    program = f'python sample.py {model} --prompt="..."{more}'
+    if to == "gguf":
+        program = f"llama-cli -m {shlex.quote(str(out / 'model.gguf'))}"
+    print(f"next:\n  {program}")
 
 
 def write_merged(model, tokenizer, base, out):
@@ -120,16 +129,6 @@ def write_merged(model, tokenizer, base, out):
     if (base / "generation_config.json").exists():  # the tokenizer may be the adapter's own
         shutil.copyfile(base / "generation_config.json", out / "generation_config.json")
     tokenizer.save_pretrained(out)
-
-
-def report(config, out, run):
-    """Print what the folder holds, and the command that uses it."""
-    print(f"saved in {out}:", ", ".join(sorted(path.name for path in out.iterdir())))
-    if config.to == "gguf":
-        return print(f"next:\n  llama-cli -m {shlex.quote(str(out / 'model.gguf'))}")
-    more = ' --prompt_b="..."' * bool(run.get("pairs")) + " --raw" * run.get("raw", False)
-    model = shlex.quote(f"--{'model' if config.to == 'transformers' else 'adapter'}={out}")
-    print(f'next:\n  python sample.py {model} --prompt="..."{more}')
 
 
 def main(arguments):

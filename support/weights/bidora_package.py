@@ -49,7 +49,7 @@ class QuantizationMode(str, Enum):
 
 
 def number(default, least, most=math.inf):
-    return field(default=default, metadata={"range": (least, most)})
+    return field(default=default, metadata={"span": (least, most)})
 
 
 class Settings:
@@ -57,13 +57,10 @@ class Settings:
 
     def __post_init__(self):
         for setting in fields(self):
-            value, (least, most) = (
-                getattr(self, setting.name),
-                setting.metadata.get("range", (0, 0)),
-            )
-            if setting.metadata and not least <= value <= most:
+            value, span = getattr(self, setting.name), setting.metadata.get("span")
+            if span and not span[0] <= value <= span[1]:
                 name = f"{type(self).__name__}: {setting.name}"
-                raise ValueError(f"{name}={value!r} must be from {least} to {most}")
+                raise ValueError(f"{name}={value!r} must be from {span[0]} to {span[1]}")
 
 
 @dataclass
@@ -147,23 +144,22 @@ class FullConfig(Settings):
 
 def get_hardware_info():
     """A dict that describes torch, CUDA and the first GPU."""
-    cuda, version = torch.cuda.is_available(), torch.version.cuda
-    info = {"cuda_available": cuda, "cuda_version": version if cuda else None}
-    info["pytorch_version"] = torch.__version__
-    if cuda:
-        gpu = torch.cuda.get_device_properties(0)
-        info |= {"gpu_name": gpu.name, "gpu_memory_gb": gpu.total_memory / 1e9}
-        info["gpu_count"] = torch.cuda.device_count()
-    return info
+    info = {"cuda_available": torch.cuda.is_available(), "pytorch_version": torch.__version__}
+    if not info["cuda_available"]:
+        return info | {"cuda_version": None}
+    gpu, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
+    info |= {"gpu_name": gpu.name, "gpu_memory_gb": gpu.total_memory / 1e9, "gpu_count": count}
+    return info | {"cuda_version": torch.version.cuda}
 
 
 def create_bnb_config(quantization):
     """transformers' BitsAndBytesConfig for a QuantizationMode, or None."""
     from transformers import BitsAndBytesConfig
 
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
     nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    options = {"none": {}, "8bit": dict(load_in_8bit=True), "4bit": nf4}[quantization]
-    return BitsAndBytesConfig(**options) if options else None
+    return BitsAndBytesConfig(**nf4) if quantization == "4bit" else None
 
 
 def load_model_and_tokenizer(model_config):
@@ -173,19 +169,14 @@ def load_model_and_tokenizer(model_config):
     cuda = torch.cuda.is_available()
     fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     name, options = model_config.model_name, {"trust_remote_code": model_config.trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=torch.bfloat16 if fast else torch.float32,
-        device_map={"": 0} if cuda else None,
-        quantization_config=create_bnb_config(model_config.quantization),
-        attn_implementation="flash_attention_2" if model_config.use_flash_attention else None,
-        use_safetensors=True,
-        **options,
-    )
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", **options)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if model_config.use_flash_attention:
+        options["attn_implementation"] = "flash_attention_2"
+    options |= dict(dtype=torch.bfloat16 if fast else torch.float32, use_safetensors=True)
+    options |= dict(device_map={"": 0} if cuda else None)
+    options |= dict(quantization_config=create_bnb_config(model_config.quantization))
+    return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
 
 
 def prepare_bidora_model(model, bidora_config, quantized=None, use_gradient_checkpointing=False):
@@ -201,8 +192,8 @@ def prepare_bidora_model(model, bidora_config, quantized=None, use_gradient_chec
     if use_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
     return model
 

@@ -8,7 +8,6 @@ import torch
 from safetensors import safe_open
 
 from support.fast import rotary
-from support.run import progress
 from support.run.files import read_json, replacing
 from support.text import tokenizer_files
 from support.text.tokenizer import Tokenizer
@@ -27,18 +26,23 @@ SPLITS = {  # llama.cpp's names of the regular expressions that split a text
 def write_gguf(folder, path):
     """
     Write the model in a folder (Hugging Face's layout, of a family in ARCHITECTURES) as one file.
-    Raises ValueError for positions that llama.cpp does not compute.
+    Raises ValueError for scaled rotary positions other than LLaMA 3's.
     """
     import gguf
 
     config = read_json(folder / "config.json")
     c = hf_format.read_config(config)
-    architecture, rope, layers = ARCHITECTURES[config["model_type"]], c["rope"], c["windows"]
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
+    architecture, rope, windows = ARCHITECTURES[config["model_type"]], c["rope"], c["windows"]
+    frequencies, _ = rotary.frequencies(rope, c["head_dim"])
+    plain, _ = rotary.frequencies(rope | {"rope_type": "default"}, c["head_dim"])
+    if rope["rope_type"] not in ("default", "llama3"):
         raise ValueError(f"{folder}: rope type {rope['rope_type']} is not written to GGUF files")
+    if any(windows):
+        print(f"note: llama.cpp ignores the sliding window of {max(filter(None, windows))} tokens")
     with replacing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture)
-        writer.add_block_count(len(layers))
+        writer.add_vocab_size(c["vocab_size"])
+        writer.add_block_count(len(windows))
         writer.add_context_length(c["max_position_embeddings"])
         writer.add_embedding_length(c["hidden_size"])
         writer.add_feed_forward_length(c["intermediate_size"])
@@ -49,23 +53,12 @@ def write_gguf(folder, path):
         writer.add_rope_dimension_count(c["head_dim"])
         writer.add_rope_freq_base(rope["rope_theta"])
         writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
-        writer.add_vocab_size(c["vocab_size"])
-        if rope["rope_type"] == "linear":
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(rope["factor"])
         if rope["rope_type"] == "llama3":
-            frequencies, _ = rotary.frequencies(rope, c["head_dim"])
-            plain, _ = rotary.frequencies(rope | {"rope_type": "default"}, c["head_dim"])
             writer.add_tensor("rope_freqs.weight", (plain / frequencies).numpy())
-        if any(layers):
-            window = max(filter(None, layers))
-            print(f"note: llama.cpp ignores the model's sliding window of {window} tokens")
         add_tokenizer(writer, folder, c["vocab_size"])
         add_tensors(writer, folder, architecture, c)
-
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        for part in ("header", "kv_data", "tensors"):
+            getattr(writer, f"write_{part}_to_file")()
         writer.close()
 
 
@@ -73,23 +66,19 @@ def add_tensors(writer, folder, architecture, c):
     """Add a folder's tensors under GGUF's names: matrices in their dtype, vectors in fp32."""
     import gguf
 
-    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(numbers[architecture], len(c["windows"]))
+    number = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    names = gguf.get_tensor_name_map(number, len(c["windows"]))
     heads = {"q_proj": c["num_attention_heads"], "k_proj": c["num_key_value_heads"]}
-    for key, (file, _) in progress.over(
-        hf_format.find_tensors(folder).items(), "write the GGUF file", "tensor"
-    ):
+    for key, (file, shape) in hf_format.find_tensors(folder).items():
         with safe_open(file, "pt") as content:
             tensor = content.get_tensor(key)
-        layer, suffix = key.split(".")[-2:]
+        key, layer, end = key.rpartition(".")[0], *key.split(".")[-2:]
         if architecture == "llama" and layer in heads:
             tensor = reordered(tensor, heads[layer], together=True)
-        kind = gguf.GGMLQuantizationType.F32
-        if tensor.dim() > 1 and tensor.dtype == torch.bfloat16:
-            kind = gguf.GGMLQuantizationType.BF16
+        bf16 = len(shape) > 1 and tensor.dtype == torch.bfloat16
+        kind = gguf.GGMLQuantizationType.BF16 if bf16 else gguf.GGMLQuantizationType.F32
         values = gguf.quantize(tensor.float().numpy(), kind)
-        name = names.get_name(key.removesuffix(f".{suffix}"))
-        writer.add_tensor(f"{name}.{suffix}", values, raw_dtype=kind)
+        writer.add_tensor(f"{names.get_name(key)}.{end}", values, raw_dtype=kind)
 
 
 def add_tokenizer(writer, folder, size):

@@ -36,7 +36,7 @@ TORCHTUNE = {
     "mlp.w2": "mlp.down_proj",
     "mlp.w3": "mlp.up_proj",
 }
-TORCHTUNE_KEY = re.compile(r"(layers\.\d+)\.(.+)\.(lora_a|lora_b|magnitude)(\.weight)?")
+TORCHTUNE_KEY = re.compile(r"(layers\.\d+)\.(.+)\.(lora_a|lora_b|magnitude)(?:\.weight)?")
 TORCHTUNE_CONFIG = set("r lora_alpha target_modules peft_type base_model_name_or_path".split())
 
 
@@ -52,13 +52,13 @@ def read_adapter(folder, family, heads, blocks):
         with malformed(settings):
             return from_mlx(config, read_tensors(folder / "adapters.safetensors"), settings, blocks)
     tensors = read_tensors(folder / "adapter_model.safetensors")
-    if any(TORCHTUNE_KEY.fullmatch(name) for name in tensors):
+    if any(map(TORCHTUNE_KEY.fullmatch, tensors)):
         return from_torchtune(config, tensors, folder, family, heads)
-    turned = [name for name in tensors if re.search(r"\.[qk]_proj\.lora_(B|magn)", name)]
+    turned = any(re.search(r"\.[qk]_proj\.lora_B", name) for name in tensors)
     magnitudes = any(name.endswith("magnitude_vector") for name in tensors)
     if config.keys() <= TORCHTUNE_CONFIG and turned and (magnitudes or family == "qwen2"):
         raise ValueError(
-            f"{settings} is as torchtune writes it, whose {turned[0]} then has its rows in another "
+            f"{settings} is as torchtune's, which writes some rows of q_proj and k_proj in another "
             f"order than PEFT: save the adapter_model.pt beside it as adapter_model.safetensors"
         )
     return config, tensors
@@ -76,10 +76,9 @@ def read_tensors(path):
         raise ValueError(f"{path} is empty: it holds no tensor")
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():
-            raise ValueError(
-                f"{path}: {name} holds numbers that are infinite or not a number, as after a run "
-                f"that diverged: train again with a lower rate"
-            )
+            problem = f"{name} holds numbers that are infinite or not a number"
+            remedy = "as after a run that diverged: train again with a lower rate"
+            raise ValueError(f"{path}: {problem}, {remedy}")
     return tensors
 
 
@@ -91,20 +90,16 @@ def from_mlx(config, tensors, where, blocks):
     if "alpha" in own or "scale" not in own:
         problem = "must have a scale, and no alpha, which scales in mlx-lm up to 0.14 and not since"
         raise ValueError(f"{where}: lora_parameters {problem}")
-    renamed, ranks = {}, set()
+    renamed, rank = {}, own["rank"]
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
-        if part not in THEIRS:
-            raise ValueError(f"{where.parent}: {name} is no tensor of mlx-lm's adapters")
+        if part not in THEIRS or part == "lora_a" and tensor.shape[-1] != rank:
+            raise ValueError(f"{where.parent}: {name} is no tensor of an adapter of rank {rank}")
         renamed[f"{PREFIX}{layer}.{THEIRS[part]}"] = tensor if part == "m" else tensor.T
-        ranks |= {tensor.shape[-1]} if part == "lora_a" else set()
-    if ranks != {own["rank"]}:
-        raise ValueError(f"{where}: rank={own['rank']} does not fit the tensors' {sorted(ranks)}")
 
     last = config.get("num_layers", config.get("lora_layers", 0))
     return {
-        "r": own["rank"],
-        "lora_alpha": own["scale"] * own["rank"],
+        "lora_alpha": own["scale"] * rank,
         "lora_dropout": own.get("dropout", 0.0),
         "use_dora": form == "dora" or config.get("use_dora", False),
         "target_modules": own.get("keys"),
@@ -116,17 +111,16 @@ def from_torchtune(config, tensors, folder, family, heads):
     """torchtune's config and tensors as PEFT's: see read_adapter."""
     if family not in ("llama", "mistral", "qwen2"):
         raise ValueError(f"{folder}: torchtune's layout of {family} is not read here")
-    renamed, magnitudes = {}, False
+    renamed = {}
     for name, tensor in tensors.items():
         match = TORCHTUNE_KEY.fullmatch(name)
-        if not match or match[2] not in TORCHTUNE:
+        block, layer, part = match.groups() if match else ("", "", "")
+        if layer not in TORCHTUNE:
             raise ValueError(f"{folder}: {name} is no adapter of a linear layer in torchtune")
-        block, layer, part, _ = match.groups()
         if family != "qwen2" and layer in ("attn.q_proj", "attn.k_proj") and part != "lora_a":
             tensor = reordered(tensor, heads[layer == "attn.k_proj"], together=False)
-        magnitudes = magnitudes or part == "magnitude"
         renamed[f"{PREFIX}model.{block}.{TORCHTUNE[layer]}.{THEIRS[part]}"] = tensor
-    return config | {"use_dora": magnitudes}, renamed
+    return config | {"use_dora": any(name.endswith("vector") for name in renamed)}, renamed
 
 
 def reordered(rows, heads, together):
@@ -138,24 +132,21 @@ def reordered(rows, heads, together):
 def write_mlx(folder, layers, base):
     """
     Write adapters, {name: BiDoRALinear}, as mlx-lm does, for `mlx_lm.generate --adapter-path`.
-    base: the model's name. It has one rank and scale for all layers: zeros fill smaller ranks, and
-    B takes s.
+    base: the model's name. One rank and scale are all layers': zeros fill smaller ranks, B takes s.
     """
-    kinds = {(layer.method.magnitude, layer.magnitude_axis) for layer in layers.values()}
-    rank, tensors = max(layer.rank for layer in layers.values()), {}
-    if kinds & {(True, "column")}:
+    if any(x.method.magnitude and x.magnitude_axis == "column" for x in layers.values()):
         raise ValueError("mlx-lm has no magnitudes per column: use --to=transformers")
+    rank, tensors = max(layer.rank for layer in layers.values()), {}
     for name, layer in layers.items():
         A, sB = layer.factors()
         m, more = layer.lora_magnitude_vector, rank - layer.rank
         tensors[f"{name}.lora_a"] = F.pad(A.T, (0, more))
         tensors[f"{name}.lora_b"] = F.pad(sB.T, (0, 0, 0, more))
         tensors |= {} if m is None else {f"{name}.m": m}
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    own = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": list(layers)}
-    form = "dora" if all(magnitude for magnitude, _ in kinds) else "lora"
-    folder = make_folder(folder)
+    folder, order = make_folder(folder), torch.contiguous_format
     with replacing(folder / "adapters.safetensors") as temporary:
-        save_file(tensors, temporary)
-    settings = {"model": base, "fine_tune_type": form, "num_layers": 0, "lora_parameters": own}
-    write_json(folder / "adapter_config.json", settings)
+        copies = {n: x.detach().clone(memory_format=order) for n, x in tensors.items()}
+        save_file(copies, temporary)
+    own = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": list(layers)}
+    config = {"model": base, "fine_tune_type": "lora" if m is None else "dora", "num_layers": 0}
+    write_json(folder / "adapter_config.json", config | {"lora_parameters": own})
