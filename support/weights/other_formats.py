@@ -118,7 +118,10 @@ def from_torchtune(config, tensors, folder, family, heads):
         if layer not in TORCHTUNE:
             raise ValueError(f"{folder}: {name} is no adapter of a linear layer in torchtune")
         if family != "qwen2" and layer in ("attn.q_proj", "attn.k_proj") and part != "lora_a":
-            tensor = reordered(tensor, heads[layer == "attn.k_proj"], together=False)
+            count = heads[layer == "attn.k_proj"]
+            if tensor.dim() == 0 or len(tensor) % (2 * count):
+                raise ValueError(f"{folder}: {name} does not fit {count} heads")
+            tensor = reordered(tensor, count, together=False)
         renamed[f"{PREFIX}model.{block}.{TORCHTUNE[layer]}.{THEIRS[part]}"] = tensor
     return config | {"use_dora": any(name.endswith("vector") for name in renamed)}, renamed
 

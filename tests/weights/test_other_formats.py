@@ -103,36 +103,44 @@ def test_an_adapter_of_mlx_lm_or_torchtune_computes_what_it_does_there(dora, fam
     )
 
 
-def torchtunes_for_peft(family):
-    """Without use_dora; its queries' and keys' rows are partly turned."""
-    name = "base_model.model.model.layers.0.self_attn.q_proj"
-    tensors = {f"{name}.lora_A.weight": torch.ones(3, 32)}
-    tensors |= {f"{name}.lora_B.weight": torch.ones(32, 3)}
-    if family == "llama":
-        tensors[f"{name}.lora_magnitude_vector"] = torch.ones(32)
-    config = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], "peft_type": "LORA"}
-    save(tensors, "adapter_model.safetensors", config)
+def mlx(**changes):
+    return lambda factors: mlx_file(factors, True, **changes)
+
+
+def for_peft(dora):
+    """As torchtune writes it: without use_dora, its queries' and keys' rows partly turned."""
+
+    def write(factors):
+        A, B, m = factors[0, "self_attn.q_proj"]
+        parts = {"lora_A.weight": A, "lora_B.weight": B, "lora_magnitude_vector": m}
+        name = "base_model.model.model.layers.0.self_attn.q_proj"
+        tensors = {f"{name}.{part}": x for part, x in parts.items() if dora or x is not m}
+        config = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], "peft_type": "LORA"}
+        save(tensors, "adapter_model.safetensors", config)
+
+    return write
+
+
+def torn(factors):
+    torchtune_file({key: (A, B[:-3], m) for key, (A, B, m) in factors.items()}, True, "qwen2")
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "write, family, said",
     [
-        (dict(own={"alpha": 16}), "must have a scale, and no alpha"),
-        (dict(own={"rank": 4}), "no tensor of an adapter of rank 4"),
-        (dict(fine_tune_type="full"), "fine_tune_type 'full' is no adapter"),
-        (dict(fine_tune_type="lora"), "which the tensors contradict"),
-        (dict(num_layers=1, own={"keys": ["mlp.gate_proj"]}), "lacks 1 of the layers"),
-        ("llama", "as torchtune's"),
-        ("qwen2", "as torchtune's"),
+        (mlx(own={"alpha": 16}), "llama", "must have a scale, and no alpha"),
+        (mlx(own={"rank": 4}), "llama", "no tensor of an adapter of rank 4"),
+        (mlx(fine_tune_type="full"), "llama", "fine_tune_type 'full' is no adapter"),
+        (mlx(fine_tune_type="lora"), "llama", "which the tensors contradict"),
+        (mlx(num_layers=1, own={"keys": ["mlp.gate_proj"]}), "llama", "lacks 1 of the layers"),
+        (for_peft(dora=True), "llama", "as torchtune's"),
+        (for_peft(dora=False), "qwen2", "as torchtune's"),
+        (torn, "llama", "attn.[qk]_proj.lora_b.weight does not fit [24] heads"),
     ],
 )
-def test_a_file_that_can_be_read_in_two_ways_is_refused(changes, said):
-    family = changes if isinstance(changes, str) else "llama"
+def test_a_file_that_is_torn_or_can_be_read_in_two_ways_is_refused(write, family, said):
     model = base(family)
-    if family is changes:
-        torchtunes_for_peft(family)
-    else:
-        mlx_file(by_formula(model, True, scale=5.0)[0], True, **changes)
+    write(by_formula(model, True, scale=5.0)[0])
     with pytest.raises(ValueError, match=said):
         bidora.load_adapter(model, ".")
 
