@@ -231,7 +231,7 @@ class BiDoRALinear(nn.Linear):
         row, y, AW0 = self.magnitude_axis == "row", None, None
         if self.method.magnitude:
             if row and quantized.kind_of(self.weight):  # unpack W0 once, for x and for the norm
-                both = x.reshape(-1, self.in_features), self.factors()[0].to(x.dtype)
+                both = x.reshape(-1, self.in_features), self.method.factors(self)[0].to(x.dtype)
                 y, AW0 = quantized.Products.apply(self.weight, False, *both)
             norm = self.direction_norm(AW0)  # (out,) or (in,)
             norm = norm if self.norm_grad == "exact" else norm.detach()

@@ -164,7 +164,7 @@ def second_order(config):
 def resolve(config, shape):
     """config with automatic settings chosen. shape: from tasks.read_shape. Raises ValueError."""
     positions, targets = shape.max_position_embeddings, config.target_modules
-    if targets == bidora.ALL_LINEAR:
+    if targets == bidora.ALL_LINEAR and not config.adapter:
         targets = getattr(shape, "targets", targets)
     block_size = config.block_size or min(256, positions)
     if block_size > positions:

@@ -33,7 +33,7 @@ from support.weights.quantized import KINDS
 @dataclass
 class Sample:
     # the model (most people set adapter)
-    adapter: str = ""  # a run's out_dir, or any adapter folder in PEFT's format
+    adapter: str = ""  # a run's out_dir, or an adapter's folder: PEFT's, mlx-lm's, torchtune's
     model: str = ""  # the base model; empty: the one that the adapter was trained on
     quantize: str = ""  # pack the base: nf4, fp4, int8 or none; empty: as the adapter was trained
     device: str = "auto"  # cpu, cuda, or auto (cuda if there is one)

@@ -601,7 +601,7 @@ def test_help_shows_every_field_with_default_and_comment_and_no_arguments_say_ho
     [
         ("--compile=True", "second derivatives"),
         ("--compile=True --quantize=nf4", "or compile=False; compile=True does not work with bits"),
-        ("--adapter=a --rank=3", "rank: an adapter brings its own"),
+        ("--adapter=a --rank=3 --target_modules=v_proj", "rank, target_modules: an adapter brings"),
         ("--adapter=a --method=ft", "method=ft trains no adapter: merge it first"),
         ("--adapter=a", "final_init=fresh would forget the adapter's directions"),
         ("--keep=best --eval_every=2", "keep: set held_fraction, too: val is trained on"),

@@ -152,7 +152,8 @@ def combinations(config, method):
     c, upper, magnitude = config, method and method.upper, method and method.magnitude
     uppers = changed(c, "upper_data upper_weight_decay")
     lacking = changed(c, "quantize precondition upper_every snapshots optimizer compile")
-    own = changed(c, "rank alpha dropout rank_pattern alpha_pattern magnitude_axis init")
+    sizes = "rank alpha dropout target_modules rank_pattern alpha_pattern magnitude_axis init"
+    own = changed(c, sizes)
     forgets = c.adapter and (upper or c.two_phases) and c.retrain_steps and c.final_init == "fresh"
     two, norms = c.two_phases, magnitude or upper
     rounds = "small updates of bfloat16 weights round to nothing"

@@ -282,6 +282,8 @@ class AnyWithHead(Borrowed, Head):
         if names:
             self.config.id2label = dict(enumerate(names))
             self.config.label2id = {name: i for i, name in enumerate(names)}
+        if self.own["pad_token_id"] is None:  # without one, a decoder's head takes single rows
+            self.own["pad_token_id"] = self.config.eos_token_id
         super().save_pretrained(folder)
 
 

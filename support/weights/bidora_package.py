@@ -18,17 +18,17 @@ from bidora import BiDoRALinear, replace_linear_with_bidora  # noqa: F401
 from bilevel import BilevelOptimizer, MicroBatches
 from data import load_examples
 from support.text.jsonl import format_of
+from support.text.official import loaded
 from support.weights.quantized import kind_of
 
 
 class BiLevelOptimizer(BilevelOptimizer):
     """BilevelOptimizer with the package's names for its steps."""
 
+    upper_level_step = BilevelOptimizer.upper_step
+
     def lower_level_step(self, loss_fn, train_batch):
         return self.lower_step(loss_fn, train_batch)
-
-    def upper_level_step(self, loss_fn, val_batch, train_batch=None):
-        return self.upper_step(loss_fn, val_batch, train_batch)
 
     def final_finetune_step(self, loss_fn, combined_batch):
         """Freeze the upper parameters for good and take a lower_step."""
@@ -49,7 +49,7 @@ class QuantizationMode(str, Enum):
 
 
 def number(default, least, most=math.inf):
-    return field(default=default, metadata={"least": least, "most": most})
+    return field(default=default, metadata={"span": (least, most)})
 
 
 class Settings:
@@ -57,10 +57,10 @@ class Settings:
 
     def __post_init__(self):
         for setting in fields(self):
-            name, value, bounds = setting.name, getattr(self, setting.name), setting.metadata
-            if bounds and not bounds["least"] <= value <= bounds["most"]:
-                span = f"from {bounds['least']} to {bounds['most']}"
-                raise ValueError(f"{type(self).__name__}: {name}={value!r} must be {span}")
+            value, span = getattr(self, setting.name), setting.metadata.get("span")
+            if span and not span[0] <= value <= span[1]:
+                name = f"{type(self).__name__}: {setting.name}"
+                raise ValueError(f"{name}={value!r} must be from {span[0]} to {span[1]}")
 
 
 @dataclass
@@ -144,23 +144,22 @@ class FullConfig(Settings):
 
 def get_hardware_info():
     """A dict that describes torch, CUDA and the first GPU."""
-    cuda, version = torch.cuda.is_available(), torch.version.cuda
-    info = {"cuda_available": cuda, "cuda_version": version if cuda else None}
-    info["pytorch_version"] = torch.__version__
-    if cuda:
-        gpu = torch.cuda.get_device_properties(0)
-        info |= {"gpu_name": gpu.name, "gpu_memory_gb": gpu.total_memory / 1e9}
-        info["gpu_count"] = torch.cuda.device_count()
-    return info
+    info = {"cuda_available": torch.cuda.is_available(), "pytorch_version": torch.__version__}
+    if not info["cuda_available"]:
+        return info | {"cuda_version": None}
+    gpu, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
+    info |= {"gpu_name": gpu.name, "gpu_memory_gb": gpu.total_memory / 1e9, "gpu_count": count}
+    return info | {"cuda_version": torch.version.cuda}
 
 
 def create_bnb_config(quantization):
     """transformers' BitsAndBytesConfig for a QuantizationMode, or None."""
     from transformers import BitsAndBytesConfig
 
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
     nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    options = {"none": {}, "8bit": dict(load_in_8bit=True), "4bit": nf4}[quantization]
-    return BitsAndBytesConfig(**options) if options else None
+    return BitsAndBytesConfig(**nf4) if quantization == "4bit" else None
 
 
 def load_model_and_tokenizer(model_config):
@@ -170,19 +169,14 @@ def load_model_and_tokenizer(model_config):
     cuda = torch.cuda.is_available()
     fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     name, options = model_config.model_name, {"trust_remote_code": model_config.trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=torch.bfloat16 if fast else torch.float32,
-        device_map={"": 0} if cuda else None,
-        quantization_config=create_bnb_config(model_config.quantization),
-        attn_implementation="flash_attention_2" if model_config.use_flash_attention else None,
-        use_safetensors=True,
-        **options,
-    )
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", **options)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if model_config.use_flash_attention:
+        options["attn_implementation"] = "flash_attention_2"
+    options |= dict(dtype=torch.bfloat16 if fast else torch.float32, use_safetensors=True)
+    options |= dict(device_map={"": 0} if cuda else None)
+    options |= dict(quantization_config=create_bnb_config(model_config.quantization))
+    return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
 
 
 def prepare_bidora_model(model, bidora_config, quantized=None, use_gradient_checkpointing=False):
@@ -198,8 +192,8 @@ def prepare_bidora_model(model, bidora_config, quantized=None, use_gradient_chec
     if use_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
     return model
 
@@ -210,11 +204,8 @@ def load_and_prepare_dataset(data_config):
     if c.train_file is not None:
         train = load_examples(str(c.train_file))
     elif c.dataset_name is not None:
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise ValueError("dataset_name needs the library: pip install datasets") from None
-        train = list(load_dataset(c.dataset_name, split=c.dataset_split))
+        name, options = c.dataset_name, dict(split=c.dataset_split)
+        train = list(loaded(name, "load_dataset", name, **options)["train"])
     else:
         raise ValueError("DataConfig: give train_file or dataset_name")
 
@@ -241,17 +232,16 @@ def prompt_and_answer(example):
 
 def prepare_dataset_for_training(dataset, tokenizer, max_length):
     """
-    The splits as lists of {"input_ids", "attention_mask", "labels"}, not padded. An answer ends
-    with the end-of-text token. An example beyond max_length loses its beginning.
+    The splits as lists of {"input_ids", "labels"}, not padded. An answer ends with the end-of-text
+    token. An example beyond max_length loses its beginning.
     """
 
     def row(example):
         prompt, answer = prompt_and_answer(example)
         before = tokenizer(prompt).input_ids
         after = tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        ids, labels = before + after, [-100] * len(before) + after
-        ids, labels = ids[-max_length:], labels[-max_length:]
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+        labels = [-100] * len(before) + after
+        return {"input_ids": (before + after)[-max_length:], "labels": labels[-max_length:]}
 
     return {split: [row(example) for example in examples] for split, examples in dataset.items()}
 
@@ -271,10 +261,9 @@ class BiDoRATrainer:
         self.config, self.output_dir = config, Path(output_dir)
         self.rng = random.Random(config.seed)
 
-        c, adapters = config.training, config.bidora
-        multipliers = adapters.lower_lr_multiplier, adapters.upper_lr_multiplier
-        rates = [c.learning_rate * multiplier for multiplier in multipliers]
-        options = (*rates, adapters.lower_steps, c.weight_decay)
+        c, b = config.training, config.bidora
+        rates = c.learning_rate * b.lower_lr_multiplier, c.learning_rate * b.upper_lr_multiplier
+        options = (*rates, b.lower_steps, c.weight_decay)
         self.bilevel_optimizer = BiLevelOptimizer(model, *options, grad_clip=c.max_grad_norm)
         if not val_dataset and self.bilevel_optimizer.upper:
             raise ValueError("BiDoRA needs validation rows: give a val_file or a val_split_ratio")
@@ -284,15 +273,13 @@ class BiDoRATrainer:
     def batches(self, rows, shuffle=True):
         """One epoch of MicroBatches of padded tensors, each with its share of the labels."""
         c, rows = self.config.training, self.rng.sample(rows, len(rows)) if shuffle else rows
-        size = c.batch_size * c.gradient_accumulation_steps
-        for start in range(0, len(rows), size):
-            whole = rows[start : start + size]
-            parts = [whole[i : i + c.batch_size] for i in range(0, len(whole), c.batch_size)]
+        for start in range(0, len(rows), c.batch_size * c.gradient_accumulation_steps):
+            firsts = range(start, len(rows), c.batch_size)[: c.gradient_accumulation_steps]
+            parts = [rows[i : i + c.batch_size] for i in firsts]
             # transformers' loss takes the next token as the label of each position.
             counts = [sum(y != -100 for row in part for y in row["labels"][1:]) for part in parts]
-            yield MicroBatches(
-                (self.collate(part), count / sum(counts)) for part, count in zip(parts, counts)
-            )
+            shares = [count / sum(counts) for count in counts]
+            yield MicroBatches(zip(map(self.collate, parts), shares))
 
     def collate(self, rows):
         """Rows as padded tensors; the model neither sees nor learns padding."""
@@ -321,7 +308,7 @@ class BiDoRATrainer:
         size = c.batch_size * c.gradient_accumulation_steps
         steps = c.num_epochs * math.ceil(len(self.train_dataset) / size)
         warmup = min(c.warmup_steps, steps // 10)
-        epochs = (self.batches(self.val_dataset) for _ in itertools.count())
+        epochs = map(self.batches, itertools.repeat(self.val_dataset))
         val_batches = itertools.chain.from_iterable(epochs)
         best, step = math.inf, 0
 

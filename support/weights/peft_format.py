@@ -21,20 +21,14 @@ from pathlib import Path
 import regex
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
-from support.run.files import make_folder, malformed, read_json, replacing, write_json
+from support.run.files import make_folder, malformed, replacing, write_json
+from support.weights.other_formats import NAMES, PREFIX, read_adapter
 from support.weights.pretrained import split_revision
 
 COLUMN_DORA = "COLUMN_DORA"  # the peft_type of an adapter with a magnitude per column
-PREFIX = "base_model.model."  # of PEFT's tensor names
-NAMES = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "lora_magnitude_vector": "lora_magnitude_vector",
-}
 # What modules that compile, checkpoint, shard or copy another one call it
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -221,18 +215,17 @@ def target_modules(layers, modules):
 
 def read(folder, model, as_linear):
     """
-    The Adapter for a model in a folder that `write` or PEFT wrote. as_linear: bidora's, true of
-    linear layers. rsLoRA's scale alpha / √rank (arXiv 2312.03732) is converted to an alpha.
-    Raises FileNotFoundError, or ValueError for a damaged file, for one that does not fit the model,
-    and for an unsupported variant of LoRA.
+    The Adapter for a model in a folder that `write`, PEFT, mlx-lm or torchtune wrote. as_linear:
+    bidora's, true of linear layers. rsLoRA's scale alpha / √rank (arXiv 2312.03732) becomes an
+    alpha. Raises FileNotFoundError, or ValueError for a damaged file, for one that does not fit the
+    model, and for an unsupported variant of LoRA.
     """
     folder = Path(folder)
     settings = folder / "adapter_config.json"
-    config, tensors = read_json(settings), read_tensors(folder / "adapter_model.safetensors")
-    check_config(config, settings)
-
     names, state = plain(model)
-    in_model = {short: name for name, short in names.items()}
+    in_model = {short: name for name, short in names.items()}  # of wrapped and wrapper, the wrapped
+    config, tensors = read_adapter(folder, *shape_of(model.get_submodule(in_model[""])))
+    check_config(config, settings)
     linears = {short for short, name in in_model.items() if as_linear(model.get_submodule(name))}
     layers, saved = by_layer(tensors, folder, linears, state, config.get("modules_to_save") or [])
     magnitude = bool(config.get("use_dora"))
@@ -258,24 +251,12 @@ def read(folder, model, as_linear):
     return Adapter(folder, layers, sizes, config.get("lora_dropout") or 0.0, magnitude, axis, saved)
 
 
-def read_tensors(path):
-    """{name: tensor} of a safetensors file. Raises FileNotFoundError or ValueError."""
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        known = "adapters are read from PEFT's safetensors only, not from mlx-lm's, nor .bin files"
-        raise FileNotFoundError(f"{path} is missing ({known})") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or empty: {error}") from None
-    if not tensors:
-        raise ValueError(f"{path} is empty: it holds no tensor")
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor.float()).all():
-            raise ValueError(
-                f"{path}: {name} holds numbers that are infinite or not a number, as after a run "
-                f"that diverged: train again with a lower rate"
-            )
-    return tensors
+def shape_of(model):
+    """(the model_type, the numbers of heads of queries and keys, of blocks) as a model has them."""
+    config = getattr(getattr(model, "decoder", model), "config", None)
+    family = getattr(config, "hf", {}).get("model_type", getattr(config, "model_type", None))
+    heads = [getattr(config, f"num_{n}_heads", None) for n in ("attention", "key_value")]
+    return family, heads, getattr(config, "num_hidden_layers", 0)
 
 
 def check_config(config, where):

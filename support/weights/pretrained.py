@@ -130,7 +130,8 @@ def read_run(folder, tasks, settings):
 def base_of(adapter):
     """The name of the base in a folder's adapter_config.json. Raises ValueError for none."""
     config = read_json(adapter / "adapter_config.json")
-    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    name = config.get("base_model_name_or_path", config.get("model"))  # mlx-lm's
+    revision = config.get("revision")
     if not name:
         raise ValueError(f"{adapter} does not name its base model: give it with --model=...")
     return f"{name}@{revision}" if revision else name

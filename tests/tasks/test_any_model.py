@@ -373,6 +373,16 @@ def test_the_adapter_is_peft_and_the_merged_model_transformers(name, kind, tmp_p
     assert after["id2label"] == {"0": "p", "1": "q", "2": "r"}
 
 
+def test_a_saved_classifier_of_gpt2_names_its_padding_so_transformers_takes_batches(tmp_path):
+    inputs = batch(checkpoint(tmp_path, "gpt2", eos_token_id=3))
+    load(tmp_path).save_pretrained(tmp_path / "saved")
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    ids[~real] = 3
+    alone = torch.cat([peer(row[mask][None]).logits for row, mask in zip(ids, real)])
+    torch.testing.assert_close(peer.eval()(**inputs).logits, alone, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name, kind", EACH)
 def test_what_peft_trained_is_loaded_with_its_head(name, kind, tmp_path):
     base = checkpoint(tmp_path, name, CLASSES[kind], num_labels=LABELS)

@@ -46,7 +46,10 @@ def trained_on_talks(method):
 def test_the_nearest_lora_of_a_rank_is_peft_s_to_load_and_its_error_is_printed(rank, capsys):
     """Rank 64 is the whole matrix. The error is the singular values' that are left out."""
     trained("run", method="dora", lower_lr=1e-2)
-    assert merge.main(["--adapter=run", "--out_dir=lora", f"--lora_rank={rank}"]) == 0
+    assert (
+        merge.main(["--adapter=run", "--out_dir=lora", "--to=peft-lora", f"--lora_rank={rank}"])
+        == 0
+    )
     shown = capsys.readouterr().out
     weights = {}
     for folder in (None, "run", "lora"):
