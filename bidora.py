@@ -8,7 +8,7 @@ LoRA (2106.09685) has no m. BiLoRA (2403.13037) has none either: its upper level
 ΔW = s·B·diag(λ)·A. Norm and m have one number per output row or, as in the papers, per column.
 
 Training never builds W0 + s·B·A. With ratio = m / ‖·‖, y = ratio ⊙ (W0·x + s·B·(A·x)) + bias, and
-the norm comes from the factors:  ‖W0 + sBA‖² = ‖W0‖² + 2s Σ (W0·Aᵀ) ⊙ B + s² Σ (B·(A·Aᵀ)) ⊙ B.
+each row's norm is  ‖W0 + sBA‖² = ‖W0‖² + 2s Σ (W0·Aᵀ) ⊙ B + s² Σ (B·(A·Aᵀ)) ⊙ B, Σ over the rank.
 (The same norm: arXiv 2603.22276, and PEFT's pull request 3387.)
 
 Works on any nn.Module with nn.Linear layers (or transformers' Conv1D). Everything but save_adapter,
@@ -69,7 +69,7 @@ class Method:
         layer.lora_B = nn.Parameter(torch.empty(layer.out_features, layer.rank, **new))
 
     def start(self, layer):
-        """Start what the lower level trains: one factor random, the other zero, so that ΔW = 0."""
+        """Initialise A and B: one factor random, the other zero, so that ΔW = 0."""
         random, zero = layer.lora_A, layer.lora_B
         if layer.init == "normal_b":
             random, zero = zero, random
@@ -406,7 +406,7 @@ def lower_parameters(model):
 
 
 def start_retrain(model, fresh=True):
-    """Phase 3: fix the upper level's parameters and every magnitude; fresh: restart directions."""
+    """Phase 3: freeze λ and m. fresh: initialise A and B again."""
     for parameter in upper_parameters(model):
         parameter.requires_grad_(False)
     for layer in adapter_layers(model).values():

@@ -107,7 +107,7 @@ def in_training(model, wanted):
 
 
 class AdamW(torch.optim.AdamW):
-    """Torch's, but for its decorators, which would import its compiler: a second of each start."""
+    """Torch's without its decorators, which import its compiler: a second of each start."""
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
@@ -222,7 +222,7 @@ class BilevelOptimizer:
         """
         seen = []
         keep, losses = self.keeps_next(), self.watched(loss_fn, batch, seen)
-        self.past = [replace(step, graph=None) for step in self.past if keep]  # saves memory
+        self.past = [replace(step, graph=None) for step in self.past] if keep else []
         graph = self.kept_graph(losses) if keep else None
         g = graph.value if graph else hypergrad.total_gradient(losses, self.lower, self.reduce)
         if keep:

@@ -2,7 +2,7 @@
 Hypergradients: how the val loss changes with the upper parameters while the lower ones follow.
 
 Lower level: V (direction) minimises L(V, m) on train. Upper level: m (magnitude) minimises
-F(V*(m), m) on val. So dF/dm = ∂F/∂m + (dV*/dm)ᵀ · ∂F/∂V, and methods differ in dV*/dm:
+F(V*(m), m) on val. So dF/dm = ∂F/∂m + (dV*/dm)ᵀ · v, v = ∂F/∂V, and methods differ in dV*/dm:
 
     first_order          ignores it
     unrolled             V* is what K steps give; K = 1 is BiDoRA's choice (2410.09758, eq. 8-9)
@@ -33,8 +33,9 @@ except ImportError:  # copied alone into another project
         return sdpa_kernel(SDPBackend.MATH)
 
 
-# Three of them in their plainest form, for reading; tests compare them with those below, which also
-# have val_gradients (∂F/∂V and ∂F/∂m), assign (gives V other values) and restored (puts V back).
+# Three of them in their plainest form, for reading; tests compare them with those below.
+# Further below, too: val_gradients, ∂F/∂V and ∂F/∂m; assign, which gives V other values; restored,
+# which puts V back. Training unrolls the step just taken instead (`past` of `unrolled`).
 
 
 def plain_first_order(train_loss, val_loss, V, m):
