@@ -184,8 +184,8 @@ def test_a_quoted_mean_and_its_p_are_those_of_paired_runs(text, pairs, sentence)
 def test_the_readme_quotes_the_study_s_gap_at_400_examples():
     smaller, below, p = quoted(
         README,
-        "At 400 examples its gap is {} points smaller than DoRA's (p < 0.001); DoRA in these phases "
-        "narrows it as much. Its score is {} lower (p = {})",
+        "At 400 examples its gap is {} points smaller than DoRA's (p < 0.001); DoRA in these "
+        "phases narrows it as much. Its score is {} lower (p = {})",
     )
     own, phases = (differences(STUDY, a, "dora", gap, 400) for a in ("bidora", "dora-two-phases"))
     assert_quoted(f"-{smaller}", statistics.mean(own))
