@@ -92,31 +92,6 @@ def assert_pairs(found, mean, p):
     assert_quoted(p, wilcoxon(found).pvalue)
 
 
-def gaps(runs, *arm_and_size):
-    """{(domain, seed): gap}"""
-    own = [r for r in runs if (r["method"], r["size"]) == arm_and_size]
-    return {(r["domain"], r["seed"]): gap(r) for r in own}
-
-
-def test_the_earlier_comparison_s_smaller_gaps():
-    """In pairs of equal domain and seed, as that page had them."""
-    numbers = quoted(
-        RESULTS,
-        "gap was {} points smaller than DoRA's at 100 examples (ten pairs, p = {}) and {} at 400 "
-        "(p = {})",
-    )
-    at_1e_3 = quoted(RESULTS, "BiDoRA's gap had been {} points smaller (p = {})")
-    same_rate = lines_of("results/earlier", "dora-at-1e-3")
-    for size, others, (mean, p) in (
-        (100, EARLIER, numbers[:2]),
-        (400, EARLIER, numbers[2:]),
-        (100, same_rate, at_1e_3),
-    ):
-        found = paired(gaps(EARLIER, "bidora", size), gaps(others, "dora", size))
-        assert len(found) == 10
-        assert_pairs(found, f"-{mean}", p)
-
-
 def tuning_losses(folder):
     """{(method, lower_lr, upper_lr or None): losses by seed} of the runs that chose the rates."""
     found = {}
@@ -147,11 +122,13 @@ def test_the_losses_that_had_chosen_dora_s_rate_and_the_same_runs_made_again(tex
             assert_quoted(quote, tuning_losses(folder)["dora", rate, None][0])
 
 
-def differences(runs, ours, other, measure=score, size=100, domains=()):
-    """Of two arms, seed by seed: the mean over the domains, by default all."""
+def differences(runs, ours, other, measure=score, size=100, domains=(), apart=False):
+    """Of two arms, seed by seed: of the means over domains, by default all, or of each apart."""
     seeds = 20 if runs is STUDY else 10
-    kind = (domains or domains_of(r for r in runs if r["size"] == size), measure, seeds, size)
-    found = paired(measured(runs, ours, *kind), measured(runs, other, *kind))
+    domains, found = domains or domains_of(r for r in runs if r["size"] == size), []
+    for part in [[domain] for domain in domains] if apart else [domains]:
+        both = (measured(runs, arm, part, measure, seeds, size) for arm in (ours, other))
+        found += paired(*both)
     assert len(found) == seeds
     return found
 
@@ -160,6 +137,10 @@ GAPS = [("", COMPARISON, "bidora", "dora", gap), ("-", ONE_RATE, "bidora", "dora
 SCORES = [("", COMPARISON, "bidora", "dora"), ("-", ONE_RATE, "bidora", "dora")]
 PHASES = [("-", runs, "dora-two-phases", "dora") for runs in (COMPARISON, ONE_RATE)]
 OF_STUDY = [("-", STUDY, "bidora", "dora"), ("", STUDY, "bidora", "dora-two-phases")]
+EARLIER_GAPS = [("-", EARLIER, "bidora", "dora", gap, size, (), True) for size in (100, 400)]
+AT_1E_3 = [r for r in EARLIER if r["method"] == "bidora"]
+AT_1E_3 += lines_of("results/earlier", "dora-at-1e-3")
+SAME_RATE = [("-", AT_1E_3, "bidora", "dora", gap, 100, (), True)]
 
 
 @pytest.mark.parametrize(
@@ -171,8 +152,11 @@ OF_STUDY = [("-", STUDY, "bidora", "dora"), ("", STUDY, "bidora", "dora-two-phas
         (RESULTS, PHASES, "is {} points below DoRA at … (p = {}) and {} below it … (p = {};"),
         (README, OF_STUDY, "twenty seeds, its mean score is {} points below DoRA's (p = {}), and "
          "{} above DoRA in BiDoRA's phases (p = {})"),
+        (RESULTS, EARLIER_GAPS, "gap was {} points smaller than DoRA's at 100 examples (ten pairs, "
+         "p = {}) and {} at 400 (p = {})"),
+        (RESULTS, SAME_RATE, "BiDoRA's gap had been {} points smaller (p = {})"),
     ],
-    ids=["gap", "score", "lesson's gap", "phases", "study"],
+    ids=["gap", "score", "lesson's gap", "phases", "study", "earlier", "at 1e-3"],
 )  # fmt: skip
 def test_a_quoted_mean_and_its_p_are_those_of_paired_runs(text, pairs, sentence):
     numbers = quoted(text, sentence)
