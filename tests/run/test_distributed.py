@@ -184,15 +184,16 @@ train.train(train.Config(out_dir=out, **settings))
     assert distance("one", "two") < 1e-11
 
 
-def start_on_gpus(monkeypatch, device, gpus=2):
-    """What distributed.start calls in the second of two processes; torch's GPUs are stand-ins."""
+def start_on_gpus(monkeypatch, device, gpus=2, processes=2):
+    """What distributed.start calls in the last of the processes; torch's GPUs are stand-ins."""
     calls = []
 
     def joined(backend, *, timeout, device_id):
         calls.append(("init_process_group", backend, device_id))
 
-    for name, value in (("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2), ("LOCAL_RANK", 1)):
-        monkeypatch.setattr(distributed, name, value)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setattr(distributed, name, processes)
+    monkeypatch.setattr(distributed, "LOCAL_RANK", processes - 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: calls.append(("set_device", gpu)))
     monkeypatch.setattr(distributed.dist, "init_process_group", joined)
@@ -200,12 +201,14 @@ def start_on_gpus(monkeypatch, device, gpus=2):
     return distributed.start(device), calls
 
 
-def test_each_process_makes_its_own_gpu_torchs_current_one_before_it_joins_the_others(monkeypatch):
+@pytest.mark.parametrize("processes, given", [(2, "cuda"), (1, "cuda:1")])
+def test_a_process_makes_its_gpu_torchs_current_one_before_it_joins_others(
+    processes, given, monkeypatch
+):
     """CPU tensors go by gloo, GPU tensors by NCCL, which is bound to that GPU."""
-    device, calls = start_on_gpus(monkeypatch, "cuda")
-    assert device == "cuda:1"
+    device, calls = start_on_gpus(monkeypatch, given, processes=processes)
     joined = ("init_process_group", "cpu:gloo,cuda:nccl", torch.device("cuda:1"))
-    assert calls == [("set_device", "cuda:1"), joined]
+    assert device == "cuda:1" and calls == [("set_device", "cuda:1"), joined][:processes]
 
 
 @pytest.mark.parametrize("device, gpus, message", [("cuda:1", 2, "one GPU"), ("cuda", 1, "has 1")])
@@ -213,12 +216,6 @@ def test_processes_that_would_share_a_gpu_are_refused(device, gpus, message, mon
     """NCCL would fail later, and on a missing GPU set_device with no ValueError."""
     with pytest.raises(ValueError, match=message):
         start_on_gpus(monkeypatch, device, gpus)
-
-
-def test_one_process_makes_the_gpu_that_it_is_given_torchs_current_one(monkeypatch):
-    given = []
-    monkeypatch.setattr(torch.cuda, "set_device", given.append)
-    assert distributed.start("cuda:1") == "cuda:1" and given == ["cuda:1"]
 
 
 def test_all_processes_learn_the_highest_of_their_numbers_and_what_the_first_one_says():

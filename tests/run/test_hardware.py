@@ -182,8 +182,8 @@ def test_the_table_runs_and_knows_the_published_sizes(capsys):
         ("--devices=1", "above 1"),
     ],
 )
-def test_a_table_that_makes_no_sense_is_refused(argument, said, capsys):
-    assert memory.main([argument]) == 2 and said in capsys.readouterr().err
+def test_a_table_that_makes_no_sense_is_refused(argument, said, refuses):
+    refuses(memory, [argument], said)
 
 
 def test_the_table_for_several_devices(capsys):
