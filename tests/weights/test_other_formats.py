@@ -19,6 +19,7 @@ from test_train import trained
 from torch.testing import assert_close
 
 import bidora
+import sample
 from support.weights.gguf_format import write_gguf
 from support.weights.other_formats import write_mlx
 from support.weights.pretrained import find_model
@@ -163,6 +164,8 @@ def test_a_run_that_is_handed_on_computes_there_what_peft_does(to):
     if to == "gguf":
         found = CAUSAL.from_pretrained("out", gguf_file="model.gguf")(IDS).logits
     else:
+        asked = ["--adapter=out", "--prompt=a", "--raw", "--max_new_tokens=1"]
+        assert sample.main(asked) == 0  # the base is named there
         mx, mlx_lm = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm")
         peer, _ = mlx_lm.load(str(tiny), adapter_path="out")
         found = torch.tensor(peer(mx.array(IDS.numpy())).tolist())
