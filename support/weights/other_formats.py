@@ -21,8 +21,9 @@ from support.run.files import make_folder, malformed, read_json, replacing, writ
 
 PREFIX = "base_model.model."  # of PEFT's tensor names
 NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
-THEIRS = {name.lower(): peft for name, peft in NAMES.items()}  # mlx-lm's and torchtune's
-NAMES["lora_magnitude_vector"] = THEIRS["m"] = THEIRS["magnitude"] = "lora_magnitude_vector"
+NAMES |= {"lora_magnitude_vector": "lora_magnitude_vector"}
+THEIRS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}  # of mlx-lm and torchtune
+THEIRS |= {"m": "lora_magnitude_vector", "magnitude": "lora_magnitude_vector"}
 TORCHTUNE = {
     "attn.q_proj": "self_attn.q_proj",
     "attn.k_proj": "self_attn.k_proj",

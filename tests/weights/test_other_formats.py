@@ -219,3 +219,16 @@ def test_llama_3s_positions_are_written_as_one_factor_a_pair_and_yarns_refused()
 def test_a_wrong_form_is_refused_in_one_line(wrong, refuses):
     said = "gguf, mlx, peft-lora" if "onnx" in wrong[0] else "--to=peft-lora and --lora_rank=..."
     refuses(merge, ["--adapter=run", "--out_dir=out", *wrong], said)
+
+
+@pytest.mark.parametrize(
+    "settings, to, said",
+    [
+        (dict(quantize="nf4"), "mlx", "a packed base: use --to=transformers"),
+        (dict(task="classification"), "gguf", "--to=gguf is for language models"),
+        (dict(magnitude_axis="column"), "mlx", "no magnitudes per column"),
+    ],
+)
+def test_what_another_programs_form_cant_hold_is_refused_in_one_line(settings, to, said, refuses):
+    trained("run", **settings)
+    refuses(merge, ["--adapter=run", "--out_dir=out", f"--to={to}"], said)
