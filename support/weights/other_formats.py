@@ -113,7 +113,7 @@ def from_torchtune(config, tensors, folder, family, heads):
         match = TORCHTUNE_KEY.fullmatch(name)
         block, layer, part = match.groups() if match else ("", "", "")
         if layer not in TORCHTUNE:
-            raise ValueError(f"{folder}: {name} is no adapter of a linear layer in torchtune")
+            raise ValueError(f"{folder}: {name} is not read from torchtune")
         if family != "qwen2" and layer in ("attn.q_proj", "attn.k_proj") and part != "lora_a":
             count = heads[layer == "attn.k_proj"]
             if tensor.dim() == 0 or len(tensor) % (2 * count):
