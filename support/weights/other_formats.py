@@ -20,13 +20,10 @@ from safetensors.torch import load_file, save_file
 from support.run.files import make_folder, malformed, read_json, replacing, write_json
 
 PREFIX = "base_model.model."  # of PEFT's tensor names
-NAMES = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "lora_magnitude_vector": "lora_magnitude_vector",
-}
-THEIRS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
-THEIRS |= dict.fromkeys(("m", "magnitude"), "lora_magnitude_vector")  # mlx-lm's, torchtune's
+NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+NAMES |= {"lora_magnitude_vector": "lora_magnitude_vector"}
+THEIRS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}  # of mlx-lm and torchtune
+THEIRS |= {"m": "lora_magnitude_vector", "magnitude": "lora_magnitude_vector"}
 TORCHTUNE = {
     "attn.q_proj": "self_attn.q_proj",
     "attn.k_proj": "self_attn.k_proj",
@@ -116,7 +113,7 @@ def from_torchtune(config, tensors, folder, family, heads):
         match = TORCHTUNE_KEY.fullmatch(name)
         block, layer, part = match.groups() if match else ("", "", "")
         if layer not in TORCHTUNE:
-            raise ValueError(f"{folder}: {name} is no adapter of a linear layer in torchtune")
+            raise ValueError(f"{folder}: {name} is not read from torchtune")
         if family != "qwen2" and layer in ("attn.q_proj", "attn.k_proj") and part != "lora_a":
             count = heads[layer == "attn.k_proj"]
             if tensor.dim() == 0 or len(tensor) % (2 * count):

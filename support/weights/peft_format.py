@@ -411,25 +411,19 @@ def alphas_of(names, config, where):
 def copy_into(model, layers, adapter):
     """Copy an Adapter into a model and its layers, {name: BiDoRALinear}. Raises ValueError."""
     unfit = f"{adapter.folder}: the adapter does not fit the model:"
-    for layer in layers.values():
-        A, B = layer.method.factors(layer)
-        if A is not layer.lora_A or B is not layer.lora_B:
-            raise ValueError(
-                "the model's adapters have other parameters, such as BiLoRA's λ, which a saved "
-                "adapter holds folded into A and B: load it as lora, dora or bidora into a model "
-                "without adapters"
-            )
+    pairs = [(x.method.factors(x), (x.lora_A, x.lora_B)) for x in layers.values()]
+    if any(a is not own for factors, parts in pairs for a, own in zip(factors, parts)):
+        raise ValueError(
+            "the model's adapters have other parameters, such as BiLoRA's λ, which a saved adapter "
+            "holds folded into A and B: load it as lora, dora or bidora into one without adapters"
+        )
 
     names, state = plain(model)
     own = named_tensors({names[name]: layer for name, layer in layers.items()})
-    tensors = {
-        f"{PREFIX}{name}.{NAMES[key]}": tensor
-        for name, parts in adapter.tensors.items()
-        for key, tensor in parts.items()
-    }
-    for name, tensor in adapter.saved.items():
-        tensors[name] = tensor
-        own |= {name: state[name]} if name in state else {}
+    own |= {name: state[name] for name in adapter.saved if name in state}
+    tensors = dict(adapter.saved)
+    for name, parts in adapter.tensors.items():
+        tensors |= {f"{PREFIX}{name}.{NAMES[key]}": tensor for key, tensor in parts.items()}
     for name in sorted(own.keys() | tensors.keys()):
         shapes = [tuple(side[name].shape) if name in side else "none" for side in (tensors, own)]
         if shapes[0] != shapes[1]:

@@ -24,14 +24,13 @@ BASE = dict(
 )
 DECODER = BASE | dict(num_key_value_heads=2)
 ENCODER = BASE | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=1)
-ESM = ENCODER | dict(position_embedding_type="rotary", mask_token_id=0)
 T5 = dict(vocab_size=41, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, dropout_rate=0.0)
 T5["decoder_start_token_id"] = 0
 GPT2 = dict(vocab_size=41, n_embd=16, n_layer=2, n_head=4)
 GPT2 |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 DISTILBERT = dict(vocab_size=41, dim=16, hidden_dim=24, n_layers=2, n_heads=4)
 DISTILBERT |= dict(dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0)
-ATTENTION_AND_MLP = ["query", "value", "intermediate.dense"]
+BERT_TARGETS = ["query", "value", "intermediate.dense"]
 VIT = ENCODER | dict(image_size=8, patch_size=4)
 AST = ENCODER | dict(patch_size=4, max_length=16, num_mel_bins=8, frequency_stride=2, time_stride=4)
 WHISPER = dict(d_model=16, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=24)
@@ -45,9 +44,7 @@ WAV2VEC2 |= dict(activation_dropout=0.0, apply_spec_augment=False, num_conv_pos_
 ARCHITECTURES = {
     "LlamaForCausalLM": (DECODER, ["q_proj", "v_proj", "down_proj"], None),
     "Qwen2ForCausalLM": (DECODER, ["q_proj", "k_proj", "up_proj"], None),
-    "RobertaForSequenceClassification": (ENCODER, ATTENTION_AND_MLP, "classifier"),
-    "BertForSequenceClassification": (ENCODER, ATTENTION_AND_MLP, "classifier"),
-    "EsmForTokenClassification": (ESM, ["query", "value"], "classifier"),
+    "BertForSequenceClassification": (ENCODER, BERT_TARGETS, "classifier"),
     "T5ForConditionalGeneration": (T5, ["q", "v", "wo"], None),
     "GPT2LMHeadModel": (GPT2, ["c_attn", "c_proj"], None),
     "DistilBertForSequenceClassification": (DISTILBERT, ["q_lin", "v_lin", "lin1"], "classifier"),
@@ -180,9 +177,8 @@ def test_saved_loaded_merged_and_read_by_peft(architecture, tmp_path):
 def test_what_peft_trained_is_loaded(architecture, tmp_path):
     """Heads included, within 1e-5 of logits of about 1."""
     base, inputs, targets, head = architecture
-    tokens = "TOKEN_CLS" if "Token" in type(base).__name__ else "SEQ_CLS"
     config = LoraConfig(
-        task_type=tokens if head and "input_ids" in inputs(0) else None,
+        task_type="SEQ_CLS" if head and "input_ids" in inputs(0) else None,
         modules_to_save=[head] if head else None,
         target_modules=targets,
         use_dora=True,

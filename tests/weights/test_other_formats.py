@@ -19,6 +19,7 @@ from test_train import trained
 from torch.testing import assert_close
 
 import bidora
+import sample
 from support.weights.gguf_format import write_gguf
 from support.weights.other_formats import write_mlx
 from support.weights.pretrained import find_model
@@ -163,6 +164,8 @@ def test_a_run_that_is_handed_on_computes_there_what_peft_does(to):
     if to == "gguf":
         found = CAUSAL.from_pretrained("out", gguf_file="model.gguf")(IDS).logits
     else:
+        asked = ["--adapter=out", "--prompt=a", "--raw", "--max_new_tokens=1"]
+        assert sample.main(asked) == 0  # the base is named there
         mx, mlx_lm = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm")
         peer, _ = mlx_lm.load(str(tiny), adapter_path="out")
         found = torch.tensor(peer(mx.array(IDS.numpy())).tolist())
@@ -216,3 +219,16 @@ def test_llama_3s_positions_are_written_as_one_factor_a_pair_and_yarns_refused()
 def test_a_wrong_form_is_refused_in_one_line(wrong, refuses):
     said = "gguf, mlx, peft-lora" if "onnx" in wrong[0] else "--to=peft-lora and --lora_rank=..."
     refuses(merge, ["--adapter=run", "--out_dir=out", *wrong], said)
+
+
+@pytest.mark.parametrize(
+    "settings, to, said",
+    [
+        (dict(quantize="nf4"), "mlx", "a packed base: use --to=transformers"),
+        (dict(task="classification"), "gguf", "--to=gguf is for language models"),
+        (dict(magnitude_axis="column"), "mlx", "no magnitudes per column"),
+    ],
+)
+def test_what_another_programs_form_cant_hold_is_refused_in_one_line(settings, to, said, refuses):
+    trained("run", **settings)
+    refuses(merge, ["--adapter=run", "--out_dir=out", f"--to={to}"], said)
