@@ -40,7 +40,7 @@ RUNS = {
     "two_steps": dict(upper_every=2, hypergradient_steps=2, micro_batch_size=1),
     "differences": dict(hypergradient="finite_difference", **LONGER),
     "adam": dict(precondition="adam"),
-    "neumann": dict(hypergradient="neumann"),
+    "neumann": dict(hypergradient="neumann", **LONGER),
     # At damping 10 the third iteration magnifies rounding: 1e-4 with seed 0, 6e-6 with seed 1.
     "cg": dict(hypergradient="conjugate_gradient", damping=100.0, precondition="adam"),
     "regularised": dict(gram_weight=1e-2, batch_size=1),
@@ -137,7 +137,8 @@ for name, settings in json.loads(sys.argv[1]).items():
     train.train(train.Config(out_dir=name + '-several', **settings))
 """
     several = {name: settings | more for name, settings in runs.items()}
-    done = forked(script, json.dumps(several), processes=processes, imports=FSDP)
+    imports = FSDP if "fsdp" in more else "torch"
+    done = forked(script, json.dumps(several), processes=processes, imports=imports)
     assert done.returncode == 0, done.stderr
     for name, settings in runs.items():
         alone = train.train(Config(out_dir=name, **settings))
