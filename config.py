@@ -51,7 +51,7 @@ class Config:
     max_new_tokens: int = 64  # most tokens of a text
     num_beams: int = 1  # beams of the search; 1 always takes the likeliest token
     length_penalty: float = 1.0  # a text's log-probability is divided by its length to this power
-    no_repeat_ngram_size: int = 0  # no sequence of so many tokens occurs twice in a text; 0: any
+    no_repeat_ngram_size: int = 0  # no sequence of so many tokens occurs twice in a text; 0: off
 
     # the adapter (most people set rank)
     adapter: str = ""  # start from an adapter's folder: it names the base, and has its own sizes

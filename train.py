@@ -77,8 +77,8 @@ def train(config, task_class=None):
         if is_bilevel(config) or config.two_phases:
             # Phase 3: the magnitude is fixed; the direction is trained afresh on all the data.
             if config.retrain_steps:
-                begins = "retrain" not in run.done
-                bidora.start_retrain(task.model, fresh=begins and config.final_init == "fresh")
+                first_time = "retrain" not in run.done  # else a resumed run goes on in it
+                bidora.start_retrain(task.model, fresh=first_time and config.final_init == "fresh")
             fit(run, task, "retrain", config.retrain_steps, train_rows + val_rows)
         return run.finish(task.summary() | {"after": evaluate(task, task.evaluated)})
 
