@@ -245,6 +245,7 @@ def prepare(config, device, resuming=False, task_class=Task, began=None):
         distributed.wait()  # lets the others continue
 
     rules.refuse(rules.task(config, name, name in tasks.HEADS, not is_own(folder)))
+    rules.refuse(rules.start(config, name, tasks.HEADS, labels))
     rules.refuse(rules.splits(config, splits, is_bilevel(config)))
     precise = is_bilevel(config) and HYPERGRADIENTS[config.hypergradient].float32
     dtype, dtype_reason = hardware.choose_dtype(config, device, precise)

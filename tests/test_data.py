@@ -3,6 +3,7 @@
 import collections
 import json
 import random
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -266,6 +267,11 @@ def test_split_is_stratified_disjoint_and_repeatable():
     assert (len(train), len(val)) == (80, 20) and sum(e["label"] == "rare" for e in val) == 4
     assert sorted(e["text"] for e in train + val) == sorted(e["text"] for e in examples)
     assert split(examples, 0.2, seed=1) == (train, val) != split(examples, 0.2, seed=2)
+    with pytest.raises(
+        ValueError, match="^test_fraction=0.1 .* '3.5' leaves .* --task=regression$"
+    ):
+        few = [{"text": str(i), "label": ("3.5", "yes")[i > 1]} for i in range(9)]
+        split(few, 0.1, setting="test_fraction")
     with pytest.raises(ValueError, match="2 examples of label 'rare' leaves an empty split"):
         split(examples[:6], 0.2)
 
@@ -422,6 +428,10 @@ def test_lines_of_a_test_or_val_file_that_are_also_in_another_file_are_counted(b
     assert "3 of 6 lines of test_file are also in train_file" in capsys.readouterr().out
     begin(train_file="train.jsonl")
     assert "are also in" not in capsys.readouterr().out
+    Path("train.jsonl").write_text(2 * (Path("train.jsonl").read_text() + "\n"))
+    begin(train_file="train.jsonl", test_fraction=0.5)
+    said = re.search(r"(\d+) of (\d+) lines of test_fraction are also", capsys.readouterr().out)
+    assert 0 < int(said[1]) <= int(said[2])
 
 
 def test_what_a_run_leaves_out_of_its_examples_is_said_before_training(begin, capsys):

@@ -560,7 +560,7 @@ def test_a_tag_that_occurs_once_is_learnt_wherever_the_split_puts_it(place):
 def test_a_text_without_a_token_is_named(capsys):
     """The tiny model's tokenizer adds no special tokens."""
     file = write("train.jsonl", [*make("regression", 9), {"text": "", "text_b": "", "score": 1}])
-    said = "train.jsonl:10: the tokenizer leaves nothing of ''"
+    said = "train.jsonl:10: the text is empty, and this tokenizer has no token for that: fill it in"
     refused(capsys, said, "--model=tiny-random", f"--train_file={file}")
 
 
@@ -783,6 +783,9 @@ def test_a_csv_file_is_predicted_into_csv(capsys, refuses):
     assert header == "prediction,answer" and [row.split(",")[1] for row in rows] == ["p", "z"]
     assert all(row.partition(",")[0] in "pqr" for row in rows)
     assert "note: the run did not learn z" in capsys.readouterr().err
+    Path("new.csv").write_text('text,text_b\n,"ab"\n"' + "ab " * 99 + '",cd\n')
+    assert sample.main([*ask, "--out=empty.csv"]) == 0  # an empty text is one, as in training
+    assert "note: 1 examples were longer than block_size=64" in capsys.readouterr().err
     Path("new.csv").write_text("words\nab\n")
     for out, said in (
         ("more.csv", "new.csv:2: 'text' is missing, which the run's examples have"),
@@ -790,6 +793,14 @@ def test_a_csv_file_is_predicted_into_csv(capsys, refuses):
         ("nowhere/more.csv", "nowhere is no folder: make it, or choose another --out"),
     ):
         refuses(sample, [*ask, f"--out={out}"], said)
+
+
+def test_a_head_s_adapter_goes_on_with_its_own_labels_alone(refuses):
+    trained("classification", model=encoder(), method="lora")
+    rows = [row | {"label": row["label"] + "!"} for row in make("classification")]
+    more = ["--adapter=run", "--method=lora", f"--train_file={write('more.jsonl', rows)}"]
+    said = "run has a head for p, q, r, not for p!, q!, r!: name them alike"
+    refuses(train, [*more, "--out_dir=new"], said)
 
 
 def test_instructions_of_a_file_are_answered(capsys):

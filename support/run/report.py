@@ -54,7 +54,8 @@ def plan(task, method):
     search, retrain, both = c.search_steps, c.retrain_steps, "train + val"
 
     def of(phase, steps):
-        return f"{phase}: {steps} steps of {c.batch_size} examples, "
+        most = sum(len(task.encoded[name]) for name in ("train", "val"))
+        return f"{phase}: {steps} steps of {min(c.batch_size, most)} examples, "
 
     def on(split, steps):
         return f"on {split} ({epochs(task, split, steps):.2f} epochs)"

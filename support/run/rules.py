@@ -8,10 +8,12 @@ import dataclasses
 import math
 import os
 import shutil
+from pathlib import Path
 
 import torch
 
 from support.run import distributed, hardware, settings
+from support.run.files import read_json
 from support.text.datasets import BUILT_IN
 from support.text.official import HUB_NAME
 
@@ -122,6 +124,7 @@ def data(config, bilevel):
     sets, asks = "|".join(BUILT_IN), c.label_prompt and "{text}" not in c.label_prompt
     no_val = bilevel and not (c.val_file or c.val_fraction or elsewhere and not own)
     return those(
+        (not name and not own and c.resume, "no data: repeat the run's command, and --resume=True"),
         (not name and not own, f"no data: give --train_file=yours.jsonl, or --data={sets}"),
         (unknown, f"unknown data {name!r}: no folder, hub name (owner/name) or built-in set{near}"),
         (is_file, f"data={name} is a file: give it as --train_file={name}"),
@@ -224,6 +227,20 @@ def task(config, name, head, borrowed):
         (asks and not head and name != "label_words", f"label_prompt is for {own_prompts}"),
         (searches, f"num_beams and no_repeat_ngram_size are for task=generation, not task={name}"),
         (whole, "method=ft trains no head on a language model: use an adapter, or label_words"),
+    )
+
+
+def start(config, name, heads, labels):
+    """Of config.adapter. name: the task's; heads: the tasks with a head; labels: the data's."""
+    path = Path(config.adapter) / "run.json"
+    run = read_json(path) if config.adapter and path.exists() else {}
+    was, learnt = run.get("task"), run.get("labels", labels)
+    other = was in heads and was != name
+    own = f"{config.adapter} has a head for"
+    renamed = f"{own} {', '.join(learnt):.200}, not for {', '.join(labels):.200}: name them alike"
+    return those(
+        (other, f"{own} task={was}: give --task={was}, and data for it"),
+        (was in heads and not other and learnt != labels, renamed),
     )
 
 

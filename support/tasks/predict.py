@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -80,7 +81,11 @@ def evaluate(family, model, run, path, tasks):
         raise ValueError(f"{path} has the format {form!r}, and the run's task is {name}")
     if new := {label for example in examples for label in labels_of(example)} - {*run["labels"]}:
         raise ValueError(f"{path} has the label {min(new)!r}, which the run did not learn")
-    rows, _ = family.encode(examples, run["block_size"])
+    rows, cut = family.encode(examples, run["block_size"])
+    notes = Counter(note for example in examples for note in getattr(example, "notes", ()))
+    for note, count in notes.items():
+        print(f"note: {note} in {count} of {len(examples)} examples", file=sys.stderr)
+    say_cut(family, cut, run["block_size"])
     plain = SimpleNamespace(fsdp=False, compile=False)
     with progress.bar("evaluate", len(rows), "row") as bar:
         return evaluate_rows(SimpleNamespace(model=model, family=family, config=plain), rows, bar)
@@ -101,14 +106,22 @@ def read_questions(path, form, columns=None):
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a JSONL or CSV file")
+    if path.suffix.lower() in (".parquet", ".xlsx", ".xls"):
+        raise ValueError(
+            f"{path}: predictions are of JSONL and CSV files: save it as CSV, in UTF-8"
+        )
     *needed, answer = FORMATS[form]
     asked, examples, answers = (*needed, *OPTIONAL.get(form, ())), [], []
     read = csv_fields if path.suffix.lower() in (".csv", ".tsv") else json_fields
     for where, fields in read(path, columns or {}):
-        if missing := [key for key in needed if not fields.get(key)]:
-            problem = f"{missing[0]!r} is missing, which the run's examples have"
-            raise ValueError(f"{where}: {problem}")
-        examples.append({key: fields[key] for key in asked if fields.get(key)})
+        empty = {"text"}.intersection(needed, fields)  # it may be, as in training
+        if missing := [key for key in needed if not fields.get(key) and key not in empty]:
+            name = (columns or {}).get(missing[0], missing[0])
+            talks = "; talks can't be predicted" * ("messages" in fields)
+            raise ValueError(f"{where}: {name!r} is missing, which the run's examples have{talks}")
+        examples.append(
+            {key: fields[key] or "" for key in asked if key in empty or fields.get(key)}
+        )
         given = fields.get(answer)
         if answer in ("label", "labels"):  # as in training
             given = of_each(given, lambda name: name.strip() if isinstance(name, str) else name)
@@ -142,7 +155,15 @@ def encode(family, examples, form, block_size):
     names = list(getattr(family, "label_ids", None) or getattr(family, "names", ()))
     answers = ANY_ANSWER | {"label": names and names[0]}
     of = (lambda x: names[:1] * len(x["words"])) if key == "tags" else lambda x: answers[key]
-    return family.encode([x | {key: of(x)} for x in examples], block_size)[0]
+    rows, cut = family.encode([x | {key: of(x)} for x in examples], block_size)
+    say_cut(family, cut, block_size)
+    return rows
+
+
+def say_cut(family, cut, block_size):
+    """Print the note on examples that were cut, if any: a family's first one."""
+    if cut:
+        print(f"note: {next(iter(family.notes(cut, block_size)))}", file=sys.stderr)
 
 
 def line_of(prediction, answer, separator):

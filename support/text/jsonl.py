@@ -287,7 +287,7 @@ def check_score(score):
     """Raise ValueError for a score that is not a number within float32's range."""
     number = isinstance(score, (int, float)) and not isinstance(score, bool)
     if not number or not abs(score) <= LARGEST:
-        raise ValueError(f"'score' is {score!r:.40}, not a number of at most {LARGEST:g}")
+        raise ValueError(f"'score' is {score!r:.40}, not a number of at most {LARGEST:g}, as 2.5")
 
 
 def learnt_answers(turns):

@@ -9,6 +9,7 @@ Splits: which examples train each level, and which are tested.
 import itertools
 import os
 import random
+import re
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from support.text import official, tables
 from support.text.datasets import BUILT_IN
 from support.text.jsonl import Example, columns_of, count_shared, format_of, read_jsonl
 
+NUMBER = re.compile(r"-?\d*\.?\d+")
 LABEL_PROMPT = (
     "Which of these labels fits the text: {labels}? Answer with the label only.\n\n{text}"
 )
@@ -46,11 +48,11 @@ def load_examples(path_or_name, columns=None):
     return readers.get(path.suffix.lower(), read_jsonl)(path, columns)
 
 
-def split(examples, val_fraction=0.2, seed=0, grouped=True):
+def split(examples, val_fraction=0.2, seed=0, grouped=True, setting="val_fraction"):
     """
     Shuffle and split into (train, val), label by label (stratified). grouped: keep examples of one
-    "group" together, which may make val a little smaller. Raises ValueError if train or val would
-    be empty, or would lack a label that the other has.
+    "group" together, which may make val a little smaller. setting: the fraction's name in messages.
+    Raises ValueError if train or val would be empty, or would lack a label that the other has.
     """
     order = random.Random(seed).sample(range(len(examples)), len(examples))
     labels, groups, first = {}, {}, {}
@@ -75,10 +77,12 @@ def split(examples, val_fraction=0.2, seed=0, grouped=True):
             what = f"label {label!r}" if label is not None else "the data"
             least = 0.5 / min(map(len, labels.values()))  # half an example is rounded to none
             fits = f", or a fraction above {least:.3g}" * (least < 0.5 and val_fraction <= least)
+            none = "; methods without an upper level (dora, lora, ft) need none: --val_fraction=0"
+            none *= setting == "val_fraction"
+            number = "; for numbers give --task=regression" * bool(NUMBER.fullmatch(str(label)))
             raise ValueError(
-                f"val_fraction={val_fraction} of the {len(rows)} examples of {what} leaves an "
-                f"empty split: give more examples (groups stay whole){fits}; methods without an "
-                f"upper level (dora, lora, ft) need none: --val_fraction=0"
+                f"{setting}={val_fraction} of the {len(rows)} examples of {what} leaves an "
+                f"empty split: give more examples (groups stay whole){fits}{none}{number}"
             )
         val += [examples[i] for i in rows if i in chosen]
         train += [examples[i] for i in rows if i not in chosen]
@@ -107,7 +111,8 @@ def load_splits(config):
         }
         whole, splits["test"] = splits["train"], []
         if config.test_fraction:
-            splits["train"], splits["test"] = split(whole, config.test_fraction, seed=0)
+            options = dict(seed=0, setting="test_fraction")
+            splits["train"], splits["test"] = split(whole, config.test_fraction, **options)
     elif config.data in BUILT_IN:
         whole, question = load_examples(config.data), BUILT_IN[config.data].question
         splits = sample_built_in(config, whole)
@@ -122,7 +127,8 @@ def load_splits(config):
     if not splits["val"] and config.val_fraction > 0:
         splits["train"], splits["val"] = split(splits["train"], config.val_fraction, config.seed)
     if config.held_fraction > 0:
-        splits["train"], held = split(splits["train"], config.held_fraction, config.seed)
+        options = dict(seed=config.seed, setting="held_fraction")
+        splits["train"], held = split(splits["train"], config.held_fraction, **options)
         splits = {"train": splits.pop("train"), "val": splits.pop("val"), "held": held, **splits}
     # From the whole data set, since a small sample may lack a label.
     labels = sorted({label for example in whole for label in labels_of(example)})
@@ -253,7 +259,8 @@ def shared(splits, config):
     files = {first: splits["train"] + splits.get("held", [])}
     if not config.val_file:  # then val is a part of it
         files[first] += splits["val"]
-    files |= {n: splits[n[:-5]] for n in ("val_file", "test_file") if getattr(config, n)}
+    others = {"val_file": "val", "test_file": "test", "test_fraction": "test"}
+    files |= {n: splits[part] for n, part in others.items() if getattr(config, n)}
     for (name, part), (later, later_part) in itertools.combinations(files.items(), 2):
         if count := count_shared(later_part, part):
             yield f"{count} of {len(later_part)} lines of {later} are also in {name}"

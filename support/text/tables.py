@@ -48,7 +48,8 @@ def read_table(path, columns=None):
     """
     ending, known = Path(path).suffix.lower(), (".csv", ".tsv", ".parquet")
     if ending not in known:
-        raise ValueError(f"{path}: the name of a table must end in {', '.join(known)}")
+        ends = f"the name of a table must end in {', '.join(known)}: save it as CSV, in UTF-8"
+        raise ValueError(f"{path}: {ends}")
     packed = ending == ".parquet"
     rows = parquet_rows(path, columns) if packed else csv_rows(path)
     return examples_of(path, rows, columns, tidy=not packed)
@@ -203,7 +204,7 @@ def fields_of(rows, layout, width, tidy, notes=()):
     for where, cells in rows:
         if len(cells) != width:
             counts = f"{len(cells)} cells, but {width} columns"
-            hint = "give each column one, and put no blank before a quote"
+            hint = "give each column one, texts with commas quotes, and those no blank before"
             raise ValueError(f"{where}: {counts}: {hint}")
         fields = {key: cells[i] for key, i in layout.items()}
         bare = {key: bare_cell(cell, key) for key, cell in fields.items()} if tidy else fields

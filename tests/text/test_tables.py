@@ -176,7 +176,7 @@ def test_e2e_s_references_are_joined_by_meaning(write):
         ("text,label,text\nx,y,z", 1, "the column 'text' occurs twice"),
         ("text,label\na,b\n\nx", 4, "1 cells, but 2 columns"),
         ("text,label\na,b\nx,y,z", 3, "3 cells, but 2 columns"),
-        ('text,label\nx, "y, z"', 2, "put no blank before a quote"),
+        ('text,label\nx, "y, z"', 2, "and those no blank before"),
         ('text,label\n"a\nb",c\nx, ', 4, f"{EMPTY} 'label'"),
         ("prompt,completion\nx,", 2, f"{EMPTY} 'completion'"),
         ("instruction,output\nx,", 2, f"{EMPTY} 'output'"),
