@@ -4,6 +4,7 @@ Any example may also have a "group": data.split keeps the examples of a group to
 notes name all that is left out of it or changed.
 """
 
+import functools
 import json
 import re
 
@@ -29,6 +30,7 @@ OPTIONAL = {  # what an example may have besides; text_b: the second text of a p
 }
 LISTS = dict.fromkeys(("references", "choices", "labels", "words", "tags"), str)  # of items
 LISTS |= {"tools": dict, "documents": dict, "history": list}
+DECODER = json.JSONDecoder(object_pairs_hook=unique)
 LARGEST = 1e38  # of scores: float32's range
 MOST_BYTES = 2**28  # of a JSON array, which is read as a whole
 LEARNT = ("weight", "train", "training", "loss")  # 0 or false: an assistant's turn is not learnt
@@ -44,10 +46,12 @@ class Example(dict):
 
 def format_of(example):
     """The name of an example's format, a key of FORMATS, or None."""
-    for name, keys in FORMATS.items():
-        if all(map(example.__contains__, keys)):
-            return name
-    return None
+    return format_with(tuple(example))
+
+
+@functools.lru_cache(1000)  # examples by the million have a few sets of keys
+def format_with(keys):
+    return next((name for name, needed in FORMATS.items() if {*needed} <= {*keys}), None)
 
 
 def read_jsonl(path, columns=None):
@@ -132,7 +136,7 @@ def count_shared(examples, others):
 def parse(content, where):
     """The JSON value that some bytes hold. Raises ValueError, which begins with `where`."""
     try:
-        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
+        value = DECODER.decode(content.decode("utf-8-sig"))
         # An escape like \ud83d is half a pair; alone, it encodes no character.
         if b"\\ud" in content.lower():
             json.dumps(value, ensure_ascii=False).encode()
@@ -158,6 +162,8 @@ def renamed(fields, columns, where):
     A dict with those of its keys that `columns` name, {key of an example: its name here}, called by
     the example's keys. Raises ValueError, which begins with `where`, if one is missing.
     """
+    if not columns:
+        return fields
     if missing := {*columns.values()} - fields.keys():
         have = " ".join(", ".join(fields).split())
         said = f"there is no {min(missing)!r}, which the settings name, but {have:.300}"

@@ -19,6 +19,7 @@ from support.text import official, tables
 from support.text.datasets import BUILT_IN
 from support.text.jsonl import Example, columns_of, count_shared, format_of, read_jsonl
 
+LABELS = {"classification": "label", "multi_label": "labels", "tagging": "tags"}
 NUMBER = re.compile(r"-?\d*\.?\d+")
 LABEL_PROMPT = (
     "Which of these labels fits the text: {labels}? Answer with the label only.\n\n{text}"
@@ -184,8 +185,7 @@ def sample_official(config, parts):
 
 def labels_of(example):
     """The list of an example's labels or tags; [] if its format has none."""
-    key = {"classification": "label", "multi_label": "labels", "tagging": "tags"}
-    labels = example.get(key.get(format_of(example)), [])
+    labels = example.get(LABELS.get(format_of(example)), [])
     return [labels] if isinstance(labels, str) else labels
 
 
