@@ -229,7 +229,9 @@ def test_held_out_losses_choose_the_weights_and_end_a_phase(capsys):
         own = name.removeprefix("base_model.model.").removesuffix(".weight")
         assert torch.equal(seen[best][own], value)
     said = f"train: {best + 4} of 24 steps; the lowest held-out loss, {losses[best]:.3f}, came"
-    assert f"{said} after step {best}, whose weights are kept" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{said} after step {best}, whose weights are kept" in out
+    assert results["kept_step"] == best and f"the weights are those of step {best}, by" in out
 
 
 def test_held_out_examples_train_nothing_and_their_losses_change_nothing():

@@ -116,7 +116,8 @@ def plot_losses(path, metrics, results):
 
     if results["after"]["test"] and results["before"]:
         losses = [results[when]["test"]["loss"] for when in ("before", "after")]
-        axes.plot([0, len(metrics)], losses, "k^", label="test, before and after")
+        end = results.get("kept_step", len(metrics))
+        axes.plot([0, end], losses, "k^", label="test, before and after")
 
     begins = {line["phase"]: line["step"] for line in reversed(metrics)}
     for phase, first in begins.items():
@@ -143,6 +144,8 @@ def table(results):
             scores = [results[when].get(split) or {} for split in splits]
             rows[f"{name} {when}"] = [in_form(name, own.get(name)) for own in scores]
     lines = ["".join(f"{cell:>16}" for cell in (name, *row)) for name, row in rows.items()]
+    if "kept_step" in results:
+        lines.append(f"the weights are those of step {results['kept_step']}, by held-out loss")
     if "test" not in splits:
         lines.append("no test set: --test_file names examples that training does not see")
 

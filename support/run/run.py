@@ -350,6 +350,10 @@ class Run:
             "processes": distributed.WORLD_SIZE,
             "out_dir": str(self.out),
         }
+        if self.config.keep == "best":
+            own = [line for line in self.metrics if line["phase"] == self.metrics[-1]["phase"]]
+            held = {line["step"]: line["held_loss"] for line in own if "held_loss" in line}
+            results["kept_step"] = min(held, key=held.get)
         if self.is_first:
             report.plot_losses(self.out / "loss.png", self.metrics, results)
             write_json(self.out / "summary.json", results)
