@@ -443,6 +443,7 @@ def test_what_a_run_leaves_out_of_its_examples_is_said_before_training(begin, ca
     Path("test.csv").write_text("id,Text,label\n1,a,no\n2, b,no\n")
     begin(train_file="train.jsonl", test_file="test.csv")
     out = capsys.readouterr().out.splitlines()
+    assert "; labels Yes (24%), no (29%), yes (48%)" in "".join(out)
     for line in (
         "the key 'source' is not used in 2 of 42 examples",
         "the key 'weight' is not used in 1 of 42 examples",

@@ -274,7 +274,7 @@ def test_curves_of_several_runs_are_drawn_and_a_run_that_is_missing_is_named(ref
         write(files.make_folder(name) / "metrics.jsonl", [{"step": i, key: 1} for i in (1, 2)])
     assert curves.main(["a", "b"]) == 0
     assert Path("out/curves.png").read_bytes().startswith(b"\x89PNG")
-    refuses(curves, ["a", "nowhere"], "nowhere/metrics.jsonl")
+    refuses(curves, ["a", "nowhere"], "nowhere is no run's folder: it lacks metrics.jsonl")
 
 
 def test_a_question_is_refused_where_nothing_is_asked(refuses):

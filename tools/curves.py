@@ -33,6 +33,8 @@ def draw(curves):
     """Write the picture. Raises ValueError or OSError."""
     if not 0 < len(curves.runs) <= len(COLORS):
         raise ValueError(f"give the folders of one to {len(COLORS)} runs")
+    if missing := [run for run in curves.runs if not Path(run, "metrics.jsonl").exists()]:
+        raise ValueError(f"{missing[0]} is no run's folder: it lacks metrics.jsonl")
     lines = {run: Path(run, "metrics.jsonl").read_text().splitlines() for run in curves.runs}
     logs = {run: [json.loads(line) for line in own] for run, own in lines.items()}
     shown = [key for key in PANELS if any(key in line for log in logs.values() for line in log)]

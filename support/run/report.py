@@ -28,7 +28,10 @@ def announce(task, method):
         print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{own}")
 
     counts = ", ".join(f"{count} {name}" for name, count in task.examples.counts.items())
-    labels = f"; labels {', '.join(task.labels)}" if task.labels else ""
+    total = sum(task.examples.labels.values())
+    shares = {name: f" ({n / total:.0%})" for name, n in task.examples.labels.items()}
+    labels = ", ".join(name + shares.get(name, "") for name in task.labels)
+    labels = f"; labels {labels}" * bool(labels)
     source = config.train_file or config.data
     source += f" (licence: {BUILT_IN[source].licence})" if source in BUILT_IN else ""
     if max(task.examples.counts.values()) > config.eval_size:

@@ -237,6 +237,7 @@ class Examples(NamedTuple):
     counts: dict  # {split: how many}
     form: str  # their format, a key of jsonl.FORMATS
     pairs: bool | None  # whether they are pairs of texts; None if only some are
+    labels: Counter  # {label: in how many examples}, of classification
     notes: Counter  # {what a file's reader left out or changed: in how many}
     shared: list  # a line for each file that holds lines of an earlier one
 
@@ -244,10 +245,12 @@ class Examples(NamedTuple):
     def of(cls, splits, config):
         notes = (getattr(x, "notes", ()) for part in splits.values() for x in part)
         pairs = {"text_b" in example for example in splits["train"]}
+        labels = (x["label"] for part in splits.values() for x in part if "label" in x)
         return cls(
             {name: len(part) for name, part in splits.items()},
             format_of(splits["train"][0]),
             pairs.pop() if len(pairs) == 1 else None,
+            Counter(labels),
             Counter(itertools.chain(*notes)),
             [*shared(splits, config)],
         )
