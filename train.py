@@ -37,7 +37,7 @@ from support.tasks.predict import evaluate_rows
 from support.text.splits import Examples
 from support.weights import quantized
 from support.weights.hf_format import is_own
-from support.weights.pretrained import find_model
+from support.weights.pretrained import find_model, read_run
 from support.weights.regularisers import regulariser
 
 
@@ -245,7 +245,9 @@ def prepare(config, device, resuming=False, task_class=Task, began=None):
         distributed.wait()  # lets the others continue
 
     rules.refuse(rules.task(config, name, name in tasks.HEADS, not is_own(folder)))
-    rules.refuse(rules.start(config, name, tasks.HEADS, labels))
+    known = tasks.TASKS, Config.__annotations__
+    run = read_run(Path(config.adapter), *known) if config.adapter else {}
+    rules.refuse(rules.start(config, run, name, tasks.HEADS, labels))
     rules.refuse(rules.splits(config, splits, is_bilevel(config)))
     precise = is_bilevel(config) and HYPERGRADIENTS[config.hypergradient].float32
     dtype, dtype_reason = hardware.choose_dtype(config, device, precise)

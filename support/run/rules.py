@@ -8,12 +8,10 @@ import dataclasses
 import math
 import os
 import shutil
-from pathlib import Path
 
 import torch
 
 from support.run import distributed, hardware, settings
-from support.run.files import read_json
 from support.text.datasets import BUILT_IN
 from support.text.official import HUB_NAME
 
@@ -230,10 +228,8 @@ def task(config, name, head, borrowed):
     )
 
 
-def start(config, name, heads, labels):
-    """Of config.adapter. name: the task's; heads: the tasks with a head; labels: the data's."""
-    path = Path(config.adapter) / "run.json"
-    run = read_json(path) if config.adapter and path.exists() else {}
+def start(config, run, name, heads, labels):
+    """run: config.adapter's; name: the task's; heads: the tasks with a head; labels: the data's."""
     was, learnt = run.get("task"), run.get("labels", labels)
     other = was in heads and was != name
     own = f"{config.adapter} has a head for"

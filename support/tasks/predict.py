@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import sys
-from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -28,7 +27,7 @@ from support.text.jsonl import (
     of_each,
     renamed,
 )
-from support.text.splits import labels_of, load_examples
+from support.text.splits import Examples, labels_of, left_out, load_examples
 from support.text.tables import csv_rows, fields_of, places_of
 
 ROWS = 32  # in a forward pass
@@ -82,9 +81,8 @@ def evaluate(family, model, run, path, tasks):
     if new := {label for example in examples for label in labels_of(example)} - {*run["labels"]}:
         raise ValueError(f"{path} has the label {min(new)!r}, which the run did not learn")
     rows, cut = family.encode(examples, run["block_size"])
-    notes = Counter(note for example in examples for note in getattr(example, "notes", ()))
-    for note, count in notes.items():
-        print(f"note: {note} in {count} of {len(examples)} examples", file=sys.stderr)
+    for line in left_out(Examples.of({"train": examples}), {"train": rows}, []):
+        print(f"note: {line}", file=sys.stderr)
     say_cut(family, cut, run["block_size"])
     plain = SimpleNamespace(fsdp=False, compile=False)
     with progress.bar("evaluate", len(rows), "row") as bar:

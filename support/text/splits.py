@@ -242,7 +242,7 @@ class Examples(NamedTuple):
     shared: list  # a line for each file that holds lines of an earlier one
 
     @classmethod
-    def of(cls, splits, config):
+    def of(cls, splits, config=None):
         notes = (getattr(x, "notes", ()) for part in splits.values() for x in part)
         pairs = {"text_b" in example for example in splits["train"]}
         labels = (x["label"] for part in splits.values() for x in part if "label" in x)
@@ -252,7 +252,7 @@ class Examples(NamedTuple):
             pairs.pop() if len(pairs) == 1 else None,
             Counter(labels),
             Counter(itertools.chain(*notes)),
-            [*shared(splits, config)],
+            [*shared(splits, config)] if config else [],
         )
 
 
