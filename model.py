@@ -25,7 +25,7 @@ from support.fast import rotary
 from support.fast.kernels import QUERIES, ROWS, TWICE, cross_entropy, recompute, recompute_module
 from support.fast.rows import Rows
 from support.run.files import read_json
-from support.tasks import likelihood
+from support.tasks import any_model, likelihood
 from support.weights import hf_format
 
 
@@ -67,8 +67,8 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, cache=None, rows=None):
-        """x: (B, T, hidden_size), maybe with a cache; of Rows (N, hidden_size)."""
+    def forward(self, x, cos, sin, rows=None):
+        """x: (B, T, hidden_size); of Rows (N, hidden_size)."""
         heads = (-1, self.c.head_dim)
         q = self.q_norm(self.q_proj(x).unflatten(-1, heads))
         k = self.k_norm(self.k_proj(x).unflatten(-1, heads))
@@ -78,10 +78,6 @@ class Attention(nn.Module):
         if rows is not None:
             return self.o_proj(self.over_rows(q, k, v, rows).flatten(-2))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or Hkv, T, head_dim)
-        if cache is not None:  # this layer's keys and values of earlier tokens
-            if cache:
-                k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
-            cache.update(k=k, v=v)
         return self.o_proj(self.attention(q, k, v).transpose(1, 2).flatten(-2))
 
     def over_rows(self, q, k, v, rows):
@@ -149,8 +145,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, cache=None, rows=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, rows)
+    def forward(self, x, cos, sin, rows=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -182,17 +178,13 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden_states(self, input_ids, caches=None, rows=None):
-        """
-        The last layer's normalised output, (B, T, hidden_size), or (N, hidden_size) for rows.
-        caches: a dict per layer, empty at first, that collects all tokens' keys and values.
-        """
+    def hidden_states(self, input_ids, rows=None):
+        """The last layer's normalised output, (B, T, hidden_size); of Rows (N, hidden_size)."""
         if rows is not None:
             positions, length = rows.positions, rows.shared + rows.longest
         else:
-            past = caches[0]["k"].size(2) if caches and caches[0] else 0
-            length = past + input_ids.size(1)
-            positions = torch.arange(past, length, device=input_ids.device)
+            length = input_ids.size(1)
+            positions = torch.arange(length, device=input_ids.device)
 
         trained = self.config.max_position_embeddings
         if self.config.rope["rope_type"] == "dynamic" and length > trained:
@@ -204,11 +196,11 @@ class Transformer(nn.Module):
         turns = rotary.frequencies(self.config.rope, self.config.head_dim)
         cos, sin = rotary.angles(positions, *turns, x.dtype)  # (T, 1, head_dim) each
 
-        for i, block in enumerate(self.model.layers):
+        for block in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = recompute_module(block, x, cos=cos, sin=sin, rows=rows)
             else:
-                x = block(x, cos, sin, caches[i] if caches else None, rows)
+                x = block(x, cos, sin, rows)
         return self.model.norm(x)
 
     def forward(self, input_ids, labels=None):
@@ -264,32 +256,19 @@ class Transformer(nn.Module):
 
     score = likelihood.score  # (prompts, answers) -> log p(answer | prompt)
 
-    @torch.no_grad()
     def generate(
         self, input_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_ids=()
     ):
         """
-        Sample a continuation; return input_ids followed by the new tokens, (B, T + new).
+        Sample a continuation, by transformers; return input_ids and the new tokens, (B, T + new).
 
         input_ids: (B, T), rows of equal length. temperature=0 takes the likeliest token. top_k
         keeps the k likeliest tokens, top_p the smallest set with this share of the probability
         (nucleus sampling, arXiv 1904.09751). Ends after max_new_tokens, or when every row has
-        produced one of stop_ids; a row that has stopped repeats its stop token.
+        produced one of stop_ids; a row that ends earlier is filled up with the first of them.
         """
-        caches = [{} for _ in self.model.layers]
-        stop = torch.tensor(list(stop_ids), device=input_ids.device)
-        stopped = torch.zeros(input_ids.size(0), dtype=torch.bool, device=input_ids.device)
-        new = input_ids  # the tokens that are not in the caches yet
-
-        for _ in range(max_new_tokens):
-            logits = self.lm_head(self.hidden_states(new, caches)[:, -1]).float()  # (B, vocab)
-            new = sample(logits, temperature, top_k, top_p)  # (B, 1)
-            new = torch.where(stopped[:, None], input_ids[:, -1:], new)
-            input_ids = torch.cat((input_ids, new), dim=1)
-            stopped |= torch.isin(new[:, 0], stop)
-            if stopped.all():
-                break
-        return input_ids
+        options = temperature, top_k, top_p, stop_ids
+        return any_model.as_any(self).generate(input_ids, max_new_tokens, *options)
 
     @classmethod
     def from_pretrained(
@@ -319,18 +298,3 @@ class Transformer(nn.Module):
         Raises ValueError for an adapted or a quantised model: call `bidora.merge(model)` first.
         """
         hf_format.save(self, folder)
-
-
-def sample(logits, temperature, top_k, top_p):
-    """The next tokens, (B, 1), from logits (B, vocab); arguments as in Transformer.generate."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits[logits < least] = -torch.inf
-    if top_p is not None:
-        ordered, order = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # never true for the likeliest token
-        logits[torch.zeros_like(beyond).scatter(1, order, beyond)] = -torch.inf
-    return torch.multinomial(logits.softmax(-1), 1)

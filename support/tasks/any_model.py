@@ -384,8 +384,8 @@ class AnyLanguageModel(Borrowed):
     def continued(self, inputs, max_new_tokens, stop_ids, **options):
         """transformers' generate, with these options alone, not those of the model's file."""
         options |= dict(max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids) or None)
-        own = self.hf.generation_config
-        self.hf.generation_config = library().GenerationConfig(pad_token_id=0, **options)
+        fill, own = next(iter(stop_ids), 0), self.hf.generation_config
+        self.hf.generation_config = library().GenerationConfig(pad_token_id=fill, **options)
         try:
             return self.hf.generate(**inputs)
         finally:
