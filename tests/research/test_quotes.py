@@ -13,14 +13,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from scipy.stats import wilcoxon
+from scipy.stats import ttest_1samp, wilcoxon
 
 from research import tables
 
 ROOT = Path(__file__).parents[2]
-README, RESULTS = (
+README, RESULTS, CLAIMS = (
     " ".join((ROOT / name).read_text(encoding="utf-8").split())
-    for name in ("README.md", "docs/results.md")
+    for name in ("README.md", "docs/results.md", "docs/claims.md")
 )
 
 
@@ -142,6 +142,18 @@ AT_1E_3 = [r for r in EARLIER if r["method"] == "bidora"]
 AT_1E_3 += lines_of("results/earlier", "dora-at-1e-3")
 SAME_RATE = [("-", AT_1E_3, "bidora", "dora", gap, 100, (), True)]
 THREE = ["similarity", "movie-sentiment", "peptides"]  # the tasks of most groups of arms
+PARTS = [(100, THREE), (100, THREE[:1]), (400, THREE), (400, THREE[2:])]
+BIDORA = [(runs, "bidora", "dora") for runs in (COMPARISON, ONE_RATE, STUDY)]
+CLAIMED = {  # {words of a claim: the arguments of differences, of each interval in its row}
+    "mitigates overfitting": [(*pair, gap) for pair in BIDORA]
+    + [(STUDY, arm, "dora", gap, 400) for arm in ("bidora", "dora-two-phases")],
+    "distinct": [(STUDY, "bidora", "bidora-on-train", m, 100, THREE) for m in (gap, score)],
+    "the risk of": [(STUDY, "dora", "lora", gap, size, THREE) for size in (100, 400)],
+    "outperforms DoRA": [*BIDORA, (STUDY, "bidora", "dora", score, 400)],
+    "extremely small": [(STUDY, "bidora", "dora", score, n, THREE[2:]) for n in (100, 400)],
+    "unrolled step": [(STUDY, "first-order", "bidora", score, 100, THREE)],
+    "consistently outperforms LoRA": [(STUDY, "dora", "lora", score, *part) for part in PARTS],
+}
 
 
 @pytest.mark.parametrize(
@@ -188,6 +200,21 @@ def test_the_readme_quotes_the_ablation():
     one, *others = (differences(STUDY, "m-fixed", "bidora", domains=[task]) for task in THREE)
     assert_pairs(one, f"-{fixed}", p)
     assert all(wilcoxon(pairs).pvalue > 0.4 for pairs in others)
+
+
+def test_the_claims_quote_what_paired_runs_linked_tables_and_lesson_04_hold():
+    for row in CLAIMS.split("| |"):
+        intervals = re.findall(r"([-+][\d.]+) \[([-+][\d.]+), ([-+][\d.]+)\]", row)
+        [pairs] = [pairs for words, pairs in CLAIMED.items() if words in row] or [[]]
+        for quotes, pair in zip(intervals, pairs, strict=True):
+            ends = ttest_1samp(differences(*pair), 0).confidence_interval()
+            for quote, value in zip(quotes, (statistics.mean(differences(*pair)), *ends)):
+                assert_quoted(quote, value)
+
+        linked = "".join(map(text_of_file, re.findall(r"tables/([\w-]+)\.md", row)))
+        for quote in re.findall(r"[\d.]+±[\d.]+|[-+.\d]+ \([-+.\d]+ … [-+.\d]+\)", row):
+            assert quote.replace("±", " ± ") in linked + PRINTED_04, row
+    assert all(CLAIMS.count(words) == 1 for words in CLAIMED)
 
 
 def cells_of(table):
@@ -356,5 +383,5 @@ def test_the_claims_quote_the_draws_that_lesson_02_counted():
     names = ("DoRA", "joint, then m fixed")
     dora, joint = (re.findall(rf"(?m)^{n} .* (\d+) of 100 ", PRINTED_02) for n in names)
     sentence = "its test error is lower than DoRA's in {} at rank 6 and in {} at rank 2"
-    assert quoted(RESULTS, sentence) == (dora[0], dora[-1])
-    assert quoted(RESULTS, "BiDoRA's error is lower in {} and in {}") == tuple(joint)
+    assert quoted(CLAIMS, sentence) == (dora[0], dora[-1])
+    assert quoted(CLAIMS, "BiDoRA's error is lower in {} and in {}") == tuple(joint)
