@@ -13,14 +13,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from scipy.stats import wilcoxon
+from scipy.stats import ttest_1samp, wilcoxon
 
 from research import tables
 
 ROOT = Path(__file__).parents[2]
-README, RESULTS = (
+README, RESULTS, CLAIMS = (
     " ".join((ROOT / name).read_text(encoding="utf-8").split())
-    for name in ("README.md", "docs/results.md")
+    for name in ("README.md", "docs/results.md", "docs/claims.md")
 )
 
 
@@ -50,7 +50,7 @@ def quoted(text, sentence):
     return match.groups()
 
 
-LESSON_02, PRINTED_02 = text_of("02")
+(LESSON_02, PRINTED_02), (_, PRINTED_04) = text_of("02"), text_of("04")
 
 
 def score(run, split="test"):
@@ -141,6 +141,19 @@ EARLIER_GAPS = [("-", EARLIER, "bidora", "dora", gap, size, (), True) for size i
 AT_1E_3 = [r for r in EARLIER if r["method"] == "bidora"]
 AT_1E_3 += lines_of("results/earlier", "dora-at-1e-3")
 SAME_RATE = [("-", AT_1E_3, "bidora", "dora", gap, 100, (), True)]
+THREE = ["similarity", "movie-sentiment", "peptides"]  # the tasks of most groups of arms
+PARTS = [(100, THREE), (100, THREE[:1]), (400, THREE), (400, THREE[2:])]
+BIDORA = [(runs, "bidora", "dora") for runs in (COMPARISON, ONE_RATE, STUDY)]
+CLAIMED = {  # {words of a claim: the arguments of differences, of each interval in its row}
+    "mitigates overfitting": [(*pair, gap) for pair in BIDORA]
+    + [(STUDY, arm, "dora", gap, 400) for arm in ("bidora", "dora-two-phases")],
+    "distinct": [(STUDY, "bidora", "bidora-on-train", m, 100, THREE) for m in (gap, score)],
+    "the risk of": [(STUDY, "dora", "lora", gap, size, THREE) for size in (100, 400)],
+    "outperforms DoRA": [*BIDORA, (STUDY, "bidora", "dora", score, 400)],
+    "extremely small": [(STUDY, "bidora", "dora", score, n, THREE[2:]) for n in (100, 400)],
+    "unrolled step": [(STUDY, "first-order", "bidora", score, 100, THREE)],
+    "consistently outperforms LoRA": [(STUDY, "dora", "lora", score, *part) for part in PARTS],
+}
 
 
 @pytest.mark.parametrize(
@@ -166,11 +179,9 @@ def test_a_quoted_mean_and_its_p_are_those_of_paired_runs(text, pairs, sentence)
 
 
 def test_the_readme_quotes_the_study_s_gap_at_400_examples():
-    smaller, below, p = quoted(
-        README,
-        "At 400 examples its gap is {} points smaller than DoRA's (p < 0.001); DoRA in these "
-        "phases narrows it as much. Its score is {} lower (p = {})",
-    )
+    sentence = "At 400 examples its gap is {} points smaller than DoRA's (p < 0.001); DoRA in "
+    sentence += "these phases narrows it as much. Its score is {} lower (p = {})"
+    smaller, below, p = quoted(README, sentence)
     own, phases = (differences(STUDY, a, "dora", gap, 400) for a in ("bidora", "dora-two-phases"))
     assert_quoted(f"-{smaller}", statistics.mean(own))
     for found in (own, phases):
@@ -179,22 +190,31 @@ def test_the_readme_quotes_the_study_s_gap_at_400_examples():
 
 
 def test_the_readme_quotes_the_ablation():
-    domains = ["similarity", "movie-sentiment", "peptides"]
     [cost] = quoted(README, "transposed layers, which cost {} points on MiniLM")
-    fixed, p = quoted(
-        README, "a magnitude that stays fixed costs {} points on one of three tasks (p = {})"
-    )
-
-    def minus(arm, other, *domains):
-        return differences(STUDY, arm, other, domains=domains)
-
-    transposed = minus("written+transposed", "as-written", *domains)
+    sentence = "a magnitude that stays fixed costs {} points on one of three tasks (p = {})"
+    fixed, p = quoted(README, sentence)
+    transposed = differences(STUDY, "written+transposed", "as-written", domains=THREE)
     assert_quoted(f"-{cost}", statistics.mean(transposed))
-    assert wilcoxon(minus("first-order", "bidora", *domains)).pvalue > 0.5
+    assert wilcoxon(differences(STUDY, "first-order", "bidora", domains=THREE)).pvalue > 0.5
 
-    of_one, *of_others = (minus("m-fixed", "bidora", domain) for domain in domains)
-    assert_pairs(of_one, f"-{fixed}", p)
-    assert all(wilcoxon(pairs).pvalue > 0.4 for pairs in of_others)
+    one, *others = (differences(STUDY, "m-fixed", "bidora", domains=[task]) for task in THREE)
+    assert_pairs(one, f"-{fixed}", p)
+    assert all(wilcoxon(pairs).pvalue > 0.4 for pairs in others)
+
+
+def test_the_claims_quote_what_paired_runs_linked_tables_and_lesson_04_hold():
+    for row in CLAIMS.split("| |"):
+        intervals = re.findall(r"([-+][\d.]+) \[([-+][\d.]+), ([-+][\d.]+)\]", row)
+        [pairs] = [pairs for words, pairs in CLAIMED.items() if words in row] or [[]]
+        for quotes, pair in zip(intervals, pairs, strict=True):
+            ends = ttest_1samp(differences(*pair), 0).confidence_interval()
+            for quote, value in zip(quotes, (statistics.mean(differences(*pair)), *ends)):
+                assert_quoted(quote, value)
+
+        linked = "".join(map(text_of_file, re.findall(r"tables/([\w-]+)\.md", row)))
+        for quote in re.findall(r"[\d.]+±[\d.]+|[-+.\d]+ \([-+.\d]+ … [-+.\d]+\)", row):
+            assert quote.replace("±", " ± ") in linked + PRINTED_04, row
+    assert all(CLAIMS.count(words) == 1 for words in CLAIMED)
 
 
 def cells_of(table):
@@ -216,18 +236,12 @@ def test_the_files_of_tables_are_what_the_program_writes(name):
     assert text_of_file(name) == "\n".join(tables.FILES[name]()).rstrip() + "\n"
 
 
-STUDIED = ("study", "controls", "paper", "published", "network", "hypergradients")
-STUDIED += ("rank", "tiny", "sensitivity")
+STUDIED = "study controls paper published network hypergradients rank tiny sensitivity"
+TABLES = [("compare", COMPARISON, 10), ("compare-one-rate", ONE_RATE, 10)]
+TABLES += [(name, STUDY, 20) for name in STUDIED.split()]
 
 
-@pytest.mark.parametrize(
-    "name, runs, seeds",
-    [
-        ("compare", COMPARISON, 10),
-        ("compare-one-rate", ONE_RATE, 10),
-        *((name, STUDY, 20) for name in STUDIED),
-    ],
-)
+@pytest.mark.parametrize("name, runs, seeds", TABLES)
 def test_the_tables_are_what_their_runs_measured(name, runs, seeds):
     titled = r"(?m)^\*\*(.*) score, points of 100, (\d+) examples\*\*.*\n\n((?:\|.*\|\n)+)"
     found = re.findall(titled, text_of_file(name))
@@ -317,33 +331,23 @@ def assert_difference(cell, found):
 
 LOSSES = [(split, "loss") for split in ("test", "train")]
 ACCURACIES = [("test", "accuracy"), ("train", "accuracy")]
+TEXTS = [("test", name) for name in ("bleu", "chrf", "rougeL", "nist")] + LOSSES
+BY_METHOD = [("default", "default", "movie-sentiment", [ACCURACIES[0], LOSSES[0], ACCURACIES[1]])]
+BY_METHOD += [("decoder", "smollm2", "movie-sentiment", [*ACCURACIES, LOSSES[0]])]
+BY_METHOD += [("e2e", "smollm2", "e2e", TEXTS)]
 
 
-@pytest.mark.parametrize(
-    "name, folder, domain, columns",
-    [
-        ("default", "default", "movie-sentiment", [ACCURACIES[0], LOSSES[0], ACCURACIES[1]]),
-        ("decoder", "smollm2", "movie-sentiment", [*ACCURACIES, LOSSES[0]]),
-        (
-            "e2e",
-            "smollm2",
-            "e2e",
-            [("test", n) for n in ("bleu", "chrf", "rougeL", "nist")] + LOSSES,
-        ),
-    ],
-)
+@pytest.mark.parametrize("name, folder, domain, columns", BY_METHOD)
 def test_the_tables_by_method_are_what_their_runs_measured(name, folder, domain, columns):
     """A cell without a deviation is a mean alone; the default run's last one, its seconds."""
     found = [r for r in lines_of(f"results/{folder}") if r["domain"] == domain]
     found.sort(key=lambda r: r["seed"])
     [(_, _, *rows)] = tables_of(name)
     assert {row[0].strip("`") for row in rows} == {r["method"] for r in found}
+    unit = {"accuracy": 100}  # points of 100; other scores as they are
     for arm, seeds, *cells in rows:
         ours = [r for r in found if r["method"] == arm.strip("`")]
-        values = [
-            [(100 if score == "accuracy" else 1) * r["after"][split][score] for r in ours]
-            for split, score in columns
-        ]
+        values = [[unit.get(x, 1) * r["after"][split][x] for r in ours] for split, x in columns]
         for quote, value in zip(seeds.split(" / "), values[0], strict=True):
             assert_quoted(quote, value)
         for cell, column in zip(cells, values):
@@ -366,8 +370,7 @@ def test_lesson_02_quotes_the_mean_gaps():
 
 
 def test_lesson_04_prints_the_seeds_and_accuracies_that_results_hold():
-    _, printed = text_of("04")
-    found = re.findall(r"(?m)^(\D+?) +(\d+) seeds, .* accuracy (\S+) %$", printed)
+    found = re.findall(r"(?m)^(\D+?) +(\d+) seeds, .* accuracy (\S+) %$", PRINTED_04)
     assert len(found) == 5
     names = {"full fine-tuning": "ft"}
     for title, seeds, percent in found:
@@ -377,13 +380,8 @@ def test_lesson_04_prints_the_seeds_and_accuracies_that_results_hold():
 
 
 def test_the_claims_quote_the_draws_that_lesson_02_counted():
-    wins = dict.fromkeys(("DoRA", "joint"), ())
-    for name, count in re.findall(
-        r"(?m)^(DoRA|joint)(?:, then m fixed)? .* (\d+) of 100 ", PRINTED_02
-    ):
-        wins[name] += (count,)
-    dora = quoted(
-        RESULTS, "its test error is lower than DoRA's in {} at rank 6 and in {} at rank 2"
-    )
-    assert dora == (wins["DoRA"][0], wins["DoRA"][-1])
-    assert quoted(RESULTS, "BiDoRA's error is lower in {} and in {}") == wins["joint"]
+    names = ("DoRA", "joint, then m fixed")
+    dora, joint = (re.findall(rf"(?m)^{n} .* (\d+) of 100 ", PRINTED_02) for n in names)
+    sentence = "its test error is lower than DoRA's in {} at rank 6 and in {} at rank 2"
+    assert quoted(CLAIMS, sentence) == (dora[0], dora[-1])
+    assert quoted(CLAIMS, "BiDoRA's error is lower in {} and in {}") == tuple(joint)
