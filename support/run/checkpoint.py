@@ -1,8 +1,8 @@
 """
 Checkpoints, from which a killed run resumes bit for bit.
 
-A step's checkpoint is checkpoints/000120.safetensors, with parameters and both optimizers' states,
-and 000120.json, which is written last and holds the rest, and the digest of the first.
+After step 120, checkpoints/000120.safetensors holds the parameters and both optimizers' states.
+000120.json, which is written after it, holds its digest and all else.
 """
 
 import math
@@ -18,7 +18,7 @@ from support.run.files import digest, read_sealed, remove, replacing, seal, writ
 
 
 def random_states():
-    """The states of the random generators, for JSON; a GPU's only if it is current and in use."""
+    """The random generators' states, for JSON. A GPU's is there if it is current and in use."""
     name, numbers, *rest = numpy.random.get_state()
     return {
         "torch": torch.get_rng_state().tolist(),
@@ -67,7 +67,7 @@ def place(run, step):
 
 
 def steps(run):
-    """The steps of which a run has checkpoints, in order."""
+    """The steps after which a run has checkpoints, in order."""
     names = (path.stem for path in place(run, 0).parent.glob("*.json"))
     return sorted(int(name) for name in names if name.isdigit())
 
@@ -77,13 +77,13 @@ def save(run, step, tensors, state):
     path = place(run, step)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with written(path):
-        # No parents=True: if the run's folder has vanished, a checkpoint in it is no use.
+        # Without parents=True, since a checkpoint is no use if the run's folder has vanished.
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as temporary:
             save_file(contiguous, temporary)
     write_json(path.with_suffix(".json"), seal(state | {"tensors": digest(path)}))
 
-    # A run that found later checkpoints damaged has begun before them.
+    # Later checkpoints were damaged, so the run resumed before them: they go, too.
     earlier = [other for other in steps(run) if other < step]
     for old in {*steps(run)} - {*earlier[-1:], step}:
         remove(place(run, old).with_suffix(".json"))

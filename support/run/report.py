@@ -52,7 +52,7 @@ def trainable(sizes):
 
 
 def plan(task, method):
-    """Lines about the phases: their steps, and how often what learns sees its examples."""
+    """Lines about the phases: their steps, what learns in them, and how often it sees its data."""
     c, bilevel = task.config, method is not None and method.upper is not None
     search, retrain, both = c.search_steps, c.retrain_steps, "train + val"
 
@@ -84,7 +84,7 @@ def plan(task, method):
 
 
 def epochs(task, splits, steps):
-    """How often so many steps see the rows of one or more splits, joined by " + "."""
+    """How often `steps` steps see the rows of `splits`, names joined by " + "."""
     rows = sum(len(task.encoded[name]) for name in splits.split(" + "))
     return steps * min(task.config.batch_size, rows) / rows
 
@@ -107,7 +107,7 @@ def in_form(name, score):
 
 def plot_losses(path, metrics, results):
     """Draw the losses over the steps, the phases, and the test loss before and after."""
-    from matplotlib.figure import Figure  # not pyplot: no window, and a notebook's settings stay
+    from matplotlib.figure import Figure  # pyplot would open windows and change a notebook's style
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -162,7 +162,7 @@ def table(results):
 
 
 def trained_on(task, phases, steps):
-    """{split: whether these phases, of so many steps, trained on it, in words for the table}."""
+    """{split: the table's words on whether these phases, of so many steps, trained on it}."""
     config, seen = task.config, epochs(task, "train + val", steps)
     yes = "yes" if seen >= 1 else f"{seen:.1%} at most"
     val = yes if "train" in phases else f"in {phases[-1]}"
@@ -173,7 +173,7 @@ def trained_on(task, phases, steps):
 
 
 def warnings(results):
-    """Lines about a run that learnt nothing, or nothing that holds on held-out data."""
+    """Lines about a run that learnt nothing, or nothing that helps on held-out data."""
     first, last = results["first_train_loss"], results["after"]["train"]["loss"]
     before = results["before"] or {}
     worse = [s for s in before if results["after"][s]["loss"] >= before[s]["loss"]]
@@ -192,7 +192,7 @@ def flags(given, *left_out, **more):
 
 
 def metadata(task):
-    """What run.json holds besides the settings; sample.py reads it."""
+    """What run.json holds besides the settings. sample.py reads it."""
     free = task.examples.form in ("prompt", "code", "text")
     return {
         "task": task.name,
@@ -216,7 +216,7 @@ def summary(task):
 
 
 def next_commands(results, given, config, other, check):
-    """Commands to try next; the one with the method `other` if `check` does not refuse it."""
+    """Commands to try next. One has the method `other`, unless `check` refuses it."""
     out, prompts = results["out_dir"], ("...", "..." * bool(results["pairs"]))
     if config.data in BUILT_IN and not config.train_file:
         built_in = BUILT_IN[config.data]
@@ -227,7 +227,7 @@ def next_commands(results, given, config, other, check):
     shown += ' --labels="..., ..."' * (results["task"] == "multiple_choice")
     commands = [f"python sample.py {shlex.quote(f'--adapter={out}')} {shown}"]
 
-    # What one method alone takes goes, and what needs several processes; dtype=auto is pinned.
+    # Settings that only some methods or several processes take are reset; dtype=auto is pinned.
     names = ("two_phases", "upper_data", "upper_weight_decay", "compile", "fsdp")
     changed = {name: getattr(type(config), name) for name in names}
     changed |= {"dtype": results["dtype"]} if config.dtype == "auto" else {}
@@ -243,7 +243,7 @@ def next_commands(results, given, config, other, check):
 
 
 def stopped(error, given):
-    """The Stopped of a KeyboardInterrupt that ended a run: its text also says how to go on."""
+    """The Stopped of a KeyboardInterrupt that ended a run. Its text also says how to go on."""
     how = getattr(error, "how", interrupt.START_AGAIN)
     resumes = how.startswith("resume")
     if distributed.WORLD_SIZE > 1:

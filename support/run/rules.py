@@ -1,6 +1,6 @@
 """
-The rules for a run's settings: which values and combinations are refused. Each function yields a
-message for each problem; `refuse` raises all of them. method, hypergradient: the entries that the
+The rules for a run's settings: which values and combinations are refused. Each function gives a
+message for each problem, and `refuse` raises them all. method, hypergradient: the entries that the
 config names (method: None for ft). The rules read their fields, so a new entry needs no new rule.
 """
 
@@ -34,13 +34,13 @@ def is_packed(config):
 
 
 def changed(config, names):
-    """Those of these settings that are not at their defaults, in words; "" if all are."""
+    """The names of these settings that are not at their defaults, as text; "" if all are."""
     plain = type(config)()
     return ", ".join(n for n in names.split() if getattr(config, n) != getattr(plain, n))
 
 
 def those(*cases, of=""):
-    """The messages, each after `of`, of the cases, (whether it applies, message), that apply."""
+    """The messages, each after `of`, of the cases that apply. A case: (whether, message)."""
     return [of + message for applies, message in cases if applies]
 
 
@@ -73,7 +73,7 @@ def number(name, value, default):
 def device(config):
     place, _, index = config.device.partition(":")
     known = config.device in ("auto", "cpu", "cuda", "mps") or place == "cuda" and index.isdigit()
-    # A tensor would show this too, but make each process open the first GPU.
+    # A tensor would show this too, but with it each process would open the first GPU.
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     lacks = known and int(index or 0) >= counts.get(place, math.inf)
     return those(
@@ -102,7 +102,7 @@ def budget(config, bilevel, hypergradient):
 
 
 def with_steps(config, rows):
-    """config with the steps of its epochs of so many rows, in the proportion that they had."""
+    """config with steps for its epochs of so many rows; search and retrain keep their ratio."""
     search, retrain = config.search_steps, config.retrain_steps
     if config.epochs:
         total = round(config.epochs * rows / min(config.batch_size, rows))
@@ -192,7 +192,7 @@ def compiled(config, second):
 
 
 def sharded(config, second):
-    """Second derivatives take the collected weights again."""
+    """second: whether second derivatives are needed, which take the collected weights again."""
     lost = second and not config.gradient_checkpointing
     if not config.fsdp:
         return []

@@ -1,8 +1,8 @@
 """
 A command line for a dataclass: its fields are the settings, their comments the help.
 
-The command line (--name=value or --name value) goes before a config file (Python or JSON), and that
-before a field's default. In the dataclass, `# …` heads a group, and `#: …` continues a comment.
+The command line (--name=value or --name value) overrides a config file (Python or JSON), which
+overrides a field's default. In the dataclass, `# …` heads a group, `#: …` continues a comment.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def suggest(name, known):
 
 
 def check_names(setting, values, known):
-    """Raise ValueError for a value of a setting, or for one of several, that is not known."""
+    """Raise ValueError unless a setting's value, or each of its values, is known."""
     for value in [values] if isinstance(values, str) else values:
         if value not in known:
             raise ValueError(f"unknown {setting} {value!r}" + suggest(value, known))
@@ -108,9 +108,9 @@ def parse(schema, arguments):
 
 def read(schema, arguments, other_names=()):
     """
-    (an instance of the dataclass `schema`, the path of its config file or None, what `parse` makes
-    of the command line). other_names: {another program's setting: what to write}. Raises
-    ValueError, FileNotFoundError.
+    (an instance of the dataclass `schema`, the path of its config file or None, `parse` of the
+    command line). other_names: {another program's setting: what to write}. Raises ValueError or
+    FileNotFoundError.
     """
     given, path, contents = parse(schema, arguments), None, {}
     if "config" in given:
@@ -131,7 +131,7 @@ def read(schema, arguments, other_names=()):
 
 
 def at_least(config, **least):
-    """Raise ValueError for a setting below its least value, {name: value}."""
+    """Raise ValueError for a setting below its least value. least: {name: value}."""
     for name, value in least.items():
         if getattr(config, name) < value:
             raise ValueError(f"{name}={getattr(config, name)} must be at least {value}")
@@ -139,9 +139,9 @@ def at_least(config, **least):
 
 def program(arguments, schema, do, text, resumes=False, reader=None):
     """
-    Run do(settings) on what `reader`, or `read`, makes of the command line; for --help, print text
-    and settings. resumes: whether the same command goes on after Ctrl-C. Returns the exit status:
-    0, 128 + a signal's number, or 2 after one line about wrong input, a missing library, memory.
+    Read the command line by `reader`, or `read`, and run do(settings); for --help, print text and
+    settings. resumes: whether the same command goes on after Ctrl-C. Returns the exit status: 0,
+    128 + a signal's number, or 2 after one line about wrong input, a missing library or memory.
     """
     if {"--help", "-h"} & set(arguments):
         print(text.strip(), help_text(schema), sep="\n\n")
@@ -165,7 +165,7 @@ def program(arguments, schema, do, text, resumes=False, reader=None):
 
 
 def of_torch(error):
-    """What to say of short memory, or of another process that has ended; else raise the error."""
+    """A message about short memory or a process that has ended; else the error is raised."""
     line = str(error).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return f"out of memory ({line}): lower batch_size or the rows' length, or see docs/using.md"
@@ -213,6 +213,6 @@ def help_text(schema):
         elif match := re.fullmatch(r"    #: (.*)", line):
             lines.append(f"        {match[1]}")
         elif match := re.fullmatch(r"    # (.*)", line):
-            begins = lines[-1].startswith(" ")  # a group; otherwise its headline goes on
+            begins = lines[-1].startswith(" ")  # else this is the second line of a headline
             lines += ["", match[1]] if begins else [match[1]]
     return "\n".join(lines)
