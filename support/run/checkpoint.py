@@ -56,8 +56,7 @@ def load_optimizer_state(bilevel_optimizer, tensors):
             i, name = rest.split(".")
             # The number of steps is a float tensor in torch, an int in bitsandbytes.
             whole = value.dim() == 0 and not value.is_floating_point()
-            state = states[level]["state"].setdefault(int(i), {})
-            state[name] = value.item() if whole else value
+            states[level]["state"].setdefault(int(i), {})[name] = value.item() if whole else value
     bilevel_optimizer.load_state_dict(states)
 
 
@@ -91,16 +90,16 @@ def save(run, step, tensors, state):
 
 
 def load(run, most=math.inf):
-    """The newest intact checkpoint up to a step: (tensors, state), or None. Names damaged ones."""
-    left = [step for step in steps(run) if step <= most]
-    while left:
-        path = place(run, left.pop())
+    """(tensors, state) of the newest intact checkpoint up to step `most`, or None. Names others."""
+    untried = [step for step in steps(run) if step <= most]
+    while untried:
+        path = place(run, untried.pop())
         try:
             state = read_sealed(path.with_suffix(".json"))
             if digest(path) != state.get("tensors"):
                 raise ValueError(f"{path.name} has changed since it was written")
             return load_file(path), state
         except (ValueError, OSError, SafetensorError) as error:
-            what = "taking the one before it" if left else "there is no other"
-            print(f"the checkpoint {path} is damaged ({error}): {what}", flush=True)
+            next_try = "taking the one before it" if untried else "there is no other"
+            print(f"the checkpoint {path} is damaged ({error}): {next_try}", flush=True)
     return None

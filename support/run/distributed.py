@@ -123,8 +123,7 @@ def shard(model, device, twice=False):
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.partition(":")[0], (WORLD_SIZE,))
-    trained = {p for p in model.parameters() if p.requires_grad}
-    whole = trained | set(model.model.norm.parameters())
+    whole = {p for p in model.parameters() if p.requires_grad} | set(model.model.norm.parameters())
 
     # Tied embeddings and head are one unit: collected at the embeddings, kept until the head ends.
     ends = [model.model.embed_tokens, model.lm_head]

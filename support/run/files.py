@@ -76,10 +76,9 @@ def download(requirement, path, sha256, size):
 
         options = ["--disable-pip-version-check", "--no-deps", "--require-hashes", "--no-cache-dir"]
         options += ["--retries=2", only, "--dest", folder, "--requirement", str(pinned)]
-        command = [sys.executable, "-m", "pip", "download", *options]
-        failed, said = run_pip(command, folder, size)
+        failed, output = run_pip([sys.executable, "-m", "pip", "download", *options], folder, size)
         if failed:
-            print(said, file=sys.stderr)
+            print(output, file=sys.stderr)
             reasons = "see pip's message above: no network, or not the pinned file"
             raise FileNotFoundError(
                 f"could not download {requirement} ({reasons}). On a machine with a network run "
@@ -130,8 +129,7 @@ def unique(pairs):
 def read_json(path):
     """The JSON object in a file, a dict. Raises FileNotFoundError or ValueError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=unique)
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path} is missing") from None
     except (ValueError, RecursionError) as error:
@@ -147,8 +145,8 @@ def malformed(what):
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{what} has an unexpected structure ({said})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{what} has an unexpected structure ({reason})") from None
 
 
 @contextlib.contextmanager
@@ -218,8 +216,8 @@ def seal(content):
 def read_sealed(path):
     """The sealed dict in a JSON file. Raises ValueError if it has changed."""
     content = read_json(path)
-    sealed = content.pop("sha256", None)
-    if seal(content)["sha256"] != sealed:
+    written_digest = content.pop("sha256", None)
+    if seal(content)["sha256"] != written_digest:
         raise ValueError(f"{path} was edited, damaged, or written by another version")
     return content
 

@@ -211,9 +211,8 @@ def choose(c, config, method, itemsize, data, free):
     # its weights; last, rows are cut.
     for values in itertools.product(*options.values()):
         best = dict(zip(options, values))
-        length, supervised = (min(best["block_size"], data[x]) for x in ("longest", "supervised"))
-        changed = dataclasses.replace(config, **best)
-        takes = need(c, method, itemsize, length, changed, supervised)
+        length, supervised = (min(best["block_size"], data[n]) for n in ("longest", "supervised"))
+        takes = need(c, method, itemsize, length, dataclasses.replace(config, **best), supervised)
         if fits := takes.total < 0.8 * free:
             break
     not_fit = "does not fit in 80 % of it, and nothing leaner is left to try"

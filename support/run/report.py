@@ -9,8 +9,7 @@ from support.run.files import replacing
 from support.text.datasets import BUILT_IN
 from support.text.splits import compared, left_out
 
-SHARES = ("accuracy", "f1", "f1_micro", "f1_macro", "precision", "recall")  # shown in percent
-SHARES += ("acc", "acc_norm", "acc_token")
+SHARES = "accuracy f1 f1_micro f1_macro precision recall acc acc_norm acc_token".split()  # in %
 START = """Start with:
     python train.py --config=small.py    (downloads 95 MB, takes about 3 minutes on two CPU cores)
     python train.py --config=tiny.py     (downloads nothing, takes seconds)"""
@@ -24,8 +23,8 @@ def announce(task, method):
     size = f"{task.sizes['weight_bytes'] / 1e6:.0f} MB of weights"
     print(f"{config.method} on {config.model}, {place}: {size}")
     if distributed.WORLD_SIZE > 1:
-        own = f", and {task.sizes['local_weight_bytes'] / 1e6:.0f} MB of weights" * config.fsdp
-        print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{own}")
+        held = f", and {task.sizes['local_weight_bytes'] / 1e6:.0f} MB of weights" * config.fsdp
+        print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{held}")
 
     counts = ", ".join(f"{count} {name}" for name, count in task.examples.counts.items())
     total = sum(task.examples.labels.values())
@@ -56,9 +55,9 @@ def plan(task, method):
     c, bilevel = task.config, method is not None and method.upper is not None
     search, retrain, both = c.search_steps, c.retrain_steps, "train + val"
 
-    def of(phase, steps):
+    def line(phase, steps, learn):
         most = sum(len(task.encoded[name]) for name in ("train", "val"))
-        return f"{phase}: {steps} steps of {min(c.batch_size, most)} examples, "
+        return f"{phase}: {steps} steps of {min(c.batch_size, most)} examples, {learn}"
 
     def on(split, steps):
         return f"on {split} ({epochs(task, split, steps):.2f} epochs)"
@@ -71,14 +70,13 @@ def plan(task, method):
             learn = f"{lower} {on('train', search)}, {upper} {on(c.upper_data, turns)}"
             learn += f" by the {c.hypergradient} hypergradient"
         start = "a fresh start" if c.final_init == "fresh" else "where search ended"
-        yield of("search", search) + learn
+        yield line("search", search, learn)
         if retrain:
-            yield (
-                of("retrain", retrain) + f"{lower} {on(both, retrain)} from {start}, {upper} fixed"
-            )
+            learn = f"{lower} {on(both, retrain)} from {start}, {upper} fixed"
+            yield line("retrain", retrain, learn)
     else:
         unused = "; retrain_lr is for a final phase" if c.retrain_lr else ""
-        yield of("train", search + retrain) + on(both, search + retrain) + unused
+        yield line("train", search + retrain, on(both, search + retrain) + unused)
     if epochs(task, both, search + retrain) < 1:
         yield "warning: that is below one epoch: --epochs=1 draws as many examples as there are"
 
@@ -145,7 +143,7 @@ def table(results):
     for name in (*names, "loss"):
         for when in ("before", "after") if results["before"] else ("after",):
             scores = [results[when].get(split) or {} for split in splits]
-            rows[f"{name} {when}"] = [in_form(name, own.get(name)) for own in scores]
+            rows[f"{name} {when}"] = [in_form(name, of_split.get(name)) for of_split in scores]
     lines = ["".join(f"{cell:>16}" for cell in (name, *row)) for name, row in rows.items()]
     if "kept_step" in results:
         lines.append(f"the weights are those of step {results['kept_step']}, by held-out loss")
@@ -185,10 +183,10 @@ def warnings(results):
     return [f"warning: the loss on {name} is higher than before: lower {rates}" for name in worse]
 
 
-def flags(given, *left_out, **more):
-    """A command line: the settings in `given`, {name: text}, but for some, and `more`."""
-    own = {name: text for name, text in given.items() if name not in {*left_out, *more}}
-    return [f"--{name}={text}" for name, text in (own | more).items()]
+def flags(given, *omitted, **more):
+    """A command line: the settings in `given`, {name: text}, but for those omitted; and `more`."""
+    kept = {name: text for name, text in given.items() if name not in {*omitted, *more}}
+    return [f"--{name}={text}" for name, text in (kept | more).items()]
 
 
 def metadata(task):
@@ -206,9 +204,9 @@ def metadata(task):
 
 def summary(task):
     """The part of summary.json that describes the task."""
-    own = {name: getattr(task.config, name) for name in ("method", "model", "seed", "quantize")}
-    own |= metadata(task) | task.sizes
-    return own | {
+    known = {name: getattr(task.config, name) for name in ("method", "model", "seed", "quantize")}
+    known |= metadata(task) | task.sizes
+    return known | {
         "metric": task.family.metric,
         "examples": task.examples.counts,
         "evaluated": {name: len(rows) for name, rows in task.evaluated.items()},
@@ -251,5 +249,5 @@ def stopped(error, given):
     else:
         again = flags(given, "overwrite", resume=True) if resumes else flags(given)
         command = f"python train.py {shlex.join(again)}"
-    said, number = str(error) or "interrupted", getattr(error, "signum", interrupt.signal.SIGINT)
-    return interrupt.Stopped(f"{said}; {how}: {command}" if how else said, number)
+    text, number = str(error) or "interrupted", getattr(error, "signum", interrupt.signal.SIGINT)
+    return interrupt.Stopped(f"{text}; {how}: {command}" if how else text, number)

@@ -84,8 +84,8 @@ class Run:
         if (self.out / "summary.json").exists():
             return interrupt.Stopped(f"interrupted; the run in {self.out} has finished", how="")
         if sum(self.done.values()) == self.config.search_steps + self.config.retrain_steps:
-            said = "interrupted after the last step: all are saved, only the evaluation is repeated"
-            return interrupt.Stopped(said)
+            text = "interrupted after the last step: all are saved, only the evaluation is repeated"
+            return interrupt.Stopped(text)
         saved = max(checkpoint.steps(self.out), default=0)
         return interrupt.Stopped(f"interrupted; {saved} steps are saved")
 
@@ -114,8 +114,8 @@ class Run:
         self.inputs = fingerprints(folder) | {"the data": data}
         before = self.earlier_run.get("inputs", self.inputs)
         if changed := ", ".join(name for name in before if self.inputs.get(name) != before[name]):
-            said = f"{changed} changed since the run began, on {folder}"
-            raise ValueError(f"{self.out} can't be resumed: {said}")
+            reason = f"{changed} changed since the run began, on {folder}"
+            raise ValueError(f"{self.out} can't be resumed: {reason}")
 
     def restore(self, tensors, state):
         """Restore a checkpoint. phase() restores the optimizers."""
@@ -126,8 +126,8 @@ class Run:
         log = self.out / "metrics.jsonl"
         lines = log.read_bytes().splitlines()[: self.n]
         if digest_of(lines) != state["log"]:
-            said = f"{log} lacks lines of the first {self.n} steps, or was edited"
-            raise ValueError(f"{said}: the run can't be resumed")
+            problem = f"{log} lacks lines of the first {self.n} steps, or was edited"
+            raise ValueError(f"{problem}: the run can't be resumed")
         self.metrics = [json.loads(line) for line in lines]
 
         self.load_parameters(tensors)
@@ -352,8 +352,8 @@ class Run:
             "out_dir": str(self.out),
         }
         if self.config.keep == "best":
-            own = [line for line in self.metrics if line["phase"] == self.metrics[-1]["phase"]]
-            held = {line["step"]: line["held_loss"] for line in own if "held_loss" in line}
+            last = [line for line in self.metrics if line["phase"] == self.metrics[-1]["phase"]]
+            held = {line["step"]: line["held_loss"] for line in last if "held_loss" in line}
             results["kept_step"] = min(held, key=held.get)
         if self.is_first:
             report.plot_losses(self.out / "loss.png", self.metrics, results)

@@ -144,19 +144,19 @@ def remove_previous(out):
 
 def remove_run(folder):
     """Remove a run's files, and its folder if the user keeps no files of their own there."""
-    own = {*ADAPTER_FILES}
+    names = {*ADAPTER_FILES}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        own = {*read_sealed(folder / "run.json")["files"]}
-    own |= {*RUN_FILES}
-    for path in list(folder.glob("*")):  # no name in run.json can then lead out of the folder
-        if path.name.removesuffix(".tmp") in own:
+        names = {*read_sealed(folder / "run.json")["files"]}
+    names |= {*RUN_FILES}
+    for path in list(folder.glob("*")):  # so no name in run.json can lead out of the folder
+        if path.name.removesuffix(".tmp") in names:
             remove(path)
     for path in (folder / "checkpoints").glob("*"):
         if path.name.partition(".")[0].isdigit():
             remove(path)
-    for left in (folder / "checkpoints", folder):
+    for place in (folder / "checkpoints", folder):
         with contextlib.suppress(OSError):
-            left.rmdir()
+            place.rmdir()
 
 
 def check_known(stored, known, folder):

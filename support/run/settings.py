@@ -93,8 +93,7 @@ def parse(schema, arguments):
         name = name.replace("-", "_")
         follows = rest and not rest[0].startswith("--")
         if type_of.get(name) is bool and not equals:
-            truth = follows and rest[0].lower() in ("true", "false")
-            value = rest.pop(0) if truth else "True"
+            value = rest.pop(0) if follows and rest[0].lower() in ("true", "false") else "True"
         elif not equals and follows:
             value = rest.pop(0)
         elif not equals and name in {*type_of, "config"}:
@@ -118,8 +117,8 @@ def read(schema, arguments, other_names=()):
         contents = read_json(path) if path.suffix.lower() == ".json" else run(path)
 
     fields, values = {field.name: field for field in dataclasses.fields(schema)}, {}
-    own = {name: text for name, text in given.items() if name != "config"}
-    sources = (own, "command line", ["config", *fields]), (contents, path, [*fields])
+    flags = {name: text for name, text in given.items() if name != "config"}
+    sources = (flags, "command line", ["config", *fields]), (contents, path, [*fields])
     for source, where, known in sources:
         for name, value in source.items():
             if name in other_names:
@@ -151,16 +150,16 @@ def program(arguments, schema, do, text, resumes=False, reader=None):
         do(reader(arguments) if reader else read(schema, arguments)[0])
         return 0
     except ModuleNotFoundError as error:
-        said = f"error: {error.name} is not installed: pip install -r requirements-dev.txt"
+        line = f"error: {error.name} is not installed: pip install -r requirements-dev.txt"
     except (ValueError, OSError, FloatingPointError) as error:
-        said = " ".join(f"error: {error}".split())  # in one line
+        line = " ".join(f"error: {error}".split())
     except RuntimeError as error:
-        said = f"error: {of_torch(error)}"
+        line = f"error: {of_torch(error)}"
     except KeyboardInterrupt as error:
-        said = str(error) or "interrupted" + "; the same command resumes" * resumes
+        line = str(error) or "interrupted" + "; the same command resumes" * resumes
         status = 128 + getattr(error, "signum", signal.SIGINT)
     if distributed.LOCAL_RANK == 0:  # once on each machine
-        print(said, file=sys.stderr)
+        print(line, file=sys.stderr)
     return status
 
 
