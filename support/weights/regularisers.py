@@ -25,8 +25,8 @@ def orthonormal(layer):
 
 def cosines_apart(layer):
     """
-    ‖C - I‖, a scalar: C holds the cosines between the rows (or columns) of W0 + s·B·A. The layer
-    keeps W0·W0ᵀ (or W0ᵀ·W0) unless W0 trains, so that later calls need only rank-r products.
+    ‖C - I‖, a scalar. C holds the cosines between the rows (or columns) of W0 + s·B·A. Unless W0
+    trains, the layer keeps W0·W0ᵀ (or W0ᵀ·W0), so that later calls need only rank-r products.
     """
     A, sB = layer.factors()
     weight, dtype = layer.weight, float_dtype(layer.weight)
