@@ -168,8 +168,7 @@ class Pullback(torch.autograd.Function):
             gy = gy.detach().requires_grad_()
             y, inputs = ctx.replay(inputs)
             g = torch.autograd.grad(y, inputs, gy, create_graph=True)
-            products = torch.autograd.grad(g, (gy, *inputs), tangents, materialize_grads=True)
-        return None, *products
+            return None, *torch.autograd.grad(g, (gy, *inputs), tangents, materialize_grads=True)
 
 
 class Replay:

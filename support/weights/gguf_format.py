@@ -76,9 +76,9 @@ def add_tensors(writer, folder, architecture, c):
         if architecture == "llama" and layer in heads:
             tensor = reordered(tensor, heads[layer], together=True)
         bf16 = len(shape) > 1 and tensor.dtype == torch.bfloat16
-        kind = gguf.GGMLQuantizationType.BF16 if bf16 else gguf.GGMLQuantizationType.F32
-        values = gguf.quantize(tensor.float().numpy(), kind)
-        writer.add_tensor(f"{names.get_name(key)}.{end}", values, raw_dtype=kind)
+        dtype = gguf.GGMLQuantizationType.BF16 if bf16 else gguf.GGMLQuantizationType.F32
+        values = gguf.quantize(tensor.float().numpy(), dtype)
+        writer.add_tensor(f"{names.get_name(key)}.{end}", values, raw_dtype=dtype)
 
 
 def add_tokenizer(writer, folder, size):

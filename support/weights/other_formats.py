@@ -81,13 +81,13 @@ def read_tensors(path):
 
 def from_mlx(config, tensors, where, blocks):
     """mlx-lm's config and tensors as PEFT's: see read_adapter."""
-    form, own = config.get("fine_tune_type", "lora"), config.get("lora_parameters") or {}
+    form, settings = config.get("fine_tune_type", "lora"), config.get("lora_parameters") or {}
     if form not in ("lora", "dora"):
         raise ValueError(f"{where}: fine_tune_type {form!r} is no adapter; 'lora' and 'dora' are")
-    if "alpha" in own or "scale" not in own:
+    if "alpha" in settings or "scale" not in settings:
         problem = "must have a scale, and no alpha, which scales in mlx-lm up to 0.14 and not since"
         raise ValueError(f"{where}: lora_parameters {problem}")
-    renamed, rank = {}, own["rank"]
+    renamed, rank = {}, settings["rank"]
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         if part not in THEIRS or part == "lora_a" and tensor.shape[-1] != rank:
@@ -96,10 +96,10 @@ def from_mlx(config, tensors, where, blocks):
 
     last = config.get("num_layers", config.get("lora_layers", 0))
     return {
-        "lora_alpha": own["scale"] * rank,
-        "lora_dropout": own.get("dropout", 0.0),
+        "lora_alpha": settings["scale"] * rank,
+        "lora_dropout": settings.get("dropout", 0.0),
         "use_dora": form == "dora" or config.get("use_dora", False),
-        "target_modules": own.get("keys"),
+        "target_modules": settings.get("keys"),
         "layers_to_transform": list(range(max(0, blocks - last), blocks)) if last > 0 else None,
     }, renamed
 
@@ -147,6 +147,6 @@ def write_mlx(folder, layers, base):
     with replacing(folder / "adapters.safetensors") as temporary:
         copies = {n: x.detach().clone(memory_format=order) for n, x in tensors.items()}
         save_file(copies, temporary)
-    own = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": list(layers)}
     config = {"model": base, "fine_tune_type": "lora" if m is None else "dora", "num_layers": 0}
-    write_json(folder / "adapter_config.json", config | {"lora_parameters": own})
+    config["lora_parameters"] = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": list(layers)}
+    write_json(folder / "adapter_config.json", config)

@@ -169,12 +169,12 @@ def parents(name):
 
 def task_of(model, layers):
     """(PEFT's task type for a model or None, the heads that PEFT expects in the file)."""
-    name, own = type(model).__name__, getattr(model, "task_type", None)  # that of heads.py
+    name, known_task = type(model).__name__, getattr(model, "task_type", None)  # heads.py's
     parts = {part for layer in layers for part in layer.split(".")}
     for end, (task, heads) in TASKS.items():
         # PEFT adapts no layer in a head that it expects to find whole.
         adapted = any(part.endswith(tuple(heads)) for part in parts)
-        if (name.endswith(end) or task == own) and not adapted:
+        if (name.endswith(end) or task == known_task) and not adapted:
             return task, heads
     return "CAUSAL_LM" if hasattr(model, "generate") else None, []
 
@@ -235,8 +235,8 @@ def read(folder, model, as_linear):
     if strange := sorted(layers.keys() - linears):
         problem = f"the adapter does not fit the model: no linear layer {strange[0]}"
         raise ValueError(f"{folder}: {problem}")
-    there = layers.keys() | {name.rpartition(".")[0] for name in saved}
-    if missing := sorted(targeted(config, linears, settings) - there):
+    present = layers.keys() | {name.rpartition(".")[0] for name in saved}
+    if missing := sorted(targeted(config, linears, settings) - present):
         problem = f"{len(missing)} of the layers that {settings.name} names, first {missing[0]}"
         raise ValueError(f"{folder}: the adapter is incomplete: it lacks {problem}")
 
@@ -245,8 +245,7 @@ def read(folder, model, as_linear):
         # A damaged file may get any rank here: copy_into reports the misshapen tensor.
         matrix = "lora_A" in parts and parts["lora_A"].dim() == 2
         rank = max(1, len(parts["lora_A"])) if matrix else 1
-        alpha = alphas[name] * (rank**0.5 if config.get("use_rslora") else 1)
-        sizes[in_model[name]] = rank, alpha
+        sizes[in_model[name]] = rank, alphas[name] * (rank**0.5 if config.get("use_rslora") else 1)
     axis = "column" if config.get("peft_type") == COLUMN_DORA else "row"
     return Adapter(folder, layers, sizes, config.get("lora_dropout") or 0.0, magnitude, axis, saved)
 
@@ -409,20 +408,20 @@ def copy_into(model, layers, adapter):
     """Copy an Adapter into a model and its layers, {name: BiDoRALinear}. Raises ValueError."""
     unfit = f"{adapter.folder}: the adapter does not fit the model:"
     pairs = [(x.method.factors(x), (x.lora_A, x.lora_B)) for x in layers.values()]
-    if any(a is not own for factors, parts in pairs for a, own in zip(factors, parts)):
+    if any(a is not b for factors, parameters in pairs for a, b in zip(factors, parameters)):
         raise ValueError(
             "the model's adapters have other parameters, such as BiLoRA's λ, which a saved adapter "
             "holds folded into A and B: load it as lora, dora or bidora into one without adapters"
         )
 
     names, state = plain(model)
-    own = named_tensors({names[name]: layer for name, layer in layers.items()})
-    own |= {name: state[name] for name in adapter.saved if name in state}
+    ours = named_tensors({names[name]: layer for name, layer in layers.items()})
+    ours |= {name: state[name] for name in adapter.saved if name in state}
     tensors = dict(adapter.saved)
     for name, parts in adapter.tensors.items():
         tensors |= {f"{PREFIX}{name}.{NAMES[key]}": tensor for key, tensor in parts.items()}
-    for name in sorted(own.keys() | tensors.keys()):
-        shapes = [tuple(side[name].shape) if name in side else "none" for side in (tensors, own)]
+    for name in sorted(ours.keys() | tensors.keys()):
+        shapes = [tuple(side[name].shape) if name in side else "none" for side in (tensors, ours)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{unfit} {name} is {shapes[0]} in the file, {shapes[1]} in the model")
     for name, layer in layers.items():
@@ -432,7 +431,7 @@ def copy_into(model, layers, adapter):
                 f"{unfit} {name} has alpha {alphas[0]:g} in the file, {alphas[1]:g} in the model"
             )
 
-    for name, tensor in own.items():
+    for name, tensor in ours.items():
         tensor.copy_(tensors[name])
         if name in adapter.saved and tensor.is_floating_point():
             tensor.requires_grad_(isinstance(tensor, torch.nn.Parameter))

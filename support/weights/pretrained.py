@@ -156,8 +156,8 @@ def find_tokenizer(adapter, base, vocab_size):
         own.stop_ids, ids = sorted({*own.stop_ids, *shared.stop_ids}), shared.library.get_vocab()
     for token, i in sorted(own.library.get_vocab().items()):
         if ids.get(token, i if i < vocab_size else None) != i:
-            there = f"{ids[token]} for it" if token in ids else f"only {vocab_size} tokens"
-            problem = f"its tokenizer gives {token!r} the id {i}, and the model has {there}"
+            right = f"{ids[token]} for it" if token in ids else f"only {vocab_size} tokens"
+            problem = f"its tokenizer gives {token!r} the id {i}, and the model has {right}"
             raise ValueError(f"{adapter}: {problem}: give another --model, or remove its files")
     print(f"note: tokenizer and chat template are the adapter's own, of {adapter}", file=sys.stderr)
     return own

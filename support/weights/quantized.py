@@ -190,8 +190,8 @@ class Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gs):
         needed = [i for i, g in enumerate(gs) if g is not None and ctx.needs_input_grad[i + 2]]
-        found = Products.apply(ctx.weight, not ctx.transpose, *(gs[i] for i in needed))
-        return None, None, *map(dict(zip(needed, found)).get, range(len(gs)))
+        products = Products.apply(ctx.weight, not ctx.transpose, *(gs[i] for i in needed))
+        return None, None, *map(dict(zip(needed, products)).get, range(len(gs)))
 
 
 def linear(x, weight, bias=None):

@@ -12,8 +12,8 @@ from support.weights.quantized import blocks, float_dtype, linear, transposed
 
 def regulariser(layers):
     """The mean regulariser of an iterable of BiDoRALinear, a scalar."""
-    own = [cosines_apart(x) if x.method.magnitude else orthonormal(x) for x in layers]
-    return sum(own) / len(own)
+    each = [cosines_apart(x) if x.method.magnitude else orthonormal(x) for x in layers]
+    return sum(each) / len(each)
 
 
 def orthonormal(layer):
