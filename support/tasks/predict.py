@@ -1,10 +1,10 @@
 """
-Rows evaluated, and a whole file: its loss and scores, or its predictions, a line for each example.
+Evaluation of rows; and of a whole file: its loss and scores, or a prediction for each example.
 
     python sample.py --adapter=out/mine --file=test.csv --out=predictions.csv
 
-The file is JSONL or CSV, its columns are called as the run's were. With --out, answers may be
-missing; if every example has one, the scores are returned, and the same call resumes.
+The file is JSONL or CSV, and its columns have the names of the run's. With --out, the same call
+resumes. Answers may be missing; if every example has one, the scores are returned.
 """
 
 import csv
@@ -41,7 +41,7 @@ ANY_ANSWER = {"labels": [], "score": 0.0, "references": ["?"], "completion": "?"
 
 
 def evaluate_rows(task, rows, bar=None, scored=True):
-    """{"loss": the mean loss, and the scores} of rows; None of none. task: a train.Task's parts."""
+    """{"loss": the mean, and the scores} of rows; None without any. task: a train.Task's parts."""
     if not rows:
         return None
     model, family, config = task.model, task.family, task.config
@@ -90,7 +90,7 @@ def evaluate(family, model, run, path, tasks):
 
 
 def form_of(run):
-    """The key of FORMATS for the examples of a run, its run.json. Raises ValueError for others."""
+    """The key of FORMATS for a run's examples. run: its run.json. Raises ValueError for others."""
     if (task := run.get("task")) not in TASKS:
         known = f"--file needs a run of a task among {', '.join(TASKS)}"
         raise ValueError(f"{known}; this one is {task or 'no run'}")
@@ -98,10 +98,7 @@ def form_of(run):
 
 
 def read_questions(path, form, columns=None):
-    """
-    (examples without answers, answers or None) of a file. form: a key of FORMATS; columns: as in
-    jsonl.renamed.
-    """
+    """(examples without answers, their answers or None) of a file. form: a key of FORMATS."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a JSONL or CSV file")
     if path.suffix.lower() in (".parquet", ".xlsx", ".xls"):
@@ -112,7 +109,7 @@ def read_questions(path, form, columns=None):
     asked, examples, answers = (*needed, *OPTIONAL.get(form, ())), [], []
     read = csv_fields if path.suffix.lower() in (".csv", ".tsv") else json_fields
     for where, fields in read(path, columns or {}):
-        empty = {"text"}.intersection(needed, fields)  # it may be, as in training
+        empty = {"text"}.intersection(needed, fields)  # keys that may be empty, as in training
         if missing := [key for key in needed if not fields.get(key) and key not in empty]:
             name = (columns or {}).get(missing[0], missing[0])
             talks = "; talks can't be predicted" * ("messages" in fields)
@@ -148,7 +145,7 @@ def csv_fields(path, columns):
 
 
 def encode(family, examples, form, block_size):
-    """Rows of examples, with any answer, since encoding needs one."""
+    """The rows of examples, which get any answer, since encoding needs one."""
     *_, key = FORMATS[form]
     names = list(getattr(family, "label_ids", None) or getattr(family, "names", ()))
     answers = ANY_ANSWER | {"label": names and names[0]}
@@ -159,13 +156,13 @@ def encode(family, examples, form, block_size):
 
 
 def say_cut(family, cut, block_size):
-    """Print the note on examples that were cut, if any: a family's first one."""
+    """If examples were cut, print the family's first note, which is about that."""
     if cut:
         print(f"note: {next(iter(family.notes(cut, block_size)))}", file=sys.stderr)
 
 
 def line_of(prediction, answer, separator):
-    """A line of JSON, or with a separator for lists, of CSV."""
+    """A line of JSON, or of CSV if there is a separator for lists."""
     if not separator:
         given = {} if answer is None else {"answer": answer}
         return json.dumps({"prediction": prediction} | given, ensure_ascii=False) + "\n"

@@ -1,5 +1,5 @@
 """
-Text to tokens: Hugging Face's tokenizers, run by tiktoken or the tokenizers library.
+From text to tokens: Hugging Face's tokenizers, run by tiktoken or the tokenizers library.
 
 A byte-level BPE tokenizer (GPT-2, Qwen, LLaMA 3, SmolLM) works in four steps:
     1. cut added tokens ("<|im_end|>") out of the text
@@ -29,7 +29,7 @@ from support.text.tokenizer_files import (
     unknown_id,
 )
 
-# Questions that show what a chat template does to any
+# Questions that show what a chat template does to any question
 ODD = (
     "\ue000?\ue000",
     '\n \ta\\n <b>\'"é"</b> {{ 7*7 }}\n\n[INST]<think>x</think> y\u3000\n ',
@@ -64,7 +64,7 @@ class Tokenizer:
         longest_first = sorted(self.added, key=len, reverse=True)
         self.added_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
-        if "eos_token" not in named and (folder / "config.json").exists():  # GPT-2's is there alone
+        if "eos_token" not in named and (folder / "config.json").exists():  # only there: GPT-2's
             end = read_json(folder / "config.json").get("eos_token_id")
             named["eos_token"] = next((text for text, i in self.added.items() if i == end), None)
         self.eos_id = self.added.get(named.get("eos_token"))
@@ -78,7 +78,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder, now=None):
-        """That of a folder. now: ChatTemplate's. Raises FileNotFoundError or ValueError."""
+        """A folder's Tokenizer. now: ChatTemplate's. Raises FileNotFoundError or ValueError."""
         with malformed(f"{Path(folder) / 'tokenizer_config.json'} or tokenizer.json"):
             return cls(folder, now)
 
@@ -106,9 +106,9 @@ class Tokenizer:
         The token ids of a text's segments between cuts (ascending positions), a list for each.
 
         If all cuts lie between tokens, the tokens are the whole text's. Otherwise each segment is
-        encoded by itself, since in generation a prompt comes before its answer exists. If the
-        tokenizer puts a space before each text (LLaMA 2: SentencePiece), a token of the whole text
-        belongs to the segment that it ends in.
+        encoded by itself, since in generation the prompt is encoded before its answer exists. But
+        if the tokenizer puts a space before each text (LLaMA 2: SentencePiece), the tokens are the
+        whole text's, and each belongs to the segment that it ends in.
         """
         whole, added = self.encode(text), set(self.added.values())
         if not cuts:
@@ -117,7 +117,7 @@ class Tokenizer:
         # is encoded from the last added token on.
         begins = [0, *(match.start() for match in self.added_pattern.finditer(text))]
         counts = [0, *(n for n, token in enumerate(whole) if token in added)]
-        if len(begins) != len(counts):  # one of them counts only as a whole word
+        if len(begins) != len(counts):  # an added token counts only as a whole word
             begins, counts = [0], [0]
 
         edges = [0]
@@ -163,7 +163,7 @@ class Tokenizer:
         return self.chat.render(messages, add_generation_prompt)
 
     def turn(self, question):
-        """The chat template's text of one question, up to the answer. It is rendered only once."""
+        """The chat template's text for a question, up to the answer, mostly without rendering."""
         if self.frame is None:
             return self.chat.render([{"role": "user", "content": question}], True)
         before, edit, after = self.frame
@@ -172,8 +172,8 @@ class Tokenizer:
     @cached_property
     def frame(self):
         """
-        (a chat template's text before a question, str or str.strip, which it applies to it, its
-        text after it), or None for a template that does more to one of ODD.
+        (the chat template's text before a question, the function that it applies to the question,
+        str or str.strip, its text after it), or None if it does more to one of ODD.
         """
         answers = self.chat.answers([([{"role": "user", "content": odd}], True) for odd in ODD])
         texts = [answer.get("text", "") for answer in answers]
@@ -189,7 +189,7 @@ class Tokenizer:
         return encoding.ids[: encoding.sequence_ids.index(0)]  # 0: a token of the text itself
 
     def prefix_of(self, ids):
-        """prefix_ids, or [] for the token ids of a text that begins with them already."""
+        """prefix_ids, or [] if the token ids of a text begin with them already."""
         return [] if ids[: len(self.prefix_ids)] == self.prefix_ids else self.prefix_ids
 
     @cached_property
