@@ -109,9 +109,7 @@ class HeadTask:
         special = {self.unknown_id, *(i for i, token in added.items() if token.special)}
         if not ids and not "".join(text).strip():
             problem = "the text is empty, and this tokenizer has no token for that"
-            raise ValueError(
-                f"{place_of(example)}: {problem}: fill it in, or leave the example out"
-            )
+            raise ValueError(f"{place_of(example)}: {problem}: fill it in, or leave it out")
         if not ids or self.unknown_id in ids and special.issuperset(ids):
             raise ValueError(
                 f"{place_of(example)}: the tokenizer leaves nothing of {text!r:.60} but unknown "

@@ -166,8 +166,8 @@ def renamed(fields, columns, where):
         return fields
     if missing := {*columns.values()} - fields.keys():
         have = " ".join(", ".join(fields).split())
-        said = f"there is no {min(missing)!r}, which the settings name, but {have:.300}"
-        raise ValueError(f"{where}: {said}")
+        problem = f"there is no {min(missing)!r}, which the settings name, but {have:.300}"
+        raise ValueError(f"{where}: {problem}")
     keys = {key: f"the file's {key}" for key in columns} | {n: key for key, n in columns.items()}
     return {keys.get(name, name): value for name, value in fields.items()}
 
@@ -194,8 +194,7 @@ def read_example(fields, where, columns):
             continue
         if key in ("label", "labels", "group"):
             value = of_each(value, class_name)
-            bare = of_each(value, lambda name: name.strip() if isinstance(name, str) else name)
-            if bare != value:
+            if (bare := clean(value)) != value:
                 example.notes += (f"blanks around {key!r} are left out",)
             value = bare
         if key == "text" and key != FORMATS[name][-1] and value in (None, ""):
@@ -217,6 +216,11 @@ def read_example(fields, where, columns):
 def of_each(value, function):
     """A function of a value, or of each item of a list."""
     return [function(item) for item in value] if isinstance(value, list) else function(value)
+
+
+def clean(value):
+    """A label, or each of a list, without blanks around it."""
+    return of_each(value, lambda name: name.strip() if isinstance(name, str) else name)
 
 
 def class_name(value):

@@ -79,8 +79,8 @@ def read_folder(path, columns=None):
             f"what is missing there"
         )
     for split, name in files.items():
-        own = READERS.get(Path(name).suffix, read_conll)
-        read = functools.partial(read_glue, task=task) if task else own
+        by_name = READERS.get(Path(name).suffix, read_conll)
+        read = functools.partial(read_glue, task=task) if task else by_name
         splits[split] = read(folder / name, columns=columns)
     return splits, task
 

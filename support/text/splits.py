@@ -104,9 +104,7 @@ def load_splits(config):
     question, glue, columns = LABEL_PROMPT, None, columns_of(vars(config))
     if config.train_file:
         files = {"train": config.train_file, "val": config.val_file}
-        splits = {
-            name: load_examples(file, columns) if file else [] for name, file in files.items()
-        }
+        splits = {n: load_examples(file, columns) if file else [] for n, file in files.items()}
         whole, splits["test"] = splits["train"], []
         if config.test_fraction:
             options = dict(seed=0, setting="test_fraction")
@@ -290,8 +288,8 @@ def compared(encoded, unknown_id):
             sizes, unknown = zip(*each)
             shares[name], lengths[name] = sum(unknown) / sum(sizes), statistics.median(sizes)
     if max(shares.values(), default=0) > 0.05:
-        said = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
-        yield f"unknown tokens: {said}: the model can't tell such texts apart"
+        listed = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
+        yield f"unknown tokens: {listed}: the model can't tell such texts apart"
     if max(lengths.values(), default=0) > 2 * min(lengths.values(), default=0):
-        said = ", ".join(f"{length:.0f} in {name}" for name, length in lengths.items())
-        yield f"tokens in a row (median): {said}: the splits are unlike"
+        listed = ", ".join(f"{length:.0f} in {name}" for name, length in lengths.items())
+        yield f"tokens in a row (median): {listed}: the splits are unlike"

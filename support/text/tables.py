@@ -200,9 +200,8 @@ def fields_of(rows, layout, width, tidy, notes=()):
     """Yield (file and line, {key: value}, notes). layout: {key: column}; tidy: rows are CSV's."""
     for where, cells in rows:
         if len(cells) != width:
-            counts = f"{len(cells)} cells, but {width} columns"
             hint = "give each column one, texts with commas quotes, and those no blank before"
-            raise ValueError(f"{where}: {counts}: {hint}")
+            raise ValueError(f"{where}: {len(cells)} cells, but {width} columns: {hint}")
         fields = {key: cells[i] for key, i in layout.items()}
         bare = {key: bare_cell(cell, key) for key, cell in fields.items()} if tidy else fields
         values = {key: value_of(cell, key, tidy) for key, cell in bare.items()}
@@ -232,9 +231,9 @@ def places_of(header, where, columns=None):
     whole = [pair for pair in PAIRS if {*pair} <= {*names} and "text" not in columns]
     texts = dict(zip(*whole[:1], ("text", "text_b"))) if whole else {}
     known = "|".join(set.union(*TABLES.values()))
-    own = {name: name for name in names if re.fullmatch(rf"{known}|choice_\d{{1,2}}", name)}
+    exact = {name: name for name in names if re.fullmatch(rf"{known}|choice_\d{{1,2}}", name)}
     places = {}
-    for keys in (texts, own, SAME):
+    for keys in (texts, exact, SAME):
         for place, name in enumerate(names):
             if name in keys and place not in places.values():
                 places.setdefault(keys[name], place)

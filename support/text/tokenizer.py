@@ -20,14 +20,8 @@ from functools import cached_property
 from pathlib import Path
 
 from support.run.files import malformed, read_json, replacing, write_json
+from support.text import tokenizer_files
 from support.text.chat import PLAIN_TEMPLATE, ChatTemplate
-from support.text.tokenizer_files import (
-    FILES,
-    library_errors,
-    read_files,
-    tiktoken_encoding,
-    unknown_id,
-)
 
 # Questions that show what a chat template does to any question
 ODD = (
@@ -51,10 +45,11 @@ class Tokenizer:
 
     def __init__(self, folder, now=None):
         self.folder = folder = Path(folder)
-        self.library, named, templates = read_files(folder)
+        self.library, named, templates = tokenizer_files.read_files(folder)
         spec = json.loads(self.library.to_str())
-        self.encoding, self.nfc = tiktoken_encoding(spec), spec.get("normalizer") is not None
-        self.unknown_id = None if self.encoding else unknown_id(self.library)
+        self.nfc = spec.get("normalizer") is not None
+        self.encoding = tokenizer_files.tiktoken_encoding(spec)
+        self.unknown_id = None if self.encoding else tokenizer_files.unknown_id(self.library)
 
         vocab = spec["model"]["vocab"] if self.encoding else {}
         tokens = spec["added_tokens"]
@@ -98,7 +93,7 @@ class Tokenizer:
         return self.encode_by_library(text).ids
 
     def encode_by_library(self, text, add_special_tokens=False):
-        with library_errors(f"{self.folder}: the tokenizer fails"):
+        with tokenizer_files.library_errors(f"{self.folder}: the tokenizer fails"):
             return self.library.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_cut(self, text, cuts):
@@ -144,12 +139,12 @@ class Tokenizer:
         if self.encoding:
             hidden = self.special_ids if skip_special else ()
             return self.encoding.decode([i for i in ids if i in self.ids and i not in hidden])
-        with library_errors(f"{self.folder}: the tokenizer fails"):
+        with tokenizer_files.library_errors(f"{self.folder}: the tokenizer fails"):
             return self.library.decode(ids, skip_special_tokens=skip_special)
 
     def save_pretrained(self, folder):
-        """Copy the tokenizer's files into a model's folder, and name there what ends an answer."""
-        for name in FILES:
+        """Copy the tokenizer's files into a model's folder, and write there what ends an answer."""
+        for name in tokenizer_files.FILES:
             if (self.folder / name).exists():
                 (Path(folder) / name).parent.mkdir(exist_ok=True)
                 with replacing(Path(folder) / name) as temporary:
