@@ -43,7 +43,7 @@ def collect(results, size, measure):
 
 
 def interval(values):
-    """The mean of some values, and its 95 % interval's half-width (Student's t); NaN of one."""
+    """The mean of values, and its 95 % interval's half-width (Student's t), NaN for one value."""
     n = len(values)
     half = t.ppf(0.975, n - 1) * numpy.std(values, ddof=1) / n**0.5 if n > 1 else numpy.nan
     return float(numpy.mean(values)), float(half)
@@ -51,10 +51,10 @@ def interval(values):
 
 def compare(ours, other):
     """
-    Of two {seed: value}: the number of pairs, the mean difference, the half-width of its 95 %
-    interval, and p by Wilcoxon's signed-rank test. None for fewer than six pairs.
+    (the number of pairs, the mean difference, the half-width of its 95 % interval, p by Wilcoxon's
+    signed-rank test) of two {seed: value}. None for fewer than six pairs.
     """
-    # rounded, so that equal differences tie whatever their last digits are
+    # Rounding makes equal differences tie, whatever their last digits are.
     differences = [round(ours[seed] - other[seed], 9) for seed in sorted(ours.keys() & other)]
     if len(differences) < 6:  # no p below 0.05 is possible
         return None
@@ -63,7 +63,7 @@ def compare(ours, other):
 
 
 def holm(p_values):
-    """Holm's correction of p for their number (Scandinavian Journal of Statistics 6, 1979)."""
+    """p after Holm's correction for their number (Scandinavian Journal of Statistics 6, 1979)."""
     p = numpy.array(p_values)
     order = p.argsort()
     raised = numpy.maximum.accumulate(p[order] * numpy.arange(len(p), 0, -1)).clip(max=1)
@@ -72,8 +72,8 @@ def holm(p_values):
 
 def compare_all(pairs):
     """
-    `compare` pairs, {(domain, name): two {seed: value}}, and add Holm's p, which is corrected for
-    the number of names and domains, "all" apart.
+    `compare` pairs, {(domain, name): two {seed: value}}, and add p after Holm's correction for the
+    number of names and domains, apart from that for the domain "all".
     """
     found = {key: one for key, pair in pairs.items() if (one := compare(*pair))}
     for together in (False, True):
@@ -85,8 +85,8 @@ def compare_all(pairs):
 
 def differences(results, size, measure, first, sign):
     """
-    The first arm minus each other with sign 1, each other minus the first with -1:
-    {(domain, arm): (pairs, mean, half-width, p, Holm's p)}, by `compare_all`.
+    `compare_all` of the first arm minus each other (sign 1), or of each other minus the first (-1):
+    {(domain, arm): (pairs, mean, half-width, p, Holm's p)}.
     """
     values = collect(results, size, measure)
     return compare_all(
@@ -99,7 +99,7 @@ def differences(results, size, measure, first, sign):
 
 
 def table(titles, rows, heading=""):
-    """Lines of a Markdown table, and an empty one. rows: of cells, whose text str gives."""
+    """Lines of a Markdown table, and an empty one. rows: lists of cells, of any type."""
     yield from [heading, ""] if heading else []
     for cells in (titles, ["---"] * len(titles), *rows):
         yield f"| {' | '.join(map(str, cells))} |"
@@ -107,7 +107,7 @@ def table(titles, rows, heading=""):
 
 
 def spread(values, digits=1):
-    """Mean ± standard deviation, as text; the mean alone of a single value."""
+    """Mean ± standard deviation, as text; of a single value, the mean alone."""
     deviation = f" ± {numpy.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{numpy.mean(values):.{digits}f}{deviation}"
 
@@ -124,7 +124,7 @@ TRACED = ("indirect / direct", "cosine", "m moves by")
 
 
 def traced(results):
-    """TRACED as text: medians over the upper-level steps of traced runs, and how far m moved."""
+    """The cells of TRACED: medians over the traced runs' upper-level steps, and how far m moved."""
     traces = [r["trace"] for r in results if r.get("trace")]
     if not traces:
         return "–", "–", "–"
@@ -136,7 +136,7 @@ def traced(results):
 
 
 def tables(results, arms, sign):
-    """Lines of Markdown: for each size, the arms' scores, gaps and differences, with their sign."""
+    """Lines of Markdown: for each size, the arms' scores, gaps and differences. sign: a Group's."""
     corner = f"`{arms[0]}` minus" if sign == 1 else f"minus `{arms[0]}`"
     pairs = {f"`{arm}`": (arms[0], arm)[::sign] for arm in arms[1:]}
     return tables_of(results, arms, corner, pairs)
@@ -163,10 +163,7 @@ def dtype_note(results):
 
 
 def measure_tables(results, size, measure, arms, corner, pairs):
-    """
-    The arms' values of a measure and, beside test scores, their traces; and the differences of the
-    pairs that have enough seeds.
-    """
+    """Two tables: the arms' values of a measure (and traces), and differences of the pairs."""
     values = collect(results, size, measure)
     columns = {r["domain"]: f"`{r['domain']}`" for r in results} | {"all": "mean of all"}
     heading = f"**{measure}, points of 100, {size} examples**"
@@ -197,7 +194,7 @@ def measure_tables(results, size, measure, arms, corner, pairs):
 
 
 def seconds_table(results, arms):
-    """Lines of Markdown: the median seconds of the arms' runs, if some say on how many threads."""
+    """Lines of Markdown: the arms' median seconds; none if no run recorded its threads."""
     seconds = {}
     for r in results:
         if "seconds" in r:  # it did not diverge

@@ -63,7 +63,7 @@ def seconds(runs):
 
 
 def default():
-    """The default run of each method."""
+    """The default runs of each method."""
     titles = ["method", "test accuracy, seeds 0 / 1 / 2, %", "mean ± s.d.", "test loss"]
     titles += ["train accuracy, %", "seconds a run"]
     columns = [of("test", "accuracy", text=each), of("test", "accuracy")]
