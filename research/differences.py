@@ -21,25 +21,24 @@ MEASURES = {
 
 
 def of_group(results, group):
-    """Those results that are of the runs of a group, or of a Sweep, in the order of its domains."""
-    own = [r for r in results if str(r["size"]) in group.sizes and r["seed"] < group.seeds]
-    own = [r for r in own if r["method"] in group.arms and r["domain"] in group.domains]
-    return sorted(own, key=lambda r: group.domains.index(r["domain"]))
+    """The results of the runs of a group, or of a Sweep, in the order of its domains."""
+    chosen = [r for r in results if str(r["size"]) in group.sizes and r["seed"] < group.seeds]
+    chosen = [r for r in chosen if r["method"] in group.arms and r["domain"] in group.domains]
+    return sorted(chosen, key=lambda r: group.domains.index(r["domain"]))
 
 
 def collect(results, size, measure):
     """{(domain, arm): {seed: value}} of one size, and as domain "all" the means over domains."""
-    found = {}
+    values = {}
     for r in results:
         if r["size"] == size and "diverged" not in r:
-            key = r["domain"], r["method"]
-            found.setdefault(key, {})[r["seed"]] = MEASURES[measure](r)
-    domains = list(dict.fromkeys(domain for domain, _ in found))
-    for arm in dict.fromkeys(arm for _, arm in found):
-        parts = [found.get((domain, arm), {}) for domain in domains]
+            values.setdefault((r["domain"], r["method"]), {})[r["seed"]] = MEASURES[measure](r)
+    domains = list(dict.fromkeys(domain for domain, _ in values))
+    for arm in dict.fromkeys(arm for _, arm in values):
+        parts = [values.get((domain, arm), {}) for domain in domains]
         seeds = set.intersection(*map(set, parts))
-        found["all", arm] = {s: numpy.mean([part[s] for part in parts]) for s in sorted(seeds)}
-    return found
+        values["all", arm] = {s: numpy.mean([part[s] for part in parts]) for s in sorted(seeds)}
+    return values
 
 
 def interval(values):
@@ -75,12 +74,12 @@ def compare_all(pairs):
     `compare` pairs, {(domain, name): two {seed: value}}, and add p after Holm's correction for the
     number of names and domains, apart from that for the domain "all".
     """
-    found = {key: one for key, pair in pairs.items() if (one := compare(*pair))}
+    compared = {key: one for key, pair in pairs.items() if (one := compare(*pair))}
     for together in (False, True):
-        keys = [key for key in found if (key[0] == "all") == together]
-        for key, p in zip(keys, holm([found[key][3] for key in keys])):
-            found[key] += (p,)
-    return found
+        keys = [key for key in compared if (key[0] == "all") == together]
+        for key, p in zip(keys, holm([compared[key][3] for key in keys])):
+            compared[key] += (p,)
+    return compared
 
 
 def differences(results, size, measure, first, sign):
@@ -112,11 +111,11 @@ def spread(values, digits=1):
     return f"{numpy.mean(values):.{digits}f}{deviation}"
 
 
-def difference_cell(found):
+def difference_cell(difference):
     """One of `differences` as text."""
-    if not found:
+    if not difference:
         return "–"
-    _, mean, half, p, corrected = found
+    _, mean, half, p, corrected = difference
     return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}], p = {p:.2g} ({corrected:.2g})"
 
 
@@ -145,10 +144,10 @@ def tables(results, arms, sign):
 def tables_of(results, arms, corner, pairs):
     """`tables` with the differences of pairs, {row: (an arm, the arm that is subtracted)}."""
     for size in sorted({r["size"] for r in results}):
-        own = [r for r in results if r["size"] == size]
+        of_size = [r for r in results if r["size"] == size]
         for measure in MEASURES:
-            yield from measure_tables(own, size, measure, arms, corner, pairs)
-        yield from dtype_note(own)
+            yield from measure_tables(of_size, size, measure, arms, corner, pairs)
+        yield from dtype_note(of_size)
 
 
 def dtype_note(results):
@@ -158,7 +157,7 @@ def dtype_note(results):
         if "dtype" in r:
             arms.setdefault(r["dtype"], {})[f"`{r['method']}`"] = None
     if len(arms) > 1:
-        parts = (f"{dtype}: {', '.join(sorted(own))}" for dtype, own in sorted(arms.items()))
+        parts = (f"{dtype}: {', '.join(sorted(names))}" for dtype, names in sorted(arms.items()))
         yield from (f"Not all in one dtype; {'; '.join(parts)}", "")
 
 
@@ -170,23 +169,23 @@ def measure_tables(results, size, measure, arms, corner, pairs):
     shown = measure == "test score" and any("trace" in r for r in results)
     rows = []
     for arm in arms:
-        if own := [r for r in results if r["method"] == arm]:
+        if runs := [r for r in results if r["method"] == arm]:
             each = [values.get((domain, arm)) for domain in columns]
             cells = [f"{spread([*v.values()])} ({len(v)})" if v else "–" for v in each]
-            rows.append([f"`{arm}`", *cells, *(traced(own) if shown else ())])
+            rows.append([f"`{arm}`", *cells, *(traced(runs) if shown else ())])
     titles = ["arm", *columns.values(), *(TRACED if shown else ())]
     yield from table(titles, rows, f"{heading}: mean ± standard deviation (seeds)")
 
-    found = compare_all(
+    compared = compare_all(
         {
             (domain, row): [values.get((domain, arm), {}) for arm in pair]
             for domain, (row, pair) in itertools.product(columns, pairs.items())
         }
     )
     rows = [
-        [row, *(difference_cell(found.get((domain, row))) for domain in columns)]
+        [row, *(difference_cell(compared.get((domain, row))) for domain in columns)]
         for row in pairs
-        if any((domain, row) in found for domain in columns)
+        if any((domain, row) in compared for domain in columns)
     ]
     if rows:
         heading += ": mean [95 % interval], p by Wilcoxon's test (by Holm)"

@@ -331,9 +331,9 @@ def truth(folder):
 def rows(path, section):
     """The first table below a heading of a Markdown file: {first cell: list of the others}."""
     table = rf"(?ms)^## {re.escape(section)}$.*?^((?:\|[^\n]*\n){{3,}})"
-    if not (found := re.search(table, path.read_text(encoding="utf-8"))):
+    if not (match := re.search(table, path.read_text(encoding="utf-8"))):
         raise ValueError(f"{path}: there is no table below '## {section}'")
-    lines = found[1].splitlines()
+    lines = match[1].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {name: values for name, *values in cells[2:]}
 

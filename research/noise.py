@@ -98,8 +98,7 @@ def draw(task, adapters, weights, batches, seed):
     def flat(tensors):
         return torch.cat([x.flatten() for x in tensors]).double().numpy()
 
-    mode = in_training(model, () if seed is None else set(model.modules()))
-    with mode, restored(weights):
+    with in_training(model, () if seed is None else set(model.modules())), restored(weights):
         v, direct = val_gradients(val_loss, weights, upper)
         gradient = {id(p): x for p, x in zip(weights, v)}
         parts = {}

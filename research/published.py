@@ -169,10 +169,9 @@ def add_dropout(model):
     rates = getattr(model, "own", {})
     if "hidden_dropout_prob" not in rates:
         raise ValueError("--noise is of the dropout of BERT, RoBERTa and ESM-2")
-    adapters = adapter_layers(model).values()
-    own = {id(part) for layer in adapters for part in layer.modules()}
+    adapters = {id(p) for layer in adapter_layers(model).values() for p in layer.modules()}
     for name, part in model.named_modules():
-        if isinstance(part, nn.Dropout) and id(part) not in own:
+        if isinstance(part, nn.Dropout) and id(part) not in adapters:
             of_attention = name.endswith("attention.self.dropout")
             part.p = rates[f"{'attention_probs' if of_attention else 'hidden'}_dropout_prob"]
 
@@ -202,8 +201,7 @@ def train(config):
 
 
 def main(arguments):
-    options = {"reader": read_config}
-    return settings.program(arguments or ["--help"], Published, train, __doc__, **options)
+    return settings.program(arguments or ["--help"], Published, train, __doc__, reader=read_config)
 
 
 if __name__ == "__main__":

@@ -176,8 +176,8 @@ def hypergradient(problem, model, arm, adam):
 
 
 def errors(problem, seed):
-    """{lower-level steps, or "solved": {arm: its error and cosine}}, as said above."""
-    model, found = copy.deepcopy(problem.model), {}
+    """{lower-level steps, or "solved": {arm: [its error, its cosine]}}."""
+    model, measured = copy.deepcopy(problem.model), {}
     optimizer = create_bilevel_optimizer(model, LOWER_LR, weight_decay=0.0)
 
     def all_arms():
@@ -187,9 +187,9 @@ def errors(problem, seed):
     for step in range(1, AFTER[-1] + 1):
         optimizer.lower_step(problem.loss, "train")
         if step in AFTER:
-            found[step] = all_arms()
+            measured[step] = all_arms()
     problem.solve(model, most=1e-7)
-    found["solved"] = all_arms()
+    measured["solved"] = all_arms()
 
     generator = torch.Generator().manual_seed(seed)
     sizes = DIRECTIONS, *optimizer.upper[0].shape
@@ -203,7 +203,7 @@ def errors(problem, seed):
         cosine = torch.nn.functional.cosine_similarity(ours, true, dim=0)
         return [((ours - true).norm() / true.norm()).item(), cosine.item()]
 
-    return {n: {arm: beside_truth(h) for arm, h in hs.items()} for n, hs in found.items()}
+    return {n: {arm: beside_truth(h) for arm, h in hs.items()} for n, hs in measured.items()}
 
 
 def search(problem, arm):
@@ -228,7 +228,7 @@ def search(problem, arm):
         else:
             optimizer.bilevel_step(problem.loss, "train", "val")
 
-    m, start = (it[0].lora_magnitude_vector.data for it in (model, problem.model))
+    m, start = (layers[0].lora_magnitude_vector.data for layers in (model, problem.model))
     model = copy.deepcopy(problem.model)  # the direction and the head begin alike for all
     model[0].lora_magnitude_vector.data.copy_(m)
     problem.solve(model)
@@ -262,15 +262,15 @@ def measure(results, domain, seed):
 def results_of(folder):
     """Yield the results with errors, then those with scores, for DOMAINS and SEEDS."""
     for which in ("errors", "main"):
-        own = (r for r in load_results(folder, which) if "diverged" not in r)
-        yield [r for r in own if r["domain"] in DOMAINS and r["seed"] < SEEDS]
+        runs = (r for r in load_results(folder, which) if "diverged" not in r)
+        yield [r for r in runs if r["domain"] in DOMAINS and r["seed"] < SEEDS]
 
 
 def errors_of(results, arm):
     """{lower-level steps: (error, cosine)} of an arm, medians over domains and seeds."""
     steps = (*AFTER, "solved")
-    found = [[r["errors"][str(n)][arm] for n in steps] for r in results]
-    return dict(zip(steps, numpy.median(found, axis=0)))
+    each = [[r["errors"][str(n)][arm] for n in steps] for r in results]
+    return dict(zip(steps, numpy.median(each, axis=0)))
 
 
 def error_table(results):
@@ -298,8 +298,8 @@ def loss_table(results):
         seeds = sorted(set.intersection(*map(set, values.values())))
         titles.append(f"`{domain}` ({len(seeds)})")
         for arm, row in rows.items():
-            own = [values[arm][seed] for seed in seeds] or [(numpy.nan,) * 3]
-            row.append("{:.3f}, {:.3f}, {:.0%}".format(*numpy.mean(own, axis=0)))
+            each = [values[arm][seed] for seed in seeds] or [(numpy.nan,) * 3]
+            row.append("{:.3f}, {:.3f}, {:.0%}".format(*numpy.mean(each, axis=0)))
 
     heading = "**Val loss at V*(m) after search, test loss after retraining, how far m moves**"
     return table(titles, rows.values(), f"{heading}: means over the seeds that all arms have")

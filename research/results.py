@@ -130,8 +130,8 @@ def read_results(folder):
 def load_results(folder, which="main"):
     """The results of one set in a folder, in the order of domains, sizes and seeds."""
     with malformed(f"a line of {folder}/runs.jsonl"):
-        own = [r for r in read_results(folder).values() if r["set"] == which]
-        return sorted(own, key=lambda r: (r["domain"], r.get("size", 0), r.get("seed", 0)))
+        chosen = [r for r in read_results(folder).values() if r["set"] == which]
+        return sorted(chosen, key=lambda r: (r["domain"], r.get("size", 0), r.get("seed", 0)))
 
 
 def trajectory_of(result):

@@ -159,11 +159,10 @@ def read_at(folder, version):
 def check_made(sweep, result, rates):
     """Raise ValueError unless a result's run had the sweep's model and layers, and these rates."""
     line = f"{result['name']} in {sweep.results}/runs.jsonl"
-    needed = {"command", "diverged" if "diverged" in result else "after"}
-    if lacks := needed - result.keys():
+    if lacks := {"command", "diverged" if "diverged" in result else "after"} - result.keys():
         raise ValueError(f"{line} lacks {', '.join(sorted(lacks))}: remove its line")
-    own = ("model", "target_modules", "dtype")
-    wanted = {name: sweep.settings[name] for name in own if name in sweep.settings} | rates
+    names = {"model", "target_modules", "dtype"} & sweep.settings.keys()
+    wanted = {name: sweep.settings[name] for name in names} | rates
     options = {f"--{name}={value}" for name, value in wanted.items()}
     if missing := options - set(shlex.split(result["command"])):
         without = ", ".join(sorted(missing))
@@ -186,8 +185,8 @@ def run(sweep, name, job, rates, tuning=False, make=True):
 
     options = options_of(sweep, name, job, rates, tuning)
     arguments = [f"--{key}={value}" for key, value in options.items()]
-    own = {*EFFECTS, "trace"} & options.keys()
-    command = ["python", *(["-m", "research.published"] if own else ["train.py"]), *arguments]
+    special = {*EFFECTS, "trace"} & options.keys()
+    command = ["python", *(["-m", "research.published"] if special else ["train.py"]), *arguments]
     result = {"name": name, "set": "tune" if tuning else sweep.set, "domain": job.domain}
     result |= {"size": job.size, "method": job.arm, "seed": job.seed, **rates}
     result |= {"command": shlex.join(command), "threads": torch.get_num_threads()}

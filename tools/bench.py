@@ -215,8 +215,7 @@ def step(bench, name, base):
         return model(*data.collate(rows, pad_id)) * share
 
     def take():
-        parts = data.micro_batches(draw(), kind.micro_batch)
-        optimizer.lower_step(loss_fn, MicroBatches(parts))
+        optimizer.lower_step(loss_fn, MicroBatches(data.micro_batches(draw(), kind.micro_batch)))
         if name in SEARCH:
             optimizer.upper_step(loss_fn, MicroBatches(data.micro_batches(draw())))
 
@@ -273,9 +272,8 @@ def measure(bench):
             seconds[name].append(timed(take))
 
     del base, steps
-    once = dataclasses.replace(bench, rounds=1)
     shown = tqdm(names, desc="peak memory", unit="method")
-    peaks = {name: alone(once, name)[1] for name in shown}
+    peaks = {name: alone(dataclasses.replace(bench, rounds=1), name)[1] for name in shown}
     return {name: times[1:] for name, times in seconds.items()}, peaks
 
 
@@ -343,8 +341,7 @@ def run(bench):
     """Measure and print."""
     check(bench)
     if bench.dtype == "auto":
-        fastest = str(fast_dtype("cpu")[0]).removeprefix("torch.")
-        bench = dataclasses.replace(bench, dtype=fastest)
+        bench = dataclasses.replace(bench, dtype=str(fast_dtype("cpu")[0]).removeprefix("torch."))
 
     labels = {"all": "a label on each", "last": "one label a row"}[bench.labels]
     what = (

@@ -87,9 +87,7 @@ def print_methods(models, memory, config):
             n = need(c, METHODS[method], 2, memory.length, replace(config, quantize=packed))
             line += f"{n.weights / 1e9:8.1f}{n.total / 1e9:8.1f}"
         print(line)
-    print(
-        "\nbidora: with exact second derivatives. --hypergradient=first_order takes as much as dora"
-    )
+    print("\nbidora: exact second derivatives. --hypergradient=first_order takes as much as dora")
 
 
 def estimate(memory):
