@@ -1,8 +1,8 @@
 """
 What research/sweep.py compares: the arms, each a run's settings, and the groups of them.
 
-    smollm2          the methods and DoRA in BiDoRA's phases, on SmolLM2; all others are on MiniLM
-    methods          the same arms
+    smollm2          the methods and DoRA in BiDoRA's phases, on SmolLM2
+    methods          the same arms, on MiniLM, as are all groups that follow
     controls         BiDoRA with one of its parts changed: what it holds out, and how much
     paper            from BiDoRA as written to its published program, one change at a time
     published        and back: the program without (a minus) one of its changes
@@ -27,7 +27,7 @@ MINILM |= {"eval_before": False, "checkpoint_every": 10**6}
 @dataclass(frozen=True)
 class Arm:
     settings: dict  # of train.py or, with EFFECTS, of research.published
-    # the first guess of its rates, {} where settings has them, or the arm whose rates it takes
+    # the first guess of its rates, {} if settings has them, or the name of an arm with its rates
     rates: dict | str
     upper_from: str = ""  # the arm whose upper_lr it takes, if another's
     lower_factor: float = 1.0  # on its lower_lr
@@ -74,7 +74,7 @@ CONTROLS |= SPLITS
 TRACED = BIDORA | {"trace": True}
 WRITTEN = TRACED | {"magnitude_axis": "column"}
 DIFFERENCE = {"hypergradient": "identity_difference"}
-CHANGES = {  # what the published program does instead
+CHANGES = {  # {what the published program does instead: its settings}
     "identity": DIFFERENCE,
     "all-weights": DIFFERENCE | {"all_weights": True},
     "noise": DIFFERENCE | {"noise": True},

@@ -21,29 +21,28 @@ MEASURES = {
 
 
 def of_group(results, group):
-    """Those results that are of the runs of a group, or of a Sweep, in the order of its domains."""
-    own = [r for r in results if str(r["size"]) in group.sizes and r["seed"] < group.seeds]
-    own = [r for r in own if r["method"] in group.arms and r["domain"] in group.domains]
-    return sorted(own, key=lambda r: group.domains.index(r["domain"]))
+    """The results of the runs of a group, or of a Sweep, in the order of its domains."""
+    chosen = [r for r in results if str(r["size"]) in group.sizes and r["seed"] < group.seeds]
+    chosen = [r for r in chosen if r["method"] in group.arms and r["domain"] in group.domains]
+    return sorted(chosen, key=lambda r: group.domains.index(r["domain"]))
 
 
 def collect(results, size, measure):
     """{(domain, arm): {seed: value}} of one size, and as domain "all" the means over domains."""
-    found = {}
+    values = {}
     for r in results:
         if r["size"] == size and "diverged" not in r:
-            key = r["domain"], r["method"]
-            found.setdefault(key, {})[r["seed"]] = MEASURES[measure](r)
-    domains = list(dict.fromkeys(domain for domain, _ in found))
-    for arm in dict.fromkeys(arm for _, arm in found):
-        parts = [found.get((domain, arm), {}) for domain in domains]
+            values.setdefault((r["domain"], r["method"]), {})[r["seed"]] = MEASURES[measure](r)
+    domains = list(dict.fromkeys(domain for domain, _ in values))
+    for arm in dict.fromkeys(arm for _, arm in values):
+        parts = [values.get((domain, arm), {}) for domain in domains]
         seeds = set.intersection(*map(set, parts))
-        found["all", arm] = {s: numpy.mean([part[s] for part in parts]) for s in sorted(seeds)}
-    return found
+        values["all", arm] = {s: numpy.mean([part[s] for part in parts]) for s in sorted(seeds)}
+    return values
 
 
 def interval(values):
-    """The mean of some values, and its 95 % interval's half-width (Student's t); NaN of one."""
+    """The mean of values, and its 95 % interval's half-width (Student's t), NaN for one value."""
     n = len(values)
     half = t.ppf(0.975, n - 1) * numpy.std(values, ddof=1) / n**0.5 if n > 1 else numpy.nan
     return float(numpy.mean(values)), float(half)
@@ -51,10 +50,10 @@ def interval(values):
 
 def compare(ours, other):
     """
-    Of two {seed: value}: the number of pairs, the mean difference, the half-width of its 95 %
-    interval, and p by Wilcoxon's signed-rank test. None for fewer than six pairs.
+    (the number of pairs, the mean difference, the half-width of its 95 % interval, p by Wilcoxon's
+    signed-rank test) of two {seed: value}. None for fewer than six pairs.
     """
-    # rounded, so that equal differences tie whatever their last digits are
+    # Rounding makes equal differences tie, whatever their last digits are.
     differences = [round(ours[seed] - other[seed], 9) for seed in sorted(ours.keys() & other)]
     if len(differences) < 6:  # no p below 0.05 is possible
         return None
@@ -63,7 +62,7 @@ def compare(ours, other):
 
 
 def holm(p_values):
-    """Holm's correction of p for their number (Scandinavian Journal of Statistics 6, 1979)."""
+    """p after Holm's correction for their number (Scandinavian Journal of Statistics 6, 1979)."""
     p = numpy.array(p_values)
     order = p.argsort()
     raised = numpy.maximum.accumulate(p[order] * numpy.arange(len(p), 0, -1)).clip(max=1)
@@ -72,21 +71,21 @@ def holm(p_values):
 
 def compare_all(pairs):
     """
-    `compare` pairs, {(domain, name): two {seed: value}}, and add Holm's p, which is corrected for
-    the number of names and domains, "all" apart.
+    `compare` pairs, {(domain, name): two {seed: value}}, and add p after Holm's correction for the
+    number of names and domains, apart from that for the domain "all".
     """
-    found = {key: one for key, pair in pairs.items() if (one := compare(*pair))}
+    compared = {key: one for key, pair in pairs.items() if (one := compare(*pair))}
     for together in (False, True):
-        keys = [key for key in found if (key[0] == "all") == together]
-        for key, p in zip(keys, holm([found[key][3] for key in keys])):
-            found[key] += (p,)
-    return found
+        keys = [key for key in compared if (key[0] == "all") == together]
+        for key, p in zip(keys, holm([compared[key][3] for key in keys])):
+            compared[key] += (p,)
+    return compared
 
 
 def differences(results, size, measure, first, sign):
     """
-    The first arm minus each other with sign 1, each other minus the first with -1:
-    {(domain, arm): (pairs, mean, half-width, p, Holm's p)}, by `compare_all`.
+    `compare_all` of the first arm minus each other (sign 1), or of each other minus the first (-1):
+    {(domain, arm): (pairs, mean, half-width, p, Holm's p)}.
     """
     values = collect(results, size, measure)
     return compare_all(
@@ -99,7 +98,7 @@ def differences(results, size, measure, first, sign):
 
 
 def table(titles, rows, heading=""):
-    """Lines of a Markdown table, and an empty one. rows: of cells, whose text str gives."""
+    """Lines of a Markdown table, and an empty one. rows: lists of cells, of any type."""
     yield from [heading, ""] if heading else []
     for cells in (titles, ["---"] * len(titles), *rows):
         yield f"| {' | '.join(map(str, cells))} |"
@@ -107,16 +106,16 @@ def table(titles, rows, heading=""):
 
 
 def spread(values, digits=1):
-    """Mean ± standard deviation, as text; the mean alone of a single value."""
+    """Mean ± standard deviation, as text; of a single value, the mean alone."""
     deviation = f" ± {numpy.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{numpy.mean(values):.{digits}f}{deviation}"
 
 
-def difference_cell(found):
+def difference_cell(difference):
     """One of `differences` as text."""
-    if not found:
+    if not difference:
         return "–"
-    _, mean, half, p, corrected = found
+    _, mean, half, p, corrected = difference
     return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}], p = {p:.2g} ({corrected:.2g})"
 
 
@@ -124,7 +123,7 @@ TRACED = ("indirect / direct", "cosine", "m moves by")
 
 
 def traced(results):
-    """TRACED as text: medians over the upper-level steps of traced runs, and how far m moved."""
+    """The cells of TRACED: medians over the traced runs' upper-level steps, and how far m moved."""
     traces = [r["trace"] for r in results if r.get("trace")]
     if not traces:
         return "–", "–", "–"
@@ -136,7 +135,7 @@ def traced(results):
 
 
 def tables(results, arms, sign):
-    """Lines of Markdown: for each size, the arms' scores, gaps and differences, with their sign."""
+    """Lines of Markdown: for each size, the arms' scores, gaps and differences. sign: a Group's."""
     corner = f"`{arms[0]}` minus" if sign == 1 else f"minus `{arms[0]}`"
     pairs = {f"`{arm}`": (arms[0], arm)[::sign] for arm in arms[1:]}
     return tables_of(results, arms, corner, pairs)
@@ -145,10 +144,10 @@ def tables(results, arms, sign):
 def tables_of(results, arms, corner, pairs):
     """`tables` with the differences of pairs, {row: (an arm, the arm that is subtracted)}."""
     for size in sorted({r["size"] for r in results}):
-        own = [r for r in results if r["size"] == size]
+        of_size = [r for r in results if r["size"] == size]
         for measure in MEASURES:
-            yield from measure_tables(own, size, measure, arms, corner, pairs)
-        yield from dtype_note(own)
+            yield from measure_tables(of_size, size, measure, arms, corner, pairs)
+        yield from dtype_note(of_size)
 
 
 def dtype_note(results):
@@ -158,38 +157,35 @@ def dtype_note(results):
         if "dtype" in r:
             arms.setdefault(r["dtype"], {})[f"`{r['method']}`"] = None
     if len(arms) > 1:
-        parts = (f"{dtype}: {', '.join(sorted(own))}" for dtype, own in sorted(arms.items()))
+        parts = (f"{dtype}: {', '.join(sorted(names))}" for dtype, names in sorted(arms.items()))
         yield from (f"Not all in one dtype; {'; '.join(parts)}", "")
 
 
 def measure_tables(results, size, measure, arms, corner, pairs):
-    """
-    The arms' values of a measure and, beside test scores, their traces; and the differences of the
-    pairs that have enough seeds.
-    """
+    """Two tables: the arms' values of a measure (and traces), and differences of the pairs."""
     values = collect(results, size, measure)
     columns = {r["domain"]: f"`{r['domain']}`" for r in results} | {"all": "mean of all"}
     heading = f"**{measure}, points of 100, {size} examples**"
     shown = measure == "test score" and any("trace" in r for r in results)
     rows = []
     for arm in arms:
-        if own := [r for r in results if r["method"] == arm]:
+        if runs := [r for r in results if r["method"] == arm]:
             each = [values.get((domain, arm)) for domain in columns]
             cells = [f"{spread([*v.values()])} ({len(v)})" if v else "–" for v in each]
-            rows.append([f"`{arm}`", *cells, *(traced(own) if shown else ())])
+            rows.append([f"`{arm}`", *cells, *(traced(runs) if shown else ())])
     titles = ["arm", *columns.values(), *(TRACED if shown else ())]
     yield from table(titles, rows, f"{heading}: mean ± standard deviation (seeds)")
 
-    found = compare_all(
+    compared = compare_all(
         {
             (domain, row): [values.get((domain, arm), {}) for arm in pair]
             for domain, (row, pair) in itertools.product(columns, pairs.items())
         }
     )
     rows = [
-        [row, *(difference_cell(found.get((domain, row))) for domain in columns)]
+        [row, *(difference_cell(compared.get((domain, row))) for domain in columns)]
         for row in pairs
-        if any((domain, row) in found for domain in columns)
+        if any((domain, row) in compared for domain in columns)
     ]
     if rows:
         heading += ": mean [95 % interval], p by Wilcoxon's test (by Holm)"
@@ -197,7 +193,7 @@ def measure_tables(results, size, measure, arms, corner, pairs):
 
 
 def seconds_table(results, arms):
-    """Lines of Markdown: the median seconds of the arms' runs, if some say on how many threads."""
+    """Lines of Markdown: the arms' median seconds; none if no run recorded its threads."""
     seconds = {}
     for r in results:
         if "seconds" in r:  # it did not diverge

@@ -4,14 +4,14 @@ The pictures of README.md and docs/, drawn from committed files in a few seconds
     python -m research.figures               all of them, into docs/
     python -m research.figures --only=study  one of them
 
-phases           who trains on what in BiDoRA's three phases
+phases           what trains on which data in BiDoRA's three phases
 compare, study   BiDoRA minus each other method, on SmolLM2 and on an encoder
 ablation, back, hypergradients     the groups paper, published and hypergradients
 rank, tiny, sensitivity            score and gap over what these groups vary
 search, truth    hypergradients in the course of a search, and beside a solved lower level
 speed            two tables of docs/speed.md, as bars
 
-Colours are Okabe and Ito's. Line styles, markers and hatching serve black and white.
+Colours are Okabe and Ito's. Line styles, markers and hatching tell apart in black and white, too.
 """
 
 import functools
@@ -111,7 +111,7 @@ def arrow(axes, start, end, color="black", width=1.4):
 
 
 def draw_stages(axes):
-    """Two stages and their data, which search splits 8:2, a box for each phase, what passes on."""
+    """The two stages and their data, which search splits 8:2, and a box for each phase."""
     for x, width, name in ((1, 66, "SEARCH: phases 1 and 2 alternate"), (69, 30.5, "RETRAIN")):
         box(axes, x, 1, width, 46, (44.6, name, TITLE), facecolor="#F2F2F2", edgecolor="none")
     for x, width, color, text in (
@@ -147,7 +147,7 @@ def draw_stages(axes):
 
 
 def draw_formulas(axes):
-    """The hypergradient, which passes through the direction on its way to m; and what comes out."""
+    """The hypergradient, which passes through the direction on its way to m; the merged weight."""
     path = {"color": BLUE, "linewidth": 2.2, "linestyle": (0, (4, 1.5))}
     axes.plot([17, 17, 60.1, 60.1], [18.6, 12.5, 12.5, 16], **path)
     arrow(axes, (60.1, 16), (60.1, 18.9), BLUE, 2.2)
@@ -178,8 +178,8 @@ def phases():
 
 def study(folder, name, notes):
     """
-    The differences of a group, a row of panels for each of its sizes in each of the sets {set:
-    what it is}: the mean over all domains with its 95 % interval, and each domain's mean.
+    A group's differences, in a row of panels for each of its sizes in each set: the mean over all
+    domains with its 95 % interval, and each domain's mean. notes: {set: what it is}.
     """
     group, rows = GROUPS[name], []
     for (which, note), size in itertools.product(notes.items(), map(int, group.sizes)):
@@ -217,7 +217,7 @@ def unique_labels(axes):
 
 
 def dots(axes, by_arm, arms):
-    """A panel: the `differences` of the arms in one measure."""
+    """Fill a panel with the `differences` of the arms in one measure."""
     for (domain, arm), (_, mean, half, *_) in by_arm.items():
         if arm not in arms:  # not yet in every domain
             continue
@@ -241,8 +241,8 @@ def curve(axes, hypergradient, line, *points, **style):
 
 def over(folder, name):
     """
-    Test score and gap over what the arms of a group vary: means over its tasks, or of one, and over
-    the seeds that all arms have which have any.
+    Test score and gap over what a group's arms vary: means over its tasks, or of one task, over the
+    seeds that all arms share, but for arms without any result.
     """
     group, columns = GROUPS[name], VARIED[name]
     results, values = of_group(load_results(folder), group), {}
@@ -303,7 +303,7 @@ def search(folder):
 
 
 def truth(folder):
-    """The error of each hypergradient beside the truth, and what a search along it gives."""
+    """Each hypergradient's error against the truth, and the scores after a search along it."""
     runs, results = resolved.results_of(folder)
     by_arm = differences(results, 100, "test score", resolved.ARMS[0], -1)
     arms = [arm for arm in resolved.ARMS if ("all", arm) in by_arm]
@@ -331,15 +331,15 @@ def truth(folder):
 def rows(path, section):
     """The first table below a heading of a Markdown file: {first cell: list of the others}."""
     table = rf"(?ms)^## {re.escape(section)}$.*?^((?:\|[^\n]*\n){{3,}})"
-    if not (found := re.search(table, path.read_text(encoding="utf-8"))):
+    if not (match := re.search(table, path.read_text(encoding="utf-8"))):
         raise ValueError(f"{path}: there is no table below '## {section}'")
-    lines = found[1].splitlines()
+    lines = match[1].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {name: values for name, *values in cells[2:]}
 
 
 def bars(axes, title, label, limit, pairs):
-    """Two bars, bf16 and fp32, for each entry of {name: (text, text)}, a table's numbers."""
+    """Two bars, bf16 and fp32, for each of {name: (text, text)}, the cells of a table."""
     for y, pair in enumerate(pairs.values()):
         for text, aside, (color, hatch) in zip(pair, (-0.2, 0.2), DTYPES.values()):
             value = 0 if text == "refused" else float(text)
@@ -376,7 +376,7 @@ def speed(path):
 
 
 def save(figure, path):
-    """Write a PNG of 64 colours, a third of the size of one with all."""
+    """Write a PNG of 64 colours, which has a third of the size."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     with replacing(path) as temporary:

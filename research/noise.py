@@ -61,12 +61,12 @@ def needed(ratio):
 
 
 def cosines(x, y):
-    """Between all rows of x and all rows of y."""
+    """The cosines between all rows of x and all rows of y."""
     return x @ y.T / numpy.outer(numpy.linalg.norm(x, axis=1), numpy.linalg.norm(y, axis=1))
 
 
 def statistics(direct, indirect, without):
-    """A line's numbers. direct, indirect: a row a draw; without: these two without dropout."""
+    """A result's numbers. direct, indirect: a row a draw; without: both without dropout."""
     n = len(indirect)
     pairs = ~numpy.eye(n, dtype=bool)
     ratio = signal(indirect)
@@ -98,8 +98,7 @@ def draw(task, adapters, weights, batches, seed):
     def flat(tensors):
         return torch.cat([x.flatten() for x in tensors]).double().numpy()
 
-    mode = in_training(model, () if seed is None else set(model.modules()))
-    with mode, restored(weights):
+    with in_training(model, () if seed is None else set(model.modules())), restored(weights):
         v, direct = val_gradients(val_loss, weights, upper)
         gradient = {id(p): x for p, x in zip(weights, v)}
         parts = {}
@@ -113,7 +112,7 @@ def draw(task, adapters, weights, batches, seed):
 
 
 def measure(domain, steps):
-    """Yield the results of a domain after some steps of the network, a dict for each line."""
+    """Yield a domain's results after some steps of the network, dicts."""
     given = sweep.Sweep(group="paper")
     rates = sweep.rates_of(given, domain, 100, "ft", make=False)
     changes = {"train_size": 2 * max(BATCHES), "val_fraction": 0.5}

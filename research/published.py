@@ -1,5 +1,5 @@
 r"""
-train.py with what BiDoRA's published program does beside its paper, for comparison only.
+train.py with what BiDoRA's published program does other than its paper, for comparison only.
 
     python -m research.published --config=paper/as_published.py --transposed --network --noise \
         --all_weights
@@ -50,7 +50,7 @@ def effects(config):
 
 @dataclass
 class PublishedTask(program.Task):
-    """A task that does what its config, a Published, says."""
+    """A Task whose config is a Published."""
 
     def __post_init__(self):
         config = self.config
@@ -75,8 +75,8 @@ class PublishedTask(program.Task):
 
 class ObservedOptimizer(BilevelOptimizer):
     """
-    BilevelOptimizer with the settings of a Published. base: pairs of each parameter but the
-    adapters' own, and its original value. trace: None, or lists to which an upper-level step adds
+    BilevelOptimizer with the settings of a Published. base: (parameter, its original value) pairs
+    of all but the adapters' own. trace: None, or lists to which an upper-level step adds
     "indirect": ‖indirect‖ / ‖direct‖ of the hypergradient's parts, "cosine": of their angle, and
     "moved": ‖m - m0‖ / ‖m0‖.
     """
@@ -99,7 +99,7 @@ class ObservedOptimizer(BilevelOptimizer):
         return [p for p in self.lower if id(p) not in known]
 
     def observed(self, train_loss, val_loss, lower, upper, **options):
-        """The hypergradient, whose parts go into the trace."""
+        """The hypergradient. Its parts are kept for the trace."""
         if self.published.hypergradient.startswith("identity"):
             lower = self.adapters + (self.frozen if self.published.all_weights else [])
         modules = set(self.model.modules()) if self.published.noise else ()
@@ -112,8 +112,8 @@ class ObservedOptimizer(BilevelOptimizer):
 
     def direct(self):
         """
-        ∂F/∂m at the V where the hypergradient takes it: neumann and conjugate_gradient look back to
-        before the last step that was kept.
+        ∂F/∂m at the V where the hypergradient takes it: for neumann and conjugate_gradient, before
+        the last step that was kept.
         """
         with restored(self.lower):
             if self.past and self.entry.looks_back and "steps" not in self.entry.options:
@@ -121,7 +121,7 @@ class ObservedOptimizer(BilevelOptimizer):
             return first_order(None, self.val_loss, self.lower, self.upper, reduce=self.reduce)
 
     def upper_step(self, loss_fn, val_batch, train_batch=None):
-        self.val_loss = self.watched(loss_fn, val_batch, [])  # for `direct`; not added to the log
+        self.val_loss = self.watched(loss_fn, val_batch, [])  # for `direct`, without a log
         loss = super().upper_step(loss_fn, val_batch, train_batch)
         if self.trace is not None:
             direct, h = self.parts
@@ -155,10 +155,7 @@ def base_weights(model):
 
 
 def transpose(model):
-    """
-    Put W0ᵀ in the place of W0 in every adapted layer, and start m at the norms of W0ᵀ. Raises
-    ValueError for a layer that is not square.
-    """
+    """Put W0ᵀ for W0 in each adapted layer, and m at its norms. ValueError if one is not square."""
     for name, layer in adapter_layers(model).items():
         if layer.in_features != layer.out_features:
             raise ValueError(f"--transposed: {name} is not square; choose other target_modules")
@@ -168,20 +165,19 @@ def transpose(model):
 
 
 def add_dropout(model):
-    """Give an encoder its dropouts back, of BERT's names. Raises ValueError for other models."""
+    """Give an encoder with BERT's names its dropouts back. Raises ValueError for other models."""
     rates = getattr(model, "own", {})
     if "hidden_dropout_prob" not in rates:
         raise ValueError("--noise is of the dropout of BERT, RoBERTa and ESM-2")
-    adapters = adapter_layers(model).values()
-    own = {id(part) for layer in adapters for part in layer.modules()}
+    adapters = {id(p) for layer in adapter_layers(model).values() for p in layer.modules()}
     for name, part in model.named_modules():
-        if isinstance(part, nn.Dropout) and id(part) not in own:
+        if isinstance(part, nn.Dropout) and id(part) not in adapters:
             of_attention = name.endswith("attention.self.dropout")
             part.p = rates[f"{'attention_probs' if of_attention else 'hidden'}_dropout_prob"]
 
 
 def checked(config):
-    """Give a Published a dtype that fits it. Raises ValueError for settings that do not fit."""
+    """A Published with a dtype that fits it. Raises ValueError for settings that do not fit."""
     altered = effects(config)
     if altered and (config.resume or config.method == "ft"):
         raise ValueError(f"--{altered[0]} works neither with resume=True nor with method=ft")
@@ -197,10 +193,7 @@ def checked(config):
 
 
 def train(config):
-    """
-    train.train for a Published: returns its summary, with "trace" if asked for. Raises as
-    train.train and `checked` do.
-    """
+    """train.train for a Published, after `checked`. The summary has "trace" if that is set."""
     summary = program.train(checked(config), PublishedTask)
     if effects(config):
         print("no adapter was saved: it would not fit the base model's file")
@@ -208,8 +201,7 @@ def train(config):
 
 
 def main(arguments):
-    options = {"reader": read_config}
-    return settings.program(arguments or ["--help"], Published, train, __doc__, **options)
+    return settings.program(arguments or ["--help"], Published, train, __doc__, reader=read_config)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ the squares of A, B and the head, in float64, so that L-BFGS finds V*(m), where 
 
 errors   of the hypergradients at m's start, after some lower-level steps and at V*(m): ‖h - truth‖
          / ‖truth‖, and the cosine of the two. The truth is the slope of F(V*(m), m) along 16 random
-         directions of m: central differences, the lower level solved again at both ends. Here
-         unrolled-K and adam-K simulate K further steps, the latter with the moments of the steps
-         that were taken.
+         directions of m, by central differences, with the lower level solved again at both ends.
+         Here unrolled-K and adam-K simulate K further steps, adam-K from AdamW's present moments.
 scores   after a search along each hypergradient: m is fixed, and A, B start afresh and are solved
          on train and val together. Between two upper-level steps the lower level takes 50 steps, or
          with …-solved is solved. m-fixed is not searched; m-joint learns with A and B on all the
@@ -67,7 +66,7 @@ class Resolved:
 
 
 def largest_eigenvalue(loss, parameters, products=200):
-    """The eigenvalue of largest size of the Hessian of loss(), a float, by powers of it."""
+    """The eigenvalue of largest size of the Hessian of loss(), a float, by power iteration."""
     g = LowerGradient(loss, parameters)
     generator = torch.Generator().manual_seed(0)
     vector = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
@@ -79,7 +78,7 @@ def largest_eigenvalue(loss, parameters, products=200):
 
 
 class Problem:
-    """The data of a domain and a seed, and the losses. model: adapted layer, tanh, head."""
+    """A domain's data for a seed, the model (adapted layer, tanh, head), and its losses."""
 
     def __init__(self, domain, seed):
         sweep = Sweep(model=MODEL, target_modules=("pooler.dense",))
@@ -130,14 +129,14 @@ class Problem:
 
     @functools.cached_property
     def alpha(self):
-        """Of Neumann's series: half of 1 / λ_max of the Hessian at V*(m) and m's start."""
+        """Neumann's alpha: half of 1 / λ_max of the Hessian at V*(m) and m's start."""
         model = copy.deepcopy(self.model)
         self.solve(model)
         lower = bidora.lower_parameters(model)
         return 0.5 / largest_eigenvalue(lambda: self.loss(model, "train"), lower)
 
     def choice(self, arm):
-        """An arm's hypergradient, and a dict of its options; first order for those without any."""
+        """(an arm's hypergradient, a dict of its options); of an arm without one, first order."""
         name, options = SEARCHES.get(arm.removesuffix(SOLVED), ("first_order", {}))
         return name, options | ({"alpha": self.alpha} if name == "neumann" else {})
 
@@ -165,7 +164,7 @@ def slopes(problem, model, directions):
 
 
 def hypergradient(problem, model, arm, adam):
-    """dF/dm by an arm's function at the model's present state, (out,). adam: the lower AdamW."""
+    """dF/dm, (out,), by an arm's function at the model's present state. adam: the lower AdamW."""
     name, options = problem.choice(arm)
     if options.pop("precondition", None):
         options |= {"adam": adam, "grad_clip": 1.0}
@@ -177,8 +176,8 @@ def hypergradient(problem, model, arm, adam):
 
 
 def errors(problem, seed):
-    """{lower-level steps, or "solved": {arm: its error and cosine}}, as said above."""
-    model, found = copy.deepcopy(problem.model), {}
+    """{lower-level steps, or "solved": {arm: [its error, its cosine]}}."""
+    model, measured = copy.deepcopy(problem.model), {}
     optimizer = create_bilevel_optimizer(model, LOWER_LR, weight_decay=0.0)
 
     def all_arms():
@@ -188,9 +187,9 @@ def errors(problem, seed):
     for step in range(1, AFTER[-1] + 1):
         optimizer.lower_step(problem.loss, "train")
         if step in AFTER:
-            found[step] = all_arms()
+            measured[step] = all_arms()
     problem.solve(model, most=1e-7)
-    found["solved"] = all_arms()
+    measured["solved"] = all_arms()
 
     generator = torch.Generator().manual_seed(seed)
     sizes = DIRECTIONS, *optimizer.upper[0].shape
@@ -204,13 +203,13 @@ def errors(problem, seed):
         cosine = torch.nn.functional.cosine_similarity(ours, true, dim=0)
         return [((ours - true).norm() / true.norm()).item(), cosine.item()]
 
-    return {n: {arm: beside_truth(h) for arm, h in hs.items()} for n, hs in found.items()}
+    return {n: {arm: beside_truth(h) for arm, h in hs.items()} for n, hs in measured.items()}
 
 
 def search(problem, arm):
     """
-    After a search, a dict: "moved", ‖m - m0‖ / ‖m0‖; "val", the val loss at V*(m); and "after", the
-    scores after retraining. Raises FloatingPointError where a level diverges.
+    A dict: "moved", ‖m - m0‖ / ‖m0‖ after a search; "val", the val loss at V*(m); and "after", the
+    scores after retraining. Raises FloatingPointError if a level diverges.
     """
     model = copy.deepcopy(problem.model)
     name, options = problem.choice(arm)
@@ -229,7 +228,7 @@ def search(problem, arm):
         else:
             optimizer.bilevel_step(problem.loss, "train", "val")
 
-    m, start = (it[0].lora_magnitude_vector.data for it in (model, problem.model))
+    m, start = (layers[0].lora_magnitude_vector.data for layers in (model, problem.model))
     model = copy.deepcopy(problem.model)  # the direction and the head begin alike for all
     model[0].lora_magnitude_vector.data.copy_(m)
     problem.solve(model)
@@ -248,7 +247,7 @@ def measure(results, domain, seed):
     problem = Problem(domain, seed)
     for arm in ("errors", *ARMS):
         name = f"{domain}-{arm}-{seed}"
-        if name in read_results(results):  # perhaps of another process
+        if name in read_results(results):  # perhaps another process made it
             continue
         result = {"name": name, "set": "errors" if arm == "errors" else "main"}
         result |= {"domain": domain, "size": SIZE, "method": arm, "seed": seed}
@@ -261,21 +260,21 @@ def measure(results, domain, seed):
 
 
 def results_of(folder):
-    """The lines that hold errors, and those that hold scores, of DOMAINS and SEEDS."""
+    """Yield the results with errors, then those with scores, for DOMAINS and SEEDS."""
     for which in ("errors", "main"):
-        own = (r for r in load_results(folder, which) if "diverged" not in r)
-        yield [r for r in own if r["domain"] in DOMAINS and r["seed"] < SEEDS]
+        runs = (r for r in load_results(folder, which) if "diverged" not in r)
+        yield [r for r in runs if r["domain"] in DOMAINS and r["seed"] < SEEDS]
 
 
 def errors_of(results, arm):
     """{lower-level steps: (error, cosine)} of an arm, medians over domains and seeds."""
     steps = (*AFTER, "solved")
-    found = [[r["errors"][str(n)][arm] for n in steps] for r in results]
-    return dict(zip(steps, numpy.median(found, axis=0)))
+    each = [[r["errors"][str(n)][arm] for n in steps] for r in results]
+    return dict(zip(steps, numpy.median(each, axis=0)))
 
 
 def error_table(results):
-    """Lines of Markdown: `errors_of` all arms, and those at the end for each domain."""
+    """Lines of Markdown: `errors_of` all arms, and for each domain those at V*(m)."""
     domains = list(dict.fromkeys(r["domain"] for r in results))
     of_domain = [[r for r in results if r["domain"] == domain] for domain in domains]
     rows = []
@@ -290,7 +289,7 @@ def error_table(results):
 
 
 def loss_table(results):
-    """Lines of Markdown: what the title says, by domain."""
+    """Lines of Markdown: each arm's losses, and how far m moved, by domain."""
     titles, rows = ["arm"], {arm: [f"`{arm}`"] for arm in ARMS}
     for domain in dict.fromkeys(r["domain"] for r in results):
         values = {arm: {} for arm in ARMS}
@@ -299,15 +298,15 @@ def loss_table(results):
         seeds = sorted(set.intersection(*map(set, values.values())))
         titles.append(f"`{domain}` ({len(seeds)})")
         for arm, row in rows.items():
-            own = [values[arm][seed] for seed in seeds] or [(numpy.nan,) * 3]
-            row.append("{:.3f}, {:.3f}, {:.0%}".format(*numpy.mean(own, axis=0)))
+            each = [values[arm][seed] for seed in seeds] or [(numpy.nan,) * 3]
+            row.append("{:.3f}, {:.3f}, {:.0%}".format(*numpy.mean(each, axis=0)))
 
     heading = "**Val loss at V*(m) after search, test loss after retraining, how far m moves**"
     return table(titles, rows.values(), f"{heading}: means over the seeds that all arms have")
 
 
 def all_tables(folder):
-    """Lines of Markdown: what was measured."""
+    """Lines of Markdown: all results."""
     with_errors, results = results_of(folder)
     yield from (*error_table(with_errors), *loss_table(results), *tables(results, ARMS, -1))
 

@@ -1,5 +1,5 @@
 """
-The results of research/: a line a run in runs.jsonl, all trajectories in one file.
+The results of research/: a line for each run in runs.jsonl, and all trajectories in one file.
 
 A line of runs.jsonl is a JSON object: the run's name; its set, "main", "tune" (the runs that chose
 the learning rates) or a set of its own; domain, size, method, seed and rates; the command; and what
@@ -33,7 +33,7 @@ NUMBERS = ("magnitude", "delta_m", "delta_d")
 
 @contextlib.contextmanager
 def opened(folder, mode):
-    """Yield runs.jsonl, opened in a binary mode and locked: readers share it, a writer is alone."""
+    """Yield runs.jsonl, open in a binary mode and locked: readers share it, a writer is alone."""
     with open(Path(folder) / "runs.jsonl", mode) as file:
         if fcntl:  # released when the file is closed
             fcntl.flock(file, fcntl.LOCK_SH if mode == "rb" else fcntl.LOCK_EX)
@@ -42,8 +42,8 @@ def opened(folder, mode):
 
 def whole_lines(file):
     """
-    The lines of an open runs.jsonl as dicts, and the bytes that hold them. A last line that is torn
-    (its process was killed, or the disk was full) is named and left out. Raises ValueError for any
+    (the lines of an open runs.jsonl as dicts, the bytes that hold them). A torn last line, of a
+    process that was killed or on a full disk, is left out with a note. Raises ValueError for any
     other line that is not a JSON object with a name.
     """
     file.seek(0)
@@ -64,7 +64,7 @@ def whole_lines(file):
 
 
 def read_trajectories(folder):
-    """trajectories.safetensors as ({key: array}, metadata); both empty where there is none."""
+    """({key: array}, metadata) of trajectories.safetensors, both empty if there is no such file."""
     path = Path(folder) / "trajectories.safetensors"
     if not path.exists():
         return {}, {}
@@ -84,7 +84,7 @@ def mend(folder):
 
 
 def save(folder, result, trajectory=None):
-    """Add a run and its Trajectory, if any, unless its name is there. result: a line's content."""
+    """Add a run, and its Trajectory if any, unless its name is there. result: a line's dict."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with written(folder / "runs.jsonl"), opened(folder, "a+b") as file:
@@ -111,7 +111,7 @@ def save(folder, result, trajectory=None):
 
 
 def read_results(folder):
-    """{name: result} of a folder's runs, a Trajectory's fields as result['trajectory']."""
+    """{name: result} of a folder's runs. result['trajectory'] holds a Trajectory's fields."""
     try:
         with opened(folder, "rb") as file:
             runs, _ = whole_lines(file)
@@ -130,8 +130,8 @@ def read_results(folder):
 def load_results(folder, which="main"):
     """The results of one set in a folder, in the order of domains, sizes and seeds."""
     with malformed(f"a line of {folder}/runs.jsonl"):
-        own = [r for r in read_results(folder).values() if r["set"] == which]
-        return sorted(own, key=lambda r: (r["domain"], r.get("size", 0), r.get("seed", 0)))
+        chosen = [r for r in read_results(folder).values() if r["set"] == which]
+        return sorted(chosen, key=lambda r: (r["domain"], r.get("size", 0), r.get("seed", 0)))
 
 
 def trajectory_of(result):

@@ -10,14 +10,14 @@ same command: a run that another process holds comes last. In each domain 300 ex
 test set, the same for all runs; the seed draws a training sample from the rest. With n examples
 every arm takes 50·√(n/100) lower-level steps, those with two phases a fifth of them in search.
 
-Rates are chosen by the loss on 200 other examples, at 100 training examples, mean over three seeds.
-On MiniLM each arm and domain has its own: from a first guess the search goes to the best neighbour
-on a grid, half a decade apart, until none is better by half a percent. So no choice lies at an
-edge. From 400 examples on it goes on from there with 400, where the domain has them. On SmolLM2 all
-points of an arm's grid are tried on film reviews, for all domains and sizes. Arms without rates of
-their own take another's. A run is one call of train.py, or of research.published; its result and
-command are one line of runs.jsonl. On SmolLM2, ΔM and ΔD of the adapted matrices, four snapshots a
-phase, are in trajectories.safetensors.
+The loss on 200 other examples, the mean over three seeds, chooses the rates, with 100 training
+examples. On MiniLM each arm and domain has its own rates: from a first guess the search goes to the
+best neighbour on a grid, half a decade apart, until none is better by half a percent. So no choice
+lies at an edge. For runs of 400 examples or more, the search goes on from there with 400, if the
+domain has them. On SmolLM2 all points of an arm's grid are tried on film reviews, for all domains
+and sizes. Arms without rates of their own take another's. A run is one call of train.py or of
+research.published, whose result and command are one line of runs.jsonl. On SmolLM2, ΔM and ΔD of
+the adapted matrices, four snapshots a phase, are in trajectories.safetensors.
 """
 
 import contextlib
@@ -57,8 +57,8 @@ from support.weights.weight_changes import Trajectory
 
 RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0]
 TUNING_SEEDS = (1000, 1001, 1002)
-MORE = 400  # training examples, from which on rates are chosen with so many, below with 100
-SMALL = ("similarity",)  # domains with too few examples to choose rates with MORE, or for more
+MORE = 400  # training examples: with so many or more, rates are chosen with MORE, else with 100
+SMALL = ("similarity",)  # domains with too few examples for that, or for runs with more
 
 
 @dataclass
@@ -116,14 +116,14 @@ def options_of(sweep, name, job, rates, tuning=False):
 
 
 def task_of(sweep, domain, arm, seed, rates=None, **changes):
-    """The Task, on the CPU, of an arm's run on 100 examples. changes: of its settings."""
+    """The Task of an arm's run on 100 examples, on the CPU. changes: other settings for it."""
     options = options_of(sweep, "unused", Job(domain, 100, arm, seed), rates or {}) | changes
     config = published.read_config([f"--{name}={value}" for name, value in options.items()])
     return train.prepare(config, "cpu", task_class=published.PublishedTask)
 
 
 def write_files(sweep, job, tuning):
-    """Write a run's files, which share no example with the tuning set; returns their settings."""
+    """Write a run's files and return their settings. Train and test share none with tuning's."""
     examples = data.load_examples(job.domain)
     rest, test = data.split(examples, 300 / len(examples), seed=0)
     rest, tune = data.split(rest, 200 / len(rest), seed=0)
@@ -135,7 +135,7 @@ def write_files(sweep, job, tuning):
     for split, (name, chosen) in parts.items():
         folder = make_folder(Path(sweep.out_dir) / "data", "choose another --out_dir")
         path = folder / f"{job.domain}-{name}.jsonl"
-        temporary = path.with_name(f"{path.name}-{os.getpid()}")  # others may write it just now
+        temporary = path.with_name(f"{path.name}-{os.getpid()}")  # others may be writing it, too
         with written(path):
             lines = "".join(json.dumps(example) + "\n" for example in chosen)
             temporary.write_text(lines, "utf-8")
@@ -145,7 +145,7 @@ def write_files(sweep, job, tuning):
 
 
 def results_of(sweep):
-    """read_results of the sweep's folder, again only when the file has changed."""
+    """read_results of the sweep's folder; the file is read again only if it has changed."""
     path = Path(sweep.results) / "runs.jsonl"
     state = path.stat() if path.exists() else None
     return read_at(sweep.results, state and (state.st_mtime_ns, state.st_size))
@@ -159,11 +159,10 @@ def read_at(folder, version):
 def check_made(sweep, result, rates):
     """Raise ValueError unless a result's run had the sweep's model and layers, and these rates."""
     line = f"{result['name']} in {sweep.results}/runs.jsonl"
-    needed = {"command", "diverged" if "diverged" in result else "after"}
-    if lacks := needed - result.keys():
+    if lacks := {"command", "diverged" if "diverged" in result else "after"} - result.keys():
         raise ValueError(f"{line} lacks {', '.join(sorted(lacks))}: remove its line")
-    own = ("model", "target_modules", "dtype")
-    wanted = {name: sweep.settings[name] for name in own if name in sweep.settings} | rates
+    names = {"model", "target_modules", "dtype"} & sweep.settings.keys()
+    wanted = {name: sweep.settings[name] for name in names} | rates
     options = {f"--{name}={value}" for name, value in wanted.items()}
     if missing := options - set(shlex.split(result["command"])):
         without = ", ".join(sorted(missing))
@@ -174,9 +173,9 @@ def check_made(sweep, result, rates):
 
 def run(sweep, name, job, rates, tuning=False, make=True):
     """
-    Train once, unless there is a result already; returns the result, or None if another process
-    makes it. A run that diverges has "diverged", the message. Raises ValueError for a run that
-    fails, and for an earlier result of other settings; without `make`, LookupError for none.
+    The result of a run, which is made unless there is one; None if another process makes it. A run
+    that diverges has "diverged", the message. Raises ValueError for a run that fails, and for an
+    earlier result of other settings; without `make`, LookupError if there is no result.
     """
     if result := results_of(sweep).get(name):
         check_made(sweep, result, rates)
@@ -186,8 +185,8 @@ def run(sweep, name, job, rates, tuning=False, make=True):
 
     options = options_of(sweep, name, job, rates, tuning)
     arguments = [f"--{key}={value}" for key, value in options.items()]
-    own = {*EFFECTS, "trace"} & options.keys()
-    command = ["python", *(["-m", "research.published"] if own else ["train.py"]), *arguments]
+    special = {*EFFECTS, "trace"} & options.keys()
+    command = ["python", *(["-m", "research.published"] if special else ["train.py"]), *arguments]
     result = {"name": name, "set": "tune" if tuning else sweep.set, "domain": job.domain}
     result |= {"size": job.size, "method": job.arm, "seed": job.seed, **rates}
     result |= {"command": shlex.join(command), "threads": torch.get_num_threads()}
@@ -212,7 +211,7 @@ def run(sweep, name, job, rates, tuning=False, make=True):
 
 
 def neighbours(rates):
-    """The points of RATES with one rate moved by one place. Raises ValueError at the edge."""
+    """Yield the points with one rate moved by one place in RATES. Raises ValueError at an edge."""
     for name, value in rates.items():
         place = RATES.index(value)
         if place in (0, len(RATES) - 1):
@@ -222,17 +221,17 @@ def neighbours(rates):
 
 
 def climb(loss, best):
-    """From a point, {name: rate}, to the local optimum of loss(point) that it leads to."""
+    """The local minimum of loss(point) to which descent from a point, {name: rate}, leads."""
     while best:
         near = min(neighbours(best), key=loss)
-        if loss(near) > 0.995 * loss(best):  # or it would wander over a plateau
+        if loss(near) > 0.995 * loss(best):  # else the search would wander over a plateau
             break
         best = near
     return best
 
 
 def choice_of(sweep, domain, size, arm):
-    """The choice of rates for runs of an arm that has rates of its own: (its name, its Job)."""
+    """(name, Job) of the choice of rates for an arm that has rates of its own."""
     if GROUPS[sweep.group].grids:
         return f"tune-{arm}", Job("movie-sentiment", 100, arm)
     if size < MORE or domain in SMALL:
@@ -267,13 +266,13 @@ def choose(sweep, domain, size, arm, make=True):
 
 
 def sources_of(arm):
-    """The arms whose rates an arm takes: its own or another's, and perhaps the upper level's."""
+    """The arms whose rates an arm takes: itself or another, and perhaps one for the upper level."""
     rates = ARMS[arm].rates
     return [rates if isinstance(rates, str) else arm, *filter(None, [ARMS[arm].upper_from])]
 
 
 def rates_of(sweep, domain, size, arm, make=True):
-    """The rates of an arm's runs, those of its sources; DoRA takes the lower level's alone."""
+    """The rates of an arm's runs, from its sources. DoRA takes only the lower level's."""
     source, *upper = (choose(sweep, domain, size, other, make) for other in sources_of(arm))
     rates = source.copy()
     for other in upper:
@@ -314,7 +313,7 @@ def start_worker(workers):
 
 
 def in_workers(workers, title, function, jobs):
-    """The results of function(*job) for all jobs, as they come, from processes beside this one."""
+    """The results of function(*job) for all jobs, in any order, from worker processes."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, start_worker, (workers,))
     try:

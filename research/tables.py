@@ -32,13 +32,11 @@ RESULTS, TABLES = ROOT / "results", ROOT / "docs" / "tables"
 
 
 def method_table(runs, titles, *columns):
-    """Lines of Markdown, a row a method. columns: functions of the method's runs."""
-    by_method = {}
+    """Lines of Markdown, a row for each method. columns: functions of a method's runs."""
+    methods = {}
     for run in runs:
-        by_method.setdefault(run["method"], []).append(run)
-    rows = [
-        [f"`{m}`", *(column(own) for column in columns)] for m, own in sorted(by_method.items())
-    ]
+        methods.setdefault(run["method"], []).append(run)
+    rows = [[f"`{m}`", *(column(own) for column in columns)] for m, own in sorted(methods.items())]
     return table(titles, rows)
 
 
@@ -63,7 +61,7 @@ def seconds(runs):
 
 
 def default():
-    """The default run of each method."""
+    """The default runs of each method."""
     titles = ["method", "test accuracy, seeds 0 / 1 / 2, %", "mean ± s.d.", "test loss"]
     titles += ["train accuracy, %", "seconds a run"]
     columns = [of("test", "accuracy", text=each), of("test", "accuracy")]
@@ -135,9 +133,8 @@ def rank():
     runs = results_of(given)
     pairs = [(bidora[r], dora[r]) for r in dora] + [(bidora[r], lora[r]) for r in dora]
     pairs += [(dora[r], lora[r]) for r in dora] + [(dora[r // 2], lora[r]) for r in dora if r > 1]
-    arms = [*lora.values(), *dora.values(), *bidora.values()]
     rows = {f"`{ours}` minus `{other}`": (ours, other) for ours, other in pairs}
-    return tables_of(runs, arms, "", rows)
+    return tables_of(runs, [*lora.values(), *dora.values(), *bidora.values()], "", rows)
 
 
 def rates():

@@ -6,8 +6,8 @@ A weight W0 became W; its rows (or columns) w0_n became w_n (DoRA, arXiv 2402.09
     ΔM = mean_n | ‖w_n‖ - ‖w0_n‖ |          ΔD = mean_n (1 - cos(w_n, w0_n))
 
 Each adapted matrix at each snapshot of training is a point, and a line is fitted to the points. The
-papers print its slope, which BiDoRA (arXiv 2410.09758, figure 1) calls a correlation. But a slope
-has the weights' unit, so `fit` returns the least-squares slope k, Pearson's r and Spearman's ρ.
+papers print its slope, which BiDoRA (arXiv 2410.09758, figure 1) calls a correlation. Since a slope
+has the weights' unit, `fit` returns the least-squares slope k, Pearson's r and Spearman's ρ.
 
     python -m tools.analysis --tuned=out/small                     a run, at its recorded snapshots
                                                                    (train.py --snapshots=4) or end
@@ -86,7 +86,7 @@ MARKERS = "os^vDP*X<>"
 
 
 def panel(axes, trajectory, title):
-    """Draw a trajectory's points and line. Returns what a colour bar needs."""
+    """Draw a trajectory's points and line. Returns the ScalarMappable for a colour bar."""
     count = len(trajectory.layers)
     depth = ScalarMappable(Normalize(0, max(1, count - 1)), "viridis")
     colors = depth.to_rgba(numpy.arange(count))
@@ -127,8 +127,8 @@ def legend(figure, trajectories):
 def plot(trajectories, targets=("q_proj", "v_proj")):
     """
     The papers' scatter plot, as a matplotlib figure: a row of panels for each {title: Trajectory},
-    a column for each target. Colour is the layer's depth, the marker its phase's snapshot (hollow
-    in retrain), and the line is fitted to all points of the panel.
+    a column for each target. A point's colour is its layer's depth, its marker the number of the
+    snapshot in its phase (hollow in retrain). The line is fitted to all points of the panel.
     """
     size = (max(6.5, 1 + 4.2 * len(targets)), 0.8 + 2.9 * len(trajectories))
     figure = Figure(figsize=size, layout="constrained")
@@ -154,8 +154,6 @@ NOTES = {
     "(–)": "(–): no interval. It draws layers at random, and fewer than 8 are too few to draw from",
     " –": "–: undefined, since ΔD or ΔM is the same in all points",
 }
-
-
 WIDTHS = {"points": 8, "mean ΔM": 10, "mean ΔD": 10, "slope k": 30, "k, ΔM relative": 36}
 WIDTHS |= {"Pearson r": 28, "Spearman ρ": 28}
 
@@ -178,9 +176,9 @@ def table(trajectories, targets):
 def of_checkpoints(tuned, base="", axis="row", targets=()):
     """
     The Trajectory of a finished model, with one snapshot. tuned: the folder of an adapter or a
-    whole model, whose targets are by default its run's, or all; base: the model that it was tuned
-    from, if the folder does not say so. Raises FileNotFoundError for a missing model, ValueError
-    for models of unequal shapes.
+    whole model; base: the model that it was tuned from, if the folder does not name it; targets: of
+    a whole model, by default its run's, or all. Raises FileNotFoundError for a missing model,
+    ValueError for models of unequal shapes.
     """
     is_adapter = (Path(tuned) / "adapter_config.json").exists()
     model, _, run = load(tuned, base) if is_adapter else load("", tuned)
@@ -222,7 +220,7 @@ def trajectory_at(folder, analysis):
 
 
 def targets_of(folder, trajectory, targets):
-    """The targets, or without any the ends of all names. Raises ValueError for a missing one."""
+    """The targets, or else the ends of all names. Raises ValueError for a missing target."""
     ends = dict.fromkeys(name.rpartition(".")[2] for name in trajectory.layers)
     for target in targets:
         if not trajectory.select(target).layers:

@@ -9,9 +9,8 @@ What a training step costs, by each method and each hypergradient, side by side.
 
 All kinds of step share the frozen weights and take turns, round by round, in one process, so that a
 busy moment of the machine hits them all. Medians count. Each kind's peak memory beyond the loaded
-model comes from a process of its own. The lower bound of a LoRA step is two forward passes: one
-forward, one backward for the activations. An iteration of search is a lower- and an upper-level
-step.
+model comes from a process of its own. A LoRA step takes at least two forward passes: one forward,
+one backward for the activations. An iteration of search is a lower- and an upper-level step.
 """
 
 import copy
@@ -94,8 +93,8 @@ KINDS = {
     "peft dora": Kind("dora", peer=True),
 }
 SEARCH = {n: HYPERGRADIENTS[k.hypergradient] for n, k in KINDS.items() if k.hypergradient}
-SECOND = [name for name, entry in SEARCH.items() if entry.second_order]  # take second derivatives
-SINGLE = [name for name, entry in SEARCH.items() if entry.float32]  # are noise in bfloat16
+SECOND = [name for name, entry in SEARCH.items() if entry.second_order]  # with second derivatives
+SINGLE = [name for name, entry in SEARCH.items() if entry.float32]  # in bfloat16 only noise
 
 
 def shape(bench):
@@ -112,7 +111,7 @@ def load(bench):
         torch.manual_seed(0)
         with torch.device("meta"):
             model = Transformer(shape(bench))
-        # no float32 copy, which would raise the peak that is measured later
+        # without a float32 copy, which would raise the peak that is measured later
         model = model.to(dtype).to_empty(device="cpu")
         model.lm_head.weight = model.model.embed_tokens.weight
         for parameter in model.parameters():
@@ -173,7 +172,7 @@ def rows_of(name, model):
 
 
 def drawing(bench, kind, vocab_size):
-    """A function that draws the rows of a batch, alike for all kinds, and the padding's id."""
+    """(a function that draws the rows of a batch, the same for all kinds; the padding's id)."""
     rng = random.Random(0)
     if bench.data:
         rows, pad_id = rows_of(bench.data, bench.model)
@@ -190,7 +189,7 @@ def drawing(bench, kind, vocab_size):
 
 
 def step(bench, name, base):
-    """A function that takes a step, or an iteration of search, of a kind on random batches."""
+    """A function that takes a kind's step, or iteration of search, on random batches."""
     kind, model = KINDS[name], model_of(bench, name, base)
     draw, pad_id = drawing(bench, kind, base.config.vocab_size)
     if kind.method == "none":
@@ -216,8 +215,7 @@ def step(bench, name, base):
         return model(*data.collate(rows, pad_id)) * share
 
     def take():
-        parts = data.micro_batches(draw(), kind.micro_batch)
-        optimizer.lower_step(loss_fn, MicroBatches(parts))
+        optimizer.lower_step(loss_fn, MicroBatches(data.micro_batches(draw(), kind.micro_batch)))
         if name in SEARCH:
             optimizer.upper_step(loss_fn, MicroBatches(data.micro_batches(draw())))
 
@@ -231,7 +229,7 @@ def timed(take):
 
 
 def in_its_process(bench, name):
-    """(seconds of each round, peak GB beyond the loaded model) of this process."""
+    """(seconds of each round, peak GB beyond the loaded model), measured in this process."""
     base = load(bench)
     before = peak_memory("cpu")
     take = step(bench, name, base)
@@ -240,7 +238,7 @@ def in_its_process(bench, name):
 
 
 def alone(bench, name):
-    """`in_its_process` in a new process. Raises ValueError if that is killed."""
+    """`in_its_process` in a new process. Raises ValueError if the process is killed."""
     known = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
     context.set_forkserver_preload(["torch"])  # which takes seconds to import
@@ -274,14 +272,13 @@ def measure(bench):
             seconds[name].append(timed(take))
 
     del base, steps
-    once = dataclasses.replace(bench, rounds=1)
     shown = tqdm(names, desc="peak memory", unit="method")
-    peaks = {name: alone(once, name)[1] for name in shown}
+    peaks = {name: alone(dataclasses.replace(bench, rounds=1), name)[1] for name in shown}
     return {name: times[1:] for name, times in seconds.items()}, peaks
 
 
 def table(bench, seconds, peaks):
-    """Lines of text: each kind's median, and the same relative to other kinds."""
+    """Lines of text: each kind's median, and its ratio to other kinds."""
     median = {name: statistics.median(times) for name, times in seconds.items()}
     dora, forward = median.get("dora"), median.get("forward")
     lines = [
@@ -344,8 +341,7 @@ def run(bench):
     """Measure and print."""
     check(bench)
     if bench.dtype == "auto":
-        fastest = str(fast_dtype("cpu")[0]).removeprefix("torch.")
-        bench = dataclasses.replace(bench, dtype=fastest)
+        bench = dataclasses.replace(bench, dtype=str(fast_dtype("cpu")[0]).removeprefix("torch."))
 
     labels = {"all": "a label on each", "last": "one label a row"}[bench.labels]
     what = (

@@ -16,11 +16,7 @@ from support.run import settings
 from support.run.files import make_folder, replacing
 
 COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
-PANELS = {
-    "train_loss": "train batches",
-    "val_loss": "val batches",
-    "held_loss": "held-out examples",
-}
+PLOTS = {"train_loss": "train batches", "val_loss": "val batches", "held_loss": "held-out examples"}
 
 
 @dataclass
@@ -33,17 +29,17 @@ def draw(curves):
     """Write the picture. Raises ValueError or OSError."""
     if not 0 < len(curves.runs) <= len(COLORS):
         raise ValueError(f"give the folders of one to {len(COLORS)} runs")
-    if missing := [run for run in curves.runs if not Path(run, "metrics.jsonl").exists()]:
+    paths = {run: Path(run, "metrics.jsonl") for run in curves.runs}
+    if missing := [run for run, path in paths.items() if not path.exists()]:
         raise ValueError(f"{missing[0]} is no run's folder: it lacks metrics.jsonl")
-    lines = {run: Path(run, "metrics.jsonl").read_text().splitlines() for run in curves.runs}
-    logs = {run: [json.loads(line) for line in own] for run, own in lines.items()}
-    shown = [key for key in PANELS if any(key in line for log in logs.values() for line in log)]
+    logs = {run: [*map(json.loads, path.read_text().splitlines())] for run, path in paths.items()}
+    shown = [key for key in PLOTS if any(key in line for log in logs.values() for line in log)]
     figure = Figure(figsize=(1 + 4 * len(shown), 4), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
         for (run, log), color in zip(logs.items(), COLORS):
             points = [(line["step"], line[key]) for line in log if key in line]
             axes.plot(*zip(*points or [(0, None)]), color=color, label=run, linewidth=1.2)
-        axes.set(xlabel="lower-level step", ylabel="loss", title=PANELS[key])
+        axes.set(xlabel="lower-level step", ylabel="loss", title=PLOTS[key])
     axes.legend()
     make_folder(Path(curves.out).parent)
     with replacing(curves.out) as temporary:

@@ -58,7 +58,7 @@ def models_of(memory):
 
 
 def print_devices(models, memory, config):
-    """A table over numbers of devices: what each holds and sends, alone and with --fsdp=True."""
+    """Print a table over numbers of devices: what each holds and sends, also with --fsdp=True."""
     print(
         "computed, not measured: GB that each device holds, and sends a step (dora, bfloat16, "
         f"rank {memory.rank}, {memory.batch_size} rows of {memory.length} tokens a device)\n\n"
@@ -74,7 +74,7 @@ def print_devices(models, memory, config):
 
 
 def print_methods(models, memory, config):
-    """A table over methods and packed weights: GB of weights, and in all."""
+    """Print a table over methods and packed weights: GB of weights, and in all."""
     options = {key: value for key, value in vars(memory).items() if key not in ("model", "devices")}
     shown = ", ".join(f"{key} {value}" for key, value in options.items())
     print(f"computed, not measured: GB of weights, and in all (bfloat16; {shown})\n")
@@ -87,13 +87,11 @@ def print_methods(models, memory, config):
             n = need(c, METHODS[method], 2, memory.length, replace(config, quantize=packed))
             line += f"{n.weights / 1e9:8.1f}{n.total / 1e9:8.1f}"
         print(line)
-    print(
-        "\nbidora: with exact second derivatives. --hypergradient=first_order takes as much as dora"
-    )
+    print("\nbidora: exact second derivatives. --hypergradient=first_order takes as much as dora")
 
 
 def estimate(memory):
-    """Print the table of the devices or of the methods. Raises ValueError or OSError."""
+    """Print the table over devices or the one over methods. Raises ValueError or OSError."""
     settings.at_least(memory, rank=1, length=1, batch_size=1)
     if not all(number.isdigit() and int(number) > 1 for number in memory.devices):
         raise ValueError(f"devices={','.join(memory.devices)} must be integers above 1")

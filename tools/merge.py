@@ -68,8 +68,7 @@ def check(config, out):
     """Raise ValueError for settings that make no sense."""
     if not config.adapter or not config.out_dir:
         raise ValueError("give --adapter and --out_dir")
-    known = {"quantize": ("", "none", *KINDS), "to": FORMS}
-    rules.refuse(rules.values(config, known))
+    rules.refuse(rules.values(config, {"quantize": ("", "none", *KINDS), "to": FORMS}))
     if (config.to == "peft-lora") != (config.lora_rank > 0):
         raise ValueError("--to=peft-lora and --lora_rank=... go together")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -88,15 +87,15 @@ def write(config):
     name = config.model or run.get("model", "")
     base = find_base(Path(config.adapter), name)
     name = name if is_hub_name(name) else str(base)
-    own = str(own_dtype(base)).removeprefix("torch.")
+    dtype = str(own_dtype(base)).removeprefix("torch.")
     beside = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
     if to in ("gguf", "mlx") and (isinstance(tokenizer, HeadTask) or not is_own(base)):
         raise ValueError(f"--to={to} is for language models that model.py computes")
     if to == "mlx" and (beside or any(kind_of(p) for p in model.parameters())):
         problem = "modules trained beside the adapter, or a packed base: use --to=transformers"
         raise ValueError(f"mlx-lm's adapters can't hold {problem}")
-    if own != run.get("dtype", own) and to in ("transformers", "gguf"):
-        print(f"the base's weights are in {own}, the merged ones in {run['dtype']}, as trained")
+    if dtype != run.get("dtype", dtype) and to in ("transformers", "gguf"):
+        print(f"the base's weights are in {dtype}, the merged ones in {run['dtype']}, as trained")
 
     if to == "peft-lora":
         as_lora(model, config.lora_rank)

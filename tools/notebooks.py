@@ -5,7 +5,7 @@ Run the lessons from top to bottom and keep their outputs.
     python -m tools.notebooks --only=02      those whose name begins so
     QUICK=1 python -m tools.notebooks        briefly, on toys; their outputs are not kept
 
-The text quotes the outputs of a full run, so a short run must not replace them. A lesson that fails
+The texts quote the outputs of a full run, so a short run must not replace them. A lesson that fails
 keeps its outputs. Needs requirements-dev.txt.
 """
 

@@ -20,14 +20,14 @@ from support.run import distributed
 
 ROWS = 128  # positions at a time, whose logits are computed
 QUERIES = 256  # tokens at a time, whose attention scores are computed for second derivatives
-TWICE = contextvars.ContextVar("TWICE", default=False)  # whether they will be taken
+TWICE = contextvars.ContextVar("TWICE", default=False)  # whether those will be taken
 
 
 @contextlib.contextmanager
 def second_derivatives():
     """
-    A context for passes whose gradients will be differentiated: attention is not fused, since fused
-    attention has no second derivative, and TWICE tells the models so.
+    A context for passes whose gradients will be differentiated. Attention is not fused, since fused
+    attention has no second derivative, and TWICE tells the models.
     """
     token = TWICE.set(True)
     try:
@@ -70,7 +70,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class CrossEntropyGradient(torch.autograd.Function):
-    """∂loss/∂hidden, (N, hidden_size), which is known already, with its derivative."""
+    """∂loss/∂hidden, (N, hidden_size), which is known already, given a derivative."""
 
     @staticmethod
     def forward(ctx, hidden, weight, gradient):
@@ -168,14 +168,13 @@ class Pullback(torch.autograd.Function):
             gy = gy.detach().requires_grad_()
             y, inputs = ctx.replay(inputs)
             g = torch.autograd.grad(y, inputs, gy, create_graph=True)
-            products = torch.autograd.grad(g, (gy, *inputs), tangents, materialize_grads=True)
-        return None, *products
+            return None, *torch.autograd.grad(g, (gy, *inputs), tangents, materialize_grads=True)
 
 
 class Replay:
     """
-    Calls a function again with its first call's random numbers (dropout) and contexts, which a
-    GPU's backward pass, in a thread of its own, would not see.
+    Calls a function again with its first call's random numbers (dropout) and contexts. A GPU's
+    backward pass runs in a thread of its own, which would not see them.
     """
 
     def __init__(self, function, x, count, twice):

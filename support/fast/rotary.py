@@ -14,8 +14,8 @@ import torch
 
 def frequencies(rope, head_dim):
     """
-    (the angle that each pair of a head turns per position, (head_dim / 2,) in fp32; the factor on
-    cos and sin). rope: {"rope_type", "rope_theta", and the numbers that the type needs}.
+    (the angle by which each pair of a head turns per position, (head_dim / 2,) in fp32; the factor
+    on cos and sin). rope: {"rope_type", "rope_theta", and the numbers that the type needs}.
     """
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
     if rope["rope_type"] in ("default", "dynamic"):

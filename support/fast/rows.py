@@ -7,9 +7,8 @@ import torch
 
 class Rows:
     """
-    Token sequences laid end to end, (N,); the P tokens that all begin with stand there once, first.
-
-    Causal attention computes the same for a shared beginning in every row, so its keys and values
+    Token sequences laid end to end, (N,). The P tokens with which all rows begin come first, once:
+    causal attention computes the same for a shared beginning in every row, so its keys and values
     serve all rows. rows: B lists of token ids of any lengths.
     """
 

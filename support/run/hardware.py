@@ -1,6 +1,6 @@
 """
-A run's memory by formula, and the settings that --auto_hardware=True chooses by it. In bytes, for L
-layers with widths h (hidden), q (queries), kv (keys, values) and f (feed-forward):
+A formula for a run's memory, by which --auto_hardware=True chooses settings. In bytes, for L layers
+with widths h (hidden), q (queries), kv (keys, values) and f (feed-forward):
 
     weights        per number its dtype's size; in linear layers nf4 0.52, int8 1; embeddings, norms
                    and head are never quantised
@@ -8,8 +8,8 @@ layers with widths h (hidden), q (queries), kv (keys, values) and f (feed-forwar
                    12: no copies, and its values are the weights; with adamw8bit 6 less
     activations    per token 1.25 · L · (6h + 4q + 4kv + 6f) numbers; for LoRA and ft, which keep no
                    layer's output, 1.25 · L · (4h + 3q + 3kv + 4f)
-    second order   4 times that, and per token 24 · L · heads · length: attention is not fused. Of
-                   rows above 256 tokens, only one layer's scores of 256 tokens at a time are there
+    second order   4 times that, and per token 24 · L · heads · length, since attention is not
+                   fused; beyond 256 tokens, scores of one layer and 256 tokens at a time
     checkpointed   per token L · h numbers and 6 blocks' 1.25 · (…); in second order 2 · L · h
                    numbers, 5 blocks' 1.25 · (…) and the scores of one layer
     logits         per logit at supervised positions 12; with a frozen head, 128 positions at a time
@@ -58,7 +58,7 @@ def attention(device):
 
 
 def proc(path, name):
-    """What a file in PROC says after `name:`, a pattern, or ""."""
+    """The text after "name:" in a file in PROC, or "". name: a pattern."""
     path = PROC / path
     line = path.exists() and re.search(rf"^(?:{name})\s*:\s*(.*)", path.read_text(), re.MULTILINE)
     return line[1] if line else ""
@@ -78,19 +78,19 @@ def peak_memory(device):
 
 
 def vector_units():
-    """The CPU's vector units, {flag of UNITS: words}; none where the system does not tell."""
+    """The CPU's vector units, {flag of UNITS: words}; {} if the system does not name them."""
     flags = proc("cpuinfo", "flags|Features").split()
     return {flag: words for flag, words in UNITS.items() if flag in flags}
 
 
 def processor():
-    """The CPU in words: its name, torch's threads, and the vector units that matter."""
+    """The CPU in words: its name, torch's threads, and its vector units."""
     name = proc("cpuinfo", "model name") or platform.processor() or platform.machine()
     return ", ".join((name, f"{torch.get_num_threads()} threads", *vector_units().values()))
 
 
 def free_memory(device):
-    """Bytes that this process may still take, its share of the machine or container; or None."""
+    """Bytes that this process may still take: its share of the machine or container; or None."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     available, limit = proc("meminfo", "MemAvailable"), Path("/sys/fs/cgroup/memory.max")
@@ -133,7 +133,7 @@ class Need:
     weights: float
     state: float
     activations: float  # of the step that needs most
-    collected: float  # the weights that a device holds whole at a time, with --fsdp=True
+    collected: float  # the most weights that a device holds whole at once, with --fsdp=True
     trained: int
 
     @property
@@ -151,7 +151,7 @@ class Need:
 
 def need(c, method, itemsize, length, config, supervised=1):
     """
-    The Need of training a model (c: its ModelConfig) with all seven linear layers adapted. method:
+    The Need of training a model with all seven linear layers adapted. c: its ModelConfig; method:
     of bidora.METHODS, None for ft; itemsize: of the base's dtype; length, supervised: per row.
     """
     h, f, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
@@ -189,9 +189,9 @@ def need(c, method, itemsize, length, config, supervised=1):
 
 def choose(c, config, method, itemsize, data, free):
     """
-    (a dict of settings, lines that give the reason): the first choice that fits in 80 % of the free
-    bytes, or the leanest. c, method: as in `need`. data: {"longest": tokens of the longest row,
-    "supervised": most positions in a row, "shortest": least block_size that keeps the answers}.
+    (a dict of settings, lines that give the reason): the first choice that fits into 80 % of the
+    free bytes, or the leanest. c, method: as in `need`. data: {"longest": tokens of the longest
+    row, "supervised": most positions in a row, "shortest": least block_size that cuts no answer}.
     """
     floor, batch = max(128, data["shortest"]), config.batch_size
     most = min(c.max_position_embeddings, max(floor, 64 * math.ceil(data["longest"] / 64)))
@@ -206,14 +206,13 @@ def choose(c, config, method, itemsize, data, free):
         if getattr(config, name) != getattr(type(config), name):
             options[name] = [getattr(config, name)]
 
-    # The last setting varies fastest: first, micro-batches shrink (the same result), then
-    # activations are recomputed (one more forward pass), then the base is packed (other weights),
-    # then rows are cut.
+    # The last setting varies fastest. First, micro-batches shrink, with the same result. Then
+    # activations are recomputed, by one more forward pass. Then the base is packed, which changes
+    # its weights; last, rows are cut.
     for values in itertools.product(*options.values()):
         best = dict(zip(options, values))
-        length, supervised = (min(best["block_size"], data[x]) for x in ("longest", "supervised"))
-        changed = dataclasses.replace(config, **best)
-        takes = need(c, method, itemsize, length, changed, supervised)
+        length, supervised = (min(best["block_size"], data[n]) for n in ("longest", "supervised"))
+        takes = need(c, method, itemsize, length, dataclasses.replace(config, **best), supervised)
         if fits := takes.total < 0.8 * free:
             break
     not_fit = "does not fit in 80 % of it, and nothing leaner is left to try"
@@ -227,7 +226,7 @@ def choose(c, config, method, itemsize, data, free):
 
 
 def fit_memory(config, method, device, dtype, c, encode):
-    """config with what `choose` picks. encode: block_size -> (splits of rows, number cut)."""
+    """config with the settings of `choose`. encode: block_size -> (splits of rows, number cut)."""
     free = free_memory(device)
     if free is None:
         raise ValueError("auto_hardware=True: this system does not say how much memory is free")
@@ -236,7 +235,7 @@ def fit_memory(config, method, device, dtype, c, encode):
     splits, _ = encode(config.block_size or c.max_position_embeddings)
     rows = [row for split in splits.values() for row in split]
     supervised = max(sum(label != -100 for label in row.labels) for row in rows)
-    # A row with unsupervised positions has an answer, which is never cut; plain text may be.
+    # A row with unsupervised positions has an answer, which is never cut. Plain text may be cut.
     answers = any(label == -100 for row in rows for label in row.labels[1:])
     data = {
         "longest": max(len(row.labels) for row in rows),

@@ -1,6 +1,6 @@
 """
-Ctrl-C prints one line with the command to go on, and signals wait for the end of a step. A program
-imports this file first, since importing torch takes seconds.
+Ctrl-C prints one line with the command that goes on, and signals wait for the end of a step. A
+program imports this file first, since importing torch takes seconds.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ START_AGAIN = "start it again with"
 
 
 def excepthook(error_type, error, traceback):
-    """One line for KeyboardInterrupt, whose exit code stays a killed process's; else Python's."""
+    """Print one line for KeyboardInterrupt, and end as a killed process does; else as Python."""
     if issubclass(error_type, KeyboardInterrupt):
         again = shlex.join(["python", *sys.orig_argv[1:]])
         print(f"interrupted; {START_AGAIN}: {again}", file=sys.stderr, flush=True)

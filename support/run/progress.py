@@ -9,7 +9,7 @@ from support.run import distributed
 
 
 class Bar(tqdm):
-    """A bar whose rate leaves out the slow first step, so that the time left is right."""
+    """A bar whose rate leaves out the slow first step, so that it shows the right time left."""
 
     first = last = None  # (time, number done) after the first update and after the last one
 

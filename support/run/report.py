@@ -9,8 +9,7 @@ from support.run.files import replacing
 from support.text.datasets import BUILT_IN
 from support.text.splits import compared, left_out
 
-SHARES = ("accuracy", "f1", "f1_micro", "f1_macro", "precision", "recall")  # shown in percent
-SHARES += ("acc", "acc_norm", "acc_token")
+SHARES = "accuracy f1 f1_micro f1_macro precision recall acc acc_norm acc_token".split()  # in %
 START = """Start with:
     python train.py --config=small.py    (downloads 95 MB, takes about 3 minutes on two CPU cores)
     python train.py --config=tiny.py     (downloads nothing, takes seconds)"""
@@ -24,8 +23,8 @@ def announce(task, method):
     size = f"{task.sizes['weight_bytes'] / 1e6:.0f} MB of weights"
     print(f"{config.method} on {config.model}, {place}: {size}")
     if distributed.WORLD_SIZE > 1:
-        own = f", and {task.sizes['local_weight_bytes'] / 1e6:.0f} MB of weights" * config.fsdp
-        print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{own}")
+        held = f", and {task.sizes['local_weight_bytes'] / 1e6:.0f} MB of weights" * config.fsdp
+        print(f"{distributed.WORLD_SIZE} processes, each with its share of every batch{held}")
 
     counts = ", ".join(f"{count} {name}" for name, count in task.examples.counts.items())
     total = sum(task.examples.labels.values())
@@ -52,13 +51,13 @@ def trainable(sizes):
 
 
 def plan(task, method):
-    """Lines about the phases: their steps, and how often what learns sees its examples."""
+    """Lines about the phases: their steps, what learns in them, and how often it sees its data."""
     c, bilevel = task.config, method is not None and method.upper is not None
     search, retrain, both = c.search_steps, c.retrain_steps, "train + val"
 
-    def of(phase, steps):
+    def line(phase, steps, learn):
         most = sum(len(task.encoded[name]) for name in ("train", "val"))
-        return f"{phase}: {steps} steps of {min(c.batch_size, most)} examples, "
+        return f"{phase}: {steps} steps of {min(c.batch_size, most)} examples, {learn}"
 
     def on(split, steps):
         return f"on {split} ({epochs(task, split, steps):.2f} epochs)"
@@ -71,20 +70,19 @@ def plan(task, method):
             learn = f"{lower} {on('train', search)}, {upper} {on(c.upper_data, turns)}"
             learn += f" by the {c.hypergradient} hypergradient"
         start = "a fresh start" if c.final_init == "fresh" else "where search ended"
-        yield of("search", search) + learn
+        yield line("search", search, learn)
         if retrain:
-            yield (
-                of("retrain", retrain) + f"{lower} {on(both, retrain)} from {start}, {upper} fixed"
-            )
+            learn = f"{lower} {on(both, retrain)} from {start}, {upper} fixed"
+            yield line("retrain", retrain, learn)
     else:
         unused = "; retrain_lr is for a final phase" if c.retrain_lr else ""
-        yield of("train", search + retrain) + on(both, search + retrain) + unused
+        yield line("train", search + retrain, on(both, search + retrain) + unused)
     if epochs(task, both, search + retrain) < 1:
         yield "warning: that is below one epoch: --epochs=1 draws as many examples as there are"
 
 
 def epochs(task, splits, steps):
-    """How often so many steps see the rows of one or more splits, joined by " + "."""
+    """How often `steps` steps see the rows of `splits`, names joined by " + "."""
     rows = sum(len(task.encoded[name]) for name in splits.split(" + "))
     return steps * min(task.config.batch_size, rows) / rows
 
@@ -107,7 +105,7 @@ def in_form(name, score):
 
 def plot_losses(path, metrics, results):
     """Draw the losses over the steps, the phases, and the test loss before and after."""
-    from matplotlib.figure import Figure  # not pyplot: no window, and a notebook's settings stay
+    from matplotlib.figure import Figure  # pyplot would open windows and change a notebook's style
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -145,7 +143,7 @@ def table(results):
     for name in (*names, "loss"):
         for when in ("before", "after") if results["before"] else ("after",):
             scores = [results[when].get(split) or {} for split in splits]
-            rows[f"{name} {when}"] = [in_form(name, own.get(name)) for own in scores]
+            rows[f"{name} {when}"] = [in_form(name, of_split.get(name)) for of_split in scores]
     lines = ["".join(f"{cell:>16}" for cell in (name, *row)) for name, row in rows.items()]
     if "kept_step" in results:
         lines.append(f"the weights are those of step {results['kept_step']}, by held-out loss")
@@ -162,7 +160,7 @@ def table(results):
 
 
 def trained_on(task, phases, steps):
-    """{split: whether these phases, of so many steps, trained on it, in words for the table}."""
+    """{split: the table's words on whether these phases, of so many steps, trained on it}."""
     config, seen = task.config, epochs(task, "train + val", steps)
     yes = "yes" if seen >= 1 else f"{seen:.1%} at most"
     val = yes if "train" in phases else f"in {phases[-1]}"
@@ -173,7 +171,7 @@ def trained_on(task, phases, steps):
 
 
 def warnings(results):
-    """Lines about a run that learnt nothing, or nothing that holds on held-out data."""
+    """Lines about a run that learnt nothing, or nothing that helps on held-out data."""
     first, last = results["first_train_loss"], results["after"]["train"]["loss"]
     before = results["before"] or {}
     worse = [s for s in before if results["after"][s]["loss"] >= before[s]["loss"]]
@@ -185,14 +183,14 @@ def warnings(results):
     return [f"warning: the loss on {name} is higher than before: lower {rates}" for name in worse]
 
 
-def flags(given, *left_out, **more):
-    """A command line: the settings in `given`, {name: text}, but for some, and `more`."""
-    own = {name: text for name, text in given.items() if name not in {*left_out, *more}}
-    return [f"--{name}={text}" for name, text in (own | more).items()]
+def flags(given, *omitted, **more):
+    """A command line: the settings in `given`, {name: text}, but for those omitted; and `more`."""
+    kept = {name: text for name, text in given.items() if name not in {*omitted, *more}}
+    return [f"--{name}={text}" for name, text in (kept | more).items()]
 
 
 def metadata(task):
-    """What run.json holds besides the settings; sample.py reads it."""
+    """What run.json holds besides the settings. sample.py reads it."""
     free = task.examples.form in ("prompt", "code", "text")
     return {
         "task": task.name,
@@ -206,9 +204,9 @@ def metadata(task):
 
 def summary(task):
     """The part of summary.json that describes the task."""
-    own = {name: getattr(task.config, name) for name in ("method", "model", "seed", "quantize")}
-    own |= metadata(task) | task.sizes
-    return own | {
+    known = {name: getattr(task.config, name) for name in ("method", "model", "seed", "quantize")}
+    known |= metadata(task) | task.sizes
+    return known | {
         "metric": task.family.metric,
         "examples": task.examples.counts,
         "evaluated": {name: len(rows) for name, rows in task.evaluated.items()},
@@ -216,7 +214,7 @@ def summary(task):
 
 
 def next_commands(results, given, config, other, check):
-    """Commands to try next; the one with the method `other` if `check` does not refuse it."""
+    """Commands to try next. One has the method `other`, unless `check` refuses it."""
     out, prompts = results["out_dir"], ("...", "..." * bool(results["pairs"]))
     if config.data in BUILT_IN and not config.train_file:
         built_in = BUILT_IN[config.data]
@@ -227,7 +225,7 @@ def next_commands(results, given, config, other, check):
     shown += ' --labels="..., ..."' * (results["task"] == "multiple_choice")
     commands = [f"python sample.py {shlex.quote(f'--adapter={out}')} {shown}"]
 
-    # What one method alone takes goes, and what needs several processes; dtype=auto is pinned.
+    # Settings that only some methods or several processes take are reset; dtype=auto is pinned.
     names = ("two_phases", "upper_data", "upper_weight_decay", "compile", "fsdp")
     changed = {name: getattr(type(config), name) for name in names}
     changed |= {"dtype": results["dtype"]} if config.dtype == "auto" else {}
@@ -243,7 +241,7 @@ def next_commands(results, given, config, other, check):
 
 
 def stopped(error, given):
-    """The Stopped of a KeyboardInterrupt that ended a run: its text also says how to go on."""
+    """The Stopped of a KeyboardInterrupt that ended a run. Its text also says how to go on."""
     how = getattr(error, "how", interrupt.START_AGAIN)
     resumes = how.startswith("resume")
     if distributed.WORLD_SIZE > 1:
@@ -251,5 +249,5 @@ def stopped(error, given):
     else:
         again = flags(given, "overwrite", resume=True) if resumes else flags(given)
         command = f"python train.py {shlex.join(again)}"
-    said, number = str(error) or "interrupted", getattr(error, "signum", interrupt.signal.SIGINT)
-    return interrupt.Stopped(f"{said}; {how}: {command}" if how else said, number)
+    text, number = str(error) or "interrupted", getattr(error, "signum", interrupt.signal.SIGINT)
+    return interrupt.Stopped(f"{text}; {how}: {command}" if how else text, number)

@@ -1,6 +1,6 @@
 """
-The rules for a run's settings: which values and combinations are refused. Each function yields a
-message for each problem; `refuse` raises all of them. method, hypergradient: the entries that the
+The rules for a run's settings: which values and combinations are refused. Each function gives a
+message for each problem, and `refuse` raises them all. method, hypergradient: the entries that the
 config names (method: None for ft). The rules read their fields, so a new entry needs no new rule.
 """
 
@@ -34,13 +34,13 @@ def is_packed(config):
 
 
 def changed(config, names):
-    """Those of these settings that are not at their defaults, in words; "" if all are."""
+    """The names of these settings that are not at their defaults, as text; "" if all are."""
     plain = type(config)()
     return ", ".join(n for n in names.split() if getattr(config, n) != getattr(plain, n))
 
 
 def those(*cases, of=""):
-    """The messages, each after `of`, of the cases, (whether it applies, message), that apply."""
+    """The messages, each after `of`, of the cases that apply. A case: (whether, message)."""
     return [of + message for applies, message in cases if applies]
 
 
@@ -73,7 +73,7 @@ def number(name, value, default):
 def device(config):
     place, _, index = config.device.partition(":")
     known = config.device in ("auto", "cpu", "cuda", "mps") or place == "cuda" and index.isdigit()
-    # A tensor would show this too, but make each process open the first GPU.
+    # A tensor would show this too, but with it each process would open the first GPU.
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     lacks = known and int(index or 0) >= counts.get(place, math.inf)
     return those(
@@ -88,7 +88,7 @@ def budget(config, bilevel, hypergradient):
     never = f"upper_every={every} is more than search_steps={search}: the upper level never learns"
     gone = f"hypergradient_steps={steps} is more than upper_every={every}, and an upper-level step "
     gone += "can only look back on the lower-level steps since the last one"
-    why = "val is trained on, by the upper level or in the end, and test judges the result"
+    reason = "val is trained on, by the upper level or in the end, and test judges the result"
     micro, batch = config.micro_batch_size, config.batch_size
     return those(
         (micro > batch, f"micro_batch_size={micro} is more than batch_size={batch}"),
@@ -97,12 +97,12 @@ def budget(config, bilevel, hypergradient):
         (bilevel and every > search > 0, never),
         (bilevel and looks_back and steps > every, gone),
         (chooses and not config.eval_every, f"{chooses}: set eval_every, in steps, too"),
-        (chooses and not config.held_fraction, f"{chooses}: set held_fraction, too: {why}"),
+        (chooses and not config.held_fraction, f"{chooses}: set held_fraction, too: {reason}"),
     )
 
 
 def with_steps(config, rows):
-    """config with the steps of its epochs of so many rows, in the proportion that they had."""
+    """config with steps for its epochs of so many rows; search and retrain keep their ratio."""
     search, retrain = config.search_steps, config.retrain_steps
     if config.epochs:
         total = round(config.epochs * rows / min(config.batch_size, rows))
@@ -154,7 +154,7 @@ def combinations(config, method):
     uppers = changed(c, "upper_data upper_weight_decay")
     lacking = changed(c, "quantize precondition upper_every snapshots optimizer compile")
     sizes = "rank alpha dropout target_modules rank_pattern alpha_pattern magnitude_axis init"
-    own = changed(c, sizes)
+    sized = changed(c, sizes)
     forgets = c.adapter and (upper or c.two_phases) and c.retrain_steps and c.final_init == "fresh"
     two, norms = c.two_phases, magnitude or upper
     rounds = "small updates of bfloat16 weights round to nothing"
@@ -171,7 +171,7 @@ def combinations(config, method):
         (not method and is_packed(c), "method=ft trains the base's own weights: use quantize=none"),
         (not method and c.dtype == "bfloat16", f"method=ft: {rounds}: use dtype=float32"),
         (c.device == "mps" and lacking, f"device=mps lacks what {lacking} needs: leave it out"),
-        (c.adapter and own, f"{own}: an adapter brings its own: leave out this, or --adapter"),
+        (c.adapter and sized, f"{sized}: an adapter brings its own: leave out this, or --adapter"),
         (c.adapter and not method, "method=ft trains no adapter: merge it first (tools.merge)"),
         (forgets, "final_init=fresh would forget the adapter's directions: use continue"),
     )
@@ -192,7 +192,7 @@ def compiled(config, second):
 
 
 def sharded(config, second):
-    """Second derivatives take the collected weights again."""
+    """second: whether second derivatives are needed, which take the collected weights again."""
     lost = second and not config.gradient_checkpointing
     if not config.fsdp:
         return []
@@ -212,15 +212,15 @@ def task(config, name, head, borrowed):
     """name: the task's; head: whether it trains a head; borrowed: whether transformers computes."""
     c, other, asks = config, head or borrowed, bool(config.label_prompt)
     what = "a model that transformers computes" if borrowed else "a head"
-    own = "model.py's models only (LLaMA, Mistral, Qwen2, Qwen3)"
+    ours = "model.py's models only (LLaMA, Mistral, Qwen2, Qwen3)"
     own_prompts = f"task=label_words, not task={name}: its prompts are in the data"
     searches = name != "generation" and (c.num_beams > 1 or c.no_repeat_ngram_size)
     whole = head and not borrowed and c.method == "ft"
     return those(
-        (other and c.fsdp, f"fsdp=True shards {own}, without a head: leave it out"),
+        (other and c.fsdp, f"fsdp=True shards {ours}, without a head: leave it out"),
         (other and c.compile, f"compile=True does not work with {what}: use compile=False"),
-        (other and c.auto_hardware, f"auto_hardware=True knows the memory of {own}"),
-        (borrowed and is_packed(c), f"quantize={c.quantize} packs {own}: use quantize=none"),
+        (other and c.auto_hardware, f"auto_hardware=True knows the memory of {ours}"),
+        (borrowed and is_packed(c), f"quantize={c.quantize} packs {ours}: use quantize=none"),
         (asks and head, f"label_prompt is a question to a language model, not for task={name}"),
         (asks and not head and name != "label_words", f"label_prompt is for {own_prompts}"),
         (searches, f"num_beams and no_repeat_ngram_size are for task=generation, not task={name}"),
@@ -232,10 +232,10 @@ def start(config, run, name, heads, labels):
     """run: config.adapter's; name: the task's; heads: the tasks with a head; labels: the data's."""
     was, learnt = run.get("task"), run.get("labels", labels)
     other = was in heads and was != name
-    own = f"{config.adapter} has a head for"
-    renamed = f"{own} {', '.join(learnt):.200}, not for {', '.join(labels):.200}: name them alike"
+    head = f"{config.adapter} has a head for"
+    renamed = f"{head} {', '.join(learnt):.200}, not for {', '.join(labels):.200}: name them alike"
     return those(
-        (other, f"{own} task={was}: give --task={was}, and data for it"),
+        (other, f"{head} task={was}: give --task={was}, and data for it"),
         (was in heads and not other and learnt != labels, renamed),
     )
 

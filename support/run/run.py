@@ -66,7 +66,7 @@ class Run:
                 none = f"{self.out} has no checkpoint yet: starting from its first step"
                 print(self.state and f"resuming {self.out} after step {self.state[1]['n']}" or none)
             self.config, self.locks = config, locks.pop_all()
-        # A chat template may write the date: a run keeps that on which it began.
+        # A chat template may write the date. A run keeps the one on which it began.
         self.began = self.earlier_run.get("began", now)
 
     def __enter__(self):
@@ -84,8 +84,8 @@ class Run:
         if (self.out / "summary.json").exists():
             return interrupt.Stopped(f"interrupted; the run in {self.out} has finished", how="")
         if sum(self.done.values()) == self.config.search_steps + self.config.retrain_steps:
-            said = "interrupted after the last step: all are saved, only the evaluation is repeated"
-            return interrupt.Stopped(said)
+            text = "interrupted after the last step: all are saved, only the evaluation is repeated"
+            return interrupt.Stopped(text)
         saved = max(checkpoint.steps(self.out), default=0)
         return interrupt.Stopped(f"interrupted; {saved} steps are saved")
 
@@ -114,11 +114,11 @@ class Run:
         self.inputs = fingerprints(folder) | {"the data": data}
         before = self.earlier_run.get("inputs", self.inputs)
         if changed := ", ".join(name for name in before if self.inputs.get(name) != before[name]):
-            said = f"{changed} changed since the run began, on {folder}"
-            raise ValueError(f"{self.out} can't be resumed: {said}")
+            reason = f"{changed} changed since the run began, on {folder}"
+            raise ValueError(f"{self.out} can't be resumed: {reason}")
 
     def restore(self, tensors, state):
-        """Restore a checkpoint but for the optimizers, which phase() restores."""
+        """Restore a checkpoint. phase() restores the optimizers."""
         self.n, self.done, self.before = state["n"], state["done"], state["before"]
         self.seconds, self.started = state["seconds"], self.started - state["elapsed"]
 
@@ -126,8 +126,8 @@ class Run:
         log = self.out / "metrics.jsonl"
         lines = log.read_bytes().splitlines()[: self.n]
         if digest_of(lines) != state["log"]:
-            said = f"{log} lacks lines of the first {self.n} steps, or was edited"
-            raise ValueError(f"{said}: the run can't be resumed")
+            problem = f"{log} lacks lines of the first {self.n} steps, or was edited"
+            raise ValueError(f"{problem}: the run can't be resumed")
         self.metrics = [json.loads(line) for line in lines]
 
         self.load_parameters(tensors)
@@ -142,7 +142,7 @@ class Run:
                 p.copy_(tensors[f"parameter.{name}"])
 
     def open_folder(self):
-        """Write run.json, the log and the weights: a full disk shows before any work."""
+        """Write run.json, the log and the weights, so that a full disk shows before any work."""
         if self.replaces:
             run_folder.set_aside(self.out)
             if not self.out.exists():
@@ -158,7 +158,7 @@ class Run:
                 temporary.write_text(lines, encoding="utf-8")
             before = set(self.out.iterdir())
             self.save()
-            if not self.resuming:  # so that --overwrite removes these and no others
+            if not self.resuming:  # --overwrite will remove these files and no others
                 settings["files"] = sorted(path.name for path in {*self.out.iterdir()} - before)
                 write_json(self.out / "run.json", seal(settings))
         except OSError as error:
@@ -170,7 +170,7 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name, steps, optimizer):
-        """Yield the steps still to do, of 1 to `steps`. Raises Stopped, or FloatingPointError."""
+        """Yield the steps up to `steps` that are to do. Raises Stopped or FloatingPointError."""
         self.name, self.steps, self.optimizer = name, steps, optimizer
         self.step = self.last_kept = self.done.get(name, 0)
         self.phase_start = time.time() - self.seconds.get(name, 0)
@@ -188,7 +188,8 @@ class Run:
             self.best, self.best_step = state["best"]
             self.best_tensors = {n[5:]: x for n, x in tensors.items() if n.startswith("best.")}
 
-        self.unwritten, self.last_written, self.shown = [], 0.0, {}  # lines of the log, the bar's
+        # Lines of the log that are not yet written, when it was written, and what the bar shows
+        self.unwritten, self.last_written, self.shown = [], 0.0, {}
         log = self.out / "metrics.jsonl" if self.is_first else os.devnull
         try:
             with (
@@ -251,7 +252,7 @@ class Run:
 
         stop = self.stop_asked()
         due = step - self.last_kept >= self.config.checkpoint_every
-        # A checkpoint can't hold kept lower-level steps, so it waits until they have been used.
+        # A checkpoint can't hold the lower-level steps that wait for the upper level's next step.
         if not self.optimizer.past and step < self.steps and (stop or due):
             self.last_kept = step
             self.write_checkpoint()
@@ -260,7 +261,7 @@ class Run:
                 raise interrupt.Stopped(f"stopped at {self.name} step {step} of {self.steps}", stop)
 
     def choose(self):
-        """At a phase's end: say what the held-out losses decided; with keep=best, go back."""
+        """At a phase's end, say what the held-out losses decided; with keep=best, go back."""
         if self.best_tensors or self.step < self.steps:
             kept = ", whose weights are kept" * bool(self.best_tensors)
             lowest = f"the lowest held-out loss, {self.best:.3f}, came after step {self.best_step}"
@@ -284,7 +285,7 @@ class Run:
         ) from None
 
     def stop_asked(self):
-        """The highest signal number of any process, or 0: all must stop at the same step."""
+        """The highest signal number of any process, or 0, since all must stop at the same step."""
         return distributed.highest(self.signals[0] if self.signals else 0)
 
     def write_log(self):
@@ -351,8 +352,8 @@ class Run:
             "out_dir": str(self.out),
         }
         if self.config.keep == "best":
-            own = [line for line in self.metrics if line["phase"] == self.metrics[-1]["phase"]]
-            held = {line["step"]: line["held_loss"] for line in own if "held_loss" in line}
+            last = [line for line in self.metrics if line["phase"] == self.metrics[-1]["phase"]]
+            held = {line["step"]: line["held_loss"] for line in last if "held_loss" in line}
             results["kept_step"] = min(held, key=held.get)
         if self.is_first:
             report.plot_losses(self.out / "loss.png", self.metrics, results)

@@ -20,7 +20,7 @@ except ImportError:  # Windows has no such locks: there, two runs in one folder 
 
 REPLACED = "replaced-by-a-newer-run"  # marks a run that is ours to remove
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-# Beside the weights, which run.json names; analysis.png is of tools/analysis.py
+# A run's files beside its weights, which run.json names; tools/analysis.py draws analysis.png
 RUN_FILES = "run.json metrics.jsonl summary.json loss.png analysis.png trajectory.json".split()
 RUN_FILES += ["trajectory.safetensors", REPLACED]
 
@@ -41,7 +41,7 @@ def locked(folder):
     try:
         yield
     finally:
-        # Before the lock ends, so that no other run takes the folder in between.
+        # The folder goes before the lock, so that no other run takes it in between.
         if handle is None or is_at(handle, folder):
             with contextlib.suppress(OSError):
                 folder.rmdir()  # works only on an empty folder
@@ -50,9 +50,9 @@ def locked(folder):
 
 
 def take_lock(folder):
-    """Make and lock a folder. Returns a handle, which to close ends the lock; None on Windows."""
+    """Make and lock a folder. Returns a handle, whose closing ends the lock, or None on Windows."""
     while True:
-        with contextlib.suppress(FileExistsError):  # another run removes it just now
+        with contextlib.suppress(FileExistsError):  # another run is just removing it
             make_folder(folder, "choose another --out_dir")
         if not fcntl:
             return None
@@ -68,7 +68,7 @@ def take_lock(folder):
             raise ValueError(f"{folder} is in use by another run: {remedy}") from None
         if is_at(handle, folder):
             return handle
-        os.close(handle)  # the lock of a folder that another run has removed or moved
+        os.close(handle)  # of a folder that another run has removed or moved
 
 
 def is_at(handle, folder):
@@ -117,7 +117,7 @@ def previous_of(out):
 
 
 def set_aside(out):
-    """Keep the earlier run in `out` at previous_of(out), unless what is there is worth more."""
+    """Keep the run in `out` at previous_of(out). An unfinished one gives way to one kept there."""
     previous = previous_of(out)
     if (out / "summary.json").exists():
         remove_previous(out)
@@ -144,23 +144,23 @@ def remove_previous(out):
 
 def remove_run(folder):
     """Remove a run's files, and its folder if the user keeps no files of their own there."""
-    own = {*ADAPTER_FILES}
+    names = {*ADAPTER_FILES}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        own = {*read_sealed(folder / "run.json")["files"]}
-    own |= {*RUN_FILES}
-    for path in list(folder.glob("*")):  # no name in run.json can then lead out of the folder
-        if path.name.removesuffix(".tmp") in own:
+        names = {*read_sealed(folder / "run.json")["files"]}
+    names |= {*RUN_FILES}
+    for path in list(folder.glob("*")):  # so no name in run.json can lead out of the folder
+        if path.name.removesuffix(".tmp") in names:
             remove(path)
     for path in (folder / "checkpoints").glob("*"):
         if path.name.partition(".")[0].isdigit():
             remove(path)
-    for left in (folder / "checkpoints", folder):
+    for place in (folder / "checkpoints", folder):
         with contextlib.suppress(OSError):
-            left.rmdir()
+            place.rmdir()
 
 
 def check_known(stored, known, folder):
-    """Raise ValueError for settings in a folder's run.json that are on and are not `known`."""
+    """Raise ValueError if a folder's run.json sets something that is not among `known`."""
     with malformed(folder / "run.json"):
         asked = stored.get("asked", {}).items()
         if more := ", ".join(f"{n}={x}" for n, x in asked if x and n not in known):
@@ -168,7 +168,7 @@ def check_known(stored, known, folder):
 
 
 def resumed_config(config, out, stored, may_change):
-    """`config` with run.json's settings but may_change's. Raises ValueError if others differ."""
+    """`config` with run.json's settings, except may_change. Raises ValueError if others differ."""
     now = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as lists
     asked = stored.get("asked")
     if not isinstance(asked, dict) or {*now, "inputs"} - stored.keys():

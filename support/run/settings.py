@@ -1,8 +1,8 @@
 """
 A command line for a dataclass: its fields are the settings, their comments the help.
 
-The command line (--name=value or --name value) goes before a config file (Python or JSON), and that
-before a field's default. In the dataclass, `# …` heads a group, and `#: …` continues a comment.
+The command line (--name=value or --name value) overrides a config file (Python or JSON), which
+overrides a field's default. In the dataclass, `# …` heads a group, `#: …` continues a comment.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def suggest(name, known):
 
 
 def check_names(setting, values, known):
-    """Raise ValueError for a value of a setting, or for one of several, that is not known."""
+    """Raise ValueError unless a setting's value, or each of its values, is known."""
     for value in [values] if isinstance(values, str) else values:
         if value not in known:
             raise ValueError(f"unknown {setting} {value!r}" + suggest(value, known))
@@ -93,8 +93,7 @@ def parse(schema, arguments):
         name = name.replace("-", "_")
         follows = rest and not rest[0].startswith("--")
         if type_of.get(name) is bool and not equals:
-            truth = follows and rest[0].lower() in ("true", "false")
-            value = rest.pop(0) if truth else "True"
+            value = rest.pop(0) if follows and rest[0].lower() in ("true", "false") else "True"
         elif not equals and follows:
             value = rest.pop(0)
         elif not equals and name in {*type_of, "config"}:
@@ -108,9 +107,9 @@ def parse(schema, arguments):
 
 def read(schema, arguments, other_names=()):
     """
-    (an instance of the dataclass `schema`, the path of its config file or None, what `parse` makes
-    of the command line). other_names: {another program's setting: what to write}. Raises
-    ValueError, FileNotFoundError.
+    (an instance of the dataclass `schema`, the path of its config file or None, `parse` of the
+    command line). other_names: {another program's setting: what to write}. Raises ValueError or
+    FileNotFoundError.
     """
     given, path, contents = parse(schema, arguments), None, {}
     if "config" in given:
@@ -118,8 +117,8 @@ def read(schema, arguments, other_names=()):
         contents = read_json(path) if path.suffix.lower() == ".json" else run(path)
 
     fields, values = {field.name: field for field in dataclasses.fields(schema)}, {}
-    own = {name: text for name, text in given.items() if name != "config"}
-    sources = (own, "command line", ["config", *fields]), (contents, path, [*fields])
+    flags = {name: text for name, text in given.items() if name != "config"}
+    sources = (flags, "command line", ["config", *fields]), (contents, path, [*fields])
     for source, where, known in sources:
         for name, value in source.items():
             if name in other_names:
@@ -131,7 +130,7 @@ def read(schema, arguments, other_names=()):
 
 
 def at_least(config, **least):
-    """Raise ValueError for a setting below its least value, {name: value}."""
+    """Raise ValueError for a setting below its least value. least: {name: value}."""
     for name, value in least.items():
         if getattr(config, name) < value:
             raise ValueError(f"{name}={getattr(config, name)} must be at least {value}")
@@ -139,9 +138,9 @@ def at_least(config, **least):
 
 def program(arguments, schema, do, text, resumes=False, reader=None):
     """
-    Run do(settings) on what `reader`, or `read`, makes of the command line; for --help, print text
-    and settings. resumes: whether the same command goes on after Ctrl-C. Returns the exit status:
-    0, 128 + a signal's number, or 2 after one line about wrong input, a missing library, memory.
+    Read the command line by `reader`, or `read`, and run do(settings); for --help, print text and
+    settings. resumes: whether the same command goes on after Ctrl-C. Returns the exit status: 0,
+    128 + a signal's number, or 2 after one line about wrong input, a missing library or memory.
     """
     if {"--help", "-h"} & set(arguments):
         print(text.strip(), help_text(schema), sep="\n\n")
@@ -151,21 +150,21 @@ def program(arguments, schema, do, text, resumes=False, reader=None):
         do(reader(arguments) if reader else read(schema, arguments)[0])
         return 0
     except ModuleNotFoundError as error:
-        said = f"error: {error.name} is not installed: pip install -r requirements-dev.txt"
+        line = f"error: {error.name} is not installed: pip install -r requirements-dev.txt"
     except (ValueError, OSError, FloatingPointError) as error:
-        said = " ".join(f"error: {error}".split())  # in one line
+        line = " ".join(f"error: {error}".split())
     except RuntimeError as error:
-        said = f"error: {of_torch(error)}"
+        line = f"error: {of_torch(error)}"
     except KeyboardInterrupt as error:
-        said = str(error) or "interrupted" + "; the same command resumes" * resumes
+        line = str(error) or "interrupted" + "; the same command resumes" * resumes
         status = 128 + getattr(error, "signum", signal.SIGINT)
     if distributed.LOCAL_RANK == 0:  # once on each machine
-        print(said, file=sys.stderr)
+        print(line, file=sys.stderr)
     return status
 
 
 def of_torch(error):
-    """What to say of short memory, or of another process that has ended; else raise the error."""
+    """A message about short memory or a process that has ended; else the error is raised."""
     line = str(error).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return f"out of memory ({line}): lower batch_size or the rows' length, or see docs/using.md"
@@ -213,6 +212,6 @@ def help_text(schema):
         elif match := re.fullmatch(r"    #: (.*)", line):
             lines.append(f"        {match[1]}")
         elif match := re.fullmatch(r"    # (.*)", line):
-            begins = lines[-1].startswith(" ")  # a group; otherwise its headline goes on
+            begins = lines[-1].startswith(" ")  # else this is the second line of a headline
             lines += ["", match[1]] if begins else [match[1]]
     return "\n".join(lines)

@@ -104,14 +104,12 @@ class HeadTask:
         return unknown_id(self.tokenizer)
 
     def check_known(self, ids, example, text):
-        """Raise ValueError if the tokens of a text are none, or unknown and special ones alone."""
+        """Raise ValueError if a text has no tokens but unknown and special ones."""
         added = self.tokenizer.get_added_tokens_decoder() if self.unknown_id in ids else {}
         special = {self.unknown_id, *(i for i, token in added.items() if token.special)}
         if not ids and not "".join(text).strip():
             problem = "the text is empty, and this tokenizer has no token for that"
-            raise ValueError(
-                f"{place_of(example)}: {problem}: fill it in, or leave the example out"
-            )
+            raise ValueError(f"{place_of(example)}: {problem}: fill it in, or leave it out")
         if not ids or self.unknown_id in ids and special.issuperset(ids):
             raise ValueError(
                 f"{place_of(example)}: the tokenizer leaves nothing of {text!r:.60} but unknown "
@@ -150,16 +148,16 @@ class HeadTask:
 
     @property
     def form(self):
-        """Of the head: its kind, and the number of labels, or 1."""
+        """The head's kind, and its number of labels, or 1."""
         return self.kind, len(self.names) or 1
 
     def start(self, model, rows):
-        """A regression's bias, if any, starts at the mean score of rows."""
+        """Start a regression's bias, if any, at the mean score of rows."""
         if rows and self.kind == "regression" and model.output.bias is not None:
             model.output.bias.data.fill_(fmean(row.target for row in rows))
 
     def save_pretrained(self, model, base, folder):
-        """Write a model with its head, and base's tokenizer; ValueError for model.py's."""
+        """Write a model with its head, and base's tokenizer. Raises ValueError for model.py's."""
         if isinstance(model, DecoderWithHead):
             raise ValueError(
                 "model.py's language models with a head can't be written as a whole: keep the "
@@ -230,8 +228,8 @@ def place_of(example):
 def load_tokenizer(folder, adapter=None):
     """
     (tokenizers.Tokenizer, the id that pads rows) of a folder with tokenizer.json, ESM-2's
-    vocab.txt, or what transformers can convert. adapter: a folder whose own tokenizer.json, which
-    is said, is used instead. Raises FileNotFoundError or ValueError.
+    vocab.txt, or what transformers can convert. adapter: a folder whose tokenizer.json, if any, is
+    used instead, with a note. Raises FileNotFoundError or ValueError.
     """
     from tokenizers import Tokenizer, normalizers
 
@@ -287,7 +285,7 @@ def letters(path):
 
 
 def truncate(tokenizer, block_size, pair):
-    """Set the tokenizer to rows of at most block_size tokens, unpadded. Raises ValueError."""
+    """Make the tokenizer cut rows to block_size tokens, without padding. Raises ValueError."""
     special = tokenizer.num_special_tokens_to_add(pair)
     if block_size <= special:  # the library would silently not truncate
         raise ValueError(f"block_size={block_size} leaves no room beside {special} special tokens")
@@ -298,7 +296,7 @@ def truncate(tokenizer, block_size, pair):
 def encode_pairs(tokenizer, pairs, block_size=512):
     """
     (token ids, token types, whether it was cut) of each text or pair, (text, None or text_b), with
-    special tokens; the longer text is cut first. Raises ValueError as truncate.
+    special tokens. The longer text is cut first. Raises ValueError, as `truncate` does.
     """
     for paired in {text_b is not None for _, text_b in pairs}:
         truncate(tokenizer, block_size, paired)
@@ -309,8 +307,8 @@ def encode_pairs(tokenizer, pairs, block_size=512):
 
 def encode_words(tokenizer, words, targets, block_size=512):
     """
-    (token ids, a target for each) of words, each after a space. A word's target is on its first
-    token; all other tokens have -100. Words without a token, such as "", and words beyond
+    (token ids, a target for each) of words, each after a space. A word's first token has the word's
+    target, all other tokens have -100. Words without a token, such as "", and words beyond
     block_size are left out. Raises ValueError unless each word has a target.
     """
     if len(words) != len(targets):

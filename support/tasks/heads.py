@@ -1,5 +1,5 @@
 """
-Heads: from hidden states to classes, numbers or tags, and to the loss of each.
+Heads: from hidden states to classes, numbers or tags, and to their loss.
 
     model = DecoderWithHead(Transformer.from_pretrained(folder), "classification", labels=2)
     model = AnyWithHead.from_pretrained(find_model("minilm"), "classification", labels=2)
@@ -9,10 +9,9 @@ Heads: from hidden states to classes, numbers or tags, and to the loss of each.
 Parameter names are those of transformers' …ForSequenceClassification and …ForTokenClassification,
 so PEFT's adapters keep the head (modules_to_save). AnyWithHead: support/tasks/any_model.py.
 
-What trains, besides adapters, is the head, as when the papers' experiments, and PEFT's, fine-tune
-such models. BERT's pooler, which stands before it, stays as it was pretrained; it trains only where
-the checkpoint has none. All of it is a lower-level parameter (bidora.py), in fp32 or finer, since
-small updates round to nothing in bf16.
+The head trains beside the adapters, as in the papers' experiments and in PEFT. BERT's pooler, which
+stands before it, trains only if the checkpoint has none. What trains here belongs to the lower
+level (bidora.py), in fp32 or finer, since small updates round to nothing in bf16.
 """
 
 import torch
@@ -31,7 +30,7 @@ IGNORED = -100  # the target of a token that has none
 
 def fresh(layer):
     """Start a linear layer with weights from N(0, 0.02) and zero biases, as transformers does."""
-    layer.reset_parameters()  # draws first, as where results/ was made: so its commands repeat it
+    layer.reset_parameters()  # without its random draws, commands in results/ give other runs
     nn.init.normal_(layer.weight, std=0.02)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -147,7 +146,7 @@ class DecoderWithHead(Head):
         return self.score
 
     def logits(self, input_ids, real, token_type_ids=None):
-        """As in forward; the last token, which has seen all others, stands for a row."""
+        """The logits of forward. A row's last token, which has seen all others, stands for it."""
         ends = real & ~F.pad(real[:, 1:], (0, 1))
         wanted = real if self.kind == "tagging" else ends  # (B, T)
         places = [row.nonzero().flatten().tolist() for row in wanted]

@@ -1,10 +1,10 @@
 """
-Rows evaluated, and a whole file: its loss and scores, or its predictions, a line for each example.
+Evaluation of rows; and of a whole file: its loss and scores, or a prediction for each example.
 
     python sample.py --adapter=out/mine --file=test.csv --out=predictions.csv
 
-The file is JSONL or CSV, its columns are called as the run's were. With --out, answers may be
-missing; if every example has one, the scores are returned, and the same call resumes.
+The file is JSONL or CSV, and its columns have the names of the run's. With --out, the same call
+resumes. Answers may be missing; if every example has one, the scores are returned.
 """
 
 import csv
@@ -18,15 +18,7 @@ from types import SimpleNamespace
 import torch
 
 from support.run import distributed, progress
-from support.text.jsonl import (
-    FORMATS,
-    OPTIONAL,
-    columns_of,
-    format_of,
-    objects_of,
-    of_each,
-    renamed,
-)
+from support.text.jsonl import FORMATS, OPTIONAL, clean, columns_of, format_of, objects_of, renamed
 from support.text.splits import Examples, labels_of, left_out, load_examples
 from support.text.tables import csv_rows, fields_of, places_of
 
@@ -41,36 +33,35 @@ ANY_ANSWER = {"labels": [], "score": 0.0, "references": ["?"], "completion": "?"
 
 
 def evaluate_rows(task, rows, bar=None, scored=True):
-    """{"loss": the mean loss, and the scores} of rows; None of none. task: a train.Task's parts."""
+    """{"loss": the mean, and the scores} of rows; None without any. task: a train.Task's parts."""
     if not rows:
         return None
     model, family, config = task.model, task.family, task.config
     training, _ = model.training, model.eval()
     total = count = 0
-    found = []
+    pairs = []  # (prediction, answer) of each row
 
-    # Each process takes its share of the rows; but with sharded weights all must call the same
-    # blocks in step, so each takes all rows.
-    own = sorted(rows, key=lambda row: len(row.input_ids))  # similar lengths need little padding
+    # Each process takes its share of the rows. With sharded weights, all processes must call the
+    # same blocks in step, so each takes all rows.
+    mine = sorted(rows, key=lambda row: len(row.input_ids))  # similar lengths need little padding
     share = 1 if config.fsdp else distributed.WORLD_SIZE
-    own = own[distributed.RANK % share :: share]
+    mine = mine[distributed.RANK % share :: share]
     size = max(1, min(32, 8192 // max(len(row.input_ids) for row in rows)))  # rows per forward pass
 
     # Each batch here has a shape of its own, and torch.compile would compile for each.
-    eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
-    with eager:
-        for start in range(0, len(own), size):
-            batch = own[start : start + size]
-            loss, targets, answers = family.evaluate(model, batch, scored)
-            total, count, found = total + loss, count + targets, found + answers
+    with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
+        for start in range(0, len(mine), size):
+            batch = mine[start : start + size]
+            loss, targets, answered = family.evaluate(model, batch, scored)
+            total, count, pairs = total + loss, count + targets, pairs + answered
             if bar is not None:
                 bar.update(min(share * len(batch), bar.total - bar.n))
 
     if share > 1:
         sums = torch.tensor([total, count], dtype=torch.float64)
-        (total, count), found = distributed.add_up([sums])[0].tolist(), distributed.gather(found)
+        (total, count), pairs = distributed.add_up([sums])[0].tolist(), distributed.gather(pairs)
     model.train(training)
-    return {"loss": total / count} | family.scores(found)
+    return {"loss": total / count} | family.scores(pairs)
 
 
 def evaluate(family, model, run, path, tasks):
@@ -90,7 +81,7 @@ def evaluate(family, model, run, path, tasks):
 
 
 def form_of(run):
-    """The key of FORMATS for the examples of a run, its run.json. Raises ValueError for others."""
+    """The key of FORMATS for a run's examples. run: its run.json. Raises ValueError for others."""
     if (task := run.get("task")) not in TASKS:
         known = f"--file needs a run of a task among {', '.join(TASKS)}"
         raise ValueError(f"{known}; this one is {task or 'no run'}")
@@ -98,31 +89,24 @@ def form_of(run):
 
 
 def read_questions(path, form, columns=None):
-    """
-    (examples without answers, answers or None) of a file. form: a key of FORMATS; columns: as in
-    jsonl.renamed.
-    """
+    """(examples without answers, their answers or None) of a file. form: a key of FORMATS."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a JSONL or CSV file")
     if path.suffix.lower() in (".parquet", ".xlsx", ".xls"):
-        raise ValueError(
-            f"{path}: predictions are of JSONL and CSV files: save it as CSV, in UTF-8"
-        )
+        raise ValueError(f"{path}: predictions need a JSONL or CSV file: save it as CSV, in UTF-8")
     *needed, answer = FORMATS[form]
-    asked, examples, answers = (*needed, *OPTIONAL.get(form, ())), [], []
+    keys, examples, answers = (*needed, *OPTIONAL.get(form, ())), [], []
     read = csv_fields if path.suffix.lower() in (".csv", ".tsv") else json_fields
     for where, fields in read(path, columns or {}):
-        empty = {"text"}.intersection(needed, fields)  # it may be, as in training
+        empty = {"text"}.intersection(needed, fields)  # keys that may be empty, as in training
         if missing := [key for key in needed if not fields.get(key) and key not in empty]:
             name = (columns or {}).get(missing[0], missing[0])
             talks = "; talks can't be predicted" * ("messages" in fields)
             raise ValueError(f"{where}: {name!r} is missing, which the run's examples have{talks}")
-        examples.append(
-            {key: fields[key] or "" for key in asked if key in empty or fields.get(key)}
-        )
+        examples.append({key: fields[key] or "" for key in keys if key in empty or fields.get(key)})
         given = fields.get(answer)
         if answer in ("label", "labels"):  # as in training
-            given = of_each(given, lambda name: name.strip() if isinstance(name, str) else name)
+            given = clean(given)
         answers.append(None if given == "" else given)
     if not examples:
         raise ValueError(f"{path} holds no examples")
@@ -132,8 +116,8 @@ def read_questions(path, form, columns=None):
 def json_fields(path, columns):
     """Yield (file and line, {key: value}) of each object of a JSONL file."""
     for where, fields in objects_of(path):
-        there = {key: name for key, name in columns.items() if name in fields}
-        yield where, renamed(fields, there, where)
+        present = {key: name for key, name in columns.items() if name in fields}
+        yield where, renamed(fields, present, where)
 
 
 def csv_fields(path, columns):
@@ -141,14 +125,14 @@ def csv_fields(path, columns):
     rows = csv_rows(path)
     where, header = next(rows, (path, []))
     names = [name.strip().lower() for name in header]
-    there = {key: name for key, name in columns.items() if name.lower() in names}
-    places = places_of(header, where, there)
+    present = {key: name for key, name in columns.items() if name.lower() in names}
+    places = places_of(header, where, present)
     for where, values, _ in fields_of(rows, places, len(header), tidy=True):
         yield where, values
 
 
 def encode(family, examples, form, block_size):
-    """Rows of examples, with any answer, since encoding needs one."""
+    """The rows of examples, which get any answer, since encoding needs one."""
     *_, key = FORMATS[form]
     names = list(getattr(family, "label_ids", None) or getattr(family, "names", ()))
     answers = ANY_ANSWER | {"label": names and names[0]}
@@ -159,13 +143,13 @@ def encode(family, examples, form, block_size):
 
 
 def say_cut(family, cut, block_size):
-    """Print the note on examples that were cut, if any: a family's first one."""
+    """If examples were cut, print the family's first note, which is about that."""
     if cut:
         print(f"note: {next(iter(family.notes(cut, block_size)))}", file=sys.stderr)
 
 
 def line_of(prediction, answer, separator):
-    """A line of JSON, or with a separator for lists, of CSV."""
+    """A line of JSON, or of CSV if there is a separator for lists."""
     if not separator:
         given = {} if answer is None else {"answer": answer}
         return json.dumps({"prediction": prediction} | given, ensure_ascii=False) + "\n"
@@ -180,8 +164,8 @@ def predict(family, model, run, path, out):
     form = form_of(run)
     examples, answers = read_questions(path, form, columns_of(run))
     rows = encode(family, examples, form, run["block_size"])
-    of_this = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    part = out.with_name(f"{out.name}.{of_this}.part")  # JSON, whatever out is
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    part = out.with_name(f"{out.name}.{digest}.part")  # JSON, whatever out is
     done = [json.loads(line) for line in part.read_text().splitlines()] if part.exists() else []
     with (
         progress.bar("predict", len(rows), "row", begin=len(done)) as bar,
@@ -189,16 +173,15 @@ def predict(family, model, run, path, out):
     ):
         for start in range(len(done), len(rows), ROWS):
             _, _, pairs = family.evaluate(model, rows[start : start + ROWS])
-            found = [prediction for prediction, _ in pairs]
-            file.write("".join(json.dumps(prediction) + "\n" for prediction in found))
+            predictions = [prediction for prediction, _ in pairs]
+            file.write("".join(json.dumps(prediction) + "\n" for prediction in predictions))
             file.flush()
-            done += found
-            bar.update(len(found))
+            done += predictions
+            bar.update(len(predictions))
 
     separator = ("|" if form == "multi_label" else " ") * (out.suffix.lower() == ".csv")
     lines = [line_of(*pair, separator) for pair in zip(done, answers)]
-    text = "prediction,answer\n" * bool(separator) + "".join(lines)
-    part.write_text(text, encoding="utf-8")
+    part.write_text("prediction,answer\n" * bool(separator) + "".join(lines), encoding="utf-8")
     part.replace(out)
     if None in answers or form in ("prompt", "instruction"):
         return {}

@@ -63,7 +63,7 @@ def glue(task, predictions, references):
 
 def classification(predictions, references, positive=None):
     """
-    accuracy, f1_macro (over all labels that occur), matthews and, for the label `positive`, f1. An
+    accuracy, f1_macro (over all labels that occur), matthews and, for the label `positive`, f1. The
     f1 of a label that does not occur is 0; so is matthews if all predictions or references agree.
     """
     check_lengths(predictions, references)

@@ -29,8 +29,8 @@ class ChatTemplate:
     """
     A model's chat template. source: its text. names: the special tokens that it may name,
     {"eos_token": "<|im_end|>"}. added: the added tokens, one of which usually ends a turn.
-    with_tools: the text for conversations with tools, if that is another one. now: the time that
-    it is told, in ISO 8601; None: the clock's.
+    with_tools: another text, for conversations with tools. now: the time for the template, in
+    ISO 8601; None: the clock's.
     """
 
     def __init__(self, source, names, added, with_tools=None, now=None):
@@ -38,7 +38,7 @@ class ChatTemplate:
         self.with_tools = with_tools or source
 
     def given(self, **lists):
-        """The template for a conversation with lists of tools, documents or both."""
+        """The template for a conversation that comes with lists of tools, documents or both."""
         source = self.with_tools if lists.get("tools") else self.source
         return ChatTemplate(source, self.names | lists, self.added, now=self.now)
 
@@ -58,7 +58,7 @@ class ChatTemplate:
         return [answer["text"] for answer in answers]
 
     def answers(self, conversations):
-        """As render_all, but [{"text"} or {"error"}, …]."""
+        """[{"text"} or {"error"}, …] of (messages, add_generation_prompt) pairs, by one request."""
         request = {"source": self.source, "names": self.names, "now": self.now}
         return ask(json.dumps(request | {"conversations": conversations}))
 
@@ -67,9 +67,9 @@ class ChatTemplate:
         (the conversation as text, a span (start, end) for each answer, notes on what is lost).
 
         A span is what the model has to write: from the end of the generation prompt to the end of
-        the end-of-turn token. Without a generation prompt, it starts at the answer, with the space
-        before it. Raises ValueError if the template rejects the messages, or an answer can't be
-        found in the text.
+        the end-of-turn token. Without a generation prompt, it starts with the space before the
+        answer. Raises ValueError if the template rejects the messages, or an answer can't be found
+        in the text.
         """
         text = self.render(messages)
         places, written = self.places(text, messages)
@@ -77,7 +77,7 @@ class ChatTemplate:
         for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
             start = end = 0
             if places and not messages[i].get("tool_calls"):
-                # A template opens all answers alike that follow the same text.
+                # After the same text, a template opens all answers alike.
                 past, (begin, end) = places[i - 1][1] if i else 0, places[i]
                 between = i > 0, text[past:begin]
                 opening = openings.get(between) or self.opening(text[:past], messages[:i])
@@ -87,7 +87,7 @@ class ChatTemplate:
                     common = len(os.path.commonprefix([opening[0], text[past:]]))
                     asked = f"the prompt for an answer ends with {opening[0][common:]!r:.60}"
                     notes.add(f"{asked}, after which no answer is learnt")
-            if start >= end:  # not so simple, or empty: render the whole conversation for it
+            if start >= end:  # an empty answer, or no simple case: render all of it with a mark
                 start, end = self.answer_span(text, messages, i)
             closed = text.startswith(self.end_of_turn, end)
             spans.append((start, end + len(self.end_of_turn) * closed))
@@ -95,8 +95,8 @@ class ChatTemplate:
 
     def places(self, text, messages):
         """
-        [(begin, end)] of each message's content in the text, or None if the template omits, moves
-        or changes a content (white space around it aside); and the numbers of those it writes.
+        ([(begin, end)] of each message's content in the text, or None if the template omits, moves
+        or changes one by more than the white space around it; the numbers of those it writes).
         """
         marked = [m | {"content": f"\ue000message {i}\ue000"} for i, m in enumerate(messages)]
         try:
@@ -121,9 +121,9 @@ class ChatTemplate:
 
     def lost(self, text, messages, written):
         """
-        What of a conversation its text lacks, a set of lines such as "the chat template drops the
-        system turn": contents that are not `written`, strings that are not in it, and keys without
-        which it is the same.
+        A set of lines on what the text lacks of a conversation: "the chat template drops the system
+        turn". It lacks contents that are not `written`, strings that it does not hold, and keys
+        without which it would be the same.
         """
         lists = [name for name in ("tools", "documents") if self.names.get(name)]
         others = [self.given(**{name: None}).answers([(messages, False)])[0] for name in lists]
@@ -146,8 +146,8 @@ class ChatTemplate:
 
     def opening(self, text, messages):
         """
-        (the prompt for an answer after `messages`, without the `text` it begins with; whether it
-        ends with a generation prompt), or None if it begins differently.
+        (the prompt for an answer after `messages`, without the `text` that it begins with; whether
+        it ends with a generation prompt), or None if it does not begin with the text.
         """
         if not messages:
             return "", False
@@ -230,7 +230,7 @@ def ask(request):
         except BrokenPipeError:
             pass
         finally:
-            if not line:  # a limit ended it; after Ctrl-C, no later request may get this answer
+            if not line:  # a limit ended it, or Ctrl-C came: no later request may get this answer
                 renderer.kill()
                 renderer.wait()
     if not line:

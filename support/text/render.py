@@ -6,8 +6,8 @@ one a line, in JSON:
     {"source", "names", "now", "conversations": [[messages, add_generation_prompt], …]}
     ->  [{"text"} or {"error"}, …]
 
-names: the variables that a template may use besides, such as "eos_token" and "tools". now: the time
-in ISO 8601, or null for the clock's.
+names: more variables that a template may use, such as "eos_token" and "tools". now: the time in
+ISO 8601, or null for the clock's.
 """
 
 import datetime
@@ -23,7 +23,7 @@ import jinja2.sandbox
 MOST_SECONDS = 5  # for one request
 MOST_MEMORY = 2**30  # bytes, Python's own included
 MOST_TEXT = 10**7  # characters
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # one thing, by any of these keys
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys, any of which holds thoughts
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -61,7 +61,7 @@ def compiled(source):
 
 
 def with_aliases(message):
-    """A message without keys of value None, its thoughts by both names that templates use."""
+    """A message without keys of value None, its thoughts under both names that templates use."""
     message = {key: value for key, value in message.items() if value is not None}
     thoughts = next((message[key] for key in THOUGHTS if key in message), None)
     if thoughts is None:

@@ -63,7 +63,7 @@ def split(examples, val_fraction=0.2, seed=0, grouped=True, setting="val_fractio
         leader = first.setdefault(example.get("group", i), i) if grouped else i
         groups.setdefault(leader, []).append(i)
 
-    # In the order of first examples, a group joins val if val lacks that many of each label.
+    # In shuffled order, each group joins val if val still lacks that many examples of each label.
     lacking = Counter({label: round(val_fraction * len(rows)) for label, rows in labels.items()})
     chosen = set()
     for members in (groups[i] for i in order if i in groups):
@@ -100,16 +100,11 @@ class Splits(NamedTuple):
 
 
 def load_splits(config):
-    """
-    A config's Splits. If the data has no val split, val_fraction of train becomes val. Raises
-    ValueError if the splits don't fit together.
-    """
+    """A config's Splits; val_fraction of train becomes a missing val split. Raises ValueError."""
     question, glue, columns = LABEL_PROMPT, None, columns_of(vars(config))
     if config.train_file:
         files = {"train": config.train_file, "val": config.val_file}
-        splits = {
-            name: load_examples(file, columns) if file else [] for name, file in files.items()
-        }
+        splits = {n: load_examples(file, columns) if file else [] for n, file in files.items()}
         whole, splits["test"] = splits["train"], []
         if config.test_fraction:
             options = dict(seed=0, setting="test_fraction")
@@ -140,7 +135,7 @@ def load_splits(config):
 
 
 def sample_built_in(config, examples):
-    """The train and test examples of a built-in data set; val is split off later."""
+    """The train and test examples of a built-in data set. val is split off later."""
     half = len(examples) // 2
     train_size, test_size = config.train_size or min(200, half), config.test_size or min(400, half)
     taken = train_size + test_size + config.tune_size
@@ -161,8 +156,8 @@ def sample_built_in(config, examples):
 
 def sample_official(config, parts):
     """
-    The splits of a data set with its own parts. With a val_fraction, the papers' rule: val comes
-    from train, and dev stands in for a missing test set. Without one, val is dev.
+    The splits of a data set that has parts of its own. With a val_fraction, by the papers' rule,
+    val comes from train, and dev stands in for a missing test set. Without one, val is dev.
     """
     if config.val_fraction > 0:
         splits = {"train": parts["train"], "val": [], "test": parts["test"] or parts["dev"]}
@@ -232,14 +227,14 @@ def check_splits(splits, labels):
 
 
 class Examples(NamedTuple):
-    """What is known of the examples when they have become rows."""
+    """What remains known of the examples when they have become rows."""
 
     counts: dict  # {split: how many}
     form: str  # their format, a key of jsonl.FORMATS
     pairs: bool | None  # whether they are pairs of texts; None if only some are
     labels: Counter  # {label: in how many examples}, of classification
     notes: Counter  # {what a file's reader left out or changed: in how many}
-    shared: list  # a line for each file that holds lines of an earlier one
+    shared: list  # a message for each file that holds lines of an earlier one
 
     @classmethod
     def of(cls, splits, config=None):
@@ -257,7 +252,7 @@ class Examples(NamedTuple):
 
 
 def shared(splits, config):
-    """Lines that say how many lines of val_file and test_file an earlier file also holds."""
+    """Messages on how many lines of val_file and test_file an earlier file also holds."""
     first = "train_file" if config.train_file else "the training data"
     files = {first: splits["train"] + splits.get("held", [])}
     if not config.val_file:  # then val is a part of it
@@ -271,8 +266,8 @@ def shared(splits, config):
 
 def left_out(examples, encoded, labels):
     """
-    Lines that count what is left out of the examples or changed, by files' readers and by the chat
-    template, and name labels that look alike. examples: Examples; encoded: {split: rows}.
+    Messages that count what files' readers and the chat template left out of examples or changed,
+    and that name labels that look alike. examples: Examples; encoded: {split: rows}.
     """
     rows = (row for part in encoded.values() for row in part)
     counts = examples.notes + Counter(note for row in rows for note in getattr(row, "notes", ()))
@@ -285,7 +280,7 @@ def left_out(examples, encoded, labels):
 
 
 def compared(encoded, unknown_id):
-    """Lines about many unknown tokens, and about splits, {name: rows}, of unlike lengths."""
+    """Messages on many unknown tokens, and on splits, {name: rows}, of unlike lengths."""
     shares, lengths = {}, {}
     for name, rows in encoded.items():
         if len(rows) >= 10:  # fewer say little
@@ -293,8 +288,8 @@ def compared(encoded, unknown_id):
             sizes, unknown = zip(*each)
             shares[name], lengths[name] = sum(unknown) / sum(sizes), statistics.median(sizes)
     if max(shares.values(), default=0) > 0.05:
-        said = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
-        yield f"unknown tokens: {said}: the model can't tell such texts apart"
+        listed = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
+        yield f"unknown tokens: {listed}: the model can't tell such texts apart"
     if max(lengths.values(), default=0) > 2 * min(lengths.values(), default=0):
-        said = ", ".join(f"{length:.0f} in {name}" for name, length in lengths.items())
-        yield f"tokens in a row (median): {said}: the splits are unlike"
+        listed = ", ".join(f"{length:.0f} in {name}" for name, length in lengths.items())
+        yield f"tokens in a row (median): {listed}: the splits are unlike"

@@ -3,11 +3,11 @@ Examples from tables: CSV and parquet files, GLUE's TSV files, CoNLL-2003's colu
 
     read_table(path)        CSV, TSV or parquet, by the names of its columns
     read_glue(path, task)   train.tsv or dev.tsv of a GLUE task
-    read_conll(path)        one word and its tag a line
+    read_conll(path)        a word and its tag in each line
 
 Each returns a list of examples in a format of jsonl.py (not conversations or plain text). Each
 raises FileNotFoundError, or ValueError, which names file and line. The case of a column's name does
-not matter; the examples' notes name unknown columns.
+not matter, and the examples' notes name unknown columns.
 """
 
 import contextlib
@@ -58,8 +58,8 @@ def read_table(path, columns=None):
 def read_glue(path, task, columns=None):
     """
     The examples of train.tsv or dev.tsv of the GLUE benchmark (arXiv 1804.07461). task: a key of
-    scores.GLUE. Labels stay as written, and quotes mean nothing. Rows of QQP that are broken in two
-    are left out, up to one in a hundred.
+    scores.GLUE. Labels stay as written, and quotes mean nothing. QQP's rows that are broken in two
+    are left out, if they are at most one in a hundred.
     """
     rows = list(csv_rows(path, delimiter="\t", quoting=csv.QUOTE_NONE))
     if task == "cola":
@@ -120,7 +120,7 @@ def read_conll(path, columns=None):
 
 
 def read_text(path):
-    """A file's text, without byte order marks: files that were joined have one within."""
+    """A file's text without byte order marks, of which joined files have one within."""
     content = Path(path).read_bytes()
     try:
         return re.sub(r"(^|[\r\n])\ufeff", r"\1", content.decode())
@@ -132,7 +132,7 @@ def read_text(path):
 def csv_rows(path, **dialect):
     """
     Yield (file and line, list of cells) of each row, the header first. Without a dialect, the
-    header shows what separates columns, or a line before it, "sep=;", as Excel writes it.
+    header shows what separates columns, or Excel's line before it does: "sep=;".
     """
     text, end = read_text(path), 0
     if not dialect:
@@ -178,10 +178,7 @@ def parquet_rows(path, columns=None):
 
 
 def examples_of(path, rows, columns=None, tidy=False):
-    """
-    One example a row, or one for all references of a prompt. rows: the header first. tidy: of CSV,
-    see bare_cell.
-    """
+    """An example a row, or one for all references of a prompt. rows: as csv_rows yields them."""
     where, header = next(rows, (path, []))
     layout = layout_of(header, where, columns)
     names = {key: header[i].strip().lower() for key, i in layout.items()}
@@ -200,12 +197,11 @@ def examples_of(path, rows, columns=None, tidy=False):
 
 
 def fields_of(rows, layout, width, tidy, notes=()):
-    """Yield (file and line, {key: value}, notes) of rows. layout: from layout_of or places_of."""
+    """Yield (file and line, {key: value}, notes). layout: {key: column}; tidy: rows are CSV's."""
     for where, cells in rows:
         if len(cells) != width:
-            counts = f"{len(cells)} cells, but {width} columns"
             hint = "give each column one, texts with commas quotes, and those no blank before"
-            raise ValueError(f"{where}: {counts}: {hint}")
+            raise ValueError(f"{where}: {len(cells)} cells, but {width} columns: {hint}")
         fields = {key: cells[i] for key, i in layout.items()}
         bare = {key: bare_cell(cell, key) for key, cell in fields.items()} if tidy else fields
         values = {key: value_of(cell, key, tidy) for key, cell in bare.items()}
@@ -216,7 +212,7 @@ def fields_of(rows, layout, width, tidy, notes=()):
 
 
 def gather_choices(fields):
-    """Make one list of choice_0, choice_1, …, without empty ones at its end."""
+    """Join choice_0, choice_1, … to one list, without empty ones at its end."""
     texts = {int(key[7:]): fields.pop(key) for key in [*fields] if key.startswith("choice_")}
     last = max((i for i, text in texts.items() if text), default=-1)
     fields["choices"] = [texts.get(i) or "" for i in range(last + 1)]
@@ -224,8 +220,8 @@ def gather_choices(fields):
 
 def places_of(header, where, columns=None):
     """
-    {key: the number of its column} of the columns that stand for a key of an example. columns: as
-    in jsonl.renamed. Raises ValueError, which begins with `where`.
+    {key of an example: the number of its column}. columns: {key: the name of its column}. Raises
+    ValueError, which begins with `where`.
     """
     names = [name.strip().lower() for name in header]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -235,9 +231,9 @@ def places_of(header, where, columns=None):
     whole = [pair for pair in PAIRS if {*pair} <= {*names} and "text" not in columns]
     texts = dict(zip(*whole[:1], ("text", "text_b"))) if whole else {}
     known = "|".join(set.union(*TABLES.values()))
-    own = {name: name for name in names if re.fullmatch(rf"{known}|choice_\d{{1,2}}", name)}
+    exact = {name: name for name in names if re.fullmatch(rf"{known}|choice_\d{{1,2}}", name)}
     places = {}
-    for keys in (texts, own, SAME):
+    for keys in (texts, exact, SAME):
         for place, name in enumerate(names):
             if name in keys and place not in places.values():
                 places.setdefault(keys[name], place)
@@ -245,7 +241,7 @@ def places_of(header, where, columns=None):
 
 
 def layout_of(header, where, columns=None):
-    """places_of the keys of a table's format and of what it may have besides. Raises ValueError."""
+    """places_of the keys of a table's format and of its optional keys. Raises ValueError."""
     places = places_of(header, where, columns)
     choices = {key for key in places if key.startswith("choice_")}
     needed = {form: {*jsonl.FORMATS[form]} for form in TABLES}
@@ -265,7 +261,7 @@ def layout_of(header, where, columns=None):
 
 
 def bare_cell(cell, key):
-    """A cell of CSV without quotes that follow a blank, and a text without blanks around it."""
+    """A cell of CSV: without quotes that follow a blank, or, of a text, without blanks around."""
     bare = cell.strip(" \t")
     if cell != bare and re.fullmatch('"([^"]|"")*"', bare):
         return bare[1:-1].replace('""', '"')
@@ -273,7 +269,7 @@ def bare_cell(cell, key):
 
 
 def value_of(cell, key, written):
-    """A cell as in JSONL; written: it is of CSV, which has numbers and lists as texts."""
+    """A cell as JSONL has it. written: it comes from CSV, where numbers and lists are texts."""
     if key == "references" and isinstance(cell, str):
         return [cell]
     if key == "labels" and written:

@@ -1,5 +1,5 @@
 """
-Text to tokens: Hugging Face's tokenizers, run by tiktoken or the tokenizers library.
+From text to tokens: Hugging Face's tokenizers, run by tiktoken or the tokenizers library.
 
 A byte-level BPE tokenizer (GPT-2, Qwen, LLaMA 3, SmolLM) works in four steps:
     1. cut added tokens ("<|im_end|>") out of the text
@@ -20,16 +20,10 @@ from functools import cached_property
 from pathlib import Path
 
 from support.run.files import malformed, read_json, replacing, write_json
+from support.text import tokenizer_files
 from support.text.chat import PLAIN_TEMPLATE, ChatTemplate
-from support.text.tokenizer_files import (
-    FILES,
-    library_errors,
-    read_files,
-    tiktoken_encoding,
-    unknown_id,
-)
 
-# Questions that show what a chat template does to any
+# Questions that show what a chat template does to any question
 ODD = (
     "\ue000?\ue000",
     '\n \ta\\n <b>\'"é"</b> {{ 7*7 }}\n\n[INST]<think>x</think> y\u3000\n ',
@@ -51,10 +45,11 @@ class Tokenizer:
 
     def __init__(self, folder, now=None):
         self.folder = folder = Path(folder)
-        self.library, named, templates = read_files(folder)
+        self.library, named, templates = tokenizer_files.read_files(folder)
         spec = json.loads(self.library.to_str())
-        self.encoding, self.nfc = tiktoken_encoding(spec), spec.get("normalizer") is not None
-        self.unknown_id = None if self.encoding else unknown_id(self.library)
+        self.nfc = spec.get("normalizer") is not None
+        self.encoding = tokenizer_files.tiktoken_encoding(spec)
+        self.unknown_id = None if self.encoding else tokenizer_files.unknown_id(self.library)
 
         vocab = spec["model"]["vocab"] if self.encoding else {}
         tokens = spec["added_tokens"]
@@ -64,7 +59,7 @@ class Tokenizer:
         longest_first = sorted(self.added, key=len, reverse=True)
         self.added_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
-        if "eos_token" not in named and (folder / "config.json").exists():  # GPT-2's is there alone
+        if "eos_token" not in named and (folder / "config.json").exists():  # only there: GPT-2's
             end = read_json(folder / "config.json").get("eos_token_id")
             named["eos_token"] = next((text for text, i in self.added.items() if i == end), None)
         self.eos_id = self.added.get(named.get("eos_token"))
@@ -78,7 +73,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder, now=None):
-        """That of a folder. now: ChatTemplate's. Raises FileNotFoundError or ValueError."""
+        """A folder's Tokenizer. now: ChatTemplate's. Raises FileNotFoundError or ValueError."""
         with malformed(f"{Path(folder) / 'tokenizer_config.json'} or tokenizer.json"):
             return cls(folder, now)
 
@@ -98,7 +93,7 @@ class Tokenizer:
         return self.encode_by_library(text).ids
 
     def encode_by_library(self, text, add_special_tokens=False):
-        with library_errors(f"{self.folder}: the tokenizer fails"):
+        with tokenizer_files.library_errors(f"{self.folder}: the tokenizer fails"):
             return self.library.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_cut(self, text, cuts):
@@ -106,9 +101,9 @@ class Tokenizer:
         The token ids of a text's segments between cuts (ascending positions), a list for each.
 
         If all cuts lie between tokens, the tokens are the whole text's. Otherwise each segment is
-        encoded by itself, since in generation a prompt comes before its answer exists. If the
-        tokenizer puts a space before each text (LLaMA 2: SentencePiece), a token of the whole text
-        belongs to the segment that it ends in.
+        encoded by itself, since in generation the prompt is encoded before its answer exists. But
+        if the tokenizer puts a space before each text (LLaMA 2: SentencePiece), the tokens are the
+        whole text's, and each belongs to the segment that it ends in.
         """
         whole, added = self.encode(text), set(self.added.values())
         if not cuts:
@@ -117,7 +112,7 @@ class Tokenizer:
         # is encoded from the last added token on.
         begins = [0, *(match.start() for match in self.added_pattern.finditer(text))]
         counts = [0, *(n for n, token in enumerate(whole) if token in added)]
-        if len(begins) != len(counts):  # one of them counts only as a whole word
+        if len(begins) != len(counts):  # an added token counts only as a whole word
             begins, counts = [0], [0]
 
         edges = [0]
@@ -144,12 +139,12 @@ class Tokenizer:
         if self.encoding:
             hidden = self.special_ids if skip_special else ()
             return self.encoding.decode([i for i in ids if i in self.ids and i not in hidden])
-        with library_errors(f"{self.folder}: the tokenizer fails"):
+        with tokenizer_files.library_errors(f"{self.folder}: the tokenizer fails"):
             return self.library.decode(ids, skip_special_tokens=skip_special)
 
     def save_pretrained(self, folder):
-        """Copy the tokenizer's files into a model's folder, and name there what ends an answer."""
-        for name in FILES:
+        """Copy the tokenizer's files into a model's folder, and write there what ends an answer."""
+        for name in tokenizer_files.FILES:
             if (self.folder / name).exists():
                 (Path(folder) / name).parent.mkdir(exist_ok=True)
                 with replacing(Path(folder) / name) as temporary:
@@ -163,7 +158,7 @@ class Tokenizer:
         return self.chat.render(messages, add_generation_prompt)
 
     def turn(self, question):
-        """The chat template's text of one question, up to the answer. It is rendered only once."""
+        """The chat template's text for a question, up to the answer, mostly without rendering."""
         if self.frame is None:
             return self.chat.render([{"role": "user", "content": question}], True)
         before, edit, after = self.frame
@@ -172,8 +167,8 @@ class Tokenizer:
     @cached_property
     def frame(self):
         """
-        (a chat template's text before a question, str or str.strip, which it applies to it, its
-        text after it), or None for a template that does more to one of ODD.
+        (the chat template's text before a question, the function that it applies to the question,
+        str or str.strip, its text after it), or None if it does more to one of ODD.
         """
         answers = self.chat.answers([([{"role": "user", "content": odd}], True) for odd in ODD])
         texts = [answer.get("text", "") for answer in answers]
@@ -189,7 +184,7 @@ class Tokenizer:
         return encoding.ids[: encoding.sequence_ids.index(0)]  # 0: a token of the text itself
 
     def prefix_of(self, ids):
-        """prefix_ids, or [] for the token ids of a text that begins with them already."""
+        """prefix_ids, or [] if the token ids of a text begin with them already."""
         return [] if ids[: len(self.prefix_ids)] == self.prefix_ids else self.prefix_ids
 
     @cached_property

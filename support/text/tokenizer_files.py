@@ -39,9 +39,9 @@ LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 def read_files(folder):
     """
-    (tokenizers.Tokenizer, the special tokens' texts by name, the chat templates by name) of a
-    folder, as transformers reads files that may contradict each other; those of a built-in model,
-    which don't, without it, since its import takes seconds. Raises FileNotFoundError, ValueError.
+    (tokenizers.Tokenizer, {name: a special token}, {name: a chat template}) of a folder, whose
+    files may contradict each other, as transformers reads them. A built-in model's files are read
+    without transformers, whose import takes seconds. Raises FileNotFoundError or ValueError.
     """
     path, more = folder / "tokenizer.json", any((folder / name).exists() for name in FILES[2:])
     built_in = (folder / "digests.json").exists() and not more
@@ -63,7 +63,7 @@ def read_files(folder):
             peer = transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             library, templates = peer.backend_tokenizer, peer.chat_template
             named = dict(peer.special_tokens_map)
-    # The file's truncation and padding are meant for batches.
+    # A file may ask for truncation and padding, which are meant for batches.
     library.no_truncation()
     library.no_padding()
     return library, named, templates if isinstance(templates, dict) else {"default": templates}
@@ -79,8 +79,8 @@ def unknown_id(library):
 @contextlib.contextmanager
 def library_errors(message):
     """
-    Turn an error of the tokenizers library into a ValueError that begins with `message`. Rust may
-    panic, and reports that on file descriptor 2, which leads nowhere in the meantime.
+    Turn an error of the tokenizers library into a ValueError that begins with `message`. When Rust
+    panics, it writes to file descriptor 2, which leads nowhere in the meantime.
     """
     sys.stderr.flush()
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

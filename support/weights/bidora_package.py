@@ -143,7 +143,7 @@ class FullConfig(Settings):
 
 
 def get_hardware_info():
-    """A dict that describes torch, CUDA and the first GPU."""
+    """Torch's version, CUDA's, and the first GPU, as a dict."""
     info = {"cuda_available": torch.cuda.is_available(), "pytorch_version": torch.__version__}
     if not info["cuda_available"]:
         return info | {"cuda_version": None}
@@ -163,7 +163,7 @@ def create_bnb_config(quantization):
 
 
 def load_model_and_tokenizer(model_config):
-    """A causal language model, bf16 where the GPU computes in it, else fp32; and its tokenizer."""
+    """(a causal language model, in bf16 if the GPU computes in it, else in fp32; its tokenizer)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     cuda = torch.cuda.is_available()
@@ -276,13 +276,13 @@ class BiDoRATrainer:
         for start in range(0, len(rows), c.batch_size * c.gradient_accumulation_steps):
             firsts = range(start, len(rows), c.batch_size)[: c.gradient_accumulation_steps]
             parts = [rows[i : i + c.batch_size] for i in firsts]
-            # transformers' loss takes the next token as the label of each position.
+            # transformers' loss shifts the labels, so a row's first one does not count.
             counts = [sum(y != -100 for row in part for y in row["labels"][1:]) for part in parts]
             shares = [count / sum(counts) for count in counts]
             yield MicroBatches(zip(map(self.collate, parts), shares))
 
     def collate(self, rows):
-        """Rows as padded tensors; the model neither sees nor learns padding."""
+        """Rows as padded tensors. The model neither sees nor learns padding."""
         from transformers import DataCollatorForSeq2Seq
 
         return DataCollatorForSeq2Seq(self.tokenizer)(rows).to(self.model.device)

@@ -5,7 +5,7 @@ The built-in models, written to the cache as folders in Hugging Face's layout:
     tiny-random     a two-layer LLaMA with random weights, for tests and lessons
     minilm          all-MiniLM-L6-v2 (Apache-2.0), an encoder of sentences
 
-A GGUF file holds quantised blocks, and a LLaMA's query and key rows in another order. transformers
+A GGUF file holds quantised blocks, and LLaMA's query and key rows in another order. transformers
 undoes both. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -57,8 +57,8 @@ def built_in(name):
 
 def byte_level_bpe(tokens, merges, special):
     """
-    SmolLM2's tokenizer: it splits off single digits, then splits as GPT-2 does. tokens: by id.
-    merges: ["a b", …]. special: the control tokens. Raises ValueError for merges of other tokens.
+    SmolLM2's tokenizer, which splits off single digits and then splits as GPT-2 does. tokens: in
+    the order of their ids. merges: ["a b", …]. special: the control tokens. Raises ValueError.
     """
     from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
 
@@ -72,7 +72,7 @@ def byte_level_bpe(tokens, merges, special):
 
 
 def write_folder(folder, config, tensors, tokenizer, tokenizer_config):
-    """Write a model (a dict for config.json, tensors by name) and its tokenizers.Tokenizer."""
+    """Write a model, config.json's dict and {name: tensor}, and its tokenizers.Tokenizer."""
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_config}
     hf_format.write(folder, config, tensors, getattr(torch, config["dtype"]))
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
@@ -89,7 +89,7 @@ def write_smollm2(folder):
 
 
 def convert_gguf(path, folder):
-    """Write SmolLM2's GGUF file as a folder: transformers dequantises its weights."""
+    """Write SmolLM2's GGUF file as a folder. transformers dequantises its weights."""
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM
 

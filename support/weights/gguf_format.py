@@ -1,5 +1,5 @@
 """
-Models as GGUF files, for llama.cpp and what is built on it, written by the library gguf.
+Models as GGUF files, written by the library gguf, for llama.cpp and programs built on it.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -25,7 +25,7 @@ SPLITS = {  # llama.cpp's names of the regular expressions that split a text
 
 def write_gguf(folder, path):
     """
-    Write the model in a folder (Hugging Face's layout, of a family in ARCHITECTURES) as one file.
+    Write a model as one file. folder: in Hugging Face's layout, of a family in ARCHITECTURES.
     Raises ValueError for scaled rotary positions other than LLaMA 3's.
     """
     import gguf
@@ -63,7 +63,7 @@ def write_gguf(folder, path):
 
 
 def add_tensors(writer, folder, architecture, c):
-    """Add a folder's tensors under GGUF's names: matrices in their dtype, vectors in fp32."""
+    """Add a folder's tensors under GGUF's names: bf16 matrices as they are, all else in fp32."""
     import gguf
 
     number = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
@@ -76,13 +76,13 @@ def add_tensors(writer, folder, architecture, c):
         if architecture == "llama" and layer in heads:
             tensor = reordered(tensor, heads[layer], together=True)
         bf16 = len(shape) > 1 and tensor.dtype == torch.bfloat16
-        kind = gguf.GGMLQuantizationType.BF16 if bf16 else gguf.GGMLQuantizationType.F32
-        values = gguf.quantize(tensor.float().numpy(), kind)
-        writer.add_tensor(f"{names.get_name(key)}.{end}", values, raw_dtype=kind)
+        dtype = gguf.GGMLQuantizationType.BF16 if bf16 else gguf.GGMLQuantizationType.F32
+        values = gguf.quantize(tensor.float().numpy(), dtype)
+        writer.add_tensor(f"{names.get_name(key)}.{end}", values, raw_dtype=dtype)
 
 
 def add_tokenizer(writer, folder, size):
-    """Add a folder's tokenizer, if it is a byte-level BPE that llama.cpp knows; else say so."""
+    """Add a folder's tokenizer if it is a byte-level BPE that llama.cpp knows; else say so."""
     import gguf
 
     tokenizer = Tokenizer.from_pretrained(folder)

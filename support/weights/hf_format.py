@@ -62,7 +62,7 @@ def own_dtype(folder):
 @malformed("config.json")
 def read_config(config_dict):
     """
-    The fields of a model.ModelConfig, from the dict of transformers 4's or 5's config.json. Raises
+    The fields of a model.ModelConfig. config_dict: of transformers 4's or 5's config.json. Raises
     ValueError, which names the key, for anything that model.py does not support.
     """
     family = config_dict.get("model_type")
@@ -152,7 +152,7 @@ def read_sizes(c):
             raise ValueError(f"config.json: {name!r} is missing")
         if type(value) is not int or value < 1:
             raise ValueError(f"config.json: {name}={value!r:.40} must be a positive integer")
-        # torch can't even describe tensors beyond such sizes.
+        # Beyond such sizes, torch can't even describe tensors.
         most = 1000 if name == "num_hidden_layers" else 10**8
         if value > most:
             raise ValueError(f"config.json: {name}={value} is more than {most}")
@@ -163,7 +163,7 @@ def read_sizes(c):
 
 
 def read_windows(c, family, layers):
-    """For each layer, how many tokens it sees, the current one included; None for all of them."""
+    """How many tokens each layer sees, with the current one, as a list; None: all of them."""
     if family in ("llama", "mistral"):  # transformers ignores a llama's windows
         return [c["sliding_window"] if family == "mistral" else None] * layers
     full, sliding = "full_attention", "sliding_attention"
@@ -204,7 +204,7 @@ def find_tensors(folder):
 
 
 def weight_files(folder, index):
-    """The paths of a folder's safetensors files, missing ones too. index: their index's path."""
+    """The paths of a folder's safetensors files, also missing ones. index: their index's path."""
     single = folder / "model.safetensors"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -229,7 +229,7 @@ def weight_files(folder, index):
 
 
 def untie(config, stored, folder):
-    """Drop a tied head from the stored tensors; if it differs, untie it, as transformers does."""
+    """Drop a tied head from the stored tensors. If it differs, untie it, as transformers does."""
     both = [name for name in ("lm_head.weight", "model.embed_tokens.weight") if name in stored]
     if len(both) == 2:  # some files hold the shared matrix twice
         head, embeddings = (safe_open(stored[name][0], "pt").get_tensor(name) for name in both)
@@ -257,7 +257,7 @@ def check_tensors(stored, expected, folder):
 
 
 class WithoutValues(TorchFunctionMode):
-    """Where torch.nn.init does nothing: random values on "meta" would import torch's compiler."""
+    """A context without torch.nn.init: random values on "meta" would import torch's compiler."""
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -266,7 +266,7 @@ class WithoutValues(TorchFunctionMode):
 
 
 def load_weights(model, folder, dtype, device, quantize=None, mapped=False):
-    """Load weights into a Transformer on the meta device: see Transformer.from_pretrained."""
+    """Load weights into a Transformer on the meta device, for Transformer.from_pretrained."""
     stored = find_tensors(folder)
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
@@ -275,7 +275,7 @@ def load_weights(model, folder, dtype, device, quantize=None, mapped=False):
         del expected["lm_head.weight"]
     check_tensors(stored, expected, folder)
 
-    # Closing the file after each tensor releases its pages, and the largest tensor comes first: so
+    # Closing the file after each tensor releases its pages, and the largest tensor comes first, so
     # memory never holds more than one tensor twice.
     keys = sorted(expected, key=lambda key: -math.prod(expected[key]))
     for key in progress.over(keys, "load the model", "tensor"):
@@ -296,7 +296,7 @@ def load_weights(model, folder, dtype, device, quantize=None, mapped=False):
 
 
 def save(model, folder):
-    """Transformer.save_pretrained."""
+    """Write a Transformer without adapters and packed weights, for its save_pretrained."""
     state = model.state_dict(keep_vars=True)
     if any("lora_" in key or kind_of(value) for key, value in state.items()):
         raise ValueError("the model holds adapters or packed weights: call merge(model) first")
@@ -307,7 +307,7 @@ def save(model, folder):
 
 
 def write(folder, config, tensors, dtype):
-    """Write config.json from its dict, and model.safetensors. dtype: the one that config names."""
+    """Write config.json from its dict, and model.safetensors. dtype: what config.json names."""
     folder = make_folder(folder)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     config = {key: value for key, value in config.items() if key != "torch_dtype"}  # its old name
@@ -316,5 +316,5 @@ def write(folder, config, tensors, dtype):
     with replacing(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(folder / "config.json", config)
-    # An older index belongs to another model's shards.
+    # An index that is there belongs to another model's shards.
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)

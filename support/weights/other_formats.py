@@ -1,13 +1,13 @@
 """
-Adapters as mlx-lm (0.32.2) and torchtune (0.6.1) save them, read as if they were PEFT's; and
-mlx-lm's, written.
+Adapters as mlx-lm (0.32.2) and torchtune (0.6.1) save them: both are read as if they were PEFT's,
+and mlx-lm's are written.
 
     PEFT        lora_A.weight (rank, in), lora_B.weight (out, rank), lora_magnitude_vector (out,)
     mlx-lm      lora_a (in, rank), lora_b (rank, out), m (out,); its `scale` is s, not alpha
     torchtune   lora_a.weight (rank, in), lora_b.weight (out, rank), magnitude (out,)
 
-A rotary embedding turns pairs of a head's rows. Hugging Face's files hold the first ones of all
-pairs before the second ones; LLaMA's in torchtune, and in GGUF files, hold each pair together.
+A rotary embedding turns pairs of a head's rows. Hugging Face's files hold the first rows of all
+pairs before the second rows. LLaMA's files of torchtune and of GGUF hold each pair together.
 """
 
 import re
@@ -40,7 +40,7 @@ TORCHTUNE_CONFIG = set("r lora_alpha target_modules peft_type base_model_name_or
 def read_adapter(folder, family, heads, blocks):
     """
     (adapter_config.json's content, {name: tensor}) of an adapter's folder, both as PEFT has them.
-    family: the model_type of its base; heads: those of queries and of keys; blocks: their number.
+    family: the model_type of its base; heads: how many of queries and of keys; blocks: how many.
     Raises FileNotFoundError or ValueError.
     """
     settings = folder / "adapter_config.json"
@@ -81,13 +81,13 @@ def read_tensors(path):
 
 def from_mlx(config, tensors, where, blocks):
     """mlx-lm's config and tensors as PEFT's: see read_adapter."""
-    form, own = config.get("fine_tune_type", "lora"), config.get("lora_parameters") or {}
+    form, settings = config.get("fine_tune_type", "lora"), config.get("lora_parameters") or {}
     if form not in ("lora", "dora"):
         raise ValueError(f"{where}: fine_tune_type {form!r} is no adapter; 'lora' and 'dora' are")
-    if "alpha" in own or "scale" not in own:
+    if "alpha" in settings or "scale" not in settings:
         problem = "must have a scale, and no alpha, which scales in mlx-lm up to 0.14 and not since"
         raise ValueError(f"{where}: lora_parameters {problem}")
-    renamed, rank = {}, own["rank"]
+    renamed, rank = {}, settings["rank"]
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         if part not in THEIRS or part == "lora_a" and tensor.shape[-1] != rank:
@@ -96,10 +96,10 @@ def from_mlx(config, tensors, where, blocks):
 
     last = config.get("num_layers", config.get("lora_layers", 0))
     return {
-        "lora_alpha": own["scale"] * rank,
-        "lora_dropout": own.get("dropout", 0.0),
+        "lora_alpha": settings["scale"] * rank,
+        "lora_dropout": settings.get("dropout", 0.0),
         "use_dora": form == "dora" or config.get("use_dora", False),
-        "target_modules": own.get("keys"),
+        "target_modules": settings.get("keys"),
         "layers_to_transform": list(range(max(0, blocks - last), blocks)) if last > 0 else None,
     }, renamed
 
@@ -124,7 +124,7 @@ def from_torchtune(config, tensors, folder, family, heads):
 
 
 def reordered(rows, heads, together):
-    """Rows of queries or keys with each rotary pair together, or from there in PEFT's order."""
+    """Rows of queries or keys in another order: each rotary pair together, or back to PEFT's."""
     shape = (heads, 2, -1) if together else (heads, -1, 2)
     return rows.unflatten(0, shape).transpose(1, 2).reshape(rows.shape)
 
@@ -132,7 +132,7 @@ def reordered(rows, heads, together):
 def write_mlx(folder, layers, base):
     """
     Write adapters, {name: BiDoRALinear}, as mlx-lm does, for `mlx_lm.generate --adapter-path`.
-    base: the model's name. One rank and scale are all layers': zeros fill smaller ranks, B takes s.
+    base: the model's name. All layers get one rank and one scale, 1: zeros fill A and B, B takes s.
     """
     if any(x.method.magnitude and x.magnitude_axis == "column" for x in layers.values()):
         raise ValueError("mlx-lm has no magnitudes per column: use --to=transformers")
@@ -147,6 +147,6 @@ def write_mlx(folder, layers, base):
     with replacing(folder / "adapters.safetensors") as temporary:
         copies = {n: x.detach().clone(memory_format=order) for n, x in tensors.items()}
         save_file(copies, temporary)
-    own = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": list(layers)}
     config = {"model": base, "fine_tune_type": "lora" if m is None else "dora", "num_layers": 0}
-    write_json(folder / "adapter_config.json", config | {"lora_parameters": own})
+    config["lora_parameters"] = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": list(layers)}
+    write_json(folder / "adapter_config.json", config)

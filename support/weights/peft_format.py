@@ -4,7 +4,7 @@ Adapters as PEFT saves them: adapter_model.safetensors and adapter_config.json.
 bidora.save_adapter and bidora.load_adapter call this file. It saves a method's factors A and B as
 LoRA's, and its scale s as alpha = s · rank. PEFT has no magnitude per column: such an adapter gets
 a peft_type of our own, which PEFT refuses. Other trained modules, such as a classifier, are saved
-whole (modules_to_save), and so are those with running statistics, which training changes too.
+whole (modules_to_save), as are modules with running statistics, which training changes, too.
 
 A module that is compiled, parallel or checkpointed is saved and loaded under its plain name.
 """
@@ -80,7 +80,7 @@ def plain(model):
 
 
 def without_wrappers(name, known=()):
-    """A name, or a pattern, of a file from a wrapped model without wrappers, unless it is known."""
+    """A name or pattern from a wrapped model's file, without the wrappers, unless it is known."""
     wrappers = "|".join(WRAPPERS)
     inside = rf"(?<![\w.])(({wrappers})\\?\.)+|\\?\.({wrappers})\b"
     return name if name in known else re.sub(inside, "", name)
@@ -114,7 +114,7 @@ def write(folder, model, layers, base_model):
     for name, tensor in state.items():
         if set(whole) & set(parents(name)):
             tensors[f"{PREFIX}{name}"] = tensor.detach()
-    # Copies, because tied weights and shared factors share memory, which safetensors refuses.
+    # Copies, since safetensors refuses tensors that share memory, as tied weights do.
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     folder = make_folder(folder)
     with replacing(folder / "adapter_model.safetensors") as temporary:
@@ -130,7 +130,7 @@ def write(folder, model, layers, base_model):
 
 
 def config_of(modules, layers, base_model, task, whole):
-    """The content of adapter_config.json. modules: the model's, by name; whole: saved whole."""
+    """adapter_config.json's content. modules: the model's, by name; whole: names of modules."""
     layer = next(iter(layers.values()))  # all have one kind of magnitude
     magnitude, axis = layer.method.magnitude, layer.magnitude_axis
     alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
@@ -169,12 +169,12 @@ def parents(name):
 
 def task_of(model, layers):
     """(PEFT's task type for a model or None, the heads that PEFT expects in the file)."""
-    name, own = type(model).__name__, getattr(model, "task_type", None)  # that of heads.py
+    name, known_task = type(model).__name__, getattr(model, "task_type", None)  # heads.py's
     parts = {part for layer in layers for part in layer.split(".")}
     for end, (task, heads) in TASKS.items():
         # PEFT adapts no layer in a head that it expects to find whole.
         adapted = any(part.endswith(tuple(heads)) for part in parts)
-        if (name.endswith(end) or task == own) and not adapted:
+        if (name.endswith(end) or task == known_task) and not adapted:
             return task, heads
     return "CAUSAL_LM" if hasattr(model, "generate") else None, []
 
@@ -205,7 +205,7 @@ def ending(names, ends):
 
 
 def target_modules(layers, modules):
-    """What selects these layers alone: short names ("q_proj"), full names, or else a pattern."""
+    """What selects exactly these layers: short names ("q_proj"), full names, or a pattern."""
     short, whole = sorted({name.rpartition(".")[2] for name in layers}), list(layers)
     for targets in (short, whole):
         if ending(modules, targets) == set(layers):
@@ -215,15 +215,15 @@ def target_modules(layers, modules):
 
 def read(folder, model, as_linear):
     """
-    The Adapter for a model in a folder that `write`, PEFT, mlx-lm or torchtune wrote. as_linear:
+    The Adapter for a model, from a folder that `write`, PEFT, mlx-lm or torchtune wrote. as_linear:
     bidora's, true of linear layers. rsLoRA's scale alpha / √rank (arXiv 2312.03732) becomes an
-    alpha. Raises FileNotFoundError, or ValueError for a damaged file, for one that does not fit the
+    alpha. Raises FileNotFoundError, or ValueError for a file that is damaged or does not fit the
     model, and for an unsupported variant of LoRA.
     """
     folder = Path(folder)
     settings = folder / "adapter_config.json"
     names, state = plain(model)
-    in_model = {short: name for name, short in names.items()}  # of wrapped and wrapper, the wrapped
+    in_model = {short: name for name, short in names.items()}  # the wrapped module, not its wrapper
     config, tensors = read_adapter(folder, *shape_of(model.get_submodule(in_model[""])))
     check_config(config, settings)
     linears = {short for short, name in in_model.items() if as_linear(model.get_submodule(name))}
@@ -235,8 +235,8 @@ def read(folder, model, as_linear):
     if strange := sorted(layers.keys() - linears):
         problem = f"the adapter does not fit the model: no linear layer {strange[0]}"
         raise ValueError(f"{folder}: {problem}")
-    there = layers.keys() | {name.rpartition(".")[0] for name in saved}
-    if missing := sorted(targeted(config, linears, settings) - there):
+    present = layers.keys() | {name.rpartition(".")[0] for name in saved}
+    if missing := sorted(targeted(config, linears, settings) - present):
         problem = f"{len(missing)} of the layers that {settings.name} names, first {missing[0]}"
         raise ValueError(f"{folder}: the adapter is incomplete: it lacks {problem}")
 
@@ -245,14 +245,13 @@ def read(folder, model, as_linear):
         # A damaged file may get any rank here: copy_into reports the misshapen tensor.
         matrix = "lora_A" in parts and parts["lora_A"].dim() == 2
         rank = max(1, len(parts["lora_A"])) if matrix else 1
-        alpha = alphas[name] * (rank**0.5 if config.get("use_rslora") else 1)
-        sizes[in_model[name]] = rank, alpha
+        sizes[in_model[name]] = rank, alphas[name] * (rank**0.5 if config.get("use_rslora") else 1)
     axis = "column" if config.get("peft_type") == COLUMN_DORA else "row"
     return Adapter(folder, layers, sizes, config.get("lora_dropout") or 0.0, magnitude, axis, saved)
 
 
 def shape_of(model):
-    """(the model_type, the numbers of heads of queries and keys, of blocks) as a model has them."""
+    """(a model's model_type, how many heads of queries and of keys it has, how many blocks)."""
     config = getattr(getattr(model, "decoder", model), "config", None)
     family = getattr(config, "hf", {}).get("model_type", getattr(config, "model_type", None))
     heads = [getattr(config, f"num_{n}_heads", None) for n in ("attention", "key_value")]
@@ -295,7 +294,7 @@ def check_config(config, where):
 def by_layer(tensors, folder, linears, state, modules_to_save):
     """
     Sort a file's tensors: ({layer: {"lora_A": tensor, …}}, {name: tensor of a whole module}).
-    linears, state: the names of the base's linear layers, and its tensors.
+    linears: the names of the base's linear layers; state: its tensors.
     """
     layers, saved = {}, {}
     adapters = re.compile(rf"(?:.+\.)?{re.escape(PREFIX)}(.+)\.({'|'.join(NAMES)})(\.weight)?")
@@ -309,7 +308,7 @@ def by_layer(tensors, folder, linears, state, modules_to_save):
         elif base is None:
             problem = "belongs to no LoRA or DoRA adapter of linear layers, which is not supported"
             raise ValueError(f"{folder}: {key} {problem}")
-        # PEFT also saves base weights: of an adapted head, or of embeddings if it is told to.
+        # PEFT also saves base weights: an adapted head's, and on request the embeddings'.
         elif not torch.equal(base.to(tensor.device, tensor.dtype), tensor):
             raise ValueError(f"{folder}: the adapter holds another {name} than the base")
 
@@ -322,7 +321,7 @@ def by_layer(tensors, folder, linears, state, modules_to_save):
 
 
 def matching(pattern, names, where, end):
-    """The names that a file's pattern matches as a whole, by `end` on the monotonic clock."""
+    """The names that a pattern matches as a whole. end: when to stop, on the monotonic clock."""
     try:
         compiled = regex.compile(pattern)
         seconds = (max(1e-6, end - time.monotonic()) for _ in names)
@@ -333,7 +332,7 @@ def matching(pattern, names, where, end):
 
 
 def select(target, model, linears):
-    """The linear layers, of {name: layer}, that a string as PEFT's target_modules selects."""
+    """The names of {name: layer} that a string selects as PEFT's target_modules would."""
     if target.lower() != "all-linear":
         where = f"target_modules={target!r}"
         return [n for n in linears if n in matching(target, linears, where, time.monotonic() + 5)]
@@ -348,7 +347,7 @@ def select(target, model, linears):
 
 
 def targeted(config, names, where):
-    """Which of a model's linear layers an adapter_config.json selects, by PEFT's rule."""
+    """The names of a model's linear layers that an adapter_config.json selects, by PEFT's rule."""
 
     def by(targets):
         if isinstance(targets, str):
@@ -367,8 +366,8 @@ def targeted(config, names, where):
 
 def first_matches(names, patterns, where):
     """
-    PEFT's rule: ({layer: the first of the patterns that matches}, {layer: the number of a later
-    one, where it differs}). patterns: {pattern: number}.
+    By PEFT's rule, the first pattern that matches counts: ({layer: that pattern}, {layer: the
+    number of a later one, if it differs}). patterns: {pattern: number}.
     """
     first, unclear, end = {}, {}, time.monotonic() + 5
     for pattern, number in patterns.items():
@@ -380,10 +379,7 @@ def first_matches(names, patterns, where):
 
 
 def by_patterns(sizes, rank_pattern, alpha_pattern):
-    """
-    {layer: (rank, alpha)} where a user's patterns change some. Raises ValueError for a pattern that
-    decides no layer.
-    """
+    """{layer: (rank, alpha)} by a user's patterns. Raises ValueError for one without effect."""
     changed = []
     for where, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         first, _ = first_matches(sizes, patterns or {}, where)
@@ -412,20 +408,20 @@ def copy_into(model, layers, adapter):
     """Copy an Adapter into a model and its layers, {name: BiDoRALinear}. Raises ValueError."""
     unfit = f"{adapter.folder}: the adapter does not fit the model:"
     pairs = [(x.method.factors(x), (x.lora_A, x.lora_B)) for x in layers.values()]
-    if any(a is not own for factors, parts in pairs for a, own in zip(factors, parts)):
+    if any(a is not b for factors, parameters in pairs for a, b in zip(factors, parameters)):
         raise ValueError(
             "the model's adapters have other parameters, such as BiLoRA's λ, which a saved adapter "
             "holds folded into A and B: load it as lora, dora or bidora into one without adapters"
         )
 
     names, state = plain(model)
-    own = named_tensors({names[name]: layer for name, layer in layers.items()})
-    own |= {name: state[name] for name in adapter.saved if name in state}
+    ours = named_tensors({names[name]: layer for name, layer in layers.items()})
+    ours |= {name: state[name] for name in adapter.saved if name in state}
     tensors = dict(adapter.saved)
     for name, parts in adapter.tensors.items():
         tensors |= {f"{PREFIX}{name}.{NAMES[key]}": tensor for key, tensor in parts.items()}
-    for name in sorted(own.keys() | tensors.keys()):
-        shapes = [tuple(side[name].shape) if name in side else "none" for side in (tensors, own)]
+    for name in sorted(ours.keys() | tensors.keys()):
+        shapes = [tuple(side[name].shape) if name in side else "none" for side in (tensors, ours)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{unfit} {name} is {shapes[0]} in the file, {shapes[1]} in the model")
     for name, layer in layers.items():
@@ -435,7 +431,7 @@ def copy_into(model, layers, adapter):
                 f"{unfit} {name} has alpha {alphas[0]:g} in the file, {alphas[1]:g} in the model"
             )
 
-    for name, tensor in own.items():
+    for name, tensor in ours.items():
         tensor.copy_(tensors[name])
         if name in adapter.saved and tensor.is_floating_point():
             tensor.requires_grad_(isinstance(tensor, torch.nn.Parameter))

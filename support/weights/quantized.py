@@ -4,8 +4,8 @@ Frozen weights in 4 or 8 bits, packed by bitsandbytes; no dequantised copy is ev
     nf4, fp4    64 weights share a scale, itself quantised      QLoRA, arXiv 2305.14314, section 3
     int8        a row shares a scale, its largest |weight|      LLM.int8, 2208.07339, section 2.1
 
-A product x·Wᵀ dequantises W one block of rows at a time. So do its first and second derivatives,
-which are products with W and Wᵀ again. They are exact, since activations are not quantised.
+A product x·Wᵀ dequantises W one block of rows at a time. Its first and second derivatives are
+products with W and Wᵀ again. They are exact, since activations are not quantised.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def pack(weight, quantize):
 
 
 def return_freed_memory(device):
-    """Make glibc return the memory of temporary copies; packing SmolLM2 would leave 400 MB."""
+    """Make glibc return the memory of temporary copies: packing SmolLM2 would leave 400 MB."""
     if device.type == "cpu" and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
@@ -67,8 +67,8 @@ def float_dtype(weight):
 def complete(module):
     """
     Make the packed weights of a transformers model readable, in place: undo what bitsandbytes did
-    at their layers' calls. The scales of int8 may have moved to the layer's `state`; their dtype
-    before packing is that of the model's other parameters.
+    when their layers were called. int8's scales may have moved to the layer's `state`. A weight's
+    dtype before packing is that of the model's other parameters.
     """
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     for layer in module.modules():
@@ -84,8 +84,8 @@ def complete(module):
 
 def undo_layout(weight, state):
     """
-    Undo the layout for CPUs with bf16 in AVX-512 that bitsandbytes gives a 4-bit weight at the
-    first call in eval mode. Its scales were rounded to bf16, and stay so.
+    Undo the layout that bitsandbytes gives a 4-bit weight at the first call in eval mode, on CPUs
+    with bf16 in AVX-512. Its scales were rounded to bf16, and stay so.
     """
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
@@ -154,7 +154,7 @@ def unpack(model, kinds):
 
 
 def nbytes(model):
-    """Bytes of a model's weights, scales included; a matrix that two modules share counts once."""
+    """Bytes of a model's weights and their scales. A matrix that modules share counts once."""
     total = 0
     for weight in {parameter.data_ptr(): parameter for parameter in model.parameters()}.values():
         total += weight.nbytes
@@ -168,8 +168,8 @@ def nbytes(model):
 
 class Products(torch.autograd.Function):
     """
-    x·Wᵀ of each x, (N, in) -> (N, out), or with transpose x·W; each is the other's derivative. Each
-    block of W is dequantised once for all of them.
+    x·Wᵀ of each x, (N, in) -> (N, out), or with transpose x·W. Either is the other's derivative.
+    Each block of W is dequantised once for all x.
     """
 
     @staticmethod
@@ -190,8 +190,8 @@ class Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gs):
         needed = [i for i, g in enumerate(gs) if g is not None and ctx.needs_input_grad[i + 2]]
-        found = Products.apply(ctx.weight, not ctx.transpose, *(gs[i] for i in needed))
-        return None, None, *map(dict(zip(needed, found)).get, range(len(gs)))
+        products = Products.apply(ctx.weight, not ctx.transpose, *(gs[i] for i in needed))
+        return None, None, *map(dict(zip(needed, products)).get, range(len(gs)))
 
 
 def linear(x, weight, bias=None):
@@ -203,7 +203,7 @@ def linear(x, weight, bias=None):
 
 
 def transposed(g, weight):
-    """g·W for a weight of any kind, (rank, out) -> (rank, in)."""
+    """g·W for a weight of any kind: (rank, out) -> (rank, in)."""
     return g @ weight if kind_of(weight) is None else Products.apply(weight, True, g)[0]
 
 

@@ -12,8 +12,8 @@ from support.weights.quantized import blocks, float_dtype, linear, transposed
 
 def regulariser(layers):
     """The mean regulariser of an iterable of BiDoRALinear, a scalar."""
-    own = [cosines_apart(x) if x.method.magnitude else orthonormal(x) for x in layers]
-    return sum(own) / len(own)
+    each = [cosines_apart(x) if x.method.magnitude else orthonormal(x) for x in layers]
+    return sum(each) / len(each)
 
 
 def orthonormal(layer):
@@ -25,8 +25,8 @@ def orthonormal(layer):
 
 def cosines_apart(layer):
     """
-    ‖C - I‖, a scalar: C holds the cosines between the rows (or columns) of W0 + s·B·A. The layer
-    keeps W0·W0ᵀ (or W0ᵀ·W0) unless W0 trains, so that later calls need only rank-r products.
+    ‖C - I‖, a scalar. C holds the cosines between the rows (or columns) of W0 + s·B·A. Unless W0
+    trains, the layer keeps W0·W0ᵀ (or W0ᵀ·W0), so that later calls need only rank-r products.
     """
     A, sB = layer.factors()
     weight, dtype = layer.weight, float_dtype(layer.weight)

@@ -27,15 +27,15 @@ def norms(weight, axis):
 
 
 def decompose(weight, axis="row"):
-    """(magnitude, direction) of a weight, their product. A vector of zeros has the direction 0."""
+    """(magnitude, direction), whose product is the weight. The direction of a zero vector is 0."""
     magnitude = norms(weight, axis)
     return magnitude, weight / magnitude.clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def delta(weight, base, axis="row"):
     """
-    (ΔM, ΔD), floats, of a weight (out, in) against its base (out, in). Raises ValueError. After a
-    small turn, 1 - cos would lose its digits; half the squared distance of the directions is equal.
+    (ΔM, ΔD), floats, of a weight (out, in) against its base (out, in). Raises ValueError. Half the
+    squared distance of the directions equals 1 - cos, which would lose digits after a small turn.
     """
     if weight.shape != base.shape:
         raise ValueError(f"the shapes {tuple(weight.shape)} and {tuple(base.shape)} differ")
@@ -52,7 +52,7 @@ def layer_delta(layer, axis="row"):
     moved, turned = delta(layer.merged_weight(), dequantize(layer.weight, torch.float64), axis)
     m = layer.lora_magnitude_vector
     if m is not None and axis == layer.magnitude_axis:
-        # m itself, without the merged weight's rounding: ΔM rests while m is fixed
+        # of m itself, without the merged weight's rounding: ΔM is constant while m is fixed
         moved = (m - layer.weight_squares.sqrt()).abs().mean().item()
     return moved, turned
 
@@ -127,7 +127,7 @@ class Trajectory:
             return cls(**meaning, **{name: tensor.tolist() for name, tensor in numbers.items()})
 
     def select(self, target, phase=None):
-        """The layers whose names end in target, in all snapshots or one phase's: a Trajectory."""
+        """A Trajectory of the layers whose names end in target, in all snapshots or one phase's."""
         keep = [i for i, name in enumerate(self.layers) if f".{name}".endswith(f".{target}")]
         times = [t for t, s in enumerate(self.snapshots) if phase in (None, s["phase"])]
         return Trajectory(
