@@ -1,5 +1,5 @@
 r"""
-train.py with what BiDoRA's published program does other than its paper, for comparison only.
+train.py with what BiDoRA's published program does differently from its paper, for comparison.
 
     python -m research.published --config=paper/as_published.py --transposed --network --noise \
         --all_weights
