@@ -172,13 +172,11 @@ def renamed(fields, columns, where):
     return {keys.get(name, name): value for name, value in fields.items()}
 
 
-# ----------------------------------------------- one example; its errors don't name the line
-
-
 def read_example(fields, where, columns):
     """
     (the name of its format, the Example) of a line's or a row's fields. columns: {key: its name in
-    messages}. Raises ValueError for an unknown format, a value of the wrong type, an empty answer.
+    messages}. Raises ValueError, without the line's number, for an unknown format, a value of the
+    wrong type or an empty answer.
     """
     name = format_of(fields)
     if name is None:

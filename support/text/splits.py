@@ -156,8 +156,8 @@ def sample_built_in(config, examples):
 
 def sample_official(config, parts):
     """
-    The splits of a data set that has parts of its own. With a val_fraction, by the papers' rule,
-    val comes from train, and dev stands in for a missing test set. Without one, val is dev.
+    The splits for a run, from the `given` ones of its data set. With a val_fraction, by the papers'
+    rule, val comes from train, and dev stands in for a missing test set. Without one, val is dev.
     """
     if config.val_fraction > 0:
         splits = {"train": parts["train"], "val": [], "test": parts["test"] or parts["dev"]}

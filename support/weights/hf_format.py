@@ -178,10 +178,7 @@ def read_windows(c, family, layers):
 
 
 def find_tensors(folder):
-    """
-    {name: (file, shape)} of the tensors in a folder's safetensors files. Raises FileNotFoundError
-    for a missing file, ValueError for a damaged one.
-    """
+    """{name: (file, shape)} of a folder's tensors. Raises FileNotFoundError or ValueError."""
     index = folder / "model.safetensors.index.json"
     tensors = {}
     for path in weight_files(folder, index):
