@@ -48,7 +48,7 @@ SIZES = (
 
 
 def is_own(folder):
-    """Whether model.py computes the model of a folder; all others are for transformers."""
+    """Whether model.py computes a folder's model. transformers computes all others."""
     return read_json(folder / "config.json").get("model_type") in list(DEFAULTS)  # any JSON
 
 
