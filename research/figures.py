@@ -280,10 +280,7 @@ def over(folder, name):
 
 
 def search(folder):
-    """
-    The indirect part of the hypergradient beside the direct one, ∂F/∂m, at each upper-level step:
-    their ratio and their cosine, medians over tasks and seeds.
-    """
+    """The indirect part over ∂F/∂m, and their cosine, by upper-level step: medians over runs."""
     results = load_results(folder)
     runs = of_group(results, GROUPS["paper"]) + of_group(results, GROUPS["hypergradients"])
     figure = Figure(figsize=(8.6, 3.6))

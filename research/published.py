@@ -1,5 +1,5 @@
 r"""
-train.py with what BiDoRA's published program does other than its paper, for comparison only.
+train.py with what BiDoRA's published program does differently from its paper, for comparison.
 
     python -m research.published --config=paper/as_published.py --transposed --network --noise \
         --all_weights
@@ -137,7 +137,7 @@ class ObservedOptimizer(BilevelOptimizer):
 
 @contextlib.contextmanager
 def differentiable(weights):
-    """Let those of the weights that are frozen have gradients."""
+    """A context in which frozen weights have gradients."""
     frozen = [weight for weight in weights if not weight.requires_grad]
     for weight in frozen:
         weight.requires_grad_(True)
@@ -155,7 +155,7 @@ def base_weights(model):
 
 
 def transpose(model):
-    """Put W0ᵀ for W0 in each adapted layer, and m at its norms. ValueError if one is not square."""
+    """Put W0ᵀ for W0 in each adapted layer, m at its norms. Raises ValueError if not square."""
     for name, layer in adapter_layers(model).items():
         if layer.in_features != layer.out_features:
             raise ValueError(f"--transposed: {name} is not square; choose other target_modules")

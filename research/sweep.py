@@ -123,7 +123,7 @@ def task_of(sweep, domain, arm, seed, rates=None, **changes):
 
 
 def write_files(sweep, job, tuning):
-    """Write a run's files and return their settings. Train and test share none with tuning's."""
+    """Write a run's files and return their settings. Only tuning uses the tuning set's examples."""
     examples = data.load_examples(job.domain)
     rest, test = data.split(examples, 300 / len(examples), seed=0)
     rest, tune = data.split(rest, 200 / len(rest), seed=0)

@@ -111,7 +111,7 @@ def load(bench):
         torch.manual_seed(0)
         with torch.device("meta"):
             model = Transformer(shape(bench))
-        # without a float32 copy, which would raise the peak that is measured later
+        # A float32 copy would raise the peak that is measured later.
         model = model.to(dtype).to_empty(device="cpu")
         model.lm_head.weight = model.model.embed_tokens.weight
         for parameter in model.parameters():

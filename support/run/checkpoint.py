@@ -90,7 +90,7 @@ def save(run, step, tensors, state):
 
 
 def load(run, most=math.inf):
-    """(tensors, state) of the newest intact checkpoint up to step `most`, or None. Names others."""
+    """The newest intact checkpoint up to step `most`, (tensors, state), or None. Names bad ones."""
     untried = [step for step in steps(run) if step <= most]
     while untried:
         path = place(run, untried.pop())

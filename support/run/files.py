@@ -38,7 +38,7 @@ def make_folder(folder, remedy="choose another folder"):
 
 
 def make_cache(folder):
-    """make_folder in the cache."""
+    """Make a folder in the cache. Raises OSError, with a remedy."""
     make_folder(folder, "set BIDORA_CACHE to a folder that can be written")
 
 

@@ -82,7 +82,7 @@ def typed(field, value, where):
 
 
 def parse(schema, arguments):
-    """A command line as {name: text}, of --name=value, --name value and a bool's bare --name."""
+    """{name: text} of a command line: --name=value, --name value, or for a bool --name alone."""
     type_of = {field.name: field.type for field in dataclasses.fields(schema)}
     given, rest = {}, list(arguments)
     while rest:

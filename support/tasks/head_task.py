@@ -57,8 +57,6 @@ class HeadTask:
         if cut:
             yield f"{cut} examples were longer than block_size={block_size}: cut on the right"
 
-    # ------------------------------------------------------------------------------- the rows
-
     def encode(self, examples, block_size):
         """(list of Row, how many were cut on the right) of examples. Raises ValueError."""
         encode = self.encode_tags if self.kind == "tagging" else self.encode_texts
@@ -137,8 +135,6 @@ class HeadTask:
         if self.kind != "tagging":
             return len(rows)
         return sum(target != IGNORED for row in rows for target in row.target)
-
-    # -------------------------------------------------------------------- the model, the scores
 
     def rehearse(self, rows):
         """Raise ValueError now if a library is missing that the scores will need."""
@@ -220,9 +216,6 @@ class HeadTask:
 
 def place_of(example):
     return getattr(example, "where", "an example")
-
-
-# --------------------------------------------------------------------------------- from text
 
 
 def load_tokenizer(folder, adapter=None):

@@ -33,7 +33,7 @@ ANY_ANSWER = {"labels": [], "score": 0.0, "references": ["?"], "completion": "?"
 
 
 def evaluate_rows(task, rows, bar=None, scored=True):
-    """{"loss": the mean, and the scores} of rows; None without any. task: a train.Task's parts."""
+    """{"loss": the mean, and the scores} of rows, None without rows. task: a train.Task's parts."""
     if not rows:
         return None
     model, family, config = task.model, task.family, task.config

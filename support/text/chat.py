@@ -207,10 +207,8 @@ def after_prompt(text, past, prompt, opened, start):
     return end if start is None or opened or not text[end:start].strip() else start
 
 
-# ------------------------------------------------------------------------ the renderer's process
-
-LOCK = threading.Lock()  # threads take turns
-renderers = {}  # {a process's id: its renderer}, since a forked process starts its own
+LOCK = threading.Lock()  # threads take turns at the renderer
+renderers = {}  # {a process's id: its render.py}, since a forked process starts its own
 
 
 def ask(request):

@@ -89,7 +89,11 @@ def examples_of(path, rows, names):
 
     if not examples:
         raise ValueError(f"{path} holds no examples")
-    check_pairs(examples)
+    pairs = [example for example in examples if "text_b" in example]
+    if 0 < len(pairs) < len(examples):
+        single = next(example for example in examples if "text_b" not in example)
+        problem = f"text_b is missing, but {pairs[0].where} is a pair"
+        raise ValueError(f"{single.where}: {problem}: give every line two texts, or one")
     return examples
 
 
@@ -110,15 +114,6 @@ def objects_of(path):
             form = '{"text": …, "label": …}, or the keys of another format'
             raise ValueError(f"{where}: this is not a JSON object: write {form}")
         yield where, value
-
-
-def check_pairs(examples):
-    """Raise ValueError if some examples are pairs and others are not."""
-    pairs = [example for example in examples if "text_b" in example]
-    if 0 < len(pairs) < len(examples):
-        single = next(example for example in examples if "text_b" not in example)
-        problem = f"text_b is missing, but {pairs[0].where} is a pair"
-        raise ValueError(f"{single.where}: {problem}: give every line two texts, or one")
 
 
 def count_shared(examples, others):
@@ -172,13 +167,11 @@ def renamed(fields, columns, where):
     return {keys.get(name, name): value for name, value in fields.items()}
 
 
-# ----------------------------------------------- one example; its errors don't name the line
-
-
 def read_example(fields, where, columns):
     """
     (the name of its format, the Example) of a line's or a row's fields. columns: {key: its name in
-    messages}. Raises ValueError for an unknown format, a value of the wrong type, an empty answer.
+    messages}. Raises ValueError, without the line's number, for an unknown format, a value of the
+    wrong type or an empty answer.
     """
     name = format_of(fields)
     if name is None:

@@ -51,9 +51,6 @@ HUB_NAME = re.compile(r"(?P<base>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[^@]+))?
 NUMBERED = ("cola", "sst2", "mrpc", "qqp", "wnli")  # TSV files and scores.glue call classes 0 and 1
 
 
-# --------------------------------------------------------------------------------------- folders
-
-
 def read_folder(path, columns=None):
     """
     The (splits, task) of a data set's folder. A GLUE task's folder must be called one of
@@ -115,9 +112,6 @@ def files_of(folder, names):
     return files, None
 
 
-# --------------------------------------------------------------------------------------- Reuters
-
-
 def read_reuters(folder):
     """
     Reuters-21578 (Lewis, distribution 1.0) as {"text": title and body, "labels": topics}, split by
@@ -174,9 +168,6 @@ def reuters_documents(path):
         labels = list(dict.fromkeys(re.findall("<D>(.*?)</D>", topics)))  # a few occur twice
         if text:
             yield attributes, {"text": text, "labels": labels}
-
-
-# ------------------------------------------------------------------------------------------- hub
 
 
 def read_hub(name, columns=None):

@@ -115,8 +115,8 @@ def load_splits(config):
     else:
         folder = os.path.isdir(os.path.expanduser(config.data))
         read = official.read_folder if folder else official.read_hub
-        parts, glue = read(config.data, columns)
-        splits, whole = sample_official(config, parts), parts["train"]
+        given, glue = read(config.data, columns)
+        splits, whole = sample_official(config, given), given["train"]
     if config.test_file:
         splits["test"] = load_examples(config.test_file, columns)
 
@@ -154,15 +154,15 @@ def sample_built_in(config, examples):
     return {"train": train, "val": [], "test": test}
 
 
-def sample_official(config, parts):
+def sample_official(config, given):
     """
-    The splits of a data set that has parts of its own. With a val_fraction, by the papers' rule,
-    val comes from train, and dev stands in for a missing test set. Without one, val is dev.
+    The splits for a run, from the `given` ones of its data set. With a val_fraction, by the papers'
+    rule, val comes from train, and dev stands in for a missing test set. Without one, val is dev.
     """
     if config.val_fraction > 0:
-        splits = {"train": parts["train"], "val": [], "test": parts["test"] or parts["dev"]}
+        splits = {"train": given["train"], "val": [], "test": given["test"] or given["dev"]}
     else:
-        splits = {"train": parts["train"], "val": parts["dev"], "test": parts["test"]}
+        splits = {"train": given["train"], "val": given["dev"], "test": given["test"]}
 
     sizes = {"train": (config.train_size, config.seed), "test": (config.test_size, 0)}
     for name, (size, seed) in sizes.items():
@@ -208,7 +208,7 @@ def check_splits(splits, labels):
         raise ValueError(f"text_b, for pairs, is only in the examples of {' and '.join(with_b)}")
 
     known = set(labels)
-    for name, example in ((name, e) for name, part in splits.items() for e in part):
+    for name, example in ((name, e) for name, examples in splits.items() for e in examples):
         if unseen := set(labels_of(example)) - known:
             where = f"{example.where}: " if hasattr(example, "where") else ""
             raise ValueError(f"{where}{name} has the label {min(unseen)!r}, which train lacks")
@@ -238,11 +238,11 @@ class Examples(NamedTuple):
 
     @classmethod
     def of(cls, splits, config=None):
-        notes = (getattr(x, "notes", ()) for part in splits.values() for x in part)
+        notes = (getattr(x, "notes", ()) for examples in splits.values() for x in examples)
         pairs = {"text_b" in example for example in splits["train"]}
-        labels = (x["label"] for part in splits.values() for x in part if "label" in x)
+        labels = (x["label"] for examples in splits.values() for x in examples if "label" in x)
         return cls(
-            {name: len(part) for name, part in splits.items()},
+            {name: len(examples) for name, examples in splits.items()},
             format_of(splits["train"][0]),
             pairs.pop() if len(pairs) == 1 else None,
             Counter(labels),
@@ -258,10 +258,10 @@ def shared(splits, config):
     if not config.val_file:  # then val is a part of it
         files[first] += splits["val"]
     others = {"val_file": "val", "test_file": "test", "test_fraction": "test"}
-    files |= {n: splits[part] for n, part in others.items() if getattr(config, n)}
-    for (name, part), (later, later_part) in itertools.combinations(files.items(), 2):
-        if count := count_shared(later_part, part):
-            yield f"{count} of {len(later_part)} lines of {later} are also in {name}"
+    files |= {n: splits[name] for n, name in others.items() if getattr(config, n)}
+    for (name, earlier), (later_name, later) in itertools.combinations(files.items(), 2):
+        if count := count_shared(later, earlier):
+            yield f"{count} of {len(later)} lines of {later_name} are also in {name}"
 
 
 def left_out(examples, encoded, labels):
@@ -269,7 +269,7 @@ def left_out(examples, encoded, labels):
     Messages that count what files' readers and the chat template left out of examples or changed,
     and that name labels that look alike. examples: Examples; encoded: {split: rows}.
     """
-    rows = (row for part in encoded.values() for row in part)
+    rows = itertools.chain(*encoded.values())
     counts = examples.notes + Counter(note for row in rows for note in getattr(row, "notes", ()))
     total = sum(examples.counts.values())
     for note, count in counts.items():

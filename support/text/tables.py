@@ -116,9 +116,6 @@ def read_conll(path, columns=None):
     return sentences
 
 
-# ------------------------------------------------------------------------------------------ rows
-
-
 def read_text(path):
     """A file's text without byte order marks, of which joined files have one within."""
     content = Path(path).read_bytes()
@@ -219,10 +216,7 @@ def gather_choices(fields):
 
 
 def places_of(header, where, columns=None):
-    """
-    {key of an example: the number of its column}. columns: {key: the name of its column}. Raises
-    ValueError, which begins with `where`.
-    """
+    """{key of an example: its column's number}. columns: {key: its name}. Raises ValueError."""
     names = [name.strip().lower() for name in header]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{where}: the column {twice[0]!r} occurs twice: rename or remove one")

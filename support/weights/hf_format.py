@@ -48,7 +48,7 @@ SIZES = (
 
 
 def is_own(folder):
-    """Whether model.py computes the model of a folder; all others are for transformers."""
+    """Whether model.py computes a folder's model. transformers computes all others."""
     return read_json(folder / "config.json").get("model_type") in list(DEFAULTS)  # any JSON
 
 
@@ -178,10 +178,7 @@ def read_windows(c, family, layers):
 
 
 def find_tensors(folder):
-    """
-    {name: (file, shape)} of the tensors in a folder's safetensors files. Raises FileNotFoundError
-    for a missing file, ValueError for a damaged one.
-    """
+    """{name: (file, shape)} of a folder's tensors. Raises FileNotFoundError or ValueError."""
     index = folder / "model.safetensors.index.json"
     tensors = {}
     for path in weight_files(folder, index):

@@ -69,10 +69,10 @@ def plain(model):
     parameters and persistent buffers, tied ones under each name).
     """
     modules, names, state = dict(model.named_modules(remove_duplicate=False)), {}, {}
-    for name, module in modules.items():  # those around it come first
-        around, _, own = name.rpartition(".")
-        wrapped = own in WRAPPERS and (own != "module" or isinstance(modules[around], PARALLEL))
-        names[name] = names[around] if wrapped else f"{names.get(around, '')}.{own}".strip(".")
+    for name, module in modules.items():  # the modules around it come first
+        around, _, last = name.rpartition(".")
+        wrapped = last in WRAPPERS and (last != "module" or isinstance(modules[around], PARALLEL))
+        names[name] = names[around] if wrapped else f"{names.get(around, '')}.{last}".strip(".")
         for key, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None and key not in module._non_persistent_buffers_set:
                 state[f"{names[name]}.{key}".strip(".")] = tensor

@@ -37,7 +37,7 @@ def split_revision(name):
 
 
 def is_hub_name(name):
-    """Whether find_model asks the hub, as for an owner/name(@revision) that is no folder."""
+    """Whether find_model asks the hub: a name is owner/name(@revision), and no folder."""
     base, _ = split_revision(name)
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) is not None and not Path(base).exists()
 

@@ -52,7 +52,7 @@ def layer_delta(layer, axis="row"):
     moved, turned = delta(layer.merged_weight(), dequantize(layer.weight, torch.float64), axis)
     m = layer.lora_magnitude_vector
     if m is not None and axis == layer.magnitude_axis:
-        # of m itself, without the merged weight's rounding: ΔM is constant while m is fixed
+        # Without the merged weight's rounding, ΔM is constant while m is fixed.
         moved = (m - layer.weight_squares.sqrt()).abs().mean().item()
     return moved, turned
 
