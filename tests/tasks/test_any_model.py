@@ -96,11 +96,6 @@ def batch(peer, seed=0):
     return inputs
 
 
-def rows_of(name, head="Model", **changes):
-    """A checkpoint's inputs, for a seed."""
-    return functools.partial(batch, checkpoint(None, name, head, **changes))
-
-
 def load(folder, kind="classification", **options):
     labels = 1 if kind == "regression" else LABELS
     return AnyWithHead.from_pretrained(folder, kind, labels, **options)
@@ -348,13 +343,12 @@ def test_checkpointing_leaves_hypergradients_as_they_are(name, tmp_path, monkeyp
 def test_the_adapter_is_peft_and_the_merged_model_transformers(name, kind, tmp_path):
     """And what PEFT trained is loaded. The merged model's config.json has the file's dropouts."""
     checkpoint(tmp_path, name)
-    peer, targets = (batch(checkpoint(None, name)), read_shape(tmp_path).targets)
-    model = adapted(load(tmp_path, kind), targets)
+    peer = batch(checkpoint(None, name))
+    model = adapted(load(tmp_path, kind), read_shape(tmp_path).targets)
     bidora.save_adapter(model, tmp_path / "adapter")
     auto = getattr(transformers, f"AutoModel{CLASSES[kind]}")
-    theirs = PeftModel.from_pretrained(
-        auto.from_pretrained(tmp_path, num_labels=LABELS), tmp_path / "adapter"
-    )
+    base = auto.from_pretrained(tmp_path, num_labels=LABELS)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert_alike(model, theirs.eval(), peer)
     loaded = bidora.load_adapter(load(tmp_path, kind), tmp_path / "adapter")
     assert_alike(loaded, theirs, peer)
@@ -366,9 +360,8 @@ def test_the_adapter_is_peft_and_the_merged_model_transformers(name, kind, tmp_p
     merged = auto.from_pretrained(tmp_path / "merged")
     assert_alike(load(tmp_path / "merged", kind), theirs, peer)
     assert_alike(loaded, merged.eval(), peer)
-    before, after = (
-        json.loads((x / "config.json").read_text()) for x in (tmp_path, tmp_path / "merged")
-    )
+    files = tmp_path / "config.json", tmp_path / "merged/config.json"
+    before, after = (json.loads(path.read_text()) for path in files)
     assert all(before[key] == after[key] for key in before if "drop" in key)
     assert after["id2label"] == {"0": "p", "1": "q", "2": "r"}
 
