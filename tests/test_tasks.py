@@ -324,9 +324,7 @@ WRITTEN = {  # task: (its settings, an example of its file but for the prompt)
 
 @pytest.mark.parametrize("task", WRITTEN)
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "phi3"])
-def test_a_run_resumes_bit_for_bit_is_sampled_merged_and_read_by_peft(
-    name, task, monkeypatch, capsys
-):
+def test_a_run_resumes_bit_for_bit_is_sampled_merged_and_read_by_peft(name, task, monkeypatch):
     settings, example = WRITTEN[task]
     settings = STEPS | dict(model=writer(name), task=task, checkpoint_every=1) | settings
     if example:
@@ -501,12 +499,10 @@ BAD = [  # lines of train, lines of test, the message
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("lines, test_lines, message", BAD)
-def test_a_wrong_example_is_refused_by_file_and_line_before_any_work(
-    lines, test_lines, message, capsys
-):
+@pytest.mark.parametrize("lines, test, message", BAD)
+def test_a_wrong_example_is_refused_by_file_and_line_before_any_work(lines, test, message, capsys):
     arguments = [f"--model={encoder()}"]
-    for name, rows in (("train", lines), ("test", test_lines)):
+    for name, rows in (("train", lines), ("test", test)):
         if rows:
             rows = [GOOD[row] if isinstance(row, str) else row for row in rows]
             arguments.append(f"--{name}_file={write(f'{name}.jsonl', rows)}")
@@ -533,9 +529,7 @@ CANNOT = [
 
 
 @pytest.mark.parametrize("model, arguments, message", CANNOT)
-def test_what_a_borrowed_model_or_its_head_can_not_have_is_refused(
-    model, arguments, message, capsys
-):
+def test_what_a_borrowed_model_or_its_head_cant_have_is_refused(model, arguments, message, capsys):
     folder = writer(model) if model == "gpt2" else encoder(model)
     file = write("train.jsonl", make("classification"))
     data = "--data=toy-sentiment" if model == "gpt2" else f"--train_file={file}"
@@ -648,8 +642,7 @@ def test_an_encoder_with_a_head_is_merged_for_transformers_and_for_sample(capsys
 
 def test_a_language_model_with_a_head_is_not_merged(refuses):
     trained("regression", model="tiny-random")
-    said = "keep the adapter, which holds the head"
-    refuses(merge, ["--adapter=run", "--out_dir=merged"], said)
+    refuses(merge, ["--adapter=run", "--out_dir=merged"], "keep the adapter, which holds the head")
 
 
 # ------------------------------------------------------------------------ the papers' runs
@@ -722,21 +715,18 @@ def test_each_of_the_papers_runs_works_on_a_small_stand_in(name, capsys):
 @pytest.mark.parametrize("family", [*HEADS, "label_words", "generation", "language_model"])
 def test_a_file_is_predicted_as_the_run_evaluated_it(family, monkeypatch, capsys):
     """The scores of the run's own table, also after an interruption, and without the answers."""
+    forms = {"label_words": "classification", "language_model": "generation"}
+    examples = make(forms.get(family, family), 40, seed=1)
+    if family == "language_model":
+        examples = [{"prompt": x["prompt"], "completion": "x"} for x in examples]
+    settings = dict(model="tiny-random", test_file=write("new.jsonl", examples))
     if family in HEADS:
-        examples = make(family, 40, seed=1)
-        trained(family, model=encoder(), method="lora", test_file=write("new.jsonl", examples))
+        trained(family, **settings | dict(model=encoder(), method="lora"))
     elif family == "label_words":
-        examples = make("classification", 40, seed=1)
-        settings = dict(train_file=write("train.jsonl", make("classification")))
-        trained(model="tiny-random", test_file=write("new.jsonl", examples), **settings)
+        trained("classification", **settings)
     else:
-        examples = make("generation", 40, seed=1)
-        if family == "language_model":
-            examples = [{"prompt": x["prompt"], "completion": "x"} for x in examples]
-        settings = dict(train_file=write("train.jsonl", examples), max_new_tokens=4)
-        trained(
-            model="tiny-random", test_file=write("new.jsonl", examples), task=family, **settings
-        )
+        settings |= dict(train_file=write("train.jsonl", examples), max_new_tokens=4)
+        trained(**settings, task=family)
     command = ["--adapter=run", "--file=new.jsonl", "--out=found.jsonl"]
     calls = []
     monkeypatch.setattr(predict, "ROWS", 16)
