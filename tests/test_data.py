@@ -23,8 +23,6 @@ from support.text import datasets
 from support.text.splits import sample_built_in
 from support.weights.pretrained import find_model
 
-# ------------------------------------------------------------------------------ loss masks
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -187,9 +185,6 @@ def test_a_batch_depends_on_its_number_alone(group_by_length, shuffle):
     in_order = [batches[k] for k in range(12)]
     assert [batches[k] for k in range(12)[::-1]] == in_order[::-1]
     assert [data.Batches(rows, *options)[k] for k in range(12)] == in_order
-
-
-# ------------------------------------------------------------------------ files and splits
 
 
 def test_jsonl_formats_are_read(tmp_path):
@@ -377,9 +372,6 @@ def test_batches_grouped_by_length_hold_every_row_once_an_epoch_with_less_paddin
     assert less < 0.85 * padded
     other = two_epochs(seed=1, group_by_length=True)
     assert [ids.shape for ids in other] != [ids.shape for ids in grouped]
-
-
-# -------------------------------------------------------------------------------- what a run says
 
 
 class Begins(Exception):

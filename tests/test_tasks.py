@@ -105,8 +105,6 @@ def model_of(name):
     return name if name == "tiny-random" else encoder(name)
 
 
-# ------------------------------------------------------------------------------ the choice
-
 LABELLED = {"text": "a", "label": "b"}
 CHOICE = {"prompt": "ab", "choices": ["cd", "e f", "e"], "answer": 1}
 CHOICES = [  # format of the example, encoder?, chosen
@@ -144,9 +142,6 @@ def test_a_task_that_does_not_fit_is_refused(task, example, message):
     checkpoint(Path("bert"), "bert")
     with pytest.raises(ValueError, match=message):
         tasks.choose(task, example, tasks.read_shape(Path("bert")))
-
-
-# ------------------------------------------------------------------------------ the heads
 
 
 def auto_model(family):
@@ -276,9 +271,6 @@ def test_letters_of_proteins_become_the_tokens_of_transformers():
     assert ours.encode("LAG", "VS").ids == peer("LAG", "VS")["input_ids"]
 
 
-# ------------------------------------------------------------------------------ generation
-
-
 def test_generated_texts_are_scored_on_the_last_split_and_train_takes_each_reference():
     results = trained("generation", model="tiny-random", max_new_tokens=8)
     assert results["metric"] == "bleu" and results["examples"]["test"] == 12
@@ -300,9 +292,6 @@ def test_a_greedy_text_is_what_generate_writes():
         out = model.generate(ids, 8, temperature=0, stop_ids=tokenizer.stop_ids)[0, ids.size(1) :]
         assert tokenizer.decode(out.tolist()).strip() == text
         assert references == row.references
-
-
-# ------------------------------------------------------- language models of transformers
 
 
 def writer(name):
@@ -359,9 +348,6 @@ def test_a_run_resumes_bit_for_bit_is_sampled_merged_and_read_by_peft(name, task
             torch.testing.assert_close(logits, peer(ids).logits, rtol=0, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------- the controls
-
-
 def test_dora_in_two_phases_fixes_the_magnitude_of_its_first_phase():
     ends = []
     for steps in (0, 5):
@@ -394,9 +380,6 @@ def test_rates_of_their_own_for_the_final_phase_and_its_end():
         rates[line["phase"]].append(line["lower_lr"])
     assert max(rates["search"]) == 1e-3 and max(rates["retrain"]) == 5e-4
     assert rates["search"][-1] == rates["retrain"][-1] == 0
-
-
-# -------------------------------------------------------------------------------- sample.py
 
 
 def test_a_tokenizer_beside_a_heads_adapter_is_used_and_said(capsys, refuses):
@@ -469,8 +452,6 @@ def test_sample_writes_what_a_run_on_data_to_text_has_learnt(capsys):
     assert sample.main(["--adapter=run", "--prompt=ab 2"]) == 0
     assert capsys.readouterr().out.strip() == "yes"
 
-
-# ---------------------------------------------------------------------------- wrong input
 
 GOOD = {
     "c": {"text": "ab", "label": "p"},
@@ -596,9 +577,6 @@ def test_tags_and_labels_of_other_formats_are_notes():
     assert data.load_splits(config).labels == []
 
 
-# ------------------------------------------------------------------------ words and pairs
-
-
 @pytest.mark.parametrize("name", ["bert", "tiny-random"])
 def test_words_are_the_tokens_that_they_are_within_a_text(name):
     """By the tokenizers library itself, on a text that begins with a space."""
@@ -624,9 +602,6 @@ def test_of_a_long_pair_the_left_of_the_longer_text_is_cut_first(sizes):
         assert abs(kept[0] - kept[1]) <= 1
 
 
-# ------------------------------------------------------------------------------- merging
-
-
 def test_an_encoder_with_a_head_is_merged_for_transformers_and_for_sample(capsys):
     trained("classification", model=encoder(), method="bidora")
     assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
@@ -644,8 +619,6 @@ def test_a_language_model_with_a_head_is_not_merged(refuses):
     trained("regression", model="tiny-random")
     refuses(merge, ["--adapter=run", "--out_dir=merged"], "keep the adapter, which holds the head")
 
-
-# ------------------------------------------------------------------------ the papers' runs
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs" / "paper").glob("*.py"))
 GLUE = {  # the columns of GLUE's files; a row of each
@@ -707,9 +680,6 @@ def test_each_of_the_papers_runs_works_on_a_small_stand_in(name, capsys):
     row = name in ("as_published", "esm_peptides", "commonsense")
     assert run["magnitude_axis"] == ("row" if row else "column")
     assert run["rank"] == (32 if name == "commonsense" else 4)
-
-
-# ------------------------------------------------------------------------ a whole file
 
 
 @pytest.mark.parametrize("family", [*HEADS, "label_words", "generation", "language_model"])

@@ -134,8 +134,6 @@ def refused(message):
     return pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$")
 
 
-# --------------------------------------------------------------------------------- the heads
-
 EACH = [(name, kind) for name in ENCODERS for kind in CLASSES] + [("t5", "tagging")]
 
 
@@ -273,9 +271,6 @@ def test_a_pooler_that_the_checkpoint_lacks_trains_too(tmp_path):
     assert trained(load(tmp_path)) == both("classifier") | both("bert.pooler.dense")
 
 
-# ------------------------------------------------------------------------- hypergradients
-
-
 class HeadProblem(Problem):
     """Problem's derivatives, of a task's own loss, times `scale`."""
 
@@ -336,9 +331,6 @@ def test_checkpointing_leaves_hypergradients_as_they_are(name, tmp_path, monkeyp
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * scale)
 
 
-# ------------------------------------------------------------------------------ files and PEFT
-
-
 @pytest.mark.parametrize("name, kind", EACH)
 def test_the_adapter_is_peft_and_the_merged_model_transformers(name, kind, tmp_path):
     """And what PEFT trained is loaded. The merged model's config.json has the file's dropouts."""
@@ -386,9 +378,6 @@ def test_what_peft_trained_is_loaded_with_its_head(name, kind, tmp_path):
     peer.save_pretrained(tmp_path / "adapter")
     model = bidora.load_adapter(load(tmp_path, kind), tmp_path / "adapter")
     assert_alike(model, peer, batch(base))
-
-
-# --------------------------------------------------------------------------- language models
 
 
 def writer(folder, name):
@@ -486,9 +475,6 @@ def test_a_language_models_adapter_is_peft_and_merges(tmp_path):
         bidora.merge(model).save_pretrained(folder / "merged")
         merged = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
         torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-4)
-
-
-# ---------------------------------------------------------------------------------- refusals
 
 
 def without(part):

@@ -24,9 +24,6 @@ def drawn(values, count=300, seed=0):
     return random.Random(seed).choices(values, k=count)
 
 
-# ------------------------------------------------------------------------------ labels, numbers
-
-
 def counts(predictions, references, label):
     """(true positives, false positives, false negatives)"""
     pairs = collections.Counter((p == label, r == label) for p, r in zip(predictions, references))
@@ -110,9 +107,6 @@ def test_multi_label_f1_of_one_label_does_not_count_its_absence_and_without_any_
     assert scores.multi_label([[], []], [[], []]) == {"f1_micro": None, "f1_macro": None}
 
 
-# ----------------------------------------------------------------------------------------- GLUE
-
-
 @pytest.mark.parametrize("task", scores.GLUE)
 def test_each_glue_task_has_its_own_scores(task):
     """Two in three are right; of the label 1: one is found, one missed, none wrong."""
@@ -126,9 +120,6 @@ def test_each_glue_task_has_its_own_scores(task):
         found, right, expected = [1.0, 2.0, 3.0], [1.0, 2.0, 3.0], {"pearson": 1, "spearman": 1}
     got = scores.glue(task, found, right)
     assert got == pytest.approx(expected) and tuple(got) == scores.GLUE[task]
-
-
-# ------------------------------------------------------------------------------------- entities
 
 
 def test_entities_count_as_wholes():
@@ -151,9 +142,6 @@ def test_without_any_entity_there_is_no_score():
     assert set(scores.tagging([["O"]], [["O"]]).values()) == {None}
     assert set(scores.tagging([["O"]], [["B-A"]]).values()) == {0}
     assert set(scores.tagging([["B-A"]], [["O"]]).values()) == {0}
-
-
-# ---------------------------------------------------------------------------------------- texts
 
 
 @pytest.fixture(autouse=True)
@@ -220,9 +208,6 @@ def test_meteor_is_its_formula_where_wordnet_is_there(monkeypatch):
     monkeypatch.setattr(nltk.corpus, "wordnet", empty)
     got = scores.generation(["one two three"], [["four", "one two three"]])
     assert got["meteor"] == pytest.approx(1 - 0.5 / 3**3)
-
-
-# ------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize("score", ["classification", "regression", "multi_label", "tagging"])

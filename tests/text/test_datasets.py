@@ -38,9 +38,6 @@ def texts_of(example):
     return example.get("words") or [example[key] for key in ("text", "text_b") if key in example]
 
 
-# ----------------------------------------------------------------------------- the small archives
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_no_text_is_empty_and_no_example_occurs_twice(model_cache, name):
     examples = BUILT_IN[name].load()
@@ -156,9 +153,6 @@ def test_a_question_names_every_label_and_has_a_place_for_every_text(model_cache
         examples, question = BUILT_IN[name].load(), BUILT_IN[name].question
         assert all(example["label"] in question for example in examples), name
         assert "{text}" in question and "{text_b}" not in question
-
-
-# --------------------------------------------------------------------------------- of BIG-bench
 
 
 def source(text, label, names, **more):

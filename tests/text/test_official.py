@@ -36,8 +36,6 @@ def refused(read, source, *said, error=ValueError):
         assert part in message
 
 
-# ----------------------------------------------------------------------------------------- GLUE
-
 PAIR = "index\tsentence1\tsentence2\tlabel\n0\tIt {0}s.\tIs it {0}?\t{1}"
 MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n{1}\t7\t8\tIt {0}s.\tIs it {0}?"
 QQP = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tIt {0}s.\tIs it {0}?\t{1}"
@@ -91,9 +89,6 @@ def test_a_folder_is_found_from_inside_and_from_home(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(path.parent))
     splits = {"train": PAIRS[:1], "dev": PAIRS[1:], "test": []}
     assert read_folder(".") == read_folder("~/RTE/") == (splits, "rte")
-
-
-# ------------------------------------------------------------------------- tags, E2E, any files
 
 
 @pytest.mark.parametrize(
@@ -154,9 +149,6 @@ def test_what_datasets_saved_on_disk_is_read_with_its_classes_names(tmp_path, pa
 def test_train_alone_is_enough(folder):
     splits, _ = read_folder(folder("own", {"train.csv": "text,label\na,1"}))
     assert splits == {"train": [{"text": "a", "label": "1"}], "dev": [], "test": []}
-
-
-# -------------------------------------------------------------------------------------- Reuters
 
 
 def document(lewis, text, *topics, has="YES", cgi="TRAINING-SET"):
@@ -248,9 +240,6 @@ def test_reuters_without_some_of_its_files_or_documents_is_refused(folder):
     refused(read_folder, folder("b", files), said, error=FileNotFoundError)
 
 
-# -------------------------------------------------------------------------------- wrong folders
-
-
 @pytest.mark.parametrize(
     "name, files, error, said",
     [
@@ -280,9 +269,6 @@ def test_a_missing_folder_and_a_file_are_refused(tmp_path):
 def test_a_bad_row_in_a_folder_is_named_by_file_and_line(folder):
     path = folder("RTE", {"train.tsv": PAIR.format(*A), "dev.tsv": PAIR.format(*B) + "\n1\tx"})
     refused(read_folder, path, f"{path / 'dev.tsv'}:3: 2 cells, but 4 columns")
-
-
-# ------------------------------------------------------------------------------------------ hub
 
 
 @pytest.fixture
@@ -421,9 +407,6 @@ def test_name_config_and_revision_reach_the_library_and_code_is_never_trusted(mo
         assert read_hub(name)[0]["train"] == [{"text": "a", "label": "b"}]
     asked = [(None, None), ("c", None), (None, "v1"), ("c-1.0", "refs/pr/2")]
     assert calls == [("o/n", config, revision, False) for config, revision in asked]
-
-
-# ----------------------------------------------------------------------------------- wrong sets
 
 
 @pytest.mark.parametrize("name", ["glue", "a/b/c", "a/b:", "a/b@", "/a", "a b/c", "a/b:c@"])

@@ -35,8 +35,6 @@ def refused(read, path, place, said):
     assert "\n" not in message and len(message) < 1000
 
 
-# ------------------------------------------------------------------------------ CSV and parquet
-
 EMPTY = "the answer is empty: fill in"
 CHOICE = {"prompt": "x", "choices": ["y", "z"], "answer": 1}
 
@@ -295,8 +293,6 @@ def test_without_pyarrow_the_pip_command_is_named(monkeypatch, tmp_path):
     refused(read_table, path, ": parquet needs pyarrow ", "): pip install pyarrow")
 
 
-# ----------------------------------------------------------------------------------------- GLUE
-
 PARSED = (
     "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\t"
     "sentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\t"
@@ -357,9 +353,6 @@ def test_a_few_broken_rows_of_qqp_are_left_out_and_many_refused(write):
 )
 def test_a_bad_row_of_glue_is_named_by_file_and_line(write, task, text, line, said):
     refused(partial(read_glue, task=task), write(text, "train.tsv"), f":{line}: ", said)
-
-
-# ---------------------------------------------------------------------------------------- CoNLL
 
 
 def test_conll_s_iob1_becomes_bio(write):

@@ -623,9 +623,6 @@ def test_split_patterns_that_fail_or_never_end_are_one_line(tmp_path, capfd, pat
     assert sum(os.times()[:4]) - start < 20  # CPU seconds, the children's too
 
 
-# --------------------------------------------------------------------- long conversations
-
-
 def each_by_itself(tokenizer, text, cuts):
     """encode_cut in its plainest form: each head of the text is encoded from the beginning."""
     whole, edges = tokenizer.encode(text), [0]
