@@ -29,6 +29,8 @@ from support.weights import peft_format, quantized
 from support.weights.regularisers import regulariser
 
 METHODS = ("lora", "dora", "bidora")
+PATTERNS = dict(rank_pattern={"k_proj": 2, "layers.1.self_attn.q_proj": 7})
+PATTERNS |= dict(alpha_pattern={"^model.layers.0.*": 3, "up_proj": 5})
 PREFIX = peft_format.PREFIX
 
 
@@ -148,9 +150,8 @@ for name in HYPERGRADIENTS:
 def test_the_three_files_alone_train_ordinary_layers(tmp_path):
     for name in ("bidora.py", "hypergrad.py", "bilevel.py"):
         shutil.copy(Path(bidora.__file__).with_name(name), tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", COPIED], cwd=tmp_path, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", COPIED]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -211,11 +212,10 @@ def test_detached_norm_gives_pefts_gradients(tmp_path):
     gradients = []
     for model in (ours, PeftModel.from_pretrained(base, tmp_path, is_trainable=True)):
         model(ids, labels=ids).loss.backward()
-        trained = {
-            n.removeprefix(PREFIX): p for n, p in model.named_parameters() if p.grad is not None
-        }
-        names = (n.replace(".default", "").removesuffix(".weight") for n in trained)
-        gradients.append(dict(zip(names, (p.grad for p in trained.values()))))
+        trained = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        names = (n.removeprefix(PREFIX).replace(".default", "") for n in trained)
+        names = (n.removesuffix(".weight") for n in names)
+        gradients.append(dict(zip(names, trained.values())))
     assert len(gradients[0]) == 3 * 4
     assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
@@ -258,8 +258,7 @@ def test_adapted_model_equals_base_before_training(method, dtype):
 
 def test_magnitude_is_the_norm_of_the_weight_that_is_there():
     linear = nn.Linear(6, 4)
-    with torch.no_grad():
-        linear.weight.copy_(torch.arange(24.0).view(4, 6))
+    linear.weight.data = torch.arange(24.0).view(4, 6)
     layer = BiDoRALinear(6, 4, rank=2, linear=linear)
     assert_close(layer.lora_magnitude_vector.data, linear.weight.norm(dim=1))
 
@@ -331,12 +330,7 @@ def test_a_saved_adapter_loads_bit_for_bit_and_in_peft(tmp_path, method):
         dict(target_modules=["v_proj"], layers_to_transform=0, layers_pattern="layers"),
         dict(target_modules=["q_proj"], exclude_modules=["layers.1.self_attn.q_proj"]),
         dict(target_modules=["q_proj", "up_proj"], modules_to_save=["mlp"]),
-        dict(
-            target_modules=["q_proj", "k_proj", "up_proj"],
-            rank_pattern={"k_proj": 2, "layers.1.self_attn.q_proj": 7},
-            alpha_pattern={"^model.layers.0.*": 3, "up_proj": 5},
-            use_rslora=True,
-        ),
+        PATTERNS | dict(target_modules=["q_proj", "k_proj", "up_proj"], use_rslora=True),
     ],
 )
 def test_we_load_what_peft_saves_and_pass_it_on(tmp_path, use_dora, options):
@@ -598,10 +592,8 @@ def test_a_loaded_adapter_is_trained_further_by_the_method_that_is_asked_for(tmp
 def test_patterns_are_peft_s_in_the_order_that_is_given_and_survive_saving(tmp_path):
     """The first match counts. PEFT's own file would sort them, which gives other ranks here."""
     base, ids, targets = tiny_llama(), torch.randint(0, 97, (2, 9)), ["q_proj", "down_proj"]
-    patterns = dict(
-        rank_pattern={"q_proj": 2, r".*layers\.1\..*": 6},
-        alpha_pattern={"down_proj": 5, ".*1.*": 3},
-    )
+    patterns = dict(rank_pattern={"q_proj": 2, r".*layers\.1\..*": 6})
+    patterns |= dict(alpha_pattern={"down_proj": 5, ".*1.*": 3})
     peer = pefts(base, target_modules=targets, **patterns).base_model.model
     ours = adapted(base, targets, 4, lora_alpha=8, method="lora", init="orthogonal", **patterns)
     sizes = set()
@@ -909,12 +901,8 @@ def classifiers():
 
 @pytest.mark.parametrize(
     "build, target",
-    [
-        (distilbert, "pre_classifier"),
-        (distilbert, "q_lin"),
-        (classifiers, "pre_classifier"),
-        (classifiers, "inner.classifier"),
-    ],
+    [(distilbert, x) for x in ("pre_classifier", "q_lin")]
+    + [(classifiers, x) for x in ("pre_classifier", "inner.classifier")],
 )
 def test_a_trained_module_whose_name_ends_like_an_adapted_one_s(build, target, tmp_path):
     """It alone is saved whole, and PEFT and load_adapter give the model's outputs."""

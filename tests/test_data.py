@@ -23,8 +23,6 @@ from support.text import datasets
 from support.text.splits import sample_built_in
 from support.weights.pretrained import find_model
 
-# ------------------------------------------------------------------------------ loss masks
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -46,6 +44,7 @@ def masked(tokenizer, example, **options):
     return tuple(tokenizer.decode(ids, skip_special=False) for ids in (row.input_ids, counted))
 
 
+ADD = {"instruction": "Add.", "input": "1 1", "output": "2"}
 TURNS = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
 
 
@@ -55,11 +54,7 @@ TURNS = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("as
         ({"text": "A film."}, "", f"A film.{END}"),
         ({"code": "x = 1\n"}, "", f"x = 1\n{END}"),
         ({"prompt": "1+1=", "completion": "2"}, "1+1=", f"2{END}"),
-        (
-            {"instruction": "Add.", "input": "1 1", "output": "2"},
-            f"{USER}Add.\n\n1 1{END}\n{ASSISTANT}",
-            f"2{END}",
-        ),
+        (ADD, f"{USER}Add.\n\n1 1{END}\n{ASSISTANT}", f"2{END}"),
         ({"instruction": "Hi", "output": "Ho"}, f"{USER}Hi{END}\n{ASSISTANT}", f"Ho{END}"),
     ],
 )
@@ -192,13 +187,14 @@ def test_a_batch_depends_on_its_number_alone(group_by_length, shuffle):
     assert [data.Batches(rows, *options)[k] for k in range(12)] == in_order
 
 
-# ------------------------------------------------------------------------ files and splits
-
-
 def test_jsonl_formats_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a", "label": 1}\r\n\n{"text": "b", "label": 0}')
     assert load_examples(path) == [{"text": "a", "label": "1"}, {"text": "b", "label": "0"}]
+
+
+ANSWERED = b'{"messages": [{"role": "assistant", "content": "a"'
+INSTRUCTED = b'{"instruction": "a", "output": "b"'
 
 
 @pytest.mark.parametrize(
@@ -216,17 +212,11 @@ def test_jsonl_formats_are_read(tmp_path):
         (b'{"messages": []}', "assistant"),
         (b'{"messages": [{"role": "user"}]}', "role and content"),
         (b'{"messages": [{"role": "assistant", "content": ""}]}', "answer is empty"),
-        (b'{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}', "not to be learnt"),
-        (b'{"messages": [{"role": "assistant", "content": "a", "loss": 0.5}]}', "give 0 or 1"),
-        (
-            b'{"messages": [{"role": "assistant", "content": "a"}], "tools": "x"}',
-            "list of JSON obj",
-        ),
-        (
-            b'{"instruction": "a", "output": "b", "history": [["c"]]}',
-            "'history' is not a list of p",
-        ),
-        (b'{"instruction": "a", "output": "b", "history": ["cd"]}', "'history' is str, not a list"),
+        (ANSWERED + b', "weight": 0}]}', "not to be learnt"),
+        (ANSWERED + b', "loss": 0.5}]}', "give 0 or 1"),
+        (ANSWERED + b'}], "tools": "x"}', "list of JSON obj"),
+        (INSTRUCTED + b', "history": [["c"]]}', "'history' is not a list of p"),
+        (INSTRUCTED + b', "history": ["cd"]}', "'history' is str, not a list"),
         (b'{"prompt": "a", "completion": "b"}', "one format per file"),
         (b"[" * 100000, "not JSON"),
         (b'{"text": "' + b"a" * 10_000_000 + b'", "label": ' + b"9" * 5000 + b"}", "data.jsonl:3"),
@@ -267,10 +257,9 @@ def test_split_is_stratified_disjoint_and_repeatable():
     assert (len(train), len(val)) == (80, 20) and sum(e["label"] == "rare" for e in val) == 4
     assert sorted(e["text"] for e in train + val) == sorted(e["text"] for e in examples)
     assert split(examples, 0.2, seed=1) == (train, val) != split(examples, 0.2, seed=2)
-    with pytest.raises(
-        ValueError, match="^test_fraction=0.1 .* '3.5' leaves .* --task=regression$"
-    ):
-        few = [{"text": str(i), "label": ("3.5", "yes")[i > 1]} for i in range(9)]
+    few = [{"text": str(i), "label": ("3.5", "yes")[i > 1]} for i in range(9)]
+    said = "^test_fraction=0.1 .* '3.5' leaves .* --task=regression$"
+    with pytest.raises(ValueError, match=said):
         split(few, 0.1, setting="test_fraction")
     with pytest.raises(ValueError, match="2 examples of label 'rare' leaves an empty split"):
         split(examples[:6], 0.2)
@@ -385,9 +374,6 @@ def test_batches_grouped_by_length_hold_every_row_once_an_epoch_with_less_paddin
     assert [ids.shape for ids in other] != [ids.shape for ids in grouped]
 
 
-# -------------------------------------------------------------------------------- what a run says
-
-
 class Begins(Exception):
     """Training would begin now."""
 
@@ -495,9 +481,7 @@ def residues(model_cache, tmp_path):
         ("M K T A Y", "tokens in a row (median): 5 in train, 5 in val, 2 in test"),
     ],
 )
-def test_texts_that_the_tokenizer_does_not_know_are_counted_or_refused(
-    begin, residues, capsys, text, said
-):
+def test_texts_that_the_tokenizer_lacks_are_counted_or_refused(begin, residues, capsys, text, said):
     for file, content in (("a.jsonl", text), ("b.jsonl", "M A")):
         lines = [json.dumps({"text": content, "label": "MK"[i % 2]}) for i in range(100)]
         Path(file).write_text("\n".join(lines))
@@ -514,12 +498,12 @@ def test_a_padding_token_that_the_model_lacks_does_not_matter(elsewhere):
     """Rows are not padded: a step, and an evaluation, with one."""
     shutil.copytree(find_model("tiny-random"), "model")
     vocab_size = json.loads(Path("model/config.json").read_text())["vocab_size"]
-    settings, path = Path("model/tokenizer_config.json"), "model/tokenizer.json"
+    path = "model/tokenizer.json"
     tokenizer = tokenizers.Tokenizer.from_file(path)
     tokenizer.add_special_tokens(["<pad>"])
     assert tokenizer.token_to_id("<pad>") == vocab_size
     tokenizer.save(path)
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": "<pad>"}))
+    change_json(Path("model/tokenizer_config.json"), lambda c: c.update(pad_token="<pad>"))
     sizes = dict(test_size=40, train_size=40, search_steps=1, retrain_steps=0)
     config = Config(model="model", data="toy-sentiment", method="lora", out_dir="run", **sizes)
     assert train.train(config)["after"]["test"]["loss"] > 0

@@ -92,9 +92,7 @@ def test_an_interrupt_between_the_imports_and_the_program_is_of_a_killed_process
 
 
 @pytest.mark.parametrize("name", ["prepare", "evaluate_rows"])
-def test_before_the_first_step_an_interrupt_gives_the_command_and_the_folder_is_used_again(
-    name, interrupted
-):
+def test_an_interrupt_before_any_step_gives_the_command_and_frees_the_folder(name, interrupted):
     said = interrupted(train, name, 1, *SHORT)
     assert said.startswith("interrupted") and said.endswith(f"python train.py {' '.join(SHORT)}")
     assert train.main([*SHORT]) == 0
@@ -164,10 +162,8 @@ def test_a_value_may_follow_its_name_and_a_bool_may_stand_alone(arguments, expec
 def test_a_name_from_elsewhere_is_answered_with_settings_that_exist(name, capsys):
     assert train.main([f"--{name}", "3"]) == 2
     error = capsys.readouterr().err
-    assert (
-        error.startswith(f"error: command line: {name} is not a setting here: ")
-        and error.count("\n") == 1
-    )
+    assert error.startswith(f"error: command line: {name} is not a setting here: ")
+    assert error.count("\n") == 1
     named = set(re.findall(r"--(\w+)", rules.OTHER_NAMES[name]))
     assert named <= set(config.Config.__dataclass_fields__)
 
@@ -264,8 +260,7 @@ def test_files_of_several_kinds_are_named(refuses):
 
 def test_an_encoder_without_an_adapter_is_refused_before_it_is_downloaded(refuses, monkeypatch):
     monkeypatch.setenv("BIDORA_CACHE", "cache")
-    said = "minilm is an encoder, which writes nothing"
-    refuses(sample, ["--model=minilm", "--prompt=a"], said)
+    refuses(sample, ["--model=minilm", "--prompt=a"], "minilm is an encoder, which writes nothing")
     assert not Path("cache").exists()
 
 

@@ -140,8 +140,6 @@ LINES = [
     {"code": "x"},
     {"text": "plain"},
 ]
-
-
 ANY_LINE = st.one_of(*map(changed_json, LINES), st.sampled_from(LINES))
 
 
@@ -295,10 +293,7 @@ SLOW = {r"(\w|\.|[a-z]|[a-p])+\s" + str(i): 4 for i in range(99)}
     ],
 )
 def test_patterns_that_backtrack_are_refused_after_seconds_or_end(patterns, expected, tmp_path):
-    """
-    Each of the first ones takes ages, for each of fourteen layers; over the other one, Python's own
-    `re` would take 2^20 times as long for each twenty characters.
-    """
+    """Each of the first ones takes ages for each of 14 layers; the other, ages in Python's `re`."""
     model = Transformer.from_pretrained(find_model("tiny-random")).requires_grad_(False)
     save_adapter(replace_linear_with_bidora(model, 2), tmp_path)
     path = tmp_path / "adapter_config.json"
@@ -363,8 +358,7 @@ def test_a_fraction_that_leaves_two_examples_whole_names_one_that_does_not():
 def test_a_home_folder_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = read_config(["--out_dir=~/x", "--label_prompt=~/{text}"])
-    assert config.out_dir == str(tmp_path / "x")
-    assert config.label_prompt == "~/{text}"
+    assert (config.out_dir, config.label_prompt) == (str(tmp_path / "x"), "~/{text}")
 
 
 def test_the_home_folder_of_nobody_is_not_found():

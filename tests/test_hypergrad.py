@@ -22,16 +22,7 @@ import data
 import hypergrad
 from bidora import replace_linear_with_bidora
 from bilevel import HYPERGRADIENTS, MicroBatches, create_bilevel_optimizer
-from hypergrad import (
-    adam_scale,
-    conjugate_gradient,
-    first_order,
-    neumann,
-    plain_first_order,
-    plain_neumann,
-    plain_unrolled,
-    unrolled,
-)
+from hypergrad import adam_scale, conjugate_gradient, first_order, neumann, unrolled
 from model import Transformer
 
 UNROLLED = ("unrolled", "finite_difference")  # look back on steps of the lower level
@@ -99,10 +90,8 @@ class Curved:
 
     def through_autograd(self, steps, update):
         """The hypergradient by plain autograd through V ← update(V, ∂L/∂V)."""
-        lower, upper = (
-            [p.detach().clone().requires_grad_() for p in level]
-            for level in (self.lower, self.upper)
-        )
+        levels = self.lower, self.upper
+        lower, upper = ([p.detach().clone().requires_grad_() for p in level] for level in levels)
         for _ in range(steps):
             loss = self.loss_at(lower, upper, self.train)
             lower = update(lower, torch.autograd.grad(loss, lower, create_graph=True))
@@ -143,9 +132,9 @@ def test_neumann_equals_its_truncated_series(terms):
 @pytest.mark.parametrize(
     "plain, general, options",
     [
-        (plain_first_order, first_order, {}),
-        (plain_unrolled, unrolled, {"lr": 0.1}),
-        (plain_neumann, neumann, {"alpha": 0.05, "terms": 4}),
+        (hypergrad.plain_first_order, first_order, {}),
+        (hypergrad.plain_unrolled, unrolled, {"lr": 0.1}),
+        (hypergrad.plain_neumann, neumann, {"alpha": 0.05, "terms": 4}),
     ],
 )
 def test_the_plain_forms_equal_the_general_ones(plain, general, options):
@@ -284,8 +273,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_its_step_is_not_kept():
 def test_fused_attention_is_differentiated_twice():
     """Of transformers, which calls scaled_dot_product_attention: against finite differences."""
     sizes = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
-    heads = dict(num_attention_heads=2, max_position_embeddings=32)
-    config = transformers.LlamaConfig(**sizes, **heads)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=32)
     model = transformers.LlamaForCausalLM(config).double()
     replace_linear_with_bidora(model.requires_grad_(False), 2, target_modules=("q_proj", "v_proj"))
     for layer in bidora.adapter_layers(model).values():
@@ -372,10 +360,8 @@ def test_errors_against_a_re_solved_logistic_regression_fall_as_theory_says():
         assert series(2 * k) <= series(k) * shrink**k * 1.01 + 1e-8
     assert series(128) < 1e-3 * series(1) and series(400) < 1e-6
     assert error(unrolled(*p.arguments, steps=400, lr=alpha), truth) < 1e-6
-    solved = [
-        error(conjugate_gradient(*p.arguments, iterations=k, damping=0.0), truth)
-        for k in range(1, 7)
-    ]
+    steps = [dict(iterations=k, damping=0.0) for k in range(1, 7)]
+    solved = [error(conjugate_gradient(*p.arguments, **each), truth) for each in steps]
     assert all(after < before for before, after in zip(solved, solved[1:])) and solved[-1] < 1e-8
     assert solved[4] / solved[3] < solved[1] / solved[0]  # ever faster
     assert solved[3] < 0.5 * series(5)  # as many products
@@ -487,9 +473,8 @@ def adam_by_hand(c, optimizer, grad_clip, steps):
 
 
 def warmed_up(c, grad_clip=0.3, **options):
-    optimizer = create_bilevel_optimizer(
-        c.model, 0.02, 1e-3, weight_decay=0.1, grad_clip=grad_clip, **options
-    )
+    options |= dict(weight_decay=0.1, grad_clip=grad_clip)
+    optimizer = create_bilevel_optimizer(c.model, 0.02, 1e-3, **options)
     for _ in range(4):
         optimizer.lower_step(c.loss, c.train)
     return optimizer
@@ -508,8 +493,7 @@ def test_adams_own_update_is_differentiated(steps, grad_clip):
     torch.testing.assert_close(tuple(exact), expected, rtol=1e-8, atol=1e-11)
     finite = unrolled(*c.arguments(), **options, mode="finite_difference", radius=1e-4)
     torch.testing.assert_close(tuple(finite), expected, rtol=1e-4, atol=1e-6)
-    after = optimizer.state_dict()["state"]
-    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0)
 
 
 def test_only_the_last_steps_of_a_round_are_kept_and_the_graph_of_the_very_last():
@@ -535,8 +519,7 @@ def test_keeping_a_step_changes_nothing_about_it():
     c = Curved()
     twin = copy.deepcopy(c)
     for each, name in ((c, "unrolled"), (twin, "first_order")):
-        options = dict(hypergradient=name, grad_clip=0.1)
-        optimizer = create_bilevel_optimizer(each.model, 1e-2, **options)
+        optimizer = create_bilevel_optimizer(each.model, 1e-2, hypergradient=name, grad_clip=0.1)
         for _ in range(3):
             optimizer.lower_step(each.loss, each.train)
     assert all(torch.equal(a, b) for a, b in zip(c.lower, twin.lower))
@@ -583,9 +566,8 @@ def test_losses_in_micro_batches_give_the_hypergradient_of_the_whole(name, steps
         share = len(batch[0][rows]) / 20
         return lambda: c.loss(c.model, [x[rows] for x in batch]) * share
 
-    train, val = (
-        [part(batch, rows) for rows in (slice(0, 7), slice(7, 20))] for batch in (c.train, c.val)
-    )
+    slices = slice(0, 7), slice(7, 20)
+    train, val = ([part(batch, rows) for rows in slices] for batch in (c.train, c.val))
     split = hypergradient(train, val, c.lower, c.upper, **options)
     torch.testing.assert_close(split, whole, rtol=1e-6 if name in DIFFERENCES else 1e-8, atol=1e-9)
 
@@ -678,10 +660,8 @@ def test_what_is_computed_again_changes_no_hypergradient(
     options = {"lr": 0.5, "steps": 2} if name in UNROLLED else {}
     results = []
     for model.gradient_checkpointing in (False, True):
-        h = HYPERGRADIENTS[name].function(
-            lambda: model(train, train), lambda: model(val, val), *levels, **options
-        )
-        results.append(torch.cat(h))
+        losses = lambda: model(train, train), lambda: model(val, val)
+        results.append(torch.cat(HYPERGRADIENTS[name].function(*losses, *levels, **options)))
         monkeypatch.setattr("model.QUERIES", queries)
     kept, again = results
     assert kept.any()
@@ -912,7 +892,7 @@ def test_a_model_whose_adapters_no_gradient_reaches_is_refused_at_the_first_step
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_layers_that_no_gradient_reaches_are_named_once():
-    model, x = Checkpointed(True, False), torch.randn(4, 5, dtype=torch.float64)
+    model, x = Checkpointed(True, False), draw(4, 5)
     optimizer = create_bilevel_optimizer(model)
     with pytest.warns(UserWarning, match="no gradient reaches layers.0: "):
         optimizer.bilevel_step(square, x, x)
@@ -925,6 +905,10 @@ def test_layers_that_no_gradient_reaches_are_named_once():
 @pytest.mark.parametrize("name", HYPERGRADIENTS)
 def test_dropout_under_gradient_checkpointing_gives_the_same_steps_as_without(name, monkeypatch):
     """1e-12: the same operations in float64, with the same dropout mask."""
+
+    def direct_call(function, *arguments, use_reentrant):
+        return function(*arguments)
+
     results = []
     for recompute in (True, False):
         torch.manual_seed(0)
@@ -936,10 +920,6 @@ def test_dropout_under_gradient_checkpointing_gives_the_same_steps_as_without(na
             optimizer.bilevel_step(square, x, x + 1)
         results.append([p.detach().clone() for p in optimizer.lower + optimizer.upper])
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
-
-
-def direct_call(function, *arguments, use_reentrant):
-    return function(*arguments)
 
 
 @pytest.mark.parametrize("precondition", ["none", "adam"])

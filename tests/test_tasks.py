@@ -105,8 +105,6 @@ def model_of(name):
     return name if name == "tiny-random" else encoder(name)
 
 
-# ------------------------------------------------------------------------------ the choice
-
 LABELLED = {"text": "a", "label": "b"}
 CHOICE = {"prompt": "ab", "choices": ["cd", "e f", "e"], "answer": 1}
 CHOICES = [  # format of the example, encoder?, chosen
@@ -144,9 +142,6 @@ def test_a_task_that_does_not_fit_is_refused(task, example, message):
     checkpoint(Path("bert"), "bert")
     with pytest.raises(ValueError, match=message):
         tasks.choose(task, example, tasks.read_shape(Path("bert")))
-
-
-# ------------------------------------------------------------------------------ the heads
 
 
 def auto_model(family):
@@ -276,9 +271,6 @@ def test_letters_of_proteins_become_the_tokens_of_transformers():
     assert ours.encode("LAG", "VS").ids == peer("LAG", "VS")["input_ids"]
 
 
-# ------------------------------------------------------------------------------ generation
-
-
 def test_generated_texts_are_scored_on_the_last_split_and_train_takes_each_reference():
     results = trained("generation", model="tiny-random", max_new_tokens=8)
     assert results["metric"] == "bleu" and results["examples"]["test"] == 12
@@ -302,9 +294,6 @@ def test_a_greedy_text_is_what_generate_writes():
         assert references == row.references
 
 
-# ------------------------------------------------------- language models of transformers
-
-
 def writer(name):
     """A folder with a small random language model of transformers and a tokenizer."""
     checkpoint(name, name, "ForCausalLM", vocab_size=400)
@@ -324,9 +313,7 @@ WRITTEN = {  # task: (its settings, an example of its file but for the prompt)
 
 @pytest.mark.parametrize("task", WRITTEN)
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "phi3"])
-def test_a_run_resumes_bit_for_bit_is_sampled_merged_and_read_by_peft(
-    name, task, monkeypatch, capsys
-):
+def test_a_run_resumes_bit_for_bit_is_sampled_merged_and_read_by_peft(name, task, monkeypatch):
     settings, example = WRITTEN[task]
     settings = STEPS | dict(model=writer(name), task=task, checkpoint_every=1) | settings
     if example:
@@ -361,9 +348,6 @@ def test_a_run_resumes_bit_for_bit_is_sampled_merged_and_read_by_peft(
             torch.testing.assert_close(logits, peer(ids).logits, rtol=0, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------- the controls
-
-
 def test_dora_in_two_phases_fixes_the_magnitude_of_its_first_phase():
     ends = []
     for steps in (0, 5):
@@ -396,9 +380,6 @@ def test_rates_of_their_own_for_the_final_phase_and_its_end():
         rates[line["phase"]].append(line["lower_lr"])
     assert max(rates["search"]) == 1e-3 and max(rates["retrain"]) == 5e-4
     assert rates["search"][-1] == rates["retrain"][-1] == 0
-
-
-# -------------------------------------------------------------------------------- sample.py
 
 
 def test_a_tokenizer_beside_a_heads_adapter_is_used_and_said(capsys, refuses):
@@ -472,8 +453,6 @@ def test_sample_writes_what_a_run_on_data_to_text_has_learnt(capsys):
     assert capsys.readouterr().out.strip() == "yes"
 
 
-# ---------------------------------------------------------------------------- wrong input
-
 GOOD = {
     "c": {"text": "ab", "label": "p"},
     "d": {"text": "cd", "label": "q"},
@@ -501,12 +480,10 @@ BAD = [  # lines of train, lines of test, the message
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("lines, test_lines, message", BAD)
-def test_a_wrong_example_is_refused_by_file_and_line_before_any_work(
-    lines, test_lines, message, capsys
-):
+@pytest.mark.parametrize("lines, test, message", BAD)
+def test_a_wrong_example_is_refused_by_file_and_line_before_any_work(lines, test, message, capsys):
     arguments = [f"--model={encoder()}"]
-    for name, rows in (("train", lines), ("test", test_lines)):
+    for name, rows in (("train", lines), ("test", test)):
         if rows:
             rows = [GOOD[row] if isinstance(row, str) else row for row in rows]
             arguments.append(f"--{name}_file={write(f'{name}.jsonl', rows)}")
@@ -533,9 +510,7 @@ CANNOT = [
 
 
 @pytest.mark.parametrize("model, arguments, message", CANNOT)
-def test_what_a_borrowed_model_or_its_head_can_not_have_is_refused(
-    model, arguments, message, capsys
-):
+def test_what_a_borrowed_model_or_its_head_cant_have_is_refused(model, arguments, message, capsys):
     folder = writer(model) if model == "gpt2" else encoder(model)
     file = write("train.jsonl", make("classification"))
     data = "--data=toy-sentiment" if model == "gpt2" else f"--train_file={file}"
@@ -602,9 +577,6 @@ def test_tags_and_labels_of_other_formats_are_notes():
     assert data.load_splits(config).labels == []
 
 
-# ------------------------------------------------------------------------ words and pairs
-
-
 @pytest.mark.parametrize("name", ["bert", "tiny-random"])
 def test_words_are_the_tokens_that_they_are_within_a_text(name):
     """By the tokenizers library itself, on a text that begins with a space."""
@@ -630,9 +602,6 @@ def test_of_a_long_pair_the_left_of_the_longer_text_is_cut_first(sizes):
         assert abs(kept[0] - kept[1]) <= 1
 
 
-# ------------------------------------------------------------------------------- merging
-
-
 def test_an_encoder_with_a_head_is_merged_for_transformers_and_for_sample(capsys):
     trained("classification", model=encoder(), method="bidora")
     assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
@@ -648,11 +617,8 @@ def test_an_encoder_with_a_head_is_merged_for_transformers_and_for_sample(capsys
 
 def test_a_language_model_with_a_head_is_not_merged(refuses):
     trained("regression", model="tiny-random")
-    said = "keep the adapter, which holds the head"
-    refuses(merge, ["--adapter=run", "--out_dir=merged"], said)
+    refuses(merge, ["--adapter=run", "--out_dir=merged"], "keep the adapter, which holds the head")
 
-
-# ------------------------------------------------------------------------ the papers' runs
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs" / "paper").glob("*.py"))
 GLUE = {  # the columns of GLUE's files; a row of each
@@ -716,27 +682,21 @@ def test_each_of_the_papers_runs_works_on_a_small_stand_in(name, capsys):
     assert run["rank"] == (32 if name == "commonsense" else 4)
 
 
-# ------------------------------------------------------------------------ a whole file
-
-
 @pytest.mark.parametrize("family", [*HEADS, "label_words", "generation", "language_model"])
 def test_a_file_is_predicted_as_the_run_evaluated_it(family, monkeypatch, capsys):
     """The scores of the run's own table, also after an interruption, and without the answers."""
+    forms = {"label_words": "classification", "language_model": "generation"}
+    examples = make(forms.get(family, family), 40, seed=1)
+    if family == "language_model":
+        examples = [{"prompt": x["prompt"], "completion": "x"} for x in examples]
+    settings = dict(model="tiny-random", test_file=write("new.jsonl", examples))
     if family in HEADS:
-        examples = make(family, 40, seed=1)
-        trained(family, model=encoder(), method="lora", test_file=write("new.jsonl", examples))
+        trained(family, **settings | dict(model=encoder(), method="lora"))
     elif family == "label_words":
-        examples = make("classification", 40, seed=1)
-        settings = dict(train_file=write("train.jsonl", make("classification")))
-        trained(model="tiny-random", test_file=write("new.jsonl", examples), **settings)
+        trained("classification", **settings)
     else:
-        examples = make("generation", 40, seed=1)
-        if family == "language_model":
-            examples = [{"prompt": x["prompt"], "completion": "x"} for x in examples]
-        settings = dict(train_file=write("train.jsonl", examples), max_new_tokens=4)
-        trained(
-            model="tiny-random", test_file=write("new.jsonl", examples), task=family, **settings
-        )
+        settings |= dict(train_file=write("train.jsonl", examples), max_new_tokens=4)
+        trained(**settings, task=family)
     command = ["--adapter=run", "--file=new.jsonl", "--out=found.jsonl"]
     calls = []
     monkeypatch.setattr(predict, "ROWS", 16)

@@ -214,10 +214,8 @@ def observed(problem, rate=1e-12, base=None, **settings):
     """An ObservedOptimizer of a Curved problem, whose lower steps are next to nothing."""
     config = published.Published(hypergradient="identity_difference", **settings)
     base = published.base_weights(problem.model) if base is None else base
-    options = {"weight_decay": 0.0, "hypergradient": config.hypergradient}
-    return published.ObservedOptimizer(
-        problem.model, rate, 1e-3, published=config, base=base, **options
-    )
+    options = dict(weight_decay=0.0, hypergradient=config.hypergradient, base=base)
+    return published.ObservedOptimizer(problem.model, rate, 1e-3, published=config, **options)
 
 
 @pytest.mark.parametrize("network", [False, True])
@@ -298,15 +296,13 @@ def test_our_transposed_layer_is_the_published_one():
     published.transpose(base)
     layer, x = base[0], torch.randn(3, 6, dtype=torch.float64)
     assert (layer.lora_A == 0).all() and layer.lora_B.std() > 0.3
-    torch.testing.assert_close(
-        layer.lora_magnitude_vector.data, weight.norm(dim=0), rtol=1e-12, atol=0
-    )
+    m = layer.lora_magnitude_vector
+    torch.testing.assert_close(m.data, weight.norm(dim=0), rtol=1e-12, atol=0)
     with torch.no_grad():
         layer.lora_A.normal_()
-        m = layer.lora_magnitude_vector.mul_(1.5)
-    found = layer(x)
+        m.mul_(1.5)
     expected = published_layer(x, weight, bias, layer.lora_B.T, layer.lora_A.T, m)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
 RUN = ["--train_size=20", "--test_size=20", "--search_steps=3", "--retrain_steps=2"]
@@ -343,9 +339,7 @@ def test_tracing_changes_no_result(elsewhere):
         (["--hypergradient=first_order"], 1e-5),
     ],
 )
-def test_there_is_no_indirect_part_at_a_rate_of_nothing_or_with_first_order(
-    settings, most, elsewhere
-):
+def test_there_is_no_indirect_part_at_a_rate_of_0_or_with_first_order(settings, most, elsewhere):
     """Both parts are taken at the same V, neumann's before the last kept step; fp32 rounds."""
     trace = trained(*TOY, "--trace", *settings)["trace"]
     assert max(trace["indirect"]) < most
@@ -378,9 +372,7 @@ def test_a_run_of_the_program_keeps_its_scores_but_no_adapter(elsewhere, capsys)
     assert len(read_json("out/summary.json")["trace"]["moved"]) == 3
 
 
-def test_an_interrupted_run_of_the_program_is_neither_resumed_nor_sampled_by_others(
-    elsewhere, capsys
-):
+def test_an_interrupted_run_of_the_program_is_not_resumed_nor_sampled_by_others(elsewhere, capsys):
     class Stops(published.PublishedTask):
         def lower_loss(self, model, micro_batch):
             if Path("out/checkpoints/000002.json").exists():

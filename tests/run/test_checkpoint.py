@@ -151,12 +151,9 @@ def long_whole(tmp_path_factory):
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_finish_the_step_save_and_say_how_to_go_on(signum, code, long_whole):
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *LONG],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, str(ROOT / "train.py"), *LONG]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, **pipes)
     metrics = Path("out/tiny/metrics.jsonl")
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
         assert process.poll() is None
@@ -271,9 +268,8 @@ def test_changed_settings_are_refused_and_harmless_ones_named(stopped, capsys):
 
 def test_what_an_earlier_run_left_goes_when_the_newer_one_has_ended_however_it_went_on(monkeypatch):
     run("run", **LORA)
-    stopped_run(
-        "run", monkeypatch, overwrite=True, **LORA
-    )  # killed: the earlier run is still beside
+    stopped_run("run", monkeypatch, overwrite=True, **LORA)
+    # Killed: the earlier run is still beside.
     assert Path("run.previous/summary.json").exists()
     run("run", resume=True, overwrite=True, **LORA)
     assert not Path("run.previous").exists()
@@ -297,9 +293,9 @@ def test_what_an_earlier_run_left_goes_when_the_newer_one_has_ended_however_it_w
     ],
 )
 def test_a_run_whose_files_were_edited_is_not_resumed(path, old, new, said, stopped):
-    text = (Path("run") / path).read_text()
+    text = Path("run", path).read_text()
     assert old in text
-    (Path("run") / path).write_text(text.replace(old, new, 1))
+    Path("run", path).write_text(text.replace(old, new, 1))
     refused(said, resume=True)
 
 
@@ -449,13 +445,10 @@ def test_written_weights_have_the_permissions_that_others_files_have(mask, mode,
 
 
 @pytest.mark.parametrize(
-    "method, fails_at, good, of",
-    [
-        ("lora", 6, 4, "step"),
-        *(("ft", *at, "checkpoint") for at in ((7, 4), (6, 4), (5, 2), (2, 0))),
-    ],
+    "method, fails_at, good",
+    [("lora", 6, 4), *(("ft", *steps) for steps in ((7, 4), (6, 4), (5, 2), (2, 0)))],
 )
-def test_a_run_that_fails_leaves_the_last_weights_whose_loss_was_finite(method, fails_at, good, of):
+def test_a_run_that_fails_leaves_the_last_weights_whose_loss_was_finite(method, fails_at, good):
     """A checkpoint comes after every second step; its loss is known at the next one."""
     seen = []  # the weights before each step
 
@@ -466,7 +459,8 @@ def test_a_run_that_fails_leaves_the_last_weights_whose_loss_was_finite(method, 
             loss = super().lower_loss(model, micro_batch)
             return loss * torch.inf if len(seen) == fails_at else loss
 
-    said = f"step {fails_at} of 14 .* last good {of} are in run"
+    kept = "step" if method == "lora" else "checkpoint"
+    said = f"step {fails_at} of 14 .* last good {kept} are in run"
     with pytest.raises(FloatingPointError, match=said):
         train.train(Config(out_dir="run", method=method, **TINY), Fails)
     saved = load_file(next(Path("run").glob("*model.safetensors")))

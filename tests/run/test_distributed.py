@@ -51,6 +51,7 @@ RUNS = {
 TAGS = [{"words": ["ab"] * n + ["cd"], "tags": ["O"] * n + ["B-X"]} for n in range(1, 14)]
 FSDP = "torch._dynamo, torch.distributed.fsdp"  # takes seconds, too
 MAIN = "sys.exit(train.main(sys.argv[1:]))"
+MANY = "--method=dora --quantize=nf4 --snapshots=2 --gram_weight=1e-5 --compile=True"
 FORKED = """
 import os, socket, sys
 sys.path.insert(0, {root!r})
@@ -202,14 +203,12 @@ def start_on_gpus(monkeypatch, device, gpus=2, processes=2):
     return distributed.start(device), calls
 
 
-@pytest.mark.parametrize("processes, given", [(2, "cuda"), (1, "cuda:1")])
-def test_a_process_makes_its_gpu_torchs_current_one_before_it_joins_others(
-    processes, given, monkeypatch
-):
+@pytest.mark.parametrize("count, given", [(2, "cuda"), (1, "cuda:1")])
+def test_a_process_makes_its_gpu_torchs_current_one_before_it_joins(count, given, monkeypatch):
     """CPU tensors go by gloo, GPU tensors by NCCL, which is bound to that GPU."""
-    device, calls = start_on_gpus(monkeypatch, given, processes=processes)
+    device, calls = start_on_gpus(monkeypatch, given, processes=count)
     joined = ("init_process_group", "cpu:gloo,cuda:nccl", torch.device("cuda:1"))
-    assert device == "cuda:1" and calls == [("set_device", "cuda:1"), joined][:processes]
+    assert device == "cuda:1" and calls == [("set_device", "cuda:1"), joined][:count]
 
 
 @pytest.mark.parametrize("device, gpus, message", [("cuda:1", 2, "one GPU"), ("cuda", 1, "has 1")])
@@ -318,10 +317,7 @@ def test_a_run_of_two_processes_that_share_the_model_goes_on_with_one_or_four():
     [
         (["--method=bidora"], ["second derivatives"]),
         (["--method=ft"], ["frozen weights only"]),
-        (
-            "--method=dora --quantize=nf4 --snapshots=2 --gram_weight=1e-5 --compile=True".split(),
-            ["packed", "ΔM", "gram_weight", "compile=False"],
-        ),
+        (MANY.split(), ["packed", "ΔM", "gram_weight", "compile=False"]),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused_at_once(settings, messages, monkeypatch, refuses):
@@ -413,9 +409,7 @@ for settings in json.loads(sys.argv[1]):
 """
     runs = (("tiny-random", False), ("tiny-random", True), (tied_model(), True))
     brief = TINY | dict(method="dora", search_steps=1, retrain_steps=0)
-    settings = [
-        brief | dict(model=model, fsdp=fsdp, out_dir=f"{model}{fsdp}") for model, fsdp in runs
-    ]
+    settings = [brief | dict(model=x, fsdp=fsdp, out_dir=f"{x}{fsdp}") for x, fsdp in runs]
     done = forked(script, json.dumps(settings), processes=processes, imports=FSDP)
     assert done.returncode == 0, done.stderr
     asked = re.findall(r"(?m)^asked (\d+) (\d+)", done.stdout)

@@ -96,11 +96,6 @@ def batch(peer, seed=0):
     return inputs
 
 
-def rows_of(name, head="Model", **changes):
-    """A checkpoint's inputs, for a seed."""
-    return functools.partial(batch, checkpoint(None, name, head, **changes))
-
-
 def load(folder, kind="classification", **options):
     labels = 1 if kind == "regression" else LABELS
     return AnyWithHead.from_pretrained(folder, kind, labels, **options)
@@ -138,8 +133,6 @@ def refused(message):
     """A context that expects a ValueError with the message."""
     return pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$")
 
-
-# --------------------------------------------------------------------------------- the heads
 
 EACH = [(name, kind) for name in ENCODERS for kind in CLASSES] + [("t5", "tagging")]
 
@@ -278,9 +271,6 @@ def test_a_pooler_that_the_checkpoint_lacks_trains_too(tmp_path):
     assert trained(load(tmp_path)) == both("classifier") | both("bert.pooler.dense")
 
 
-# ------------------------------------------------------------------------- hypergradients
-
-
 class HeadProblem(Problem):
     """Problem's derivatives, of a task's own loss, times `scale`."""
 
@@ -341,20 +331,16 @@ def test_checkpointing_leaves_hypergradients_as_they_are(name, tmp_path, monkeyp
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * scale)
 
 
-# ------------------------------------------------------------------------------ files and PEFT
-
-
 @pytest.mark.parametrize("name, kind", EACH)
 def test_the_adapter_is_peft_and_the_merged_model_transformers(name, kind, tmp_path):
     """And what PEFT trained is loaded. The merged model's config.json has the file's dropouts."""
     checkpoint(tmp_path, name)
-    peer, targets = (batch(checkpoint(None, name)), read_shape(tmp_path).targets)
-    model = adapted(load(tmp_path, kind), targets)
+    peer = batch(checkpoint(None, name))
+    model = adapted(load(tmp_path, kind), read_shape(tmp_path).targets)
     bidora.save_adapter(model, tmp_path / "adapter")
     auto = getattr(transformers, f"AutoModel{CLASSES[kind]}")
-    theirs = PeftModel.from_pretrained(
-        auto.from_pretrained(tmp_path, num_labels=LABELS), tmp_path / "adapter"
-    )
+    base = auto.from_pretrained(tmp_path, num_labels=LABELS)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert_alike(model, theirs.eval(), peer)
     loaded = bidora.load_adapter(load(tmp_path, kind), tmp_path / "adapter")
     assert_alike(loaded, theirs, peer)
@@ -366,9 +352,8 @@ def test_the_adapter_is_peft_and_the_merged_model_transformers(name, kind, tmp_p
     merged = auto.from_pretrained(tmp_path / "merged")
     assert_alike(load(tmp_path / "merged", kind), theirs, peer)
     assert_alike(loaded, merged.eval(), peer)
-    before, after = (
-        json.loads((x / "config.json").read_text()) for x in (tmp_path, tmp_path / "merged")
-    )
+    files = tmp_path / "config.json", tmp_path / "merged/config.json"
+    before, after = (json.loads(path.read_text()) for path in files)
     assert all(before[key] == after[key] for key in before if "drop" in key)
     assert after["id2label"] == {"0": "p", "1": "q", "2": "r"}
 
@@ -393,9 +378,6 @@ def test_what_peft_trained_is_loaded_with_its_head(name, kind, tmp_path):
     peer.save_pretrained(tmp_path / "adapter")
     model = bidora.load_adapter(load(tmp_path, kind), tmp_path / "adapter")
     assert_alike(model, peer, batch(base))
-
-
-# --------------------------------------------------------------------------- language models
 
 
 def writer(folder, name):
@@ -493,9 +475,6 @@ def test_a_language_models_adapter_is_peft_and_merges(tmp_path):
         bidora.merge(model).save_pretrained(folder / "merged")
         merged = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
         torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-4)
-
-
-# ---------------------------------------------------------------------------------- refusals
 
 
 def without(part):

@@ -38,9 +38,6 @@ def texts_of(example):
     return example.get("words") or [example[key] for key in ("text", "text_b") if key in example]
 
 
-# ----------------------------------------------------------------------------- the small archives
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_no_text_is_empty_and_no_example_occurs_twice(model_cache, name):
     examples = BUILT_IN[name].load()
@@ -72,21 +69,16 @@ def test_a_movie_s_score_is_the_mean_of_its_raters(model_cache):
 
 
 def test_every_bbc_article_has_its_folder_as_topic(model_cache):
-    expected = set()
     with zipfile.ZipFile(datasets.fetch(**datasets.BBC)) as archive:
         names = [name for name in archive.namelist() if name.endswith(".txt") and "/data/" in name]
-        for name in names:
-            text = archive.read(name).decode("utf-8", errors="replace")
-            expected.add((name.split("/")[-2], text.strip()))
+        texts = [archive.read(name).decode("utf-8", errors="replace").strip() for name in names]
+    expected = {(name.split("/")[-2], text) for name, text in zip(names, texts)}
     found = {(example["label"], example["text"]) for example in BUILT_IN["bbc-topics"].load()}
     assert found == expected and len(names) == 2225
 
 
 def test_tweets_are_tagged_as_in_their_file(model_cache):
-    """
-    seqeval, as a library, finds the same entities in the file as a whole, less those of tweets that
-    occur before.
-    """
+    """By seqeval, as a library: the file's entities, less those of tweets that occur before."""
     lines = text_in(datasets.TWEETS, "/ner.txt").split("\n")
     blocks = [
         [line.split("\t") for line in block]
@@ -161,9 +153,6 @@ def test_a_question_names_every_label_and_has_a_place_for_every_text(model_cache
         examples, question = BUILT_IN[name].load(), BUILT_IN[name].question
         assert all(example["label"] in question for example in examples), name
         assert "{text}" in question and "{text_b}" not in question
-
-
-# --------------------------------------------------------------------------------- of BIG-bench
 
 
 def source(text, label, names, **more):
@@ -252,7 +241,7 @@ FIRST = ("Town 0: It has 5 houses :\nmany .", "It has more than 7 .", "False", "
 
 
 @pytest.mark.parametrize(
-    "name, count, place, values",
+    "name, count, at, values",
     [
         ("fact-verification", 40, 1, FIRST),
         ("nli", 20, 3, ("Anndidn't see 1 cats.", "There weren't 1 cats.", "neutral", "1")),
@@ -261,22 +250,18 @@ FIRST = ("Town 0: It has 5 houses :\nmany .", "It has more than 7 .", "False", "
         ("epistemic-nli", 2, 1, ("Ann thinks that it rains.", "It rains.", "non-entailment")),
     ],
 )
-def test_pairs_have_both_texts_the_source_s_label_and_no_repeats(
-    archive, name, count, place, values
-):
+def test_pairs_have_both_texts_the_source_s_label_and_no_repeats(archive, name, count, at, values):
     examples, question = BUILT_IN[name].load(), BUILT_IN[name].question
     expected = dict(zip(("text", "text_b", "label", "group"), values))
-    assert len(examples) == count and examples[place] == expected
+    assert len(examples) == count and examples[at] == expected
     assert all(example["label"] in question for example in examples)
     assert "{text}" in question and "{text_b}" in question
 
 
 def test_a_meaning_has_each_of_its_descriptions_once(archive):
+    blue = ["Blue is in the city.", "In the city you find Blue."]
     assert BUILT_IN["e2e"].load() == [
-        {
-            "prompt": "name: Blue, area: city",
-            "references": ["Blue is in the city.", "In the city you find Blue."],
-        },
+        {"prompt": "name: Blue, area: city", "references": blue},
         {"prompt": "name: Red, area: riverside", "references": ["Red is by the river."]},
     ]
 

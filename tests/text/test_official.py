@@ -36,16 +36,11 @@ def refused(read, source, *said, error=ValueError):
         assert part in message
 
 
-# ----------------------------------------------------------------------------------------- GLUE
-
 PAIR = "index\tsentence1\tsentence2\tlabel\n0\tIt {0}s.\tIs it {0}?\t{1}"
 MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n{1}\t7\t8\tIt {0}s.\tIs it {0}?"
 QQP = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tIt {0}s.\tIs it {0}?\t{1}"
 A, B = ("rain", "1"), ("snow", "0")
-PAIRS = [
-    {"text": "It rains.", "text_b": "Is it rain?", "label": "1"},
-    {"text": "It snows.", "text_b": "Is it snow?", "label": "0"},
-]
+PAIRS = [{"text": f"It {x}s.", "text_b": f"Is it {x}?", "label": label} for x, label in (A, B)]
 SCORED = {"text": "It rains.", "text_b": "Is it rain?", "score": 1.0}
 SINGLE = {"text": "It rains.", "label": "1"}
 GLUE = [  # name of the folder, task, a file with two placeholders, its example
@@ -96,9 +91,6 @@ def test_a_folder_is_found_from_inside_and_from_home(folder, monkeypatch):
     assert read_folder(".") == read_folder("~/RTE/") == (splits, "rte")
 
 
-# ------------------------------------------------------------------------- tags, E2E, any files
-
-
 @pytest.mark.parametrize(
     "names",
     ["eng.train eng.testa eng.testb", "train.tsv devel.tsv test.tsv"]
@@ -116,14 +108,9 @@ def test_jnlpba_has_a_line_before_each_abstract_and_no_dev_examples(folder):
     text = "###MEDLINE:1234\n\nThe\tO\nIL-2\tB-DNA\ngene\tI-DNA\n\n###MEDLINE:5678\n\nNone\tO\n\n"
     files = {"Genia4ERtask1.iob2": text, "Genia4EReval1.iob2": "Some\tO\n", "README": "x"}
     splits, _ = read_folder(folder("jnlpba", files))
-    assert splits == {
-        "train": [
-            {"words": ["The", "IL-2", "gene"], "tags": ["O", "B-DNA", "I-DNA"]},
-            {"words": ["None"], "tags": ["O"]},
-        ],
-        "dev": [],
-        "test": [{"words": ["Some"], "tags": ["O"]}],
-    }
+    first = {"words": ["The", "IL-2", "gene"], "tags": ["O", "B-DNA", "I-DNA"]}
+    none, some = ({"words": [word], "tags": ["O"]} for word in ("None", "Some"))
+    assert splits == {"train": [first, none], "dev": [], "test": [some]}
 
 
 def test_e2e_s_references_are_joined_in_each_of_its_files(folder):
@@ -131,9 +118,9 @@ def test_e2e_s_references_are_joined_in_each_of_its_files(folder):
     names = {"trainset.csv": "A", "devset.csv": "B", "testset_w_refs.csv": "C"}
     files = {name: row.format(letter) for name, letter in names.items()}
     splits, _ = read_folder(folder("e2e", files | {"testset.csv": "MR\n"}))
-    for split, letter in zip(("train", "dev", "test"), "ABC"):
-        references = [f"{letter} one.", f"{letter} two."]
-        assert splits[split] == [{"prompt": f"name[{letter}], area[x]", "references": references}]
+    for split, x in zip(("train", "dev", "test"), "ABC"):
+        expected = {"prompt": f"name[{x}], area[x]", "references": [f"{x} one.", f"{x} two."]}
+        assert splits[split] == [expected]
 
 
 def test_files_called_train_dev_and_test_may_each_be_of_another_kind(folder):
@@ -141,12 +128,9 @@ def test_files_called_train_dev_and_test_may_each_be_of_another_kind(folder):
     path = folder("own", files)
     table = pyarrow.table({"text": ["b"], "label": [2]})
     pyarrow.parquet.write_table(table, path / "validation.parquet")
-    splits, task = read_folder(path)
-    assert task is None and splits == {
-        "train": [{"text": "a", "label": "1"}],
-        "dev": [{"text": "b", "label": "2"}],
-        "test": [{"text": "c", "label": "3"}],
-    }
+    examples = dict(zip(("train", "dev", "test"), ("a1", "b2", "c3")))
+    splits = {name: [{"text": x, "label": label}] for name, (x, label) in examples.items()}
+    assert read_folder(path) == (splits, None)
 
 
 @pytest.mark.parametrize("parts", [["train"], ["train", "validation", "test"], None])
@@ -165,9 +149,6 @@ def test_what_datasets_saved_on_disk_is_read_with_its_classes_names(tmp_path, pa
 def test_train_alone_is_enough(folder):
     splits, _ = read_folder(folder("own", {"train.csv": "text,label\na,1"}))
     assert splits == {"train": [{"text": "a", "label": "1"}], "dev": [], "test": []}
-
-
-# -------------------------------------------------------------------------------------- Reuters
 
 
 def document(lewis, text, *topics, has="YES", cgi="TRAINING-SET"):
@@ -259,9 +240,6 @@ def test_reuters_without_some_of_its_files_or_documents_is_refused(folder):
     refused(read_folder, folder("b", files), said, error=FileNotFoundError)
 
 
-# -------------------------------------------------------------------------------- wrong folders
-
-
 @pytest.mark.parametrize(
     "name, files, error, said",
     [
@@ -293,15 +271,11 @@ def test_a_bad_row_in_a_folder_is_named_by_file_and_line(folder):
     refused(read_folder, path, f"{path / 'dev.tsv'}:3: 2 cells, but 4 columns")
 
 
-# ------------------------------------------------------------------------------------------ hub
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """
-    A function that writes a data set in a hub's layout: parquet files, which hold the columns'
-    features (by default, strings), and a README.md that says which file is which split. `datasets`
-    reads such a folder by owner/name too, as here.
+    A function that writes a data set in a hub's layout, which `datasets` reads by owner/name:
+    parquet files with the columns' features (by default, strings), and their splits in a README.md.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -336,12 +310,8 @@ def glue(hub, config, labels, feature, one="sentence1", two="sentence2"):
 def test_a_glue_task_of_the_hub_has_its_classes_names_and_no_unlabelled_test(hub):
     names = ClassLabel(names=["entailment", "not_entailment"])
     labels = {"train": 0, "validation": 1, "test": -1}
-    example = {"text": "It rains.", "text_b": "Is it rain?"}
-    expected = {
-        "train": [example | {"label": "entailment"}],
-        "dev": [example | {"label": "not_entailment"}],
-        "test": [],
-    }
+    train, dev = (PAIRS[0] | {"label": name} for name in ("entailment", "not_entailment"))
+    expected = {"train": [train], "dev": [dev], "test": []}
     assert glue(hub, "rte", labels, names) == (expected, "rte")
 
 
@@ -407,10 +377,8 @@ def test_tags_of_the_hub_become_their_names(hub):
 def test_several_labels_of_the_hub_become_their_names(hub):
     columns = {"text": ["a", "b"], "labels": [[1, 0], []]}
     hub("me/feel", {"train": columns}, labels=List(ClassLabel(names=["joy", "fear"])))
-    assert read_hub("me/feel")[0]["train"] == [
-        {"text": "a", "labels": ["fear", "joy"]},
-        {"text": "b", "labels": []},
-    ]
+    expected = [{"text": "a", "labels": ["fear", "joy"]}, {"text": "b", "labels": []}]
+    assert read_hub("me/feel")[0]["train"] == expected
 
 
 @pytest.mark.parametrize(
@@ -437,15 +405,8 @@ def test_name_config_and_revision_reach_the_library_and_code_is_never_trusted(mo
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name in ("o/n", "o/n:c", "o/n@v1", "o/n:c-1.0@refs/pr/2"):
         assert read_hub(name)[0]["train"] == [{"text": "a", "label": "b"}]
-    assert calls == [
-        ("o/n", None, None, False),
-        ("o/n", "c", None, False),
-        ("o/n", None, "v1", False),
-        ("o/n", "c-1.0", "refs/pr/2", False),
-    ]
-
-
-# ----------------------------------------------------------------------------------- wrong sets
+    asked = [(None, None), ("c", None), (None, "v1"), ("c-1.0", "refs/pr/2")]
+    assert calls == [("o/n", config, revision, False) for config, revision in asked]
 
 
 @pytest.mark.parametrize("name", ["glue", "a/b/c", "a/b:", "a/b@", "/a", "a b/c", "a/b:c@"])
@@ -466,8 +427,7 @@ def test_a_set_that_is_neither_here_nor_reachable_is_said_in_one_line(hub):
 def test_a_damaged_file_s_own_reason_is_given(hub, tmp_path):
     hub("me/set", {"train": {"text": ["a"], "label": ["x"]}})
     (tmp_path / "me/set/default/train-00000-of-00001.parquet").write_bytes(b"PAR1, cut off")
-    said = ("data set 'me/set' could not be read: ", "magic bytes not found")
-    refused(read_hub, "me/set", *said)
+    refused(read_hub, "me/set", "data set 'me/set' could not be read: ", "magic bytes not found")
 
 
 TEXT, TEXTS, NUMBERS = Value("string"), List(Value("string")), List(Value("int64"))

@@ -35,8 +35,6 @@ def refused(read, path, place, said):
     assert "\n" not in message and len(message) < 1000
 
 
-# ------------------------------------------------------------------------------ CSV and parquet
-
 EMPTY = "the answer is empty: fill in"
 CHOICE = {"prompt": "x", "choices": ["y", "z"], "answer": 1}
 
@@ -68,10 +66,8 @@ def test_the_columns_decide_an_example_s_keys(write, text, example):
 
 def test_quotes_a_byte_order_mark_and_windows_line_ends_are_read(write):
     path = write('\ufefftext,label\r\n"He said ""no"",\r\ntwice.",a\r\n\r\n"é\u2028",b\r\n')
-    assert read_table(path) == [
-        {"text": 'He said "no",\r\ntwice.', "label": "a"},
-        {"text": "é\u2028", "label": "b"},
-    ]
+    first = {"text": 'He said "no",\r\ntwice.', "label": "a"}
+    assert read_table(path) == [first, {"text": "é\u2028", "label": "b"}]
 
 
 LONG = "x" * 200_000
@@ -162,10 +158,8 @@ def test_a_blank_word_is_said_since_nothing_of_it_is_learnt(tmp_path):
 
 def test_e2e_s_references_are_joined_by_meaning(write):
     path = write('mr,ref\n"a[1], b[2]",One.\nc[3],Three.\n"a[1], b[2]","Two, too."\n')
-    assert read_table(path) == [
-        {"prompt": "a[1], b[2]", "references": ["One.", "Two, too."]},
-        {"prompt": "c[3]", "references": ["Three."]},
-    ]
+    first = {"prompt": "a[1], b[2]", "references": ["One.", "Two, too."]}
+    assert read_table(path) == [first, {"prompt": "c[3]", "references": ["Three."]}]
 
 
 @pytest.mark.parametrize(
@@ -299,8 +293,6 @@ def test_without_pyarrow_the_pip_command_is_named(monkeypatch, tmp_path):
     refused(read_table, path, ": parquet needs pyarrow ", "): pip install pyarrow")
 
 
-# ----------------------------------------------------------------------------------------- GLUE
-
 PARSED = (
     "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\t"
     "sentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\t"
@@ -363,9 +355,6 @@ def test_a_bad_row_of_glue_is_named_by_file_and_line(write, task, text, line, sa
     refused(partial(read_glue, task=task), write(text, "train.tsv"), f":{line}: ", said)
 
 
-# ---------------------------------------------------------------------------------------- CoNLL
-
-
 def test_conll_s_iob1_becomes_bio(write):
     """Of IOB1's tags, B- only parts two neighbours of one type."""
     path = write(
@@ -374,13 +363,10 @@ def test_conll_s_iob1_becomes_bio(write):
         "Jane NNP B-NP B-PER\nRoe NNP I-NP I-PER\nParis NNP I-NP I-LOC\n. . O O\n\n\n"
         "-DOCSTART- -X- O O\n\nRome NNP I-NP I-LOC"
     )
-    assert read_conll(path) == [
-        {
-            "words": ["EU", "of", "John", "Doe", "Jane", "Roe", "Paris", "."],
-            "tags": ["B-ORG", "O", "B-PER", "I-PER", "B-PER", "I-PER", "B-LOC", "O"],
-        },
-        {"words": ["Rome"], "tags": ["B-LOC"]},
-    ]
+    words = ["EU", "of", "John", "Doe", "Jane", "Roe", "Paris", "."]
+    tags = ["B-ORG", "O", "B-PER", "I-PER", "B-PER", "I-PER", "B-LOC", "O"]
+    second = {"words": ["Rome"], "tags": ["B-LOC"]}
+    assert read_conll(path) == [{"words": words, "tags": tags}, second]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\ufeff"])

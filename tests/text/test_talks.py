@@ -38,19 +38,19 @@ AGENT = per_turn(
     before="{% for t in tools or [] %}{{ t.function | tojson }}{% endfor %}"
     "{% for d in documents or [] %}{{ d.title ~ ': ' ~ d.text }}{% endfor %}",
 )
+# For a talk with tools, a template of its own.
+NAMED = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": AGENT}]
 USER = {"role": "user", "content": "the weather in 12 films?"}
 CALL = {"function": {"name": "look_up", "arguments": {"place": "café", "days": 2}}, "type": "x"}
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
 DOCUMENTS = [{"title": "Films", "text": "It rains."}]
-CALLS = [
-    {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
-    {"role": "tool", "content": "rain"},
-]
 
 
 def answer(content="good film", **more):
     return {"role": "assistant", "content": content} | more
 
+
+CALLS = [answer(None, tool_calls=[CALL, CALL]), {"role": "tool", "content": "rain"}]
 
 TALKS = {
     "tools": dict(messages=[USER, *CALLS, answer()], tools=TOOLS),
@@ -70,13 +70,9 @@ TALKS = {
 @pytest.mark.parametrize("train_on_prompt", [False, True])
 @pytest.mark.parametrize("name", TALKS)
 def test_a_talk_s_tokens_and_labels_are_those_of_transformers(tmp_path, name, train_on_prompt):
-    """
-    Up to the last turn that is learnt. A turn of weight 0 is not learnt as a prompt either. For a
-    talk with tools, there is a template of its own.
-    """
+    """Up to the last turn that is learnt. A turn of weight 0 is not learnt as a prompt either."""
     talk = TALKS[name]
-    named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": AGENT}]
-    _, ours = both(tmp_path, template=named if talk.get("tools") else AGENT)
+    _, ours = both(tmp_path, template=NAMED if talk.get("tools") else AGENT)
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     more = {key: value for key, value in talk.items() if key != "messages"}
     [row], _ = data.encode([talk], ours, 800, train_on_prompt=train_on_prompt)
@@ -153,8 +149,7 @@ def test_a_prompt_that_ends_otherwise_than_training_texts_is_said(tmp_path, open
 
 def test_a_template_for_tools_may_be_a_file_of_its_own(tmp_path):
     """As transformers saves it, and as it is copied into a trained model's folder."""
-    named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": AGENT}]
-    trained_tokenizer(tmp_path / "a", template=named)
+    trained_tokenizer(tmp_path / "a", template=NAMED)
     transformers.AutoTokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     assert (tmp_path / "b/additional_chat_templates/tool_use.jinja").exists()
     (tmp_path / "c").mkdir()
@@ -171,11 +166,10 @@ def test_parts_of_a_content_are_joined_as_transformers_joins_them(tmp_path):
     from transformers.cli.serving.utils import BaseHandler, Modality
 
     parts = [{"type": "text", "text": text} for text in ("good", "film")]
-    write = (tmp_path / "a.jsonl").write_text
-    write(json.dumps({"messages": [{"role": "user", "content": parts}, answer()]}))
+    write, turn = (tmp_path / "a.jsonl").write_text, {"role": "user", "content": parts}
+    write(json.dumps({"messages": [turn, answer()]}))
     [talk] = data.load_examples(tmp_path / "a.jsonl")
-    turns = [{"role": "user", "content": parts}]
-    peer = BaseHandler.get_processor_inputs_from_messages(turns, Modality.LLM)
+    peer = BaseHandler.get_processor_inputs_from_messages([turn], Modality.LLM)
     assert talk["messages"][:1] == peer
     picture = {"role": "user", "content": [{"type": "image_url"}]}
     write(json.dumps({"messages": [picture, answer()]}))
@@ -242,9 +236,8 @@ def test_a_head_s_tokenizer_lowers_and_strips_as_transformers_does(tmp_path, cas
 
 
 def test_an_answer_that_ends_already_is_said(tmp_path):
-    trained_tokenizer(tmp_path)
-    talk = {"messages": [USER, answer("Fine.<|im_end|>")]}
-    [row], _ = data.encode([talk], Tokenizer.from_pretrained(tmp_path), 400)
+    _, ours = both(tmp_path)
+    [row], _ = data.encode([{"messages": [USER, answer("Fine.<|im_end|>")]}], ours, 400)
     assert row.notes == ("the chat template ends an answer that has an end token already",)
 
 
@@ -286,7 +279,6 @@ def test_each_talk_s_answer_ends_where_it_should(elsewhere, talk, written):
     tokenizer.chat = tokenizer.chat.given(tools=tools)
     assert sample.answer(adapted, tokenizer, asked, sample.Sample()) == written
     assert merge.main(["--adapter=run", "--out_dir=merged"]) == 0
-
     assert generated("merged", asked, tools) == f"{written}<|im_end|>"
 
 

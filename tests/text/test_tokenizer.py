@@ -65,9 +65,8 @@ def byte_level(use_regex=True):
 
 
 def split_then_bytes(pattern, behavior="isolated", invert=False):
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), behavior, invert), byte_level(False)]
-    )
+    split = pre_tokenizers.Split(Regex(pattern), behavior, invert)
+    return pre_tokenizers.Sequence([split, byte_level(False)])
 
 
 def digits_then_bytes(individual):
@@ -95,9 +94,8 @@ def train(peer, vocab_size, special, alphabet=()):
 
 def like_llama3(peer, added):
     """
-    The tokenizer as if converted from tiktoken's files, with `added` ids left free.
-
-    Any two tokens that form a third one merge, and no merge makes some tokens.
+    The tokenizer as if converted from tiktoken's files, with `added` ids left free: any two tokens
+    that form a third one merge, and no merge makes some tokens.
     """
     before = {"single": "<|im_start|> $A", "special_tokens": [("<|im_start|>", 1)]}
     peer.post_processor = processors.TemplateProcessing(**before)
@@ -117,9 +115,7 @@ def like_llama3(peer, added):
 def trained_tokenizer(folder, kind="smollm", alphabet=True, template=CHATML, added=(), **settings):
     """
     A small tokenizer of one family, trained and saved here by the tokenizers library; returns that.
-
-    alphabet=False: bytes that the corpus lacks have no token. added: AddedTokens. settings: of
-    tokenizer_config.json.
+    alphabet=False: bytes that the corpus lacks have no token. settings: of tokenizer_config.json.
     """
     peer = Peer(models.BPE(ignore_merges=kind == "llama3"))
     peer.pre_tokenizer, peer.decoder = PRE_TOKENIZERS[kind], decoders.ByteLevel()
@@ -279,11 +275,7 @@ TAKES_SPACES = {"2": FLAGS | {"content": "<|im_end|>", "lstrip": True}}
     ],
 )
 def test_the_files_beside_tokenizer_json_count(tmp_path, name, fast, settings, files, bare):
-    """
-    Tokens that they add or name, a space before the text: with tiktoken and where it cannot follow.
-
-    bare: vocab.json and merges.txt in place of tokenizer.json.
-    """
+    """Tokens that they add or name, a space before the text: with tiktoken, or where it can't."""
     settings = settings | {"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
     settings["tokenizer_class"] = name
     trained_tokenizer(tmp_path, "qwen" if "Qwen" in name else "gpt2", **settings)
@@ -300,7 +292,6 @@ def test_the_files_beside_tokenizer_json_count(tmp_path, name, fast, settings, f
 
 
 def test_truncation_and_padding_in_a_file_are_ignored(tmp_path):
-    """They are for batches."""
     peer = llama2_tokenizer(tmp_path)
     peer.enable_truncation(8)
     peer.enable_padding(length=12)
@@ -494,14 +485,11 @@ def test_stop_ids_include_the_end_of_turn_and_generation_config(tmp_path):
     assert Tokenizer.from_pretrained(tmp_path).stop_ids == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    "name, kind",
-    [
-        (name, kind)
-        for name in ("chatml", "thoughts in the last turn", "trimmed, dated")
-        for kind in (FAMILIES if "trimmed" not in name else ["qwen", "llama3"])
-    ],
-)
+KINDS = {"chatml": FAMILIES, "thoughts in the last turn": FAMILIES}
+KINDS["trimmed, dated"] = ["qwen", "llama3"]
+
+
+@pytest.mark.parametrize("name, kind", [(name, kind) for name in KINDS for kind in KINDS[name]])
 def test_the_assistants_tokens_are_the_ones_transformers_marks(tmp_path, kind, name):
     """By {% generation %} in the template."""
     _, ours = both(tmp_path, kind, template=TEMPLATES[name])
@@ -517,11 +505,7 @@ def test_the_assistants_tokens_are_the_ones_transformers_marks(tmp_path, kind, n
 
 
 def test_llama2_answers_begin_where_generation_does(tmp_path):
-    """
-    The model writes the space before an answer and </s> after it, so both count.
-
-    What is masked is the prompt that generation starts with.
-    """
+    """The model writes an answer's space and </s>, so both count; what is masked is the prompt."""
     peer, ours = llama2_tokenizer(tmp_path), Tokenizer.from_pretrained(tmp_path)
     text, spans, _ = ours.chat.conversation(TALK[1:])
     segments = ours.encode_cut(text, [cut for span in spans for cut in span])
@@ -531,11 +515,7 @@ def test_llama2_answers_begin_where_generation_does(tmp_path):
 
 
 def test_answers_with_thoughts_and_templates_without_an_end(tmp_path):
-    """
-    Qwen 3 rewrites an answer's thoughts: all of the answer counts.
-
-    Where a template ends no turn, the end of text is learned.
-    """
+    """Qwen 3 rewrites thoughts: all of an answer counts. Without an end, that of text is learnt."""
     thoughts = (
         "{% if loop.index0 > ns.last %}"
         "{{ '<think>\n' + (m.content.split('</think>')[0].split('<think>')[-1].strip('\n') "
@@ -546,10 +526,8 @@ def test_answers_with_thoughts_and_templates_without_an_end(tmp_path):
     reasoning = TEMPLATES["thoughts in the last turn"].replace(no_thoughts, thoughts)
     trained_tokenizer(tmp_path, "qwen", template=reasoning)
     talk = [TALK[1], {"role": "assistant", "content": "<think>\n\nhm\n</think>\n\nSo."}]
-    for messages, expected in (
-        (talk, ["<think>\nhm\n</think>\n\nSo.<|im_end|>"]),
-        (talk + talk, ["So.<|im_end|>", "<think>\nhm\n</think>\n\nSo.<|im_end|>"]),
-    ):
+    thought, bare = "<think>\nhm\n</think>\n\nSo.<|im_end|>", "So.<|im_end|>"
+    for messages, expected in ((talk, [thought]), (talk + talk, [bare, thought])):
         text, spans, _ = Tokenizer.from_pretrained(tmp_path).chat.conversation(messages)
         assert [text[a:b] for a, b in spans] == expected
 
@@ -576,8 +554,6 @@ CONVERSATIONS = {
     "instruction": {"instruction": "film", "output": "good"},
     "classification": {"text": "film", "label": "good"},
 }
-
-
 BARE = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
 
 
@@ -636,19 +612,15 @@ def test_sample_prompts_a_model_as_training_did(tmp_path, template):
 )
 def test_split_patterns_that_fail_or_never_end_are_one_line(tmp_path, capfd, pattern, text, said):
     trained_tokenizer(tmp_path, "qwen")
-    change_json(
-        tmp_path / "tokenizer.json",
-        lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": pattern}),
-    )
+    change = {"pattern": {"Regex": pattern}}
+    path = tmp_path / "tokenizer.json"
+    change_json(path, lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(change))
     start = sum(os.times()[:4])
     with pytest.raises(ValueError, match=said) as caught:
         Tokenizer.from_pretrained(tmp_path).encode(text)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     assert capfd.readouterr().err == ""
     assert sum(os.times()[:4]) - start < 20  # CPU seconds, the children's too
-
-
-# --------------------------------------------------------------------- long conversations
 
 
 def each_by_itself(tokenizer, text, cuts):
@@ -753,10 +725,8 @@ def test_a_cut_after_tokens_with_flags_is_as_when_everything_is_encoded(tmp_path
 
 
 @pytest.mark.parametrize("name", ["chatml", "trimmed, dated", "alternating", "system inside"])
-def test_the_work_of_a_conversation_grows_with_its_length_not_with_its_square(
-    tmp_path, monkeypatch, name
-):
-    """Counted in messages rendered and characters encoded, not in seconds."""
+def test_the_work_of_a_conversation_grows_with_its_length_alone(tmp_path, monkeypatch, name):
+    """Not with its square; counted in messages rendered and characters encoded, not seconds."""
     _, tokenizer = both(tmp_path, template=LONG_TEMPLATES[name])
     real, encode, work = chat_module.ask, tokenizer.encode, []
 

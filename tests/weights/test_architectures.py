@@ -19,9 +19,8 @@ from bidora import load_adapter, merge, replace_linear_with_bidora, save_adapter
 from bilevel import HYPERGRADIENTS, create_bilevel_optimizer
 from hypergrad import first_order
 
-BASE = dict(
-    vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4
-)
+BASE = dict(vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+BASE |= dict(num_attention_heads=4)
 DECODER = BASE | dict(num_key_value_heads=2)
 ENCODER = BASE | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=1)
 T5 = dict(vocab_size=41, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, dropout_rate=0.0)
@@ -141,10 +140,7 @@ def test_three_bilevel_steps_move_what_each_level_trains_and_nothing_else(archit
 
 
 def test_training_and_evaluation_mode_agree(architecture):
-    """
-    Within a thousandth of what the adapters change. Dropout is 0, so the modes differ only in the
-    code paths that a model takes, such as a fast one.
-    """
+    """To a thousandth of what adapters change. Dropout is 0: only a model's fast paths differ."""
     base, inputs, targets, _ = architecture
     model = adapted(base, targets)
     training, evaluating = outputs(model.train(), inputs(0)), outputs(model.eval(), inputs(0))
@@ -177,13 +173,9 @@ def test_saved_loaded_merged_and_read_by_peft(architecture, tmp_path):
 def test_what_peft_trained_is_loaded(architecture, tmp_path):
     """Heads included, within 1e-5 of logits of about 1."""
     base, inputs, targets, head = architecture
-    config = LoraConfig(
-        task_type="SEQ_CLS" if head and "input_ids" in inputs(0) else None,
-        modules_to_save=[head] if head else None,
-        target_modules=targets,
-        use_dora=True,
-        fan_in_fan_out="c_attn" in targets,
-    )
+    task_type = "SEQ_CLS" if head and "input_ids" in inputs(0) else None
+    options = dict(modules_to_save=[head] if head else None, fan_in_fan_out="c_attn" in targets)
+    config = LoraConfig(task_type=task_type, target_modules=targets, use_dora=True, **options)
     peer = perturbed(get_peft_model(copy.deepcopy(base), config))
     expected = outputs(peer.train(), inputs(0))
     peer.save_pretrained(tmp_path)
@@ -302,11 +294,9 @@ VARIANTS = {
     "unrolled, two steps": (dict(lr=0.5, steps=2), lambda p: p.slope_after(2)),
     "finite_difference": (dict(lr=0.5, radius=1e-4), lambda p: p.slope_after(1)),
     "neumann": (dict(terms=3, alpha=0.5), lambda p: p.implicit(lambda v: p.series(v, 3, 0.5))),
-    "conjugate_gradient": (
-        dict(iterations=30, damping=20.0),
-        lambda p: p.implicit(lambda v: p.solution(v, 20.0)),
-    ),
 }
+DAMPED = dict(iterations=30, damping=20.0)
+VARIANTS["conjugate_gradient"] = DAMPED, lambda p: p.implicit(lambda v: p.solution(v, 20.0))
 
 
 def in_float64(monkeypatch):

@@ -42,8 +42,7 @@ DIFFERENT_DEFAULTS = {
 def package():
     """{file: its text} of the package, and its README."""
     with zipfile.ZipFile(fetch(**WHEEL)) as wheel:
-        files = {name: wheel.read(name).decode() for name in wheel.namelist()}
-    return files
+        return {name: wheel.read(name).decode() for name in wheel.namelist()}
 
 
 def definitions(files):
@@ -96,10 +95,9 @@ def test_calls_by_place_and_by_name_work(name, package):
     assert all(ours[extra] is not ... for extra in list(ours)[len(theirs) :])
 
 
-@pytest.mark.parametrize(
-    "name", ["BiDoRAConfig", "TrainingConfig", "ModelConfig", "DataConfig", "FullConfig"]
-)
-def test_settings_have_the_packages_names_defaults_and_ranges(name, package):
+@pytest.mark.parametrize("kind", ["BiDoRA", "Training", "Model", "Data", "Full"])
+def test_settings_have_the_packages_names_defaults_and_ranges(kind, package):
+    name = f"{kind}Config"
     ours = getattr(bidora, name)
     fields = {f.name: f for f in bidora_package.fields(ours)}
     declared = [n for n in definitions(package)[name].body if isinstance(n, ast.AnnAssign)]

@@ -74,9 +74,8 @@ def mlx_file(factors, dora, own=(), **changes):
 def pairs_together(rows, heads):
     """A head's rows i and i + d/2, which turn together, one after the other."""
     d = len(rows) // heads
-    return rows[
-        [h * d + i + j * d // 2 for h in range(heads) for i in range(d // 2) for j in (0, 1)]
-    ]
+    pairs = [i + j * d // 2 for i in range(d // 2) for j in (0, 1)]
+    return rows[[h * d + i for h in range(heads) for i in pairs]]
 
 
 def torchtune_file(factors, dora, family):
@@ -99,9 +98,8 @@ def test_an_adapter_of_mlx_lm_or_torchtune_computes_what_it_does_there(dora, fam
     model = base(family)
     factors, peer = by_formula(model, dora, scale=5.0)
     torchtune_file(factors, dora, family) if program else mlx_file(factors, dora)
-    assert_close(
-        bidora.load_adapter(model, ".")(IDS).logits, peer(IDS).logits, rtol=1e-4, atol=1e-5
-    )
+    found = bidora.load_adapter(model, ".")(IDS).logits
+    assert_close(found, peer(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
 def mlx(**changes):

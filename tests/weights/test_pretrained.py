@@ -125,6 +125,8 @@ FILES = """config.json generation_config.json model-00001-of-00001.safetensors m
 OTHERS = """pytorch_model.bin consolidated.safetensors onnx/model.safetensors original/params.json
     README.md modeling_evil.py training_args.bin"""
 FILES, OTHERS = set(FILES.split()), set(OTHERS.split())
+REFUSALS = {"gated": (403, "GatedRepo"), "absent": (401, "RepoNotFound")}
+REFUSALS |= {"v9": (404, "RevisionNotFound"), "broken": (500, "")}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -145,22 +147,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def do_GET(self):
-        for name, status, code in (
-            ("gated", 403, "GatedRepo"),
-            ("absent", 401, "RepoNotFound"),
-            ("v9", 404, "RevisionNotFound"),
-            ("broken", 500, ""),
-        ):
+        for name, (status, code) in REFUSALS.items():
             if name in self.path:
                 return self.answer(status, X_Error_Code=code)
         if "/api/models/" in self.path:
             files = sorted(FILES | OTHERS)
-            content = {
-                "id": "me/tiny",
-                "sha": COMMIT,
-                "siblings": [{"rfilename": f} for f in files],
-            }
-            content |= {"private": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+            content = {"id": "me/tiny", "sha": COMMIT, "private": False, "disabled": False}
+            content |= {"siblings": [{"rfilename": f} for f in files]}
+            content |= {"downloads": 0, "likes": 0, "tags": []}
             if "/tree/" in self.path:
                 content = [{"type": "file", "path": f, "size": 2, "oid": f} for f in files]
             return self.answer(200, json.dumps(content).encode(), Content_Type="application/json")

@@ -22,10 +22,7 @@ from support.weights.quantized import KINDS, Products, dequantize, kind_of, pack
 
 
 def unpacked(packed, shape):
-    """
-    Each code's value times its scale, by hand: on CPUs, bitsandbytes' own dequantize_4bit gives
-    wrong numbers where a row ends between scales.
-    """
+    """Codes' values times scales: dequantize_4bit is wrong on CPUs where a row ends between two."""
     if packed.dtype == torch.int8:
         return packed.data.float() * (packed.SCB[:, None] / 127)
     state, bytes_ = packed.quant_state, packed.data.view(-1).int()
@@ -110,9 +107,8 @@ def models(folder, kind, method="bidora", **options):
     for model in (packed, plain):
         torch.manual_seed(1)
         model.requires_grad_(False)
-        replace_linear_with_bidora(
-            model, 4, target_modules=["q_proj", "v_proj", "down_proj"], method=method, **options
-        )
+        options |= dict(target_modules=["q_proj", "v_proj", "down_proj"], method=method)
+        replace_linear_with_bidora(model, 4, **options)
         for layer in adapter_layers(model).values():
             nn.init.normal_(layer.lora_B, std=0.05)
     return packed, plain
@@ -139,9 +135,8 @@ def test_a_packed_base_is_equal_to_its_dequantised_weights(tmp_path, kind, metho
     packed, plain = models(tmp_path, kind, method)
     for a, b in zip(adapter_layers(packed).values(), adapter_layers(plain).values()):
         if method != "lora":
-            torch.testing.assert_close(
-                a.lora_magnitude_vector, b.weight.norm(dim=1), rtol=1e-5, atol=1e-6
-            )
+            m, norm = a.lora_magnitude_vector, b.weight.norm(dim=1)
+            torch.testing.assert_close(m, norm, rtol=1e-5, atol=1e-6)
 
     ids = torch.randint(0, 131, (3, 12))
     losses, gradients = [], []
@@ -164,10 +159,8 @@ def test_every_hypergradient_on_a_packed_base(tmp_path, kind, name):
 
     def hypergradient(model):
         lower, upper = bidora.lower_parameters(model), bidora.upper_parameters(model)
-        train_loss, val_loss = lambda: model(train, train), lambda: model(val, val)
-        return HYPERGRADIENTS[name].function(
-            train_loss, val_loss, lower, upper, **options.get(name, {})
-        )
+        losses = lambda: model(train, train), lambda: model(val, val)
+        return HYPERGRADIENTS[name].function(*losses, lower, upper, **options.get(name, {}))
 
     ours, expected = hypergradient(packed), hypergradient(plain)
     for a, b in zip(ours, expected):
@@ -251,9 +244,7 @@ def test_an_unknown_kind_is_refused(tmp_path):
         Transformer.from_pretrained(tmp_path, quantize="int3")
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc"
-)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_training_never_holds_a_dequantised_copy(tmp_path, kind):
     """
@@ -290,10 +281,8 @@ def test_int8_is_rounded_once_to_bf16():
     assert torch.equal(dequantize(packed, torch.bfloat16), exact.bfloat16())
 
 
-LOADED = {
-    "nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    "int8": dict(load_in_8bit=True),
-}
+LOADED = {"nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
+LOADED["int8"] = dict(load_in_8bit=True)
 
 
 @pytest.fixture
