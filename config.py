@@ -62,6 +62,7 @@ class Config:
     dropout: float = 0.0  # on the update's input; off in the new passes of a hypergradient
     target_modules: tuple = bidora.ALL_LINEAR  # the adapted layers: names, patterns or all-linear;
     #: by default all linear layers of the blocks (of BERT query, key, value and three dense ones)
+    magnitude_only: tuple = ()  # layers, as in target_modules, whose magnitude alone is trained
     magnitude_axis: str = "row"  # a magnitude per output (row, PEFT) or per input (column, papers)
     init: str = "kaiming"  # of A, B = 0: kaiming (LoRA's), normal, orthogonal; normal_b: of B
     norm_grad: str = "exact"  # exact, or detach: a constant norm in the backward pass, as in PEFT

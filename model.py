@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support.fast import rotary
-from support.fast.kernels import QUERIES, ROWS, TWICE, cross_entropy, recompute, recompute_module
+from support.fast.kernels import QUERIES, TWICE, cross_entropy, recompute, recompute_module
 from support.fast.rows import Rows
 from support.run.files import read_json
 from support.tasks import any_model, likelihood
@@ -213,7 +213,9 @@ class Transformer(nn.Module):
         """
         if labels is None:
             return self.lm_head(self.hidden_states(input_ids))
-        hidden, targets = self.supervised(input_ids, labels)
+        rows, wanted, targets = likelihood.supervised(input_ids, labels)
+        hidden = self.states(rows, wanted)
+        targets = targets.to(hidden.device)
         frozen = isinstance(self.lm_head, Head) and not self.lm_head.weight.requires_grad
         if frozen and len(targets):
             return self.lm_head(hidden, targets)
@@ -234,26 +236,7 @@ class Transformer(nn.Module):
         """The logits, (N, vocab), of the tokens that follow; arguments as in states."""
         return self.lm_head(self.states(rows, wanted)).float()
 
-    def supervised(self, input_ids, labels):
-        """The states, (N, hidden_size), and the targets, (N,), of the N supervised positions."""
-        if isinstance(labels, torch.Tensor):
-            input_ids, labels = input_ids.tolist(), labels.tolist()
-        wanted = [[t for t, label in enumerate(row[1:]) if label != -100] for row in labels]
-        targets = [row[t + 1] for row, some in zip(labels, wanted) for t in some]
-        hidden = self.states(input_ids, wanted)
-        return hidden, torch.tensor(targets, dtype=torch.long, device=hidden.device)
-
-    @torch.no_grad()
-    def totals(self, input_ids, labels):
-        """(summed cross-entropy in nats, right predictions, supervised positions): numbers."""
-        hidden, targets = self.supervised(input_ids, labels)
-        loss = right = 0
-        for part, answers in zip(hidden.split(ROWS), targets.split(ROWS)):  # not all logits at once
-            logits = self.lm_head(part).float()  # (rows, vocab)
-            loss += F.cross_entropy(logits, answers, reduction="sum").item()
-            right += (logits.argmax(1) == answers).sum().item()
-        return loss, right, len(targets)
-
+    totals = likelihood.totals  # (rows, labels) -> summed loss, right predictions, their number
     score = likelihood.score  # (prompts, answers) -> log p(answer | prompt)
 
     def generate(

@@ -301,10 +301,15 @@ def build_model(config, folder, dtype, device, family, rows):
         for layer in adapter_layers(model).values():
             layer.norm_grad = config.norm_grad
     else:
-        sizes = config.rank, config.alpha, config.dropout, config.target_modules, config.method
-        names = ("norm_grad", "magnitude_axis", "init", "rank_pattern", "alpha_pattern")
+        fixed, targets = config.magnitude_only, config.target_modules
+        sizes = config.rank, config.alpha, config.dropout, (*targets, *fixed), config.method
+        names = ("norm_grad", "magnitude_axis", "init", "alpha_pattern")
         options = {name: getattr(config, name) for name in names}
+        options["rank_pattern"] = dict.fromkeys(fixed, 1) | config.rank_pattern
         bidora.replace_linear_with_bidora(model, *sizes, **options)
+        for layer in bidora.linear_layers(model, fixed).values():  # B stays 0: W0's direction
+            layer.lora_A.requires_grad_(False)
+            layer.lora_B.requires_grad_(False)
 
     if config.fsdp:
         distributed.shard(model, device, second_order(config))

@@ -2,6 +2,7 @@
 What research/sweep.py compares: the arms, each a run's settings, and the groups of them.
 
     smollm2          the methods and DoRA in BiDoRA's phases, on SmolLM2
+    choices          the same on a task of multiple choice, at the rates for smollm2
     methods          the same arms, on MiniLM, as are all groups that follow
     controls         BiDoRA with one of its parts changed: what it holds out, and how much
     paper            from BiDoRA as written to its published program, one change at a time
@@ -11,11 +12,14 @@ What research/sweep.py compares: the arms, each a run's settings, and the groups
     rank             the methods at ranks 1 to 32, at their rates for rank 4 and with its scale
     tiny             the methods and DoRA in BiDoRA's phases, on 16 to 1,000 examples
     sensitivity      BiDoRA at rates around its chosen ones, other splits, and T1 and T2
+    relatives        VeRA and PiSSA under each magnitude, LoRA+, other starts and granularity
+    cost             LoRA and DoRA with as many steps as take BiDoRA's time
 """
 
 from dataclasses import dataclass, field
 
 import bidora
+from research import relatives
 
 EFFECTS = ("transposed", "network", "all_weights", "noise")  # by research.published
 # The settings of all runs on MiniLM; the paper adapts queries and values, too.
@@ -30,6 +34,7 @@ class Arm:
     # the first guess of its rates, {} if settings has them, or the name of an arm with its rates
     rates: dict | str
     upper_from: str = ""  # the arm whose upper_lr it takes, if another's
+    steps: float = 1.0  # the factor on the number of steps
     lower_factor: float = 1.0  # on its lower_lr
     upper_factor: float = 1.0  # on its upper_lr
 
@@ -55,6 +60,9 @@ METHODS = {
     name: Arm({"method": name}, BOTH if method.upper else LOWER)
     for name, method in bidora.METHODS.items()
 }
+FAST = {"lower_lr": 0.1}  # for vectors
+METHODS |= {"vera": Arm({"method": "vera"}, FAST), "dvora": Arm({"method": "dvora"}, FAST)}
+METHODS["bidvora"] = Arm({"method": "bidvora"}, FAST | {"upper_lr": 1e-2})
 METHODS["ft"] = Arm({"method": "ft"}, {"lower_lr": 1e-4})
 CONTROLS = {
     "bidora-on-train": Arm(BIDORA | {"upper_data": "train"}, "bidora"),
@@ -166,24 +174,33 @@ SENSITIVITY = {
 for setting in ("upper_every", "upper_steps"):  # T1 and T2
     SENSITIVITY |= {f"{setting}-{n}": Arm(BIDORA | {setting: n}, "bidora") for n in (2, 5)}
 
+MLP = {"magnitude_only": ".*[0-9].(intermediate|output).dense"}  # MiniLM's
+RELATIVES = {
+    "lora-plus": Arm({"method": "lora", "lora_plus": 16}, {"lower_lr": 1e-3}),
+    "lora-orthogonal": Arm({"method": "lora", "init": "orthogonal"}, LOWER),
+    "dora-granular": Arm({"method": "dora"} | MLP, LOWER),
+    "bidora-granular": Arm(BIDORA | MLP, BOTH),
+}
+COST = {  # 3.92 times LoRA's time is what the paper's reviewers name
+    "dora-same-time": Arm({"method": "dora"}, "dora", steps=1.5),
+    "lora-same-time": Arm({"method": "lora"}, "lora", steps=1.8),
+}
+
 ARMS = METHODS | CONTROLS | PAPER | PUBLISHED | HYPERGRADIENTS | RANK | SENSITIVITY
+ARMS |= RELATIVES | COST
 COMPARED = ("bidora", "dora", "dora-two-phases", "lora", "bilora", "ft")
 # bbc-topics is left out: all arms are within a point of each other there, and it takes longest
 SOME = ("similarity", "movie-sentiment", "peptides")
 GRIDS = {"others": {"lower_lr": (3e-4, 1e-3, 3e-3, 1e-2), "upper_lr": (3e-3, 3e-2)}}
 GRIDS |= {"ft": {"lower_lr": (7e-6, 2e-5, 6e-5)}}  # smaller, since it moves every weight
+REVIEWS = ("movie-sentiment", "product-sentiment")
+SMOLLM2 = dict(seeds=10, sign=1, grids=GRIDS, results="results", out_dir="out/smollm2")
+MODEL = {"model": "smollm2-135m"}
 GROUPS = {
     "smollm2": Group(
-        COMPARED,
-        ("movie-sentiment", "product-sentiment"),
-        seeds=10,
-        sizes=("100", "400"),
-        sign=1,
-        settings={"model": "smollm2-135m", "snapshots": 4},
-        grids=GRIDS,
-        results="results",
-        out_dir="out/smollm2",
+        COMPARED, REVIEWS, sizes=("100", "400"), settings=MODEL | {"snapshots": 4}, **SMOLLM2
     ),
+    "choices": Group(COMPARED[:4], ("social-iqa",), settings=MODEL, **SMOLLM2),
     "methods": Group(
         ("bidora", "dora", "lora", "bilora", "ft", "dora-two-phases"),
         ("similarity", "movie-sentiment", "bbc-topics", "movie-ratings", "peptides"),
@@ -203,4 +220,6 @@ GROUPS = {
         sign=1,
     ),
     "sensitivity": Group(("bidora", *SENSITIVITY, *SPLITS), SOME),
+    "relatives": Group(("dora", "lora", "bidora", *relatives.METHODS, *RELATIVES), SOME),
+    "cost": Group(("bidora", "dora", "lora", *COST), SOME, sign=1),
 }

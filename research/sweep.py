@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import data
 import train
-from research import published
+from research import published, relatives
 from research.arms import ARMS, EFFECTS, GROUPS
 from research.differences import of_group, seconds_table, tables
 from research.results import load_results, mend, read_results, save
@@ -63,8 +63,8 @@ SMALL = ("similarity",)  # domains with too few examples for that, or for runs w
 
 @dataclass
 class Sweep:
-    group: str = "methods"  # smollm2, methods, controls, paper, published, network,
-    #: hypergradients, rank, tiny or sensitivity
+    group: str = "methods"  # smollm2, choices, methods, controls, paper, published, network,
+    #: hypergradients, rank, tiny, sensitivity, relatives or cost
     arms: tuple = ()  # what is compared; this and what follows, if empty: the group's
     domains: tuple = ()  # built-in data sets
     sizes: tuple = ()  # training examples, train and val together
@@ -104,7 +104,7 @@ class Job(NamedTuple):
 
 def options_of(sweep, name, job, rates, tuning=False):
     """The settings of a run, {name: value}. tuning: the tuning set takes the test set's place."""
-    steps = round(50 * (job.size / 100) ** 0.5)
+    steps = round(50 * (job.size / 100) ** 0.5 * ARMS[job.arm].steps)
     options = sweep.settings | ARMS[job.arm].settings | rates | {"seed": job.seed}
     options |= {"search_steps": steps // 5, "retrain_steps": steps - steps // 5, "eval_size": 300}
     if GROUPS[sweep.group].grids:
@@ -185,8 +185,10 @@ def run(sweep, name, job, rates, tuning=False, make=True):
 
     options = options_of(sweep, name, job, rates, tuning)
     arguments = [f"--{key}={value}" for key, value in options.items()]
-    special = {*EFFECTS, "trace"} & options.keys()
-    command = ["python", *(["-m", "research.published"] if special else ["train.py"]), *arguments]
+    module = "relatives" if options["method"] in relatives.METHODS else ""
+    module = "published" if {*EFFECTS, "trace"} & options.keys() else module
+    program = ["-m", f"research.{module}"] if module else ["train.py"]
+    command = ["python", *program, *arguments]
     result = {"name": name, "set": "tune" if tuning else sweep.set, "domain": job.domain}
     result |= {"size": job.size, "method": job.arm, "seed": job.seed, **rates}
     result |= {"command": shlex.join(command), "threads": torch.get_num_threads()}

@@ -4,6 +4,7 @@ All tables of docs/tables/, from the runs in results/.
     python -m research.tables
 """
 
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,22 +153,17 @@ def rates():
         yield from table(titles, rows)
 
 
+OWN = "controls paper published network hypergradients tiny sensitivity relatives cost".split()
 FILES = {
     "default": default,
     "compare": lambda: comparison("main"),
     "compare-one-rate": lambda: comparison("rate-0.001"),
     "study": lambda: group("methods"),
     "study-rates": rates,
-    "controls": lambda: group("controls"),
     "e2e": texts,
-    "paper": lambda: group("paper"),
-    "published": lambda: group("published"),
-    "network": lambda: group("network"),
     "noise": lambda: noise.noise_table(read_results(RESULTS / "noise").values()),
-    "hypergradients": lambda: group("hypergradients"),
     "rank": rank,
-    "tiny": lambda: group("tiny"),
-    "sensitivity": lambda: group("sensitivity"),
+    **{name: functools.partial(group, name) for name in OWN},  # a page a group
     "resolved": lambda: resolved.all_tables(RESULTS / "resolved"),
     "decoder": ablation,
 }

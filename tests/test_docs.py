@@ -227,9 +227,9 @@ def lines(paths):
 def test_the_house_stays_small():
     """Lines are what a reader pays. The limits are today's sizes, so that they fall."""
     shelf, rooms = lines(code(".")), lines(code(*ROOMS, "configs"))
-    assert sum(shelf.values()) <= 3010
-    assert sum(shelf.values()) + sum(rooms.values()) <= 14948
-    assert sum(lines(code("tests")).values()) <= 14571
+    assert sum(shelf.values()) <= 2909
+    assert sum(shelf.values()) + sum(rooms.values()) <= 14909
+    assert sum(lines(code("tests")).values()) <= 14334
     assert {name_of(path): n for path, n in (shelf | rooms).items() if n > 480} == {}
 
 
@@ -297,55 +297,6 @@ def test_the_recipe_for_a_method_gives_one_that_trains_and_loads(copy):
     folder, run = copy
     insert(folder / "bidora.py", "method", "METHODS = {")
     run(*QUICK, "--method=rslora", "--out_dir=out/new")
-    assert "%" in run("sample.py", "--adapter=out/new", "--prompt=aeae lim")
-
-
-FORWARD = """
-import copy
-import sys
-import torch
-from peft import PeftModel
-from torch import nn
-from torch.testing import assert_close
-import bidora
-
-method, x = sys.argv[1], torch.randn(5, 9).double()
-base = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)).double().requires_grad_(False)
-model = bidora.replace_linear_with_bidora(copy.deepcopy(base), 4, 8, 0, ["0", "1"], method)
-assert_close(model(x), base(x))
-assert model[0].lora_A.data_ptr() == model[1].lora_A.data_ptr()
-trained = {name: p for name, p in model[0].named_parameters() if p.requires_grad}
-magnitude = {"lora_magnitude_vector"} if "dvora" in method else set()
-assert trained.keys() == {"vera_d", "vera_b"} | magnitude
-
-for p in filter(lambda p: p.requires_grad, model.parameters()):
-    p.data += 0.1 * torch.randn_like(p)
-layer = model[0]
-W = layer.weight + layer.vera_b.diag() @ layer.lora_B @ layer.vera_d.diag() @ layer.lora_A
-if magnitude:
-    W = layer.lora_magnitude_vector[:, None] * W / W.norm(dim=1, keepdim=True)
-y = x @ W.T + layer.bias
-assert_close(layer(x), y)
-assert_close(layer.merged_weight(), W)
-ours, theirs = (torch.autograd.grad(z.sin().sum(), trained.values()) for z in (layer(x), y))
-assert_close(ours, theirs)
-
-bidora.save_adapter(model, "out/layers")
-assert_close(bidora.load_adapter(copy.deepcopy(base), "out/layers")(x), model(x))
-assert_close(PeftModel.from_pretrained(copy.deepcopy(base), "out/layers")(x), model(x))
-assert_close(bidora.merge(model)(x), bidora.load_adapter(base, "out/layers")(x))
-"""
-
-
-@pytest.mark.parametrize("method", ["vera", "dvora", "bidvora"])
-def test_the_recipe_for_a_forward_gives_the_formula_and_trains_and_loads(copy, method):
-    """In float64 against VeRA's update built from diagonal matrices, in values and gradients."""
-    folder, run = copy
-    insert(folder / "bidora.py", "forward import", "import math", before=True)
-    insert(folder / "bidora.py", "forward class", "METHODS = {", before=True)
-    insert(folder / "bidora.py", "forward", "METHODS = {")
-    run("-c", FORWARD, method)
-    run(*QUICK, f"--method={method}", "--out_dir=out/new")
     assert "%" in run("sample.py", "--adapter=out/new", "--prompt=aeae lim")
 
 

@@ -186,6 +186,25 @@ def test_every_way_to_train_runs_through_all_phases(options):
     assert learnt(trained(**options))
 
 
+def test_magnitude_only_moves_magnitudes_and_keeps_directions():
+    """Of up_proj's rows; of q_proj's both move. PEFT reads the file."""
+    adapted = dict(target_modules=("q_proj",), magnitude_only=("up_proj",))
+    assert learnt(trained(**adapted, lower_lr=1e-2, upper_lr=0.1))
+    base, model = (
+        transformers.AutoModelForCausalLM.from_pretrained(find_model("tiny-random"))
+        for _ in range(2)
+    )
+    tuned = peft.PeftModel.from_pretrained(model, "run").merge_and_unload()
+    for name, before in base.named_parameters():
+        after = tuned.get_parameter(name)
+        if name.endswith(("q_proj.weight", "up_proj.weight")):
+            assert not torch.allclose(after.norm(dim=1), before.norm(dim=1), rtol=1e-4)
+            turns = 1 - torch.cosine_similarity(after, before).min().item()
+            assert (turns > 1e-4) == ("q_proj" in name) and (turns < 1e-6) == ("up_proj" in name)
+        else:
+            assert torch.equal(after, before)
+
+
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another():
     adapters = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -639,6 +658,8 @@ def test_help_shows_every_field_with_default_and_comment_and_no_arguments_say_ho
         ("--device=cuda:99", "is not available"),
         ("--device=mps", "device=mps is not available"),
         ("--rank=65", "rank 65 does not fit"),
+        ("--method=lora --magnitude_only=up_proj", "magnitude_only: lora has no magnitudes"),
+        ("--magnitude_only=qproj", "'qproj'"),
         ("--target_modules=q_proj,qproj", "'qproj' matches no linear layer; there are: down_proj"),
         ("--model=nowhere", "no model 'nowhere'"),
         ("--train_file=nowhere.jsonl", "nowhere.jsonl does not exist"),

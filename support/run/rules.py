@@ -153,8 +153,8 @@ def combinations(config, method):
     c, upper, magnitude = config, method and method.upper, method and method.magnitude
     uppers = changed(c, "upper_data upper_weight_decay")
     lacking = changed(c, "quantize precondition upper_every snapshots optimizer compile")
-    sizes = "rank alpha dropout target_modules rank_pattern alpha_pattern magnitude_axis init"
-    sized = changed(c, sizes)
+    sizes = "rank alpha dropout target_modules magnitude_only magnitude_axis init"
+    sized = changed(c, f"{sizes} rank_pattern alpha_pattern")
     forgets = c.adapter and (upper or c.two_phases) and c.retrain_steps and c.final_init == "fresh"
     two, norms = c.two_phases, magnitude or upper
     rounds = "small updates of bfloat16 weights round to nothing"
@@ -167,6 +167,7 @@ def combinations(config, method):
             c.lora_plus != 1 and (not method or upper),
             f"lora_plus={c.lora_plus:g} is for lora and dora, not for {c.method}",
         ),
+        (c.magnitude_only and not magnitude, f"magnitude_only: {c.method} has no magnitudes"),
         (c.gram_weight and not norms, f"gram_weight is for magnitudes or BiLoRA, not {c.method}"),
         (not method and is_packed(c), "method=ft trains the base's own weights: use quantize=none"),
         (not method and c.dtype == "bfloat16", f"method=ft: {rounds}: use dtype=float32"),

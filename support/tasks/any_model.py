@@ -33,7 +33,6 @@ from support.tasks import likelihood
 from support.tasks.heads import Head, fresh
 from support.weights import hf_format
 
-LOGITS = 2**27  # at a time, in evaluation
 UNLIMITED = 10**6  # tokens a row, of a model without a table of positions
 UNUSED = re.compile(r"contact_head|pooler")  # what a file may lack: no task reads it, or it trains
 LOADERS = {None: "AutoModelForCausalLM", "tagging": "AutoModelForTokenClassification"}
@@ -315,6 +314,7 @@ class AnyLanguageModel(Borrowed):
         wanted: for each row, the places of these tokens. What the rows begin with in common passes
         once, except in training.
         """
+        rows = [ids[: max(some, default=0) + 1] for ids, some in zip(rows, wanted)]
         device, places = self.lm_head.weight.device, sorted(set().union(*wanted))
         ids = pad_sequence([torch.tensor(row) for row in rows], True).to(device)
         real = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True)
@@ -339,35 +339,15 @@ class AnyLanguageModel(Borrowed):
         logits = logits[row, [column[t] for some in wanted for t in some]]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def supervised(self, input_ids, labels):
-        """(logits, (N, vocab), and targets, (N,), of the N supervised positions)."""
-        if isinstance(labels, torch.Tensor):
-            input_ids, labels = input_ids.tolist(), labels.tolist()
-        wanted = [[t for t, label in enumerate(row[1:]) if label != -100] for row in labels]
-        targets = [row[t + 1] for row, some in zip(labels, wanted) for t in some]
-        rows = [ids[: max(some, default=0) + 1] for ids, some in zip(input_ids, wanted)]
-        logits = self.predictions(rows, wanted)
-        return logits, torch.tensor(targets, dtype=torch.long, device=logits.device)
-
     def forward(self, input_ids, labels=None):
         """As Transformer.forward."""
         if labels is None:
             return self.hf(input_ids, use_cache=False).logits
-        return F.cross_entropy(*self.supervised(input_ids, labels))
+        rows, wanted, targets = likelihood.supervised(input_ids, labels)
+        logits = self.predictions(rows, wanted)
+        return F.cross_entropy(logits, targets.to(logits.device))
 
-    @torch.no_grad()
-    def totals(self, input_ids, labels):
-        """As Transformer.totals."""
-        loss = right = count = 0
-        longest = max(map(len, input_ids))
-        rows = max(1, LOGITS // (longest * self.config.vocab_size))
-        for i in range(0, len(input_ids), rows):
-            logits, targets = self.supervised(input_ids[i : i + rows], labels[i : i + rows])
-            loss += F.cross_entropy(logits, targets, reduction="sum").item()
-            right += (logits.argmax(1) == targets).sum().item()
-            count += len(targets)
-        return loss, right, count
-
+    totals = likelihood.totals  # (rows, labels) -> summed loss, right predictions, their number
     score = likelihood.score  # (prompts, answers) -> log p(answer | prompt)
 
     @torch.no_grad()

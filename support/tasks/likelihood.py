@@ -1,6 +1,6 @@
 """
-The likelihood of answers to many prompts, or of each example's own choices, by which
-EleutherAI's lm-evaluation-harness defines the first two of these scores:
+The loss of supervised tokens, and the likelihood of answers to many prompts, or of each example's
+own choices, by which EleutherAI's lm-evaluation-harness defines the first two of these scores:
 
     acc         the right choice has the highest log p(choice | prompt)
     acc_norm    it has the highest log p divided by the choice's characters
@@ -10,6 +10,36 @@ EleutherAI's lm-evaluation-harness defines the first two of these scores:
 from statistics import fmean
 
 import torch
+import torch.nn.functional as F
+
+LOGITS = 2**26  # numbers at a time, in evaluation
+
+
+def supervised(input_ids, labels):
+    """
+    (rows as lists of ids; for each row, the places of the tokens before its supervised ones; these
+    ones, (N,)). input_ids, labels: tensors (B, T), or lists of rows; -100: not supervised.
+    """
+    if isinstance(labels, torch.Tensor):
+        input_ids, labels = input_ids.tolist(), labels.tolist()
+    wanted = [[t for t, label in enumerate(row[1:]) if label != -100] for row in labels]
+    targets = [row[t + 1] for row, places in zip(labels, wanted) for t in places]
+    return input_ids, wanted, torch.tensor(targets, dtype=torch.long)
+
+
+@torch.no_grad()
+def totals(model, input_ids, labels):
+    """(summed cross-entropy in nats, right predictions, supervised positions): numbers."""
+    loss = right = count = 0
+    size = max(1, LOGITS // (max(map(len, input_ids)) * model.config.vocab_size))
+    for i in range(0, len(input_ids), size):
+        *rows, targets = supervised(input_ids[i : i + size], labels[i : i + size])
+        logits = model.predictions(*rows)
+        targets = targets.to(logits.device)
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        right += (logits.argmax(1) == targets).sum().item()
+        count += len(targets)
+    return loss, right, count
 
 
 @torch.no_grad()

@@ -133,8 +133,9 @@ def config_of(modules, layers, base_model, task, whole):
     """adapter_config.json's content. modules: the model's, by name; whole: names of modules."""
     layer = next(iter(layers.values()))  # all have one kind of magnitude
     magnitude, axis = layer.method.magnitude, layer.magnitude_axis
-    alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
-    of_layers = [(layer.rank, alphas[name], layer.dropout.p) for name, layer in layers.items()]
+    ranks = {name: len(layer.factors()[0]) for name, layer in layers.items()}
+    alphas = {name: layer.scaling * ranks[name] for name, layer in layers.items()}
+    of_layers = [(ranks[name], alphas[name], layer.dropout.p) for name, layer in layers.items()]
     rank, alpha, dropout = statistics.mode(of_layers)
     ends = {name: any(other.endswith(f".{name}") for other in layers) for name in layers}
     patterns = {name: f"^{name}" if shared else name for name, shared in ends.items()}
@@ -154,7 +155,7 @@ def config_of(modules, layers, base_model, task, whole):
         "modules_to_save": whole or None,
         "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
         "use_dora": magnitude,
-        "rank_pattern": {patterns[n]: x.rank for n, x in layers.items() if x.rank != rank},
+        "rank_pattern": {patterns[n]: other for n, other in ranks.items() if other != rank},
         "alpha_pattern": {patterns[n]: other for n, other in alphas.items() if other != alpha},
         "bias": "none",
         "inference_mode": True,
