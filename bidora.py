@@ -7,8 +7,9 @@ DoRA trains A, B and m together; BiDoRA (2410.09758) trains A, B at the lower le
 LoRA (2106.09685) has no m. BiLoRA (2403.13037) has none either: its upper level trains λ in
 ΔW = s·B·diag(λ)·A. Norm and m have one number per output row or, as in the papers, per column.
 
-Training never builds W0 + s·B·A. With ratio = m / ‖·‖, y = ratio ⊙ (W0·x + s·B·(A·x)) + bias, and
-each row's norm is  ‖W0 + sBA‖² = ‖W0‖² + 2s Σ (W0·Aᵀ) ⊙ B + s² Σ (B·(A·Aᵀ)) ⊙ B, Σ over the rank.
+Training never builds W0 + s·B·A. With ratio = m / ‖·‖, y = ratio ⊙ (W0·x + s·B·(A·x)) + bias (per
+column, ratio ⊙ x goes in instead), and each row's norm is, with W0·Aᵀ and B (out × rank),
+‖W0 + sBA‖² = ‖W0‖² + 2s Σ (W0·Aᵀ) ⊙ B + s² Σ (B·(A·Aᵀ)) ⊙ B, Σ over the rank.
 (The same norm: arXiv 2603.22276, and PEFT's pull request 3387.)
 
 Works on any nn.Module with nn.Linear layers (or transformers' Conv1D). Everything but save_adapter,
@@ -60,7 +61,7 @@ class Method:
 
     magnitude: bool = False  # whether a layer has m
     upper: str | None = None  # the name of the parameter that learns at the upper level
-    names: tuple = ("direction", "magnitude")  # of what the lower and the upper level train
+    names: tuple = ("direction", "magnitude")  # what reports call lower and upper parameters
     scale: Callable = operator.truediv  # s of alpha and rank
 
     def build(self, layer, **new):
@@ -255,7 +256,7 @@ class BiDoRALinear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def direction_norm(self, AW0=None):
-        """‖W0 + s·B·A‖ of each row, (out,), or column, (in,). AW0: A·W0ᵀ, if it is known."""
+        """‖W0 + s·B·A‖ of each row, (out,), or column, (in,). AW0: A·W0ᵀ, (rank, out), if known."""
         A, sB = self.factors()
         dtype, squares = quantized.float_dtype(self.weight), self.weight_squares
         if self.weight.requires_grad:  # full fine-tuning beside the adapter
@@ -406,7 +407,7 @@ def lower_parameters(model):
 
 
 def start_retrain(model, fresh=True):
-    """Phase 3: freeze λ and m. fresh: initialise A and B again."""
+    """Freeze λ and m. fresh: initialise A and B again; a head goes on."""
     for parameter in upper_parameters(model):
         parameter.requires_grad_(False)
     for layer in adapter_layers(model).values():
@@ -472,7 +473,7 @@ def load_adapter(model, folder, method=""):
 
 
 def __getattr__(name):
-    """The other names of the `bidora` package on PyPI (docs/coming-from.md)."""
+    """The other names of PyPI's package `bidora`, another project (docs/coming-from.md)."""
     if not name.startswith("__"):  # Python asks for __path__ at each import
         with contextlib.suppress(ImportError, KeyError):  # ImportError: this file was copied alone
             return vars(importlib.import_module("support.weights.bidora_package"))[name]

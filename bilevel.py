@@ -4,8 +4,9 @@ The two-level optimizer: AdamW over A and B on train, AdamW over m on val along 
     optimizer = create_bilevel_optimizer(model, lower_lr=1e-2, upper_lr=2e-2)
     train_loss, val_loss = optimizer.bilevel_step(loss_fn, train_batch, val_batch)
 
-V moves by AdamW, and the val loss is taken where it lands. By default the hypergradient's second
-term treats that step as one of gradient descent at the same rate, as the paper's equation does;
+V, all factors A and B, moves by AdamW, and the val loss is taken where it lands (for neumann and
+conjugate_gradient where it started). By default the hypergradient's second term treats that step as
+one of plain gradient descent, unclipped, at the same rate, as the paper's equation does;
 precondition='adam' differentiates through AdamW itself.
 
 hypergrad.py has the hypergradients, as functions of closures; HYPERGRADIENTS here says what the
@@ -121,7 +122,8 @@ class BilevelOptimizer:
     AdamW over a model's lower_parameters, and over its upper_parameters (bidora.py) along a
     hypergradient. For a model without upper parameters, lower_step alone is plain training.
 
-    lower_steps     of each round, T1 of BiLoRA (arXiv 2403.13037); upper_steps: T2, which follow
+    lower_steps     lower steps of a round, T1 of BiLoRA (arXiv 2403.13037); upper_steps: the upper
+                    steps that end it, T2
     weight_decay    of the lower level; upper_weight_decay: of magnitudes or singular values
     hypergradient   a key of HYPERGRADIENTS; options: that function's own (lr: by default the lower
                     level's rate at the time)
@@ -130,13 +132,13 @@ class BilevelOptimizer:
     grad_clip       the norm to which the gradient of each level is clipped
     optimizer       'adamw', or 'adamw8bit', bitsandbytes' AdamW with 8-bit moments (tensors below
                     4,096 numbers keep 32 bits)
-    precondition    'none', or 'adam': unrolled differentiates through AdamW's own update, neumann
-                    and conjugate_gradient are preconditioned by its second moments
+    precondition    'none', or 'adam' to heed AdamW: unrolled differentiates through its update,
+                    neumann and conjugate_gradient are preconditioned by its second moments
     reduce          as in the functions; it also reduces lower gradients and losses
 
-    A batch is whatever loss_fn(model, batch) -> scalar takes, or MicroBatches of them. Raises
-    ValueError for an unknown choice or option, choices that exclude each other, or a model with
-    nothing to train.
+    A batch is whatever loss_fn(model, batch) -> scalar takes, or MicroBatches: several whose
+    losses add up to the batch's. train.py has its own defaults (config.py). Raises ValueError for
+    an unknown choice or option, choices that exclude each other, or a model with nothing to train.
     """
 
     def __init__(
@@ -243,12 +245,13 @@ class BilevelOptimizer:
         One step of the upper level along the hypergradient. Returns the val loss from which the
         hypergradient was computed, a scalar tensor.
 
-        It differentiates through the lower steps that were kept, under the dropout masks that they
-        had; neumann and conjugate_gradient take everything at V before the last one. If none is
-        kept (in a second upper step of a round), or with a train_batch, it simulates steps from the
-        current V, on the last lower step's batch or on train_batch. A graph that was not kept is
-        built anew, without dropout. Raises ValueError without upper parameters, or before any lower
-        step without a train_batch.
+        It differentiates through the lower steps that were kept, the last one under the dropout
+        masks that it had if its graph is there; other graphs are built anew, without dropout.
+        neumann and conjugate_gradient take everything at V before the last one. If none is kept (in
+        a second upper step of a round), or with a train_batch, unrolled simulates steps from the
+        current V, and these two take everything there, on the last lower step's batch or on
+        train_batch; identity always does. first_order needs no train loss. Raises ValueError
+        without upper parameters, or before any lower step without a train_batch.
         """
         if not self.upper:
             raise ValueError(
@@ -286,7 +289,7 @@ class BilevelOptimizer:
         return {level: optimizer.state_dict() for level, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state):
-        """Continue from a state_dict; the next upper_step needs a lower step after it."""
+        """Continue from a state_dict. Call lower_step before the next upper_step."""
         for level, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[level])
         self.train_loss, self.past = None, []
@@ -326,31 +329,11 @@ class BilevelOptimizer:
             value = loss_fn(self.model, micro_batch)
             seen.append(value.detach())
             if not self.begun:
-                self.check_reach(value)
+                self.begun = check_reach(self.model, value, [*self.lower, *self.upper])
             return value
 
         parts = batch if isinstance(batch, MicroBatches) else [batch]
         return [functools.partial(loss, micro_batch) for micro_batch in parts]
-
-    def check_reach(self, loss):
-        """At the first step: say which parameters the loss does not depend on."""
-        found = reached(loss)
-        ours = {id(parameter) for parameter in (*self.lower, *self.upper)}
-        named = [(name, p) for name, p in self.model.named_parameters() if id(p) in ours]
-        layers = [name.rpartition(".")[0] for name, p in named if id(p) not in found]
-        layers = list(dict.fromkeys(layers))
-        self.begun = bool(ours & found)
-        if not layers:
-            return
-
-        names = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if layers[5:] else "")
-        problem = (
-            f"no gradient reaches {names}: is the layer's weight read without calling the layer, "
-            f"or is it inside reentrant gradient checkpointing (use_reentrant=False is right)?"
-        )
-        if not self.begun:
-            raise ValueError(problem)
-        warnings.warn(problem, stacklevel=2)
 
     @torch.no_grad()
     def loss(self, loss_fn, batch):
@@ -377,8 +360,8 @@ class BilevelOptimizer:
         if not self.entry.second_order:
             return None
         training = {module for module in self.model.modules() if module.training}
-        mode = functools.partial(in_training, self.model, training)
-        return hypergrad.LowerGradient(losses, self.lower, self.reduce, mode)
+        context = functools.partial(in_training, self.model, training)
+        return hypergrad.LowerGradient(losses, self.lower, self.reduce, context)
 
     def kept_step(self, losses, g, graph):
         """The Step of a gradient; from now on the model has copies of the values before it."""
@@ -402,7 +385,7 @@ class BilevelOptimizer:
         return options
 
 
-create_bilevel_optimizer = BilevelOptimizer  # its name in the `bidora` package
+create_bilevel_optimizer = BilevelOptimizer  # its name in PyPI's package `bidora`, another project
 
 
 def check_options(hypergradient, options):
@@ -440,6 +423,27 @@ def check_choices(hypergradient, optimizer, precondition, coarse):
             f"hypergradient={hypergradient} loses too many digits in bfloat16 and float16: "
             f"use hypergradient={exact}, or float32"
         )
+
+
+def check_reach(model, loss, parameters):
+    """Say on which parameters a loss does not depend. Raises ValueError if it depends on none."""
+    found = reached(loss)
+    ours = {id(parameter) for parameter in parameters}
+    named = [(name, p) for name, p in model.named_parameters() if id(p) in ours]
+    layers = [name.rpartition(".")[0] for name, p in named if id(p) not in found]
+    layers = list(dict.fromkeys(layers))
+    if not layers:
+        return True
+
+    names = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if layers[5:] else "")
+    problem = (
+        f"no gradient reaches {names}: is the layer's weight read without calling the layer, "
+        f"or is it inside reentrant gradient checkpointing (use_reentrant=False is right)?"
+    )
+    if not ours & found:
+        raise ValueError(problem)
+    warnings.warn(problem, stacklevel=2)
+    return True
 
 
 def reached(loss):

@@ -1,20 +1,22 @@
 """
 Hypergradients: how the val loss changes with the upper parameters while the lower ones follow.
 
-Lower level: V (direction) minimises L(V, m) on train. Upper level: m (magnitude) minimises
-F(V*(m), m) on val. So dF/dm = ∂F/∂m + (dV*/dm)ᵀ · v, v = ∂F/∂V, and methods differ in dV*/dm:
+Lower level: V (all factors A and B) minimises L(V, m) on train. Upper level: m (the magnitudes)
+minimises F(V*(m), m) on val. So dF/dm = ∂F/∂m + (dV*/dm)ᵀ · v, v = ∂F/∂V. The methods differ in
+dV*/dm, with H = ∂²L/∂V², and in where they take F:
 
-    first_order          ignores it
-    unrolled             V* is what K steps give; K = 1 is BiDoRA's choice (2410.09758, eq. 8-9)
+    first_order          0; F at V
+    unrolled             through K `steps`, 1 in BiDoRA (2410.09758, eq. 8-9); F after them
     finite_difference    the same, second derivatives by differences (arXiv 1806.09055, section 2.3)
-    neumann              -H⁻¹ · ∂²L/∂V∂m, H⁻¹ by K terms of its series (arXiv 1911.02590)
-    conjugate_gradient   as neumann, H⁻¹ · v solved by K iterations of CG (arXiv 1602.02355)
-    identity             as neumann, H⁻¹ replaced by I: the form of what the library Betty computes
+    neumann              -H⁻¹ · ∂²L/∂V∂m, H⁻¹ by `terms` of its series (arXiv 1911.02590); F at V
+    conjugate_gradient   the same, H⁻¹ · v by `iterations` of CG (arXiv 1602.02355)
+    identity             the same, I in place of H⁻¹, as in the library Betty
 
 All have one signature, f(train_loss, val_loss, lower, upper, *, options) -> a tensor per upper
-parameter. A loss is a closure without arguments that returns a scalar at the parameters' current
-values, or a list of closures whose values add up (micro-batches: one is in memory at a time). It
-must be deterministic (no dropout). Parameters get their values back, also when a closure raises.
+parameter; lower and upper are the lists of tensors V and m. A loss is a closure without arguments
+that returns a scalar at the parameters' current values, or a list of closures whose values add up
+(micro-batches: one is in memory at a time). It must be deterministic (no dropout). Parameters get
+their values back, also when a closure raises.
 """
 
 import contextlib
@@ -33,9 +35,9 @@ except ImportError:  # copied alone into another project
         return sdpa_kernel(SDPBackend.MATH)
 
 
-# Three of them in their plainest form, for reading; tests compare them with those below.
-# Further below, too: val_gradients, ∂F/∂V and ∂F/∂m; assign, which gives V other values; restored,
-# which puts V back. Training unrolls the step just taken instead (`past` of `unrolled`).
+# Three of them in their plainest form, for reading; tests compare them with those below. Further
+# below: val_gradients (∂F/∂V and ∂F/∂m), assign (gives V other values), restored (puts V back).
+# They simulate a step from V; training differentiates the step that it has just taken (`past`).
 
 
 def plain_first_order(train_loss, val_loss, V, m):
@@ -44,7 +46,7 @@ def plain_first_order(train_loss, val_loss, V, m):
 
 
 def plain_unrolled(train_loss, val_loss, V, m, lr):
-    """Through one step, the paper's: ∂F/∂m - lr · ∂²L/∂m∂V · ∂F/∂V, F at V' = V - lr · ∂L/∂V."""
+    """Through one step, the paper's: ∂F/∂m - lr · ∂²L/∂m∂V · ∂F/∂V, L at V, F at V - lr · ∂L/∂V."""
     g = torch.autograd.grad(train_loss(), V, create_graph=True)  # ∂L/∂V, differentiable
     with restored(V):
         assign(V, [x.detach() - lr * gx.detach() for x, gx in zip(V, g)])
@@ -62,7 +64,7 @@ def plain_neumann(train_loss, val_loss, V, m, alpha, terms):
     for _ in range(terms):
         q = [x + alpha * p for x, p in zip(q, power)]
         Hp = torch.autograd.grad(g, V, grad_outputs=power, retain_graph=True)  # ∂²L/∂V² · power
-        power = [p - alpha * h for p, h in zip(power, Hp)]
+        power = [p - alpha * x for p, x in zip(power, Hp)]
 
     cross = torch.autograd.grad(g, m, grad_outputs=q)
     return [d - c for d, c in zip(direct, cross)]
@@ -117,14 +119,14 @@ class LowerGradient:
     A loss of one micro-batch keeps one graph for all products. A loss of several builds each
     micro-batch's graph anew for each product, so that only one is in memory at a time.
 
-    mode: makes a context manager for the products of a kept graph. Gradient checkpointing computes
-    the forward pass again there, and must find the model's dropout as it was.
+    context: makes a context manager for the products of a kept graph. Gradient checkpointing
+    computes the forward pass again there, and must find the model's dropout as it was.
     """
 
-    def __init__(self, train_loss, lower, reduce=one_process, mode=contextlib.nullcontext):
+    def __init__(self, train_loss, lower, reduce=one_process, context=contextlib.nullcontext):
         self.losses, self.lower, self.reduce = closures(train_loss), lower, reduce
         self.graph = self.differentiable(self.losses[0]) if len(self.losses) == 1 else None
-        self.mode = mode if self.graph else contextlib.nullcontext
+        self.context = context if self.graph else contextlib.nullcontext
         if self.graph:
             self.value = reduce([g.detach() for g in self.graph])
         else:
@@ -147,7 +149,7 @@ class LowerGradient:
             outputs, weights = map(list, zip(*pairs))
             keep = bool(self.graph) and not last
             options = dict(grad_outputs=weights, retain_graph=keep)
-            with second_derivatives(), self.mode():
+            with second_derivatives(), self.context():
                 products.append(gradient(outputs, parameters, **options))
         return self.reduce(add(*products))
 
@@ -180,7 +182,7 @@ class Step:
     state: list  # the optimizer's state before it
     update: Callable  # the model that is differentiated: (V, g, state) -> (V, state)
     train_loss: object  # the loss whose gradient g is: a closure, or a list of closures
-    graph: LowerGradient | None = None  # if kept: differentiates g without a new forward pass
+    graph: LowerGradient | None = None  # if kept: g's, with its graph if there is one micro-batch
 
 
 def gradient_descent(lr):
@@ -277,12 +279,13 @@ def unrolled(
 
     The steps are K = `steps` simulated ones from the current V, or those in `past`, a list of Step
     that led to it. U is gradient descent with rate lr, or the next update of `adam`, a
-    torch.optim.AdamW over `lower` (grad_clip as in `adamw`).
+    torch.optim.AdamW over `lower` (grad_clip as in `adamw`). A Step in `past` has its own U: steps,
+    lr, adam and grad_clip are for simulated ones.
 
     mode='exact' takes products by double backward; 'finite_difference' from ∂L at V ± ε·a with
     ε = radius / ‖a‖ (DARTS, arXiv 1806.09055, section 2.3): two gradients, but noise in bf16.
-    Memory grows by the adapter's size per step, not by activations. Raises ValueError for another
-    mode.
+    One step's graph, with its activations, is in memory; each further step adds V and g, or with
+    adam four times V's size. Raises ValueError for another mode.
     """
     check_mode(mode)
     with restored(lower):
@@ -315,7 +318,8 @@ def check_mode(mode):
 
 def through_steps(trajectory, v, h, lower, upper, product):
     """
-    Recursion from the last Step to the first, from v = ∂F/∂V(V_K), h = ∂F/∂m. With a = (∂U/∂g)ᵀ·v,
+    Recursion from the last Step to the first, from v = ∂F/∂V(V_K), h = ∂F/∂m. With a = (∂U/∂g)ᵀ·v
+    (plus, through AdamW's moments, what later steps owe to g),
 
         h ← h + ∂²L/∂m∂V(V_k)·a        v ← (∂U/∂V)ᵀ·v + ∂²L/∂V²(V_k)·a
 
@@ -375,8 +379,8 @@ def neumann(
 
     With more terms, q converges to H⁻¹ · ∂F/∂V if all eigenvalues of P·H are positive and alpha is
     below 2 / the largest; the error falls geometrically. Otherwise the terms grow: a warning says
-    so. precondition: P as positive tensors shaped like lower, by default the identity. Costs
-    `terms` products. past: as for `unrolled`; only its last step is used.
+    so. alpha is no LoRA scale. precondition: P as positive tensors shaped like lower, by default
+    the identity. Costs `terms` products. past: as for `unrolled`; only its last step is used.
     """
 
     def solve(v, H):

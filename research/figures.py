@@ -4,7 +4,7 @@ The pictures of README.md and docs/, drawn from committed files in a few seconds
     python -m research.figures               all of them, into docs/
     python -m research.figures --only=study  one of them
 
-phases           what trains on which data in BiDoRA's three phases
+phases           what trains on which data in BiDoRA's search and retrain
 compare, study   BiDoRA minus each other method, on SmolLM2 and on an encoder
 ablation, back, hypergradients     the groups paper, published and hypergradients
 rank, tiny, sensitivity            score and gap over what these groups vary
@@ -112,7 +112,7 @@ def arrow(axes, start, end, color="black", width=1.4):
 
 def draw_stages(axes):
     """The two stages and their data, which search splits 8:2, and a box for each phase."""
-    for x, width, name in ((1, 66, "SEARCH: phases 1 and 2 alternate"), (69, 30.5, "RETRAIN")):
+    for x, width, name in ((1, 66, "SEARCH: 1 and 2 alternate"), (69, 30.5, "RETRAIN")):
         box(axes, x, 1, width, 46, (44.6, name, TITLE), facecolor="#F2F2F2", edgecolor="none")
     for x, width, color, text in (
         (3, 50, "white", "train split: 80 % of the examples"),
@@ -124,7 +124,7 @@ def draw_stages(axes):
     for x, title, learns, trained in (
         (3, "1  lower level", "A, B learn on train", {"A, B": ORANGE}),
         (37, "2  upper level", "m learns on val", {"m": SKY}),
-        (70.5, "3  final phase", "A, B learn afresh on everything", {"A, B": ORANGE}),
+        (70.5, "3  lower level", "A, B learn afresh on everything", {"A, B": ORANGE}),
     ):
         box(axes, x, 17, 28, 18, (32.6, title, TITLE | {"size": 11}), (29.2, learns, {}))
         for aside, name in ((0.9, "$W_0$"), (10, "A, B"), (19.1, "m")):
@@ -159,7 +159,7 @@ def draw_formulas(axes):
         (12, 8, r"$\dfrac{dF}{dm}\;=$", ""),
         (23, 8, r"$\dfrac{\partial F}{\partial m}$", "directly"),
         (31, 8, "$+$", ""),
-        (47, 8, indirect, "through the direction, V = (A, B)"),
+        (47, 8, indirect, "through the factors, V = (A, B)"),
         (84.5, 8.6, merged, "merged: one ordinary weight"),
     ):
         write(axes, x, y, term, 12)

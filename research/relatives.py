@@ -83,6 +83,7 @@ METHODS = {
     "bipidora": PiSSA(*UPPER),
 }
 bidora.METHODS |= METHODS
+main = train.main
 
 if __name__ == "__main__":
-    sys.exit(train.main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -159,7 +159,7 @@ CLAIMED = {  # {words of a claim: the arguments of differences, of each interval
 @pytest.mark.parametrize(
     "text, pairs, sentence",
     [
-        (README, GAPS, "accuracy is {} points larger (p = {}) …, {} smaller (p = {})"),
+        (README, GAPS, "gap is {} points larger (p = {}) …, {} smaller (p = {})"),
         (README, SCORES, "test accuracy is {} points higher (p = {}), and {} lower (p = {})"),
         (LESSON_02, GAPS, "is *larger*, by {} points (p = {}); … it is {} points smaller (p = {})"),
         (RESULTS, PHASES, "is {} points below DoRA at … (p = {}) and {} below it … (p = {};"),
