@@ -2,8 +2,6 @@
 What a run trains: from its config to a Task, its data as rows and its model with the adapters.
 
     task = prepare(config, device)      raises for data or a model that can't be used
-    task.batches(rows)(k)               the k-th batch of a list of rows
-    task.loss(model, micro_batch)       its share of the mean loss
 """
 
 import functools

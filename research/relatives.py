@@ -21,9 +21,9 @@ import torch
 import torch.nn as nn
 
 import bidora
-import train
 from bidora import Method
 from support.weights import quantized
+from train import main
 
 
 @functools.cache
@@ -35,6 +35,10 @@ def frozen_factors(rank, inputs, outputs, device, dtype):
     for factor in (A, B):
         nn.init.kaiming_uniform_(factor, generator=generator)
     return A, B
+
+
+def unscaled(alpha, rank):
+    return 1
 
 
 class VeRA(Method):
@@ -73,17 +77,15 @@ class PiSSA(Method):
 
 
 UPPER = (True, "lora_magnitude_vector")  # a magnitude, and it learns at the upper level
-UNSCALED = dict(scale=lambda alpha, rank: 1)
 METHODS = {
-    "vera": VeRA(**UNSCALED),
-    "dvora": VeRA(True, **UNSCALED),
-    "bidvora": VeRA(*UPPER, **UNSCALED),
+    "vera": VeRA(scale=unscaled),
+    "dvora": VeRA(True, scale=unscaled),
+    "bidvora": VeRA(*UPPER, scale=unscaled),
     "pissa": PiSSA(),
     "pidora": PiSSA(True),
     "bipidora": PiSSA(*UPPER),
 }
 bidora.METHODS |= METHODS
-main = train.main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -29,6 +29,7 @@ from support.weights import peft_format, quantized
 from support.weights.regularisers import regulariser
 
 METHODS = ("lora", "dora", "bidora")
+ALL = [*METHODS, "bilora", "bilora_softmax", "bilora_binary"]
 PATTERNS = dict(rank_pattern={"k_proj": 2, "layers.1.self_attn.q_proj": 7})
 PATTERNS |= dict(alpha_pattern={"^model.layers.0.*": 3, "up_proj": 5})
 PREFIX = peft_format.PREFIX
@@ -560,7 +561,7 @@ def test_a_string_of_targets_selects_what_it_selects_in_peft(name, targets):
         assert bidora.linear_layers(base, given).keys() == theirs
 
 
-@pytest.mark.parametrize("method", bidora.METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_torch_saves_and_loads_an_adapted_model(method, tmp_path):
     model, x = adapted(mlp(), ["0", "2"], 2, method=method), torch.randn(3, 12)
     torch.save(model, tmp_path / "model.pt")
@@ -834,7 +835,7 @@ def test_a_large_bias_does_not_spoil_the_gradient_of_m_in_bf16(size):
 
 
 @pytest.mark.parametrize("axis", bidora.CHOICES["magnitude_axis"])
-@pytest.mark.parametrize("method", bidora.METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_autocast_computes_in_bf16_with_norms_and_gradients_in_fp32(method, axis):
     """Within 2 % of fp32: three roundings of 2^-8 each."""
     layer = BiDoRALinear(64, 32, method=method, magnitude_axis=axis)

@@ -165,8 +165,8 @@ def test_every_setting_that_a_document_shows_exists(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_every_method_and_hypergradient_that_a_document_sets_exists(path):
-    import bidora
     import bilevel
+    from research.relatives import bidora  # with these methods, too
 
     assert set(re.findall(r"--method=(\w+)", TEXTS[path])) <= {*bidora.METHODS, "ft", "M"}
     assert set(re.findall(r"--hypergradient=(\w+)", TEXTS[path])) <= set(bilevel.HYPERGRADIENTS)
@@ -229,7 +229,7 @@ def test_the_house_stays_small():
     shelf, rooms = lines(code(".")), lines(code(*ROOMS, "configs"))
     assert sum(shelf.values()) <= 2947
     assert sum(shelf.values()) + sum(rooms.values()) <= 14948
-    assert sum(lines(code("tests")).values()) <= 14334
+    assert sum(lines(code("tests")).values()) <= 14336
     assert {name_of(path): n for path, n in (shelf | rooms).items() if n > 480} == {}
 
 
