@@ -229,7 +229,7 @@ def test_the_house_stays_small():
     shelf, rooms = lines(code(".")), lines(code(*ROOMS, "configs"))
     assert sum(shelf.values()) <= 2947
     assert sum(shelf.values()) + sum(rooms.values()) <= 14948
-    assert sum(lines(code("tests")).values()) <= 14336
+    assert sum(lines(code("tests")).values()) <= 14346
     assert {name_of(path): n for path, n in (shelf | rooms).items() if n > 480} == {}
 
 

@@ -203,6 +203,19 @@ def test_the_readme_quotes_the_ablation():
     assert all(wilcoxon(pairs).pvalue > 0.4 for pairs in others)
 
 
+RELATIVES = [("pissa", THREE[:1], "{} points above DoRA on `similarity`")]
+RELATIVES += [("pissa", THREE[1:2], "{} below on `movie-sentiment`, and DoRA's")]
+RELATIVES += [("vera", THREE[:1], "one rate, are {} below"), ("lora-plus", THREE, "LoRA+ is {} b")]
+RELATIVES += [("dora-granular", THREE, "queries and values, bring {}")]
+
+
+@pytest.mark.parametrize("arm, domains, sentence", RELATIVES)
+def test_the_results_quote_the_relatives_five_seeds(arm, domains, sentence):
+    pairs = paired(*(measured(STUDY, name, domains) for name in (arm, "dora")))
+    assert len(pairs) == 5
+    assert_quoted(*quoted(RESULTS, sentence), abs(statistics.mean(pairs)))
+
+
 def test_the_claims_quote_what_paired_runs_linked_tables_and_lesson_04_hold():
     for row in CLAIMS.split("| |"):
         intervals = re.findall(r"([-+][\d.]+) \[([-+][\d.]+), ([-+][\d.]+)\]", row)
