@@ -200,7 +200,9 @@ GROUPS = {
     "smollm2": Group(
         COMPARED, REVIEWS, sizes=("100", "400"), settings=MODEL | {"snapshots": 4}, **SMOLLM2
     ),
-    "choices": Group(COMPARED[:4], ("social-iqa",), settings=MODEL, **SMOLLM2),
+    "choices": Group(
+        COMPARED[:4], ("social-iqa",), settings=MODEL | {"eval_before": False}, **SMOLLM2
+    ),
     "methods": Group(
         ("bidora", "dora", "lora", "bilora", "ft", "dora-two-phases"),
         ("similarity", "movie-sentiment", "bbc-topics", "movie-ratings", "peptides"),
