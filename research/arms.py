@@ -195,14 +195,11 @@ GRIDS = {"others": {"lower_lr": (3e-4, 1e-3, 3e-3, 1e-2), "upper_lr": (3e-3, 3e-
 GRIDS |= {"ft": {"lower_lr": (7e-6, 2e-5, 6e-5)}}  # smaller, since it moves every weight
 REVIEWS = ("movie-sentiment", "product-sentiment")
 SMOLLM2 = dict(seeds=10, sign=1, grids=GRIDS, results="results", out_dir="out/smollm2")
-MODEL = {"model": "smollm2-135m"}
+REVIEWED = {"model": "smollm2-135m", "snapshots": 4}
+CHOSEN = {"model": "smollm2-135m", "eval_before": False}  # an evaluation takes minutes
 GROUPS = {
-    "smollm2": Group(
-        COMPARED, REVIEWS, sizes=("100", "400"), settings=MODEL | {"snapshots": 4}, **SMOLLM2
-    ),
-    "choices": Group(
-        COMPARED[:4], ("social-iqa",), settings=MODEL | {"eval_before": False}, **SMOLLM2
-    ),
+    "smollm2": Group(COMPARED, REVIEWS, sizes=("100", "400"), settings=REVIEWED, **SMOLLM2),
+    "choices": Group(COMPARED[:4], ("social-iqa",), settings=CHOSEN, **SMOLLM2),
     "methods": Group(
         ("bidora", "dora", "lora", "bilora", "ft", "dora-two-phases"),
         ("similarity", "movie-sentiment", "bbc-topics", "movie-ratings", "peptides"),
