@@ -329,7 +329,8 @@ class BilevelOptimizer:
             value = loss_fn(self.model, micro_batch)
             seen.append(value.detach())
             if not self.begun:
-                self.begun = check_reach(self.model, value, [*self.lower, *self.upper])
+                check_reach(self.model, value, [*self.lower, *self.upper])
+                self.begun = True
             return value
 
         parts = batch if isinstance(batch, MicroBatches) else [batch]
@@ -427,13 +428,11 @@ def check_choices(hypergradient, optimizer, precondition, coarse):
 
 def check_reach(model, loss, parameters):
     """Say on which parameters a loss does not depend. Raises ValueError if it depends on none."""
-    found = reached(loss)
-    ours = {id(parameter) for parameter in parameters}
-    named = [(name, p) for name, p in model.named_parameters() if id(p) in ours]
-    layers = [name.rpartition(".")[0] for name, p in named if id(p) not in found]
-    layers = list(dict.fromkeys(layers))
+    found, ours = reached(loss), {id(parameter) for parameter in parameters}
+    unmet = [name for name, p in model.named_parameters() if id(p) in ours - found]
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in unmet))
     if not layers:
-        return True
+        return
 
     names = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if layers[5:] else "")
     problem = (
@@ -443,7 +442,6 @@ def check_reach(model, loss, parameters):
     if not ours & found:
         raise ValueError(problem)
     warnings.warn(problem, stacklevel=2)
-    return True
 
 
 def reached(loss):

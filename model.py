@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support.fast import rotary
-from support.fast.kernels import QUERIES, TWICE, cross_entropy, recompute, recompute_module
+from support.fast.kernels import QUERIES, ROWS, TWICE, cross_entropy, recompute, recompute_module
 from support.fast.rows import Rows
 from support.run.files import read_json
 from support.tasks import any_model, likelihood
@@ -214,8 +214,7 @@ class Transformer(nn.Module):
         if labels is None:
             return self.lm_head(self.hidden_states(input_ids))
         rows, wanted, targets = likelihood.supervised(input_ids, labels)
-        hidden = self.states(rows, wanted)
-        targets = targets.to(hidden.device)
+        hidden, targets = self.states(rows, wanted), targets.to(self.lm_head.weight.device)
         frozen = isinstance(self.lm_head, Head) and not self.lm_head.weight.requires_grad
         if frozen and len(targets):
             return self.lm_head(hidden, targets)
@@ -235,6 +234,11 @@ class Transformer(nn.Module):
     def predictions(self, rows, wanted):
         """The logits, (N, vocab), of the tokens that follow; arguments as in states."""
         return self.lm_head(self.states(rows, wanted)).float()
+
+    def in_parts(self, rows, wanted):
+        """Yield predictions for a few tokens at a time."""
+        for part in self.states(rows, wanted).split(ROWS):
+            yield self.lm_head(part).float()
 
     totals = likelihood.totals  # (rows, labels) -> summed loss, right predictions, their number
     score = likelihood.score  # (prompts, answers) -> log p(answer | prompt)

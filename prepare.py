@@ -1,8 +1,4 @@
-"""
-What a run trains: from its config to a Task, its data as rows and its model with the adapters.
-
-    task = prepare(config, device)      raises for data or a model that can't be used
-"""
+"""What a run trains: from its config to a Task, its data as rows and its model with adapters."""
 
 import functools
 import random

@@ -37,12 +37,9 @@ def frozen_factors(rank, inputs, outputs, device, dtype):
     return A, B
 
 
-def unscaled(alpha, rank):
-    return 1
-
-
 class VeRA(Method):
     def build(self, layer, **new):
+        layer.scaling = 1  # whatever alpha is
         A, B = frozen_factors(layer.rank, layer.in_features, layer.out_features, **new)
         layer.register_buffer("lora_A", A, persistent=False)
         layer.register_buffer("lora_B", B, persistent=False)
@@ -78,9 +75,9 @@ class PiSSA(Method):
 
 UPPER = (True, "lora_magnitude_vector")  # a magnitude, and it learns at the upper level
 METHODS = {
-    "vera": VeRA(scale=unscaled),
-    "dvora": VeRA(True, scale=unscaled),
-    "bidvora": VeRA(*UPPER, scale=unscaled),
+    "vera": VeRA(),
+    "dvora": VeRA(True),
+    "bidvora": VeRA(*UPPER),
     "pissa": PiSSA(),
     "pidora": PiSSA(True),
     "bipidora": PiSSA(*UPPER),

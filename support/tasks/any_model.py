@@ -33,6 +33,7 @@ from support.tasks import likelihood
 from support.tasks.heads import Head, fresh
 from support.weights import hf_format
 
+LOGITS = 2**27  # at a time, in evaluation
 UNLIMITED = 10**6  # tokens a row, of a model without a table of positions
 UNUSED = re.compile(r"contact_head|pooler")  # what a file may lack: no task reads it, or it trains
 LOADERS = {None: "AutoModelForCausalLM", "tagging": "AutoModelForTokenClassification"}
@@ -338,6 +339,12 @@ class AnyLanguageModel(Borrowed):
         row = [i for i, some in enumerate(wanted) for _ in some]
         logits = logits[row, [column[t] for some in wanted for t in some]]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def in_parts(self, rows, wanted):
+        """Yield predictions for a few rows at a time."""
+        size = max(1, LOGITS // (max(map(len, rows)) * self.config.vocab_size))
+        for i in range(0, len(rows), size):
+            yield self.predictions(rows[i : i + size], wanted[i : i + size])
 
     def forward(self, input_ids, labels=None):
         """As Transformer.forward."""

@@ -12,8 +12,6 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 
-LOGITS = 2**26  # numbers at a time, in evaluation
-
 
 def supervised(input_ids, labels):
     """
@@ -30,15 +28,13 @@ def supervised(input_ids, labels):
 @torch.no_grad()
 def totals(model, input_ids, labels):
     """(summed cross-entropy in nats, right predictions, supervised positions): numbers."""
+    *rows, targets = supervised(input_ids, labels)
     loss = right = count = 0
-    size = max(1, LOGITS // (max(map(len, input_ids)) * model.config.vocab_size))
-    for i in range(0, len(input_ids), size):
-        *rows, targets = supervised(input_ids[i : i + size], labels[i : i + size])
-        logits = model.predictions(*rows)
-        targets = targets.to(logits.device)
-        loss += F.cross_entropy(logits, targets, reduction="sum").item()
-        right += (logits.argmax(1) == targets).sum().item()
-        count += len(targets)
+    for logits in model.in_parts(*rows):  # not all logits at once
+        answers = targets[count : count + len(logits)].to(logits.device)
+        loss += F.cross_entropy(logits, answers, reduction="sum").item()
+        right += (logits.argmax(1) == answers).sum().item()
+        count += len(answers)
     return loss, right, count
 
 
