@@ -306,8 +306,7 @@ class BilevelOptimizer:
 
     def step(self, optimizer, parameters, gradients, loss):
         """
-        One optimizer step. Raises FloatingPointError, and changes nothing, if the loss or the
-        gradient is not finite.
+        One optimizer step. If loss or gradient is not finite, raises FloatingPointError before it.
         """
         for parameter, g in zip(parameters, gradients):
             # Torch's fused AdamW misreads a gradient whose numbers lie in another order.
@@ -343,10 +342,7 @@ class BilevelOptimizer:
         return self.reduce([sum(part() for part in parts)])[0]
 
     def keeps_next(self):
-        """
-        Whether the next lower step is one of those that the next upper step looks back on: the last
-        kept_steps of a round.
-        """
+        """Whether the next lower step is one of a round's last kept_steps, which are looked at."""
         if not (self.entry.looks_back and any(m.requires_grad for m in self.upper)):
             return False
         if self.kept_steps == self.lower_steps:
@@ -406,10 +402,7 @@ def check_options(hypergradient, options):
 
 
 def check_choices(hypergradient, optimizer, precondition, coarse):
-    """
-    Raise ValueError for an unknown choice, or for choices that exclude each other. coarse: whether
-    the base has 16 bits.
-    """
+    """Raise ValueError for an unknown or excluded choice. coarse: whether the base has 16 bits."""
     for name, value in zip(CHOICES, (hypergradient, optimizer, precondition)):
         if value not in CHOICES[name]:
             raise ValueError(f"unknown {name} {value!r}: choose {', '.join(CHOICES[name])}")

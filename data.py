@@ -7,8 +7,7 @@ From examples to batches: the splits, what counts in the loss, padding.
     Batches(encoded, ...)[k]     ->  the k-th batch, a list of Encoded
     collate(batch, pad_id)       ->  (input_ids, labels), padded on the right
 
-The answer is supervised (a completion, an output, a label, the assistant's turns); of plain text,
-everything is.
+The answer is supervised (a completion, a label, the assistant's turns); of plain text, all is.
 """
 
 import itertools
@@ -26,8 +25,6 @@ from support.text.question import Question, prefix_of
 from support.text.segments import segments
 from support.text.splits import LABEL_PROMPT, load_examples, load_splits, split  # noqa: F401
 from support.text.tokenizer import Tokenizer  # noqa: F401  (also data.Tokenizer)
-
-# ----------------------------------------------------------------------- tokens and labels
 
 
 @dataclass
@@ -148,9 +145,6 @@ def check_vocabulary(encoded, vocab_size, folder):
             f"{folder}: the tokenizer produced token {largest}, but the model's vocabulary has "
             f"only {vocab_size} tokens: take the model's own tokenizer"
         )
-
-
-# --------------------------------------------------------------------------------- batches
 
 
 def collate(encoded, pad_id):

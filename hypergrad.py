@@ -417,8 +417,7 @@ def conjugate_gradient(
     ∂F/∂m - ∂²L/∂m∂V · q, with (H + damping·I) · q = ∂F/∂V solved by `iterations` steps of conjugate
     gradients. precondition: positive tensors, near the diagonal of H⁻¹. past: as for `neumann`.
 
-    Stops early when solved, or at a direction of negative curvature: H need not be positive
-    definite.
+    Stops early when solved, or at a direction of negative curvature, where H is not definite.
     """
 
     def solve(v, H):

@@ -11,8 +11,7 @@ steps of the whole network at full fine-tuning's rate. θ is A, B and the head, 
 
 With draws c_i, S² = the mean of c_i·c_j over pairs is ‖E c‖² without bias, and N² = the mean of
 ‖c_i‖² minus S² is the noise. The mean of n draws is off its expectation by N / (S·√n) of its
-length, and has with it a cosine of 0.9 from n = 4.26·N²/S² on; in brackets, two jackknife standard
-errors.
+length, and has a cosine of 0.9 with it from n = 4.26·N²/S² on. Brackets: two jackknife s.e.
 """
 
 import functools

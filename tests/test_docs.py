@@ -227,8 +227,8 @@ def lines(paths):
 def test_the_house_stays_small():
     """Lines are what a reader pays. The limits are today's sizes, so that they fall."""
     shelf, rooms = lines(code(".")), lines(code(*ROOMS, "configs"))
-    assert sum(shelf.values()) <= 2947
-    assert sum(shelf.values()) + sum(rooms.values()) <= 14947
+    assert sum(shelf.values()) <= 2929
+    assert sum(shelf.values()) + sum(rooms.values()) <= 14945
     assert sum(lines(code("tests")).values()) <= 14346
     assert {name_of(path): n for path, n in (shelf | rooms).items() if n > 480} == {}
 

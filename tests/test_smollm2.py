@@ -95,8 +95,7 @@ def products(model, train, val, v=None):
     """
     (v, ∂F/∂m, Hessian · v, cross block · v); v, where not given, is ∂F/∂V.
 
-    Each is a list of tensors; F is the loss on val, and the second derivatives are of the one on
-    train.
+    Each is a list of tensors; F is the val loss, and the second derivatives are the train loss's.
     """
     lower, upper = bidora.lower_parameters(model), bidora.upper_parameters(model)
     own, direct = val_gradients(lambda: loss_fn(model, val), lower, upper)

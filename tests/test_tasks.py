@@ -581,7 +581,7 @@ def test_tags_and_labels_of_other_formats_are_notes():
 def test_words_are_the_tokens_that_they_are_within_a_text(name):
     """By the tokenizers library itself, on a text that begins with a space."""
     tokenizer, _ = load_tokenizer(Path(find_model(model_of(name))))
-    ids, places = encode_words(tokenizer, ["ab", "cab", "de"], range(3), 64)
+    ids, places = encode_words(tokenizer, ["ab", "cab", "de"], 64)
     assert ids == tokenizer.encode(" ab cab de").ids
     assert [place for place in places if place >= 0] == [0, 1, 2]
 

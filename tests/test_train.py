@@ -335,8 +335,7 @@ def test_each_level_sees_its_own_examples_only(monkeypatch, method):
         for part in (parts["train"], parts["val"])
     )
     both = only_train | only_val
-    # lower and val batches of four search steps; three lower steps of retrain; one batch to check
-    # each phase's end
+    # search: lower and val batches of four steps; three lower steps of retrain; a check at each end
     search = [only_train, only_val] * 4 + [only_train]
     assert seen == (search + [both] * 4 if method == "bidora" else [both] * 8)
 

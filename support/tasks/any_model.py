@@ -70,9 +70,6 @@ def in_one_line(folder):
         ) from None
 
 
-# ------------------------------------------------------------------------------- config.json
-
-
 @dataclass
 class AnyShape:
     family: str  # config.json's model_type
@@ -128,9 +125,6 @@ def ends(modules):
         tails = (".".join(parts[i:]) for i in reversed(range(len(parts))))
         chosen[next(t for t in tails if not any(f".{n}".endswith(f".{t}") for n in others))] = True
     return tuple(chosen)
-
-
-# ---------------------------------------------------------------------------------- the models
 
 
 def load(folder, head, dtype, device, **settings):
@@ -386,8 +380,7 @@ class AnyLanguageModel(Borrowed):
         The best continuation of each prompt (a list of token ids): the new ids, without the stop
         token. length_penalty: a sequence's sum of log p is divided by its length to this power;
         no_repeat_ngram_size: the length of n-grams that an answer may not repeat, or 0; those of
-        the prompt do not count, as in LoRA's code (arXiv 2106.09685). Raises ValueError for an
-        empty prompt.
+        the prompt do not count, as in LoRA's code (2106.09685). ValueError: a prompt is empty.
         """
         if not all(prompts):
             raise ValueError(f"prompt {prompts.index([])} (from 0) is empty: give it a token")

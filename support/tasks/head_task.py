@@ -85,7 +85,7 @@ class HeadTask:
         """Yield (Row, whether it was cut) of words."""
         for example in examples:
             words, tags = example["words"], [self.places[tag] for tag in example["tags"]]
-            ids, places = encode_words(self.tokenizer, words, range(len(words)), block_size)
+            ids, places = encode_words(self.tokenizer, words, block_size)
             known = [i for i, place in zip(ids, places) if place != IGNORED]
             self.check_known(known, example, words)
             targets = [IGNORED if i == IGNORED else tags[i] for i in places]
@@ -193,7 +193,7 @@ class HeadTask:
         """Lines with the prediction for a text or a pair; text_b: "" for one text."""
         if self.kind == "tagging":
             words = text.split()
-            ids, places = encode_words(self.tokenizer, words, range(len(words)), block_size)
+            ids, places = encode_words(self.tokenizer, words, block_size)
             prediction = model.predict(model(torch.tensor([ids])))[0].tolist()
             tags = self.in_words(Row(ids, [], None, words, places), prediction)
             return [f"{word}\t{tag}" for word, tag in zip(words, tags)]
@@ -298,18 +298,13 @@ def encode_pairs(tokenizer, pairs, block_size=512):
     return [(each.ids, each.type_ids, bool(each.overflowing)) for each in encoded]
 
 
-def encode_words(tokenizer, words, targets, block_size=512):
+def encode_words(tokenizer, words, block_size=512):
     """
-    (token ids, a target for each) of words, each after a space. A word's first token has the word's
-    target, all other tokens have -100. Words without a token, such as "", and words beyond
-    block_size are left out. Raises ValueError unless each word has a target.
+    (token ids, the word that each begins, else -100) of words, each after a space. Words without a
+    token, such as "", and words beyond block_size are left out.
     """
-    if len(words) != len(targets):
-        raise ValueError(f"{len(targets)} targets for {len(words)} words: give one a word")
     truncate(tokenizer, block_size, pair=False)
     encoding = tokenizer.encode([f" {word}" for word in words], is_pretokenized=True)
     places = encoding.word_ids  # each token's word; None for special tokens
-    return encoding.ids, [
-        IGNORED if word in (None, before) else targets[word]
-        for before, word in zip([None, *places], places)
-    ]
+    pairs = zip([None, *places], places)
+    return encoding.ids, [IGNORED if word in (None, before) else word for before, word in pairs]

@@ -68,8 +68,7 @@ class ChatTemplate:
 
         A span is what the model has to write: from the end of the generation prompt to the end of
         the end-of-turn token. Without a generation prompt, it starts with the space before the
-        answer. Raises ValueError if the template rejects the messages, or an answer can't be found
-        in the text.
+        answer. Raises ValueError if the template rejects the messages or an answer is not found.
         """
         text = self.render(messages)
         places, written = self.places(text, messages)

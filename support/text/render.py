@@ -1,7 +1,6 @@
 """
 Renders chat templates, programs that come with models, within limits of time, memory and output.
-support/text/chat.py starts this process. It reads requests from stdin and writes answers to stdout,
-one a line, in JSON:
+support/text/chat.py starts this process. Requests (stdin) and answers (stdout) are lines of JSON:
 
     {"source", "names", "now", "conversations": [[messages, add_generation_prompt], …]}
     ->  [{"text"} or {"error"}, …]

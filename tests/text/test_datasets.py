@@ -1,8 +1,7 @@
 """
 The built-in data sets against their archives, read here in another way.
 
-The small archives are the real ones. BIG-bench's has 358 MB, so a small one with its layout stands
-in for it.
+Small archives are the real ones. For BIG-bench's of 358 MB a small one with its layout stands in.
 """
 
 import collections

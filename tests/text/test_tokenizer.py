@@ -165,8 +165,7 @@ NASTY = [
 ]
 
 
-# Code points that Unicode 3.2 knows, and emoji: over new ones, the tables of Python, tiktoken and
-# tokenizers differ
+# Code points of Unicode 3.2, and emoji: of newer ones, Python's, tiktoken's and other tables differ
 CHARACTERS = [
     [c for c in map(chr, range(*edges)) if unicodedata.ucd_3_2_0.category(c) != "Cn"]
     for edges in ((32, 127), (128, 0x3000), (0xAC00, 0xD7A4))
