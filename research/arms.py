@@ -12,6 +12,7 @@ What research/sweep.py compares: the arms, each a run's settings, and the groups
     rank             the methods at ranks 1 to 32, at their rates for rank 4 and with its scale
     tiny             the methods and DoRA in BiDoRA's phases, on 16 to 1,000 examples
     sensitivity      BiDoRA at rates around its chosen ones, other splits, and T1 and T2
+    alpha            LoRA and DoRA at other alphas and rates
     relatives        VeRA and PiSSA under each magnitude, LoRA+, other starts and granularity
     cost             LoRA and DoRA with as many steps as take BiDoRA's time
 """
@@ -174,6 +175,21 @@ SENSITIVITY = {
 for setting in ("upper_every", "upper_steps"):  # T1 and T2
     SENSITIVITY |= {f"{setting}-{n}": Arm(BIDORA | {setting: n}, "bidora") for n in (2, 5)}
 
+AT_ALPHA = {  # {(method, alpha): {factor on the method's rate: its arm}}
+    (method, alpha): {
+        f: f"{method}-alpha-{alpha}-rate-{f}" if (alpha, f) != (8, 1) else method
+        for f in (0.25, 1, 4)
+    }
+    for method in ("lora", "dora")
+    for alpha in (2, 8, 32)
+}
+ALPHA = {
+    name: Arm({"method": method, "alpha": float(alpha)}, method, lower_factor=factor)
+    for (method, alpha), at in AT_ALPHA.items()
+    for factor, name in at.items()
+    if name != method
+}
+
 MLP = {"magnitude_only": ".*[0-9].(intermediate|output).dense"}  # MiniLM's
 RELATIVES = {
     "lora-plus": Arm({"method": "lora", "lora_plus": 16}, {"lower_lr": 1e-3}),
@@ -187,7 +203,7 @@ COST = {  # 3.92 times LoRA's time is what the paper's reviewers name
 }
 
 ARMS = METHODS | CONTROLS | PAPER | PUBLISHED | HYPERGRADIENTS | RANK | SENSITIVITY
-ARMS |= RELATIVES | COST
+ARMS |= RELATIVES | COST | ALPHA
 COMPARED = ("bidora", "dora", "dora-two-phases", "lora", "bilora", "ft")
 # bbc-topics is left out: all arms are within a point of each other there, and it takes longest
 SOME = ("similarity", "movie-sentiment", "peptides")
@@ -219,6 +235,7 @@ GROUPS = {
         sign=1,
     ),
     "sensitivity": Group(("bidora", *SENSITIVITY, *SPLITS), SOME),
+    "alpha": Group(("lora", "dora", *ALPHA), SOME),
     "relatives": Group(("dora", "lora", "bidora", *relatives.METHODS, *RELATIVES), SOME),
     "cost": Group(("bidora", "dora", "lora", *COST), SOME, sign=1),
 }

@@ -7,7 +7,7 @@ The pictures of README.md and docs/, drawn from committed files in a few seconds
 phases           what trains on which data in BiDoRA's search and retrain
 compare, study   BiDoRA minus each other method, on SmolLM2 and on an encoder
 ablation, back, hypergradients     the groups paper, published and hypergradients
-rank, tiny, sensitivity            score and gap over what these groups vary
+rank, tiny, sensitivity, alpha     score and gap over what these groups vary
 search, truth    hypergradients in the course of a search, and beside a solved lower level
 speed            two tables of docs/speed.md, as bars
 
@@ -29,7 +29,7 @@ from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
 from research import resolved
-from research.arms import AT_RANK, AT_RATES, AT_SPLIT, FACTORS, GROUPS
+from research.arms import AT_ALPHA, AT_RANK, AT_RATES, AT_SPLIT, FACTORS, GROUPS
 from research.differences import MEASURES, collect, differences, interval, of_group
 from research.results import load_results
 from support.run import settings
@@ -56,6 +56,7 @@ COMPARED = {"main": ",\neach at its chosen rate", "rate-0.001": ",\nall at 1e-3"
 # {group: {what it varies: (task, or "all" for their mean, examples, {line: {value: arm}})}}
 # examples None: the value is their number
 LOWER = {factor: f"bidora, lower rate × {factor}" for factor in FACTORS} | {1: "bidora"}
+LOOKS |= {"alpha 2": (SKY, "v"), "alpha 8": (BLUE, "o"), "alpha 32": (VERMILION, "^")}
 LOOKS |= dict(zip(LOWER.values(), zip((SKY, BLUE, ORANGE, VERMILION, PURPLE), "vospX")))
 SIZES = [*map(int, GROUPS["tiny"].sizes)]
 VARIED = {
@@ -69,6 +70,10 @@ VARIED = {
         "tenths held out": ("all", 100, {"bidora": AT_SPLIT}),
         "T1": ("all", 100, {"bidora": {1: "bidora", 2: "upper_every-2", 5: "upper_every-5"}}),
         "T2": ("all", 100, {"bidora": {1: "bidora", 2: "upper_steps-2", 5: "upper_steps-5"}}),
+    },
+    "alpha": {
+        f"{name}, rate ×": ("all", 100, {f"alpha {a}": AT_ALPHA[name, a] for a in (2, 8, 32)})
+        for name in ("lora", "dora")
     },
 }
 STYLE = {

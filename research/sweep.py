@@ -63,9 +63,8 @@ SMALL = ("similarity",)  # domains with too few examples for that, or for runs w
 
 @dataclass
 class Sweep:
-    group: str = "methods"  # smollm2, choices, methods, controls, paper, published, network,
-    #: hypergradients, rank, tiny, sensitivity, relatives or cost
-    arms: tuple = ()  # what is compared; this and what follows, if empty: the group's
+    group: str = "methods"  # what is compared: one of those in research/arms.py
+    arms: tuple = ()  # of the group; this and what follows, if empty: the group's
     domains: tuple = ()  # built-in data sets
     sizes: tuple = ()  # training examples, train and val together
     seeds: int = 0  # each draws the sample, the split, the initial adapter and the batches

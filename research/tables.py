@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy
 
 from research import noise, resolved
-from research.arms import AT_RANK, GROUPS
+from research.arms import ARMS, AT_RANK, GROUPS
 from research.differences import (
     TRACED,
     dtype_note,
@@ -138,6 +138,13 @@ def rank():
     return tables_of(runs, [*lora.values(), *dora.values(), *bidora.values()], "", rows)
 
 
+def alpha():
+    """LoRA and DoRA at other alphas and rates, beside themselves."""
+    arms = GROUPS["alpha"].arms
+    rows = {f"`{arm}` minus `{ARMS[arm].rates}`": (arm, ARMS[arm].rates) for arm in arms[2:]}
+    return tables_of(results_of(GROUPS["alpha"]), arms, "", rows)
+
+
 def rates():
     """The rates, lower and upper, at which each arm of the study ran."""
     given, shown = GROUPS["methods"], {}
@@ -163,6 +170,7 @@ FILES = {
     "e2e": texts,
     "noise": lambda: noise.noise_table(read_results(RESULTS / "noise").values()),
     "rank": rank,
+    "alpha": alpha,
     **{name: functools.partial(group, name) for name in OWN},  # a page a group
     "resolved": lambda: resolved.all_tables(RESULTS / "resolved"),
     "decoder": ablation,

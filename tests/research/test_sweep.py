@@ -177,6 +177,13 @@ def test_the_arms_at_a_rank_keep_the_scale_of_the_others():
     assert {settings["alpha"] / settings["rank"] for settings in whole.values()} == {2}
 
 
+def test_the_arms_at_an_alpha_differ_by_it_and_their_rate_alone():
+    found = [(ARMS[name], arms.MINILM | ARMS[name].settings) for name in arms.GROUPS["alpha"].arms]
+    varied = {(s["method"], s["alpha"], arm.lower_factor) for arm, s in found}
+    assert varied == set(itertools.product(("lora", "dora"), (2, 8, 32), (0.25, 1, 4)))
+    assert all(arm.rates in (s["method"], arms.LOWER) for arm, s in found)
+
+
 def test_each_published_arm_undoes_one_change():
     """Which settings differ from the program's; without a difference, none is over all weights."""
     differ = {"identity": {"hypergradient", "all_weights"}, "all-weights": {"all_weights"}}
