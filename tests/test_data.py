@@ -60,6 +60,7 @@ TURNS = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("as
 )
 def test_loss_masks_by_hand(tiny, example, before, counted):
     assert masked(tiny, example) == (before + counted, counted)
+    assert masked(tiny, example, train_on_prompt=True) == (before + counted, before + counted)
 
 
 def test_the_label_alone_counts(tiny):
@@ -82,9 +83,9 @@ def test_all_answers_of_a_conversation_count(tiny, talk):
     assert masked(tiny, talk) == (f"<|im_start|>system\nS{END}\n{turns}", f"b{END}d{END}")
 
 
-def test_train_on_prompt_counts_everything(tiny):
-    whole, counted = masked(tiny, {"prompt": "1+1=", "completion": "2"}, train_on_prompt=True)
-    assert whole == counted
+def test_rows_keep_numbers_of_any_size():
+    for ids in ([], [-100, 3, -100, 7], [-100, 255], [256], [65535], [65536, 5]):
+        assert data.Encoded(ids, [-100, *ids]).labels == [-100, *ids]
 
 
 def test_long_examples_lose_the_left_of_the_prompt_never_the_answer(tiny):

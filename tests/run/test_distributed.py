@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_hardware import shorten
+from test_hardware import linux, shorten
 
 import data
 import train
@@ -336,6 +336,7 @@ def test_wrong_input_is_said_once(restarts, message):
     assert done.returncode != 0 and len(lines) == restarts + 1 and message in lines[0], done.stderr
 
 
+@linux
 def test_a_process_holds_its_share_of_the_weights_and_never_copies_them_all(tmp_path):
     """RssAnon of 127 MB, ten layers of SmolLM2: loaded, shared out, and after both passes."""
     script = """
@@ -364,8 +365,6 @@ torch.autograd.grad(model(ids, ids), bidora.lower_parameters(model))
 if distributed.RANK == 0:
     print(loaded - before, adapted - loaded, shared - loaded, megabytes() - shared)
 """
-    if not Path("/proc/self/status").exists():
-        pytest.skip("memory is read from Linux's /proc")
     shorten(tmp_path, torch.bfloat16)
     done = [forked(script, str(tmp_path), processes=n, imports=FSDP).stdout for n in (1, 4)]
     (whole, *_), (loaded, adapted, shared, passed) = (map(float, x.split()[-4:]) for x in done)
