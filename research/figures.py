@@ -275,7 +275,7 @@ def over(folder, name):
                     style = {"color": color, "marker": marker, "capsize": 2, "label": line}
                     axes.errorbar(shown, *zip(*points), **style)
             axes.set_xscale("log" if max(arms) > 5 * min(arms) else "linear")
-            axes.set_xticks([*arms], arms)
+            axes.set_xticks([*arms], arms, rotation=90 if len(arms) > 6 else 0)
             axes.minorticks_off()
             if measure != "test score":
                 axes.set_xlabel(label)

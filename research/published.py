@@ -3,8 +3,7 @@ train.py with what BiDoRA's published program does differently from its paper, f
 
     python -m research.published --config=paper/as_published.py --transposed --network --noise \
         --all_weights
-    python -m research.published --config=small.py --trace       any of train.py's settings, and
-                                                              those below
+    python -m research.published --config=small.py --trace    train.py's settings, and those below
 
 A run with the first four saves no adapter, since it would not fit its base.
 """

@@ -646,6 +646,7 @@ def test_help_shows_every_field_with_default_and_comment_and_no_arguments_say_ho
         ("--data=file", "data=file is a file: give it as --train_file=file"),
         ("--test_fraction=0.2", "test_fraction is of train_file: set train_file"),
         ("--label_column=x", "label_column: for your own files and sets of the hub"),
+        ("--text_column=x --text_b_column=x", "text_column, text_b_column must name different"),
         ("--overwrite=maybe", "not True or False"),
         ("--target_modules=", "not a list"),
         ("--method=bidoar", "did you mean 'bidora'"),

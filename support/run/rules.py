@@ -119,6 +119,7 @@ def data(config, bilevel):
     unknown = name and not (own or built_in or elsewhere or is_file)
     near = settings.suggest(name, BUILT_IN)
     named = changed(c, "text_column text_b_column label_column")
+    columns = [x for x in (c.text_column, c.text_b_column, c.label_column) if x]
     sets, asks = "|".join(BUILT_IN), c.label_prompt and "{text}" not in c.label_prompt
     no_val = bilevel and not (c.val_file or c.val_fraction or elsewhere and not own)
     return those(
@@ -131,6 +132,7 @@ def data(config, bilevel):
         (c.test_fraction and c.test_file, "test_fraction and test_file are both the test: choose"),
         (c.tune_size and c.test_file, "tune_size and test_file replace the test: choose one"),
         (named and built_in and not own, f"{named}: for your own files and sets of the hub"),
+        (len({*columns}) < len(columns), f"{named} must name different columns"),
         (c.train_size and own, f"train_size={c.train_size}: train_file is taken whole: shorten it"),
         (c.tune_size and not built_in, "tune_size is for a built-in set: use --test_file"),
         (asks, "label_prompt must contain {text}, where the example's text goes"),
