@@ -129,7 +129,7 @@ def differences(runs, ours, other, measure=score, size=100, domains=(), apart=Fa
     for part in [[domain] for domain in domains] if apart else [domains]:
         both = (measured(runs, arm, part, measure, seeds, size) for arm in (ours, other))
         found += paired(*both)
-    assert len(found) == seeds
+    assert len(found) in (6, seeds)
     return found
 
 
@@ -150,7 +150,7 @@ CLAIMED = {  # {words of a claim: the arguments of differences, of each interval
     "distinct": [(STUDY, "bidora", "bidora-on-train", m, 100, THREE) for m in (gap, score)],
     "the risk of": [(STUDY, "dora", "lora", gap, size, THREE) for size in (100, 400)],
     "outperforms DoRA": [*BIDORA, (STUDY, "bidora", "dora", score, 400)],
-    "extremely small": [(STUDY, "bidora", "dora", score, n, THREE[2:]) for n in (100, 400)],
+    "extremely small": [(STUDY, "bidora", "dora", score, n, THREE[2:]) for n in (100, 400, 16, 64)],
     "3.92 times": [(STUDY, "bidora", "lora-same-time", score, 100, THREE)],
     "unrolled step": [(STUDY, "first-order", "bidora", score, 100, THREE)],
     "consistently outperforms LoRA": [(STUDY, "dora", "lora", score, *part) for part in PARTS],
@@ -214,6 +214,28 @@ def test_the_results_quote_the_relatives_five_seeds(arm, domains, sentence):
     pairs = paired(*(measured(STUDY, name, domains) for name in (arm, "dora")))
     assert len(pairs) == 5
     assert_quoted(*quoted(RESULTS, sentence), abs(statistics.mean(pairs)))
+
+
+FOUR = domains_of(r for r in STUDY if r["size"] == 16)
+MORE, LESS, CONTROL = ("bidora", "dora"), ("dora", "bidora"), ("bidora", "dora-two-phases")
+INTERVALS = {  # {words of results.md before a mean and its interval: the arguments of differences}
+    "minus DoRA's is": (*MORE, score, 16),
+    "16 examples (-2.9 to 5.5),": (*MORE, score, 64),
+    "64 (-6.3 to -0.2),": (*MORE, score, 400, FOUR),
+    "400 (-1.5 to -0.4),": (*MORE, score, 1000),
+    "smaller from 400 on*: by": (*LESS, gap, 400, FOUR),
+    "(2.0 to 2.8), then": (*LESS, gap, 1000),
+    "with 16 examples BiDoRA is": (*CONTROL, score, 16),
+}
+
+
+@pytest.mark.parametrize("before", INTERVALS)
+def test_the_results_quote_means_and_intervals(before):
+    found = differences(STUDY, *INTERVALS[before])
+    quotes = quoted(RESULTS, before + " {} …({} to {})")
+    ends = ttest_1samp(found, 0).confidence_interval()
+    for quote, value in zip(quotes, (statistics.mean(found), *ends), strict=True):
+        assert_quoted(quote, value)
 
 
 def test_the_claims_quote_what_paired_runs_linked_tables_and_lesson_04_hold():
