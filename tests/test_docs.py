@@ -40,7 +40,8 @@ def without_code(text):
 
 
 def test_the_documents_are_short_enough_to_be_read_to_their_ends():
-    limits = {"README": 1200, "docs/using": 3500, "docs/results": 3000, "docs/claims": 1400}
+    limits = {"README": 1200, "docs/using": 3500, "docs/results": 2700, "docs/variations": 800}
+    limits["docs/claims"] = 1400
     words = {name: len(TEXTS[ROOT / f"{name}.md"].split()) for name in limits}
     assert {name: n for name, n in words.items() if n > limits[name]} == {}
 

@@ -18,9 +18,9 @@ from scipy.stats import ttest_1samp, wilcoxon
 from research import tables
 
 ROOT = Path(__file__).parents[2]
-README, RESULTS, CLAIMS = (
-    " ".join((ROOT / name).read_text(encoding="utf-8").split())
-    for name in ("README.md", "docs/results.md", "docs/claims.md")
+README, RESULTS, VARIATIONS, CLAIMS = (
+    " ".join((ROOT / f"{name}.md").read_text(encoding="utf-8").split())
+    for name in ("README", "docs/results", "docs/variations", "docs/claims")
 )
 
 
@@ -210,15 +210,15 @@ RELATIVES += [("dora-granular", THREE, "queries and values, bring {}")]
 
 
 @pytest.mark.parametrize("arm, domains, sentence", RELATIVES)
-def test_the_results_quote_the_relatives_five_seeds(arm, domains, sentence):
+def test_the_variations_quote_the_relatives_five_seeds(arm, domains, sentence):
     pairs = paired(*(measured(STUDY, name, domains) for name in (arm, "dora")))
     assert len(pairs) == 5
-    assert_quoted(*quoted(RESULTS, sentence), abs(statistics.mean(pairs)))
+    assert_quoted(*quoted(VARIATIONS, sentence), abs(statistics.mean(pairs)))
 
 
 FOUR = domains_of(r for r in STUDY if r["size"] == 16)
 MORE, LESS, CONTROL = ("bidora", "dora"), ("dora", "bidora"), ("bidora", "dora-two-phases")
-INTERVALS = {  # {words of results.md before a mean and its interval: the arguments of differences}
+INTERVALS = {  # {words of variations.md before a mean and interval: the arguments of differences}
     "minus DoRA's is": (*MORE, score, 16),
     "16 examples (-2.9 to 5.5),": (*MORE, score, 64),
     "64 (-6.3 to -0.2),": (*MORE, score, 400, FOUR),
@@ -226,13 +226,17 @@ INTERVALS = {  # {words of results.md before a mean and its interval: the argume
     "smaller from 400 on*: by": (*LESS, gap, 400, FOUR),
     "(2.0 to 2.8), then": (*LESS, gap, 1000),
     "with 16 examples BiDoRA is": (*CONTROL, score, 16),
+    "a fourfold α costs LoRA": ("lora", "lora-alpha-32-rate-0.25", score, 100, THREE),
+    "four times the rate": ("lora", "lora-alpha-2-rate-4", score, 100, THREE),
+    "A quarter of it costs": ("lora", "lora-alpha-8-rate-0.25", score, 100, THREE),
+    "a quarter of α": ("lora", "lora-alpha-2-rate-1", score, 100, THREE),
 }
 
 
 @pytest.mark.parametrize("before", INTERVALS)
-def test_the_results_quote_means_and_intervals(before):
+def test_the_variations_quote_means_and_intervals(before):
     found = differences(STUDY, *INTERVALS[before])
-    quotes = quoted(RESULTS, before + " {} …({} to {})")
+    quotes = quoted(VARIATIONS, before + " {} …({} to {})")
     ends = ttest_1samp(found, 0).confidence_interval()
     for quote, value in zip(quotes, (statistics.mean(found), *ends), strict=True):
         assert_quoted(quote, value)
@@ -272,7 +276,7 @@ def test_the_files_of_tables_are_what_the_program_writes(name):
     assert text_of_file(name) == "\n".join(tables.FILES[name]()).rstrip() + "\n"
 
 
-STUDIED = "study controls paper published network hypergradients rank tiny sensitivity cost"
+STUDIED = "study controls paper published network hypergradients rank tiny alpha sensitivity cost"
 TABLES = [("compare", COMPARISON, 10), ("compare-one-rate", ONE_RATE, 10)]
 TABLES += [(name, STUDY, 20) for name in (*STUDIED.split(), "relatives")]
 
