@@ -102,10 +102,7 @@ def test_factored_norm_equals_the_norm_of_the_built_matrix(rank, scale):
 
 
 def test_factored_norm_over_a_bf16_weight_keeps_fp32_accuracy():
-    """
-    Relative 1e-4. W0·Aᵀ is a bf16 product, off by 2⁻⁹ of itself; in the norm it counts by its
-    share, a few percent. Rounding the norm itself to bf16 would be off by up to 4e-3.
-    """
+    """1e-4: W0·Aᵀ, in bf16, is a few percent of the norm. A norm in bf16 would be off by 4e-3."""
     linear = nn.Linear(512, 64, bias=False).bfloat16()
     layer = trained(BiDoRALinear(512, 64, rank=8, linear=linear), 0.01)
     norm = built(layer).norm(dim=1)
@@ -214,18 +211,14 @@ def test_detached_norm_gives_pefts_gradients(tmp_path):
     for model in (ours, PeftModel.from_pretrained(base, tmp_path, is_trainable=True)):
         model(ids, labels=ids).loss.backward()
         trained = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        names = (n.removeprefix(PREFIX).replace(".default", "") for n in trained)
-        names = (n.removesuffix(".weight") for n in names)
-        gradients.append(dict(zip(names, trained.values())))
+        names = (n.removeprefix(PREFIX).removesuffix(".weight") for n in trained)
+        gradients.append({n.removesuffix(".default"): g for n, g in zip(names, trained.values())})
     assert len(gradients[0]) == 3 * 4
     assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
 def test_a_magnitude_change_of_half_a_percent_survives_bf16():
-    """
-    On average, to 0.1 %; as a bf16 factor 1.005 would be 1.0078. (Below 0.2 %, less than half of
-    bf16's step at the output, a change is lost all the same.)
-    """
+    """On average, to 0.1 %: as a bf16 factor, 1.005 is 1.0078. (Changes below 0.2 % are lost.)"""
     layer = BiDoRALinear(64, 2000, bias=False, linear=nn.Linear(64, 2000, bias=False).bfloat16())
     x = torch.randn(50, 64).bfloat16()
     before = layer(x).double()
@@ -238,10 +231,7 @@ def test_a_magnitude_change_of_half_a_percent_survives_bf16():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_adapted_model_equals_base_before_training(method, dtype):
-    """
-    Bit for bit, on an MLP with biases and on a transformers model. Only over a bf16 weight with a
-    bias, a magnitude costs one more rounding: the bias is added after it.
-    """
+    """Bit for bit, but over a bf16 weight with a bias: it is added after m, one more rounding."""
     model = mlp().to(dtype)
     x = torch.randn(8, 12).to(dtype)
     before = model(x)
@@ -259,7 +249,6 @@ def test_adapted_model_equals_base_before_training(method, dtype):
 
 def test_magnitude_is_the_norm_of_the_weight_that_is_there():
     linear = nn.Linear(6, 4)
-    linear.weight.data = torch.arange(24.0).view(4, 6)
     layer = BiDoRALinear(6, 4, rank=2, linear=linear)
     assert_close(layer.lora_magnitude_vector.data, linear.weight.norm(dim=1))
 
@@ -944,5 +933,4 @@ def test_trained_parameters_that_no_file_of_pefts_can_hold_are_named_after_savin
     model[2].bias.requires_grad_(True)
     with pytest.raises(ValueError, match="saved without 0.bias, trained parameters"):
         save_adapter(model, tmp_path)
-    saved = load_adapter(mlp(), tmp_path)
-    assert_close(saved[2].bias, model[2].bias)
+    assert_close(load_adapter(mlp(), tmp_path)[2].bias, model[2].bias)

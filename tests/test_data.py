@@ -267,10 +267,7 @@ def test_split_is_stratified_disjoint_and_repeatable():
 
 
 def test_a_split_keeps_groups_whole_and_nearly_its_size_and_its_labels():
-    """
-    200 examples in 80 groups of one to six, most with both labels. A quarter are 30 with label a,
-    and 20 with b. Five may be missing: when val has enough of one label, no group may fit.
-    """
+    """A quarter has 30 of a and 20 of b. Up to five may be missing: no group fits."""
     rng = random.Random(0)
     examples = [
         {"text": str(i), "label": "a" if i % 5 < 3 else "b", "group": str(rng.randrange(80))}
@@ -287,10 +284,7 @@ def test_a_split_keeps_groups_whole_and_nearly_its_size_and_its_labels():
 
 
 def test_a_large_group_is_as_often_in_val_as_a_small_one():
-    """
-    One group of ten, and 100 of one, in random order: it fits into a val of 55 if it is among the
-    first 46. Four standard errors of a share of 400 splits are 0.1.
-    """
+    """The ten fit into a val of 55 if among the first 46 groups. 0.1 is four standard errors."""
     examples = [{"text": str(i), "group": str(max(0, i - 9))} for i in range(110)]
     times = sum(any(e["group"] == "0" for e in split(examples, 0.5, s)[1]) for s in range(400))
     assert times / 400 == pytest.approx(46 / 101, abs=0.1)

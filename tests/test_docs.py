@@ -1,9 +1,4 @@
-"""
-What the documents promise, and what the division into shelves promises.
-
-Nothing here imports the code under test to judge it: files are read as text or by ast, commands run
-in processes of their own.
-"""
+"""What documents and shelves promise: files are read as text or by ast, commands run apart."""
 
 import ast
 import contextlib
@@ -75,8 +70,7 @@ def test_every_python_block_of_the_readme_runs_as_it_stands(tmp_path, monkeypatc
     assert ["bilevel_step" in block for block in blocks].count(True) == 1
     for block in blocks:
         exec(block, {})
-        lines = capsys.readouterr().out.count("train ")
-        assert lines == 10 or "bilevel_step" not in block
+        assert capsys.readouterr().out.count("train ") == 10 or "bilevel_step" not in block
 
 
 OWN = """
@@ -275,9 +269,8 @@ def insert(path, recipe, line, before=False):
 def copy(tmp_path):
     """The project in a folder of its own, and a function that runs train.py of it."""
     folder = tmp_path / "copy"
-    ignore = shutil.ignore_patterns("__pycache__")
     for name in (*ROOMS, "configs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     environment = os.environ | {"PYTHONPATH": ""}
@@ -322,8 +315,7 @@ def test_the_recipe_for_a_schedule_falls_as_a_cosine(copy):
     path = folder / "train.py"
     insert(path, "schedule import", "import os", before=True)
     text = path.read_text(encoding="utf-8")
-    start = text.index("def learning_rate_scale(")
-    old = re.search(r"(?m)^    return 1 - .*\n", text[start:])[0]
+    old = re.search(r"(?m)^    return 1 - .*\n", text[text.index("def learning_rate_scale(") :])[0]
     path.write_text(text.replace(old, RECIPES["schedule"]), encoding="utf-8")
     values = "*(train.learning_rate_scale(step, 100) for step in (5, 10, 55, 100))"
     values = list(map(float, run("-c", f"import train; print({values})").split()))

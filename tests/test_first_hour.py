@@ -1,7 +1,4 @@
-"""
-A newcomer's first hour, scripted: what a run shows on stderr, what it says when it is interrupted,
-wrong or in vain, and with which exit code.
-"""
+"""A newcomer's first hour: what a run shows, also when it is interrupted, wrong or in vain."""
 
 import itertools
 import json
@@ -30,10 +27,7 @@ SHORT = ("--config=tiny.py", "--search_steps=6", "--retrain_steps=6", "--test_si
 
 @pytest.fixture
 def interrupted(monkeypatch, capsys):
-    """
-    A function that runs train.py and sends it a SIGINT when a module's function is called for the
-    n-th time: the exit code must be 130. Returns the last line on stderr.
-    """
+    """Run train.py with a SIGINT at a function's n-th call: code 130. Returns its last line."""
 
     def interrupted(module, name, count, *arguments):
         calls, function = itertools.count(1), getattr(module, name)
@@ -85,8 +79,7 @@ def test_the_first_step_is_kept_out_of_the_time_left(monkeypatch):
 
 def test_an_interrupt_between_the_imports_and_the_program_is_of_a_killed_process():
     code = "import train, _thread; _thread.interrupt_main(); input()"
-    own = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = command("-c", code, stdin=subprocess.DEVNULL, env=own)
+    done = command("-c", code, stdin=subprocess.DEVNULL)
     assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr
     assert done.stderr.startswith("interrupted; start it again with: python -c")
 
@@ -106,9 +99,7 @@ def test_an_interrupt_before_any_step_gives_the_command_and_frees_the_folder(nam
         (report, "plot_losses", 1, "interrupted after the last step"),
     ],
 )
-def test_an_interrupt_between_or_after_phases_loses_no_step(
-    module, name, count, begin, capsys, interrupted
-):
+def test_an_interrupt_after_a_phase_loses_no_step(module, name, count, begin, capsys, interrupted):
     said = interrupted(module, name, count, *SHORT)
     assert said.startswith(begin)
     assert said.endswith(f"python train.py {' '.join(SHORT)} --resume=True")

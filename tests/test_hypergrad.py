@@ -59,8 +59,7 @@ class Quadratic:
         return 0.5 * self.V @ self.H @ self.V - self.V @ self.C @ self.m
 
     def upper_loss(self):
-        squares = (self.V - self.t).square().sum() + self.m.square().sum()
-        return 0.5 * squares + self.b @ self.m
+        return 0.5 * ((self.V - self.t).square().sum() + self.m.square().sum()) + self.b @ self.m
 
     def exact(self, inverse):
         """m + b + Cᵀ · inverse · (V - t)"""
@@ -407,8 +406,7 @@ def test_errors_against_a_re_solved_network_with_bidora_layers():
     start, m = (nn.utils.parameters_to_vector(x).detach() for x in (c.lower, c.upper))
 
     def divided(flat, level):
-        parts = torch.split(flat, [p.numel() for p in level])
-        return [x.view_as(p) for p, x in zip(level, parts)]
+        return [x.view_as(p) for p, x in zip(level, flat.split([p.numel() for p in level]))]
 
     def loss(flat, m, batch):
         return c.loss_at(divided(flat, c.lower), divided(m, c.upper), batch)
@@ -558,8 +556,7 @@ def test_losses_in_micro_batches_give_the_hypergradient_of_the_whole(name, steps
     whole = hypergradient(*c.arguments(), **options)
 
     def part(batch, rows):
-        share = len(batch[0][rows]) / 20
-        return lambda: c.loss(c.model, [x[rows] for x in batch]) * share
+        return lambda: c.loss(c.model, [x[rows] for x in batch]) * (len(batch[0][rows]) / 20)
 
     slices = slice(0, 7), slice(7, 20)
     train, val = ([part(batch, rows) for rows in slices] for batch in (c.train, c.val))
@@ -641,13 +638,8 @@ LEAN = {
 @pytest.mark.parametrize("queries", [256, 4])
 @pytest.mark.parametrize("base", LEAN)
 @pytest.mark.parametrize("name", HYPERGRADIENTS)
-def test_what_is_computed_again_changes_no_hypergradient(
-    tmp_path, monkeypatch, name, base, queries
-):
-    """
-    In float64, second derivatives included: recomputed blocks, and attention over few queries at a
-    time, give what double backward gives. 1e-10 of the largest, 1e-4 in fp32.
-    """
+def test_what_is_recomputed_changes_no_hypergradient(tmp_path, monkeypatch, name, base, queries):
+    """Second derivatives included: within 1e-10 of the largest in float64, 1e-4 in fp32."""
     family, options = LEAN[base]
     model = transformer(tmp_path, family, **options)
     train, val = (torch.randint(0, 131, (2, 11)) for _ in range(2))

@@ -21,8 +21,6 @@ ROOT = Path(__file__).parent.parent
 LLAMA = dict(vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=3)
 LLAMA |= dict(num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=128)
 LLAMA |= dict(rms_norm_eps=1e-5)
-
-
 FAMILIES = {
     name: (getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM"))
     for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -60,6 +58,7 @@ OTHER_YARN = dict(factor=8.0, original_max_position_embeddings=24, beta_fast=16,
 OTHER_YARN |= dict(mscale=0.7, mscale_all_dim=1.2, truncate=False)
 SLIDING, FULL = "sliding_attention", "full_attention"
 MIXED = dict(use_sliding_window=True, layer_types=[SLIDING, FULL, SLIDING])
+ABOVE = dict(use_sliding_window=True, max_window_layers=1)
 QWEN2 = MIXED | {"model_type": "qwen2"}
 CHECKPOINTS = {
     "llama, tied, other theta": ("Llama", rope("default", 1e5) | dict(tie_word_embeddings=True)),
@@ -73,10 +72,7 @@ CHECKPOINTS = {
     "mistral": ("Mistral", dict(sliding_window=None)),
     "mistral, window": ("Mistral", dict(sliding_window=7, head_dim=10)),
     "qwen2, tied": ("Qwen2", dict(tie_word_embeddings=True)),
-    "qwen2, windows above layer 1": (
-        "Qwen2",
-        dict(use_sliding_window=True, sliding_window=9, max_window_layers=1),
-    ),
+    "qwen2, windows above layer 1": ("Qwen2", ABOVE | dict(sliding_window=9)),
     "qwen2, yarn": ("Qwen2", rope("yarn", **YARN)),
     "qwen2, yarn with everything": ("Qwen2", rope("yarn", **OTHER_YARN)),
     "qwen3": ("Qwen3", dict(head_dim=16)),
@@ -101,17 +97,12 @@ def test_logits_and_generation_equal_transformers(tmp_path, name):
     assert_alike(lambda ids: ours(ids * there), masked, ids, there)
     prompt = ids[:2, :6]
     peer.generation_config.eos_token_id = None
-    assert torch.equal(
-        ours.generate(prompt, 64, temperature=0),
-        peer.generate(prompt, max_new_tokens=64, do_sample=False),
-    )
+    expected = peer.generate(prompt, max_new_tokens=64, do_sample=False)
+    assert torch.equal(ours.generate(prompt, 64, temperature=0), expected)
 
 
 def test_bfloat16_checkpoint_is_read_and_computed_as_transformers_does(tmp_path):
-    """
-    In fp32 within 1e-4. In bf16 itself, where each sum may round another way, no further off than
-    transformers' own bf16.
-    """
+    """In fp32 within 1e-4; in bf16, which rounds sums, no further off than transformers' own."""
     peer = checkpoint(tmp_path, "Qwen3", head_dim=16).bfloat16()
     peer.save_pretrained(tmp_path)
     exact = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -153,10 +144,10 @@ EDITED = [
 ]
 WINDOWS = [
     dict(sliding_window=7),
-    dict(sliding_window=7, use_sliding_window=True, max_window_layers=1),
-    dict(sliding_window=7, use_sliding_window=False, max_window_layers=1),
+    ABOVE | dict(sliding_window=7),
+    ABOVE | dict(sliding_window=7, use_sliding_window=False),
     dict(sliding_window=7, **MIXED),
-    dict(sliding_window=None, use_sliding_window=True, max_window_layers=1),
+    ABOVE | dict(sliding_window=None),
 ]
 EDITED += [(family, change) for family in FAMILIES for change in WINDOWS]
 
@@ -172,9 +163,7 @@ def test_edited_and_shortened_configs_mean_what_they_mean_to_transformers(tmp_pa
 
 
 @pytest.mark.parametrize("load", [Transformer, AnyLanguageModel])
-def test_a_head_that_is_said_to_be_tied_but_differs_is_untied_as_by_transformers(
-    load, tmp_path, capsys
-):
+def test_a_head_said_to_be_tied_that_differs_is_untied_as_by_transformers(load, tmp_path, capsys):
     """And it is said. What is saved loads again in both."""
     checkpoint(tmp_path, tie_word_embeddings=False)
     edited(tmp_path, {"tie_word_embeddings": True})
@@ -251,10 +240,7 @@ def model(request, tmp_path_factory):
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_rows_laid_end_to_end_give_the_loss_and_the_derivatives_of_padded_ones(model, batch):
-    """
-    The loss, its gradient, and the gradient of that gradient's square, within 1e-10 in float64, of
-    cross-entropy on the logits of the padded batch.
-    """
+    """Cross-entropy, its gradient, and the gradient of that gradient's square: 1e-10 in float64."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     rows, supervised = BATCHES[batch]
     beginning = torch.randint(3, 131, (20,))
@@ -339,8 +325,7 @@ def test_top_k_and_top_p_keep_only_the_likeliest_tokens(tmp_path):
     model = Transformer.from_pretrained(tmp_path)
     prompt = torch.randint(3, 131, (1, 7)).expand(400, -1)
     p, order = model(prompt[:1])[0, -1].softmax(-1).sort(descending=True)
-    drawn = set(model.generate(prompt, 1, top_k=3)[:, -1].tolist())
-    assert drawn == set(order[:3].tolist())
+    assert set(model.generate(prompt, 1, top_k=3)[:, -1].tolist()) == set(order[:3].tolist())
     nucleus = int((p.cumsum(0) < 0.2).sum()) + 1  # the smallest set with a fifth of the probability
     drawn = set(model.generate(prompt, 1, top_p=0.2)[:, -1].tolist())
     assert drawn <= set(order[:nucleus].tolist()) and order[0].item() in drawn
@@ -392,15 +377,12 @@ def test_unsupported_config_is_refused_by_name(change, named):
         ModelConfig.from_hf(config)
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(),
-    reason="reads the peak from Linux's /proc: getrusage's counts the parent's too",
-)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize(
     "file_dtype, dtype, layers", [("bfloat16", "float32", 9), ("float32", "bfloat16", 20)]
 )
 def test_loading_never_holds_the_weights_twice(tmp_path, file_dtype, dtype, layers):
-    """Peak memory of a fresh process: at most 1.15 × the loaded size, of some 500 MB."""
+    """A peak of at most 1.15 × the loaded size, some 500 MB. (getrusage counts the parent's.)"""
     sizes = dict(vocab_size=32000, hidden_size=1024, intermediate_size=2816)
     heads = dict(num_attention_heads=16, num_key_value_heads=4, num_hidden_layers=layers)
     config = transformers.LlamaConfig(**LLAMA | sizes | heads, tie_word_embeddings=True)

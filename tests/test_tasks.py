@@ -652,8 +652,7 @@ def write_official(name):
         header, row = GLUE[name]
         rows = [[cell.replace("{i}", str(i % 2)) for cell in row] for i in range(20)]
         lines = ["\t".join(cells) for cells in ([header] if header else []) + rows]
-        dev = "dev_matched.tsv" if name == "mnli" else "dev.tsv"
-        for part in ("train.tsv", dev):
+        for part in ("train.tsv", "dev_matched.tsv" if name == "mnli" else "dev.tsv"):
             (folder / part).write_text("\n".join(lines) + "\n")
     return str(folder)
 
@@ -726,8 +725,7 @@ def test_a_file_is_predicted_as_the_run_evaluated_it(family, monkeypatch, capsys
     assert len(lines) == 40 and not list(Path().glob("*.part"))
 
     answer = FORMATS[predict.form_of({"task": family, "raw": True})][-1]
-    unknown = [{k: x for k, x in example.items() if k != answer} for example in examples]
-    write("new.jsonl", unknown)
+    write("new.jsonl", [{k: x for k, x in example.items() if k != answer} for example in examples])
     assert sample.main([*command[:2], "--out=again.jsonl"]) == 0
     again = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]
     assert again == [{"prediction": line["prediction"]} for line in lines]

@@ -1,5 +1,6 @@
 """The main job end to end on configs/tiny.py, its command line, and what it says to wrong input."""
 
+import copy
 import ctypes
 import dataclasses
 import json
@@ -41,11 +42,11 @@ SETTINGS = [f"--{name}={value}" for name, value in TINY.items()]
 
 
 def command(*arguments, **options):
-    """Run a program as a user does: train.py, if none is named."""
+    """Run a program as a user does: train.py, if none is named. Code may import the project."""
     if arguments[0].startswith("--"):
         arguments = (str(ROOT / "train.py"), *arguments)
-    options = dict(capture_output=True, text=True, timeout=300) | options
-    return subprocess.run([sys.executable, *arguments], **options)
+    options = dict(env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300) | options
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
 
 
 def trained(out_dir="run", **settings):
@@ -106,27 +107,26 @@ except FloatingPointError as error:
 """
 
 
-def imported_by(script):
-    done = command("-c", script, env=os.environ | {"PYTHONPATH": str(ROOT)})
+def assert_light(script):
+    """The modules that a script prints at its end hold torch, and no other large library."""
+    done = command("-c", script)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.splitlines()[-1].split())
+    modules = set(done.stdout.splitlines()[-1].split())
+    assert "torch" in modules and not HEAVY & modules
 
 
 @pytest.mark.parametrize("program, refused", [("train", "--rnak=4"), ("sample", "--top_p=-1")])
 def test_help_and_refusals_import_torch_and_no_other_large_library(program, refused):
-    script = f"""
+    assert_light(f"""
 import sys, {program}
 assert {program}.main(["--help"]) == 0
 assert {program}.main(["--model=a", {refused!r}]) == 2
 print(*sys.modules)
-"""
-    modules = imported_by(script)
-    assert "torch" in modules and not HEAVY & modules
+""")
 
 
 def test_the_first_step_of_each_level_is_taken_without_other_large_libraries():
-    modules = imported_by(UNTIL_THE_SECOND_STEP)
-    assert "torch" in modules and not HEAVY & modules
+    assert_light(UNTIL_THE_SECOND_STEP)
 
 
 def test_tiny_config_learns_and_leaves_all_its_files():
@@ -190,11 +190,8 @@ def test_magnitude_only_moves_magnitudes_and_keeps_directions():
     """Of up_proj's rows; of q_proj's both move. PEFT reads the file."""
     adapted = dict(target_modules=("q_proj",), magnitude_only=("up_proj",))
     assert learnt(trained(**adapted, lower_lr=1e-2, upper_lr=0.1))
-    base, model = (
-        transformers.AutoModelForCausalLM.from_pretrained(find_model("tiny-random"))
-        for _ in range(2)
-    )
-    tuned = peft.PeftModel.from_pretrained(model, "run").merge_and_unload()
+    base = transformers.AutoModelForCausalLM.from_pretrained(find_model("tiny-random"))
+    tuned = peft.PeftModel.from_pretrained(copy.deepcopy(base), "run").merge_and_unload()
     for name, before in base.named_parameters():
         after = tuned.get_parameter(name)
         if name.endswith(("q_proj.weight", "up_proj.weight")):
@@ -206,11 +203,9 @@ def test_magnitude_only_moves_magnitudes_and_keeps_directions():
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another():
-    adapters = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         trained(name, seed=seed)
-        adapters.append(adapter(name))
-    a, b, c = adapters
+    a, b, c = map(adapter, "abc")
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not all(torch.equal(a[key], c[key]) for key in a)
 
@@ -497,9 +492,8 @@ def test_evaluation_against_plain_forward_passes():
     result = train.evaluate_rows(task, rows)
     assert result["loss"] == pytest.approx(total / tokens, rel=1e-4)
     assert result["accuracy"] == right / len(rows)
-    family.label_ids = {}
-    plain = train.evaluate_rows(task, rows)  # the same loss by the other branch
-    assert plain["loss"] == pytest.approx(result["loss"], rel=1e-4)
+    family.label_ids = {}  # the same loss by the other branch
+    assert train.evaluate_rows(task, rows)["loss"] == pytest.approx(result["loss"], rel=1e-4)
 
 
 def test_learning_rate_rises_then_falls_to_a_tenth():
@@ -639,10 +633,7 @@ def test_help_shows_every_field_with_default_and_comment_and_no_arguments_say_ho
         ("--seed=18446744073709551616", "seed=18446744073709551616 must be at most"),
         ("--out_dir=.", "out_dir=.: name a folder for this run alone"),
         ("--out_dir=a/..", "out_dir=a/..: name a folder for this run alone"),
-        (
-            "--data=toy-sentiment --train_file=a.jsonl",
-            "data and train_file are two sources: choose",
-        ),
+        ("--data=nli --train_file=a.jsonl", "data and train_file are two sources: choose"),
         ("--data=file", "data=file is a file: give it as --train_file=file"),
         ("--test_fraction=0.2", "test_fraction is of train_file: set train_file"),
         ("--label_column=x", "label_column: for your own files and sets of the hub"),
@@ -665,10 +656,7 @@ def test_help_shows_every_field_with_default_and_comment_and_no_arguments_say_ho
         ("--train_file=nowhere.jsonl", "nowhere.jsonl does not exist"),
         ("--train_file=.", "is a folder"),
         ("--val_fraction=0 --block_size=1", "set val_file, or val_fraction above 0; block_size=1 "),
-        (
-            "--val_file=a.jsonl --label_prompt=hm",
-            "val off their train; label_prompt must contain {t",
-        ),
+        ("--val_file=a.csv --label_prompt=hm", "val off their train; label_prompt must contain {t"),
         ("--block_size=1000", "512 positions"),
         ("--block_size=2", "raise block_size"),
         ("--upper_every=5 --hypergradient_steps=6", "level never learns; hypergradient_steps=6 is"),
@@ -702,11 +690,7 @@ def test_a_wrong_setting_gets_one_line_and_exit_code_2(capsys, argument, said):
         ("a.py", "lower_lrr = 2", "unknown setting 'lower_lrr'; did you mean 'lower_lr'"),
         ("a.py", "config = 'small.py'", "a.py: unknown setting 'config'; --help lists them all"),
         ("a.py", "rank = 'two'", "rank='two' is not an integer"),
-        (
-            "a.json",
-            '{"rank": 4, "rank": 8}',
-            "a.json is not valid JSON: the key 'rank' occurs twice",
-        ),
+        ("a.json", '{"rank":4, "rank":8}', "a.json is not valid JSON: the key 'rank' occurs twice"),
         ("a.json", '{"out_dir": "a\\u0000b"}', "a.json: out_dir='a\\x00b' is not text"),
         ("a.jsonc", "{}", "config file a.jsonc: its name must end in .py or .json"),
         ("a", "{}", "config file a: its name must end in .py or .json"),
@@ -836,8 +820,7 @@ for program, *arguments in {commands}:
         os.environ["BIDORA_CACHE"] = "readable"
     assert importlib.import_module(program).main(arguments) == 2, program
 """
-    own = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = command("-c", script, env=own, preexec_fn=as_ordinary_user)
+    done = command("-c", script, preexec_fn=as_ordinary_user)
     errors = done.stderr.strip().splitlines()
     assert done.returncode == 0 and len(errors) == len(commands), done.stderr
     assert all(re.match("error: .*(readable|mine)", error) for error in errors), errors
@@ -868,8 +851,7 @@ run(sys.argv[1], run_name="__main__")
 def test_an_interrupt_while_torch_is_imported_is_one_line_with_the_command(program, tmp_path):
     script = tmp_path / "interrupted.py"
     script.write_text(INTERRUPTED)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = command(str(script), program, "--a=b c", cwd=ROOT, env=environment)
+    done = command(str(script), program, "--a=b c", cwd=ROOT)
     again = f"python {script} {program} '--a=b c'"
     assert done.returncode == -signal.SIGINT
     assert done.stderr == f"interrupted; start it again with: {again}\n"

@@ -16,11 +16,8 @@ from support.fast.kernels import cross_entropy
 
 def example(n, dtype, vocab=300):
     torch.manual_seed(0)
-    return (
-        torch.randn(n, 16, dtype=dtype, requires_grad=True),
-        torch.randn(vocab, 16, dtype=dtype),
-        torch.randint(vocab, (n,)),
-    )
+    hidden = torch.randn(n, 16, dtype=dtype, requires_grad=True)
+    return hidden, torch.randn(vocab, 16, dtype=dtype), torch.randint(vocab, (n,))
 
 
 @pytest.mark.parametrize("n", [1, kernels.ROWS, 2 * kernels.ROWS + 3])
@@ -97,8 +94,7 @@ def test_second_derivatives_need_no_integers_as_wide_as_the_vocabulary():
         (g,) = torch.autograd.grad(loss, hidden, create_graph=True)
         torch.autograd.grad(g.square().sum(), hidden)
 
-    wide = {dtype for shape, dtype in made(twice) if shape and shape[-1] == 300}
-    assert wide == {torch.float32}
+    assert {dtype for shape, dtype in made(twice) if shape and shape[-1] == 300} == {torch.float32}
 
 
 def test_evaluation_without_gradients_equals_the_one_with():
@@ -165,10 +161,7 @@ def peak(function):
 
 
 def test_second_derivatives_keep_one_blocks_graph_at_a_time():
-    """
-    Twice the blocks add only their inputs and gradients, 2 × 8 numbers a row, and sums of as many;
-    torch's own checkpointing keeps the 64 of each layer and their gradients.
-    """
+    """Twice the blocks add 2 × 8 numbers a row, and sums of as many; torch's keeps 64 a layer."""
     growth = []
     for run in (recomputed, torchs, lambda layer, x: layer(x)):
         few, many = (peak(functools.partial(chain, run, blocks)) for blocks in (12, 24))

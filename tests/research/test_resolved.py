@@ -40,9 +40,8 @@ def test_the_largest_eigenvalue_is_that_of_the_whole_hessian():
 
     flat = torch.cat([p.detach().flatten() for p in parameters.values()])
     expected = torch.linalg.eigvalsh(hessian(loss_at)(flat))[-1].item()
-    found = resolved.largest_eigenvalue(
-        lambda: F.cross_entropy(model(x), y), list(parameters.values()), 1000
-    )
+    weights = list(parameters.values())
+    found = resolved.largest_eigenvalue(lambda: F.cross_entropy(model(x), y), weights, 1000)
     assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -92,8 +91,7 @@ def test_results_are_kept_tabulated_and_drawn(capsys):
         for name, result in made.items():
             result = result | {"name": f"{name[:-1]}{seed}", "seed": seed}
             if "after" in result:
-                test = {"accuracy": random.random(), "loss": 0.5}
-                result["after"] = result["after"] | {"test": test}
+                result["after"] |= {"test": {"accuracy": random.random(), "loss": 0.5}}
             save("results/resolved", result)
     assert resolved.main([]) == 0  # all is there
     lines = capsys.readouterr().out.splitlines()

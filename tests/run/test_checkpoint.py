@@ -257,8 +257,7 @@ def test_a_run_without_any_checkpoint_starts_again(monkeypatch, capsys):
 
 
 def test_changed_settings_are_refused_and_harmless_ones_named(stopped, capsys):
-    changed = r"rank=4 \(it was 8\), lower_lr=0.5 \(it was 0.0\)"
-    refused(changed, resume=True, rank=4, lower_lr=0.5)
+    refused(r"rank=4 \(it was 8\), lower_lr=0.5 \(it was 0.0\)", resume=True, rank=4, lower_lr=0.5)
     refused("earlier run: choose another --out_dir, resume it with --resume=True")
 
     run("run", resume=True, checkpoint_every=7)
@@ -414,9 +413,8 @@ def test_two_runs_in_one_folder_at_once_are_refused():
 
 
 def test_a_disk_that_fills_while_the_log_grows_gets_one_line_with_its_path(file_limit):
-    small = LORA | dict(rank=1, snapshots=0)
     with pytest.raises(OSError, match=r"could not write run/metrics.jsonl \(File too large\)"):
-        run("run", **small, search_steps=200, checkpoint_every=1000)
+        run("run", **LORA, rank=1, snapshots=0, search_steps=200, checkpoint_every=1000)
 
 
 def test_a_planted_link_is_not_followed_and_leftovers_go():

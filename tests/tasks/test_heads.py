@@ -13,8 +13,6 @@ from support.tasks.any_model import AnyWithHead
 from support.tasks.head_task import encode_pairs, encode_words
 from support.tasks.heads import IGNORED
 
-# -------------------------------------------------------------------------------- from text
-
 LETTERS = "abcdeéß ,.'-"
 
 
@@ -74,8 +72,6 @@ def test_words_stand_on_their_first_tokens_by_transformers_word_ids(family, tmp_
         expected = [IGNORED if again else place for place, again in zip(places, seen)]
         assert encode_words(ours, words, size) == (row["input_ids"], expected)
 
-
-# --------------------------------------------------------------------------------- refusals
 
 UNFIT = {
     "unknown kind": ("sorting", 2, "unknown kind 'sorting': choose classification, multi_label"),

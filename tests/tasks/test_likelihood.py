@@ -95,8 +95,7 @@ def test_a_run_learns_the_right_choice_and_sample_ranks_choices(capsys, refuses)
     """The ranks' probabilities are those of PEFT's model."""
     rows = [{"prompt": f"{i}:", "choices": ["ab", "cd d", "e be"], "answer": 1} for i in range(40)]
     settings = dict(train_file=write("train.jsonl", rows), search_steps=20, retrain_steps=30)
-    results = trained(model="tiny-random", lower_lr=1e-2, **settings)
-    assert results["after"]["val"]["acc"] == 1
+    assert trained(model="tiny-random", lower_lr=1e-2, **settings)["after"]["val"]["acc"] == 1
     capsys.readouterr()
     assert sample.main(["--adapter=run", "--prompt=7:", "--labels=e be,cd d"]) == 0
     printed = capsys.readouterr().out

@@ -1,8 +1,4 @@
-"""
-Scores against closed forms, hand-counted examples and the libraries' other entry points.
-
-Warnings are errors here: where a library would warn, a score says what it is instead.
-"""
+"""Scores against closed forms, hand counts and other entry points; a warning is an error here."""
 
 import collections
 import functools
@@ -48,8 +44,7 @@ def test_matthews_correlation_of_two_labels_is_its_formula():
     found, right = drawn("01"), drawn("01", seed=1)
     tp, fp, fn = counts(found, right, "1")
     tn = 300 - tp - fp - fn
-    whole = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    expected = (tp * tn - fp * fn) / whole
+    expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     assert scores.classification(found, right)["matthews"] == pytest.approx(expected)
 
 
@@ -126,10 +121,8 @@ def test_entities_count_as_wholes():
     """Right: one of three found, one of two present; a wrong end and a wrong type don't count."""
     right = [["B-PER", "I-PER", "O", "B-LOC"], ["O"]]
     found = [["B-PER", "O", "O", "B-LOC"], ["B-ORG"]]
-    precision, recall = 1 / 3, 1 / 2
-    assert scores.tagging(found, right) == pytest.approx(
-        {"precision": precision, "recall": recall, "f1": 2 / (1 / precision + 1 / recall)}
-    )
+    expected = {"precision": 1 / 3, "recall": 1 / 2, "f1": 2 / (3 + 2)}
+    assert scores.tagging(found, right) == pytest.approx(expected)
 
 
 def test_an_entity_ends_with_its_sentence_and_where_the_next_begins():
@@ -244,15 +237,13 @@ def test_malformed_input_is_refused(score, found, right, said):
         (scores.generation, ["a"], [["a"]], "nltk", "nltk"),
     ],
 )
-def test_a_missing_library_is_one_line_with_its_pip_command(
-    score, found, right, module, package, monkeypatch
-):
+def test_a_missing_library_gets_its_pip_command(score, found, right, module, package, monkeypatch):
     real = scores.importlib.import_module
 
-    def without(name):
+    def without(name, *more):
         if name.partition(".")[0] == module:
             raise ModuleNotFoundError(f"No module named {module!r}")
-        return real(name)
+        return real(name, *more)
 
     monkeypatch.setattr(scores.importlib, "import_module", without)
     with pytest.raises(ValueError, match=f"pip install {re.escape(package)}$") as error:

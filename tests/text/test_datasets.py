@@ -1,8 +1,4 @@
-"""
-The built-in data sets against their archives, read here in another way.
-
-Small archives are the real ones. For BIG-bench's of 358 MB a small one with its layout stands in.
-"""
+"""The built-in data sets against their archives; a small one stands in for BIG-bench's 358 MB."""
 
 import collections
 import csv

@@ -58,9 +58,7 @@ GLUE = [  # name of the folder, task, a file with two placeholders, its example
 
 
 @pytest.mark.parametrize("name, task, text, example", GLUE, ids=[g[0] for g in GLUE])
-def test_a_glue_folder_s_name_is_its_task_and_its_test_file_has_no_labels(
-    folder, name, task, text, example
-):
+def test_a_glue_folder_s_name_is_its_task_and_test_has_no_labels(folder, name, task, text, example):
     files = {"train.tsv": text.format(*A), "dev.tsv": text.format(*B), "test.tsv": "index\tx\n0\ty"}
     splits, found = read_folder(folder(name, files))
     assert found == task and splits["test"] == []
@@ -311,8 +309,7 @@ def test_a_glue_task_of_the_hub_has_its_classes_names_and_no_unlabelled_test(hub
     names = ClassLabel(names=["entailment", "not_entailment"])
     labels = {"train": 0, "validation": 1, "test": -1}
     train, dev = (PAIRS[0] | {"label": name} for name in ("entailment", "not_entailment"))
-    expected = {"train": [train], "dev": [dev], "test": []}
-    assert glue(hub, "rte", labels, names) == (expected, "rte")
+    assert glue(hub, "rte", labels, names) == ({"train": [train], "dev": [dev], "test": []}, "rte")
 
 
 def test_mrpc_of_the_hub_is_that_of_the_archive(hub, folder):

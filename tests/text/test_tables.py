@@ -98,9 +98,7 @@ def test_blanks_around_cells_are_left_out_and_noted(write, text, example, notes)
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("first", ["", "sep="])
 @pytest.mark.parametrize("separator", ",\t;|")
-def test_columns_are_separated_as_the_header_or_a_line_before_it_says(
-    write, separator, first, end, name
-):
+def test_columns_are_parted_as_the_header_or_a_line_before_says(write, separator, first, end, name):
     """As csv.writer writes them, which quotes a cell that holds the separator."""
     rows = [["label", "text", "id"], ["a", "x, y; z|\tw", "1"], ["b", "u", "2"]]
     content = io.StringIO()
@@ -151,8 +149,7 @@ def test_a_json_array_is_read_like_lines_and_whole_floats_are_classes(write):
 
 
 def test_a_blank_word_is_said_since_nothing_of_it_is_learnt(tmp_path):
-    path = parquet(tmp_path, words=[["a", " "]], tags=[["O", "B-X"]])
-    [example] = load_examples(path)
+    [example] = load_examples(parquet(tmp_path, words=[["a", " "]], tags=[["O", "B-X"]]))
     assert example.notes == ("a blank word has no token, and its tag is not learnt",)
 
 
@@ -373,8 +370,7 @@ def test_conll_s_iob1_becomes_bio(write):
 def test_conll_s_bio_stays_as_it_is(write, end):
     """With any line ends, and where each line was a file that began with a byte order mark."""
     tags = ["B-A", "I-A", "B-A", "O", "B-B", "I-B", "B-A"]
-    lines = [f"w{i}\t{tag}{end}" for i, tag in enumerate(tags)]
-    [sentence] = read_conll(write("".join(lines)))
+    [sentence] = read_conll(write("".join(f"w{i}\t{tag}{end}" for i, tag in enumerate(tags))))
     assert sentence["tags"] == tags and sentence["words"] == [f"w{i}" for i in range(7)]
 
 

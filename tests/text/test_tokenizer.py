@@ -10,17 +10,10 @@ import unicodedata
 import pytest
 import torch
 import transformers
-from tokenizers import (
-    AddedToken,
-    Regex,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Peer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
 
 import data
@@ -88,20 +81,17 @@ FAMILIES = ["gpt2", "smollm", "qwen", "llama3"]
 
 def train(peer, vocab_size, special, alphabet=()):
     sizes = {"vocab_size": vocab_size, "initial_alphabet": list(alphabet)}
-    trainer = trainers.BpeTrainer(**sizes, special_tokens=special, show_progress=False)
+    trainer = BpeTrainer(**sizes, special_tokens=special, show_progress=False)
     peer.train_from_iterator(CORPUS, trainer)
 
 
 def like_llama3(peer, added):
-    """
-    The tokenizer as if converted from tiktoken's files, with `added` ids left free: any two tokens
-    that form a third one merge, and no merge makes some tokens.
-    """
+    """As converted from tiktoken's files, `added` ids free: two tokens that form a third merge."""
     before = {"single": "<|im_start|> $A", "special_tokens": [("<|im_start|>", 1)]}
     peer.post_processor = processors.TemplateProcessing(**before)
     spec = json.loads(peer.to_str())
     vocab = spec["model"]["vocab"]
-    vocab["ĠxyzĠq"] = max(vocab.values()) + 1 + added
+    vocab["ĠxyzĠq"] = max(vocab.values()) + 1 + added  # no merge makes it
     merges = sorted(
         (vocab[t], vocab[t[:i]], vocab[t[i:]], t[:i], t[i:])
         for t in vocab
@@ -117,7 +107,7 @@ def trained_tokenizer(folder, kind="smollm", alphabet=True, template=CHATML, add
     A small tokenizer of one family, trained and saved here by the tokenizers library; returns that.
     alphabet=False: bytes that the corpus lacks have no token. settings: of tokenizer_config.json.
     """
-    peer = Peer(models.BPE(ignore_merges=kind == "llama3"))
+    peer = Peer(BPE(ignore_merges=kind == "llama3"))
     peer.pre_tokenizer, peer.decoder = PRE_TOKENIZERS[kind], decoders.ByteLevel()
     if kind == "qwen":
         peer.normalizer = normalizers.NFC()
@@ -311,7 +301,7 @@ LLAMA2_TEMPLATE = (
 
 def llama2_tokenizer(folder):
     """As LLaMA 2's: SentencePiece's BPE with byte fallback; a word includes the space before it."""
-    peer = Peer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    peer = Peer(BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     peer.normalizer = normalizers.Sequence(steps)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -542,8 +532,7 @@ def test_a_cut_inside_a_token_tokenizes_both_sides_as_generation_does(tmp_path):
     """GPT-2's split separates two line ends before a word, but not at the end of a prompt."""
     _, ours = both(tmp_path, "gpt2")
     for left, right in (("the end.\n\n", "film"), ("the ", "film"), ("the", " film")):
-        segments = ours.encode_cut(left + right, [len(left)])
-        assert segments == [ours.encode(left), ours.encode(right)]
+        assert ours.encode_cut(left + right, [len(left)]) == [ours.encode(left), ours.encode(right)]
 
 
 PLAIN = "User:\nfilm<|im_end|>\nAssistant:\n"  # the plain template, up to an answer
@@ -594,8 +583,7 @@ def test_sample_prompts_a_model_as_training_did(tmp_path, template):
     sample.classify(model, ours, "film", list(labels), "{text}", 400)
     for name, heard in zip(("messages", "classification"), model.heard, strict=True):
         [row], _ = data.encode([CONVERSATIONS[name]], ours, 400, "{text}", labels)
-        answer = sum(label != -100 for label in row.labels)
-        assert heard == row.input_ids[:-answer]
+        assert heard == row.input_ids[: -sum(label != -100 for label in row.labels)]
 
 
 @pytest.mark.parametrize(

@@ -47,15 +47,12 @@ def test_delta_is_the_definition(axis, dim, size):
 
 
 def test_small_changes_keep_their_precision():
-    """
-    Against sin² / (1 + cos) of the changes themselves; the plain definition in float32 loses them.
-    """
+    """Against sin² / (1 + cos) of the changes; the plain definition in float32 loses them."""
     base = torch.randn(50, 40, dtype=torch.float64)
     for size in (1e-4, 1e-7):
         d = size * torch.randn(50, 40, dtype=torch.float64)
         squares, inner, change = base.square().sum(1), (base * d).sum(1), d.square().sum(1)
-        after = squares + 2 * inner + change
-        sin2 = (squares * change - inner**2) / (squares * after)
+        sin2 = (squares * change - inner**2) / (squares * (squares + 2 * inner + change))
         exact = (sin2 / (1 + (1 - sin2).sqrt())).mean().item()
         assert delta(base + d, base)[1] == pytest.approx(exact, rel=1e-6)
         naive = 1 - torch.nn.functional.cosine_similarity(base.float(), (base + d).float(), dim=1)
@@ -160,8 +157,8 @@ def test_the_legend_of_one_run_lies_within_its_picture(two_layers):
 
 
 def test_the_colour_bar_of_two_layers_counts_in_whole_layers(two_layers):
-    bar = two_layers.axes[-1]
-    assert [float(tick.get_text()) for tick in bar.get_yticklabels()] == [0, 1]
+    ticks = two_layers.axes[-1].get_yticklabels()
+    assert [float(tick.get_text()) for tick in ticks] == [0, 1]
 
 
 def test_points_of_retrain_are_hollow_and_no_others(two_layers):
@@ -190,17 +187,14 @@ def test_training_records_every_adapted_matrix_at_equal_intervals_and_at_the_end
     end = analysis.of_checkpoints("run")
     for name in ("delta_m", "delta_d"):
         recorded = dict(zip(trajectory.layers, getattr(trajectory, name)[-1]))
-        computed = dict(zip(end.layers, getattr(end, name)[0]))
-        assert recorded == pytest.approx(computed, rel=1e-3)
+        assert recorded == pytest.approx(dict(zip(end.layers, getattr(end, name)[0])), rel=1e-3)
 
 
 def test_recording_changes_nothing_in_training():
     for folder, snapshots in (("without", 0), ("with", 3)):
         train.train(Config(out_dir=folder, snapshots=snapshots, **TINY))
-    without, recorded = (
-        Path(folder, "adapter_model.safetensors").read_bytes() for folder in ("without", "with")
-    )
-    assert without == recorded
+    one, other = (Path(x, "adapter_model.safetensors").read_bytes() for x in ("without", "with"))
+    assert one == other
 
 
 def test_the_command_line_draws_runs_and_checkpoints(capsys):

@@ -46,10 +46,8 @@ def trained_on_talks(method):
 def test_the_nearest_lora_of_a_rank_is_peft_s_to_load_and_its_error_is_printed(rank, capsys):
     """Rank 64 is the whole matrix. The error is the singular values' that are left out."""
     trained("run", method="dora", lower_lr=1e-2)
-    assert (
-        merge.main(["--adapter=run", "--out_dir=lora", "--to=peft-lora", f"--lora_rank={rank}"])
-        == 0
-    )
+    arguments = ["--adapter=run", "--out_dir=lora", "--to=peft-lora", f"--lora_rank={rank}"]
+    assert merge.main(arguments) == 0
     shown = capsys.readouterr().out
     weights = {}
     for folder in (None, "run", "lora"):
@@ -66,9 +64,8 @@ def test_the_nearest_lora_of_a_rank_is_peft_s_to_load_and_its_error_is_printed(r
         )
     )
     assert off == pytest.approx(best, abs=1e-4 * moved)
-    assert float(re.search(r"misses ([\d.]+)%", shown)[1]) == pytest.approx(
-        100 * off / moved, abs=0.02
-    )
+    missed = float(re.search(r"misses ([\d.]+)%", shown)[1])
+    assert missed == pytest.approx(100 * off / moved, abs=0.02)
     assert (off < 1e-4 * moved) == (rank == 64)
     assert not json.loads(Path("lora/adapter_config.json").read_text())["use_dora"]
     command = shlex.split(shown.splitlines()[-1])[2:-1]
@@ -144,8 +141,7 @@ def test_a_merged_model_is_asked_as_it_was_trained_by_the_command_that_is_printe
     trained("run", data="", train_file=write("rows.jsonl", ROWS[form]))
     capsys.readouterr()
     assert merge.main(["--adapter=run", "--out_dir=a folder"]) == 0
-    command = capsys.readouterr().out.splitlines()[-1]
-    python, program, model, *rest = shlex.split(command)
+    python, program, model, *rest = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert rest[1:] == {"free": ["--raw"], "pairs": ["--prompt_b=..."]}[form]
     answers, less = set(), [argument for argument in rest if argument != "--raw"]
     for arguments in ([model, *rest], [model, *less], ["--adapter=run", *less]):

@@ -1,7 +1,4 @@
-"""
-Adapters and hypergradients on models that this project did not write: tiny random ones of
-transformers and of torch, with float64 finite differences and PEFT as references.
-"""
+"""Adapters and hypergradients on others' random models, against float64 differences and PEFT."""
 
 import copy
 
@@ -253,10 +250,7 @@ class Problem:
         return function(self.train, self.val, self.lower, self.upper, **options)
 
     def check(self, h, truth, crosses=True):
-        """
-        The truth on the first magnitude, relative to the largest number: 1e-6, what differences in
-        float64 with steps of 1e-5 leave. The cross term, if there is one, is far above it.
-        """
+        """To 1e-6 of the largest number, which differences leave; the cross term is far above."""
         scale = max(x.abs().max().item() for x in h)
         assert abs(h[0][0].item() - truth) < 1e-6 * scale
         direct = first_order(self.train, self.val, self.lower, self.upper)

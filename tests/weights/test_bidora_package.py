@@ -175,8 +175,7 @@ def prepared(**settings):
     model, tokenizer = bidora.load_model_and_tokenizer(config.model)
     model = bidora.prepare_bidora_model(model, config.bidora)
     examples = bidora.load_and_prepare_dataset(config.data)
-    rows = bidora.prepare_dataset_for_training(examples, tokenizer, 64)
-    return model, tokenizer, rows, config
+    return model, tokenizer, bidora.prepare_dataset_for_training(examples, tokenizer, 64), config
 
 
 def test_the_trainer_learns_along_a_true_hypergradient_and_saves_for_others(tiny):

@@ -1,7 +1,4 @@
-"""
-Adapters of mlx-lm and torchtune against the formula that these libraries compute, and GGUF files
-against gguf's and transformers' readers. The mlx-lm of this machine, if there is one, reads ours.
-"""
+"""Adapters of mlx-lm and torchtune against their formula, GGUF against gguf and transformers."""
 
 import copy
 import json

@@ -54,8 +54,7 @@ def test_products_and_both_derivatives_are_those_of_the_dequantised_weight(kind)
 
     def derivatives(*ys):
         g = torch.autograd.grad(sum((y**3).sum() for y in ys), (x, a), create_graph=True)
-        gg = torch.autograd.grad(g[0].square().sum() + (g[1] ** 3).sum(), (x, a))
-        return *ys, *g, *gg
+        return *ys, *g, *torch.autograd.grad(g[0].square().sum() + (g[1] ** 3).sum(), (x, a))
 
     plain = derivatives(*(nn.functional.linear(each, weight) for each in (x, a, b)))
     for ours, expected in zip(derivatives(*Products.apply(packed, False, x, a, b)), plain):
@@ -128,10 +127,7 @@ def test_only_the_blocks_linear_layers_are_packed(tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["lora", "dora", "bidora"])
 def test_a_packed_base_is_equal_to_its_dequantised_weights(tmp_path, kind, method):
-    """
-    Loss and every gradient, within 1e-4 of the largest value: the same sums in another order. The
-    magnitude starts at the norm of the dequantised weights.
-    """
+    """Gradients to 1e-4: sums in another order. m starts at the dequantised weights' norm."""
     packed, plain = models(tmp_path, kind, method)
     for a, b in zip(adapter_layers(packed).values(), adapter_layers(plain).values()):
         if method != "lora":
@@ -247,10 +243,7 @@ def test_an_unknown_kind_is_refused(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_training_never_holds_a_dequantised_copy(tmp_path, kind):
-    """
-    A step and its second derivatives, of an adapter on 67 M weights, 268 MB in fp32, take less than
-    150 MB beyond the packed ones: a few blocks of 1,024 rows, 33 MB each.
-    """
+    """Beside the packed 67 M weights, 268 MB in fp32, second derivatives take less than 150 MB."""
     code = f"""
 import re, sys
 sys.path.insert(0, {str(Path(bidora.__file__).parent)!r})
@@ -327,8 +320,7 @@ def test_models_that_transformers_quantised_are_adapted_and_merged(kind, called,
     assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     merged.save_pretrained(tmp_path / "merged")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    for each in (merged, loaded):
+    for each in (merged, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")):
         with torch.no_grad():
             error = (each(ids).logits.float() - expected).norm() / expected.norm()
         assert error < 0.02
