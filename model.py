@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.fast import rotary
+from support.fast import kernels, rotary
 from support.fast.kernels import QUERIES, ROWS, TWICE, cross_entropy, recompute, recompute_module
 from support.fast.rows import Rows
 from support.run.files import read_json
@@ -134,7 +134,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

@@ -207,7 +207,7 @@ ARMS |= RELATIVES | COST | ALPHA
 COMPARED = ("bidora", "dora", "dora-two-phases", "lora", "bilora", "ft")
 # bbc-topics is left out: all arms are within a point of each other there, and it takes longest
 SOME = ("similarity", "movie-sentiment", "peptides")
-GRIDS = {"others": {"lower_lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "upper_lr": (3e-3, 3e-2)}}
+GRIDS = {"others": {"lower_lr": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "upper_lr": (3e-3, 3e-2)}}
 GRIDS |= {"ft": {"lower_lr": (7e-6, 2e-5, 6e-5)}}  # smaller, since it moves every weight
 REVIEWS = ("movie-sentiment", "product-sentiment")
 SMOLLM2 = dict(seeds=10, sign=1, grids=GRIDS, results="results", out_dir="out/smollm2")

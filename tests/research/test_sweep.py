@@ -131,7 +131,7 @@ SMOLLM2 = {"folder": "results", "options": "--model=smollm2-135m"}
 
 
 def test_the_point_of_a_grid_with_the_lowest_mean_loss_is_chosen_for_all_domains_and_sizes():
-    losses = {(1e-4,): 0.6, (3e-4,): 0.4, (1e-3,): 0.3, (3e-3,): None, (1e-2,): 0.5}
+    losses = {(3e-5,): 0.6, (1e-4,): 0.5, (3e-4,): 0.4, (1e-3,): 0.3, (3e-3,): None, (1e-2,): 0.5}
     tuned(losses, "dora", BOTH[:1], **SMOLLM2)
     given = Sweep(group="smollm2")
     assert sweep.rates_of(given, "product-sentiment", 400, "dora", make=False) == {"lower_lr": 1e-3}
