@@ -135,7 +135,7 @@ def differences(runs, ours, other, measure=score, size=100, domains=(), apart=Fa
 
 GAPS = [("", COMPARISON, "bidora", "dora", gap), ("-", ONE_RATE, "bidora", "dora", gap)]
 SCORES = [("", COMPARISON, "bidora", "dora"), ("-", ONE_RATE, "bidora", "dora")]
-PHASES = [("-", runs, "dora-two-phases", "dora") for runs in (COMPARISON, ONE_RATE)]
+PHASES = [(s, r, "dora-two-phases", "dora") for s, r in (("", COMPARISON), ("-", ONE_RATE))]
 OF_STUDY = [("-", STUDY, "bidora", "dora"), ("", STUDY, "bidora", "dora-two-phases")]
 EARLIER_GAPS = [("-", EARLIER, "bidora", "dora", gap, size, (), True) for size in (100, 400)]
 AT_1E_3 = [r for r in EARLIER if r["method"] == "bidora"]
@@ -163,7 +163,7 @@ CLAIMED = {  # {words of a claim: the arguments of differences, of each interval
         (README, GAPS, "gap is {} points larger (p = {}) …, {} smaller (p = {})"),
         (README, SCORES, "test accuracy is {} points higher (p = {}), and {} lower (p = {})"),
         (LESSON_02, GAPS, "is *larger*, by {} points (p = {}); … it is {} points smaller (p = {})"),
-        (RESULTS, PHASES, "is {} points below DoRA at … (p = {}) and {} below it … (p = {};"),
+        (RESULTS, PHASES, "is {} points above DoRA at … (p = {}) and {} below it … (p = {};"),
         (README, OF_STUDY, "twenty seeds, its mean score is {} points below DoRA's (p = {}), and "
          "{} above DoRA in BiDoRA's phases (p = {})"),
         (RESULTS, EARLIER_GAPS, "gap was {} points smaller than DoRA's at 100 examples (ten pairs, "
@@ -177,6 +177,24 @@ def test_a_quoted_mean_and_its_p_are_those_of_paired_runs(text, pairs, sentence)
     for (sign, *arms), mean, p in zip(pairs, numbers[::2], numbers[1::2], strict=True):
         assert_pairs(differences(*arms), sign + mean, p)
     assert len(domains_of(STUDY)) == 5
+
+
+def test_the_results_quote_dora_at_each_rate_and_the_earlier_difference():
+    earlier, domains = lines_of("results", "rate-0.0003"), domains_of(COMPARISON)
+    sentence = (
+        "accuracy rises from {} to {} and {}, and its test loss from {} to {} and {}; BiDoRA has"
+    )
+    *quotes, accuracy, loss = quoted(RESULTS, sentence + " {} and {}.")
+    of_dora = [(runs, "dora") for runs in (COMPARISON, earlier, ONE_RATE)]
+    measures = score, lambda run: run["after"]["test"]["loss"]
+    for pairs, measure in zip((quotes[:3] + [accuracy], quotes[3:] + [loss]), measures):
+        for quote, (runs, arm) in zip(pairs, [*of_dora, (COMPARISON, "bidora")], strict=True):
+            found = measured(runs, arm, domains, measure, 10)
+            assert_quoted(quote, statistics.mean(found.values()))
+    both = measured(COMPARISON, "bidora", domains), measured(earlier, "dora", domains)
+    assert_quoted(
+        *quoted(RESULTS, "BiDoRA was {} points above DoRA there"), statistics.mean(paired(*both))
+    )
 
 
 def test_the_readme_quotes_the_study_s_gap_at_400_examples():
