@@ -224,7 +224,7 @@ def test_the_house_stays_small():
     shelf, rooms = lines(code(".")), lines(code(*ROOMS, "configs"))
     assert sum(shelf.values()) <= 2929
     assert sum(shelf.values()) + sum(rooms.values()) <= 14981
-    assert sum(lines(code("tests")).values()) <= 14197
+    assert sum(lines(code("tests")).values()) <= 14200
     assert {name_of(path): n for path, n in (shelf | rooms).items() if n > 480} == {}
 
 

@@ -32,7 +32,8 @@ TINY = dict(model="tiny-random", data="toy-sentiment", dtype="float32", batch_si
 TINY |= dict(search_steps=4, retrain_steps=2, test_size=21, eval_size=21, eval_before=False)
 LONGER = dict(search_steps=6, retrain_steps=4)  # after fewer, rounding is above 1e-5
 RUNS = {
-    "bidora": {},
+    # After four steps AdamW has magnified rounding to 5e-5, and in float64 to 6e-16.
+    "bidora": dict(search_steps=5),
     "dora": dict(method="dora"),
     "lora": dict(method="lora", micro_batch_size=3),
     "bilora": dict(method="bilora", upper_steps=2),
@@ -244,7 +245,7 @@ def test_shares_of_a_batch_add_up_to_one_whatever_the_sizes():
 
 
 def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on_from_the_checkpoint():
-    arguments = flags(TINY, checkpoint_every=1, resume=True)
+    arguments = flags(TINY | RUNS["bidora"], checkpoint_every=1, resume=True)
     done = torchrun(DIES, *arguments, "--out_dir=dead")  # gives up long before gloo's 30 minutes
     assert done.returncode != 0
     assert "exitcode  : -9" in done.stderr and "rank      : 1" in done.stderr
