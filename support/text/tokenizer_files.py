@@ -37,6 +37,9 @@ QWEN2_SPLIT = (
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
+MOST_IDS = 2**24  # the library writes a tokenizer as text with memory for all ids up to the largest
+
+
 def read_files(folder):
     """
     (tokenizers.Tokenizer, {name: a special token}, {name: a chat template}) of a folder, whose
@@ -63,6 +66,8 @@ def read_files(folder):
             peer = transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             library, templates = peer.backend_tokenizer, peer.chat_template
             named = dict(peer.special_tokens_map)
+    if (largest := max(library.get_vocab().values(), default=0)) >= MOST_IDS:
+        raise ValueError(f"{path} is damaged: a token's id, {largest}, is above {MOST_IDS}")
     # A file may ask for truncation and padding, which are meant for batches.
     library.no_truncation()
     library.no_padding()

@@ -366,6 +366,7 @@ def test_errors_name_the_missing_or_damaged_file(tmp_path):
         lambda t: t.pop("model"),
         lambda t: t["model"]["vocab"].pop("Ġfilm"),
         lambda t: t.update(added_tokens=[{}]),
+        lambda t: t["model"]["vocab"].update(Ġfilm=2**25),
     ):
         trained_tokenizer(tmp_path)
         change_json(tmp_path / "tokenizer.json", damage)
