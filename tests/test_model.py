@@ -329,6 +329,8 @@ def test_top_k_and_top_p_keep_only_the_likeliest_tokens(tmp_path):
     nucleus = int((p.cumsum(0) < 0.2).sum()) + 1  # the smallest set with a fifth of the probability
     drawn = set(model.generate(prompt, 1, top_p=0.2)[:, -1].tolist())
     assert drawn <= set(order[:nucleus].tolist()) and order[0].item() in drawn
+    model.config.hf["attention_dropout"] = "x"  # which transformers checks
+    pytest.raises(ValueError, model.generate, prompt, 1).match("config.json: transformers .*load")
 
 
 @pytest.mark.parametrize(
@@ -350,6 +352,7 @@ def test_top_k_and_top_p_keep_only_the_likeliest_tokens(tmp_path):
         ({"vocab_size": None}, "vocab_size=None"),
         ({"max_position_embeddings": "512"}, "max_position_embeddings='512'"),
         ({"rms_norm_eps": "x"}, "must be positive"),
+        ({"rms_norm_eps": True}, "must be positive"),
         ({"rope_parameters": 5}, "5"),
         ({"rope_scaling": "linear"}, "linear"),
         ({"rope_theta": -5}, "must be positive"),
@@ -372,9 +375,8 @@ def test_top_k_and_top_p_keep_only_the_likeliest_tokens(tmp_path):
 )
 def test_unsupported_config_is_refused_by_name(change, named):
     config = LLAMA | {"model_type": "llama"} | change
-    config = {key: value for key, value in config.items() if value is not ...}
     with pytest.raises(ValueError, match=named):
-        ModelConfig.from_hf(config)
+        ModelConfig.from_hf({key: x for key, x in config.items() if x is not ...})
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")

@@ -401,7 +401,7 @@ class AnyLanguageModel(Borrowed):
 
 def as_any(model):
     """A model.Transformer as an AnyLanguageModel in eval mode: the same layers, adapted or not."""
-    with torch.device("meta"):
+    with in_one_line("config.json"), torch.device("meta"):
         config = library().AutoConfig.for_model(**model.config.hf)
         hf = library().AutoModelForCausalLM.from_config(config)
     own = dict(model.named_modules())

@@ -108,7 +108,7 @@ def check_numbers(c, rope, head_dim, windows):
     positive += [rope[name] for name in names if name in rope]
     if type(head_dim) is not int or head_dim % 2 or head_dim > 10**5:  # rotary: pairs
         raise ValueError(f"config.json: head_dim={head_dim!r:.40} is not an even integer up to 1e5")
-    numbers = all(isinstance(value, (int, float)) and 0 < value < 1e12 for value in positive)
+    numbers = all(type(value) in (int, float) and 0 < value < 1e12 for value in positive)
     whole = all(isinstance(window, int | None) for window in windows)
     if not numbers or not whole or len(windows) != c["num_hidden_layers"]:
         raise ValueError(
