@@ -342,7 +342,7 @@ class BilevelOptimizer:
         return self.reduce([sum(part() for part in parts)])[0]
 
     def keeps_next(self):
-        """Whether the next lower step is one of a round's last kept_steps, which are looked at."""
+        """Whether the next upper step looks back on the next lower one, of a round's kept_steps."""
         if not (self.entry.looks_back and any(m.requires_grad for m in self.upper)):
             return False
         if self.kept_steps == self.lower_steps:

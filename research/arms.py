@@ -175,17 +175,17 @@ SENSITIVITY = {
 for setting in ("upper_every", "upper_steps"):  # T1 and T2
     SENSITIVITY |= {f"{setting}-{n}": Arm(BIDORA | {setting: n}, "bidora") for n in (2, 5)}
 
-AT_ALPHA = {  # {(method, alpha): {factor on the method's rate: its arm}}
-    (method, alpha): {
-        f: f"{method}-alpha-{alpha}-rate-{f}" if (alpha, f) != (8, 1) else method
-        for f in (0.25, 1, 4)
+AT_ALPHA = {  # {method: {alpha: {factor on the method's rate: its arm}}}
+    method: {
+        a: {f: f"{method}-alpha-{a}-rate-{f}" if (a, f) != (8, 1) else method for f in (0.25, 1, 4)}
+        for a in (2, 8, 32)
     }
     for method in ("lora", "dora")
-    for alpha in (2, 8, 32)
 }
 ALPHA = {
     name: Arm({"method": method, "alpha": float(alpha)}, method, lower_factor=factor)
-    for (method, alpha), at in AT_ALPHA.items()
+    for method, by_alpha in AT_ALPHA.items()
+    for alpha, at in by_alpha.items()
     for factor, name in at.items()
     if name != method
 }

@@ -72,8 +72,8 @@ VARIED = {
         "T2": ("all", 100, {"bidora": {1: "bidora", 2: "upper_steps-2", 5: "upper_steps-5"}}),
     },
     "alpha": {
-        f"{name}, rate ×": ("all", 100, {f"alpha {a}": AT_ALPHA[name, a] for a in (2, 8, 32)})
-        for name in ("lora", "dora")
+        f"{name}, rate ×": ("all", 100, {f"alpha {a}": at for a, at in by_alpha.items()})
+        for name, by_alpha in AT_ALPHA.items()
     },
 }
 STYLE = {

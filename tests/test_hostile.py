@@ -457,14 +457,12 @@ def test_programs_end_well_or_in_one_line_within_20_cpu_seconds_and_3_gb(folder,
         options |= changed_setting
 
     said, start = io.StringIO(), sum(os.times()[:4])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # other tests' peak, too
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         status = program.main([f"--{name}={value}" for name, value in options.items()])
     assert status in (0, 2)
     if status == 2:
         # a run that diverges has shown its bar
-        bar = re.compile(r"step/s\]|s/step\]")
-        [line] = [text for text in said.getvalue().splitlines() if not bar.search(text)]
+        [line] = [x for x in said.getvalue().splitlines() if not re.search("step/s]|s/step]", x)]
         assert line.startswith("error: ") and len(line) < 2000
     assert sum(os.times()[:4]) - start < 20  # CPU seconds, the children's too
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < max(3e6, before + 1)  # KB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3e6  # KB, of all cases so far

@@ -57,7 +57,7 @@ class Head(nn.Module):
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, targets=None):
         """
-        The logits, (B, labels) or, tagging, (B, T, labels); with targets, the mean loss, a scalar:
+        The logits, (B, labels) or, tagging, (B, T, labels); with targets, the loss, fp32 or finer:
 
             classification   cross-entropy in nats    targets (B,), 0 to labels - 1
             multi_label      binary cross-entropy     (B, labels), 0 to 1

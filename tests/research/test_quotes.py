@@ -192,9 +192,8 @@ def test_the_results_quote_dora_at_each_rate_and_the_earlier_difference():
             found = measured(runs, arm, domains, measure, 10)
             assert_quoted(quote, statistics.mean(found.values()))
     both = measured(COMPARISON, "bidora", domains), measured(earlier, "dora", domains)
-    assert_quoted(
-        *quoted(RESULTS, "BiDoRA was {} points above DoRA there"), statistics.mean(paired(*both))
-    )
+    [above] = quoted(RESULTS, "BiDoRA was {} points above DoRA there")
+    assert_quoted(above, statistics.mean(paired(*both)))
 
 
 def test_the_readme_quotes_the_study_s_gap_at_400_examples():

@@ -367,13 +367,14 @@ if distributed.RANK == 0:
     print(loaded - before, adapted - loaded, shared - loaded, megabytes() - shared)
 """
     shorten(tmp_path, torch.bfloat16)
-    done = [forked(script, str(tmp_path), processes=n, imports=FSDP).stdout for n in (1, 4)]
-    (whole, *_), (loaded, adapted, shared, passed) = (map(float, x.split()[-4:]) for x in done)
-    assert whole - loaded == pytest.approx(127, abs=15) and adapted < 25
-    # 3: 0.8 million adapter parameters in fp32
-    assert shared == pytest.approx(127 / 4 + 3, abs=12)
-    # Were the weights whole after it: 96 beside what the pass itself takes.
-    assert passed < 75
+    done = {n: forked(script, str(tmp_path), processes=n, imports=FSDP).stdout for n in (1, 2, 4)}
+    measured = {n: list(map(float, printed.split()[-4:])) for n, printed in done.items()}
+    whole, *_ = measured.pop(1)
+    for processes, (loaded, adapted, shared, passed) in measured.items():
+        assert whole - loaded == pytest.approx(127, abs=15) and adapted < 25
+        assert shared == pytest.approx(127 / processes + 3, abs=12)  # 3: adapters, in fp32
+        # Were the weights whole after it: 64 or 96 beside what the pass itself takes.
+        assert passed < 75
 
 
 @pytest.mark.parametrize("processes", [2, 4])
