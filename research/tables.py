@@ -45,10 +45,6 @@ def each(values, digits):
     return " / ".join(f"{value:.{digits}f}" for value in values)
 
 
-def mean(values, digits):
-    return f"{numpy.mean(values):.{digits}f}"
-
-
 def of(split, name, digits=1, text=spread):
     """A column: the runs' values of a score or the loss as text, accuracies in points of 100."""
     factor = 100 if name == "accuracy" else 1
@@ -66,7 +62,7 @@ def default():
     titles = ["method", "test accuracy, seeds 0 / 1 / 2, %", "mean ± s.d.", "test loss"]
     titles += ["train accuracy, %", "seconds a run"]
     columns = [of("test", "accuracy", text=each), of("test", "accuracy")]
-    columns += [of("test", "loss", 2, mean), of("train", "accuracy", 1, mean), seconds]
+    columns += [of("test", "loss", 2), of("train", "accuracy"), seconds]
     return method_table(load_results(RESULTS / "default"), titles, *columns)
 
 
@@ -108,24 +104,25 @@ def results_of(given, which="main"):
 
 
 def comparison(which):
-    """A set of the comparison on SmolLM2; with the main one, the losses that chose its rates."""
+    """A set of the comparison on SmolLM2, and what its runs took."""
     given = GROUPS["smollm2"]
     yield from group("smollm2", which)
     yield from seconds_table(results_of(given, which), given.arms)
-    if which == "main":
-        yield from chosen_by()
 
 
 def chosen_by():
-    """The mean losses of three seeds on the tuning set, at each point of the grids."""
-    losses = {}
+    """The mean loss and accuracy of three seeds on the tuning set, at each point of the grids."""
+    measured = {}
     for run in load_results(RESULTS, "tune"):
         upper = f", `upper_lr` {run['upper_lr']:g}" if "upper_lr" in run else ""
-        at = losses.setdefault(f"`{run['method']}`{upper}", {})
-        at.setdefault(run["lower_lr"], []).append(run["after"]["test"]["loss"])
-    rates = sorted(set().union(*losses.values()))
-    rows = [[name, *(mean(losses[name][rate], 3) for rate in rates)] for name in sorted(losses)]
-    return table(["loss at `lower_lr`", *(f"{rate:g}" for rate in rates)], rows)
+        at, after = measured.setdefault(f"`{run['method']}`{upper}", {}), run["after"]["test"]
+        at.setdefault(run["lower_lr"], []).append((after["loss"], 100 * after["accuracy"]))
+    rates = sorted(set().union(*measured.values()))
+    rows = [
+        [name, *("{:.3f}, {:.1f}".format(*numpy.mean(at[rate], axis=0)) for rate in rates)]
+        for name, at in sorted(measured.items())
+    ]
+    return table(["loss, accuracy at `lower_lr`", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def rank():
@@ -163,7 +160,7 @@ def rates():
 OWN = "controls paper published network hypergradients tiny sensitivity relatives cost".split()
 FILES = {
     "default": default,
-    "compare": lambda: comparison("main"),
+    "compare": lambda: [*comparison("main"), *chosen_by()],
     "compare-one-rate": lambda: comparison("rate-0.001"),
     "study": lambda: group("methods"),
     "study-rates": rates,

@@ -307,7 +307,7 @@ def test_groups_that_are_too_large_to_be_split_are_refused():
 def test_no_product_review_has_sentences_in_two_splits(model_cache):
     """The archive says which review a sentence is of: 1_3 is the third sentence of review 1."""
     path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-    with tarfile.open(datasets.fetch(**datasets.SNIPPETS)) as outer:
+    with tarfile.open(datasets.fetch(datasets.SNIPPETS)) as outer:
         with tarfile.open(fileobj=outer.extractfile(path)) as inner:
             file = inner.extractfile("hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt")
             lines = [line.split("\t") for line in file.read().decode().splitlines()]

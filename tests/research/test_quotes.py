@@ -92,25 +92,30 @@ def assert_pairs(found, mean, p):
     assert_quoted(p, wilcoxon(found).pvalue)
 
 
-def tuning_losses(folder):
-    """{(method, lower_lr, upper_lr or None): losses by seed} of the runs that chose the rates."""
+def tuning_results(folder):
+    """{(method, lower_lr, upper_lr or None): (loss, accuracy) pairs} of the tuning runs."""
     found = {}
     for r in lines_of(folder, "tune"):
         key = r["method"], r["lower_lr"], r.get("upper_lr")
-        found.setdefault(key, []).append(r["after"]["test"]["loss"])
+        found.setdefault(key, []).append((r["after"]["test"]["loss"], score(r)))
     return found
 
 
-def test_the_losses_that_chose_the_rates():
-    loss = tuning_losses("results")
+def test_the_losses_that_chose_the_rates_and_the_accuracies_beside_them():
+    found = tuning_results("results")
+    for method in ("dora", "lora", "bidora"):  # by accuracy, 1e-3 is the best, as results.md says
+        own = {key: pairs for key, pairs in found.items() if key[0] == method}
+        assert max(own, key=lambda key: statistics.mean(a for _, a in own[key]))[1] == 1e-3
+
     [(_, *rates), _, *rows] = tables_of("compare")[-1]
-    assert len(rows) * len(rates) == len(loss)
+    assert len(rows) * len(rates) == len(found)
     for name, *cells in rows:
         method, upper = re.fullmatch(r"`([\w-]+)`(?:, `upper_lr` (\S+))?", name).groups()
         for rate, cell in zip(rates, cells):
-            losses = loss[method, float(rate), upper and float(upper)]
-            assert len(losses) == 3
-            assert_quoted(cell, statistics.mean(losses))
+            pairs = found[method, float(rate), upper and float(upper)]
+            assert len(pairs) == 3
+            for quote, values in zip(cell.split(", "), zip(*pairs), strict=True):
+                assert_quoted(quote, statistics.mean(values))
 
 
 @pytest.mark.parametrize("text", [RESULTS, LESSON_02], ids=["results", "lesson"])
@@ -119,7 +124,7 @@ def test_the_losses_that_had_chosen_dora_s_rate_and_the_same_runs_made_again(tex
     again = quoted(text, "give {}, {} and {}")
     for folder, quotes in (("results/earlier", before), ("results", again)):
         for rate, quote in zip((3e-4, 1e-3, 3e-3), quotes):
-            assert_quoted(quote, tuning_losses(folder)["dora", rate, None][0])
+            assert_quoted(quote, tuning_results(folder)["dora", rate, None][0][0])
 
 
 def differences(runs, ours, other, measure=score, size=100, domains=(), apart=False):

@@ -24,7 +24,7 @@ PAIRS = ("fact-verification", "nli", "epistemic-nli", "paraphrase")  # of BIG-be
 
 def text_in(pinned, name):
     """The text of the only file in a zip archive whose path ends so."""
-    with zipfile.ZipFile(datasets.fetch(**pinned)) as archive:
+    with zipfile.ZipFile(datasets.fetch(pinned)) as archive:
         [path] = [path for path in archive.namelist() if path.endswith(name)]
         return archive.read(path).decode()
 
@@ -42,7 +42,7 @@ def test_no_text_is_empty_and_no_example_occurs_twice(model_cache, name):
 
 def test_a_movie_s_score_is_the_mean_of_its_raters(model_cache):
     """The archive also lists every single rating, by the snippet's number. It rounds to 1e-9."""
-    with tarfile.open(datasets.fetch(**datasets.SNIPPETS)) as outer:
+    with tarfile.open(datasets.fetch(datasets.SNIPPETS)) as outer:
         path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
         with tarfile.open(fileobj=outer.extractfile(path)) as inner:
             folder = "hutto_ICWSM_2014/movieReviewSnippets_"
@@ -64,7 +64,7 @@ def test_a_movie_s_score_is_the_mean_of_its_raters(model_cache):
 
 
 def test_every_bbc_article_has_its_folder_as_topic(model_cache):
-    with zipfile.ZipFile(datasets.fetch(**datasets.BBC)) as archive:
+    with zipfile.ZipFile(datasets.fetch(datasets.BBC)) as archive:
         names = [name for name in archive.namelist() if name.endswith(".txt") and "/data/" in name]
         texts = [archive.read(name).decode("utf-8", errors="replace").strip() for name in names]
     expected = {(name.split("/")[-2], text) for name, text in zip(names, texts)}
@@ -227,7 +227,7 @@ def archive(monkeypatch, tmp_path):
 
     assert pins.keys() == datasets.TASKS.keys()
     monkeypatch.setattr(datasets, "TASKS", pins)
-    monkeypatch.setattr(datasets, "fetch", lambda **pinned: path)
+    monkeypatch.setattr(datasets, "fetch", lambda pinned: path)
     monkeypatch.setenv("BIDORA_CACHE", str(tmp_path / "cache"))
     return path
 

@@ -24,12 +24,7 @@ import hypergrad
 from support.run.files import fetch
 from support.weights import bidora_package
 
-WHEEL = dict(
-    requirement="bidora==0.1.2",
-    filename="bidora-0.1.2-py3-none-any.whl",
-    sha256="6f6a425fa3f9761ba51ed3a125c333bec659e9d7c0ba86d9b35161435563a7d2",
-    size="23 KB",
-)
+SHA256 = "6f6a425fa3f9761ba51ed3a125c333bec659e9d7c0ba86d9b35161435563a7d2"
 # What differs on purpose (docs/coming-from.md).
 DIFFERENT_DEFAULTS = {
     "replace_linear_with_bidora.target_modules",  # the four names, which the package puts for None
@@ -41,7 +36,7 @@ DIFFERENT_DEFAULTS = {
 @pytest.fixture(scope="module")
 def package():
     """{file: its text} of the package, and its README."""
-    with zipfile.ZipFile(fetch(**WHEEL)) as wheel:
+    with zipfile.ZipFile(fetch(f"wheel 0.023 {SHA256} bidora==0.1.2")) as wheel:
         return {name: wheel.read(name).decode() for name in wheel.namelist()}
 
 
