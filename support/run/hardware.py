@@ -172,7 +172,7 @@ def need(c, method, itemsize, length, config, supervised=1):
 
     kept = 6 * h + 4 * q + 4 * kv + 6 * f if magnitude else 4 * h + 3 * q + 3 * kv + 4 * f
     layer = 1.25 * kept * itemsize  # bytes per token
-    through = L * h * itemsize + 6 * layer if recomputes else L * layer
+    through = L * h * itemsize + 2 * layer if recomputes else L * layer
     rows = config.micro_batch_size or config.batch_size
     positions = rows * supervised if method is None else min(rows * supervised, ROWS)
     logits = 12 * c.vocab_size * positions
