@@ -166,11 +166,12 @@ AT_RATES = {  # {factor on BiDoRA's lower rate: {factor on its upper rate: its a
     low: {up: "bidora" if low == up == 1 else f"rates-{low}-{up}" for up in FACTORS}
     for low in FACTORS
 }
+AT_RATES[1] |= {up: f"m-rate-{up}" for up in (0.1, 10)}
 SENSITIVITY = {
     name: Arm(BIDORA, "bidora", lower_factor=low, upper_factor=up)
     for low, at in AT_RATES.items()
     for up, name in at.items()
-    if name != "bidora"
+    if name not in ("bidora", *HYPERGRADIENTS)
 }
 for setting in ("upper_every", "upper_steps"):  # T1 and T2
     SENSITIVITY |= {f"{setting}-{n}": Arm(BIDORA | {setting: n}, "bidora") for n in (2, 5)}
@@ -190,7 +191,7 @@ ALPHA = {
     if name != method
 }
 
-MLP = {"magnitude_only": ".*[0-9].(intermediate|output).dense"}  # MiniLM's
+MLP = {"magnitude_only": ".*[0-9].(intermediate|output).dense", "snapshots": 1}  # MiniLM's
 RELATIVES = {
     "lora-plus": Arm({"method": "lora", "lora_plus": 16}, {"lower_lr": 1e-3}),
     "lora-orthogonal": Arm({"method": "lora", "init": "orthogonal"}, LOWER),
@@ -234,7 +235,7 @@ GROUPS = {
         sizes=("16", "32", "64", "100", "200", "400", "1000"),
         sign=1,
     ),
-    "sensitivity": Group(("bidora", *SENSITIVITY, *SPLITS), SOME),
+    "sensitivity": Group(("bidora", "m-rate-0.1", "m-rate-10", *SENSITIVITY, *SPLITS), SOME),
     "alpha": Group(("lora", "dora", *ALPHA), SOME),
     "relatives": Group(("dora", "lora", "bidora", *relatives.METHODS, *RELATIVES), SOME),
     "cost": Group(("bidora", "dora", "lora", *COST), SOME, sign=1),

@@ -24,7 +24,7 @@ from research.differences import (
     tables_of,
     traced,
 )
-from research.results import load_results, read_results
+from research.results import load_results, read_results, trajectory_of
 from support.run import settings
 from support.run.files import replacing
 
@@ -135,6 +135,21 @@ def rank():
     return tables_of(runs, [*lora.values(), *dora.values(), *bidora.values()], "", rows)
 
 
+def moved(target, runs):
+    """How far the matrices of a name moved in runs, as text: ΔM in % of their norms, and ΔD."""
+    ends = [trajectory_of(run).select(target) for run in runs]
+    ratio = numpy.mean([numpy.divide(end.delta_m[-1], end.magnitude) for end in ends])
+    return f"{100 * ratio:.1f} %, {numpy.mean([end.delta_d[-1] for end in ends]):.4f}"
+
+
+def granularity():
+    """Queries and values, and the MLP's matrices, whose magnitudes alone train."""
+    runs = [run for run in results_of(GROUPS["relatives"]) if "trajectory" in run]
+    targets = ("query", "value", "intermediate.dense", "output.dense")
+    columns = [functools.partial(moved, target) for target in targets]
+    return method_table(runs, ["ΔM, ΔD of", *(f"`{target}`" for target in targets)], *columns)
+
+
 def alpha():
     """LoRA and DoRA at other alphas and rates, beside themselves."""
     arms = GROUPS["alpha"].arms
@@ -157,7 +172,7 @@ def rates():
         yield from table(titles, rows)
 
 
-OWN = "controls paper published network hypergradients tiny sensitivity relatives cost".split()
+OWN = "controls paper published network hypergradients tiny sensitivity cost".split()
 FILES = {
     "default": default,
     "compare": lambda: [*comparison("main"), *chosen_by()],
@@ -168,6 +183,7 @@ FILES = {
     "noise": lambda: noise.noise_table(read_results(RESULTS / "noise").values()),
     "rank": rank,
     "alpha": alpha,
+    "relatives": lambda: [*group("relatives"), *granularity()],
     **{name: functools.partial(group, name) for name in OWN},  # a page a group
     "resolved": lambda: resolved.all_tables(RESULTS / "resolved"),
     "decoder": ablation,

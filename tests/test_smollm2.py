@@ -114,12 +114,10 @@ def cosine(xs, ys):
 def test_second_derivatives_survive_bfloat16(folder):
     """
     Products with the same v, in bf16 and in fp32, on SmolLM2 after a few steps on film snippets.
-
-    The cosines must be at least 0.98 for the Hessian, 0.95 for the cross block and 0.99 for the
-    whole hypergradient; 0.999 each was measured. With the scaling written as ratio·y in bf16 it is
-    0.998; with a norm and a weight built in bf16, 0.995 to 0.997. Finite differences of gradients
-    at radius 0.01 agree with the double backward pass in fp32 (0.99999998 was measured); in bf16
-    they lose digits, and how many depends on the processor: 0.53 to 0.986 were measured.
+    Cosines must be at least 0.98 for the Hessian, 0.95 for the cross block and 0.99 for the whole
+    hypergradient; 0.999 each was measured, 0.995 to 0.998 with the scaling or a norm in bf16.
+    Finite differences at radius 0.01 agree with the double backward pass in fp32 (0.99999998); in
+    bf16 they lose digits, and how many depends on the processor: 0.53 to 0.986 were measured.
     """
     tokenizer, examples = Tokenizer.from_pretrained(folder), load_examples("movie-sentiment")
     labels = data.tokenize_labels(["negative", "positive"], tokenizer)

@@ -65,11 +65,9 @@ def betty(request, tmp_path):
 
 def by_betty(release, problem, lower_lr, frozen=(), group_lr=None):
     """
-    One iteration of Betty, with gradient descent, on a Curved problem. Returns the hypergradient
-    that it used, and {name: lower parameter or weight in `frozen`} after it, as lists.
-
-    frozen: the names of weights that are in the lower problem's module, but not in the optimizer
-    that it is given. group_lr: the rate of that optimizer's group, if another than lower_lr.
+    The hypergradient of an iteration of Betty, with gradient descent, on a Curved problem, as a
+    list, and {name: lower parameter or weight in `frozen`} after it. frozen: names of weights in
+    the lower problem's module, but not in its optimizer, whose group has group_lr, if given.
     """
     from betty.configs import Config, EngineConfig
     from betty.engine import Engine

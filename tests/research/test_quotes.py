@@ -16,6 +16,8 @@ import pytest
 from scipy.stats import ttest_1samp, wilcoxon
 
 from research import tables
+from research.arms import AT_RANK
+from research.results import load_results
 
 ROOT = Path(__file__).parents[2]
 README, RESULTS, VARIATIONS, CLAIMS = (
@@ -149,6 +151,8 @@ SAME_RATE = [("-", AT_1E_3, "bidora", "dora", gap, 100, (), True)]
 THREE = ["similarity", "movie-sentiment", "peptides"]  # the tasks of most groups of arms
 PARTS = [(100, THREE), (100, THREE[:1]), (400, THREE), (400, THREE[2:])]
 BIDORA = [(runs, "bidora", "dora") for runs in (COMPARISON, ONE_RATE, STUDY)]
+HALVES = [(AT_RANK["dora"][r // 2], AT_RANK["lora"][r]) for r in (2, 8, 32)]
+HALVES += [("lora-r16", "lora-r32")]
 CLAIMED = {  # {words of a claim: the arguments of differences, of each interval in its row}
     "mitigates overfitting": [(*pair, gap) for pair in BIDORA]
     + [(STUDY, arm, "dora", gap, 400) for arm in ("bidora", "dora-two-phases")],
@@ -158,6 +162,9 @@ CLAIMED = {  # {words of a claim: the arguments of differences, of each interval
     "extremely small": [(STUDY, "bidora", "dora", score, n, THREE[2:]) for n in (100, 400, 16, 64)],
     "3.92 times": [(STUDY, "bidora", "lora-same-time", score, 100, THREE)],
     "unrolled step": [(STUDY, "first-order", "bidora", score, 100, THREE)],
+    "m alone": [(STUDY, "dora-granular", "dora", score, 100, THREE)],
+    "half of": [(STUDY, *pair, score, 100, THREE) for pair in HALVES],
+    "ranks 4": [(STUDY, f"dora-r{r}", f"lora-r{r}", score, 100, THREE) for r in (8, 16, 32)],
     "consistently outperforms LoRA": [(STUDY, "dora", "lora", score, *part) for part in PARTS],
 }
 
@@ -225,43 +232,35 @@ def test_the_readme_quotes_the_ablation():
     assert all(wilcoxon(pairs).pvalue > 0.4 for pairs in others)
 
 
-RELATIVES = [("pissa", THREE[:1], "{} points above DoRA on `similarity`")]
-RELATIVES += [("pissa", THREE[1:2], "{} below on `movie-sentiment`, and DoRA's")]
-RELATIVES += [("vera", THREE[:1], "one rate, are {} below"), ("lora-plus", THREE, "LoRA+ is {} b")]
-RELATIVES += [("dora-granular", THREE, "queries and values, bring {}")]
+def test_the_variations_quote_intervals_of_the_tables_that_their_sections_link():
+    """Means and ends, up to the sign of all three."""
+    interval = r"(-?\d+\.\d)(?:(?!\d\.\d)[^()])*\((-?[\d.]+) to (-?[\d.]+)\)"
+    for section in VARIATIONS.split(" ## ")[1:]:
+        linked = "".join(map(text_of_file, re.findall(r"tables/([\w-]+)\.md", section)))
+        known = re.findall(r"([-+][\d.]+) \[([-+][\d.]+), ([-+][\d.]+)\]", linked)
+        known = {tuple(map(float, cell)) for cell in known}
+        known |= {(-mean, -high, -low) for mean, low, high in known}
+        quotes = [tuple(map(float, quote)) for quote in re.findall(interval, section)]
+        assert len(quotes) == len(re.findall(r"\(\S+ to \S+\)", section)) > 0
+        assert set(quotes) <= known
 
 
-@pytest.mark.parametrize("arm, domains, sentence", RELATIVES)
-def test_the_variations_quote_the_relatives_five_seeds(arm, domains, sentence):
-    pairs = paired(*(measured(STUDY, name, domains) for name in (arm, "dora")))
-    assert len(pairs) == 5
-    assert_quoted(*quoted(VARIATIONS, sentence), abs(statistics.mean(pairs)))
-
-
-FOUR = domains_of(r for r in STUDY if r["size"] == 16)
-MORE, LESS, CONTROL = ("bidora", "dora"), ("dora", "bidora"), ("bidora", "dora-two-phases")
-INTERVALS = {  # {words of variations.md before a mean and interval: the arguments of differences}
-    "minus DoRA's is": (*MORE, score, 16),
-    "16 examples (-2.9 to 5.5),": (*MORE, score, 64),
-    "64 (-6.3 to -0.2),": (*MORE, score, 400, FOUR),
-    "400 (-1.5 to -0.4),": (*MORE, score, 1000),
-    "smaller from 400 on*: by": (*LESS, gap, 400, FOUR),
-    "(2.0 to 2.8), then": (*LESS, gap, 1000),
-    "with 16 examples BiDoRA is": (*CONTROL, score, 16),
-    "a fourfold α costs LoRA": ("lora", "lora-alpha-32-rate-0.25", score, 100, THREE),
-    "four times the rate": ("lora", "lora-alpha-2-rate-4", score, 100, THREE),
-    "A quarter of it costs": ("lora", "lora-alpha-8-rate-0.25", score, 100, THREE),
-    "a quarter of α": ("lora", "lora-alpha-2-rate-1", score, 100, THREE),
-}
-
-
-@pytest.mark.parametrize("before", INTERVALS)
-def test_the_variations_quote_means_and_intervals(before):
-    found = differences(STUDY, *INTERVALS[before])
-    quotes = quoted(VARIATIONS, before + " {} …({} to {})")
-    ends = ttest_1samp(found, 0).confidence_interval()
-    for quote, value in zip(quotes, (statistics.mean(found), *ends), strict=True):
-        assert_quoted(quote, value)
+def test_the_granular_arms_moved_as_their_trajectories_say():
+    """At the end, ΔM in % of the norms at the start, and ΔD: means over runs and layers."""
+    [(_, *targets), _, *rows] = tables_of("relatives")[-1]
+    runs = [r for r in load_results(ROOT / "results/study") if "trajectory" in r]
+    for arm, *cells in rows:
+        of_arm = [r["trajectory"] for r in runs if r["method"] == arm.strip("`")]
+        assert len(of_arm) == 6 * len(THREE)
+        for target, cell in zip(targets, cells):
+            found = [
+                (100 * t["delta_m"][-1][i] / t["magnitude"][i], t["delta_d"][-1][i])
+                for t in of_arm
+                for i, name in enumerate(t["layers"])
+                if f".{name}".endswith(f".{target.strip('`')}")
+            ]
+            for quote, values in zip(cell.split(" %, "), zip(*found), strict=True):
+                assert_quoted(quote, statistics.mean(values))
 
 
 def test_the_claims_quote_what_paired_runs_linked_tables_and_lesson_04_hold():
@@ -387,8 +386,10 @@ def assert_difference(cell, found):
     if cell == "–":
         assert len(found) < 6
         return
-    mean, p = re.fullmatch(r"(\S+) \[.*\], p = (\S+) \(.*\)", cell).groups()
+    mean, *ends, p = re.fullmatch(r"(\S+) \[(\S+), (\S+)\], p = (\S+) \(.*\)", cell).groups()
     assert_pairs(found, mean, p)
+    for quote, value in zip(ends, ttest_1samp(found, 0).confidence_interval(), strict=True):
+        assert_quoted(quote, value)
 
 
 LOSSES = [(split, "loss") for split in ("test", "train")]

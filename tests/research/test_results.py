@@ -247,15 +247,8 @@ def test_a_group_is_drawn_over_what_it_varies_by_the_seeds_that_its_arms_share(
     assert figure.legends[0].get_title().get_text().endswith(f"over {seeds} seeds")
     for axes, (task, size, lines) in zip(figure.axes, figures.VARIED[group].values()):
         for drawn, line in zip(axes.containers, lines.values()):
-            shared = [
-                [
-                    score[arm, size or x, d, s]
-                    for d in domains
-                    for s in range(seeds)
-                    if task in (d, "all")
-                ]
-                for x, arm in line.items()
-            ]
+            keys = [(d, s) for d in domains for s in range(seeds) if task in (d, "all")]
+            shared = [[score[(arm, size or x, *key)] for key in keys] for x, arm in line.items()]
             expected = numpy.transpose([[*line], 100 * numpy.mean(shared, axis=1)])
             numpy.testing.assert_allclose(drawn[0].get_xydata(), expected)
     assert figures.main([f"--only={group}"]) == 0
